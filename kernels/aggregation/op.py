@@ -1,0 +1,180 @@
+"""aggregate, correlate, transpose: registered operators, each the derivative of another.
+
+    aggregate(w, x)[i]      = Σ_k w[k, i] · x[nbr(i, k)]                 d/dw = correlate(dy, x)   d/dx = transpose(w, dy)
+    correlate(g, x)[k, i]   = Σ_c g[c, i] · x[c, nbr(i, k)]              d/dg = aggregate(dy, x)   d/dx = transpose(dy, g)
+    transpose(w, g)[j]      = Σ_{(i,k): nbr(i,k)=j} w[k, i] · g[i]       d/dw = correlate(g, dy)   d/dg = aggregate(w, dy)
+
+Shapes: w [B, G, Kh, Kw, H', W'], x [B, G, C, H, W], g [B, G, C, H', W']; any strides. The three are closed under
+differentiation, so every higher derivative exists and runs on the same kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.backend import resolve
+from kernels.layout import empty_kernel_layout, empty_like_layout
+from kernels.windows import Pair, Window
+
+__all__ = ["aggregate", "correlate", "implementation", "transpose", "without_autocast"]
+
+WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def implementation(package: str, backend: str, tensor: Tensor) -> ModuleType:
+    """The module of ``kernels.<package>`` that runs here; Triton is imported at the first use and not before."""
+    kind = "triton_kernels" if resolve(backend, tensor) == "triton" else "eager"
+    return importlib.import_module(f"kernels.{package}.{kind}")
+
+
+def without_autocast(function: Function) -> Function:
+    """Run an implementation in the dtypes it was handed: autocast has had its say in ``check_tensors``."""
+
+    @functools.wraps(function)
+    def wrapper(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        if first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
+            return function(first, *arguments, **keywords)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments, **keywords)
+
+    return wrapper  # pyright: ignore[reportReturnType]
+
+
+def _window(kernel_size: Sequence[int], *fields: Any) -> Window:
+    stride, padding, dilation, clamped = fields[:4]
+    pairs = ((pair[0], pair[1]) for pair in (kernel_size, stride, padding, dilation))
+    return Window(*pairs, clamped)
+
+
+def _fields(window: Window) -> tuple[Any, ...]:
+    """The window as the schema spells it, its kernel size left to the operators that need it."""
+    return list(window.stride), list(window.padding), list(window.dilation), window.clamped
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::aggregate", mutates_args=(), schema=f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor"
+)
+@without_autocast
+def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
+    window = _window(weight.shape[2:4], stride, padding, dilation, clamped)
+    return implementation("aggregation", backend, x).aggregate(weight, x, window)
+
+
+@_aggregate.register_fake
+def _(weight, x, *_):
+    return empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::correlate", mutates_args=(), schema=f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor"
+)
+@without_autocast
+def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
+    window = _window(kernel_size, stride, padding, dilation, clamped)
+    return implementation("aggregation", backend, x).correlate(g, x, window)
+
+
+@_correlate.register_fake
+def _(g, x, kernel_size, *_):
+    return empty_kernel_layout(g, (kernel_size[0], kernel_size[1]))
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::transpose",
+    mutates_args=(),
+    schema=f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}) -> Tensor",
+)
+@without_autocast
+def _transpose(weight, g, input_size, stride, padding, dilation, clamped, backend):
+    window = _window(weight.shape[2:4], stride, padding, dilation, clamped)
+    return implementation("aggregation", backend, g).transpose(weight, g, (input_size[0], input_size[1]), window)
+
+
+@_transpose.register_fake
+def _(weight, g, input_size, *_):
+    return empty_like_layout(g, (*g.shape[:3], *input_size))
+
+
+def _save(ctx, inputs, output):
+    """Both tensor arguments come first, the backend last; integers between them need no saving as tensors."""
+    ctx.save_for_backward(*inputs[:2])
+    ctx.integers = inputs[2:]
+
+
+def _aggregate_backward(ctx, grad):
+    weight, x = ctx.saved_tensors
+    *fields, backend = ctx.integers
+    window = _window(weight.shape[2:4], *fields)
+    grad_weight = correlate(grad, x, window, backend) if ctx.needs_input_grad[0] else None
+    grad_x = transpose(weight, grad, x.shape[3:], window, backend) if ctx.needs_input_grad[1] else None
+    return grad_weight, grad_x, *[None] * len(ctx.integers)
+
+
+def _correlate_backward(ctx, grad):
+    g, x = ctx.saved_tensors
+    kernel_size, *fields, backend = ctx.integers
+    window = _window(kernel_size, *fields)
+    grad_g = aggregate(grad, x, window, backend) if ctx.needs_input_grad[0] else None
+    grad_x = transpose(grad, g, x.shape[3:], window, backend) if ctx.needs_input_grad[1] else None
+    return grad_g, grad_x, *[None] * len(ctx.integers)
+
+
+def _transpose_backward(ctx, grad):
+    weight, g = ctx.saved_tensors
+    _input_size, *fields, backend = ctx.integers
+    window = _window(weight.shape[2:4], *fields)
+    grad_weight = correlate(g, grad, window, backend) if ctx.needs_input_grad[0] else None
+    grad_g = aggregate(weight, grad, window, backend) if ctx.needs_input_grad[1] else None
+    return grad_weight, grad_g, *[None] * len(ctx.integers)
+
+
+_aggregate.register_autograd(_aggregate_backward, setup_context=_save)
+_correlate.register_autograd(_correlate_backward, setup_context=_save)
+_transpose.register_autograd(_transpose_backward, setup_context=_save)
+
+
+def aggregate(weight: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
+    """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)], [B, G, C, H', W'] in the memory order of x."""
+    return _aggregate(weight, x, *_fields(window), backend)
+
+
+def correlate(g: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
+    """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)], [B, G, Kh, Kw, H', W'] in the memory order of g."""
+    return _correlate(g, x, list(window.kernel_size), *_fields(window), backend)
+
+
+def transpose(weight: Tensor, g: Tensor, input_size: Pair | torch.Size, window: Window, backend: str) -> Tensor:
+    """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i], [B, G, C, H, W] in the memory order of g."""
+    return _transpose(weight, g, list(input_size), *_fields(window), backend)
+
+
+def aggregation_flops(channels_shape: Sequence[int], kernel_shape: Sequence[int]) -> int:
+    """Two operations per multiply-add: every entry [B, G, K², H', W'] of the kernel meets every channel of its group."""
+    operations = 2 * channels_shape[2]
+    for size in kernel_shape:
+        operations *= size
+    return operations
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.aggregate)
+def _(weight_shape, x_shape, *_, **__) -> int:
+    return aggregation_flops(x_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.correlate)
+def _(g_shape, x_shape, *_, out_shape=None, **__) -> int:
+    return aggregation_flops(x_shape, out_shape)  # pyright: ignore[reportArgumentType]
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.transpose)
+def _(weight_shape, g_shape, *_, **__) -> int:
+    return aggregation_flops(g_shape, weight_shape)

@@ -1,0 +1,1 @@
+from kernels.reference import depthwise_conv2d

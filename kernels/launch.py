@@ -1,0 +1,58 @@
+"""The one place where kernels are launched, so that a launch can also be recorded instead.
+
+``record_launches`` collects what would have been launched: with tensors on the ``meta`` device every kernel can be
+compiled ahead, for any architecture, from the very arguments its launcher computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Launch", "fits_int32", "launch", "record_launches"]
+
+
+class Launch(NamedTuple):
+    """A kernel with everything its launch needs. ``options`` holds num_warps and num_stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; not for use while other threads launch."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], **options: int) -> None:
+    """Run ``kernel`` over ``grid`` on ``device``; Triton itself would take the current device."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, options))
+    elif device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](**arguments, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **options)
+
+
+def fits_int32(*tensors: Tensor) -> bool:
+    """Whether every offset inside one batch entry and group of each tensor is below 2^31 elements."""
+    return all(
+        sum((size - 1) * abs(stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True)) < 2**31
+        for t in tensors
+    )

@@ -1,0 +1,51 @@
+"""Memory order of fresh outputs: one rule, used by the kernels and by the fake implementations alike.
+
+The operators work on views [B, G, channels..., H, W], "channels" being C, or (Kh, Kw) for a dynamic kernel. Three
+orders occur in memory: channels first (as the view), heads last (B, G, H, W, channels: neighbourhood attention) and
+image last (B, H, W, G, channels: ``torch.channels_last``). An output takes the order of the tensor it resembles, so
+that a permuted view handed in comes back as the same permuted view, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["channels_fastest", "empty_kernel_layout", "empty_like_layout"]
+
+
+def channels_fastest(view: Tensor) -> bool:
+    """Whether neighbouring addresses hold neighbouring channels (or window positions), not neighbouring pixels."""
+    last = view.dim() - 3
+    return view.stride(last) == 1 and view.size(last) > 1 and (view.size(-1) > 1 or view.size(-2) > 1)
+
+
+def _memory_order(view: Tensor) -> tuple[int, ...]:
+    rank = view.dim()
+    rows, columns, channels = rank - 2, rank - 1, range(2, rank - 2)
+    if not channels_fastest(view):
+        return tuple(range(rank))
+    pixel_stride = view.stride(columns) if view.size(columns) > 1 else view.stride(rows)
+    if view.size(1) > 1 and view.stride(1) < pixel_stride:
+        return (0, rows, columns, 1, *channels)
+    return (0, 1, rows, columns, *channels)
+
+
+def _empty(template: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
+    dense = torch.empty([shape[d] for d in order], dtype=template.dtype, device=template.device)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return dense.permute(inverse)
+
+
+def empty_like_layout(template: Tensor, shape: Sequence[int]) -> Tensor:
+    """Dense, uninitialised tensor of ``shape`` in the memory order of ``template`` (of the same rank)."""
+    return _empty(template, shape, _memory_order(template))
+
+
+def empty_kernel_layout(g: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Dense, uninitialised [B, G, Kh, Kw, H', W'] in the memory order of g [B, G, C, H', W'], (Kh, Kw) in place of C."""
+    batch, groups, _, height, width = g.shape
+    order = tuple(p for d in _memory_order(g) for p in ((2, 3) if d == 2 else (d + (d > 2),)))
+    return _empty(g, (batch, groups, *kernel_size, height, width), order)

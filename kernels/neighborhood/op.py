@@ -1,0 +1,237 @@
+"""Neighbourhood operators: windows that slide inward at the border, so that every output has K² true neighbours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import reference
+from kernels.aggregation.op import aggregate, aggregation_flops, correlate, implementation, without_autocast
+from kernels.backend import get_backend
+from kernels.checks import as_pair, check_shape, check_tensors, check_window_fits, odd_pair
+from kernels.layout import empty_like_layout
+from kernels.windows import Pair, Window
+
+__all__ = ["na2d_av", "na2d_qk", "na2d_softmax_av", "softmax_aggregate"]
+
+
+def channels_first(tensor: Tensor) -> Tensor:
+    """[B, heads, H, W, D] seen as [B, heads, D, H, W]."""
+    return tensor.permute(0, 1, 4, 2, 3)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """[B, heads, D, H, W] seen as [B, heads, H, W, D]."""
+    return tensor.permute(0, 1, 3, 4, 2)
+
+
+def kernel_first(tensor: Tensor, kernel_size: Pair) -> Tensor:
+    """[B, heads, H, W, K²] seen as [B, heads, Kh, Kw, H, W]."""
+    return tensor.unflatten(-1, kernel_size).permute(0, 1, 4, 5, 2, 3)
+
+
+def _checked_window(kernel_size: int | Pair, dilation: int | Pair, height: int, width: int) -> Window:
+    kernel_sizes, dilations = odd_pair("kernel_size", kernel_size), as_pair("dilation", dilation, 1)
+    check_window_fits(kernel_sizes, dilations, height, width)
+    return Window.neighborhood(kernel_sizes, dilations)
+
+
+def _check_attention(name: str, tensor: Tensor, value: Tensor, kernel_size: int | Pair) -> None:
+    kernel_h, kernel_w = odd_pair("kernel_size", kernel_size)
+    batch, heads, height, width, _ = value.shape
+    sizes = {"B": batch, "heads": heads, "H": height, "W": width, "K²": kernel_h * kernel_w}
+    check_shape(name, tensor, "B heads H W K²", **sizes)
+
+
+def _check_rpb(rpb: Tensor, heads: int, kernel_size: Pair) -> None:
+    sizes = {"heads": heads, "2Kh-1": 2 * kernel_size[0] - 1, "2Kw-1": 2 * kernel_size[1] - 1}
+    check_shape("rpb", rpb, "heads 2Kh-1 2Kw-1", **sizes)
+
+
+def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1) -> Tensor:
+    """out[b,h,i] = Σ_k attn[b,h,i,k] · value[b,h,nbr(i,k)], nbr(i,k) = start(i) + k·dilation  (clamped window)
+
+    dvalue[j] = Σ_{(i,k) reaching j} attn[i,k] · dout[i];  dattn[i,k] = Σ_c dout[i,c] · value[nbr(i,k),c].
+
+    Args:
+        attn: [B, heads, H, W, K²], rows of the window first; used as it is (no softmax).
+        value: [B, heads, H, W, D].
+        kernel_size: odd window size K in positions; an int, or (rows, columns), as is dilation.
+        dilation: pixels between window positions; kernel_size·dilation must not exceed the map.
+
+    Returns:
+        [B, heads, H, W, D].
+
+    Raises:
+        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        ValueError: shapes, devices or options do not fit together.
+
+    Source: arXiv 2204.07143, equation 3 (NATTEN's ``na2d_av``). Differentiable any number of times.
+    """
+    attn, value = check_tensors(attn=attn, value=value)
+    check_shape("value", value, "B heads H W D")
+    _check_attention("attn", attn, value, kernel_size)
+    window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
+    backend = get_backend()
+    if backend == "reference":
+        return reference.na2d_av(attn, value, window.kernel_size, window.dilation)
+    weight = kernel_first(attn, window.kernel_size)
+    return channels_last(aggregate(weight, channels_first(value), window, backend))
+
+
+def na2d_qk(
+    query: Tensor, key: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1, rpb: Tensor | None = None
+) -> Tensor:
+    """out[b,h,i,k] = Σ_c query[b,h,i,c] · key[b,h,nbr(i,k),c]  (+ rpb[h, (nbr(i,k) − i)/dilation + K − 1])
+
+    dquery[i] = Σ_k dout[i,k] · key[nbr(i,k)];  dkey[j] = Σ_{(i,k) reaching j} dout[i,k] · query[i].
+
+    Args:
+        query, key: [B, heads, H, W, D]; no scale is applied.
+        kernel_size: odd window size K in positions; an int, or (rows, columns), as is dilation.
+        dilation: pixels between window positions; kernel_size·dilation must not exceed the map.
+        rpb: relative position bias [heads, 2Kh − 1, 2Kw − 1], or None.
+
+    Returns:
+        [B, heads, H, W, K²], rows of the window first.
+
+    Raises:
+        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        ValueError: shapes, devices or options do not fit together.
+
+    Source: arXiv 2204.07143, equation 2 (NATTEN's ``na2d_qk``). Differentiable any number of times.
+    """
+    query, key, *bias = check_tensors(query=query, key=key, rpb=rpb)
+    check_shape("query", query, "B heads H W D")
+    axes = zip("B heads H W D".split(), query.shape, strict=True)
+    check_shape("key", key, "B heads H W D", **dict(axes))
+    window = _checked_window(kernel_size, dilation, query.shape[2], query.shape[3])
+    if bias:
+        _check_rpb(bias[0], query.shape[1], window.kernel_size)
+    backend = get_backend()
+    if backend == "reference":
+        return reference.na2d_qk(query, key, window.kernel_size, window.dilation, *bias)
+    logits = correlate(channels_first(query), channels_first(key), window, backend)
+    logits = logits.permute(0, 1, 4, 5, 2, 3).flatten(4)
+    return logits + reference.rpb_logits(bias[0], query.shape[2], query.shape[3], window) if bias else logits
+
+
+def na2d_softmax_av(
+    logits: Tensor, value: Tensor, kernel_size: int | Pair, *, rpb: Tensor | None = None, dilation: int | Pair = 1
+) -> Tensor:
+    """p = softmax_k(logits[b,h,i,k] + rpb[h, (nbr(i,k) − i)/dilation + K − 1]);  out[b,h,i] = Σ_k p[i,k] · value[b,h,nbr(i,k)]
+
+    dlogits[i,k] = p[i,k] · (Σ_c dout[i,c] · value[nbr(i,k),c] − Σ_c dout[i,c] · out[i,c]);
+    dvalue[j] = Σ_{(i,k) reaching j} p[i,k] · dout[i];  drpb sums dlogits over all (b, i, k) with that distance.
+    p is never stored: the backward pass computes it again from one number per pixel and head, log Σ_k exp.
+
+    Args:
+        logits: [B, heads, H, W, K²], rows of the window first.
+        value: [B, heads, H, W, D].
+        kernel_size: odd window size K in positions; an int, or (rows, columns), as is dilation.
+        rpb: relative position bias [heads, 2Kh − 1, 2Kw − 1], or None.
+        dilation: pixels between window positions; kernel_size·dilation must not exceed the map.
+
+    Returns:
+        [B, heads, H, W, D]. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
+
+    Raises:
+        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        ValueError: shapes, devices or options do not fit together.
+
+    Source: arXiv 2204.07143, equations 2-4; with ContMix's logits, arXiv 2502.20087, equation 3.
+    """
+    logits, value, *bias = check_tensors(logits=logits, value=value, rpb=rpb)
+    check_shape("value", value, "B heads H W D")
+    _check_attention("logits", logits, value, kernel_size)
+    window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
+    if bias:
+        _check_rpb(bias[0], value.shape[1], window.kernel_size)
+    rpb = bias[0] if bias else None
+    backend = get_backend()
+    if backend == "reference":
+        return reference.na2d_softmax_av(logits, value, window.kernel_size, rpb=rpb, dilation=window.dilation)
+    out = softmax_aggregate(kernel_first(logits, window.kernel_size), channels_first(value), rpb, window, backend)
+    return channels_last(out)
+
+
+def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, backend: str) -> Tensor:
+    """aggregate(softmax over the window of logits + rpb, value) for views logits [B,G,Kh,Kw,H,W], value [B,G,C,H,W]."""
+    return _softmax_aggregate(logits, value, rpb, list(window.dilation), backend)[0]
+
+
+def _window_of(logits: Tensor, dilation: list[int]) -> Window:
+    return Window.neighborhood((logits.shape[2], logits.shape[3]), (dilation[0], dilation[1]))
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::softmax_aggregate",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend) -> (Tensor, Tensor)",
+)
+@without_autocast
+def _softmax_aggregate(logits, value, rpb, dilation, backend):
+    """The output, and log Σ_k exp(logits + rpb) [B, G, H, W] in float32 (float64 for float64)."""
+    run = implementation("neighborhood", backend, value)
+    return run.softmax_aggregate(logits, value, rpb, _window_of(logits, dilation))
+
+
+@_softmax_aggregate.register_fake
+def _(logits, value, rpb, dilation, backend):
+    statistics = torch.float64 if value.dtype == torch.float64 else torch.float32
+    batch, groups, _, height, width = value.shape
+    return empty_like_layout(value, value.shape), value.new_empty((batch, groups, height, width), dtype=statistics)
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::softmax_aggregate_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, Tensor out, Tensor log_sum_exp, int[] dilation,"
+        " str backend) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+@without_autocast
+def _softmax_aggregate_backward(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
+    """Gradients of logits, value and rpb; the last is empty where there is no rpb."""
+    run = implementation("neighborhood", backend, value)
+    window = _window_of(logits, dilation)
+    grad_logits, grad_value, grad_rpb = run.softmax_aggregate_backward(
+        grad, logits, value, rpb, out, log_sum_exp, window
+    )
+    return grad_logits, grad_value, value.new_empty(0) if grad_rpb is None else grad_rpb
+
+
+@_softmax_aggregate_backward.register_fake
+def _(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
+    grad_rpb = value.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
+    return empty_like_layout(logits, logits.shape), empty_like_layout(value, value.shape), grad_rpb
+
+
+def _save(ctx, inputs, output):
+    logits, value, rpb, ctx.dilation, ctx.backend = inputs
+    ctx.save_for_backward(logits, value, rpb, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _grad_log_sum_exp):
+    logits, value, rpb, out, log_sum_exp = ctx.saved_tensors
+    grad_logits, grad_value, grad_rpb = _softmax_aggregate_backward(
+        grad, logits, value, rpb, out, log_sum_exp, ctx.dilation, ctx.backend
+    )
+    return grad_logits, grad_value, None if rpb is None else grad_rpb, None, None
+
+
+_softmax_aggregate.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.softmax_aggregate)
+def _(logits_shape, value_shape, *_, **__) -> int:
+    return aggregation_flops(value_shape, logits_shape)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.softmax_aggregate_backward)
+def _(grad_shape, logits_shape, *_, **__) -> int:
+    # As for every backward of two factors: one correlate and one transpose.
+    return 2 * aggregation_flops(grad_shape, logits_shape)

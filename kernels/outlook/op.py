@@ -1,0 +1,1 @@
+from kernels.reference import outlook_attention2d

@@ -1,0 +1,64 @@
+"""The two window rules: which input positions an output position sums over.
+
+Per axis, output position ``i`` has the neighbours ``k = 0..K-1``:
+
+=============  ========================================================  =====================================
+rule           neighbour                                                 out of range
+=============  ========================================================  =====================================
+zero-padded    ``i*stride - padding + k*dilation``                       reads 0
+clamped        ``start(i) + k*dilation``                                 never: the window slides inward
+=============  ========================================================  =====================================
+
+with ``start(i) = clamp(i - K//2, 0, L - K)`` for dilation 1. Dilation ``d`` splits an axis into residue classes
+``i mod d``; class ``r`` has ``ceil((L - r)/d)`` members and the same clamp runs inside the class, so a clamped
+window needs ``K*d <= L``. The clamped rule is the border rule of neighbourhood attention (arXiv 2204.07143).
+
+``windows_triton`` states the same two rules for kernels, and their inverse: which outputs reach an input.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Pair", "Window"]
+
+Pair = tuple[int, int]
+
+
+class Window(NamedTuple):
+    """A two-dimensional window; every field but the last is (rows, columns)."""
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    clamped: bool = False
+
+    @classmethod
+    def neighborhood(cls, kernel_size: Pair, dilation: Pair = (1, 1)) -> Window:
+        return cls(kernel_size, dilation=dilation, clamped=True)
+
+    def output_length(self, length: int, axis: int) -> int:
+        """Number of outputs along ``axis`` (0 rows, 1 columns) for an input of ``length``; may be <= 0."""
+        if self.clamped:
+            return length
+        span = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+        return (length + 2 * self.padding[axis] - span) // self.stride[axis] + 1
+
+    def output_size(self, height: int, width: int) -> Pair:
+        return self.output_length(height, 0), self.output_length(width, 1)
+
+    def neighbours(self, length: int, axis: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Index of every neighbour, [L', K]; values outside 0..L-1 mean "reads 0" (zero-padded rule only)."""
+        kernel_size, dilation = self.kernel_size[axis], self.dilation[axis]
+        i = torch.arange(self.output_length(length, axis), device=device)
+        if self.clamped:
+            residue = i % dilation
+            members = (length - residue + dilation - 1) // dilation
+            start = torch.minimum((i // dilation - kernel_size // 2).clamp(min=0), members - kernel_size)
+            start = start * dilation + residue
+        else:
+            start = i * self.stride[axis] - self.padding[axis]
+        return start[:, None] + torch.arange(kernel_size, device=device) * dilation

@@ -1,0 +1,127 @@
+"""The two window rules of ``windows`` as Triton helpers, along one axis and in both directions.
+
+Vocabulary of every kernel in this repository:
+
+======  =====================================================================================
+``i_``  a program's own index (batch entry, group, tile)
+``o_``  offsets: positions, channels or window steps a program covers
+``m_``  masks
+``p_``  pointers
+``b_``  blocks of values, their shape in a comment above
+======  =====================================================================================
+
+A *step* enumerates what one position exchanges values with. Forward, step k is the window position k of an output.
+Inverse, the steps of an input run over the outputs that may reach it, at most ``inverse_steps`` of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.windows import Window
+
+__all__ = ["inverse_neighbour", "inverse_steps", "neighbour", "relative_position", "split_program", "window_start"]
+
+
+def inverse_steps(window: Window, length: int, axis: int) -> int:
+    """Upper bound on the outputs to be tried per input along ``axis``.
+
+    Zero-padded: one candidate per window position. Clamped: in a class of fewer than 2K members some input is in every
+    window; in a larger one the inputs nearest a border are in the most, K + K//2. Classes differ by one member.
+    """
+    kernel_size, dilation = window.kernel_size[axis], window.dilation[axis]
+    if not window.clamped:
+        return kernel_size
+    members = -(-length // dilation)
+    return min(members, 2 * kernel_size - 1) if members <= 2 * kernel_size else kernel_size + kernel_size // 2
+
+
+@triton.jit
+def split_program(pixel_blocks, channel_blocks, groups):
+    """The one grid axis taken apart: (pixel block, channel block, group, batch entry), pixel blocks fastest.
+
+    One axis, because the second and third of a grid end at 65,535; group and batch entry come as 64-bit numbers.
+    """
+    i_program = tl.program_id(0)
+    i_rest = i_program // pixel_blocks
+    i_image = i_rest // channel_blocks
+    return (
+        i_program % pixel_blocks,
+        i_rest % channel_blocks,
+        (i_image % groups).to(tl.int64),
+        (i_image // groups).to(tl.int64),
+    )
+
+
+@triton.jit
+def _clamped_start(o_member, members, KERNEL: tl.constexpr):
+    """First window member of a member of a residue class with ``members`` members."""
+    return tl.minimum(tl.maximum(o_member - KERNEL // 2, 0), members - KERNEL)
+
+
+@triton.jit
+def window_start(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr):
+    """First input of the clamped window of output ``o_output``."""
+    if DILATION == 1:
+        o_start = _clamped_start(o_output, length, KERNEL)
+    else:
+        residue = o_output % DILATION
+        members = (length - residue + DILATION - 1) // DILATION
+        o_start = _clamped_start(o_output // DILATION, members, KERNEL) * DILATION + residue
+    return o_start
+
+
+@triton.jit
+def neighbour(
+    o_output,
+    o_step,
+    length,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    CLAMPED: tl.constexpr,
+):
+    """Window position ``o_step`` of output ``o_output``: (input position, whether it is inside the input)."""
+    if CLAMPED:
+        o_input = window_start(o_output, length, KERNEL, DILATION) + o_step * DILATION
+    else:
+        o_input = o_output * STRIDE - PADDING + o_step * DILATION
+    return o_input, (o_input >= 0) & (o_input < length)
+
+
+@triton.jit
+def inverse_neighbour(
+    o_input,
+    o_step,
+    length,
+    output_length,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    CLAMPED: tl.constexpr,
+):
+    """Candidate ``o_step`` for an output whose window holds ``o_input``: (output, its window position, whether it does)."""
+    if CLAMPED:
+        residue = o_input % DILATION
+        member = o_input // DILATION
+        members = (length - residue + DILATION - 1) // DILATION
+        o_member = tl.where(member < KERNEL, 0, member - KERNEL // 2) + o_step
+        o_window = member - _clamped_start(o_member, members, KERNEL)
+        o_output = o_member * DILATION + residue
+        valid = (o_window >= 0) & (o_window < KERNEL) & (o_member < members)
+    else:
+        o_window = o_step
+        scaled = o_input + PADDING - o_window * DILATION
+        o_output = scaled // STRIDE
+        valid = (scaled >= 0) & (o_output * STRIDE == scaled) & (o_output < output_length)
+    return o_output, o_window, valid
+
+
+@triton.jit
+def relative_position(o_output, o_input, KERNEL: tl.constexpr, DILATION: tl.constexpr):
+    """Index into the relative position bias: (neighbour − query)/dilation + K − 1, in 0..2K−2 for a true neighbour."""
+    # Shifted to be non-negative before dividing: Triton's integer division truncates.
+    return (o_input - o_output + (KERNEL - 1) * DILATION) // DILATION

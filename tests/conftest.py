@@ -1,0 +1,32 @@
+"""Picks GPU or interpreter before triton is imported, and poisons every fresh tensor."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty(monkeypatch):
+    """torch.empty and friends return NaN, so an element that nobody writes fails every comparison."""
+
+    def poisoned(function):
+        def wrapper(*args, **kwargs):
+            out = function(*args, **kwargs)
+            if isinstance(out, torch.Tensor) and out.is_floating_point() and not out.is_meta:
+                out.fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -1,0 +1,62 @@
+"""What every test compares with: one tolerance table, one error measure, fresh inputs, the official golden outputs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# ‖out − reference‖ / ‖reference‖ against the float64 definition. Never loosened for one test, device or machine.
+FORWARD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """‖out − expected‖ / ‖expected‖ in float64; NaN (never "close") where out has one, ‖out‖ where expected is 0."""
+    out, expected = out.detach().double().cpu(), expected.detach().double().cpu()
+    assert out.shape == expected.shape, f"shape {tuple(out.shape)} instead of {tuple(expected.shape)}"
+    norm = expected.norm().item()
+    return (out - expected).norm().item() / (norm if norm > 0 else 1.0)
+
+
+def assert_close(out: Tensor, expected: Tensor, tolerance: float, what: str = "output") -> None:
+    error = relative_error(out, expected)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def random_tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int | None = None, device: str = DEVICE) -> Tensor:
+    """Standard normal, fresh for every call unless seeded, drawn in float64 and rounded to ``dtype``."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device=device, dtype=dtype)
+
+
+@functools.cache
+def official_state_dicts() -> dict[str, dict[str, list[int]]]:
+    """Entry name -> shape of every official checkpoint, by variant."""
+    return json.loads((GOLDEN / "state_dicts.json").read_text())
+
+
+@functools.cache
+def golden_fill():
+    """The module that fills a model from its entry names alone (``fill_``) and makes the matching ``image``."""
+    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as archive:
+        return dict(archive)
