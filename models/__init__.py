@@ -1,0 +1,7 @@
+"""OverLoCK, RedNet and VOLO on the operators of ``kernels``, under their official state-dict names."""
+
+from models import overlock, rednet, volo  # noqa: F401  (register their entry points)
+from models.checkpoints import load_checkpoint, save_checkpoint
+from models.registry import create_model, list_models
+
+__all__ = ["create_model", "list_models", "load_checkpoint", "save_checkpoint"]

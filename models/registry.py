@@ -1,0 +1,82 @@
+"""Names of all models, and the one function that builds any of them.
+
+A family registers its entry points by decorating them::
+
+    @register_model
+    def rednet50(pretrained: bool = False, **kwargs) -> RedNet: ...
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from models.checkpoints import load_checkpoint
+
+__all__ = ["create_model", "list_models", "register_model"]
+
+EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
+
+_entry_points: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(entry_point: EntryPoint) -> EntryPoint:
+    """Adds an entry point to the registry under its own name and returns it unchanged.
+
+    Raises:
+        ValueError: another function already holds the name.
+    """
+    name = entry_point.__name__
+    if name in _entry_points:
+        raise ValueError(f"register_model: {name!r} is already registered by {_entry_points[name].__module__}")
+    _entry_points[name] = entry_point
+    return entry_point
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of all models that match a shell pattern, in natural order (``rednet50`` before ``rednet101``).
+
+    Args:
+        pattern: as in ``fnmatch``, for example ``"overlock_*_reparam"``; case matters.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern: expected a str such as 'rednet*', got {type(pattern).__name__}")
+    return sorted((name for name in _entry_points if fnmatch.fnmatchcase(name, pattern)), key=_natural_key)
+
+
+def create_model(
+    name: str, pretrained: bool = False, checkpoint: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> nn.Module:
+    """Builds a model by name.
+
+    Args:
+        name: one of ``list_models()``.
+        pretrained: load the official ImageNet weights, where they can be downloaded.
+        checkpoint: a weight file (path or URL) to load instead, see ``load_checkpoint``.
+        **kwargs: passed on to the entry point: num_classes, in_chans, drop_path_rate, features_only, out_indices, ...
+
+    Raises:
+        ValueError: an unknown name (the message offers close ones), or pretrained and checkpoint both given.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str such as 'rednet50', got {type(name).__name__}")
+    if name not in _entry_points:
+        close = difflib.get_close_matches(name, _entry_points, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
+        raise ValueError(f"name: no model {name!r}; {hint}")
+    if pretrained and checkpoint is not None:
+        raise ValueError(f"pretrained and checkpoint: expected at most one, got pretrained=True and {checkpoint!r}")
+    model = _entry_points[name](pretrained=pretrained, **kwargs)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model
+
+
+def _natural_key(name: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,214 @@
+"""Each layer against its formula, in float64 where nothing forbids it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.layers import (
+    ContMix,
+    DilatedReparamBlock,
+    DropPath,
+    GELU2d,
+    GlobalResponseNorm,
+    LayerNorm2d,
+    LayerScale,
+    ResidualDepthwiseConv2d,
+    SqueezeExcite,
+)
+from tests.support import assert_close, random_tensor
+
+TOLERANCE = 1e-12
+
+
+def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    """Fresh values in every parameter and running statistic, so that no term is invisible."""
+    module.to(dtype)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point():
+            tensor.normal_()
+    return module
+
+
+def test_drop_path():
+    layer, x = DropPath(0.25), torch.ones(2000, 2, 3)
+    y = layer(x)
+    dropped = (y == 0).flatten(1).all(1)
+    assert torch.equal(y[~dropped], x[~dropped] / 0.75)
+    assert 0.2 < dropped.float().mean() < 0.3
+    assert layer.eval()(x) is x
+    assert DropPath(0.0)(x) is x
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_layer_norm(memory_format):
+    layer = randomise(LayerNorm2d(6, eps=1e-6))
+    x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu").contiguous(memory_format=memory_format)
+    mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
+    expected = (x - mean) / (variance + 1e-6).sqrt() * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
+    out = layer(x)
+    assert_close(out, expected, TOLERANCE)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gelu(memory_format):
+    x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu").contiguous(memory_format=memory_format)
+    out = GELU2d()(x)
+    assert_close(out, x * 0.5 * (1 + torch.erf(x / 2**0.5)), TOLERANCE)
+    assert out.stride() == x.stride()
+
+
+def test_layer_scale_is_a_1x1_depthwise_convolution():
+    layer = randomise(LayerScale(6))
+    x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu")
+    assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, groups=6), TOLERANCE)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, TOLERANCE), (torch.bfloat16, 1e-2)])
+def test_global_response_norm(dtype, tolerance):
+    layer = randomise(GlobalResponseNorm(6), dtype)
+    x = random_tensor(2, 6, 4, 5, dtype=dtype, device="cpu")
+    exact, gamma, beta = x.double(), layer.gamma.double(), layer.beta.double()
+    norm = exact.square().sum((2, 3), keepdim=True).sqrt()
+    out = layer(x)
+    assert out.dtype == dtype
+    assert_close(out, exact * (gamma * norm / (norm.mean(1, keepdim=True) + 1e-6) + 1) + beta, tolerance)
+
+
+def test_global_response_norm_of_a_silent_channel_has_a_gradient():
+    layer = randomise(GlobalResponseNorm(3))
+    x = random_tensor(1, 3, 2, 2, dtype=torch.float64, device="cpu")
+    x[:, 1] = 0
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(56, 16), (336, 42)])
+def test_squeeze_excite(channels, hidden):
+    layer = randomise(SqueezeExcite(channels))
+    first, second = layer.proj[1], layer.proj[3]
+    assert first.out_channels == hidden
+    x = random_tensor(2, channels, 3, 4, dtype=torch.float64, device="cpu")
+    squeezed = F.gelu(x.mean((2, 3)) @ first.weight.flatten(1).t() + first.bias)
+    gate = torch.sigmoid(squeezed @ second.weight.flatten(1).t() + second.bias)
+    assert_close(layer(x), x * gate[..., None, None], TOLERANCE)
+
+
+def test_residual_depthwise_convolution():
+    layer = randomise(ResidualDepthwiseConv2d(4))
+    x = random_tensor(2, 4, 5, 6, dtype=torch.float64, device="cpu")
+    assert_close(layer(x), x + F.conv2d(x, layer.weight, layer.bias, padding=1, groups=4), TOLERANCE)
+
+
+def sum_of_branches(block: DilatedReparamBlock, x: torch.Tensor) -> torch.Tensor:
+    outputs = [
+        norm(F.conv2d(x, conv.weight, None, 1, conv.padding, conv.dilation, 3)) for conv, norm in block.branches()
+    ]
+    return torch.stack(outputs).sum(0)
+
+
+@pytest.mark.parametrize("kernel_size", [7, 13, 15, 17])
+def test_dilated_reparam_block(kernel_size):
+    block = randomise(DilatedReparamBlock(3, kernel_size))
+    x = random_tensor(2, 3, 20, 9, dtype=torch.float64, device="cpu").requires_grad_()
+    assert_close(block(x), sum_of_branches(block, x), TOLERANCE, "training mode")
+
+    block.eval()
+    weights = [conv.weight for conv, _ in block.branches()] + [norm.weight for _, norm in block.branches()]
+    gradient = random_tensor(*x.shape, dtype=torch.float64, device="cpu")
+    expected = sum_of_branches(block, x)
+    out = block(x)
+    assert_close(out, expected, TOLERANCE, "evaluation mode")
+    pairs = zip(
+        torch.autograd.grad(out, [x, *weights], gradient),
+        torch.autograd.grad(expected, [x, *weights], gradient),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        assert_close(ours, theirs, 1e-11, "gradient")
+
+    block.merge()
+    assert block.merged
+    assert sorted(block.state_dict()) == ["lk_origin.bias", "lk_origin.weight"]
+    assert_close(block(x), expected, TOLERANCE, "merged")
+    block.merge()  # a second time changes nothing
+    assert_close(block(x), expected, TOLERANCE, "merged twice")
+
+
+def test_dilated_reparam_block_adapts_single_batch_norms():
+    """A batch norm left in training mode sees its branch, although the block as a whole is in evaluation mode."""
+    block = randomise(DilatedReparamBlock(3, 7)).eval()
+    block.dil_bn_k3_2.train()
+    before = block.dil_bn_k3_2.running_mean.clone()
+    block(random_tensor(2, 3, 9, 9, dtype=torch.float64, device="cpu"))
+    assert not torch.equal(block.dil_bn_k3_2.running_mean, before)
+
+
+def test_dilated_reparam_block_refuses_other_kernels():
+    with pytest.raises(ValueError, match=r"kernel_size must be one of .*got 9"):
+        DilatedReparamBlock(4, 9)
+
+
+def contmix_definition(layer: ContMix, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """SPEC's steps 3 and 4, one output position at a time."""
+    size = (x.shape[2], x.shape[3])
+    enlarged = layer.mixing_size(*size)
+    if enlarged != size:
+        x, features = (F.interpolate(t, enlarged, mode="bilinear") for t in (x, features))
+    channels, heads, (height, width) = layer.channels, layer.num_heads, enlarged
+    query = layer.weight_query(features[:, :channels]).unflatten(1, (heads, -1))
+    key = layer.weight_key(features[:, channels:]).unflatten(1, (heads, -1)).flatten(3)
+    affinity = torch.einsum("bgcij,bgcl->bgijl", query, key) * (channels / heads) ** -0.5
+    logits = affinity @ layer.weight_proj.weight.flatten(1).t() + layer.weight_proj.bias
+    out = []
+    halves = zip(x.chunk(2, 1), layer.kernel_sizes, (layer.rpb1, layer.rpb2), (0, 25), strict=True)
+    for half, k, rpb, first in halves:
+        value, mixed = half.unflatten(1, (heads, -1)), torch.empty_like(half.unflatten(1, (heads, -1)))
+        for i in range(height):
+            for j in range(width):
+                top, left = min(max(i - k // 2, 0), height - k), min(max(j - k // 2, 0), width - k)
+                bias = rpb[:, top - i + k - 1 : top - i + 2 * k - 1, left - j + k - 1 : left - j + 2 * k - 1]
+                kernel = (logits[:, :, i, j, first : first + k * k] + bias.flatten(1)).softmax(-1)
+                mixed[..., i, j] = torch.einsum(
+                    "bgk,bgck->bgc", kernel, value[..., top : top + k, left : left + k].flatten(3)
+                )
+        out.append(mixed.flatten(1, 2))
+    mixed = torch.cat(out, 1)
+    return mixed if enlarged == size else F.adaptive_avg_pool2d(mixed, size)
+
+
+@pytest.mark.parametrize("size", [(9, 8), (4, 7), (3, 3)])
+def test_contmix(size):
+    layer = randomise(ContMix(12, 5, 7, num_heads=2)).eval()
+    x = random_tensor(2, 12, *size, dtype=torch.float64, device="cpu")
+    features = random_tensor(2, 17, *size, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        assert_close(layer(x, features), contmix_definition(layer, x, features), 1e-11)
+
+
+def test_contmix_mixing_size():
+    for kernel_size in (5, 7, 13, 15, 17, 31):
+        layer = ContMix(4, 1, kernel_size, num_heads=1)
+        for short in range(1, kernel_size + 2):
+            for long in range(short, 60):
+                height, width = layer.mixing_size(short, long)
+                assert layer.mixing_size(long, short) == (width, height)
+                if short >= kernel_size:
+                    assert (height, width) == (short, long)
+                else:
+                    assert height == kernel_size
+                    assert width == max(kernel_size, int(kernel_size / short * long))
+    assert ContMix(4, 1, 15, num_heads=1).mixing_size(11, 11) == (15, 15)  # 15 / 11 · 11 < 15 in floating point
+
+
+def test_contmix_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"channels must be a multiple of .*= 6, got 16"):
+        ContMix(16, 4, 7, num_heads=3)

@@ -1,0 +1,476 @@
+"""VOLO: official numbers and names, the border rules, any size, token labelling, features, contract."""
+
+import copy
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from models.volo import (
+    VOLO,
+    Attention,
+    ClassAttention,
+    OutlookAttention,
+    mix_box,
+    random_box,
+    resize_position_embedding,
+    volo_d1,
+    volo_d2,
+    volo_d3,
+    volo_d4,
+    volo_d5,
+)
+from tests.support import (
+    DEVICE,
+    FORWARD_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    INTERPRETED,
+    assert_close,
+    golden,
+    golden_fill,
+    official_state_dicts,
+    random_tensor,
+)
+
+MILLION_PARAMETERS = {volo_d1: 26.6, volo_d2: 58.7, volo_d3: 86.3, volo_d4: 193.0, volo_d5: 295.5}
+
+
+def small(**kwargs) -> VOLO:
+    """Two Outlookers, then one block a stage; trained-like parameters, so that nothing is symmetric by accident."""
+    model = VOLO((2, 1, 1, 1), (12, 24), (3, 4), **{"stem_dim": 8, "img_size": 64, "num_classes": 5, **kwargs})
+    return golden_fill().fill_(model).eval().to(DEVICE)
+
+
+def image(height: int = 64, width: int = 64, batch: int = 3, **kwargs) -> torch.Tensor:
+    return random_tensor(batch, 3, height, width, seed=height + width, **kwargs)
+
+
+# ---- official
+
+
+@pytest.mark.parametrize("variant", MILLION_PARAMETERS, ids=lambda variant: variant.__name__)
+def test_names_shapes_and_parameters_are_the_published_ones(variant):
+    with torch.device("meta"):
+        model = variant()
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == official_state_dicts()[variant.__name__]
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(MILLION_PARAMETERS[variant], abs=0.05)
+
+
+def test_multiply_adds_are_the_published_ones():
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        volo_d1().eval()(torch.empty(1, 3, 224, 224))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(6.8, rel=0.05)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_golden_logits_and_gradient_norms(backend):
+    expected = golden("volo_d1_224x224")
+    model = golden_fill().fill_(volo_d1()).eval().to(DEVICE)
+    x = golden_fill().image(2, 224, 224).to(DEVICE).requires_grad_()
+    with kernels.use_backend(backend):
+        logits = model(x)
+        logits.square().mean().backward()
+    assert np.abs(logits.detach().cpu().numpy() - expected["logits"]).max() <= 1e-4 * np.abs(expected["logits"]).max()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    assert norms.keys() == set(expected["grad_names"])
+    for name, norm in zip(expected["grad_names"], expected["grad_norms"], strict=True):
+        assert norms[name] == pytest.approx(norm, rel=1e-3), name
+    assert x.grad is not None
+    assert x.grad.norm().item() == pytest.approx(float(expected["input_grad_norm"]), rel=1e-3)
+
+
+# ---- layers against their definitions
+
+
+def outlook_by_definition(layer: OutlookAttention, x: torch.Tensor) -> torch.Tensor:
+    """Window by window, head by head, position by position, for a batch of one."""
+    _, height, width, channels = x.shape
+    size, stride, heads = layer.kernel_size, layer.stride, layer.num_heads
+    dim = channels // heads
+    value = layer.v(x)[0].view(height, width, heads, dim)
+    out = torch.zeros_like(value)
+    for i in range(-(-height // stride)):
+        for j in range(-(-width // stride)):
+            tokens = x[0, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
+            logits = layer.attn(tokens.flatten(0, 1).mean(0)).view(heads, size**2, size**2)
+            attention = (logits * dim**-0.5).softmax(-1)
+            places = [
+                (i * stride - size // 2 + u, j * stride - size // 2 + v) for u in range(size) for v in range(size)
+            ]
+            inside = [k for k, (row, column) in enumerate(places) if 0 <= row < height and 0 <= column < width]
+            for target in inside:
+                for source in inside:
+                    out[places[target]] += attention[:, target, source, None] * value[places[source]]
+    return layer.proj(out.view(1, height, width, channels))
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "stride"), [((5, 7), 3, 2), ((4, 3), 3, 1), ((7, 6), 5, 3)])
+@torch.no_grad()
+def test_outlook_attention_follows_its_definition(size, kernel_size, stride):
+    layer = golden_fill().fill_(OutlookAttention(8, 2, kernel_size, stride)).double().to(DEVICE)
+    x = random_tensor(1, *size, 8, dtype=torch.float64)
+    assert_close(layer(x), outlook_by_definition(layer, x), FORWARD_TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+def test_attention_layers_follow_their_definition():
+    x = random_tensor(2, 5, 8, dtype=torch.float64)
+
+    def attend(query, key, value):
+        query, key, value = (tensor.view(2, -1, 2, 4) for tensor in (query, key, value))
+        weights = (torch.einsum("bqhd,bkhd->bhqk", query, key) / 4**0.5).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2)
+
+    attention = golden_fill().fill_(Attention(8, 2)).double().to(DEVICE)
+    expected = attention.proj(attend(*attention.qkv(x).chunk(3, -1)))
+    assert_close(attention(x), expected, FORWARD_TOLERANCE[torch.float64])
+    attention = golden_fill().fill_(ClassAttention(8, 2)).double().to(DEVICE)
+    expected = attention.proj(attend(attention.q(x[:, :1]), *attention.kv(x).chunk(2, -1)))
+    assert_close(attention(x), expected, FORWARD_TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_backends_agree_with_the_definition(backend):
+    if backend == "triton" and not INTERPRETED and DEVICE == "cpu":
+        pytest.skip("Triton needs a GPU or its interpreter")
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        model, x = small().to(dtype), image(40, 56, batch=1).to(dtype).requires_grad_()
+        with kernels.use_backend(name):
+            logits = model(x)
+            logits.square().mean().backward()
+        results.append((logits, {"x": x.grad} | {name: p.grad for name, p in model.named_parameters()}))
+    (logits, gradients), (expected_logits, expected_gradients) = results
+    assert_close(logits, expected_logits, 1e-5)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name], 10 * GRADIENT_TOLERANCE[torch.float32], name)
+
+
+# ---- image sizes and the position embedding
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (72, 40), (65, 129)])
+@torch.no_grad()
+def test_any_size_is_padded_to_whole_patches(height, width):
+    model, x = small().double(), image(height, width).double()
+    rows, columns = -(-height // 8), -(-width // 8)
+    padded = F.pad(x, (0, 8 * columns - width, 0, 8 * rows - height))
+    features, maps = model.forward_intermediates(x)
+    assert maps[0].shape == (3, 12, rows, columns)
+    assert [m.shape for m in maps[1:]] == 3 * [(3, 24, rows // 2, columns // 2)]
+    assert features.shape == (3, 1 + (rows // 2) * (columns // 2), 24)
+    assert_close(model.forward_head(features), model(padded), FORWARD_TOLERANCE[torch.float64])
+    # The stem's convolutions reach at most 5 pixels beyond a patch: the corner of the image must still matter.
+    x[..., -1, -1] += 10
+    assert (model(x) - model.forward_head(features)).abs().min() > 1e-6
+
+
+@torch.no_grad()
+def test_position_embedding_has_its_own_grid_and_is_resized_for_others():
+    wide = small(img_size=(64, 95))
+    assert wide.pos_embed.shape == (1, 4, 6, 24)
+    square = small(img_size=64)
+    assert square.pos_embed.shape == (1, 4, 4, 24)
+    resized = resize_position_embedding(square.pos_embed, (4, 6))
+    square_parameters = square.state_dict()
+    wide.load_state_dict(square_parameters | {"pos_embed": resized})
+    x = image(64, 95)
+    assert torch.equal(wide(x), square(x))
+    # Three times as many rows and five times as many columns: every old pixel centre is a new one.
+    enlarged = resize_position_embedding(square.pos_embed, (12, 20))
+    assert_close(enlarged[:, 1::3, 2::5], square.pos_embed, FORWARD_TOLERANCE[torch.float32])
+
+
+def test_position_embedding_of_a_file_is_resized_by_the_loader(tmp_path):
+    from models.checkpoints import load_checkpoint, save_checkpoint
+
+    square, wide = small(img_size=64), small(img_size=(64, 96))
+    save_checkpoint(square, tmp_path / "square.pth")
+    load_checkpoint(wide, tmp_path / "square.pth")
+    with torch.no_grad():
+        assert_close(wide(image(64, 96)), square(image(64, 96)), FORWARD_TOLERANCE[torch.float32])
+
+
+# ---- training
+
+
+def test_training_returns_class_logits_token_logits_and_box():
+    model = small().train()
+    torch.manual_seed(1)
+    class_logits, token_logits, box = model(image(64, 96))
+    assert class_logits.shape == (3, 5)
+    assert token_logits.shape == (3, 4 * 6, 5)
+    assert box.shape == (4,)
+    assert box.dtype == torch.int64
+    (class_logits.square().mean() + token_logits.square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.norm() > 0, name
+    torch.manual_seed(1)
+    again = model(image(64, 96))
+    assert all(torch.equal(a, b) for a, b in zip(again, (class_logits, token_logits, box), strict=True))
+    torch.manual_seed(2)
+    assert not torch.equal(model(image(64, 96))[2], box)
+
+
+@torch.no_grad()
+def test_training_outputs_without_mixing_add_up_to_the_logits_of_evaluation():
+    model, x = small(mix_token=False), image(40, 72)
+    logits = model(x)
+    model.train()
+    model.patch_embed.eval()  # running statistics in both
+    class_logits, token_logits, box = model(x)
+    assert torch.equal(class_logits + 0.5 * token_logits.max(1).values, logits)
+    assert box.tolist() == [0, 0, 0, 0]
+    plain = small(return_dense=False).train()
+    plain.patch_embed.eval()
+    assert torch.equal(plain(x), logits)
+
+
+def test_mixed_tokens_come_from_the_opposite_image_and_their_logits_go_back(monkeypatch):
+    model = small().train()
+    top, left, bottom, right = box = (1, 2, 3, 5)
+    monkeypatch.setattr("models.volo.random_box", lambda height, width, device: torch.tensor(box, device=device))
+    seen = {}
+    model.patch_embed.register_forward_hook(lambda *call: seen.update(embedded=call[2]))
+    model.get_submodule("network.0.0").register_forward_hook(lambda *call: seen.update(mixed=call[1][0]))
+    model.aux_head.register_forward_hook(lambda *call: seen.update(token_logits=call[2]))
+    _, token_logits, returned = model(image(64, 96))
+    assert returned.tolist() == list(box)
+
+    expected = seen["embedded"].clone()
+    area = (slice(None), slice(2 * top, 2 * bottom), slice(2 * left, 2 * right))
+    expected[area] = seen["embedded"].flip(0)[area]
+    assert torch.equal(seen["mixed"], expected)
+    assert not torch.equal(seen["mixed"], seen["embedded"])
+
+    raw = seen["token_logits"].view(3, 4, 6, 5)
+    expected = raw.clone()
+    area = (slice(None), slice(top, bottom), slice(left, right))
+    expected[area] = raw.flip(0)[area]
+    assert torch.equal(token_logits.view(3, 4, 6, 5), expected)
+
+
+def test_random_boxes_follow_beta_1_1():
+    boxes = torch.stack([random_box(1000, 500) for _ in range(3000)]).double()
+    top, left, bottom, right = boxes.unbind(1)
+    assert ((top >= 0) & (top <= bottom) & (bottom <= 1000)).all()
+    assert ((left >= 0) & (left <= right) & (right <= 500)).all()
+    # A share a, uniform, has sides √a; clipping at a uniform centre leaves √a − a/4 of each on average, so that
+    # E[area] = ∫ (√a − a/4)² da = 1/2 − 1/5 + 1/48.
+    area = (bottom - top) * (right - left) / (1000 * 500)
+    assert area.mean().item() == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.02)
+    uncut = (top > 0) & (bottom < 1000) & (left > 0) & (right < 500)
+    assert ((bottom - top) / (right - left))[uncut & (area > 0.1)].mean().item() == pytest.approx(2, abs=0.05)
+    small_boxes = torch.stack([random_box(14, 3) for _ in range(300)])
+    assert (small_boxes[:, 2:] <= torch.tensor([14, 3])).all()
+    x = random_tensor(4, 14, 3, 2)
+    assert all(torch.equal(mix_box(mix_box(x, box), box), x) for box in small_boxes[:20].to(DEVICE))
+
+
+def test_drop_path_rises_over_transformer_blocks_only():
+    model = VOLO((2, 1, 2, 1), (12, 24), (3, 4), drop_path_rate=0.5, stem_dim=8)
+    rates = {name: module.rate for name, module in model.named_modules() if name.endswith("drop_path")}
+    assert rates == pytest.approx(
+        {
+            "network.0.0.drop_path": 0,
+            "network.0.1.drop_path": 0,
+            "network.2.0.drop_path": 0.2,
+            "network.3.0.drop_path": 0.3,
+            "network.3.1.drop_path": 0.4,
+            "network.4.0.drop_path": 0.5,
+            "post_network.0.drop_path": 0,
+            "post_network.1.drop_path": 0,
+        }
+    )
+
+
+def test_initial_weights_are_truncated_normal():
+    model = VOLO((1, 1, 1, 1), (96, 192), (3, 6))
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    for module in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert module.bias is None or not module.bias.any()
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    gradients = []
+    for enable in (False, True):
+        model = small(drop_path_rate=0.3).train()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(3)
+        class_logits, token_logits, _ = model(image())
+        (class_logits.sum() + token_logits.square().sum()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
+
+
+# ---- features
+
+
+@pytest.mark.parametrize("out_indices", [None, (0,), (1, 3), 2, (-1,)])
+@torch.no_grad()
+def test_features_only_returns_the_same_maps_as_the_classifier(out_indices, tmp_path):
+    from models.checkpoints import load_checkpoint, save_checkpoint
+
+    classifier, x = small(), image(72, 40)
+    backbone = VOLO(
+        (2, 1, 1, 1), (12, 24), (3, 4), stem_dim=8, img_size=64, features_only=True, out_indices=out_indices
+    )
+    save_checkpoint(classifier, tmp_path / "classifier.pth")
+    load_checkpoint(backbone, tmp_path / "classifier.pth")
+    backbone.eval().to(DEVICE)
+    maps = backbone(x)
+    expected = classifier.forward_intermediates(x, indices=out_indices, intermediates_only=True)
+    assert isinstance(expected, list)
+    assert len(maps) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+    for index, feature_map in zip(backbone.out_indices, maps, strict=True):
+        info = backbone.feature_info[index]
+        assert feature_map.shape[:2] == (3, info["num_chs"])
+        assert feature_map.shape[2:] == tuple(-(-side // 8) * 8 // info["reduction"] for side in (72, 40))
+    # Nothing is built that the chosen maps do not need, so that distributed training finds no idle parameter.
+    backbone.train()
+    with torch.enable_grad():
+        torch.stack([m.square().sum() for m in backbone(x)]).sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+
+
+# ---- the contract
+
+
+@torch.no_grad()
+def test_features_head_and_classifier():
+    model, x = small(), image()
+    features = model.forward_features(x)
+    assert torch.equal(model.forward_head(features), model(x))
+    class_token = model.forward_head(features, pre_logits=True)
+    assert class_token.shape == (3, model.num_features) == (3, model.head_hidden_size)
+    tokens = features[:, 1:]
+    assert_close(
+        model(x),
+        model.get_classifier()(class_token) + 0.5 * model.aux_head(tokens).max(1).values,
+        FORWARD_TOLERANCE[torch.float32],
+    )
+    model.reset_classifier(7)
+    assert model(x).shape == (3, 7)
+    assert model.aux_head.out_features == 7
+    model.reset_classifier(0)
+    assert torch.equal(model(x), class_token)
+    assert torch.equal(small(num_classes=0)(x), class_token)
+
+
+def test_parameter_groups_rise_with_depth():
+    model = small()
+    assert model.no_weight_decay() == {"pos_embed", "cls_token"}
+    matcher = model.group_matcher()
+    depths = {}
+    for name, _ in model.named_parameters():
+        if re.match(matcher["stem"], name):
+            depths[name] = (0,)
+            continue
+        match, suffix = next(
+            ((match, suffix) for regex, suffix in matcher["blocks"] if (match := re.match(regex, name))), (None, None)
+        )
+        depths[name] = (1, *map(int, match.groups()), *(suffix or ())) if match else (2,)
+    assert {name.partition(".")[0] for name, depth in depths.items() if depth == (2,)} == {"head", "aux_head"}
+    order = ["patch_embed.", "network.0.0.", "network.0.1.", "network.1.", "network.2.0."]
+    order += ["network.3.0.", "network.4.0.", "post_network.0.", "post_network.1.", "norm.", "head."]
+    found = [{depth for name, depth in depths.items() if name.startswith(prefix)} for prefix in order]
+    assert all(len(group) == 1 for group in found)
+    assert [group.pop() for group in found] == sorted({depths[name] for name in depths})
+
+
+def test_default_cfg_names_the_weights_of_the_image_size():
+    release = "https://github.com/sail-sg/volo/releases/download/volo_1/"
+    with torch.device("meta"):
+        assert volo_d1().default_cfg["url"] == release + "d1_224_84.2.pth.tar"
+        large = volo_d5(img_size=512).default_cfg
+        assert large["url"] == release + "d5_512_87.07.pth.tar"
+        assert large["input_size"] == (3, 512, 512)
+        assert volo_d4(img_size=(448, 320)).default_cfg["url"] == release + "d4_224_85.7.pth.tar"
+        model = volo_d3()
+    classifiers = [model.get_submodule(name) for name in model.default_cfg["classifier"]]
+    assert classifiers == [model.head, model.aux_head]
+
+
+# ---- PyTorch's own tools
+
+
+@torch.no_grad()
+def test_compiles_as_one_graph_for_all_sizes():
+    model, counter = small(), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for x in (image(40, 72, batch=2), image(88, 96), image(120, 136, batch=4)):
+        assert_close(compiled(x), model(x), FORWARD_TOLERANCE[torch.float32])
+    assert counter.frame_count == 1
+
+
+def test_training_compiles_as_one_graph():
+    model, x = small(drop_path_rate=0.1).train(), image()
+    class_logits, token_logits, box = torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert (box[:2] <= box[2:]).all()
+    (class_logits.sum() + token_logits.sum()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_copies_pickles_and_runs_under_autocast():
+    model, x = small(), image(40, 72)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, expected, 0.05)
+    assert_close(model.bfloat16()(x.bfloat16()), expected, 0.05)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": -1}, "num_classes"),
+        ({"in_chans": 0}, "in_chans"),
+        ({"img_size": 31}, "img_size"),
+        ({"img_size": (64, 64, 64)}, "img_size"),
+        ({"img_size": 224.0}, "img_size"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"out_indices": (0,)}, "out_indices"),
+        ({"features_only": True, "out_indices": (4,)}, "out_indices"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        small(**arguments)
+
+
+def test_bad_images_and_layers_are_refused_by_name():
+    for x in (image(31, 64), image()[0], image()[:, :2]):
+        with pytest.raises(ValueError, match=r"^x must"):
+            small()(x)
+        with pytest.raises(ValueError, match=r"^x must"):
+            small().train()(x)
+    with pytest.raises(TypeError, match=r"^x must"):
+        small()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=DEVICE))
+    for name, arguments in {
+        "kernel_size": (8, 2, 4),
+        "stride": (8, 2, 3, 4),
+        "num_heads": (8, 3),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            OutlookAttention(*arguments)
+    with pytest.raises(ValueError, match="layers"):
+        VOLO((1, 1, 1), (12, 24), (3, 4))
+    with pytest.raises(ValueError, match="num_heads"):
+        VOLO((1, 1, 1, 1), (12, 24), (3, 5))
