@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two workers by default: each Triton-interpreter test is one Python thread.
 WORKERS ?= 2
 
-.PHONY: profile test lint format clean
+.PHONY: profile test lint figures format clean
 .DEFAULT_GOAL := profile
 
 $(STAMP): pyproject.toml constraints.txt
@@ -25,6 +25,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+figures: $(STAMP)
+	$(BIN)/python -m autotune figures $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

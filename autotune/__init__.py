@@ -1,0 +1,1 @@
+"""Measuring and tuning of the kernels, from the command line: ``python -m autotune --help``."""

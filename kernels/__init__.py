@@ -1,10 +1,10 @@
-"""Dynamic-kernel aggregations, forward and backward: convolution-like sums whose weights are computed from the input."""
+"""Dynamic-kernel aggregations, forward and backward: convolution-like sums with weights computed from the input."""
 
 from kernels import reference
 from kernels.backend import get_backend, set_backend, use_backend
 from kernels.contmix.op import contmix2d
 from kernels.depthwise.op import depthwise_conv2d
-from kernels.involution.op import involution2d
+from kernels.involution.op import involution2d, involution2d_generate
 from kernels.neighborhood.op import na2d_av, na2d_qk, na2d_softmax_av
 from kernels.outlook.op import outlook_attention2d
 
@@ -13,6 +13,7 @@ __all__ = [
     "depthwise_conv2d",
     "get_backend",
     "involution2d",
+    "involution2d_generate",
     "na2d_av",
     "na2d_qk",
     "na2d_softmax_av",

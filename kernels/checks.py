@@ -64,7 +64,7 @@ def check_tensors(**tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
-    """``tensor`` has one dimension per word of ``axes``, those named in ``sizes`` of that size and none of size 0 but B.
+    """``tensor`` has one dimension per word of ``axes``, those in ``sizes`` of that size, none of size 0 but B.
 
     ``check_shape("weight", weight, "B G K K H' W'", B=2)`` reads: weight must be [B=2, G, K, K, H', W'].
     """

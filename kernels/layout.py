@@ -45,7 +45,7 @@ def empty_like_layout(template: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def empty_kernel_layout(g: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Dense, uninitialised [B, G, Kh, Kw, H', W'] in the memory order of g [B, G, C, H', W'], (Kh, Kw) in place of C."""
+    """Uninitialised [B, G, Kh, Kw, H', W'] in the memory order of g [B, G, C, H', W'], (Kh, Kw) in place of C."""
     batch, groups, _, height, width = g.shape
     order = tuple(p for d in _memory_order(g) for p in ((2, 3) if d == 2 else (d + (d > 2),)))
     return _empty(g, (batch, groups, *kernel_size, height, width), order)

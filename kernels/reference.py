@@ -17,6 +17,7 @@ __all__ = [
     "contmix2d",
     "depthwise_conv2d",
     "involution2d",
+    "involution2d_generate",
     "na2d_av",
     "na2d_qk",
     "na2d_softmax_av",
@@ -36,7 +37,7 @@ def involution2d(
     padding: int | Pair | None = None,
     dilation: int | Pair = 1,
 ) -> Tensor:
-    """out[b,c,i] = Σ_k weight[b, c // (C/G), k, i] · x[b, c, i·stride − padding + k·dilation]  (arXiv 2103.06255, eq. 4)."""
+    """out[b,c,i] = Σ_k weight[b, c // (C/G), k, i] · x[b, c, i·s − p + k·d]  (arXiv 2103.06255, eq. 4)."""
     batch, groups, kernel_h, kernel_w, height, width = weight.shape
     dilation = _pair(dilation)
     if padding is None:
@@ -44,6 +45,23 @@ def involution2d(
     unfolded = F.unfold(x, (kernel_h, kernel_w), dilation, _pair(padding), _pair(stride))
     unfolded = unfolded.view(batch, groups, x.shape[1] // groups, kernel_h * kernel_w, height, width)
     return (weight.flatten(2, 3).unsqueeze(2) * unfolded).sum(3).flatten(1, 2)
+
+
+def involution2d_generate(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: int | Pair,
+    groups: int,
+    stride: int | Pair = 1,
+    padding: int | Pair | None = None,
+    dilation: int | Pair = 1,
+) -> Tensor:
+    """involution2d with kernel[b, g·K² + k, i] = Σ_r weight[g·K² + k, r] · features[b,r,i] + bias[g·K² + k]."""
+    kernel = F.conv2d(features, weight[:, :, None, None], bias).unflatten(1, (groups, *_pair(kernel_size)))
+    return involution2d(x, kernel, stride=stride, padding=padding, dilation=dilation)
 
 
 def gather_neighbourhoods(tensor: Tensor, window: Window) -> Tensor:
@@ -72,7 +90,8 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
 def na2d_qk(
     query: Tensor, key: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1, rpb: Tensor | None = None
 ) -> Tensor:
-    """out[b,h,i,k] = Σ_c query[b,h,i,c] · key[b,h,nbr(i,k),c] (+ rpb[h, (nbr(i,k) − i)/d + K − 1])  (arXiv 2204.07143, eq. 2)."""
+    """out[b,h,i,k] = Σ_c query[b,h,i,c] · key[b,h,nbr(i,k),c] (+ rpb[h, (nbr(i,k) − i)/d + K − 1])
+    (arXiv 2204.07143, eq. 2)."""
     window = Window.neighborhood(_pair(kernel_size), _pair(dilation))
     logits = torch.einsum("bhijd,bhijkd->bhijk", query, gather_neighbourhoods(key, window))
     return logits if rpb is None else logits + rpb_logits(rpb, query.shape[2], query.shape[3], window)
@@ -98,7 +117,8 @@ def contmix2d(
     *,
     kernel_sizes: tuple[int, ...],
 ) -> Tensor:
-    """affinity = queryᵀ·key;  logits = proj·affinity + bias, split by kernel size;  out_m = na2d_softmax_av(logits_m + rpb_m, value_m)
+    """affinity = queryᵀ·key;  logits = proj·affinity + bias, cut by kernel size;
+    out_m = na2d_softmax_av(logits_m + rpb_m, value_m)
     (arXiv 2502.20087, eq. 1-3)."""
     affinity = torch.einsum("bgchw,bgcl->bghwl", query, key)
     logits = F.linear(affinity, proj_weight, proj_bias).split([k * k for k in kernel_sizes], -1)

@@ -1,3 +1,6 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """The two window rules of ``windows`` as Triton helpers, along one axis and in both directions.
 
 Vocabulary of every kernel in this repository:
@@ -103,7 +106,7 @@ def inverse_neighbour(
     DILATION: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):
-    """Candidate ``o_step`` for an output whose window holds ``o_input``: (output, its window position, whether it does)."""
+    """Candidate ``o_step`` for an output whose window holds ``o_input``: (output, window position, whether it does)."""
     if CLAMPED:
         residue = o_input % DILATION
         member = o_input // DILATION

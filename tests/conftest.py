@@ -8,6 +8,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from torch.utils._device import _device_constructors
+
+# ``with torch.device("meta")`` recognises the constructors it redirects from a list made at its first use: make it now,
+# before a test's poisoned torch.empty stands in for the real one.
+_device_constructors()
 
 
 @pytest.fixture(autouse=True)

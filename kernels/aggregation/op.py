@@ -1,8 +1,8 @@
 """aggregate, correlate, transpose: registered operators, each the derivative of another.
 
-    aggregate(w, x)[i]      = Σ_k w[k, i] · x[nbr(i, k)]                 d/dw = correlate(dy, x)   d/dx = transpose(w, dy)
-    correlate(g, x)[k, i]   = Σ_c g[c, i] · x[c, nbr(i, k)]              d/dg = aggregate(dy, x)   d/dx = transpose(dy, g)
-    transpose(w, g)[j]      = Σ_{(i,k): nbr(i,k)=j} w[k, i] · g[i]       d/dw = correlate(g, dy)   d/dg = aggregate(w, dy)
+    aggregate(w, x)[i]    = Σ_k w[k, i] · x[nbr(i, k)]              d/dw = correlate(dy, x)  d/dx = transpose(w, dy)
+    correlate(g, x)[k, i] = Σ_c g[c, i] · x[c, nbr(i, k)]           d/dg = aggregate(dy, x)  d/dx = transpose(dy, g)
+    transpose(w, g)[j]    = Σ_{(i,k): nbr(i,k)=j} w[k, i] · g[i]    d/dw = correlate(g, dy)  d/dg = aggregate(w, dy)
 
 Shapes: w [B, G, Kh, Kw, H', W'], x [B, G, C, H, W], g [B, G, C, H', W']; any strides. The three are closed under
 differentiation, so every higher derivative exists and runs on the same kernels.
@@ -24,7 +24,16 @@ from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
 from kernels.windows import Pair, Window
 
-__all__ = ["aggregate", "correlate", "implementation", "transpose", "without_autocast"]
+__all__ = [
+    "WINDOW",
+    "aggregate",
+    "correlate",
+    "fields_of",
+    "implementation",
+    "transpose",
+    "window_of",
+    "without_autocast",
+]
 
 WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -49,13 +58,14 @@ def without_autocast(function: Function) -> Function:
     return wrapper  # pyright: ignore[reportReturnType]
 
 
-def _window(kernel_size: Sequence[int], *fields: Any) -> Window:
+def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:
+    """The window of a schema's arguments."""
     stride, padding, dilation, clamped = fields[:4]
     pairs = ((pair[0], pair[1]) for pair in (kernel_size, stride, padding, dilation))
     return Window(*pairs, clamped)
 
 
-def _fields(window: Window) -> tuple[Any, ...]:
+def fields_of(window: Window) -> tuple[Any, ...]:
     """The window as the schema spells it, its kernel size left to the operators that need it."""
     return list(window.stride), list(window.padding), list(window.dilation), window.clamped
 
@@ -65,7 +75,7 @@ def _fields(window: Window) -> tuple[Any, ...]:
 )
 @without_autocast
 def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
-    window = _window(weight.shape[2:4], stride, padding, dilation, clamped)
+    window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
     return implementation("aggregation", backend, x).aggregate(weight, x, window)
 
 
@@ -79,7 +89,7 @@ def _(weight, x, *_):
 )
 @without_autocast
 def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
-    window = _window(kernel_size, stride, padding, dilation, clamped)
+    window = window_of(kernel_size, stride, padding, dilation, clamped)
     return implementation("aggregation", backend, x).correlate(g, x, window)
 
 
@@ -95,7 +105,7 @@ def _(g, x, kernel_size, *_):
 )
 @without_autocast
 def _transpose(weight, g, input_size, stride, padding, dilation, clamped, backend):
-    window = _window(weight.shape[2:4], stride, padding, dilation, clamped)
+    window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
     return implementation("aggregation", backend, g).transpose(weight, g, (input_size[0], input_size[1]), window)
 
 
@@ -113,7 +123,7 @@ def _save(ctx, inputs, output):
 def _aggregate_backward(ctx, grad):
     weight, x = ctx.saved_tensors
     *fields, backend = ctx.integers
-    window = _window(weight.shape[2:4], *fields)
+    window = window_of(weight.shape[2:4], *fields)
     grad_weight = correlate(grad, x, window, backend) if ctx.needs_input_grad[0] else None
     grad_x = transpose(weight, grad, x.shape[3:], window, backend) if ctx.needs_input_grad[1] else None
     return grad_weight, grad_x, *[None] * len(ctx.integers)
@@ -122,7 +132,7 @@ def _aggregate_backward(ctx, grad):
 def _correlate_backward(ctx, grad):
     g, x = ctx.saved_tensors
     kernel_size, *fields, backend = ctx.integers
-    window = _window(kernel_size, *fields)
+    window = window_of(kernel_size, *fields)
     grad_g = aggregate(grad, x, window, backend) if ctx.needs_input_grad[0] else None
     grad_x = transpose(grad, g, x.shape[3:], window, backend) if ctx.needs_input_grad[1] else None
     return grad_g, grad_x, *[None] * len(ctx.integers)
@@ -131,7 +141,7 @@ def _correlate_backward(ctx, grad):
 def _transpose_backward(ctx, grad):
     weight, g = ctx.saved_tensors
     _input_size, *fields, backend = ctx.integers
-    window = _window(weight.shape[2:4], *fields)
+    window = window_of(weight.shape[2:4], *fields)
     grad_weight = correlate(g, grad, window, backend) if ctx.needs_input_grad[0] else None
     grad_g = aggregate(weight, grad, window, backend) if ctx.needs_input_grad[1] else None
     return grad_weight, grad_g, *[None] * len(ctx.integers)
@@ -144,21 +154,21 @@ _transpose.register_autograd(_transpose_backward, setup_context=_save)
 
 def aggregate(weight: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)], [B, G, C, H', W'] in the memory order of x."""
-    return _aggregate(weight, x, *_fields(window), backend)
+    return _aggregate(weight, x, *fields_of(window), backend)
 
 
 def correlate(g: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)], [B, G, Kh, Kw, H', W'] in the memory order of g."""
-    return _correlate(g, x, list(window.kernel_size), *_fields(window), backend)
+    return _correlate(g, x, list(window.kernel_size), *fields_of(window), backend)
 
 
 def transpose(weight: Tensor, g: Tensor, input_size: Pair | torch.Size, window: Window, backend: str) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i], [B, G, C, H, W] in the memory order of g."""
-    return _transpose(weight, g, list(input_size), *_fields(window), backend)
+    return _transpose(weight, g, list(input_size), *fields_of(window), backend)
 
 
 def aggregation_flops(channels_shape: Sequence[int], kernel_shape: Sequence[int]) -> int:
-    """Two operations per multiply-add: every entry [B, G, K², H', W'] of the kernel meets every channel of its group."""
+    """Two operations per multiply-add: every entry [B, G, K², H', W'] of the kernel meets each channel of its group."""
     operations = 2 * channels_shape[2]
     for size in kernel_shape:
         operations *= size

@@ -1,3 +1,6 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """The algebra as two Triton kernels: a gather that sums (aggregate, transpose) and one that multiplies (correlate).
 
 ``transpose`` is ``aggregate`` read from the other end: each input position looks up the outputs whose windows hold it.
@@ -23,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.tuner import Trial, Tunable, choose
+from kernels.aggregation import eager
 from kernels.backend import interpreting
 from kernels.launch import fits_int32, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
@@ -45,12 +50,14 @@ __all__ = [
 
 
 class Problem(NamedTuple):
-    """What the choice of a config depends on."""
+    """What the choice of a config depends on. Batch and groups only repeat it."""
 
     channels: int
     pixels: int
     steps: int
-    kernel_fastest: bool  # window positions, not pixels, are adjacent in the memory of the dynamic kernel
+    kernel_fastest: bool = False  # window positions, not pixels, are adjacent in the memory of the dynamic kernel
+    channels_fastest: bool = False  # channels, not pixels, are adjacent in the memory of the features
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,35 @@ class Config:
 CONFIGS = tuple(
     Config(pixels, channels, steps, warps)
     for pixels in (16, 32, 64, 128)
-    for channels in (8, 16, 32)
-    for steps in (1, 4, 16)
-    for warps in (2, 4, 8)
+    for channels in (16, 32)
+    for steps in (1, 16)
+    for warps in (4, 8)
     if 4 <= pixels * channels * steps / (32 * warps) <= 64
 )
+
+
+def cost(problem: Problem, config: Config) -> float:
+    """Estimate of a launch, up to a factor: elements moved, times the work that blocks do past the problem's edges.
+
+    Every channel block reads the dynamic kernel again. A thread wants 16 to 32 elements: fewer leave too few loads in
+    flight, more leave too few threads resident.
+    """
+
+    def padded(size: int, block: int) -> int:
+        return triton.cdiv(size, block) * block
+
+    waste = 1.0
+    for size, block in (
+        (problem.pixels, config.block_pixels),
+        (problem.channels, config.block_channels),
+        (problem.steps, config.block_steps),
+    ):
+        waste *= padded(size, block) / size
+    channel_blocks = triton.cdiv(problem.channels, config.block_channels)
+    per_thread = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
+    imbalance = max(per_thread / 32, 16 / per_thread, 1.0)
+    strided = 2.0 if problem.kernel_fastest and config.block_steps == 1 else 1.0
+    return (strided * channel_blocks * problem.steps + 2 * problem.channels) * waste * imbalance
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,6 +130,13 @@ def heuristic(problem: Problem) -> Config:
         pixels = min(triton.next_power_of_2(problem.pixels), 2**16 // channels)
         steps = max(1, min(triton.next_power_of_2(problem.steps), 2**19 // (channels * pixels)))
     return Config(pixels, channels, steps)
+
+
+MODULES = ("kernels.windows_triton", "kernels.aggregation.triton_kernels")
+AGGREGATE, TRANSPOSE, CORRELATE = (
+    Tunable(name, CONFIGS, heuristic, cost, MODULES, Problem, f"kernels.aggregation.examples:{name}")
+    for name in ("aggregate", "transpose", "correlate")
+)
 
 
 @triton.jit
@@ -139,10 +177,26 @@ def _gather_sum_kernel(
         # Both [S, P]: where the source is, and the dynamic kernel's entry that weighs it.
         if TRANSPOSED:
             o_source_h, o_kernel_h, m_row = inverse_neighbour(
-                o_row, o_step // STEPS_W, target_height, source_height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED
+                o_row,
+                o_step // STEPS_W,
+                target_height,
+                source_height,
+                KERNEL_H,
+                STRIDE_H,
+                PADDING_H,
+                DILATION_H,
+                CLAMPED,
             )
             o_source_w, o_kernel_w, m_column = inverse_neighbour(
-                o_column, o_step % STEPS_W, target_width, source_width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
+                o_column,
+                o_step % STEPS_W,
+                target_width,
+                source_width,
+                KERNEL_W,
+                STRIDE_W,
+                PADDING_W,
+                DILATION_W,
+                CLAMPED,
             )
             o_output_h, o_output_w = o_source_h, o_source_w
         else:
@@ -196,7 +250,9 @@ def _correlate_kernel(
     CLAMPED: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
-    i_pixel, _, i_group, i_batch = split_program(tl.cdiv(output_height * output_width, BLOCK_PIXELS), 1, groups)
+    i_pixel, _i_channel, i_group, i_batch = split_program(
+        tl.cdiv(output_height * output_width, BLOCK_PIXELS), 1, groups
+    )
     p_g = g_ptr + i_batch * g_stride_b + i_group * g_stride_g
     p_x = x_ptr + i_batch * x_stride_b + i_group * x_stride_g
     p_out = out_ptr + i_batch * out_stride_b + i_group * out_stride_g
@@ -268,17 +324,27 @@ def block_arguments(config: Config) -> dict[str, int]:
     }
 
 
+def problem_of(kernel: Tensor, features: Tensor, size: Pair | torch.Size, steps: int) -> Problem:
+    """The problem of a launch over ``size`` = (rows, columns) positions and ``steps`` window steps."""
+    return Problem(
+        features.shape[2],
+        size[0] * size[1],
+        steps,
+        channels_fastest(kernel),
+        channels_fastest(features),
+        features.dtype,
+    )
+
+
+def at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    """What a tuner's reference is computed from."""
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
 def _gather_sum(
-    weight: Tensor, source: Tensor, target: Tensor, window: Window, transposed: bool, config: Config | None
+    weight: Tensor, source: Tensor, target: Tensor, window: Window, steps: Pair, transposed: bool, config: Config
 ) -> Tensor:
     batch, groups, channels, height, width = target.shape
-    if target.numel() == 0:
-        return target
-    if transposed:
-        steps = inverse_steps(window, height, 0), inverse_steps(window, width, 1)
-    else:
-        steps = window.kernel_size
-    config = config or heuristic(Problem(channels, height * width, steps[0] * steps[1], channels_fastest(weight)))
     # One program per (pixel tile, channel block, group, batch entry), on one axis: the others end at 65,535.
     pixel_blocks = triton.cdiv(height * width, config.block_pixels)
     grid = (pixel_blocks * triton.cdiv(channels, config.block_channels) * groups * batch,)
@@ -302,22 +368,40 @@ def _gather_sum(
         **precision_arguments(weight, source, target),
         **block_arguments(config),
     }
-    launch(
-        _gather_sum_kernel, grid, target.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages
-    )
+    launch(_gather_sum_kernel, grid, target.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return target
 
 
 def aggregate(weight: Tensor, x: Tensor, window: Window, config: Config | None = None) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]; [B,G,C,H',W'] in the memory order of x."""
     out = empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
-    return _gather_sum(weight, x, out, window, transposed=False, config=config)
+    if out.numel() == 0:
+        return out
+    steps = window.kernel_size
+    if config is None:
+        problem = problem_of(weight, x, weight.shape[4:], steps[0] * steps[1])
+        trial = Trial(
+            lambda config: aggregate(weight, x, window, config),
+            lambda: eager.aggregate(*at_least_float32(weight, x), window),
+        )
+        config = choose(AGGREGATE, problem, x.device, trial)
+    return _gather_sum(weight, x, out, window, steps, transposed=False, config=config)
 
 
 def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, config: Config | None = None) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]; [B,G,C,H,W] in the memory order of g."""
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
-    return _gather_sum(weight, g, out, window, transposed=True, config=config)
+    if out.numel() == 0:
+        return out
+    steps = inverse_steps(window, input_size[0], 0), inverse_steps(window, input_size[1], 1)
+    if config is None:
+        problem = problem_of(weight, g, input_size, steps[0] * steps[1])
+        trial = Trial(
+            lambda config: transpose(weight, g, input_size, window, config),
+            lambda: eager.transpose(*at_least_float32(weight, g), input_size, window),
+        )
+        config = choose(TRANSPOSE, problem, g.device, trial)
+    return _gather_sum(weight, g, out, window, steps, transposed=True, config=config)
 
 
 def correlate(g: Tensor, x: Tensor, window: Window, config: Config | None = None) -> Tensor:
@@ -326,8 +410,13 @@ def correlate(g: Tensor, x: Tensor, window: Window, config: Config | None = None
     batch, groups, channels, height, width = g.shape
     if out.numel() == 0:
         return out
-    problem = Problem(channels, height * width, window.kernel_size[0] * window.kernel_size[1], channels_fastest(g))
-    config = config or heuristic(problem)
+    if config is None:
+        problem = problem_of(out, x, g.shape[3:], window.kernel_size[0] * window.kernel_size[1])
+        trial = Trial(
+            lambda config: correlate(g, x, window, config),
+            lambda: eager.correlate(*at_least_float32(g, x), window),
+        )
+        config = choose(CORRELATE, problem, g.device, trial)
     # One program per (pixel tile, group, batch entry); it walks the whole window.
     grid = (triton.cdiv(height * width, config.block_pixels) * groups * batch,)
     arguments = {

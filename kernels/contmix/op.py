@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.backend import get_backend
+from kernels.aggregation.op import implementation, without_autocast
+from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors, check_window_fits, odd_pair
-from kernels.neighborhood.op import kernel_first, softmax_aggregate
-from kernels.windows import Window
+from kernels.contmix import chunked
 
 __all__ = ["contmix2d"]
 
@@ -26,12 +27,13 @@ def contmix2d(
     *,
     kernel_sizes: Sequence[int],
 ) -> Tensor:
-    """affinity[n,l] = Σ_c query[c,n] · key[c,l];  logits[n,:] = proj_weight @ affinity[n,:] + proj_bias, split by kernel size;
+    """affinity[n,l] = Σ_c query[c,n] · key[c,l];  logits[n,:] = P @ affinity[n,:] + proj_bias, cut by kernel size;
     out[m,:,n] = Σ_k softmax_k(logits_m[n,:] + rpb_m)[k] · value[m,:,nbr_m(n,k)]   for every batch entry and group
 
     Both steps before the softmax are linear, so they are taken in the other order: keys projected once,
     projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], then logits[n,k] = Σ_c query[c,n] · projected[c,k] + proj_bias[k].
     That needs no affinity tensor and Dq instead of Dq·L/ΣK² + L multiply-adds per logit (16 instead of 53 in OverLoCK).
+    The logits are never stored: a kernel computes those of its own pixels (Triton), or a few megabytes live at a time.
 
     Args:
         query: [B, G, Dq, H, W]; no scale is applied.
@@ -76,15 +78,79 @@ def contmix2d(
     if backend == "reference":
         return reference.contmix2d(query, key, value, proj_weight, proj_bias, biases, kernel_sizes=tuple(sizes))
 
-    # [B·G, N, Dq] @ [B·G, Dq, ΣK²] + [ΣK²], the bias added inside the product.
-    projected = key @ proj_weight.t()
-    pixels = query.flatten(3).transpose(2, 3)
-    logits = torch.baddbmm(proj_bias, pixels.flatten(0, 1), projected.flatten(0, 1))
-    logits = logits.view(batch, groups, height, width, positions).split([size**2 for size in sizes], -1)
-    mixed = [
-        softmax_aggregate(
-            kernel_first(logits[m], (size, size)), value[:, m], biases[m], Window.neighborhood((size, size)), backend
-        )
-        for m, size in enumerate(sizes)
-    ]
-    return torch.stack(mixed, 1)
+    projected = key @ proj_weight.t()  # [B, G, Dq, ΣK²]
+    tables_side_by_side = torch.cat([table.flatten(1) for table in biases], 1)  # [G, Σ(2K−1)²]
+    return _contmix(query, projected, proj_bias, tables_side_by_side, value, sizes, backend)[0]
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::contmix",
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor projected, Tensor bias, Tensor rpb, Tensor value, int[] kernel_sizes, str backend)"
+        " -> (Tensor, Tensor)"
+    ),
+)
+@without_autocast
+def _contmix(query, projected, bias, rpb, value, kernel_sizes, backend):
+    """The output, and log Σ_k exp of every softmax [B, M, G, H, W] in float32 (float64 for float64)."""
+    if resolve(backend, value) == "triton":
+        fused = implementation("contmix", backend, value)
+        return fused.contmix(query, projected, bias, rpb, value, kernel_sizes)
+    run = implementation("neighborhood", backend, value)
+    return chunked.forward(query, projected, bias, rpb, value, kernel_sizes, run)
+
+
+@_contmix.register_fake
+def _(query, projected, bias, rpb, value, kernel_sizes, backend):
+    statistics = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return value.new_empty(value.shape), value.new_empty((*value.shape[:3], *value.shape[4:]), dtype=statistics)
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::contmix_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor query, Tensor projected, Tensor bias, Tensor rpb, Tensor value, Tensor out,"
+        " Tensor statistics, int[] kernel_sizes, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+@without_autocast
+def _contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
+    """Gradients of query, projected, bias, rpb and value."""
+    run = implementation("neighborhood", backend, value)
+    return chunked.backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, run)
+
+
+@_contmix_backward.register_fake
+def _(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
+    return tuple(t.new_empty(t.shape) for t in (query, projected, bias, rpb, value))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.kernel_sizes, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _grad_statistics):
+    return *_contmix_backward(grad, *ctx.saved_tensors, ctx.kernel_sizes, ctx.backend), None, None
+
+
+_contmix.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.contmix)
+def _(query_shape, projected_shape, bias_shape, rpb_shape, value_shape, kernel_sizes, *_, **__) -> int:
+    """Two operations per multiply-add: Dq a logit, and Dv a window position."""
+    batch, groups, query_channels, height, width = query_shape
+    per_pixel = projected_shape[3] * (query_channels + value_shape[3])
+    return 2 * batch * groups * height * width * per_pixel
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.contmix_backward)
+def _(grad_shape, query_shape, projected_shape, *_, **__) -> int:
+    """The logits again, and two products for each of the forward pass's."""
+    batch, groups, query_channels, height, width = query_shape
+    per_pixel = projected_shape[3] * (3 * query_channels + 2 * grad_shape[3])
+    return 2 * batch * groups * height * width * per_pixel

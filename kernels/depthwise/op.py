@@ -1,1 +1,139 @@
-from kernels.reference import depthwise_conv2d
+"""Depthwise convolution with a large static kernel: the sibling of involution whose weight is the same everywhere.
+
+    convolve(x, w)[i]        = Σ_k w[k] · x[i − K//2 + k]   d/dw = weight_gradient(dy, x)   d/dx = convolve(dy, flip w)
+    weight_gradient(g, x)[k] = Σ_i g[i] · x[i − K//2 + k]   d/dg = convolve(x, dv)         d/dx = convolve(g, flip dv)
+
+The two registered operators run the Triton kernels and are closed under differentiation; elsewhere PyTorch's own
+operators, and their derivatives, do the work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import reference
+from kernels.aggregation.op import implementation, without_autocast
+from kernels.backend import get_backend, resolve
+from kernels.checks import check_shape, check_tensors
+from kernels.layout import empty_like_layout
+
+__all__ = ["depthwise_conv2d"]
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k]  (+ bias[c])
+
+    dx[b,c,j] = Σ_k weight[c,k] · dout[b,c, j + K//2 − k];  dweight[c,k] = Σ_{b,i} dout[b,c,i] · x[b,c, i − K//2 + k];
+    dbias[c] = Σ_{b,i} dout[b,c,i].
+
+    Args:
+        x: features [B, C, H, W]; positions outside it read 0 ("same" padding).
+        weight: one kernel a channel, [C, 1, K, K], K odd.
+        bias: [C], or None.
+
+    Returns:
+        [B, C, H, W] in the memory format of x; sums run in float32 (float64 for float64). Differentiable any number of
+        times.
+
+    Raises:
+        TypeError: an argument is no floating tensor, or the dtypes differ.
+        ValueError: shapes or devices do not fit together, or K is even.
+
+    Source: the large kernels of arXiv 2502.20087 (OverLoCK), after arXiv 2203.06717.
+    """
+    x, weight, *biases = check_tensors(x=x, weight=weight, bias=bias)
+    check_shape("x", x, "B C H W")
+    channels, kernel_size = x.shape[1], weight.shape[-1] if weight.dim() else 0
+    check_shape("weight", weight, "C 1 K K", **{"C": channels, "1": 1, "K": kernel_size})
+    if kernel_size % 2 == 0:
+        raise ValueError(f"weight must have an odd kernel size (the window needs a centre), got {list(weight.shape)}")
+    bias = biases[0] if biases else None
+    if bias is not None:
+        check_shape("bias", bias, "C", C=channels)
+    backend = get_backend()
+    if backend == "reference":
+        return reference.depthwise_conv2d(x, weight, bias)
+    if resolve(backend, x) == "triton":
+        return _convolve(x, weight, bias, False)
+    return implementation("depthwise", backend, x).depthwise_conv2d(x, weight, bias)
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::depthwise_conv2d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, bool flipped) -> Tensor",
+)
+@without_autocast
+def _convolve(x, weight, bias, flipped):
+    """``flipped`` convolves with weight[c, K−1−k]."""
+    return implementation("depthwise", "triton", x).convolve(x, weight, bias, flipped)
+
+
+@_convolve.register_fake
+def _(x, weight, bias, flipped):
+    return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::depthwise_conv2d_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, int kernel_size) -> Tensor",
+)
+@without_autocast
+def _weight_gradient(grad, x, kernel_size):
+    return implementation("depthwise", "triton", x).weight_gradient(grad, x, kernel_size)
+
+
+@_weight_gradient.register_fake
+def _(grad, x, kernel_size):
+    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size))
+
+
+def _save_convolution(ctx, inputs, output):
+    x, weight, _bias, ctx.flipped = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _convolution_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _convolve(grad, weight, None, not ctx.flipped)
+    if ctx.needs_input_grad[1]:
+        # Flipped, output i meets weight k at i + K//2 − k: input and output change places.
+        factors = (x, grad) if ctx.flipped else (grad, x)
+        grad_weight = _weight_gradient(*factors, weight.shape[-1])
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_weight, grad_bias, None
+
+
+def _save_weight_gradient(ctx, inputs, output):
+    grad, x, _kernel_size = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _weight_gradient_backward(ctx, grad_weight):
+    grad, x = ctx.saved_tensors
+    grad_grad = _convolve(x, grad_weight, None, False) if ctx.needs_input_grad[0] else None
+    grad_x = _convolve(grad, grad_weight, None, True) if ctx.needs_input_grad[1] else None
+    return grad_grad, grad_x, None
+
+
+_convolve.register_autograd(_convolution_backward, setup_context=_save_convolution)
+_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save_weight_gradient)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.depthwise_conv2d)
+def _(x_shape, weight_shape, *_, **__) -> int:
+    """Two operations per multiply-add: every pixel of every channel meets K² weights."""
+    batch, channels, height, width = x_shape
+    return 2 * batch * channels * height * width * weight_shape[-1] ** 2
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.depthwise_conv2d_weight_gradient)
+def _(grad_shape, x_shape, kernel_size, *_, **__) -> int:
+    batch, channels, height, width = x_shape
+    return 2 * batch * channels * height * width * kernel_size**2

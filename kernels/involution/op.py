@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.aggregation.op import aggregate
-from kernels.backend import get_backend
+from kernels.aggregation.op import WINDOW, aggregate, fields_of, implementation, window_of, without_autocast
+from kernels.backend import get_backend, resolve
 from kernels.checks import as_pair, check_shape, check_tensors
+from kernels.involution import generate
+from kernels.layout import empty_like_layout
 from kernels.windows import Pair, Window
 
-__all__ = ["involution2d"]
+__all__ = ["involution2d", "involution2d_generate"]
+
+
+def _checked_window(
+    x: Tensor, kernel_size: Pair, stride: int | Pair, padding: int | Pair | None, dilation: int | Pair
+) -> Window:
+    """The zero-padded window of the options, refused where it has no output."""
+    strides, dilations = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
+    if padding is None:
+        paddings = ((kernel_size[0] - 1) * dilations[0] // 2, (kernel_size[1] - 1) * dilations[1] // 2)
+    else:
+        paddings = as_pair("padding", padding, 0)
+    window = Window(kernel_size, strides, paddings, dilations)
+    height, width = window.output_size(x.shape[2], x.shape[3])
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"a window of {kernel_size} (dilation {dilations}, padding {paddings}) does not fit x of size "
+            f"{tuple(x.shape[2:])}: the output would be {height}x{width}"
+        )
+    return window
 
 
 def involution2d(
@@ -23,7 +46,8 @@ def involution2d(
 ) -> Tensor:
     """out[b,c,i] = Σ_k weight[b, c // (C/G), k, i] · x[b, c, i·stride − padding + k·dilation]
 
-    dx[b,c,j] = Σ_{(i,k) reaching j} weight[b,g,k,i] · dout[b,c,i];  dweight[b,g,k,i] = Σ_{c in g} dout[b,c,i] · x[b,c,nbr(i,k)].
+    dx[b,c,j] = Σ_{(i,k) reaching j} weight[b,g,k,i] · dout[b,c,i];
+    dweight[b,g,k,i] = Σ_{c in g} dout[b,c,i] · x[b,c,nbr(i,k)].
 
     Args:
         x: features [B, C, H, W]; positions outside it read 0.
@@ -42,25 +66,149 @@ def involution2d(
     Source: arXiv 2103.06255, equation 4. Differentiable any number of times.
     """
     x, weight = check_tensors(x=x, weight=weight)
-    strides, dilations = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
     check_shape("x", x, "B C H W")
     check_shape("weight", weight, "B G Kh Kw H' W'", B=x.shape[0])
     channels, groups, kernel_size = x.shape[1], weight.shape[1], (weight.shape[2], weight.shape[3])
     if channels % groups:
         raise ValueError(f"weight has {groups} groups, which must divide the {channels} channels of x")
-    if padding is None:
-        paddings = ((kernel_size[0] - 1) * dilations[0] // 2, (kernel_size[1] - 1) * dilations[1] // 2)
-    else:
-        paddings = as_pair("padding", padding, 0)
-    window = Window(kernel_size, strides, paddings, dilations)
+    window = _checked_window(x, kernel_size, stride, padding, dilation)
     height, width = window.output_size(x.shape[2], x.shape[3])
-    if height < 1 or width < 1:
-        raise ValueError(
-            f"weight's window {kernel_size} (dilation {dilation}, padding {paddings}) does not fit x of size "
-            f"{tuple(x.shape[2:])}: the output would be {height}x{width}"
-        )
     check_shape("weight", weight, "B G Kh Kw H' W'", **{"H'": height, "W'": width})
     backend = get_backend()
     if backend == "reference":
-        return reference.involution2d(x, weight, stride=strides, padding=paddings, dilation=dilations)
+        return reference.involution2d(x, weight, stride=window.stride, padding=window.padding, dilation=window.dilation)
     return aggregate(weight, x.unflatten(1, (groups, channels // groups)), window, backend).flatten(1, 2)
+
+
+def involution2d_generate(
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: int | Pair,
+    groups: int,
+    stride: int | Pair = 1,
+    padding: int | Pair | None = None,
+    dilation: int | Pair = 1,
+) -> Tensor:
+    """kernel[b,g,k,i] = Σ_r weight[g·K² + k, r] · features[b,r,i] + bias[g·K² + k];  out = involution2d(x, kernel)
+
+    The same numbers as a 1×1 convolution (the span convolution of arXiv 2103.06255, figure 2) followed by
+    ``involution2d``, but the kernels [B, G, K, K, H', W'], in RedNet three times the size of x, are never stored: a
+    Triton kernel generates those of its own pixels; the eager path and the backward pass hold a few MB at a time.
+
+    Args:
+        x: [B, C, H, W]; positions outside it read 0.
+        features: what the kernels are computed from, [B, R, H', W'], one position per output pixel.
+        weight: [Kh·Kw·groups, R], a group's window positions together, rows of the window first.
+        bias: [Kh·Kw·groups] or None.
+        kernel_size: an int, or (rows, columns) here and below.
+        groups: kernels per pixel; C/groups contiguous channels share one.
+        stride, padding, dilation: as in ``involution2d``.
+
+    Returns:
+        [B, C, H', W'] in the memory format of x. Differentiable once, in every tensor argument.
+
+    Raises:
+        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        ValueError: shapes, devices or options do not fit together.
+    """
+    x, features, weight, *biases = check_tensors(x=x, features=features, weight=weight, bias=bias)
+    kernel_sizes = as_pair("kernel_size", kernel_size, 1)
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    check_shape("x", x, "B C H W")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups must be at least 1 and divide the {x.shape[1]} channels of x, got {groups}")
+    window = _checked_window(x, kernel_sizes, stride, padding, dilation)
+    height, width = window.output_size(x.shape[2], x.shape[3])
+    check_shape("features", features, "B R H' W'", **{"B": x.shape[0], "H'": height, "W'": width})
+    rows = kernel_sizes[0] * kernel_sizes[1] * groups
+    check_shape("weight", weight, "Kh·Kw·G R", **{"Kh·Kw·G": rows, "R": features.shape[1]})
+    bias = biases[0] if biases else None
+    if bias is not None:
+        check_shape("bias", bias, "Kh·Kw·G", **{"Kh·Kw·G": rows})
+    backend = get_backend()
+    if backend == "reference":
+        return reference.involution2d_generate(
+            x, features, weight, bias,
+            kernel_size=kernel_sizes, groups=groups,
+            stride=window.stride, padding=window.padding, dilation=window.dilation,
+        )  # fmt: skip
+    grouped = x.unflatten(1, (groups, x.shape[1] // groups))
+    out = _generate(grouped, features, weight, bias, list(kernel_sizes), *fields_of(window), backend)
+    return out.flatten(1, 2)
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::involution_generate",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
+)
+@without_autocast
+def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
+    window = window_of(kernel_size, stride, padding, dilation, clamped)
+    if resolve(backend, x) == "triton":
+        fused = implementation("involution", backend, x)
+        return fused.involution_generate(x, features, weight, bias, window)
+    return generate.forward(x, features, weight, bias, window, implementation("aggregation", backend, x))
+
+
+@_generate.register_fake
+def _(x, features, *_):
+    return empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::involution_generate_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size,"
+        f" {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+@without_autocast
+def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
+    """Gradients of x, features, weight and bias."""
+    window = window_of(kernel_size, stride, padding, dilation, clamped)
+    algebra = implementation("aggregation", backend, x)
+    return generate.backward(grad, x, features, weight, bias, window, algebra)
+
+
+@_generate_backward.register_fake
+def _(grad, x, features, weight, *_):
+    grads = features.new_empty(features.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return empty_like_layout(x, x.shape), *grads
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx, grad):
+    grads = list(_generate_backward(grad, *ctx.saved_tensors, *ctx.options))
+    if ctx.saved_tensors[3] is None:
+        grads[3] = None
+    return *grads, *[None] * len(ctx.options)
+
+
+_generate.register_autograd(_backward, setup_context=_save)
+
+
+def _generate_flops(x_shape, features_shape, weight_shape) -> int:
+    """Two operations per multiply-add: R an entry of the kernels, and C/G for using it."""
+    batch, features, height, width = features_shape
+    return 2 * batch * height * width * weight_shape[0] * (features + x_shape[2])
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.involution_generate)
+def _(x_shape, features_shape, weight_shape, *_, **__) -> int:
+    return _generate_flops(x_shape, features_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.involution_generate_backward)
+def _(grad_shape, x_shape, features_shape, weight_shape, *_, **__) -> int:
+    """Two products for each of the forward pass's; the kernels, generated again, are not counted."""
+    return 2 * _generate_flops(x_shape, features_shape, weight_shape)

@@ -104,8 +104,8 @@ def na2d_qk(
     """
     query, key, *bias = check_tensors(query=query, key=key, rpb=rpb)
     check_shape("query", query, "B heads H W D")
-    axes = zip("B heads H W D".split(), query.shape, strict=True)
-    check_shape("key", key, "B heads H W D", **dict(axes))
+    batch, heads, height, width, channels = query.shape
+    check_shape("key", key, "B heads H W D", B=batch, heads=heads, H=height, W=width, D=channels)
     window = _checked_window(kernel_size, dilation, query.shape[2], query.shape[3])
     if bias:
         _check_rpb(bias[0], query.shape[1], window.kernel_size)
@@ -120,7 +120,7 @@ def na2d_qk(
 def na2d_softmax_av(
     logits: Tensor, value: Tensor, kernel_size: int | Pair, *, rpb: Tensor | None = None, dilation: int | Pair = 1
 ) -> Tensor:
-    """p = softmax_k(logits[b,h,i,k] + rpb[h, (nbr(i,k) − i)/dilation + K − 1]);  out[b,h,i] = Σ_k p[i,k] · value[b,h,nbr(i,k)]
+    """p[i,k] = softmax_k(logits[b,h,i,k] + rpb[h, (nbr(i,k) − i)/d + K − 1]);  out[i] = Σ_k p[i,k] · value[nbr(i,k)]
 
     dlogits[i,k] = p[i,k] · (Σ_c dout[i,c] · value[nbr(i,k),c] − Σ_c dout[i,c] · out[i,c]);
     dvalue[j] = Σ_{(i,k) reaching j} p[i,k] · dout[i];  drpb sums dlogits over all (b, i, k) with that distance.

@@ -1,3 +1,6 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """na2d_softmax_av as Triton kernels: softmax and relative position bias inside, nothing of size K² kept for backward.
 
 Forward reads K² logits and D values and writes D per pixel and head; the unfused chain (+ rpb, softmax, aggregate)
@@ -18,26 +21,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.tuner import Trial, Tunable, choose
 from kernels.aggregation.triton_kernels import (
+    CONFIGS,
     Config,
     Problem,
+    at_least_float32,
     block_arguments,
+    cost,
     heuristic,
     precision_arguments,
+    problem_of,
     stride_arguments,
     window_arguments,
 )
+from kernels.backend import interpreting
 from kernels.launch import launch
-from kernels.layout import channels_fastest, empty_like_layout
+from kernels.layout import empty_like_layout
+from kernels.neighborhood import eager
 from kernels.windows import Window
-from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, relative_position, split_program
-from kernels.windows_triton import window_start as clamped_window_start
+from kernels.windows_triton import (
+    inverse_neighbour,
+    inverse_steps,
+    neighbour,
+    relative_position,
+    split_program,
+    window_start,
+)
 
 __all__ = ["softmax_aggregate", "softmax_aggregate_backward"]
 
-RPB_BLOCK_PIXELS = 64
-RPB_BLOCK_RELATIVE = 32
+# Tile of the bias gradient; in the interpreter, where every operation costs the same, one that holds a whole small map.
+RPB_BLOCK_PIXELS, RPB_BLOCK_RELATIVE = (256, 1024) if interpreting() else (64, 32)
 RPB_CHUNKS = 64  # partial tables per head: enough programs to fill a GPU, few enough to sum in one small reduction
+
+MODULES = ("kernels.windows_triton", "kernels.neighborhood.triton_kernels")
+SOFTMAX_AGGREGATE, GRAD_VALUE, GRAD_LOGITS = (
+    Tunable(name, CONFIGS, heuristic, cost, MODULES, Problem, f"kernels.neighborhood.examples:{name.split('.')[-1]}")
+    for name in ("softmax_aggregate", "softmax_aggregate.grad_value", "softmax_aggregate.grad_logits")
+)
 
 
 @triton.jit
@@ -60,9 +82,9 @@ def _load_logits(
     if HAS_RPB:
         o_relative_h = relative_position(o_row, o_input_h, KERNEL_H, DILATION_H)
         o_relative_w = relative_position(o_column, o_input_w, KERNEL_W, DILATION_W)
-        b_logits += tl.load(
-            p_rpb + o_relative_h * rpb_stride_h + o_relative_w * rpb_stride_w, mask=m_step, other=0
-        ).to(ACCUMULATOR)
+        b_logits += tl.load(p_rpb + o_relative_h * rpb_stride_h + o_relative_w * rpb_stride_w, mask=m_step, other=0).to(
+            ACCUMULATOR
+        )
     return b_logits
 
 
@@ -109,8 +131,10 @@ def _softmax_aggregate_kernel(
         o_step = (first_step + tl.arange(0, BLOCK_STEPS))[:, None]
         m_step = (o_step < KERNEL_H * KERNEL_W) & (o_row >= 0)
         o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
-        o_input_h, _ = neighbour(o_row, o_kernel_h, height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED)
-        o_input_w, _ = neighbour(o_column, o_kernel_w, width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED)
+        o_input_h, _m_row = neighbour(o_row, o_kernel_h, height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED)
+        o_input_w, _m_column = neighbour(
+            o_column, o_kernel_w, width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
+        )
         # [S, P]
         b_logits = _load_logits(
             p_logits, p_rpb, o_kernel_h, o_kernel_w, o_row, o_column, o_input_h, o_input_w, m_step,
@@ -238,7 +262,7 @@ def _grad_logits_kernel(
     CLAMPED: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
-    i_pixel, _, i_group, i_batch = split_program(tl.cdiv(height * width, BLOCK_PIXELS), 1, groups)
+    i_pixel, _i_channel, i_group, i_batch = split_program(tl.cdiv(height * width, BLOCK_PIXELS), 1, groups)
     p_logits = logits_ptr + i_batch * logits_stride_b + i_group * logits_stride_g
     p_value = value_ptr + i_batch * value_stride_b + i_group * value_stride_g
     p_rpb = rpb_ptr + i_group * rpb_stride_g
@@ -268,8 +292,10 @@ def _grad_logits_kernel(
         o_step = (first_step + tl.arange(0, BLOCK_STEPS))[:, None]
         m_step = m_pixel & (o_step < KERNEL_H * KERNEL_W)
         o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
-        o_input_h, _ = neighbour(o_row, o_kernel_h, height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED)
-        o_input_w, _ = neighbour(o_column, o_kernel_w, width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED)
+        o_input_h, _m_row = neighbour(o_row, o_kernel_h, height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED)
+        o_input_w, _m_column = neighbour(
+            o_column, o_kernel_w, width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
+        )
         # [S, P]
         b_logits = _load_logits(
             p_logits, p_rpb, o_kernel_h, o_kernel_w, o_row, o_column, o_input_h, o_input_w, m_step,
@@ -316,7 +342,7 @@ def _grad_rpb_kernel(
 ):  # fmt: skip
     RELATIVE_W: tl.constexpr = 2 * KERNEL_W - 1
     RELATIVE: tl.constexpr = (2 * KERNEL_H - 1) * RELATIVE_W
-    i_relative, i_chunk, i_group, _ = split_program(tl.cdiv(RELATIVE, BLOCK_RELATIVE), chunks, groups)
+    i_relative, i_chunk, i_group, _i_batch = split_program(tl.cdiv(RELATIVE, BLOCK_RELATIVE), chunks, groups)
     o_relative = (i_relative * BLOCK_RELATIVE + tl.arange(0, BLOCK_RELATIVE))[:, None]
     o_relative_h, o_relative_w = o_relative // RELATIVE_W, o_relative % RELATIVE_W
     pixel_blocks = tl.cdiv(height * width, BLOCK_PIXELS)
@@ -329,8 +355,8 @@ def _grad_rpb_kernel(
         o_row = (o_pixel // width)[None, :]
         o_column = (o_pixel % width)[None, :]
         # The window position at this distance from this pixel: the inverse of relative_position.
-        o_start_h = clamped_window_start(o_row, height, KERNEL_H, DILATION_H)
-        o_start_w = clamped_window_start(o_column, width, KERNEL_W, DILATION_W)
+        o_start_h = window_start(o_row, height, KERNEL_H, DILATION_H)
+        o_start_w = window_start(o_column, width, KERNEL_W, DILATION_W)
         o_kernel_h = o_relative_h - (KERNEL_H - 1) + (o_row - o_start_h) // DILATION_H
         o_kernel_w = o_relative_w - (KERNEL_W - 1) + (o_column - o_start_w) // DILATION_W
         m_row = (o_kernel_h >= 0) & (o_kernel_h < KERNEL_H)
@@ -359,13 +385,19 @@ def _rpb_arguments(rpb: Tensor | None, stand_in: Tensor) -> dict[str, Tensor | i
     return {"rpb_ptr": rpb, **stride_arguments("rpb", rpb, "g h w"), "HAS_RPB": True}
 
 
-def _pick(config: Config | None, value: Tensor, logits: Tensor, steps: int) -> Config:
-    pixels = value.shape[3] * value.shape[4]
-    return config or heuristic(Problem(value.shape[2], pixels, steps, channels_fastest(logits)))
-
-
 def _size_arguments(value: Tensor) -> dict[str, int]:
     return {"groups": value.shape[1], "channels": value.shape[2], "height": value.shape[3], "width": value.shape[4]}
+
+
+def _in_float32(logits: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    logits, value = at_least_float32(logits, value)
+    return logits, value, None if rpb is None else at_least_float32(rpb)[0]
+
+
+def _reference_gradients(grad, logits, value, rpb, out, statistics, window):
+    """The eager path's gradients, for the tuner."""
+    grad, out = at_least_float32(grad, out)
+    return eager.softmax_aggregate_backward(grad, *_in_float32(logits, value, rpb), out, statistics, window)
 
 
 def softmax_aggregate(
@@ -379,7 +411,13 @@ def softmax_aggregate(
     statistics = torch.empty((batch, groups, height, width), dtype=statistics_dtype, device=value.device)
     if value.numel() == 0:
         return out, statistics
-    config = _pick(config, value, logits, window.kernel_size[0] * window.kernel_size[1])
+    if config is None:
+        problem = problem_of(logits, value, value.shape[3:], window.kernel_size[0] * window.kernel_size[1])
+        trial = Trial(
+            lambda config: softmax_aggregate(logits, value, rpb, window, config),
+            lambda: eager.softmax_aggregate(*_in_float32(logits, value, rpb), window),
+        )
+        config = choose(SOFTMAX_AGGREGATE, problem, value.device, trial)
     # One program per (pixel tile, channel block, group, batch entry).
     pixel_blocks = triton.cdiv(height * width, config.block_pixels)
     grid = (pixel_blocks * triton.cdiv(channels, config.block_channels) * groups * batch,)
@@ -407,6 +445,7 @@ def grad_value(
     logits: Tensor,
     value: Tensor,
     rpb: Tensor | None,
+    out: Tensor,
     statistics: Tensor,
     window: Window,
     config: Config | None = None,
@@ -415,7 +454,13 @@ def grad_value(
     batch, groups, channels, height, width = value.shape
     target = empty_like_layout(value, value.shape)
     steps = inverse_steps(window, height, 0), inverse_steps(window, width, 1)
-    config = _pick(config, value, logits, steps[0] * steps[1])
+    if config is None:
+        problem = problem_of(logits, value, value.shape[3:], steps[0] * steps[1])
+        trial = Trial(
+            lambda config: grad_value(grad, logits, value, rpb, out, statistics, window, config),
+            lambda: _reference_gradients(grad, logits, value, rpb, out, statistics, window)[1],
+        )
+        config = choose(GRAD_VALUE, problem, value.device, trial)
     # One program per (pixel tile, channel block, group, batch entry).
     pixel_blocks = triton.cdiv(height * width, config.block_pixels)
     grid = (pixel_blocks * triton.cdiv(channels, config.block_channels) * groups * batch,)
@@ -453,7 +498,13 @@ def grad_logits(
     """p[i,k] · (Σ_c grad[i,c] · value[nbr(i,k),c] − Σ_c grad[i,c] · out[i,c]), in the memory order of logits."""
     batch, groups, _, height, width = value.shape
     target = empty_like_layout(logits, logits.shape)
-    config = _pick(config, value, logits, window.kernel_size[0] * window.kernel_size[1])
+    if config is None:
+        problem = problem_of(logits, value, value.shape[3:], window.kernel_size[0] * window.kernel_size[1])
+        trial = Trial(
+            lambda config: grad_logits(grad, logits, value, rpb, out, statistics, window, config),
+            lambda: _reference_gradients(grad, logits, value, rpb, out, statistics, window)[0],
+        )
+        config = choose(GRAD_LOGITS, problem, value.device, trial)
     # One program per (pixel tile, group, batch entry); it walks the whole window.
     grid = (triton.cdiv(height * width, config.block_pixels) * groups * batch,)
     arguments = {
@@ -524,5 +575,5 @@ def softmax_aggregate_backward(
         empty = empty_like_layout(logits, logits.shape), empty_like_layout(value, value.shape)
         return *empty, None if rpb is None else torch.zeros_like(rpb)
     gradient_of_logits = grad_logits(grad, logits, value, rpb, out, statistics, window)
-    gradient_of_value = grad_value(grad, logits, value, rpb, statistics, window)
+    gradient_of_value = grad_value(grad, logits, value, rpb, out, statistics, window)
     return gradient_of_logits, gradient_of_value, None if rpb is None else grad_rpb(gradient_of_logits, rpb, window)

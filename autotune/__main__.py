@@ -1,0 +1,47 @@
+"""``python -m autotune COMMAND``: one module per command, imported only when the command is called.
+
+A command's module offers ``add_arguments(parser)`` and ``run(arguments) -> int``, the exit code; its docstring is what
+``python -m autotune COMMAND --help`` shows above the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {  # name -> (module, one line of help)
+    "profile": ("autotune.profile", "run operators and models on a real photograph, ours against the naive path"),
+    "figures": ("autotune.figures", "write the README's tables and figures from the committed results"),
+    "compile": ("autotune.compile", "compile the Triton kernels ahead of time for a named architecture, without a GPU"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (``sys.argv`` by default) and return its exit code; SystemExit for a malformed one."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m autotune", description="Measure and build the kernels.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        if argv[:1] != [name]:
+            commands.add_parser(name, help=summary, add_help=False)
+            continue
+        module = importlib.import_module(module_name)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=inspect.getdoc(module),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

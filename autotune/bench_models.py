@@ -1,0 +1,267 @@
+"""Models against the same model on the naive path, and against the peers they are measured by.
+
+Weights are random: what is timed does not depend on them. Inference uses the form a trained model would be deployed in
+(OverLoCK's dilated branches merged). Before anything is timed the logits, or the loss and its gradients, of a small
+batch in float32 must be those of the naive path, and what a compiler made of a model must compute what the model does.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from autotune import timing
+from autotune.bench_operators import Call, one_line, why_not
+from autotune.comparison import (
+    GRADIENTS_TOLERANCE,
+    LOGITS_TOLERANCE,
+    OTHER_PRECISION_FACTOR,
+    check,
+    largest_error,
+    on_backend,
+)
+from autotune.timing import Timing
+from autotune.workloads import Size, random_model
+
+__all__ = ["PLANS", "ModelBench", "Plan", "inference_pass", "placed", "random_images", "training_pass"]
+
+Placeable = TypeVar("Placeable", nn.Module, Tensor)
+CHECKED_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model in one pass, and whom it meets: ``peer`` is (library, name), ``compiled`` has both compiled as well."""
+
+    model: str
+    training: bool = False
+    peer: tuple[str, str] | None = None
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {'training' if self.training else 'inference'}"
+
+
+RESNET = ("torchvision", "resnet50")
+CONVNEXT = ("torchvision", "convnext_tiny")
+VOLO = ("timm", "volo_d1_224")
+PLANS = (  # the most telling first: where time is short, the last are skipped
+    Plan("overlock_t"),
+    Plan("overlock_t", training=True),
+    Plan("rednet50", peer=RESNET, compiled=True),
+    Plan("overlock_xt", peer=CONVNEXT, compiled=True),
+    Plan("volo_d1", peer=VOLO, compiled=True),
+    Plan("overlock_xt", training=True, peer=CONVNEXT, compiled=True),
+    Plan("rednet50", training=True, peer=RESNET, compiled=True),
+    Plan("volo_d1", training=True, peer=VOLO, compiled=True),
+)
+
+
+def placed(what: Placeable, dtype: torch.dtype, device: torch.device, layout: torch.memory_format) -> Placeable:
+    """A model or images in that precision, on that device and in that memory format."""
+    return what.to(device=device, dtype=dtype).to(memory_format=layout)  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+def random_images(batch: int, size: Size, seed: int = 0) -> Tensor:
+    """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def _floating(output: Any) -> list[Tensor]:
+    """A model's outputs but for integer ones: logits, a dict of logits, or logits and the box of mixed tokens."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [value for value in (output.values() if isinstance(output, dict) else output) if value.is_floating_point()]
+
+
+def inference_pass(model: nn.Module, images: Tensor) -> Call:
+    """A call that returns the logits."""
+
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            return _floating(model(images))
+
+    return call
+
+
+def training_pass(model: nn.Module, images: Tensor) -> Call:
+    """Forward and backward, without an optimiser: a call that returns the loss and every parameter's gradient."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def call() -> list[Tensor]:
+        with torch.enable_grad():
+            loss = torch.stack([out.float().square().mean() for out in _floating(model(images))]).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+    return call
+
+
+def _one_pass(plan: Plan) -> Callable[[nn.Module, Tensor], Call]:
+    return training_pass if plan.training else inference_pass
+
+
+def _joined(call: Call) -> list[Tensor]:
+    """Outputs as they are, many gradients as one vector: single ones may be all but zero, and their ratio noise."""
+    torch.manual_seed(0)  # drops and mixes the same every time
+    first, *others = call()
+    return [first, torch.cat([gradient.flatten() for gradient in others])] if others else [first]
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """How the models of one run are measured; ``compiler`` is torch.compile's backend, None to leave compiling out."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int = 128
+    size: Size = (224, 224)
+    backend: str = "auto"
+    compiler: str | None = "inductor"
+    layout: torch.memory_format = torch.channels_last
+    seconds: float = 2.0
+    min_runs: int = 5
+
+    def model(self, plan: Plan, dtype: torch.dtype) -> nn.Module:
+        arguments = {"return_dense": False} if plan.model.startswith("volo") else {}  # as its peer trains
+        model = random_model(plan.model, **arguments).train(plan.training)
+        if not plan.training and hasattr(model, "reparam"):
+            model = model.reparam()  # pyright: ignore[reportCallIssue]
+        return placed(model, dtype, self.device, self.layout)
+
+    def peer(self, plan: Plan, dtype: torch.dtype) -> nn.Module:
+        """The peer with random weights. ImportError where its library is not installed."""
+        assert plan.peer is not None
+        library, name = plan.peer
+        torch.manual_seed(0)
+        if library == "timm":
+            import timm  # pyright: ignore[reportMissingImports]
+
+            model = timm.create_model(name, pretrained=False)
+        else:
+            import torchvision  # pyright: ignore[reportMissingImports]
+
+            model = torchvision.models.get_model(name, weights=None)
+        return placed(model.train(plan.training), dtype, self.device, self.layout)
+
+    def contenders(self, plan: Plan, images: Tensor) -> tuple[dict[str, Call], dict[str, str]]:
+        """Name -> call, ours first; and why one that belongs there is missing."""
+        one_pass = _one_pass(plan)
+        ours = self.model(plan, self.dtype)
+        calls = {
+            "ours": on_backend(self.backend, one_pass(ours, images)),
+            "naive": on_backend("reference", one_pass(ours, images)),
+        }
+        models, missing = {"compiled": ours} if plan.compiled else {}, {}
+        if plan.peer is not None:
+            try:
+                peer = self.peer(plan, self.dtype)
+                calls["peer"] = one_pass(peer, images)
+                models |= {"peer_compiled": peer} if plan.compiled else {}
+            except Exception as error:  # not installed, or another version: ours is still worth its time
+                missing["peer"] = one_line(error)
+        if self.compiler is not None:
+            compile_model = functools.partial(torch.compile, dynamic=False, backend=self.compiler)
+            for name, model in models.items():
+                compiled: Any = compile_model(model)
+                calls[name] = on_backend(self.backend, one_pass(compiled, images))
+        return calls, missing
+
+    def images(self, dtype: torch.dtype, batch: int | None = None) -> Tensor:
+        return placed(random_images(batch or self.batch, self.size), dtype, self.device, self.layout)
+
+    def compile_only(self, plan: Plan) -> None:
+        """Run the compiled contenders once, which leaves their code in the caches on disk."""
+        for name, call in self.contenders(plan, self.images(self.dtype))[0].items():
+            if "compiled" in name:
+                call()
+
+    def _rounding(self, build: Callable[[torch.dtype], nn.Module], plan: Plan) -> float:
+        """How far the timed precision is from float32 on a small batch, on the selected backend."""
+        results = []
+        for dtype in (torch.float32, self.dtype):
+            call = _one_pass(plan)(build(dtype), self.images(dtype, CHECKED_BATCH))
+            results.append(_joined(call))
+        return largest_error(results[1], results[0])
+
+    def _agreement(self, plan: Plan) -> dict[str, float]:
+        """Ours against the naive path on a small batch: the same in float32, and no worse rounded in the timed one."""
+        what, tolerance = ("loss and gradients", GRADIENTS_TOLERANCE) if plan.training else ("logits", LOGITS_TOLERANCE)
+        call = _one_pass(plan)(self.model(plan, torch.float32), self.images(torch.float32, CHECKED_BATCH))
+        expected = _joined(on_backend("reference", call))
+        error = largest_error(_joined(on_backend(self.backend, call)), expected)
+        found = check(error, tolerance, f"{what} in float32")
+        if self.dtype == torch.float32:
+            return found | {"rounding": error}
+        ours, naive = (
+            on_backend(backend, lambda: self._rounding(functools.partial(self.model, plan), plan))()
+            for backend in (self.backend, "reference")
+        )
+        check(ours, OTHER_PRECISION_FACTOR * naive, f"{what} in {self.dtype}")
+        return found | {"rounding": ours}
+
+    def measure(self, plan: Plan) -> dict[str, Any]:
+        """Check, then time every contender in turns; one that cannot run is left out with the reason.
+
+        Raises:
+            DisagreementError: our logits or gradients are not those of the naive path; nothing was timed then.
+        """
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            agreement = self._agreement(plan)
+        calls, left_out = self.contenders(plan, self.images(self.dtype))
+        # Two results in the timed precision, each that far from the exact one, and some room for another batch.
+        allowed = {"naive": 4 * max(agreement["rounding"], LOGITS_TOLERANCE)}
+        allowed["compiled"] = allowed["naive"]
+        if "peer_compiled" in calls:
+            peer_rounding = self._rounding(lambda dtype: self.peer(plan, dtype), plan)
+            allowed["peer_compiled"] = 4 * max(peer_rounding, LOGITS_TOLERANCE)
+        for name in [name for name in calls if name in allowed]:
+            original = calls["peer" if name.startswith("peer") else "ours"]
+            reason = why_not(functools.partial(_joined, calls[name]), _joined(original), allowed[name], name)
+            if reason is not None:
+                left_out[name] = reason
+                del calls[name]
+        peaks = {name: timing.peak_memory(call, self.device) for name, call in calls.items()}
+        times = in_turns(calls, self.device, seconds=self.seconds, min_runs=self.min_runs)
+        contenders = {
+            name: asdict(found) | {"peak_bytes": peaks[name], "images_per_second": 1000 * self.batch / found.p50_ms}
+            for name, found in times.items()
+        }
+        against = {"naive": "ours", "peer": "ours", "peer_compiled": "compiled"}
+        speed_up = {
+            other: times[other].p50_ms / times[ours].p50_ms
+            for other, ours in against.items()
+            if other in times and ours in times
+        }
+        return {**agreement, "contenders": contenders, "left_out": left_out, "speed_up": speed_up}
+
+
+def in_turns(calls: dict[str, Call], device: torch.device, *, seconds: float, min_runs: int) -> dict[str, Timing]:
+    """As ``timing.measure``, for calls so long that what the L2 cache holds before them does not matter.
+
+    On a GPU a run of each follows the other in the stream, between device events.
+    """
+    if device.type != "cuda":
+        return timing.measure(calls, device, seconds=seconds, min_runs=min_runs)
+    durations = {name: _event_milliseconds([call])[0] for name, call in calls.items()}
+    runs = max(min_runs, min(50, int(1000 * seconds / sum(durations.values()))))
+    samples = _event_milliseconds([*calls.values()] * runs)
+    return {name: Timing.of(samples[index :: len(calls)]) for index, name in enumerate(calls)}
+
+
+def _event_milliseconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Device time of each call, one after another."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    marks[0].record()
+    for call, mark in zip(calls, marks[1:], strict=True):
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]

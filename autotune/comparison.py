@@ -1,0 +1,159 @@
+"""Our path against the naive unfold path: check that both agree, then time them and take their peak memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import kernels
+from autotune import timing, workloads
+from autotune.workloads import Size, Workload
+
+__all__ = ["DisagreementError", "Settings", "compare_paths", "measure_model", "measure_operator", "on_backend"]
+
+# ‖ours − expected‖ / ‖expected‖ of every output and gradient. An operator is held against the naive path in float32
+# (float64 in float64), so that the bound is on our rounding alone.
+OPERATOR_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# A model is held against itself on the naive path in float32; gradients pass through all its layers twice.
+LOGITS_TOLERANCE, GRADIENTS_TOLERANCE = 1e-4, 1e-3
+# In any other precision both paths round at every layer, and a bound has to come from the model itself: our path may
+# be this many times as far from the float32 result as the naive path is.
+OTHER_PRECISION_FACTOR = 2
+
+
+class DisagreementError(Exception):
+    """The two paths computed different things."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How everything in one run is measured.
+
+    ``backend`` is our path's; ``seconds`` are spent on timing each line, but every path runs ``min_runs`` times.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str = "auto"
+    batch: int = 1
+    seconds: float = 1.0
+    min_runs: int = 5
+
+
+def on_backend(backend: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` as a function that runs on ``backend``, whichever is selected otherwise."""
+
+    def wrapped() -> Any:
+        with kernels.use_backend(backend):
+            return call()
+
+    return wrapped
+
+
+def largest_error(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest ‖out − expected‖ / ‖expected‖ among pairs of tensors, NaN where one has a NaN."""
+    errors = [timing.relative_error(out, want) for out, want in zip(outputs, expected, strict=True)]
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def check(error: float, tolerance: float, what: str) -> dict[str, float]:
+    """The two numbers for the record; DisagreementError where the error is beyond its bound, or NaN."""
+    if not error <= tolerance:
+        raise DisagreementError(f"{what}: relative error {error:.1e} against the naive path, allowed {tolerance:.1e}")
+    return {"relative_error": error, "tolerance": tolerance}
+
+
+def compare_paths(call: Callable[[], Any], settings: Settings) -> dict[str, Any]:
+    """Times and peak memory of ``call`` on our path and on the naive one, and the ratio of the medians."""
+    calls = {"ours": on_backend(settings.backend, call), "naive": on_backend("reference", call)}
+    peaks = {path: timing.peak_memory(on_path, settings.device) for path, on_path in calls.items()}
+    times = timing.measure(calls, settings.device, seconds=settings.seconds, min_runs=settings.min_runs)
+    found: dict[str, Any] = {path: asdict(times[path]) | {"peak_bytes": peaks[path]} for path in calls}
+    return found | {"speed_up": times["naive"].p50_ms / times["ours"].p50_ms}
+
+
+def measure_operator(
+    workload: Workload, settings: Settings, *, backward: bool, bytes_per_second: float
+) -> dict[str, Any]:
+    """Check one operator, time it, and hold its time against the memory floor, ``floor_bytes`` at that speed.
+
+    Raises:
+        DisagreementError: an output or gradient is not that of the naive path; nothing was timed then.
+    """
+    inputs = workload.draw_inputs(settings.dtype, settings.device)
+    gradient = workload.draw_gradient(settings.dtype, settings.device)
+    run = workload.forward_backward if backward else workload.forward
+    exact, exact_gradient = workloads.upcast(inputs), gradient.to(torch.promote_types(settings.dtype, torch.float32))
+    agreement = check(
+        largest_error(
+            on_backend(settings.backend, lambda: run(inputs, gradient))(),
+            on_backend("reference", lambda: run(exact, exact_gradient))(),
+        ),
+        OPERATOR_TOLERANCE[settings.dtype],
+        "output and gradients" if backward else "output",
+    )
+    compared = compare_paths(lambda: run(inputs, gradient), settings)
+    floor_bytes = workload.floor_bytes(settings.dtype, backward=backward)
+    floor_ms = 1000 * floor_bytes / bytes_per_second
+    return {
+        **agreement,
+        **compared,
+        "operations": workload.operations(backward=backward),
+        "floor": {"bytes": floor_bytes, "ms": floor_ms, "fraction": floor_ms / compared["ours"]["p50_ms"]},
+    }
+
+
+def measure_model(name: str, size: Size, photo: Image.Image, settings: Settings, *, training: bool) -> dict[str, Any]:
+    """Check one model on the photograph, in float32 and in the precision to be timed, then time it.
+
+    Raises:
+        DisagreementError: logits or gradients are not those of the naive path; nothing was timed then.
+    """
+    model = workloads.random_model(name).to(settings.device).train(training)
+    one_pass = _training_pass if training else _inference
+    what, tolerance = ("gradients", GRADIENTS_TOLERANCE) if training else ("logits", LOGITS_TOLERANCE)
+    images = workloads.image_batch(photo, size, settings.batch, torch.float32, settings.device)
+    call = one_pass(model, images)
+    exact = on_backend("reference", call)()
+    agreement = check(largest_error(on_backend(settings.backend, call)(), exact), tolerance, f"{what} in float32")
+    if settings.dtype != torch.float32:
+        call = one_pass(model.to(settings.dtype), images.to(settings.dtype))
+        tolerance = OTHER_PRECISION_FACTOR * largest_error(on_backend("reference", call)(), exact)
+        agreement = check(largest_error(on_backend(settings.backend, call)(), exact), tolerance, what)
+    del exact
+    compared = compare_paths(call, settings)
+    return {**agreement, **compared, "images_per_second": 1000 * settings.batch / compared["ours"]["p50_ms"]}
+
+
+def _inference(model: nn.Module, images: Tensor) -> Callable[[], list[Tensor]]:
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            return _floating(model(images))
+
+    return call
+
+
+def _training_pass(model: nn.Module, images: Tensor) -> Callable[[], list[Tensor]]:
+    """Forward and backward, without an optimiser: the loss and the gradients, in one vector."""
+    parameters = list(model.parameters())
+
+    def call() -> list[Tensor]:
+        torch.manual_seed(0)  # drops and mixes the same every time
+        loss = torch.stack([out.square().mean() for out in _floating(model(images))]).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])]
+
+    return call
+
+
+def _floating(output: Any) -> list[Tensor]:
+    """A model's outputs but for integer ones: logits, a dict of logits, or logits and the box of mixed tokens."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [value for value in (output.values() if isinstance(output, dict) else output) if value.is_floating_point()]

@@ -1,0 +1,143 @@
+"""Bring every number of the README in line with the committed results: ``make figures``.
+
+The README's tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from
+notebooks/results/models.json (parameters and multiply-adds, counted; --count counts them again) and from
+notebooks/results/<device>/profile.json. Figures are drawn again from the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.utils.flop_counter import FlopCounterMode
+
+from autotune import plots, report, timing
+
+__all__ = ["PUBLISHED", "add_arguments", "count_model", "readme_sections", "run", "updated"]
+
+# Parameters in millions, multiply-adds in G at 224x224 (None: not published), top-1 in % on ImageNet-1k, as the papers
+# state them. OverLoCK counts its reparameterised form without the auxiliary head.
+PUBLISHED: dict[str, tuple[float, float | None, float]] = {
+    "overlock_xt_reparam": (16, 2.6, 82.7),
+    "overlock_t_reparam": (33, 5.5, 84.2),
+    "overlock_s_reparam": (56, 9.7, 84.8),
+    "overlock_b_reparam": (95, 16.7, 85.1),
+    "rednet26": (9.23, 1.73, 75.96),
+    "rednet38": (12.39, 2.22, 77.48),
+    "rednet50": (15.54, 2.71, 78.35),
+    "rednet101": (25.65, 4.74, 78.92),
+    "rednet152": (33.98, 6.79, 79.12),
+    "volo_d1": (26.6, 6.8, 84.2),
+    "volo_d2": (58.7, None, 85.2),
+    "volo_d3": (86.3, None, 85.4),
+    "volo_d4": (193, None, 85.7),
+    "volo_d5": (295.5, None, 86.1),
+}
+
+
+def count_model(name: str) -> dict[str, float]:
+    """Parameters (millions) and multiply-adds (G) of one 224x224 image, counted on the meta device."""
+    import models
+
+    with torch.device("meta"):
+        model = models.create_model(name).eval()
+        image = torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    parameters = sum(
+        p.numel() for key, p in model.named_parameters() if not key.startswith("aux_head.") or "volo" in name
+    )
+    return {"parameters_m": parameters / 1e6, "multiply_adds_g": counter.get_total_flops() / 2e9}
+
+
+def _models_table(counted: dict[str, dict[str, float]]) -> Iterator[str]:
+    columns = ["model", "parameters, M: published", "counted", "multiply-adds, G at 224²: published", "counted"]
+    yield f"| {' | '.join(columns)} | top-1, %: published |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for name, (parameters, operations, accuracy) in PUBLISHED.items():
+        ours = counted[name]
+        published = "–" if operations is None else f"{operations:g}"
+        yield (
+            f"| `{name}` | {parameters:g} | {ours['parameters_m']:.2f} | {published} | {ours['multiply_adds_g']:.2f} "
+            f"| {accuracy:g} |"
+        )
+
+
+def _profile_table(record: dict[str, Any]) -> Iterator[str]:
+    machine, settings = record["machine"], record["settings"]
+    yield (
+        f"{machine['device']}, torch {machine['torch']}, {settings['dtype']}, batch {settings['batch']}; "
+        f"our path here: {settings['implementation']}. Medians; both paths agree before either is timed."
+    )
+    yield ""
+    yield "| what | shape | pass | ours, ms | naive, ms | speed-up | peak memory, naive / ours |"
+    yield "|---|---|---|---:|---:|---:|---:|"
+    for row in record["rows"]:
+        if row["status"] != "ok":
+            raise ValueError(
+                f"profile.json holds a failed line, {row['name']} {row['pass']}: it is no result to publish"
+            )
+        what = row["operator"] if row["kind"] == "operator" else row["name"].split()[0]
+        where = f"{row['model']} {row['shape']}" if row["kind"] == "operator" else row["shape"]
+        peaks = row["naive"]["peak_bytes"], row["ours"]["peak_bytes"]
+        memory = f"{report.number(peaks[0] / peaks[1])}×" if peaks[0] and peaks[1] else "–"
+        yield (
+            f"| `{what}` | {where} | {row['pass']} | {report.number(row['ours']['p50_ms'])} "
+            f"| {report.number(row['naive']['p50_ms'])} | {report.number(row['speed_up'])}× | {memory} |"
+        )
+
+
+def readme_sections(results: Path) -> dict[str, str]:
+    """Section name -> its text, from the committed files alone."""
+    counted = json.loads((results / "models.json").read_text())
+    sections = {"models": "\n".join(_models_table(counted))}
+    profiles = sorted(results.glob("*/profile.json"))
+    sections["profile"] = "\n\n".join("\n".join(_profile_table(json.loads(path.read_text()))) for path in profiles)
+    return sections
+
+
+def updated(text: str, sections: dict[str, str]) -> str:
+    """``text`` with each section between its markers replaced. ValueError where a marker is missing."""
+    for name, content in sections.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}{match[2]}", text)
+        if count != 1:
+            raise ValueError(f"the README must hold the markers of section {name!r} once, found {count} times")
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", action="store_true", help="count parameters and multiply-adds again (a minute)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the README is out of date")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console()
+    root = timing.repository_root()
+    if root is None:
+        raise SystemExit(
+            "figures needs a checkout of the repository: its README and notebooks/results are not installed"
+        )
+    results, readme = root / "notebooks" / "results", root / "README.md"
+    if arguments.count:
+        counted = {name: count_model(name) for name in track(PUBLISHED, "Counting", console=console, transient=True)}
+        timing.write_json(results / "models.json", counted)
+    text = readme.read_text()
+    wanted = updated(text, readme_sections(results))
+    if arguments.check:
+        return int(text != wanted)
+    readme.write_text(wanted)
+    for path in sorted(results.glob("*/profile.json")):
+        for file, figure in report.figures(json.loads(path.read_text())).items():
+            plots.save(figure, path.parent / file)
+            console.print(f"drew {(path.parent / file).relative_to(root)}")
+    console.print("README.md is up to date" if text == wanted else "README.md updated")
+    return 0

@@ -1,0 +1,174 @@
+"""What every notebook starts with: the device and its sizes, the photograph, grids of axes, tables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import ImageOps
+from torch import Tensor, nn
+
+from autotune import plots, timing, workloads
+
+__all__ = [
+    "CHECKPOINTS_VARIABLE",
+    "Model",
+    "Session",
+    "Table",
+    "chosen_checkpoints",
+    "finish",
+    "grid",
+    "load",
+    "picture",
+    "start",
+    "without_ticks",
+]
+
+CHECKPOINTS_VARIABLE = "DYNAMIC_KERNELS_CHECKPOINTS"
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where a notebook runs. ``full`` asks for the published sizes; without a GPU small ones keep it below 30 s."""
+
+    device: torch.device
+    dtype: torch.dtype
+    full: bool
+
+    @property
+    def device_name(self) -> str:
+        return timing.device_name(self.device)
+
+    @property
+    def label(self) -> str:
+        """What a figure says of its origin: "NVIDIA H200 · bfloat16"."""
+        return f"{self.device_name} · {str(self.dtype).removeprefix('torch.')}"
+
+
+def start(seed: int = 0) -> Session:
+    """Seed everything; a GPU if there is one, in bfloat16 at full sizes, else the CPU in float32 at small ones."""
+    torch.manual_seed(seed)
+    device = timing.best_device()
+    on_gpu = device.type == "cuda"
+    return Session(device, torch.bfloat16 if on_gpu else torch.float32, full=on_gpu)
+
+
+def picture(height: int, width: int | None = None) -> tuple[Tensor, np.ndarray]:
+    """The photograph, twice: ImageNet-normalised [1, 3, height, width], and [height, width, 3] in 0..1 to look at."""
+    size = (height, width or height)
+    photo = workloads.photograph()
+    pixels = np.asarray(ImageOps.fit(photo, size[::-1]), dtype=np.float32) / 255
+    return workloads.image_batch(photo, size, 1, torch.float32, torch.device("cpu")), pixels
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in evaluation mode, with the words a figure needs about its weights."""
+
+    name: str
+    module: nn.Module
+    weights: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.weights}"
+
+
+def chosen_checkpoints(defaults: dict[str, str | None]) -> dict[str, str | None]:
+    """The notebook's own choice of models and weight files, or the environment's.
+
+    DYNAMIC_KERNELS_CHECKPOINTS="rednet50=/data/rednet50.pth,volo_d1=/data/d1.pth.tar" replaces, for each family it
+    names, the notebook's model of that family.
+    """
+    chosen = dict(defaults)
+    for entry in filter(None, os.environ.get(CHECKPOINTS_VARIABLE, "").split(",")):
+        name, separator, path = entry.partition("=")
+        if not separator or not path:
+            raise ValueError(f"{CHECKPOINTS_VARIABLE} must read NAME=FILE[,NAME=FILE], got {entry!r}")
+        name = name.strip()
+        chosen = {other: file for other, file in chosen.items() if _family(other) != _family(name)}
+        chosen[name] = path.strip()
+    return chosen
+
+
+def _family(name: str) -> str:
+    """rednet50 -> rednet, overlock_t_reparam -> overlock, volo_d1 -> volo."""
+    return re.split(r"[\d_]", name)[0]
+
+
+def load(name: str, checkpoint: str | None = None, *, seed: int = 0) -> Model:
+    """The model ``name`` with the weights of a file or address, or with seeded random ones, and it says which.
+
+    Random models get the batch norms' statistics of the photograph: without them activations shrink or grow from layer to
+    layer, which no trained model's do.
+    """
+    module = workloads.random_model(name, seed).eval()
+    if checkpoint is None:
+        _settle_batch_norms(module)
+        return Model(name, module, "random weights")
+    import models
+
+    models.load_checkpoint(module, checkpoint)
+    return Model(name, module, f"weights of {os.path.basename(checkpoint)}")
+
+
+@torch.no_grad()
+def _settle_batch_norms(module: nn.Module, side: int = 224) -> None:
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+        norm.train()
+    image, _ = picture(side)
+    module(torch.cat((image, image.flip(-1))))
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.eval()
+
+
+def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of ``width`` × ``height`` inches in the common style, with its rows × columns axes; call inside
+    ``plots.style()``."""
+    figure, _ = plots.new_figure(width, height)
+    figure.clear()
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def finish(figure: Figure, title: str, device: str) -> Figure:
+    """Title and device, and the layout settled once: a notebook would settle it again at every drawing, for seconds."""
+    plots.describe(figure, title, device)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def without_ticks(axis: Axes) -> Axes:
+    """For pictures: their axes are the picture's own."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return axis
+
+
+class Table:
+    """Rows that a notebook shows as a table, and a terminal as text."""
+
+    def __init__(self, headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+        self.headings, self.rows, self.caption = headings, rows, caption
+
+    def _repr_markdown_(self) -> str:
+        numbers = [all(re.match(r"[–\d]", row[column]) for row in self.rows) for column in range(len(self.headings))]
+        aligned = ["---:" if number else "---" for number in numbers]
+        lines = [f"| {' | '.join(row)} |" for row in (self.headings, aligned, *self.rows)]
+        return "\n".join([*lines, "", self.caption])
+
+    def __repr__(self) -> str:
+        return self._repr_markdown_()

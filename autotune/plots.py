@@ -1,0 +1,189 @@
+"""One style for every figure: notebooks, ``profile`` and the README draw with these few functions.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers; each contender has a marker of its own as well, so
+nothing rests on colour alone. Sizes are chosen for a README, which shows a figure some 800 pixels wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.rcsetup import cycler
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+__all__ = ["COLOURS", "MARKERS", "Comparison", "comparison_figure", "describe", "new_figure", "save", "style"]
+
+COLOURS = {
+    "ours": "#0072B2",
+    "naive": "#D55E00",
+    "compiled": "#E69F00",
+    "peer": "#009E73",
+    "floor": "#555555",
+    "guide": "#B8B8B8",
+}
+MARKERS = {"ours": "o", "naive": "s", "compiled": "D", "peer": "^", "floor": "|"}
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "figure.facecolor": "white",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=[COLOURS[name] for name in ("ours", "naive", "peer", "compiled")]),
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 7,
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """``with style():`` draws in the style; nothing outside the block changes."""
+    return mpl.rc_context(STYLE)
+
+
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure, in inches, with ``columns`` axes side by side; it belongs to no window and needs no closing."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)
+    return figure, list(axes[0])
+
+
+def describe(figure: Figure, title: str, device: str) -> None:
+    """The title above, and below it what every figure must tell: the device it was measured on."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.supxlabel(device, x=0.99, ha="right", fontsize=10, color=COLOURS["floor"])
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        # Without the version of matplotlib inside, the same numbers give the same file.
+        figure.savefig(unfinished, format="png", metadata={"Software": None})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of a comparison: what two contenders needed, and perhaps the least that anyone could need."""
+
+    group: str
+    label: str
+    ours: float
+    naive: float
+    floor: float | None = None
+
+
+def comparison_figure(
+    panels: Sequence[tuple[str, str, Sequence[Comparison]]], *, title: str, contender: str, device: str
+) -> Figure:
+    """Dumbbells on a logarithmic axis: how far ours lies left of naive is the ratio, written beside each.
+
+    Args:
+        panels: of each panel, side by side: heading, what is compared (with its unit; less is better), and lines.
+            All panels have the same lines in the same order.
+        title: of the figure.
+        contender: what ours is compared with.
+        device: where it was measured.
+    """
+    lines = panels[0][2]
+    positions, group_starts = _positions(lines)
+    with style():
+        figure, axes = new_figure(3.6 + 3.2 * len(panels), 1.7 + 0.27 * (positions[-1] + 1), len(panels))
+        for axis, (heading, quantity, comparisons) in zip(axes, panels, strict=True):
+            _draw_panel(axis, positions, comparisons)
+            axis.set_title(heading)
+            axis.set_xlabel(f"{quantity}  (less is better)")
+        axes[0].set_yticks(positions, [line.label for line in lines])
+        for axis in axes[1:]:
+            axis.set_yticks(positions, [""] * len(lines))
+        for name, position in group_starts.items():
+            axes[0].annotate(
+                name,
+                (0, position - 0.85),
+                xycoords=("axes fraction", "data"),
+                xytext=(-6, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontweight="bold",
+            )
+        handles, labels = axes[0].get_legend_handles_labels()
+        labels = [contender if label == "naive" else label for label in labels]
+        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        describe(figure, title, device)
+    return figure
+
+
+def _positions(lines: Sequence[Comparison]) -> tuple[list[float], dict[str, float]]:
+    """Where each line goes, top to bottom, with room for a heading above each group; and each group's first line."""
+    positions: list[float] = []
+    group_starts: dict[str, float] = {}
+    cursor = -1.0
+    for line in lines:
+        cursor += 1 if line.group in group_starts else 2.1
+        group_starts.setdefault(line.group, cursor)
+        positions.append(cursor)
+    return positions, group_starts
+
+
+def _draw_panel(axis: Axes, positions: Sequence[float], comparisons: Sequence[Comparison]) -> None:
+    ours, naive = ([getattr(line, name) for line in comparisons] for name in ("ours", "naive"))
+    axis.set_xscale("log")
+    axis.hlines(positions, ours, naive, color=COLOURS["guide"], linewidth=2.5, zorder=1)
+    floors = [(line.floor, y) for line, y in zip(comparisons, positions, strict=True) if line.floor is not None]
+    if floors:
+        axis.scatter(
+            *zip(*floors, strict=True),
+            marker=MARKERS["floor"],
+            s=110,
+            linewidths=2.2,
+            color=COLOURS["floor"],
+            label="memory floor",
+            zorder=2,
+        )
+    axis.scatter(ours, positions, marker=MARKERS["ours"], s=52, color=COLOURS["ours"], label="ours", zorder=3)
+    axis.scatter(naive, positions, marker=MARKERS["naive"], s=46, color=COLOURS["naive"], label="naive", zorder=3)
+    for line, position in zip(comparisons, positions, strict=True):
+        ratio = line.naive / line.ours
+        axis.annotate(
+            f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:.0f}×",
+            (max(line.ours, line.naive), position),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+            color=COLOURS["ours"] if ratio >= 1 else COLOURS["naive"],
+            fontweight="bold",
+        )
+    least, most = axis.get_xlim()
+    axis.set_xlim(least, most * (most / least) ** 0.16)  # room for the ratios
+    axis.set_ylim(max(positions) + 0.8, -0.5)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_major_locator(LogLocator(numticks=6))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x")

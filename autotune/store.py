@@ -1,0 +1,121 @@
+"""Tuned configs on disk: one readable JSON file per GPU, shared by any number of processes.
+
+A user's entries lie under the platform's cache directory (or DYNAMIC_KERNELS_STORE, a folder); entries that ship with
+the package lie in autotune/configs. An entry is only used for the exact key it was tuned for, by the Triton version and
+the kernel source it was tuned with. Nothing a file can contain stops a run: what cannot be read or written costs one
+warning, and the heuristics serve instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+__all__ = ["SCHEMA", "Store", "atomic_write", "shipped_folder", "user_folder"]
+
+SCHEMA = 1
+LOCK_SECONDS = 60  # how long to wait for other processes' writes, each of which takes milliseconds
+
+
+def user_folder() -> Path:
+    """Where tuning writes: DYNAMIC_KERNELS_STORE, or the platform's cache directory."""
+    chosen = os.environ.get("DYNAMIC_KERNELS_STORE")
+    return Path(chosen) if chosen else _cache_folder() / "configs"
+
+
+def _cache_folder() -> Path:
+    try:
+        import platformdirs
+    except ImportError:  # a checkout run where only torch and triton are installed: what platformdirs says on Linux
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamic-kernels"
+    return Path(platformdirs.user_cache_dir("dynamic-kernels", appauthor=False))
+
+
+def shipped_folder() -> Path:
+    """The tuned configs that come with the package."""
+    return Path(__file__).parent / "configs"
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Readers and a crash at any moment see the whole old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from a cluster's other users
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class Store:
+    """The entries of one GPU: key -> {"config": {...}, "triton": version, "source": hash, ...}."""
+
+    def __init__(self, folder: Path, gpu: str) -> None:
+        self.gpu = gpu
+        self.path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', gpu)}.json"
+        self._warned = False
+
+    def _warn(self, action: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"cannot {action} tuned configs at {self.path} ({type(error).__name__}: {error}); "
+                "heuristic configs are used instead",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """All entries; none where the file is missing, and none with one warning where it is not what it should be."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+                raise ValueError(f"not a store of schema {SCHEMA}")
+            entries = content.get("entries")
+            if not isinstance(entries, dict):
+                raise ValueError("no table of entries")
+            return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            self._warn("read", error)
+            return {}
+
+    def update(self, entries: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Merge ``entries`` into the file under its lock; False, with one warning, where that cannot be done.
+
+        A file that cannot be understood is kept beside the new one under the ending ``.broken``: it may be somebody's.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{self.path}.lock", timeout=LOCK_SECONDS):
+                merged = self._read_or_set_aside()
+                merged.update({key: dict(entry) for key, entry in entries.items()})
+                content = {"schema": SCHEMA, "gpu": self.gpu, "entries": dict(sorted(merged.items()))}
+                atomic_write(self.path, json.dumps(content, indent=1) + "\n")
+            return True
+        except (OSError, filelock.Timeout) as error:
+            self._warn("write", error)
+            return False
+
+    def _read_or_set_aside(self) -> dict[str, dict[str, Any]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self._warned = False
+            entries = self.read()
+        if caught:
+            os.replace(self.path, self.path.with_suffix(".json.broken"))
+        return entries

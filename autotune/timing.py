@@ -1,0 +1,267 @@
+"""Measuring: alternating times, peak memory, copy bandwidth, and a description of the machine they belong to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+
+from kernels.backend import triton_installed
+
+__all__ = [
+    "Timing",
+    "best_device",
+    "copy_bandwidth",
+    "describe_machine",
+    "device_folder",
+    "device_name",
+    "measure",
+    "peak_memory",
+    "relative_error",
+    "repository_root",
+    "write_json",
+]
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call takes: 20th, 50th and 80th percentile over ``runs`` calls."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    runs: int
+
+    @classmethod
+    def of(cls, milliseconds: list[float]) -> Timing:
+        p20, p50, p80 = np.percentile(milliseconds, (20, 50, 80)).tolist()
+        return cls(p20, p50, p80, len(milliseconds))
+
+
+def best_device() -> torch.device:
+    """The GPU PyTorch sees, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def measure(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    min_runs: int = 5,
+    max_runs: int = 100,
+) -> dict[str, Timing]:
+    """Time several calls that are to be compared with each other.
+
+    The calls take turns, so that a machine that grows slower meanwhile slows them all alike, and compare by medians.
+    On a GPU ``triton.testing.do_bench`` times them with device events and overwrites the L2 cache before every run;
+    on a CPU one call runs after another, so each finds the caches as the others left them.
+
+    Args:
+        calls: name -> function without arguments; each runs once untimed beforehand.
+        device: where they run.
+        seconds: time to spend on all of them together.
+        min_runs: runs of each that are made even where that takes longer.
+        max_runs: runs of each after which to stop early (CPU).
+
+    Returns:
+        Name -> Timing.
+    """
+    for call in calls.values():
+        call()
+    synchronize(device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    if device.type == "cuda" and triton_installed():
+        from triton.testing import do_bench
+
+        share = max(1, round(1000 * seconds / (min_runs * len(calls))))
+        with torch.cuda.device(device):
+            for _ in range(min_runs):
+                for name, call in calls.items():
+                    times = do_bench(call, warmup=share // 4, rep=share, return_mode="all")
+                    samples[name] += times  # pyright: ignore[reportOperatorIssue]
+        return {name: Timing.of(times) for name, times in samples.items()}
+
+    deadline = time.perf_counter() + seconds
+    for run in range(max(max_runs, min_runs)):
+        if run >= min_runs and time.perf_counter() > deadline:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            samples[name].append(1000 * (time.perf_counter() - start))
+    return {name: Timing.of(times) for name, times in samples.items()}
+
+
+def peak_memory(call: Call, device: torch.device) -> int | None:
+    """Most bytes that were allocated at one moment of a call, beyond what was allocated before it.
+
+    Inputs and weights are not counted, temporaries and the output are. None where the device cannot tell.
+
+    On a CPU PyTorch's profiler reports every allocation and release of PyTorch's allocator, those inside an operator
+    included; the peak of their running sum is the answer. Memory that a library takes from the system by itself
+    (oneDNN's scratchpads, for one) is not seen.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    # The profiler's logger reads this at its first start and would write two lines into the terminal for every call.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profiler.profile(use_cpu=True, profile_memory=True) as recorded:
+        call()
+    events: Any = recorded.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def copy_bandwidth(device: torch.device, *, size: int | None = None, seconds: float = 1.0) -> float:
+    """Bytes per second that copying a large tensor reads and writes: the ceiling of every memory-bound kernel.
+
+    Args:
+        device: whose memory.
+        size: bytes of the tensor; by default 1 GiB on a GPU and 256 MiB elsewhere, beyond any cache.
+        seconds: time to spend.
+    """
+    size = size or (2**30 if device.type == "cuda" else 2**28)
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)
+    timing = measure({"copy": lambda: target.copy_(source)}, device, seconds=seconds)["copy"]
+    return 2 * source.nbytes / (timing.p50_ms / 1000)
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """‖out − expected‖ / ‖expected‖ in float64: NaN where out has one, ‖out‖ where expected is 0."""
+    if out.shape != expected.shape:
+        raise ValueError(f"out must have the shape of expected, {tuple(expected.shape)}, got {tuple(out.shape)}")
+    # Apple's GPUs know no float64.
+    out, expected = (t.detach().cpu() if t.device.type == "mps" else t.detach() for t in (out, expected))
+    norm = torch.linalg.vector_norm(expected, dtype=torch.float64).item()
+    distance = torch.linalg.vector_norm(out.double() - expected.double()).item()
+    return distance / (norm if norm > 0 else 1.0)
+
+
+def _cpu_name() -> str:
+    name = ""
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found.group(1) if found else ""
+    elif platform.system() == "Darwin":
+        name = _output("sysctl", "-n", "machdep.cpu.brand_string") or ""
+    name = name or platform.processor() or platform.machine() or "CPU"
+    return " ".join(re.sub(r"\((R|TM|C)\)|\b(CPU|Processor)\b|@", " ", name, flags=re.IGNORECASE).split())
+
+
+def device_name(device: torch.device) -> str:
+    """What a figure calls the device: "NVIDIA H200", or "Intel Xeon 2.50GHz, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    cpu = f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+    return cpu if device.type == "cpu" else f"{device.type.upper()} of {_cpu_name()}"
+
+
+def device_folder(device: torch.device) -> str:
+    """A file name for the device's results: NVIDIA_H200, cpu_Intel_Xeon_2.50GHz."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}_{_cpu_name()}"
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
+
+
+def repository_root() -> Path | None:
+    """The checkout this package runs from; None where it is installed elsewhere."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").exists() else None
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What a measurement is worth nothing without: device, driver, versions, commit, date."""
+    root = repository_root()
+    commit = root and _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    machine: dict[str, Any] = {
+        "device": device_name(device),
+        "device_type": device.type,
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        machine |= {
+            "driver": drivers.splitlines()[0] if drivers else None,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "device_memory_bytes": properties.total_memory,
+        }
+    return machine
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record so that whoever reads ``path``, at whatever moment, finds the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(
+            json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,275 @@
+"""Tune kernels for what a model, or an operator at the models' shapes, launches on this GPU.
+
+    python -m autotune tune --model overlock_t --batch 128 --size 224 --dtype bf16 --training
+    python -m autotune tune --operator involution2d "contmix*"
+    python -m autotune tune --all
+
+What already has an entry in the user's store or the shipped files is passed over, so an interrupted command goes on
+where it stopped; --force tunes it again. Every candidate must agree with the eager path before its time counts.
+
+Exit code: 0 done, 1 a problem had no config that ran and agreed, 2 bad arguments or no GPU, 4 the GPU was lost,
+130 interrupted; what was tuned by then is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+import kernels
+from autotune import arguments as types
+from autotune import progress, timing, tuner
+from autotune.precompile import builds, precompile
+from autotune.store import Store, atomic_write, user_folder
+from autotune.tuner import Outcome, Request, collecting, gpu_name, key_of, look_up
+from kernels.backend import interpreting
+
+__all__ = ["add_arguments", "collect", "run", "tune_requests"]
+
+LOST = 4  # exit code: the process can use the GPU no more
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is tuned").add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="NAME", help="what one pass of this model launches")
+    what.add_argument("--operator", nargs="+", metavar="PATTERN", help="operators at the models' own shapes, by name")
+    what.add_argument("--all", action="store_true", help="every operator at the models' own shapes")
+    how = parser.add_argument_group("for which inputs")
+    how.add_argument("--batch", type=types.positive, metavar="B", help="(default: 128; 2 at 800x1280)")
+    how.add_argument("--size", type=types.image_size, metavar="HxW", help="(default: 224, for operators 800x1280 too)")
+    how.add_argument("--dtype", type=types.dtype, default=torch.bfloat16, metavar="NAME", help="(default: bf16)")
+    how.add_argument("--training", action="store_true", help="the model's backward pass too, as for operators always")
+    how.add_argument("--contiguous", action="store_true", help="the model channels-first instead of channels-last")
+    how.add_argument("--device", type=types.device, help="(default: the GPU)")
+    effort = parser.add_argument_group("effort")
+    effort.add_argument("--force", action="store_true", help="tune again what is tuned")
+    effort.add_argument(
+        "--candidates", type=types.positive, default=tuner.MOST_CANDIDATES, metavar="N", help="(default: %(default)s)"
+    )
+    effort.add_argument(
+        "--seconds", type=types.seconds, default=float("inf"), metavar="S", help="begin none after that"
+    )
+    effort.add_argument("--quick", action="store_true", help="smoke test: tiny shapes, one a operator; any device")
+    effort.add_argument(
+        "--passing-over",
+        type=Path,
+        metavar="FILE",
+        help="note there what is being tuned, and pass over what ended earlier runs with this file",
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def collect(arguments: argparse.Namespace, device: torch.device) -> dict[str, Request]:
+    """Run what is to be tuned once, and return the problems it met that no file answers (all of them with --force)."""
+    with collecting() as met, kernels.use_backend("triton"):
+        for call in _launching(arguments, device):
+            call()
+    gpu = gpu_name(device)
+    return {
+        key: request
+        for key, request in met.items()
+        if arguments.force or look_up(request.tunable, request.problem, gpu).source == "heuristic"
+    }
+
+
+def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], object]]:
+    if arguments.model is not None:
+        from autotune.bench_models import inference_pass, placed, random_images, training_pass
+        from autotune.workloads import random_model
+
+        small = arguments.quick
+        batch, size = arguments.batch or (1 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
+        layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
+        images = placed(random_images(batch, size), arguments.dtype, device, layout)
+        model = placed(random_model(arguments.model).train(arguments.training), arguments.dtype, device, layout)
+        yield training_pass(model, images) if arguments.training else inference_pass(model, images)
+        return
+    from autotune.bench_operators import benchmark_workloads
+
+    workloads = benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
+    patterns = ["*"] if arguments.all else arguments.operator
+    for workload in types.matching(workloads, patterns, lambda workload: workload.name, "--operator"):
+        inputs = workload.draw_inputs(arguments.dtype, device)
+        gradient = workload.draw_gradient(arguments.dtype, device)
+        yield lambda workload=workload, inputs=inputs, gradient=gradient: workload.forward_backward(inputs, gradient)
+
+
+def _row(request: Request, outcomes: Sequence[Outcome], failure: str | None = None) -> dict[str, Any]:
+    by_default = request.tunable.heuristic(request.problem)
+    heuristic = next((o.milliseconds for o in outcomes if o.config == by_default), None)
+    best = outcomes[0].milliseconds if outcomes else None
+    return {
+        "key": key_of(request.tunable, request.problem),
+        "heuristic_milliseconds": heuristic,
+        "milliseconds": best,
+        "gain": None if heuristic is None or best is None else heuristic / best,
+        "config": None if best is None else dataclasses.asdict(outcomes[0].config),
+        "tried": len(outcomes),
+        "rejected": {str(o.config): o.rejected for o in outcomes if o.rejected},
+        "failure": failure,
+    }
+
+
+def tune_requests(
+    requests: Sequence[Request],
+    *,
+    time_call: Callable[[Callable[[], object]], float] | None = None,
+    most: int = tuner.MOST_CANDIDATES,
+    deadline: float = float("inf"),
+    beginning: Callable[[str], object] = lambda key: None,
+) -> Iterator[dict[str, Any]]:
+    """Tune one problem after another, yielding a row of what was found; none is begun past ``deadline`` (monotonic).
+
+    ``beginning(key)`` is told of each before it is tuned. Every result is in the store when its row comes.
+    """
+
+    def work(request: Request) -> dict[str, Any]:
+        beginning(key_of(request.tunable, request.problem))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that no candidate agreed is what the row says
+            try:
+                return _row(request, tuner.tune(*request, time_call or tuner.median_milliseconds, most))
+            except Exception as error:  # the reference may not fit in memory; the other problems still can be tuned
+                return _row(request, [], f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def told(row: dict[str, Any]) -> str:
+        return "no config agreed" if row["milliseconds"] is None else f"{row['milliseconds']:.4f} ms"
+
+    for row in progress.each(requests, work, lambda request: key_of(request.tunable, request.problem), told):
+        yield row
+        if time.monotonic() > deadline:
+            return
+
+
+def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("problem", overflow="fold")
+    for heading in ("heuristic, ms", "best, ms", "gain"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("config", overflow="fold")
+    for row in rows:
+        if row["config"] is None:
+            reason = row["failure"] or next(iter(row["rejected"].values()))
+            shown.add_row(row["key"], "–", "–", "–", f"[red]none[/]: {escape(reason)}")
+            continue
+        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
+        times = [
+            "rejected" if row[name] is None else f"{row[name]:.4f}"
+            for name in ("heuristic_milliseconds", "milliseconds")
+        ]
+        shown.add_row(row["key"], *times, "–" if row["gain"] is None else f"{row['gain']:.2f}×", config)
+    return shown
+
+
+class _Attempts:
+    """Which problems were being tuned when an earlier process ended: kept in a file, one key a line."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.fatal = set(path.read_text().splitlines()) if path is not None and path.exists() else set()
+
+    def note(self, *attempted: str) -> None:
+        if self.path is not None:
+            atomic_write(self.path, "".join(f"{key}\n" for key in (*sorted(self.fatal), *attempted)))
+
+
+def device_lost(device: torch.device) -> bool:
+    """Whether an earlier error (an illegal address) has left the process unable to use the GPU."""
+    try:
+        timing.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _device(arguments: argparse.Namespace) -> torch.device:
+    device = arguments.device or timing.best_device()
+    if device.type != "cuda" and not (arguments.quick and interpreting()):
+        raise ValueError("tuning times kernels on a GPU, and there is none here (PyTorch sees no CUDA or ROCm device)")
+    return device
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False)
+    messages = Console(stderr=True, highlight=False)
+    start = time.monotonic()
+    try:
+        device = _device(arguments)
+        requests = collect(arguments, device)
+    except ValueError as error:
+        messages.print(f"[red]error:[/] {escape(str(error))}")
+        return 2
+    except KeyboardInterrupt:
+        messages.print("[yellow]interrupted[/] before anything was tuned")
+        return 130
+    most = 2 if arguments.quick else arguments.candidates
+    attempts = _Attempts(arguments.passing_over)
+    todo = [request for key, request in requests.items() if key not in attempts.fatal]
+    rows: list[dict[str, Any]] = []
+    code = 0
+    try:
+        if todo and device.type == "cuda":
+            work = builds(todo, most)
+            compiled = precompile(work, arguments.seconds / 2)
+            for _ in track(compiled, "Compiling", len(work), console=messages, transient=True):
+                pass
+        deadline = start + arguments.seconds
+        time_call = None if device.type == "cuda" else _interpreted_milliseconds
+        tuned = tune_requests(todo, time_call=time_call, most=most, deadline=deadline, beginning=attempts.note)
+        for row in tuned:
+            if device_lost(device):
+                code = LOST
+                break
+            rows.append(row)
+        else:
+            attempts.note()
+    except KeyboardInterrupt:
+        attempts.note()
+        code = 130
+    failed = [row for row in rows if row["config"] is None]
+    store = Store(user_folder(), gpu_name(device)).path
+    if arguments.json:
+        left = len(todo) - len(rows)
+        print(json.dumps({"gpu": gpu_name(device), "store": str(store), "tuned": rows, "left": left}, indent=1))
+    elif not requests:
+        console.print("Everything is tuned already; --force tunes it again.")
+    else:
+        console.width = max(console.width, 140)
+        console.print(_table(rows, f"Tuned on {gpu_name(device)}"))
+    for message in _messages(code, todo, rows, attempts.fatal, store):
+        messages.print(message, soft_wrap=True)
+    return code or int(bool(failed) or bool(attempts.fatal))
+
+
+def _messages(
+    code: int, todo: Sequence[Request], rows: Sequence[dict[str, Any]], fatal: set[str], store: Path
+) -> Iterator[str]:
+    if code == LOST:
+        culprit = todo[len(rows)]
+        yield f"[red]the GPU was lost[/] while tuning {escape(key_of(culprit.tunable, culprit.problem))}"
+    elif len(rows) < len(todo):
+        why = "interrupted" if code == 130 else "out of time"
+        yield f"[yellow]{why}[/]: {len(todo) - len(rows)} of {len(todo)} problems are left; the same command goes on"
+    for key in sorted(fatal):
+        yield f"[red]passed over[/], it ended an earlier run: {escape(key)}"
+    if rows:
+        yield f"Wrote {escape(str(store))}"
+
+
+def _interpreted_milliseconds(call: Callable[[], object]) -> float:
+    """The interpreter's own time, which says nothing about a kernel: for smoke tests of the command."""
+    began = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - began)

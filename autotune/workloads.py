@@ -1,0 +1,286 @@
+"""What is measured: every operator at the shapes the published models run it at, and a photograph for the models.
+
+Each ``Workload`` is data: the inputs' shapes, the multiply-adds, and from them the fewest bytes that must move. Shapes
+follow from the image's size, so 224² gives the classification shapes and 800×1280 those of dense prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.cbook import get_sample_data
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+import kernels
+
+__all__ = ["MODELS", "Input", "Workload", "image_batch", "operator_workloads", "photograph", "random_model"]
+
+MODELS = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's smallest
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Inputs = dict[str, Any]  # argument -> Tensor, or a tuple of tensors
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor argument: normal with deviation ``std``; ``channels_last`` puts its channels, all dimensions between the
+    batch and H×W, innermost in memory (``torch.channels_last`` for four dimensions)."""
+
+    shape: tuple[int, ...]
+    std: float = 1.0
+    channels_last: bool = False
+
+    def draw(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor = self.std * torch.randn(self.shape, generator=generator)
+        if self.channels_last:
+            tensor = tensor.movedim((-2, -1), (1, 2)).contiguous().movedim((1, 2), (-2, -1))
+        return tensor.to(device=device, dtype=dtype).requires_grad_()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One operator at one shape of one model.
+
+    ``inputs`` maps each tensor argument to its shape (a tuple of them where the argument is a tuple of tensors),
+    ``options`` holds the other arguments, ``multiply_adds`` counts those of the forward pass.
+    """
+
+    operator: str
+    model: str
+    shape: str
+    inputs: Mapping[str, Input | tuple[Input, ...]]
+    output: tuple[int, ...]
+    multiply_adds: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.model} {self.shape}"
+
+    def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+        """Random tensors that require gradients, the same for the same seed on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        return _map_tensors(lambda spec: spec.draw(generator, dtype, device), self.inputs)
+
+    def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
+        """A random gradient of the output."""
+        return Input(self.output).draw(torch.Generator().manual_seed(seed), dtype, device).detach()
+
+    @torch.no_grad()
+    def forward(self, inputs: Inputs, _gradient: Tensor | None = None) -> list[Tensor]:
+        """The output, on the selected backend; called like ``forward_backward``."""
+        return [getattr(kernels, self.operator)(**inputs, **self.options)]
+
+    def forward_backward(self, inputs: Inputs, gradient: Tensor) -> list[Tensor]:
+        """The output and the gradient of every tensor argument, on the selected backend."""
+        with torch.enable_grad():
+            out = getattr(kernels, self.operator)(**inputs, **self.options)
+        return [out.detach(), *torch.autograd.grad(out, _tensors(inputs), gradient)]
+
+    def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
+        """Fewest bytes to move: each input read once and each output written once, in each of the two passes.
+
+        A backward pass reads the inputs and the output's gradient, and writes the gradient of every input.
+        """
+        inputs = sum(math.prod(spec.shape) for spec in _tensors(self.inputs))
+        output = math.prod(self.output)
+        return dtype.itemsize * (3 * inputs + 2 * output if backward else inputs + output)
+
+    def operations(self, *, backward: bool = False) -> int:
+        """Two a multiply-add; a backward pass does the forward's twice, once for each factor's gradient."""
+        return 2 * self.multiply_adds * (3 if backward else 1)
+
+
+def _map_tensors(function: Callable[[Any], Any], inputs: Mapping[str, Any]) -> Inputs:
+    return {
+        name: tuple(map(function, value)) if isinstance(value, tuple) else function(value)
+        for name, value in inputs.items()
+    }
+
+
+def _tensors(inputs: Mapping[str, Any]) -> list[Any]:
+    return [tensor for value in inputs.values() for tensor in (value if isinstance(value, tuple) else (value,))]
+
+
+def upcast(inputs: Inputs) -> Inputs:
+    """Half-precision inputs in float32, others as they are."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.detach().float().requires_grad_() if tensor.dtype.itemsize < 4 else tensor
+
+    return _map_tensors(convert, inputs)
+
+
+Size = tuple[int, int]
+
+
+def _text(size: Size) -> str:
+    return f"{size[0]}²" if size[0] == size[1] else f"{size[0]}×{size[1]}"
+
+
+def involution(model: str, batch: int, channels: int, size: Size, kernel_size: int, group_channels: int) -> Workload:
+    height, width = size
+    image = (batch, channels, height, width)
+    return Workload(
+        operator="involution2d",
+        model=model,
+        shape=f"{channels}@{_text(size)} K={kernel_size}",
+        inputs={
+            "x": Input(image),
+            "weight": Input((batch, channels // group_channels, kernel_size, kernel_size, height, width)),
+        },
+        output=image,
+        multiply_adds=math.prod(image) * kernel_size**2,
+    )
+
+
+def neighborhood(operator: str, model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int) -> Workload:
+    """``na2d_av``, ``na2d_qk`` or ``na2d_softmax_av``: all three do one multiply-add per weight and channel."""
+    features = Input((batch, heads, *size, dim))
+    weights = Input((batch, heads, *size, kernel_size**2))
+    inputs: dict[str, Input] = {
+        "na2d_av": {"attn": weights, "value": features},
+        "na2d_qk": {"query": features, "key": features},
+        "na2d_softmax_av": {
+            "logits": weights,
+            "value": features,
+            "rpb": Input((heads, 2 * kernel_size - 1, 2 * kernel_size - 1)),
+        },
+    }[operator]
+    return Workload(
+        operator=operator,
+        model=model,
+        shape=f"{heads}×{dim}@{_text(size)} K={kernel_size}",
+        inputs=inputs,
+        output=(weights if operator == "na2d_qk" else features).shape,
+        multiply_adds=math.prod(weights.shape) * dim,
+        options={"kernel_size": kernel_size},
+    )
+
+
+def contmix(
+    model: str, batch: int, heads: int, dim: int, size: Size, kernel_sizes: tuple[int, int], context: int = 49
+) -> Workload:
+    """Multiply-adds of the cheapest order: keys through the projection first, then query times projected key."""
+    pixels, positions = math.prod(size), sum(k * k for k in kernel_sizes)
+    value = (batch, len(kernel_sizes), heads, dim, *size)
+    return Workload(
+        operator="contmix2d",
+        model=model,
+        shape=f"{heads}×{dim}@{_text(size)} K={','.join(map(str, kernel_sizes))}",
+        inputs={
+            # Deviations that leave logits of deviation 1, as far from a one-hot softmax as from a flat one.
+            "query": Input((batch, heads, dim, *size), std=dim**-0.5, channels_last=True),
+            "key": Input((batch, heads, dim, context)),
+            "value": Input(value, channels_last=True),
+            "proj_weight": Input((positions, context), std=context**-0.5),
+            "proj_bias": Input((positions,)),
+            "rpb": tuple(Input((heads, 2 * k - 1, 2 * k - 1)) for k in kernel_sizes),
+        },
+        output=value,
+        multiply_adds=batch * heads * dim * positions * (context + 2 * pixels),
+        options={"kernel_sizes": kernel_sizes},
+    )
+
+
+def outlook(model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int, stride: int) -> Workload:
+    windows = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+    image = (batch, *size, heads * dim)
+    return Workload(
+        operator="outlook_attention2d",
+        model=model,
+        shape=f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}",
+        inputs={"logits": Input((batch, *windows, heads, kernel_size**2, kernel_size**2)), "value": Input(image)},
+        output=image,
+        multiply_adds=batch * math.prod(windows) * heads * dim * kernel_size**4,
+        options={"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "scale": 1.0},
+    )
+
+
+def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
+    image = (batch, channels, *size)
+    return Workload(
+        operator="depthwise_conv2d",
+        model=model,
+        shape=f"{channels}@{_text(size)} K={kernel_size}",
+        inputs={
+            "x": Input(image, channels_last=True),
+            "weight": Input((channels, 1, kernel_size, kernel_size)),
+            "bias": Input((channels,)),
+        },
+        output=image,
+        multiply_adds=math.prod(image) * kernel_size**2,
+    )
+
+
+def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
+    """Every operator as RedNet-50, OverLoCK-T and VOLO-D1 call it for images of that size, in their memory formats.
+
+    OverLoCK enlarges a map that is smaller than the dynamic kernel, and so do these shapes.
+    """
+
+    def at(reduction: int, minimum: int = 1) -> Size:
+        return max(minimum, math.ceil(image[0] / reduction)), max(minimum, math.ceil(image[1] / reduction))
+
+    stages = [(64, at(4), 17), (128, at(8), 15), (256, at(16), 13), (512, at(32), 7)]
+    focus: list[tuple[int, Size, int]] = [(8, at(16, 13), 13), (16, at(32, 7), 7)]
+    heads, size, kernel_size = focus[0]
+    return [
+        *(involution("RedNet-50", batch, channels, size, 7, 16) for channels, size, _ in stages),
+        neighborhood("na2d_av", "OverLoCK-T", batch, heads, 16, size, kernel_size),
+        neighborhood("na2d_qk", "OverLoCK-T", batch, heads, 16, size, kernel_size),
+        *(neighborhood("na2d_softmax_av", "OverLoCK-T", batch, heads, 16, size, k) for heads, size, k in focus),
+        *(contmix("OverLoCK-T", batch, heads, 16, size, (5, k)) for heads, size, k in focus),
+        outlook("VOLO-D1", batch, 6, 32, at(8), 3, 2),
+        *(depthwise("OverLoCK-T", batch, channels, size, k) for channels, size, k in stages),
+    ]
+
+
+def photograph(path: str | Path | None = None) -> Image.Image:
+    """A photograph in RGB, upright; by default the portrait of Grace Hopper that matplotlib ships.
+
+    Raises:
+        ValueError: there is no such file, or it is no image that can be read.
+    """
+    source = Path(get_sample_data("grace_hopper.jpg", asfileobj=False) if path is None else path)
+    try:
+        with Image.open(source) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"image must be a file, but there is none at {source}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image must be a photograph that Pillow can read, got {source}: {error}") from None
+
+
+def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The photograph resized and centre-cropped to (height, width), ImageNet-normalised, repeated: [B, 3, H, W]."""
+    fitted = ImageOps.fit(photo, (size[1], size[0]), method=Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
+    normalised = (pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    return normalised.permute(2, 0, 1).repeat(batch, 1, 1, 1).to(device=device, dtype=dtype)
+
+
+def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
+    """A model with random weights of which none is zero.
+
+    Initialisations start some at zero (the last batch norm of a RedNet block, position biases), which would leave
+    their branches, and any mistake inside them, out of the output.
+    """
+    import models
+
+    torch.manual_seed(seed)
+    model = models.create_model(name, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model

@@ -1,0 +1,162 @@
+"""Tiles of a depthwise convolution: the config space of its kernels, and the arguments they share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
+from kernels.backend import interpreting
+
+__all__ = [
+    "CONFIGS",
+    "Config",
+    "Problem",
+    "ceil_divide",
+    "geometry",
+    "heuristic",
+    "next_power_of_2",
+    "row_vector",
+    "tile_width",
+]
+
+
+def ceil_divide(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number``, 1 for 0."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+class Problem(NamedTuple):
+    """What the choice of a config depends on."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    kernel_size: int
+    element_size: int
+    vector: int  # elements of a row that one load can take: 16 bytes at most, less where rows are not aligned to them
+    weight_gradient: bool = False
+
+
+def tile_width(kernel_size: int) -> int:
+    """Outputs a tile is wide: as many as its halo, so that it and its halo fill a span of twice the width."""
+    return max(8, next_power_of_2(kernel_size - 1))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows of a tile; how many tiles, input rows and channels one matrix product takes."""
+
+    tile_height: int
+    block_tiles: int
+    block_rows: int
+    block_channels: int = 1
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def tiles(self, height: int, width: int, kernel_size: int) -> tuple[int, int]:
+        """Tiles that cover a map, along its height and its width."""
+        return ceil_divide(height, self.tile_height), ceil_divide(width, tile_width(kernel_size))
+
+    def valid(self, problem: Problem) -> bool:
+        """Tiles of 64 to 128 outputs; 8 to 64 sums (32 on CUDA cores) and at most 32 loads a thread; 32 KiB a stage."""
+        width = tile_width(problem.kernel_size)
+        tile, columns = self.tile_height * width, self.block_rows * 2 * width
+        tiles_h, tiles_w = self.tiles(problem.height, problem.width, problem.kernel_size)
+        # The product's rows, columns, and what it reduces over.
+        sizes = (tile, columns, self.block_tiles) if problem.weight_gradient else (self.block_tiles, tile, columns)
+        sums = self.block_channels * sizes[0] * sizes[1] / (32 * self.num_warps)
+        operands = self.block_channels * (sizes[0] + sizes[1]) * sizes[2]
+        return (
+            64 <= tile <= 128
+            and 32 <= columns <= 128
+            and 8 <= sums <= (64 if problem.element_size == 2 else 32)
+            and operands / problem.vector / (32 * self.num_warps) <= 32
+            and operands * problem.element_size <= 2**15
+            and self.block_tiles < 2 * max(problem.images * tiles_h * tiles_w, 16)
+            and self.block_channels < 2 * problem.channels
+        )
+
+
+CONFIGS = tuple(
+    Config(height, tiles, rows, num_warps=warps)
+    for height in (2, 4, 8, 16)
+    for tiles in (16, 32, 64, 128)
+    for rows in (1, 2, 4, 8)
+    for warps in (4, 8)
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic(problem: Problem) -> Config:
+    """The config where nothing was tuned.
+
+    Tiles of 64 outputs. Forward, a product of 128 tiles and 64 columns (128 bytes in 16 bits: a row of shared memory
+    without bank conflicts). The weight gradient sums twice as many columns over 64 tiles, to read gradients less often.
+    Smaller blocks where loads are narrow or products run on CUDA cores: addresses and operands take up registers.
+    """
+    width = tile_width(problem.kernel_size)
+    config = Config(max(1, 64 // width), 16, 1)
+    tiles_h, tiles_w = config.tiles(problem.height, problem.width, problem.kernel_size)
+    all_tiles = max(16, next_power_of_2(problem.images * tiles_h * tiles_w))
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        channels = min(next_power_of_2(problem.channels), 64)
+        return Config(config.tile_height, min(all_tiles, max(16, 2**17 // (channels * width))), 4, channels)
+    if problem.element_size > 2:
+        tiles, columns = 32, 32
+    elif problem.vector >= 4:
+        tiles, columns = (64, 128) if problem.weight_gradient else (128, 64)
+    elif problem.vector == 2:
+        tiles, columns = 64, 64
+    else:
+        tiles, columns = (32, 64) if problem.weight_gradient else (64, 32)
+    return Config(config.tile_height, min(all_tiles, tiles), max(1, columns // (2 * width)))
+
+
+def row_vector(*tensors: Tensor) -> int:
+    """Elements of a row that one load takes: as many as divide every stride and the width, up to 16 bytes."""
+    if any(tensor.stride(3) != 1 for tensor in tensors):
+        return 1
+    strides = (stride for tensor in tensors for stride in tensor.stride()[:3])
+    return math.gcd(16 // tensors[0].element_size(), tensors[0].shape[3], *strides)
+
+
+def geometry(tensors: dict[str, Tensor], kernel_size: int, config: Config) -> dict[str, object]:
+    """Strides, sizes and constants that both kernels take."""
+    height, width = next(iter(tensors.values())).shape[2:]
+    vector = row_vector(*tensors.values())
+    strides: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        strides |= stride_arguments(name, tensor, "b c h w")
+        strides |= {f"{name}_stride_{axis}": strides[f"{name}_stride_{axis}"] // vector for axis in "bch"}
+    tiles_h, tiles_w = config.tiles(height, width, kernel_size)
+    first_row, last_row = 0, config.tile_height + kernel_size - 1
+    if tiles_h == 1:  # where one tile spans the map, the input rows inside it; otherwise all
+        first_row, last_row = kernel_size // 2, kernel_size // 2 + height
+    return {
+        **strides,
+        "height": height,
+        "width": width // vector,
+        "tiles_h": tiles_h,
+        "tiles_w": tiles_w,
+        "first_row": first_row,
+        "last_row": last_row,
+        "KERNEL": kernel_size,
+        "VECTOR": vector,
+        "WIDEN": interpreting(),  # its product of bfloat16 blocks is wrong
+        **precision_arguments(*(t.transpose(0, 1)[None] for t in tensors.values())),
+        "TILE_HEIGHT": config.tile_height,
+        "TILE_WIDTH": tile_width(kernel_size),
+        "BLOCK_TILES": config.block_tiles,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_CHANNELS": config.block_channels,
+    }

@@ -1,0 +1,73 @@
+"""Involution through its kernels, a few megabytes of them at a time: the eager forward pass, and every backward pass.
+
+kernel[b, :, i] = weight @ features[b, :, i] + bias is a matrix product of one image, [G·K², R] by [R, N]. A step
+computes the kernels of a few images, uses them and forgets them; the backward pass computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels.layout import empty_like_layout
+from kernels.windows import Window
+
+__all__ = ["backward", "forward"]
+
+# Bytes of kernels a step may hold: a share of a CPU's last-level cache, half of a data-centre GPU's L2.
+STEP_BYTES = {"cpu": 4 * 2**20}
+STEP_BYTES_ELSEWHERE = 24 * 2**20
+
+
+def _steps(features: Tensor, rows: int) -> Iterator[slice]:
+    """Images taken together so that a step's kernels fit; at least one."""
+    batch, _, height, width = features.shape
+    budget = STEP_BYTES.get(features.device.type, STEP_BYTES_ELSEWHERE)
+    images = max(1, budget // (rows * height * width * features.element_size()))
+    for first in range(0, batch, images):
+        yield slice(first, first + images)
+
+
+def _kernels(features: Tensor, weight: Tensor, bias: Tensor | None, groups: int, window: Window) -> Tensor:
+    """[b, G, Kh, Kw, H', W'] of a step, in the memory order of the features."""
+    kernels = torch.nn.functional.conv2d(features, weight[:, :, None, None], bias)
+    return kernels.unflatten(1, (groups, *window.kernel_size))
+
+
+def forward(
+    x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, algebra: ModuleType
+) -> Tensor:
+    """[B, G, C, H', W'] in the memory order of x [B, G, C, H, W]; ``algebra`` holds aggregate."""
+    out = empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
+    for images in _steps(features, weight.shape[0]):
+        kernels = _kernels(features[images], weight, bias, x.shape[1], window)
+        out[images] = algebra.aggregate(kernels, x[images], window)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    algebra: ModuleType,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, features, weight and bias (always computed); sums over images run step by step, in order."""
+    accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    grad_x = empty_like_layout(x, x.shape)
+    grad_features = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device)
+    grad_bias = torch.zeros(weight.shape[0], dtype=accumulator, device=weight.device)
+    for images in _steps(features, weight.shape[0]):
+        kernels = _kernels(features[images], weight, bias, x.shape[1], window)
+        grad_x[images] = algebra.transpose(kernels, grad[images], x.shape[3:], window)
+        grad_kernels = algebra.correlate(grad[images], x[images], window).flatten(1, 3).flatten(2)
+        grad_features[images] = (weight.t() @ grad_kernels).unflatten(2, features.shape[2:])
+        grad_weight += (grad_kernels @ features[images].flatten(2).transpose(1, 2)).sum(0, dtype=accumulator)
+        grad_bias += grad_kernels.sum((0, 2), dtype=accumulator)
+    return grad_x, grad_features, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

@@ -1,0 +1,310 @@
+"""``python -m autotune profile``: what it measures, what it refuses to measure, and what it leaves behind."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.text import Text
+from PIL import ImageOps
+
+import kernels
+from autotune import comparison, profile, report, timing, workloads
+from autotune.__main__ import COMMANDS, main
+from tests.support import DEVICE
+
+INVOLUTION = "involution2d RedNet-50 512@7"
+OUTLOOK = "outlook_attention2d"
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Runs ``profile --quick`` into a fresh folder: its exit code and the record it wrote."""
+    # Two runs say nothing about a speed anyway.
+    monkeypatch.setattr(timing, "copy_bandwidth", functools.partial(timing.copy_bandwidth, size=2**20))
+
+    def run(*arguments):
+        code = main(["profile", "--quick", "--out", str(tmp_path), *arguments])
+        return code, json.loads((tmp_path / "profile.json").read_text())
+
+    return run
+
+
+def break_operator(monkeypatch, name, damage):
+    """Let an operator go wrong on every path but the naive one."""
+    correct = getattr(kernels, name)
+
+    def broken(*arguments, **options):
+        out = correct(*arguments, **options)
+        return out if kernels.get_backend() == "reference" else damage(out)
+
+    monkeypatch.setattr(kernels, name, broken)
+
+
+def test_rows_tell_everything_about_a_measurement(quick, tmp_path, capsys):
+    code, record = quick("--only", INVOLUTION, "--dtype", "float32")
+    assert code == 0
+    assert record["complete"] is True
+    assert record["machine"]["device_type"] == DEVICE
+    assert record["machine"]["torch"] == torch.__version__
+    assert record["settings"]["weights"] == "random"
+    (row,) = record["rows"]
+    assert (row["kind"], row["operator"], row["pass"], row["status"]) == ("operator", "involution2d", "forward", "ok")
+    assert 0 <= row["relative_error"] <= row["tolerance"] == 1e-5
+    for path in ("ours", "naive"):
+        assert 0 < row[path]["p20_ms"] <= row[path]["p50_ms"] <= row[path]["p80_ms"]
+        assert row[path]["runs"] >= 2
+        assert row[path]["peak_bytes"] >= 4 * 512 * 49  # the output at least
+    assert row["naive"]["peak_bytes"] >= 4 * 512 * 49 * 49, "the unfolded features"
+    assert row["speed_up"] == row["naive"]["p50_ms"] / row["ours"]["p50_ms"]
+    floor = row["floor"]
+    assert floor["bytes"] == 4 * (512 * 49 + 32 * 49 * 49 + 512 * 49)
+    assert floor["ms"] == pytest.approx(floor["bytes"] / record["copy_gigabytes_per_second"] / 1e6)
+    assert floor["fraction"] == pytest.approx(floor["ms"] / row["ours"]["p50_ms"])
+
+    for name in ("profile_operators.png", "profile_memory.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "profile_models.png").exists()
+    shown = capsys.readouterr()
+    assert "[1/1] involution2d RedNet-50 512@7² K=7 forward" in shown.err
+    for text in ("involution2d", "512@7² K=7", report.number(row["speed_up"]) + "×", "profile_operators.png"):
+        assert text in shown.out
+
+
+def test_a_model_runs_on_the_photograph(quick, tmp_path):
+    code, record = quick("--only", "rednet26", "--sizes", "64x48", "--training", "--batch", "2")
+    assert code == 0, record["rows"]
+    assert [(row["name"], row["pass"], row["status"]) for row in record["rows"]] == [
+        ("rednet26 64×48", "forward", "ok"),
+        ("rednet26 64×48", "forward+backward", "ok"),
+    ]
+    forward, both = record["rows"]
+    assert forward["images_per_second"] == pytest.approx(2000 / forward["ours"]["p50_ms"])
+    assert both["ours"]["peak_bytes"] > forward["ours"]["peak_bytes"]
+    assert forward["tolerance"] < both["tolerance"]
+    assert (tmp_path / "profile_models.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_see_the_photograph_and_their_weights_matter():
+    """The check of a model could not fail if its output ignored the image or the branches to be checked."""
+    photo = workloads.photograph()
+    settings = comparison.Settings(torch.device("cpu"), torch.float32, "reference", min_runs=1, seconds=0)
+    model: Any = workloads.random_model("rednet26").eval()
+    out = {}
+    for name, image in (("photo", photo), ("mirrored", ImageOps.mirror(photo))):
+        images = workloads.image_batch(image, (64, 64), 1, torch.float32, settings.device)
+        with torch.no_grad(), kernels.use_backend("reference"):
+            out[name] = model(images)
+    with torch.no_grad():
+        model.layer4[-1].conv2.conv2.conv.weight.mul_(1.01)
+        with kernels.use_backend("reference"):
+            changed = model(workloads.image_batch(photo, (64, 64), 1, torch.float32, settings.device))
+    assert timing.relative_error(out["mirrored"], out["photo"]) > 1e-3
+    assert timing.relative_error(changed, out["photo"]) > 5 * comparison.LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"), [(lambda out: out * 1.001, "1.0e-03"), (lambda out: out * float("nan"), "nan")]
+)
+def test_a_disagreement_is_not_timed(quick, monkeypatch, capsys, damage, error):
+    break_operator(monkeypatch, "involution2d", damage)
+    code, record = quick("--only", INVOLUTION, OUTLOOK, "--dtype", "float32")
+    assert code == 1
+    wrong, right = record["rows"]
+    assert wrong["status"] == "failed"
+    assert f"relative error {error}" in wrong["message"]
+    assert not {"ours", "naive", "speed_up", "floor"} & set(wrong)
+    assert right["status"] == "ok"
+    assert "failed" in capsys.readouterr().out
+
+
+def test_wrong_gradients_are_seen(monkeypatch):
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out):
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient / 2
+
+    break_operator(monkeypatch, "involution2d", Halved.apply)
+    workload = next(w for w in workloads.operator_workloads(1, (32, 32)) if w.operator == "involution2d")
+    settings = comparison.Settings(torch.device(DEVICE), torch.float32, min_runs=1, seconds=0)
+    measured = comparison.measure_operator(workload, settings, backward=False, bytes_per_second=1e9)
+    assert measured["relative_error"] < 1e-5
+    with pytest.raises(comparison.DisagreementError, match=r"output and gradients: relative error 5\.0e-01"):
+        comparison.measure_operator(workload, settings, backward=True, bytes_per_second=1e9)
+
+
+def test_a_wrong_operator_fails_the_model_that_uses_it(quick, monkeypatch):
+    break_operator(monkeypatch, "involution2d", lambda out: out * 1.01)
+    code, record = quick("--only", "rednet26", "--sizes", "64")
+    assert code == 1
+    assert "logits" in record["rows"][0]["message"]
+
+
+def test_other_precisions_are_held_against_float32():
+    settings = comparison.Settings(torch.device("cpu"), torch.bfloat16, seconds=0, min_runs=1)
+    photo = workloads.photograph()
+    measured = comparison.measure_model("rednet26", (64, 64), photo, settings, training=False)
+    assert 1e-3 < measured["relative_error"] <= measured["tolerance"] < 0.5, "bfloat16 rounds: about 1 %"
+
+
+def test_a_family_that_fails_costs_only_its_own_lines(quick, monkeypatch, capsys):
+    correct = workloads.random_model
+
+    def broken(name, *arguments, **options):
+        if name == "overlock_xt":
+            raise RuntimeError("no such weights\nsecond line")
+        return correct(name, *arguments, **options)
+
+    monkeypatch.setattr(workloads, "random_model", broken)
+    code, record = quick("--only", "overlock_xt", "rednet26", "--sizes", "32")
+    assert code == 1
+    assert [row["status"] for row in record["rows"]] == ["failed", "ok"]
+    assert record["rows"][0]["message"] == "RuntimeError: no such weights"
+    assert "in broken" in record["rows"][0]["traceback"]
+    assert "RuntimeError: no such weights" in capsys.readouterr().out
+
+
+def test_json_alone_is_printed(quick, capsys):
+    _, record = quick("--only", INVOLUTION, "--json")
+    assert json.loads(capsys.readouterr().out) == record
+
+
+def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
+    measure = profile.measure_operator
+
+    def interrupted(workload, *arguments, **options):
+        if workload.operator == OUTLOOK:
+            raise KeyboardInterrupt
+        return measure(workload, *arguments, **options)
+
+    monkeypatch.setattr(profile, "measure_operator", interrupted)
+    code, record = quick("--only", INVOLUTION, OUTLOOK)
+    assert code == 130
+    assert record["complete"] is False
+    assert [row["operator"] for row in record["rows"]] == ["involution2d"]
+    assert (tmp_path / "profile_operators.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "missing.jpg"], "--image: image must be a file, but there is none at missing.jpg"),
+        (["--image", __file__], "--image: image must be a photograph that Pillow can read"),
+        (["--sizes", "16"], "--sizes: must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got '16'"),
+        (["--sizes", "64x64x64"], "--sizes: must be SIDE or HEIGHTxWIDTH"),
+        (["--batch", "0"], "--batch: must be an integer of at least 1, got '0'"),
+        (["--device", "abacus"], "--device: must be a device present here, got 'abacus'"),
+        (["--device", "cuda:99"], "--device: must be a device present here, got 'cuda:99'"),
+        (["--backend", "magic"], "--backend: invalid choice: 'magic'"),
+        (
+            ["--only", "involution2d", "nothing"],
+            "--only must match a line's name, 'nothing' does not; names begin with",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
+    try:
+        code = main(["profile", "--quick", "--out", str(tmp_path / "new"), *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_interpreter_is_not_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["profile", "--quick", "--backend", "triton", "--out", str(tmp_path)]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+def test_a_part_never_replaces_the_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "repository_root", lambda: tmp_path)
+    monkeypatch.setattr(comparison, "measure_operator", None)
+    monkeypatch.setattr(profile, "measure_operator", lambda *_, **__: {"speed_up": 1.0})
+    monkeypatch.setattr(report, "figures", lambda record: {})
+    monkeypatch.setattr(report, "table", lambda record: "")
+    folder = timing.device_folder(timing.best_device())
+    assert main(["profile", "--only", "involution2d"]) == 0
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")] == [
+        Path("build", "results", folder, "profile.json")
+    ]
+    monkeypatch.setattr(profile, "model_cases", lambda *_: [])
+    assert main(["profile"]) == 0
+    assert (tmp_path / "notebooks" / "results" / folder / "profile.json").exists()
+
+
+def record_of(rows):
+    return {
+        "rows": rows,
+        "machine": {"device": "Analytical Engine"},
+        "settings": {"dtype": "float32", "batch": 4, "image": "a photograph", "implementation": "eager"},
+        "copy_gigabytes_per_second": 10.0,
+    }
+
+
+def row(name, what="forward", **changes):
+    found = {
+        "kind": "operator",
+        "name": name,
+        "operator": name,
+        "model": "Model",
+        "shape": "8@8²",
+        "pass": what,
+        "status": "ok",
+        "ours": {"p50_ms": 2.0, "peak_bytes": 3_000_000},
+        "naive": {"p50_ms": 8.0, "peak_bytes": 24_000_000},
+        "speed_up": 4.0,
+        "floor": {"ms": 1.0, "fraction": 0.5},
+    }
+    return found | changes
+
+
+def test_figures_name_the_device_their_units_and_the_ratio():
+    drawn = report.figures(record_of([row("a"), row("b"), row("a", "forward+backward"), row("b", "forward+backward")]))
+    assert set(drawn) == {"profile_operators.png", "profile_memory.png"}
+    for file, ratio, unit in (("profile_operators.png", "4.0×", "ms"), ("profile_memory.png", "8.0×", "MB")):
+        texts = [text.get_text() for text in drawn[file].findobj(Text)]
+        assert "Analytical Engine · float32 · batch 4" in texts
+        assert texts.count(ratio) == 4
+        assert sum(f", {unit}" in text for text in texts) == 2
+
+
+def test_figures_show_only_what_was_measured():
+    failed = {key: value for key, value in row("b").items() if key not in ("ours", "naive", "speed_up", "floor")}
+    rows = [row("a"), failed | {"status": "failed", "message": "it broke"}]
+    (texts,) = (
+        {text.get_text() for text in figure.findobj(Text)}
+        for file, figure in report.figures(record_of(rows)).items()
+        if file == "profile_operators.png"
+    )
+    assert "a" in texts
+    assert "b" not in texts
+    unknown = {"p50_ms": 1.0, "peak_bytes": None}
+    assert set(report.figures(record_of([row("a", ours=unknown, naive=unknown)]))) == {"profile_operators.png"}
+    assert report.figures(record_of([rows[1]])) == {}
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom autotune.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_help_of_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["profile", "--help"])
+    shown = capsys.readouterr().out
+    for option in ("--device", "--image", "--sizes", "--only", "--quick", "--out", "--json", "--training", "--threads"):
+        assert option in shown

@@ -1,0 +1,126 @@
+"""The stop-watch, the memory meter and what is written down with them."""
+
+import json
+import re
+import subprocess
+import time
+
+import pytest
+import torch
+
+from autotune import timing
+from autotune.timing import Timing
+from tests.support import DEVICE
+
+CPU = torch.device("cpu")
+
+
+def test_timing_is_the_three_percentiles():
+    timed = Timing.of([float(n) for n in range(1, 102)])
+    assert timed == Timing(p20_ms=21.0, p50_ms=51.0, p80_ms=81.0, runs=101)
+
+
+def test_calls_take_turns_after_one_untimed_run_each():
+    order = []
+    times = timing.measure(
+        {name: lambda name=name: order.append(name) for name in "ab"}, CPU, seconds=0, min_runs=3, max_runs=3
+    )
+    assert order == ["a", "b"] * 4
+    assert {name: timed.runs for name, timed in times.items()} == {"a": 3, "b": 3}
+
+
+def test_times_are_milliseconds_of_each_call():
+    times = timing.measure({"short": lambda: time.sleep(0.004), "long": lambda: time.sleep(0.012)}, CPU, seconds=0)
+    assert 4 <= times["short"].p20_ms <= times["short"].p50_ms <= times["short"].p80_ms
+    assert times["long"].p20_ms >= 12
+    assert times["short"].p20_ms < times["long"].p20_ms
+
+
+def test_time_budget_ends_the_runs():
+    times = timing.measure({"call": lambda: time.sleep(0.01)}, CPU, seconds=0.1, min_runs=2, max_runs=1000)
+    assert 2 <= times["call"].runs <= 11
+
+
+MEBIBYTE = 2**20
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_peak_memory_counts_what_is_held_at_once(device):
+    device = torch.device(device)
+    held = torch.zeros(4 * MEBIBYTE, dtype=torch.uint8, device=device)
+
+    def chain():
+        first = torch.zeros(8 * MEBIBYTE, dtype=torch.uint8, device=device)
+        second = first + 1  # 16 MiB at once: the peak
+        del first
+        return second[: held.numel()] + held  # 8 + 4
+
+    def nearly(expected):  # PyTorch makes tensors of some constants, a few bytes each
+        return pytest.approx(expected, abs=100)
+
+    assert timing.peak_memory(chain, device) == nearly(16 * MEBIBYTE)
+    assert timing.peak_memory(lambda: held.add_(1), device) == nearly(0)
+    assert timing.peak_memory(chain, device) == nearly(16 * MEBIBYTE)
+
+
+def test_peak_memory_sees_temporaries_inside_operators():
+    """PyTorch convolves float64 by unfolding, out of Python's sight."""
+    x, weight = torch.ones(1, 8, 32, 32, dtype=torch.float64), torch.ones(8, 8, 7, 7, dtype=torch.float64)
+    unfolded, output = 8 * (8 * 49) * 26**2, 8 * 8 * 26**2
+    peak = timing.peak_memory(lambda: torch.nn.functional.conv2d(x, weight), CPU)
+    assert peak is not None
+    assert unfolded + output <= peak < 1.1 * (unfolded + output)
+
+
+def test_copy_bandwidth_counts_reading_and_writing(monkeypatch):
+    monkeypatch.setattr(timing, "measure", lambda calls, *_, **__: {name: Timing(1.0, 2.0, 3.0, 5) for name in calls})
+    assert timing.copy_bandwidth(CPU, size=4096) == 2 * 4096 / 0.002
+
+
+def test_copy_bandwidth_copies():
+    assert timing.copy_bandwidth(torch.device(DEVICE), size=2**22, seconds=0.05) > 1e8
+
+
+def test_relative_error():
+    expected = torch.tensor([3.0, 4.0])
+    assert timing.relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
+    assert timing.relative_error(expected.half(), expected.double()) == 0
+    assert timing.relative_error(torch.full((2,), 0.5), torch.zeros(2)) == pytest.approx(0.5**0.5)
+    assert timing.relative_error(torch.tensor([float("nan"), 4.0]), expected) != 0
+    assert not timing.relative_error(torch.tensor([float("nan"), 4.0]), expected) <= 1e9
+    with pytest.raises(ValueError, match=r"out must have the shape of expected, \(2,\), got \(3,\)"):
+        timing.relative_error(torch.zeros(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "folder"), [("NVIDIA H200", "NVIDIA_H200"), ("AMD Instinct(TM) MI300X / 2", "AMD_Instinct_TM_MI300X_2")]
+)
+def test_device_folder_is_a_plain_file_name(monkeypatch, gpu, folder):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    assert timing.device_folder(torch.device("cuda", 0)) == folder
+    assert re.fullmatch(r"cpu_[A-Za-z0-9._]+", timing.device_folder(CPU))
+
+
+def test_machine_is_described_in_json():
+    machine = json.loads(json.dumps(timing.describe_machine(CPU)))
+    assert machine["device"].startswith(machine["cpu"])
+    assert machine["torch"] == torch.__version__
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$", machine["date"])
+    head = subprocess.run(
+        ["git", "-C", str(timing.repository_root()), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if head.returncode == 0:
+        assert machine["commit"].removesuffix("-dirty") == head.stdout.strip()
+    else:
+        assert machine["commit"] is None
+
+
+def test_a_record_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "record.json"
+    timing.write_json(path, {"value": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        timing.write_json(path, {"value": float("nan")})
+    with pytest.raises(TypeError):
+        timing.write_json(path, {"value": object()})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]

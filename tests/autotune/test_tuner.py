@@ -1,0 +1,173 @@
+"""Choosing configs: look-up order, exact keys, staleness, and candidates that must agree before they are timed."""
+
+import dataclasses
+import time
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from autotune import tuner
+from autotune.store import Store, user_folder
+from autotune.tuner import Trial, Tunable, bucket, key_of, look_up, measure_candidates, tune
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block: int
+
+    def valid(self, problem):
+        return self.block <= problem.pixels
+
+
+class Problem(NamedTuple):
+    pixels: int
+    dtype: torch.dtype = torch.float32
+
+
+BLOCKS = (8, 16, 32, 64, 128)
+TOY = Tunable("toy", tuple(map(Config, BLOCKS)), lambda problem: Config(16), lambda p, c: c.block, ("autotune.store",))
+CPU = torch.device("cpu")
+GPU = "cpu"  # the name configs of a CPU tensor are kept under
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "user"))
+    monkeypatch.setattr(tuner, "shipped_folder", lambda: tmp_path / "shipped")
+    tuner.forget()
+    yield
+    tuner.forget()
+
+
+def _entry(block, **changes):
+    return {
+        "config": {"block": block},
+        "triton": tuner.triton_version(),
+        "source": TOY.source,
+        "milliseconds": 1.0,
+    } | changes
+
+
+def _trial(wrong=(), broken=()):
+    def run(config):
+        if config.block in broken:
+            raise RuntimeError(f"out of resource: block {config.block}")
+        return torch.full((4,), 2.0 if config.block in wrong else 1.0)
+
+    return Trial(run, lambda: torch.ones(4))
+
+
+def _clock(fastest):
+    """Stands in for do_bench: times follow from the config, so the test does not depend on the machine."""
+
+    def time_call(call):
+        return 1.0 + abs(call.__defaults__[0].block - fastest)
+
+    return time_call
+
+
+def test_store_before_shipped_before_heuristic(tmp_path):
+    problem = Problem(100)
+    assert look_up(TOY, problem, GPU) == (Config(16), "heuristic")
+    Store(tmp_path / "shipped", GPU).update({key_of(TOY, problem): _entry(32)})
+    tuner.forget()
+    assert look_up(TOY, problem, GPU) == (Config(32), "shipped")
+    Store(user_folder(), GPU).update({key_of(TOY, problem): _entry(64)})
+    tuner.forget()
+    assert look_up(TOY, problem, GPU) == (Config(64), "store")
+    assert look_up(TOY, Problem(100, torch.float16), GPU).source == "heuristic"
+    assert look_up(TOY, problem, "another GPU").source == "heuristic"
+
+
+def test_neighbouring_large_maps_share_and_small_ones_do_not():
+    assert bucket(3136) == bucket(3000) == 4096
+    assert bucket(257) == 512
+    assert [bucket(n) for n in (49, 196, 256)] == [49, 196, 256]
+    assert key_of(TOY, Problem(3000)) == key_of(TOY, Problem(3136)) != key_of(TOY, Problem(5000))
+    assert key_of(TOY, Problem(49)) == "toy pixels=49 dtype=float32"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        _entry(64, triton="0.1"),
+        _entry(64, source="older"),
+        _entry(7),  # no config the kernel offers
+        _entry(128),  # not valid for 100 pixels
+        {"config": {"block": 64}},
+        {},
+    ],
+    ids=["triton", "source", "unknown config", "invalid here", "no provenance", "empty"],
+)
+def test_an_entry_that_does_not_hold_is_ignored(entry):
+    Store(user_folder(), GPU).update({key_of(TOY, Problem(100)): entry})
+    assert look_up(TOY, Problem(100), GPU) == (Config(16), "heuristic")
+
+
+def test_the_fastest_right_candidate_wins_and_is_kept():
+    outcomes = tune(TOY, Problem(100), CPU, _trial(), _clock(fastest=32))
+    assert outcomes[0].config.block == 32
+    assert {outcome.config.block for outcome in outcomes} == {8, 16, 32, 64}  # 128 is not valid here
+    assert look_up(TOY, Problem(100), GPU) == (Config(32), "store")
+    tuner.forget()  # as a new process would
+    assert look_up(TOY, Problem(100), GPU) == (Config(32), "store")
+    entry = Store(user_folder(), GPU).read()[key_of(TOY, Problem(100))]
+    assert entry["milliseconds"] == 1.0
+    assert entry["heuristic_milliseconds"] == 17.0
+
+
+def test_a_wrong_or_failing_candidate_is_never_chosen():
+    outcomes = measure_candidates(TOY, Problem(100), _trial(wrong=(32,), broken=(64,)), _clock(fastest=32))
+    assert outcomes[0].config.block == 16
+    reasons = {o.config.block: o.rejected for o in outcomes if o.rejected}
+    assert set(reasons) == {32, 64}
+    assert "off by 1.0e+00" in str(reasons[32])
+    assert "out of resource" in str(reasons[64])
+
+
+def test_nan_never_agrees():
+    trial = Trial(lambda config: torch.full((2,), float("nan")), lambda: torch.ones(2))
+    assert all(outcome.rejected for outcome in measure_candidates(TOY, Problem(100), trial, _clock(8)))
+
+
+def test_nothing_is_kept_when_every_candidate_is_wrong():
+    with pytest.warns(RuntimeWarning, match="no config of toy pixels=100"):
+        outcomes = tune(TOY, Problem(100), CPU, _trial(wrong=BLOCKS), _clock(8))
+    assert outcomes[0].config == Config(16)  # the heuristic's
+    assert look_up(TOY, Problem(100), GPU).source == "heuristic"
+
+
+def test_at_most_twenty_candidates_the_heuristic_first():
+    many = Tunable("many", tuple(map(Config, range(1, 100))), lambda p: Config(50), lambda p, c: c.block, TOY.modules)
+    candidates = many.candidates(Problem(100))
+    assert [c.block for c in candidates] == [50, *range(1, 20)]
+
+
+def test_nothing_is_tuned_unasked_nor_without_a_gpu():
+    def forbidden(*_):
+        raise AssertionError("ran a trial")
+
+    trial = Trial(forbidden, forbidden)
+    assert tuner.choose(TOY, Problem(100), CPU, trial) == Config(16)
+    with tuner.tuning():
+        assert tuner.choose(TOY, Problem(100), CPU, trial) == Config(16)
+
+
+def test_choosing_again_costs_microseconds():
+    problem, trial = Problem(100), _trial()
+    tuner.choose(TOY, problem, CPU, trial)
+    rounds = []
+    for _ in range(20):  # the quickest of several: the machine may be busy
+        start = time.perf_counter()
+        for _ in range(1000):
+            tuner.choose(TOY, problem, CPU, trial)
+        rounds.append((time.perf_counter() - start) / 1000)
+    assert min(rounds) < 5e-6
+
+
+def test_reading_a_missing_store_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        look_up(TOY, Problem(3), GPU)

@@ -1,0 +1,181 @@
+"""Shapes, floors and operation counts against numbers worked out by hand, and the photograph."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from autotune import workloads
+
+CPU = torch.device("cpu")
+
+
+def by_name(batch=1, image=(224, 224)):
+    return {workload.name: workload for workload in workloads.operator_workloads(batch, image)}
+
+
+def test_every_public_operator_runs_at_the_published_shapes():
+    names = by_name()
+    assert {workload.operator for workload in names.values()} == {
+        "contmix2d",
+        "depthwise_conv2d",
+        "involution2d",
+        "na2d_av",
+        "na2d_qk",
+        "na2d_softmax_av",
+        "outlook_attention2d",
+    }
+    assert [name for name in names if name.startswith(("involution", "depthwise", "contmix", "outlook"))] == [
+        "involution2d RedNet-50 64@56² K=7",
+        "involution2d RedNet-50 128@28² K=7",
+        "involution2d RedNet-50 256@14² K=7",
+        "involution2d RedNet-50 512@7² K=7",
+        "contmix2d OverLoCK-T 8×16@14² K=5,13",
+        "contmix2d OverLoCK-T 16×16@7² K=5,7",
+        "outlook_attention2d VOLO-D1 6×32@28² K=3 s=2",
+        "depthwise_conv2d OverLoCK-T 64@56² K=17",
+        "depthwise_conv2d OverLoCK-T 128@28² K=15",
+        "depthwise_conv2d OverLoCK-T 256@14² K=13",
+        "depthwise_conv2d OverLoCK-T 512@7² K=7",
+    ]
+
+
+def test_shapes_follow_the_image():
+    large = by_name(2, (800, 1280))
+    assert large["involution2d RedNet-50 64@200×320 K=7"].output == (2, 64, 200, 320)
+    logits = large["outlook_attention2d VOLO-D1 6×32@100×160 K=3 s=2"].inputs["logits"]
+    assert logits == workloads.Input((2, 50, 80, 6, 9, 9))
+    small = by_name(1, (64, 96))  # maps of 4×6 and 2×3, too small for windows of 13 and 7
+    assert "contmix2d OverLoCK-T 8×16@13² K=5,13" in small
+    assert "na2d_softmax_av OverLoCK-T 16×16@7² K=7" in small
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "output", "multiply_adds"),
+    [
+        # x 2·64·56², weight 2·4·49·56²
+        ("involution2d RedNet-50 64@56² K=7", 401408 + 1229312, 401408, 401408 * 49),
+        # attn 2·8·14²·169, value 2·8·14²·16
+        ("na2d_av OverLoCK-T 8×16@14² K=13", 529984 + 50176, 50176, 529984 * 16),
+        # logits 2·16·7²·49, value 2·16·7²·16, rpb 16·13²
+        ("na2d_softmax_av OverLoCK-T 16×16@7² K=7", 76832 + 25088 + 2704, 25088, 76832 * 16),
+        # query 2·8·16·14², key 2·8·16·49, value twice the query, projection 194·49 + 194, rpb 8·(9² + 25²);
+        # keys projected 2·8·16·49·194, logits and mixing 2·8·16·14²·194 each
+        (
+            "contmix2d OverLoCK-T 8×16@14² K=5,13",
+            50176 + 12544 + 100352 + 9700 + 5648,
+            100352,
+            2433536 + 2 * 9734144,
+        ),
+        # logits 2·14²·6·81, value 2·28²·192
+        ("outlook_attention2d VOLO-D1 6×32@28² K=3 s=2", 190512 + 301056, 301056, 190512 * 32),
+        # x 2·64·56², weight 64·17², bias 64
+        ("depthwise_conv2d OverLoCK-T 64@56² K=17", 401408 + 18496 + 64, 401408, 401408 * 289),
+    ],
+)
+def test_floors_by_hand(name, inputs, output, multiply_adds):
+    workload = by_name(2)[name]
+    assert workload.floor_bytes(torch.float32) == 4 * (inputs + output)
+    assert workload.floor_bytes(torch.bfloat16) == 2 * (inputs + output)
+    # Backward: inputs and the output's gradient are read, the inputs' gradients written.
+    assert workload.floor_bytes(torch.float32, backward=True) == 4 * (inputs + output + inputs + output + inputs)
+    assert workload.operations() == 2 * multiply_adds
+    assert workload.operations(backward=True) == 6 * multiply_adds
+
+
+@pytest.mark.parametrize("operator", ["na2d_av", "na2d_qk", "outlook_attention2d", "depthwise_conv2d"])
+def test_operations_are_those_pytorch_counts(operator):
+    """Where the definition is made of products that PyTorch's counter knows."""
+    workload = next(w for w in by_name(2, (64, 32)).values() if w.operator == operator)
+    inputs = workload.draw_inputs(torch.float32, CPU)
+    with FlopCounterMode(display=False) as counter, kernels.use_backend("reference"):
+        workload.forward(inputs)
+    assert counter.get_total_flops() == workload.operations()
+
+
+@pytest.mark.parametrize("name", list(by_name(2, (32, 64))))
+def test_workloads_are_valid_calls(name):
+    workload = by_name(2, (32, 64))[name]
+    inputs = workload.draw_inputs(torch.float64, CPU, seed=3)
+    gradient = workload.draw_gradient(torch.float64, CPU)
+    with kernels.use_backend("reference"):
+        (out,) = workload.forward(inputs)
+        out_again, *gradients = workload.forward_backward(inputs, gradient)
+    assert out.shape == workload.output
+    assert not out.requires_grad
+    assert torch.equal(out, out_again)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+    floats = sum(gradient.numel() for gradient in gradients) + out.numel()
+    assert workload.floor_bytes(torch.float64) == 8 * floats
+
+
+def test_inputs_are_reproducible_and_in_the_models_memory_format():
+    workload = by_name()["depthwise_conv2d OverLoCK-T 512@7² K=7"]
+    inputs, again = (workload.draw_inputs(torch.bfloat16, CPU) for _ in range(2))
+    assert torch.equal(inputs["x"], again["x"])
+    assert inputs["x"].dtype == torch.bfloat16
+    assert inputs["x"].is_contiguous(memory_format=torch.channels_last)
+    value = by_name()["contmix2d OverLoCK-T 16×16@7² K=5,7"].draw_inputs(torch.float32, CPU)["value"]
+    assert value.flatten(1, 3).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_upcast_is_float32_at_least():
+    tensors = {"half": torch.ones(2, dtype=torch.float16), "pair": (torch.ones(2), torch.ones(2, dtype=torch.float64))}
+    up = workloads.upcast(tensors)
+    assert up["half"].dtype == torch.float32
+    assert up["half"].requires_grad
+    assert [tensor.dtype for tensor in up["pair"]] == [torch.float32, torch.float64]
+
+
+def test_default_photograph_is_real():
+    photo = workloads.photograph()
+    assert photo.mode == "RGB"
+    assert min(photo.size) >= 320
+    assert np.asarray(photo).std() > 20
+
+
+def test_photograph_is_upright_and_rgb(tmp_path):
+    path = tmp_path / "portrait.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90°
+    Image.new("L", (40, 20), 128).save(path, exif=exif)
+    photo = workloads.photograph(path)
+    assert photo.size == (20, 40)
+    assert photo.getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_photograph_refuses_what_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"image must be a file.*missing\.jpg"):
+        workloads.photograph(tmp_path / "missing.jpg")
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(ValueError, match=r"image must be a photograph.*text\.jpg"):
+        workloads.photograph(tmp_path / "text.jpg")
+    with pytest.raises(ValueError, match="image must be"):
+        workloads.photograph(tmp_path)
+    whole = tmp_path / "whole.jpg"
+    workloads.photograph().save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"image must be a photograph.*cut\.jpg.*truncated"):
+        workloads.photograph(tmp_path / "cut.jpg")
+
+
+def test_image_batch_crops_the_centre_and_normalises():
+    photo = Image.new("RGB", (300, 100), (0, 0, 0))
+    photo.paste((255, 51, 102), (90, 0, 210, 100))
+    images = workloads.image_batch(photo, (32, 32), 3, torch.float64, CPU)
+    assert images.shape == (3, 3, 32, 32)
+    assert images.dtype == torch.float64
+    expected = (torch.tensor([1.0, 0.2, 0.4]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    assert torch.allclose(images, expected.double().view(1, 3, 1, 1).expand_as(images), atol=1e-5)
+    assert workloads.image_batch(photo, (64, 32), 1, torch.float32, CPU).shape == (1, 3, 64, 32)
+
+
+def test_random_models_leave_no_branch_out():
+    model, again = (workloads.random_model("rednet26", num_classes=3) for _ in range(2))
+    for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert parameter.any(), name
+        assert torch.equal(parameter, other), name

@@ -1,0 +1,114 @@
+"""The Triton algebra, config by config: what the operators' own tests reach only through the heuristic."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels.aggregation import triton_kernels
+from kernels.aggregation.triton_kernels import CONFIGS, Config, Problem, heuristic
+from kernels.launch import fits_int32, record_launches
+from kernels.windows import Window
+from kernels.windows_triton import inverse_steps
+from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor
+
+WINDOWS = {"zero-padded": Window((3, 3), padding=(1, 1)), "clamped": Window.neighborhood((3, 3))}
+
+
+def _dense(weight, window, height, width):
+    """weight as the matrix [B, G, H'·W', H·W] it stands for: an oracle that shares nothing with the kernels."""
+    batch, groups, kernel_h, kernel_w, out_h, out_w = weight.shape
+    matrix = torch.zeros(batch, groups, out_h * out_w, height * width, dtype=torch.float64)
+    rows, columns = window.neighbours(height, 0), window.neighbours(width, 1)
+    for i, j, a, b in itertools.product(range(out_h), range(out_w), range(kernel_h), range(kernel_w)):
+        row, column = int(rows[i, a]), int(columns[j, b])
+        if 0 <= row < height and 0 <= column < width:
+            matrix[:, :, i * out_w + j, row * width + column] += weight[:, :, a, b, i, j].cpu().double()
+    return matrix
+
+
+# In the interpreter every config is a minute of one core; warps and stages only schedule the same blocks there, so
+# one config of each tile is enough.
+TILES = {(c.block_pixels, c.block_channels, c.block_steps): c for c in CONFIGS}
+
+
+@pytest.mark.parametrize("rule", WINDOWS)
+def test_every_config(rule):
+    window, height, width, channels = WINDOWS[rule], 4, 5, 9
+    weight, x = random_tensor(1, 1, 3, 3, height, width), random_tensor(1, 1, channels, height, width)
+    matrix = _dense(weight, window, height, width)
+    flat = x.double().cpu().flatten(3)
+    aggregated = (flat @ matrix.transpose(2, 3)).view(x.shape)
+    transposed = (flat @ matrix).view(x.shape)
+    expected_inner = (x.double().cpu() * aggregated).sum()
+    for config in TILES.values() if DEVICE == "cpu" else CONFIGS:
+        out = triton_kernels.aggregate(weight, x, window, config)
+        assert_close(out, aggregated, FORWARD_TOLERANCE[x.dtype], str(config))
+        out = triton_kernels.transpose(weight, x, (height, width), window, config)
+        assert_close(out, transposed, FORWARD_TOLERANCE[x.dtype], str(config))
+        # correlate is the adjoint of aggregate in the weight: <correlate(g, x), w> = <g, aggregate(w, x)>.
+        correlated = triton_kernels.correlate(x, x, window, config).double().cpu()
+        inner = (correlated * weight.double().cpu()).sum()
+        assert abs(inner - expected_inner) <= 1e-5 * flat.norm() * aggregated.norm(), config
+
+
+def test_stride_dilation_and_shrinking_map():
+    window = Window((3, 2), stride=(2, 3), padding=(2, 0), dilation=(2, 1))
+    height, width = window.output_size(9, 11)
+    weight, x = random_tensor(2, 2, 3, 2, height, width), random_tensor(2, 2, 3, 9, 11)
+    matrix = _dense(weight, window, 9, 11)
+    g = random_tensor(2, 2, 3, height, width)
+    expected = (x.double().cpu().flatten(3) @ matrix.transpose(2, 3)).view(g.shape)
+    assert_close(triton_kernels.aggregate(weight, x, window), expected, FORWARD_TOLERANCE[x.dtype])
+    expected = (g.double().cpu().flatten(3) @ matrix).view(x.shape)
+    assert_close(triton_kernels.transpose(weight, g, (9, 11), window), expected, FORWARD_TOLERANCE[x.dtype])
+
+
+def test_inverse_steps_reach_every_output():
+    """The bound of the inverse rule, against the windows themselves, wherever a clamped window fits."""
+    for length, dilation, kernel_size in itertools.product(range(1, 32), (1, 2, 3), (1, 3, 5, 9)):
+        if kernel_size * dilation > length:
+            continue
+        window = Window.neighborhood((kernel_size, 1), (dilation, 1))
+        reaches = [[i // dilation for i in (window.neighbours(length, 0) == p).any(1).nonzero()] for p in range(length)]
+        for position, members in enumerate(reaches):
+            member = position // dilation
+            first = 0 if member < kernel_size else member - kernel_size // 2
+            assert first <= min(members)
+            assert max(members) - first < inverse_steps(window, length, 0), (length, dilation, kernel_size)
+
+
+def test_heuristic_is_a_valid_config(monkeypatch):
+    monkeypatch.setattr(triton_kernels, "interpreting", lambda: False)
+    for sizes in itertools.product((1, 10, 14, 16, 64, 200), (1, 49, 196, 3136), (1, 9, 49, 169), (False, True)):
+        problem = Problem(*sizes)
+        assert heuristic.__wrapped__(problem).valid(problem), problem
+
+
+def test_a_config_that_cannot_pay_is_invalid():
+    problem = Problem(channels=16, pixels=49, steps=49, kernel_fastest=True)
+    assert Config(64, 16, 1).valid(problem)
+    assert not Config(128, 16, 1).valid(problem)  # twice the map
+    assert not Config(64, 32, 1).valid(problem)  # twice the channels
+    assert not Config(64, 16, 16, num_warps=2).valid(problem)  # 256 elements a thread
+
+
+def test_offsets_are_64_bit_where_32_would_overflow():
+    assert fits_int32(torch.empty(2, 1, 3, 4, 4, device="meta"))
+    # 2^31 elements inside one batch entry and group; many entries of a smaller map need no wide offsets.
+    assert not fits_int32(torch.empty(1, 1, 2, 2**15, 2**15 + 1, device="meta"))
+    assert fits_int32(torch.empty(2**20, 1, 8, 2**7, 2**7, device="meta"))
+    huge = torch.empty(1, 1, 2, 2**15, 2**15 + 1, device="meta", dtype=torch.bfloat16)
+    weight = torch.empty(1, 1, 1, 1, *huge.shape[3:], device="meta", dtype=torch.bfloat16)
+    with record_launches() as launches:
+        triton_kernels.aggregate(weight, huge, Window((1, 1)))
+    assert str(launches[0].arguments["OFFSET"]) == "int64"
+
+
+def test_wide_offsets_compute_the_same(monkeypatch):
+    window, weight, x = WINDOWS["clamped"], random_tensor(1, 2, 3, 3, 5, 4), random_tensor(1, 2, 3, 5, 4)
+    narrow = triton_kernels.aggregate(weight, x, window), triton_kernels.correlate(x, x, window)
+    monkeypatch.setattr(triton_kernels, "fits_int32", lambda *tensors: False)
+    wide = triton_kernels.aggregate(weight, x, window), triton_kernels.correlate(x, x, window)
+    assert torch.equal(narrow[0], wide[0])
+    assert torch.equal(narrow[1], wide[1])
