@@ -1,0 +1,38 @@
+"""The NATTEN stand-in: signatures in the order existing models rely on, and clear refusals."""
+
+import inspect
+
+import pytest
+import torch
+
+import kernels
+from kernels.natten import functional
+from tests.support import random_tensor
+
+
+def test_parameters_stand_in_nattens_order():
+    assert list(inspect.signature(functional.na2d_qk).parameters) == [
+        "query", "key", "kernel_size", "dilation", "additional_keys", "is_causal", "rpb",
+    ]  # fmt: skip
+    assert list(inspect.signature(functional.na2d_av).parameters) == [
+        "attn", "value", "kernel_size", "dilation", "additional_values", "is_causal",
+    ]  # fmt: skip
+
+
+def test_a_neighbourhood_attention_block_runs():
+    query, key, value = (random_tensor(1, 2, 8, 9, 4) for _ in range(3))
+    rpb = random_tensor(2, 5, 9)
+    attn = functional.na2d_qk(query, key, (3, 5), 1, is_causal=False, rpb=rpb).softmax(-1)
+    out = functional.na2d_av(attn, value, (3, 5), 1)
+    expected = kernels.reference.na2d_qk(query, key, (3, 5), 1, rpb).softmax(-1)
+    torch.testing.assert_close(out, kernels.reference.na2d_av(expected, value, (3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"is_causal": True}, "is_causal"), ({"is_causal": (False, True)}, "is_causal"),
+     ({"additional_values": torch.zeros(1, 2, 3, 4)}, "additional_values")],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        functional.na2d_av(torch.zeros(1, 2, 5, 5, 9), torch.zeros(1, 2, 5, 5, 4), 3, **options)
