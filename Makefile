@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two workers by default: each Triton-interpreter test is one Python thread.
 WORKERS ?= 2
 
-.PHONY: profile test lint figures format clean
+.PHONY: profile test lint figures notebooks gpu format clean
 .DEFAULT_GOAL := profile
 
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +28,13 @@ lint: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/python -m autotune figures $(ARGS)
+
+notebooks: $(STAMP)
+	$(BIN)/python -m autotune notebooks $(ARGS)
+
+# With the machine's own Python, not .venv: a GPU machine brings the torch and triton that fit its driver.
+gpu:
+	$(PYTHON) -m autotune bench --suite $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,12 +1,13 @@
 """Models against the same model on the naive path, and against the peers they are measured by.
 
-Weights are random: what is timed does not depend on them. Inference uses the form a trained model would be deployed in
-(OverLoCK's dilated branches merged). Before anything is timed the logits, or the loss and its gradients, of a small
+Weights are random: what is timed does not depend on them. Inference runs the form a trained model is deployed in,
+``optimize_for_inference``. Before anything is timed the logits, or the loss and its gradients, of a small
 batch in float32 must be those of the naive path, and what a compiler made of a model must compute what the model does.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+import models
 from autotune import timing
 from autotune.bench_operators import Call, one_line, why_not
 from autotune.comparison import (
@@ -129,15 +131,14 @@ class ModelBench:
     seconds: float = 2.0
     min_runs: int = 5
 
-    def model(self, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    def model(self, plan: Plan) -> nn.Module:
+        """Ours in float32, for inference in the form it is deployed in."""
         arguments = {"return_dense": False} if plan.model.startswith("volo") else {}  # as its peer trains
         model = random_model(plan.model, **arguments).train(plan.training)
-        if not plan.training and hasattr(model, "reparam"):
-            model = model.reparam()  # pyright: ignore[reportCallIssue]
-        return placed(model, dtype, self.device, self.layout)
+        return self._placed(model if plan.training else models.optimize_for_inference(model))
 
-    def peer(self, plan: Plan, dtype: torch.dtype) -> nn.Module:
-        """The peer with random weights. ImportError where its library is not installed."""
+    def peer(self, plan: Plan) -> nn.Module:
+        """The peer in float32 with random weights. ImportError where its library is not installed."""
         assert plan.peer is not None
         library, name = plan.peer
         torch.manual_seed(0)
@@ -149,61 +150,54 @@ class ModelBench:
             import torchvision  # pyright: ignore[reportMissingImports]
 
             model = torchvision.models.get_model(name, weights=None)
-        return placed(model.train(plan.training), dtype, self.device, self.layout)
-
-    def contenders(self, plan: Plan, images: Tensor) -> tuple[dict[str, Call], dict[str, str]]:
-        """Name -> call, ours first; and why one that belongs there is missing."""
-        one_pass = _one_pass(plan)
-        ours = self.model(plan, self.dtype)
-        calls = {
-            "ours": on_backend(self.backend, one_pass(ours, images)),
-            "naive": on_backend("reference", one_pass(ours, images)),
-        }
-        models, missing = {"compiled": ours} if plan.compiled else {}, {}
-        if plan.peer is not None:
-            try:
-                peer = self.peer(plan, self.dtype)
-                calls["peer"] = one_pass(peer, images)
-                models |= {"peer_compiled": peer} if plan.compiled else {}
-            except Exception as error:  # not installed, or another version: ours is still worth its time
-                missing["peer"] = one_line(error)
-        if self.compiler is not None:
-            compile_model = functools.partial(torch.compile, dynamic=False, backend=self.compiler)
-            for name, model in models.items():
-                compiled: Any = compile_model(model)
-                calls[name] = on_backend(self.backend, one_pass(compiled, images))
-        return calls, missing
+        return self._placed(model.train(plan.training))
 
     def images(self, dtype: torch.dtype, batch: int | None = None) -> Tensor:
         return placed(random_images(batch or self.batch, self.size), dtype, self.device, self.layout)
 
+    def _placed(self, model: nn.Module) -> nn.Module:
+        return placed(model, torch.float32, self.device, self.layout)
+
+    def _timed_copy(self, model: nn.Module) -> nn.Module:
+        return placed(copy.deepcopy(model), self.dtype, self.device, self.layout)
+
+    def _with_compiled(self, name: str, model: nn.Module, plan: Plan) -> dict[str, Call]:
+        """A float32 model in the timed precision, and what a compiler makes of it where the plan asks for that."""
+        one_pass, images, timed = _one_pass(plan), self.images(self.dtype), self._timed_copy(model)
+        calls = {name: on_backend(self.backend, one_pass(timed, images))}
+        if name == "ours":
+            calls["naive"] = on_backend("reference", one_pass(timed, images))
+        if plan.compiled and self.compiler is not None:
+            compiled: Any = torch.compile(timed, dynamic=False, backend=self.compiler)
+            compiled_name = "compiled" if name == "ours" else f"{name}_compiled"
+            calls[compiled_name] = on_backend(self.backend, one_pass(compiled, images))
+        return calls
+
     def compile_only(self, plan: Plan) -> None:
         """Run the compiled contenders once, which leaves their code in the caches on disk."""
-        for name, call in self.contenders(plan, self.images(self.dtype))[0].items():
-            if "compiled" in name:
-                call()
+        sides = {"ours": self.model} | ({} if plan.peer is None else {"peer": self.peer})
+        for side, build in sides.items():
+            for name, call in self._with_compiled(side, build(plan), plan).items():
+                if name.endswith("compiled"):
+                    call()
 
-    def _rounding(self, build: Callable[[torch.dtype], nn.Module], plan: Plan) -> float:
+    def _rounding(self, model: nn.Module, plan: Plan) -> float:
         """How far the timed precision is from float32 on a small batch, on the selected backend."""
-        results = []
-        for dtype in (torch.float32, self.dtype):
-            call = _one_pass(plan)(build(dtype), self.images(dtype, CHECKED_BATCH))
-            results.append(_joined(call))
-        return largest_error(results[1], results[0])
+        one_pass = _one_pass(plan)
+        exact = _joined(one_pass(model, self.images(torch.float32, CHECKED_BATCH)))
+        return largest_error(_joined(one_pass(self._timed_copy(model), self.images(self.dtype, CHECKED_BATCH))), exact)
 
-    def _agreement(self, plan: Plan) -> dict[str, float]:
+    def _agreement(self, model: nn.Module, plan: Plan) -> dict[str, float]:
         """Ours against the naive path on a small batch: the same in float32, and no worse rounded in the timed one."""
         what, tolerance = ("loss and gradients", GRADIENTS_TOLERANCE) if plan.training else ("logits", LOGITS_TOLERANCE)
-        call = _one_pass(plan)(self.model(plan, torch.float32), self.images(torch.float32, CHECKED_BATCH))
+        call = _one_pass(plan)(model, self.images(torch.float32, CHECKED_BATCH))
         expected = _joined(on_backend("reference", call))
         error = largest_error(_joined(on_backend(self.backend, call)), expected)
         found = check(error, tolerance, f"{what} in float32")
         if self.dtype == torch.float32:
             return found | {"rounding": error}
-        ours, naive = (
-            on_backend(backend, lambda: self._rounding(functools.partial(self.model, plan), plan))()
-            for backend in (self.backend, "reference")
-        )
+        backends = (self.backend, "reference")
+        ours, naive = (on_backend(backend, lambda: self._rounding(model, plan))() for backend in backends)
         check(ours, OTHER_PRECISION_FACTOR * naive, f"{what} in {self.dtype}")
         return found | {"rounding": ours}
 
@@ -213,15 +207,20 @@ class ModelBench:
         Raises:
             DisagreementError: our logits or gradients are not those of the naive path; nothing was timed then.
         """
+        model = self.model(plan)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            agreement = self._agreement(plan)
-        calls, left_out = self.contenders(plan, self.images(self.dtype))
+            agreement = self._agreement(model, plan)
+        calls, left_out = self._with_compiled("ours", model, plan), {}
         # Two results in the timed precision, each that far from the exact one, and some room for another batch.
-        allowed = {"naive": 4 * max(agreement["rounding"], LOGITS_TOLERANCE)}
-        allowed["compiled"] = allowed["naive"]
-        if "peer_compiled" in calls:
-            peer_rounding = self._rounding(lambda dtype: self.peer(plan, dtype), plan)
-            allowed["peer_compiled"] = 4 * max(peer_rounding, LOGITS_TOLERANCE)
+        bound = 4 * max(agreement["rounding"], LOGITS_TOLERANCE)
+        allowed: dict[str, float] = {"naive": bound, "compiled": bound}
+        if plan.peer is not None:
+            try:
+                peer = self.peer(plan)
+                allowed["peer_compiled"] = 4 * max(self._rounding(peer, plan), LOGITS_TOLERANCE)
+                calls |= self._with_compiled("peer", peer, plan)
+            except Exception as error:  # not installed, or another version: ours is still worth its time
+                left_out["peer"] = one_line(error)
         for name in [name for name in calls if name in allowed]:
             original = calls["peer" if name.startswith("peer") else "ours"]
             reason = why_not(functools.partial(_joined, calls[name]), _joined(original), allowed[name], name)

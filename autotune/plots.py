@@ -132,7 +132,7 @@ def comparison_figure(
             )
         handles, labels = axes[0].get_legend_handles_labels()
         labels = [contender if label == "naive" else label for label in labels]
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
         describe(figure, title, device)
     return figure
 

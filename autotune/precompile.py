@@ -11,7 +11,7 @@ import importlib
 import math
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -47,16 +47,13 @@ def _described(launch: Launch) -> Build:
     )
 
 
-def builds(requests: Iterable[Request], most: int) -> list[Build]:
-    """Every distinct launch of the candidates of all requests."""
-    found: dict[Build, None] = {}
-    for tunable, problem, _, trial in requests:
-        for config in tunable.candidates(problem, most):
-            # A config whose launcher fails is rejected, with its reason, when its turn to be timed comes.
-            with contextlib.suppress(Exception), record_launches() as launches:
-                trial.run(config)
-                found.update(dict.fromkeys(map(_described, launches)))
-    return list(found)
+def builds(request: Request, most: int) -> Iterator[Build]:
+    """The launches of a request's candidates."""
+    for config in request.tunable.candidates(request.problem, most):
+        # A config whose launcher fails is rejected, with its reason, when its turn to be timed comes.
+        with record_launches() as launches, contextlib.suppress(Exception):
+            request.trial.run(config)
+        yield from map(_described, launches)
 
 
 def build(described: Build) -> None:

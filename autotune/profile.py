@@ -10,10 +10,8 @@ Prints a table and writes profile.json and plots (PNG).
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import functools
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +23,16 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import kernels
-from autotune import plots, report, timing, workloads
+from autotune import plots, progress, report, timing, workloads
+from autotune.arguments import device, dtype, image_size, matching, positive
 from autotune.comparison import DisagreementError, Settings, measure_model, measure_operator
 from autotune.workloads import Size
 from kernels.backend import BACKENDS, interpreting, resolve
 
 __all__ = ["add_arguments", "run"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 PASSES = ("forward", "forward+backward")
 
 
@@ -92,44 +89,6 @@ def model_cases(settings: Settings, passes: Sequence[str], sizes: Sequence[Size]
                 yield Case(facts, measure)
 
 
-def select(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
-    """The cases that a pattern names: a shell pattern for the whole name, or a part of it, in any letter case."""
-    if not patterns:
-        return list(cases)
-    found: set[int] = set()
-    for given in patterns:
-        pattern = given.lower() if any(character in given for character in "*?[") else f"*{given.lower()}*"
-        hits = {i for i, case in enumerate(cases) if fnmatch.fnmatchcase(case.name.lower(), pattern)}
-        if not hits:
-            known = dict.fromkeys(case.name.split()[0] for case in cases)
-            raise ValueError(
-                f"--only must match a line's name, {given!r} does not; names begin with {', '.join(known)}"
-            )
-        found |= hits
-    return [case for i, case in enumerate(cases) if i in found]
-
-
-def _size(text: str) -> Size:
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got {text!r}")
-    return int(sides[0]), int(sides[-1])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device present here, got {text!r}: {reason}") from None
-
-
 def _image(text: str) -> Path:
     try:
         workloads.photograph(text)
@@ -140,28 +99,28 @@ def _image(text: str) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where it runs")
-    where.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    where.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     where.add_argument(
         "--backend",
         choices=BACKENDS,
         default=kernels.get_backend(),
         help="our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)",
     )
-    where.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    where.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
     what = parser.add_argument_group("what it runs")
     what.add_argument("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
     what.add_argument(
         "--sizes",
-        type=_size,
+        type=image_size,
         nargs="+",
         metavar="HxW",
         default=[(224, 224), (320, 256)],
         help="of the image (default: 224 320x256)",
     )
     what.add_argument(
-        "--batch", type=_positive, metavar="B", help="(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
+        "--batch", type=positive, metavar="B", help="(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
     )
-    what.add_argument("--dtype", choices=DTYPES, help="(default: float32; on a GPU bfloat16)")
+    what.add_argument("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
     what.add_argument("--training", action="store_true", help="models forward and backward, as operators always are")
     what.add_argument(
         "--only",
@@ -183,32 +142,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    device = arguments.device or timing.best_device()
-    if _implementation(arguments.backend, device) == "triton" and interpreting():
+    chosen = arguments.device or timing.best_device()
+    if _implementation(arguments.backend, chosen) == "triton" and interpreting():
         raise ValueError("TRITON_INTERPRET=1 runs kernels in Python, and timing that means nothing; unset it")
-    on_gpu = device.type == "cuda"
+    on_gpu = chosen.type == "cuda"
     batch = 4
     if on_gpu:
-        batch = 128 if torch.cuda.get_device_properties(device).total_memory >= 40e9 else 16
+        batch = 128 if torch.cuda.get_device_properties(chosen).total_memory >= 40e9 else 16
     return Settings(
-        device=device,
-        dtype=DTYPES[arguments.dtype or ("bfloat16" if on_gpu else "float32")],
+        device=chosen,
+        dtype=arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32),
         backend=arguments.backend,
         batch=arguments.batch or (1 if arguments.quick else batch),
-        seconds=0 if arguments.quick else 1,
-        min_runs=2 if arguments.quick else 5,
+        seconds=0 if arguments.quick else 1.5,
+        min_runs=2 if arguments.quick else 3,
     )
 
 
-def _implementation(backend: str, device: torch.device) -> str:
-    return resolve(backend, torch.empty(0, device=device))
+def _implementation(backend: str, where: torch.device) -> str:
+    return resolve(backend, torch.empty(0, device=where))
 
 
-def _out_folder(arguments: argparse.Namespace, device: torch.device) -> Path:
+def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
     if arguments.out is not None:
         return arguments.out
     parent = "build" if arguments.quick or arguments.only else "notebooks"
-    return (timing.repository_root() or Path.cwd()) / parent / "results" / timing.device_folder(device)
+    return (timing.repository_root() or Path.cwd()) / parent / "results" / timing.device_folder(where)
 
 
 def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequence[Size]) -> dict[str, Any]:
@@ -252,7 +211,8 @@ def run(arguments: argparse.Namespace) -> int:
             *operator_cases(settings, PASSES[:1] if quick else PASSES, bytes_per_second),
             *model_cases(settings, PASSES if arguments.training else PASSES[:1], sizes, arguments.image),
         ]
-        cases = select(cases, arguments.only)
+        if arguments.only:
+            cases = matching(cases, arguments.only, lambda case: case.name, "--only")
         folder = _out_folder(arguments, settings.device)
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -265,7 +225,7 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32, on both paths
-            for row in _with_progress(cases, messages):
+            for row in progress.each(cases, Case.run, lambda case: case.name, _told):
                 record["rows"].append(row)
                 record["seconds"] = round(time.monotonic() - start, 1)
                 timing.write_json(folder / "profile.json", record)
@@ -285,22 +245,8 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(row["status"] != "ok" for row in record["rows"]))
 
 
-def _with_progress(cases: Sequence[Case], console: Console) -> Iterator[dict[str, Any]]:
-    """Rows as they get ready: below a progress bar on a terminal, with a line of text each elsewhere."""
-    if not console.is_terminal:
-        for count, case in enumerate(cases, 1):
-            row = case.run()
-            result = f"{report.number(row['speed_up'])}×" if row["status"] == "ok" else f"failed, {row['message']}"
-            print(f"[{count}/{len(cases)}] {case.name}: {result}", file=sys.stderr, flush=True)
-            yield row
-        return
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=escape(case.name))
-            yield case.run()
-            progress.advance(task)
+def _told(row: dict[str, Any]) -> str:
+    return f"{report.number(row['speed_up'])}×" if row["status"] == "ok" else f"failed, {row['message']}"
 
 
 def _print(record: dict[str, Any], files: Sequence[Path]) -> None:

@@ -107,18 +107,18 @@ def figures(record: Row) -> dict[str, Figure]:
     by_pass = [(name, [row for row in operators if row["pass"] == name]) for name in passes]
     plans = {
         "profile_operators.png": (
-            "Operators: time against the naive path and the memory floor",
-            [(name, "time of a call, ms", _times(found)) for name, found in by_pass],
+            "Operators: time of a call",
+            [(name, "time, ms", _times(found)) for name, found in by_pass],
         ),
         "profile_memory.png": (
-            "Operators: peak memory against the naive path",
-            [(name, "peak memory beyond the inputs, MB", _memories(found)) for name, found in by_pass],
+            "Operators: peak memory of a call, beyond its inputs",
+            [(name, "peak memory, MB", _memories(found)) for name, found in by_pass],
         ),
         "profile_models.png": (
             "Models on a photograph (random weights)",
             [
-                ("time", "time of an image, ms", _times(models, record["settings"]["batch"])),
-                ("memory", "peak memory beyond weights and images, MB", _memories(models)),
+                ("time of an image", "time, ms", _times(models, record["settings"]["batch"])),
+                ("peak memory, beyond weights and images", "peak memory, MB", _memories(models)),
             ],
         ),
     }
@@ -126,9 +126,8 @@ def figures(record: Row) -> dict[str, Figure]:
     for file, (title, panels) in plans.items():
         panels = [panel for panel in panels if panel[2]]
         if panels:
-            drawn[file] = plots.comparison_figure(
-                panels, title=title, contender="naive (unfold)", device=_setting(record)
-            )
+            naive = "naive" if file == "profile_models.png" else "naive (depthwise: PyTorch's)"
+            drawn[file] = plots.comparison_figure(panels, title=title, contender=naive, device=_setting(record))
     return drawn
 
 

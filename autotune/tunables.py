@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pkgutil
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 
 from autotune.store import Store, shipped_folder, user_folder
-from autotune.tuner import Problem, Trial, Tunable, collecting, config_of, key_of, stale
-from kernels.launch import record_launches
+from autotune.tuner import Problem, Request, Trial, Tunable, config_of, key_of, observing, stale
 
-__all__ = ["StoredEntry", "example", "find_tunables", "problem_of", "stored_entries", "why_unused"]
+__all__ = ["StoredEntry", "find_tunables", "problem_of", "stored_entries", "visit_example", "why_unused"]
+
+Result = typing.TypeVar("Result")
 
 
 @functools.cache
@@ -63,14 +65,30 @@ def problem_of(tunable: Tunable, key: str) -> Problem:
     return problem
 
 
-def example(tunable: Tunable, problem: Problem, device: torch.device) -> Trial:
-    """The kernel on random inputs of a problem, as its launcher would try it. ValueError where it offers no example."""
+class _VisitedError(Exception):
+    """Ends an example's launch once its trial has been visited."""
+
+
+def visit_example(tunable: Tunable, problem: Problem, device: torch.device, visit: Callable[[Trial], Result]) -> Result:
+    """What ``visit`` makes of a trial of the kernel on random inputs of a problem, as its own launcher states it.
+
+    Raises:
+        ValueError: the kernel offers no example, or one that does not launch it.
+    """
     if tunable.example is None:
         raise ValueError(f"the kernel {tunable.name} offers no example to check it with")
-    launch_example = pkgutil.resolve_name(tunable.example)
-    with collecting() as requests, record_launches():
-        launch_example(problem, device)
-    return next(request.trial for request in requests.values() if request.tunable is tunable)
+    results: list[Result] = []
+
+    def observer(request: Request) -> None:
+        if request.tunable is tunable:
+            results.append(visit(request.trial))
+            raise _VisitedError
+
+    with torch.no_grad(), observing(observer), contextlib.suppress(_VisitedError):
+        pkgutil.resolve_name(tunable.example)(problem, device)
+    if not results:
+        raise ValueError(f"the example {tunable.example} does not launch the kernel {tunable.name}")
+    return results[0]
 
 
 class StoredEntry(typing.NamedTuple):
@@ -100,13 +118,13 @@ def why_unused(key: str, entry: Mapping[str, Any], known: Mapping[str, Tunable])
     outdated = stale(dict(entry), tunable)
     if outdated is not None:
         return outdated
-    config = config_of(dict(entry), tunable)
-    if config is None:
-        return "the kernel offers no such config"
+    if tunable.problem is None:
+        return None
     try:
-        problem = None if tunable.problem is None else problem_of(tunable, key)
+        problem = problem_of(tunable, key)
     except ValueError as error:
         return str(error)
-    if problem is not None and not config.valid(problem):
-        return "the config is not valid for this problem"
-    return None
+    config = config_of(dict(entry), tunable, problem)
+    if config is None:
+        return "the kernel offers no such config"
+    return None if config.valid(problem) else "the config is not valid for this problem"

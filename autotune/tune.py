@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,16 @@ from rich.table import Table
 
 import kernels
 from autotune import arguments as types
-from autotune import progress, timing, tuner
-from autotune.precompile import builds, precompile
+from autotune import timing, tuner
+from autotune.cases import LOST, device_lost
+from autotune.precompile import Build, builds, precompile
+from autotune.progress import Steps
 from autotune.store import Store, atomic_write, user_folder
-from autotune.tuner import Outcome, Request, collecting, gpu_name, key_of, look_up
+from autotune.tuner import Outcome, Request, gpu_name, key_of, look_up, observing
 from kernels.backend import interpreting
+from kernels.launch import record_launches
 
-__all__ = ["add_arguments", "collect", "run", "tune_requests"]
-
-LOST = 4  # exit code: the process can use the GPU no more
+__all__ = ["Tuning", "add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,17 +74,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
-def collect(arguments: argparse.Namespace, device: torch.device) -> dict[str, Request]:
-    """Run what is to be tuned once, and return the problems it met that no file answers (all of them with --force)."""
-    with collecting() as met, kernels.use_backend("triton"):
-        for call in _launching(arguments, device):
-            call()
-    gpu = gpu_name(device)
-    return {
-        key: request
-        for key, request in met.items()
-        if arguments.force or look_up(request.tunable, request.problem, gpu).source == "heuristic"
-    }
+class LostDeviceError(Exception):
+    """A kernel left the process unable to use the GPU."""
+
+
+@dataclass
+class Tuning:
+    """What launches met while ``tune`` runs them, and what tuning made of it."""
+
+    device: torch.device
+    most: int = tuner.MOST_CANDIDATES
+    force: bool = False
+    time_call: Callable[[Callable[[], object]], float] = tuner.median_milliseconds
+    beginning: Callable[[str], object] = lambda key: None
+    skipped: frozenset[str] = frozenset()
+    deadline: float = math.inf
+    found: dict[str, None] = field(default_factory=dict)
+    work: dict[Build, None] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[str]:
+        """Keys of the problems not tuned yet."""
+        return [key for key in self.found if key not in self.rows]
+
+    def collect(self, calls: Iterator[Callable[[], object]]) -> None:
+        """Find the problems that no file answers (all of them with ``force``), and what their candidates compile.
+
+        Kernels are not run: from a model's later layers on the numbers are noise, but shapes are all that counts here.
+        """
+        with record_launches():
+            self._run(calls, self._note)
+
+    def tune(self, calls: Iterator[Callable[[], object]]) -> None:
+        """Tune each where it is launched: later its tensors may be overwritten. Every result is stored at once."""
+        with Steps(len(self.found)) as steps:
+
+            def tune_one(request: Request) -> None:
+                key = key_of(request.tunable, request.problem)
+                if key not in self.found or key in self.rows or time.monotonic() > self.deadline:
+                    return
+                steps.begin(key)
+                self.beginning(key)
+                row = self._tuned(request)
+                if device_lost(self.device):
+                    raise LostDeviceError(key)
+                self.rows[key] = row
+                best = row["milliseconds"]
+                steps.end("no config agreed" if best is None else f"{best:.4f} ms")
+
+            self._run(calls, tune_one)
+
+    def _run(self, calls: Iterator[Callable[[], object]], observer: Callable[[Request], None]) -> None:
+        # Backward passes on this thread: an interrupt or a lost device then ends them at once.
+        with (
+            kernels.use_backend("triton"),
+            observing(observer),
+            torch.autograd.set_multithreading_enabled(False),  # pyright: ignore[reportPrivateImportUsage]
+        ):
+            for call in calls:
+                try:
+                    call()
+                except LostDeviceError:
+                    raise
+                except Exception as error:  # one operator less, most often for lack of memory
+                    self.errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _note(self, request: Request) -> None:
+        key = key_of(request.tunable, request.problem)
+        if key in self.found or key in self.skipped:
+            return
+        if self.force or look_up(request.tunable, request.problem, gpu_name(self.device)).source == "heuristic":
+            self.found[key] = None
+            self.work.update(dict.fromkeys(builds(request, self.most)))
+
+    def _tuned(self, request: Request) -> dict[str, Any]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # that no candidate agreed is what the row says
+                return _row(request, tuner.tune(*request, self.time_call, self.most))
+        except Exception as error:  # the reference may not fit in memory; the other problems still can be tuned
+            return _row(request, [], f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], object]]:
@@ -122,37 +196,6 @@ def _row(request: Request, outcomes: Sequence[Outcome], failure: str | None = No
     }
 
 
-def tune_requests(
-    requests: Sequence[Request],
-    *,
-    time_call: Callable[[Callable[[], object]], float] | None = None,
-    most: int = tuner.MOST_CANDIDATES,
-    deadline: float = float("inf"),
-    beginning: Callable[[str], object] = lambda key: None,
-) -> Iterator[dict[str, Any]]:
-    """Tune one problem after another, yielding a row of what was found; none is begun past ``deadline`` (monotonic).
-
-    ``beginning(key)`` is told of each before it is tuned. Every result is in the store when its row comes.
-    """
-
-    def work(request: Request) -> dict[str, Any]:
-        beginning(key_of(request.tunable, request.problem))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # that no candidate agreed is what the row says
-            try:
-                return _row(request, tuner.tune(*request, time_call or tuner.median_milliseconds, most))
-            except Exception as error:  # the reference may not fit in memory; the other problems still can be tuned
-                return _row(request, [], f"{type(error).__name__}: {error}".splitlines()[0])
-
-    def told(row: dict[str, Any]) -> str:
-        return "no config agreed" if row["milliseconds"] is None else f"{row['milliseconds']:.4f} ms"
-
-    for row in progress.each(requests, work, lambda request: key_of(request.tunable, request.problem), told):
-        yield row
-        if time.monotonic() > deadline:
-            return
-
-
 def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     shown = Table(title=title, title_justify="left")
     shown.add_column("problem", overflow="fold")
@@ -185,15 +228,6 @@ class _Attempts:
             atomic_write(self.path, "".join(f"{key}\n" for key in (*sorted(self.fatal), *attempted)))
 
 
-def device_lost(device: torch.device) -> bool:
-    """Whether an earlier error (an illegal address) has left the process unable to use the GPU."""
-    try:
-        timing.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
-
-
 def _device(arguments: argparse.Namespace) -> torch.device:
     device = arguments.device or timing.best_device()
     if device.type != "cuda" and not (arguments.quick and interpreting()):
@@ -204,68 +238,63 @@ def _device(arguments: argparse.Namespace) -> torch.device:
 def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     messages = Console(stderr=True, highlight=False)
-    start = time.monotonic()
+    attempts = _Attempts(arguments.passing_over)
+    code = 0
     try:
         device = _device(arguments)
-        requests = collect(arguments, device)
+        tuning = Tuning(
+            device,
+            most=2 if arguments.quick else arguments.candidates,
+            force=arguments.force,
+            time_call=tuner.median_milliseconds if device.type == "cuda" else _interpreted_milliseconds,
+            beginning=attempts.note,
+            skipped=frozenset(attempts.fatal),
+            deadline=time.monotonic() + arguments.seconds,
+        )
+        tuning.collect(_launching(arguments, device))
     except ValueError as error:
         messages.print(f"[red]error:[/] {escape(str(error))}")
         return 2
-    except KeyboardInterrupt:
-        messages.print("[yellow]interrupted[/] before anything was tuned")
-        return 130
-    most = 2 if arguments.quick else arguments.candidates
-    attempts = _Attempts(arguments.passing_over)
-    todo = [request for key, request in requests.items() if key not in attempts.fatal]
-    rows: list[dict[str, Any]] = []
-    code = 0
     try:
-        if todo and device.type == "cuda":
-            work = builds(todo, most)
-            compiled = precompile(work, arguments.seconds / 2)
-            for _ in track(compiled, "Compiling", len(work), console=messages, transient=True):
+        if device.type == "cuda":
+            compiled = precompile(list(tuning.work), arguments.seconds / 2)
+            for _ in track(compiled, "Compiling", len(tuning.work), console=messages, transient=True):
                 pass
-        deadline = start + arguments.seconds
-        time_call = None if device.type == "cuda" else _interpreted_milliseconds
-        tuned = tune_requests(todo, time_call=time_call, most=most, deadline=deadline, beginning=attempts.note)
-        for row in tuned:
-            if device_lost(device):
-                code = LOST
-                break
-            rows.append(row)
-        else:
-            attempts.note()
+        if tuning.found:
+            tuning.tune(_launching(arguments, device))
+        attempts.note()
+    except LostDeviceError as lost:
+        messages.print(f"[red]the GPU was lost[/] while tuning {escape(str(lost))}", soft_wrap=True)
+        code = LOST
     except KeyboardInterrupt:
         attempts.note()
         code = 130
-    failed = [row for row in rows if row["config"] is None]
     store = Store(user_folder(), gpu_name(device)).path
+    rows = list(tuning.rows.values())
     if arguments.json:
-        left = len(todo) - len(rows)
-        print(json.dumps({"gpu": gpu_name(device), "store": str(store), "tuned": rows, "left": left}, indent=1))
-    elif not requests:
-        console.print("Everything is tuned already; --force tunes it again.")
-    else:
+        record = {"gpu": gpu_name(device), "store": str(store), "tuned": rows, "left": tuning.left}
+        print(json.dumps(record | {"passed_over": sorted(attempts.fatal), "errors": tuning.errors}, indent=1))
+    elif rows:
         console.width = max(console.width, 140)
         console.print(_table(rows, f"Tuned on {gpu_name(device)}"))
-    for message in _messages(code, todo, rows, attempts.fatal, store):
+    elif not tuning.errors and not tuning.left:
+        console.print("Everything is tuned already; --force tunes it again.")
+    for message in _messages(tuning, attempts.fatal, code):
         messages.print(message, soft_wrap=True)
-    return code or int(bool(failed) or bool(attempts.fatal))
+    if rows:
+        messages.print(f"Wrote {escape(str(store))}", soft_wrap=True)
+    failed = attempts.fatal or tuning.errors or any(row["config"] is None for row in rows)
+    return code or int(bool(failed))
 
 
-def _messages(
-    code: int, todo: Sequence[Request], rows: Sequence[dict[str, Any]], fatal: set[str], store: Path
-) -> Iterator[str]:
-    if code == LOST:
-        culprit = todo[len(rows)]
-        yield f"[red]the GPU was lost[/] while tuning {escape(key_of(culprit.tunable, culprit.problem))}"
-    elif len(rows) < len(todo):
-        why = "interrupted" if code == 130 else "out of time"
-        yield f"[yellow]{why}[/]: {len(todo) - len(rows)} of {len(todo)} problems are left; the same command goes on"
+def _messages(tuning: Tuning, fatal: set[str], code: int) -> Iterator[str]:
+    if tuning.left and code != LOST:
+        why = "interrupted" if code == 130 else "not all"
+        yield f"[yellow]{why}[/]: {len(tuning.left)} of {len(tuning.found)} problems are left; the same command goes on"
     for key in sorted(fatal):
         yield f"[red]passed over[/], it ended an earlier run: {escape(key)}"
-    if rows:
-        yield f"Wrote {escape(str(store))}"
+    for error in dict.fromkeys(tuning.errors):
+        yield f"[red]failed[/] {escape(error)}"
 
 
 def _interpreted_milliseconds(call: Callable[[], object]) -> float:

@@ -37,10 +37,10 @@ __all__ = [
     "Tunable",
     "bucket",
     "choose",
-    "collecting",
     "forget",
     "key_of",
     "look_up",
+    "observing",
     "tune",
     "tuning",
 ]
@@ -103,7 +103,7 @@ class Trial(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A problem met by a launch, with everything that tuning it needs. It keeps the launch's tensors alive."""
+    """A problem met by a launch, with everything that tuning it needs."""
 
     tunable: Tunable
     problem: Problem
@@ -161,9 +161,10 @@ def stale(entry: dict[str, Any], tunable: Tunable) -> str | None:
     return None
 
 
-def config_of(entry: dict[str, Any], tunable: Tunable) -> Config | None:
-    """The entry's config, if it is one the kernel offers: a hostile or outdated file can name no other."""
-    return next((c for c in tunable.configs if dataclasses.asdict(c) == entry.get("config")), None)
+def config_of(entry: dict[str, Any], tunable: Tunable, problem: Problem) -> Config | None:
+    """The entry's config, if it is one that tuning tries: a hostile or outdated file can name no other."""
+    offered = (*tunable.configs, tunable.heuristic(problem))
+    return next((c for c in offered if dataclasses.asdict(c) == entry.get("config")), None)
 
 
 @functools.cache
@@ -183,7 +184,7 @@ def look_up(tunable: Tunable, problem: Problem, gpu: str) -> Choice:
     for name, entries in _entries(gpu, user_folder()).items():
         entry = entries.get(key)
         if entry is not None and stale(entry, tunable) is None:
-            config = config_of(entry, tunable)
+            config = config_of(entry, tunable, problem)
             if config is not None and config.valid(problem):
                 return Choice(config, name)
     return Choice(tunable.heuristic(problem), "heuristic")
@@ -206,20 +207,23 @@ def tuning(enabled: bool = True) -> Iterator[None]:
         _tuning = previous
 
 
-_requests: dict[str, Request] | None = None
+_observer: Callable[[Request], object] | None = None
 
 
 @contextmanager
-def collecting() -> Iterator[dict[str, Request]]:
-    """Note, by key, the problems that launches inside the block meet; the launches run as they would without it."""
-    global _requests
-    previous, _requests = _requests, {}
+def observing(observer: Callable[[Request], object]) -> Iterator[None]:
+    """Inside the block, ``observer`` is told of every problem that a launch meets, before a config is chosen for it.
+
+    A request's trial is good for as long as the observer runs: later its tensors may have been overwritten.
+    """
+    global _observer
+    previous, _observer = _observer, observer
     _chosen.clear()  # what was chosen before the block is to be met again
     try:
-        yield _requests
+        yield
     finally:
-        _requests = previous
-        _chosen.clear()  # and what is tuned after it is to be used
+        _observer = previous
+        _chosen.clear()  # and what was chosen inside is not to outlive it
 
 
 def forget() -> None:
@@ -239,8 +243,8 @@ def choose(tunable: Tunable[ConfigType], problem: Problem, device: torch.device,
 
 
 def _decide(tunable: Tunable, problem: Problem, device: torch.device, trial: Trial) -> Config:
-    if _requests is not None and device.type != "meta":
-        _requests.setdefault(key_of(tunable, problem), Request(tunable, problem, device, trial))
+    if _observer is not None and device.type != "meta":
+        _observer(Request(tunable, problem, device, trial))
     if device.type != "cuda":  # the interpreter, or meta tensors whose launch is recorded
         return tunable.heuristic(problem)
     gpu = gpu_name(device)
@@ -255,12 +259,17 @@ def _tensors(outputs: Outputs) -> Sequence[Tensor]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def disagreement(outputs: Outputs, reference: Outputs) -> str | None:
-    """Why a candidate is wrong, or None: relative norm against the reference, NaN never passes."""
+def disagreement(outputs: Outputs, reference: Outputs, problem: Problem = None) -> str | None:
+    """Why a candidate is wrong, or None: relative norm against the reference, NaN never passes.
+
+    The bound is that of the coarser of an output's and the problem's dtypes: a float32 gradient may be computed from a
+    bfloat16 output.
+    """
+    coarsest = TOLERANCE[getattr(problem, "dtype", torch.float64)]
     for index, (out, expected) in enumerate(zip(_tensors(outputs), _tensors(reference), strict=True)):
         norm = expected.double().norm().item()
         error = (out.double() - expected.double()).norm().item() / (norm or 1.0)
-        if not error <= TOLERANCE[out.dtype]:
+        if not error <= max(TOLERANCE[out.dtype], coarsest):
             return f"output {index} is off by {error:.1e} (relative norm)"
     return None
 
@@ -271,6 +280,7 @@ def median_milliseconds(call: Callable[[], object]) -> float:
     return do_bench(call, warmup=10, rep=50, return_mode="median")  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()  # as inside an operator: a trial may be run when its launch is long over
 def measure_candidates(
     tunable: Tunable,
     problem: Problem,
@@ -283,7 +293,7 @@ def measure_candidates(
     outcomes = []
     for config in tunable.candidates(problem, most):
         try:
-            rejected = disagreement(trial.run(config), reference)
+            rejected = disagreement(trial.run(config), reference, problem)
             time = None if rejected else time_call(lambda config=config: trial.run(config))
             outcomes.append(Outcome(config, time, rejected))
         except Exception as error:  # out of shared memory, a compiler failure: one config less, not the end of tuning

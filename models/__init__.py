@@ -2,6 +2,7 @@
 
 from models import overlock, rednet, volo  # noqa: F401  (register their entry points)
 from models.checkpoints import load_checkpoint, save_checkpoint
+from models.inference import optimize_for_inference
 from models.registry import create_model, list_models
 
-__all__ = ["create_model", "list_models", "load_checkpoint", "save_checkpoint"]
+__all__ = ["create_model", "list_models", "load_checkpoint", "optimize_for_inference", "save_checkpoint"]

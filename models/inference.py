@@ -12,7 +12,6 @@ What these rules do not reach stays: the batch norm after an involution, say, wh
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +23,6 @@ from models.layers import (
     DropPath,
     LayerScale,
     ResidualDepthwiseConv2d,
-    running_affine,
 )
 from models.overlock import DynamicConvBlock, OverLoCK, RepConvBlock
 from models.rednet import Bottleneck, RedNet
@@ -79,10 +77,11 @@ def optimize_for_inference(model: Model) -> Model:
             del optimised.aux_head  # training's second output
     for module in optimised.modules():
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            weight = module.weight.contiguous(memory_format=torch.channels_last)
+            module.weight = nn.Parameter(weight, requires_grad=False)
     if _refuse_training not in optimised._forward_pre_hooks.values():
         optimised.register_forward_pre_hook(_refuse_training)
-    return optimised
+    return optimised.eval()
 
 
 def _refuse_training(model: nn.Module, _inputs: Any) -> None:
@@ -100,7 +99,7 @@ def _fold_after(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
 
 
 def _fold_before(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """W∗(s[i]·x + t[i]) + b = (W·s)∗x + (b + Σ_{i,k} W[:, i, k]·t[i]); padding would have to read −t/s in place of 0."""
+    """W∗(s[i]·x + t[i]) + b = (W·s)∗x + (b + Σ_{i,k} W[:, i, k]·t[i]); padding would have to read −t/s, not 0."""
     weight, bias = _weight_and_bias(conv)
     _assign(conv, weight * scale.view(1, -1, 1, 1), bias + weight.sum((2, 3)) @ shift)
 
@@ -123,8 +122,9 @@ def _assign(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
 
 def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Scale and shift [C] of a layer that maps x to scale[c]·x + shift[c]; None for every other layer."""
-    if isinstance(layer, nn.BatchNorm2d):
-        return running_affine(copy.deepcopy(layer).to(torch.promote_types(layer.weight.dtype, torch.float32)))
+    if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+        scale = _wide(layer.weight) * torch.rsqrt(_wide(layer.running_var) + layer.eps)
+        return scale, _wide(layer.bias) - _wide(layer.running_mean) * scale
     if isinstance(layer, LayerScale):
         return _wide(layer.weight).flatten(), _wide(layer.bias)
     return None
@@ -134,12 +134,12 @@ def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _fold_residual(module: nn.Module) -> None:
-    """x + W∗x + b = (W + δ)∗x + b: an ordinary depthwise convolution."""
+    """x + W∗x + b = (W + δ)∗x + b: an ordinary convolution, which is the same module but for the sum in its forward."""
     if isinstance(module, ResidualDepthwiseConv2d):
         weight, bias = _weight_and_bias(module)
         weight[:, :, 1, 1] += 1
         _assign(module, weight, bias)
-        module.__class__ = nn.Conv2d  # the same layer, but for the sum in its forward
+        module.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _fold_neighbours(module: nn.Module) -> None:
@@ -188,11 +188,11 @@ def _fold_layer_scales(module: nn.Module) -> None:
     """OverLoCK's residual sums ls(x) + branch(x) become one multiply-add each: the branch takes the shift over."""
     if isinstance(module, RepConvBlock) and isinstance(module.ls, LayerScale):
         _move_shift(module.ls, module.proj)
-        module.__class__ = _BaseBlock
+        module.__class__ = InferenceRepConvBlock
     elif isinstance(module, DynamicConvBlock):
         _move_shift(module.ls1, module.proj)
         _move_shift(module.ls2, module.mlp)
-        module.__class__ = _FocusBlock
+        module.__class__ = InferenceDynamicConvBlock
 
 
 def _move_shift(scale: LayerScale, branch: nn.Sequential) -> None:
@@ -208,22 +208,24 @@ def _last_convolution(layers: nn.Sequential) -> nn.Conv2d:
 def _fold_context_scales(model: OverLoCK) -> None:
     """Focus-Net's h = x_scale(h) + h_scale(h_ref) is h + s·h_ref when whatever makes h takes the rest over.
 
-    Nobody else reads that h: it is the context part of the block before, which is the last of its stage nowhere, or
-    comes from the downsampling between the stages.
+    Nobody else reads that h: it is the context half of the block before, no stage's last, or of the downsampling.
     """
-    for stage in (model.sub_blocks3, model.sub_blocks4):
-        for maker, block in pairwise((None, *stage)):
-            if not isinstance(block.x_scale, LayerScale):
+    for first_maker, stage in ((None, model.sub_blocks3), (model.patch_embedx, model.sub_blocks4)):
+        blocks: list[Any] = list(stage)
+        makers: list[Any] = [first_maker, *blocks]
+        for maker, block in zip(makers, blocks, strict=False):
+            affine = None if block.x_scale is None else _affine(block.x_scale)
+            if affine is None:
                 continue
-            scale, shift = _affine(block.x_scale)
-            shift += _wide(block.h_scale.bias)
-            if maker is None:
-                _fold_after(_last_convolution(model.patch_embedx.h_proj), scale, shift)
-            else:  # h = (ls2(x) + mlp(x)) from channel d on
-                scale = torch.cat((scale.new_ones(block.channels), scale))
-                shift = torch.cat((shift.new_zeros(block.channels), shift))
-                _fold_after(_last_convolution(maker.mlp), scale, shift)
+            scale, shift = affine[0], affine[1] + _wide(block.h_scale.bias)
+            if isinstance(maker, DynamicConvBlock):  # h is ls2(x) + mlp(x), from channel d on
+                scale = torch.cat((scale.new_ones(maker.channels), scale))
+                shift = torch.cat((shift.new_zeros(maker.channels), shift))
                 maker.ls2.weight.mul_(scale.view(-1, 1, 1, 1))
+                conv = _last_convolution(maker.mlp)
+            else:
+                conv = _last_convolution(maker.h_proj)
+            _fold_after(conv, scale, shift)
             block.x_scale = nn.Identity()
             block.h_scale.bias.zero_()
 
@@ -233,15 +235,16 @@ def _plus_scaled(branch: Tensor, x: Tensor, scale: LayerScale) -> Tensor:
     return branch.addcmul_(x, scale.weight.to(x.dtype).view(-1, 1, 1))
 
 
-class _BaseBlock(RepConvBlock):
+class InferenceRepConvBlock(RepConvBlock):
     """``RepConvBlock`` whose layer scale has no shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(x)
+        assert isinstance(self.ls, LayerScale)
         return _plus_scaled(self.proj(x), x, self.ls)
 
 
-class _FocusBlock(DynamicConvBlock):
+class InferenceDynamicConvBlock(DynamicConvBlock):
     """``DynamicConvBlock`` whose layer scales have no shifts, and h no scale."""
 
     def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:

@@ -51,7 +51,12 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(
-    name: str, pretrained: bool = False, checkpoint: str | os.PathLike[str] | None = None, **kwargs: Any
+    name: str,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    inference: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
     """Builds a model by name.
 
@@ -59,6 +64,7 @@ def create_model(
         name: one of ``list_models()``.
         pretrained: load the official ImageNet weights, where they can be downloaded.
         checkpoint: a weight file (path or URL) to load instead, see ``load_checkpoint``.
+        inference: return the model's inference form, see ``optimize_for_inference``.
         **kwargs: passed on to the entry point: num_classes, in_chans, drop_path_rate, features_only, out_indices, ...
 
     Raises:
@@ -75,6 +81,10 @@ def create_model(
     model = _entry_points[name](pretrained=pretrained, **kwargs)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
+    if inference:
+        from models.inference import optimize_for_inference  # the families, which it imports, import this module
+
+        return optimize_for_inference(model.eval())
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import kernels
 from autotune import plots
-from autotune.notebooks.kernels_view import recorded_calls
+from autotune.notebooks.recording import Call, contmix_kernels, involution_kernels, recorded_calls
 from autotune.notebooks.session import Session, finish, grid, without_ticks
 
 __all__ = ["Invariance", "check_invariance", "invariance_figure", "kernel_sources", "patch_tokens", "sources_figure"]
@@ -57,7 +57,7 @@ def invariance_figure(layers: Mapping[str, Layer], wide: Tensor, session: Sessio
     """A row for each layer: its output, then the two differences of ``check_invariance``."""
     with plots.style():
         figure, axes = grid(len(layers), 3, 9.2, 2.9 * len(layers) + 1)
-        image = None
+        image: Any = None
         for row, (name, layer) in zip(axes, layers.items(), strict=True):
             found = check_invariance(layer, wide, offset=offset, margin=4)
             without_ticks(row[0]).imshow(_displayable(found.output))
@@ -111,27 +111,23 @@ def kernel_sources(tokens: Tensor, position: tuple[int, int], seed: int = 0) -> 
         query, key = (0.5 * torch.randn(channels, channels) / channels**0.5 for _ in range(2))
         return ((query @ x[0, :, row, column]) @ (key @ x[0].flatten(1)) / channels**0.5).softmax(0)
 
-    def recorded(operator: str, module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    def recorded(module: nn.Module, *inputs: Tensor) -> Call:
         # Initial weights are small and some are zero; larger ones only set the scale, and none may vanish.
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.3)
         with recorded_calls() as calls:
             module.eval()(*inputs)
         (call,) = calls
-        assert call.operator == operator
-        return call.arguments
+        return call
 
     x = tokens.detach().requires_grad_()
-    involution = recorded("involution2d", Involution2d(channels, 7), x)
-    outlook = recorded("outlook_attention2d", OutlookAttention(channels, 4), x.permute(0, 2, 3, 1))
-    contmix = recorded(
-        "contmix2d", ContMix(channels, channels // 4, 13, 4), x, torch.cat((x, x[:, : channels // 4]), 1)
-    )
-    affinity = torch.einsum("gc,gcl->gl", contmix["query"][0, :, :, row, column], contmix["key"][0])
+    involution = recorded(Involution2d(channels, 7), x)
+    outlook = recorded(OutlookAttention(channels, 4), x.permute(0, 2, 3, 1))
+    contmix = recorded(ContMix(channels, channels // 4, 13, 4), x, torch.cat((x, x[:, : channels // 4]), 1))
     weights = {
-        "involution": involution["weight"][0, ..., row, column],
-        "outlook attention": outlook["logits"][0, row // 2, column // 2].softmax(-1),
-        "ContMix": (affinity @ contmix["proj_weight"].T + contmix["proj_bias"])[:, 25:].softmax(-1),
+        "involution": involution_kernels(involution)[0, ..., row, column],
+        "outlook attention": outlook.arguments["logits"][0, row // 2, column // 2].softmax(-1),
+        "ContMix": contmix_kernels(contmix)[1][0, :, row, column],
         "self-attention": attention(x),
     }
     found = {"convolution": torch.zeros(height, width)}
@@ -150,7 +146,7 @@ def sources_figure(
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     with plots.style():
         figure, axes = grid(1, len(sources), 13, 3.9)
-        image = None
+        image: Any = None
         for axis, (name, source) in zip(axes[0], sources.items(), strict=True):
             without_ticks(axis).imshow(pixels.mean(-1), cmap="gray", extent=extent, alpha=0.55)
             shown = np.ma.masked_less(source.numpy(), 1e-3)

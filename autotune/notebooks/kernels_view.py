@@ -1,135 +1,37 @@
-"""Notebook 04: the dynamic kernels of a model, taken from the very calls it makes, drawn over the photograph."""
+"""Notebook 04: the dynamic kernels of a model, drawn over the photograph."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-import kernels
 from autotune import plots
+from autotune.notebooks.recording import (
+    Call,
+    contmix_affinity,
+    contmix_kernels,
+    covering_windows,
+    involution_kernels,
+    involution_window,
+    outlook_kernel,
+)
 from autotune.notebooks.session import Model, Session, finish, grid, without_ticks
-from kernels.reference import rpb_logits
 from kernels.windows import Window
 
-__all__ = [
-    "Call",
-    "contmix_affinity",
-    "contmix_figure",
-    "contmix_kernels",
-    "involution_figure",
-    "outlook_figure",
-    "outlook_kernel",
-    "place",
-    "recorded_calls",
-]
+__all__ = ["POINTS", "contmix_figure", "involution_figure", "kernel_sum_figure", "outlook_figure", "place"]
 
-OPERATORS = ("involution2d", "contmix2d", "outlook_attention2d")
 POINT_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a public operator: its name, every argument by name, and what it returned."""
-
-    operator: str
-    arguments: dict[str, Any]
-    output: Tensor
-
-
-@contextmanager
-def recorded_calls(operators: Sequence[str] = OPERATORS) -> Iterator[list[Call]]:
-    """Collect what models pass to ``kernels.<operator>`` inside the block, and what they get back, in order.
-
-    Models call operators through the package ``kernels``, whose entries are replaced here for the time of the block; not
-    for use while other threads run models.
-    """
-    calls: list[Call] = []
-
-    def recorder(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        signature = inspect.signature(function)
-
-        def recording(*arguments: Any, **options: Any) -> Tensor:
-            output = function(*arguments, **options)
-            bound = signature.bind(*arguments, **options)
-            bound.apply_defaults()
-            calls.append(Call(name, dict(bound.arguments), output))
-            return output
-
-        return recording
-
-    originals = {name: getattr(kernels, name) for name in operators}
-    for name, function in originals.items():
-        setattr(kernels, name, recorder(name, function))
-    try:
-        yield calls
-    finally:
-        for name, function in originals.items():
-            setattr(kernels, name, function)
-
-
-def contmix_affinity(call: Call) -> Tensor:
-    """Σ_c query[c, n] · key[c, l], the affinity of every position to each region of the context: [B, G, H, W, √L, √L]."""
-    affinity = torch.einsum("bgchw,bgcl->bghwl", call.arguments["query"], call.arguments["key"])
-    side = round(affinity.shape[-1] ** 0.5)
-    return affinity.unflatten(-1, (side, side))
-
-
-def contmix_kernels(call: Call) -> list[Tensor]:
-    """The kernels that ContMix never stores, for each of its sizes: [B, G, H, W, K, K], each summing to 1."""
-    arguments, sizes = call.arguments, call.arguments["kernel_sizes"]
-    affinity = contmix_affinity(call).flatten(-2)
-    logits = F.linear(affinity, arguments["proj_weight"], arguments["proj_bias"]).split([k * k for k in sizes], -1)
-    height, width = affinity.shape[2:4]
-    found = []
-    for size, logit, rpb in zip(sizes, logits, arguments["rpb"], strict=True):
-        bias = rpb_logits(rpb, height, width, Window.neighborhood((size, size)))
-        found.append((logit + bias).softmax(-1).unflatten(-1, (size, size)))
-    return found
-
-
-def covering_windows(call: Call, row: int, column: int) -> list[tuple[int, int]]:
-    """The windows (i, j) of an outlook attention that cover the token at (row, column)."""
-    arguments = call.arguments
-    size, stride, padding = (arguments[name] for name in ("kernel_size", "stride", "padding"))
-    along = [
-        [i for i in range(count) if 0 <= place - (i * stride - padding) < size]
-        for place, count in ((row, arguments["logits"].shape[1]), (column, arguments["logits"].shape[2]))
-    ]
-    return [(i, j) for i in along[0] for j in along[1]]
-
-
-def outlook_kernel(call: Call, row: int, column: int) -> Tensor:
-    """What the output token at (row, column) takes of every value token, over all windows that cover it: [B, heads, H, W].
-
-    Sums to the number of those windows (1, 2 or 4 for K = 3, stride 2), less where a window looks past the border.
-    """
-    arguments = call.arguments
-    size, stride, padding = (arguments[name] for name in ("kernel_size", "stride", "padding"))
-    height, width = arguments["value"].shape[1:3]
-    attention = (arguments["logits"] * arguments["scale"]).softmax(-1)
-    # With room around it for what lies outside, which is cut off at the end.
-    out = attention.new_zeros(attention.shape[0], attention.shape[3], height + 2 * size, width + 2 * size)
-    for i, j in covering_windows(call, row, column):
-        top, left = i * stride - padding, j * stride - padding
-        target = (row - top) * size + column - left
-        rows, columns = (slice(first + size, first + 2 * size) for first in (top, left))
-        out[:, :, rows, columns] += attention[:, i, j, :, target].unflatten(-1, (size, size))
-    return out[:, :, size : size + height, size : size + width]
-
-
-def place(kernel: Tensor, window: Window, position: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def place(kernel: Tensor, window: Window, position: tuple[int, int], size: Sequence[int]) -> np.ndarray:
     """A kernel [K, K] where it acts: [H, W], masked outside the window of the output at ``position``."""
     canvas = np.ma.masked_all(size)
     rows, columns = (window.neighbours(length, axis)[position[axis]] for axis, length in enumerate(size))
@@ -179,17 +81,15 @@ class View:
     """The part of the picture that a panel shows: ``reach`` entries around ``centre`` on a map of ``size``."""
 
     centre: tuple[int, int]
-    size: tuple[int, int]
+    size: Sequence[int]
     reach: int
 
 
 def involution_figure(call: Call, model: Model, pixels: np.ndarray, session: Session, groups: int = 4) -> Figure:
     """The kernels of the first groups at every point, over the part of the picture on which they act."""
-    weight = _drawable(call.arguments["weight"])
-    size, source = weight.shape[-2:], tuple(call.arguments["x"].shape[-2:])
-    kernel_size = (weight.shape[1], weight.shape[2])
-    stride = call.arguments["stride"]
-    window = Window(kernel_size, (stride, stride), (kernel_size[0] // 2, kernel_size[1] // 2))
+    weight, window = _drawable(involution_kernels(call)), involution_window(call)
+    (height, width), source = weight.shape[-2:], call.arguments["x"].shape[-2:]
+    size = (height, width)
     positions = [point.position(size) for point in POINTS]
     columns = [
         Column(
@@ -200,8 +100,11 @@ def involution_figure(call: Call, model: Model, pixels: np.ndarray, session: Ses
         )
         for group in range(min(groups, weight.shape[0]))
     ]
-    views = [View((row * stride, column * stride), source, kernel_size[0]) for row, column in positions]
-    title = f"Involution: {kernel_size[0]}×{kernel_size[1]} kernels on the {size[0]}×{size[1]} map"
+    rows_apart, columns_apart = window.stride
+    views = [
+        View((row * rows_apart, column * columns_apart), source, window.kernel_size[0]) for row, column in positions
+    ]
+    title = f"Involution: {window.kernel_size[0]}×{window.kernel_size[1]} kernels on the {size[0]}×{size[1]} map"
     return _rows_of_points(pixels, columns, title, f"{model.title} · {session.label}", views=views)
 
 
@@ -248,16 +151,15 @@ def kernel_sum_figure(calls: Sequence[Call], model: Model, pixels: np.ndarray, s
     """Σ_k of every pixel's kernel, the mean over groups, for the first involution of each map size."""
     first: dict[int, Call] = {}
     for call in calls:
-        first.setdefault(call.arguments["weight"].shape[-1], call)
+        first.setdefault(call.output.shape[-1], call)
     with plots.style():
         figure, axes = grid(1, 1 + len(first), 2.9 * (1 + len(first)), 3.4)
         without_ticks(axes[0][0]).imshow(pixels)
         axes[0][0].set_title("photograph")
         for axis, (side, call) in zip(axes[0][1:], first.items(), strict=True):
-            total = _drawable(call.arguments["weight"]).sum((1, 2)).mean(0)
-            image = without_ticks(axis).imshow(total, cmap="cividis")
-            size = call.arguments["weight"].shape[2]
-            axis.set_title(f"{side}×{side}, K = {size}")
+            weight = _drawable(involution_kernels(call))
+            image = without_ticks(axis).imshow(weight.sum((1, 2)).mean(0), cmap="cividis")
+            axis.set_title(f"{side}×{side}, K = {weight.shape[1]}")
             figure.colorbar(image, ax=axis, shrink=0.7, pad=0.03, ticks=MaxNLocator(3))
         return finish(
             figure, "Every pixel's involution kernel, as its sum over the window", f"{model.title} · {session.label}"

@@ -49,7 +49,7 @@ def effective_receptive_field(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def centre_of(field: Tensor) -> tuple[int, int]:
-    """Row and column that halve the field. Strided convolutions look a little up and left of a map entry's own place."""
+    """Row and column that halve the field: strided convolutions look a little up and left of an entry's own place."""
     row, column = (int((field.sum(axis).cumsum(0) >= 0.5 * field.sum()).nonzero()[0]) for axis in (1, 0))
     return row, column
 
@@ -93,5 +93,5 @@ def figure(fields: Sequence[tuple[Model, Tensor]], session: Session, images: int
         return finish(
             drawn,
             "Effective receptive field of the last feature map's centre",
-            f"{size}×{size} pixels, mean of {images} views of the photograph; squares hold 50 % and 90 % · {session.label}",
+            f"{size}×{size} pixels, mean of {images} views; squares hold 50 % and 90 % · {session.device_name}, float32",
         )

@@ -64,7 +64,7 @@ def picture(height: int, width: int | None = None) -> tuple[Tensor, np.ndarray]:
     """The photograph, twice: ImageNet-normalised [1, 3, height, width], and [height, width, 3] in 0..1 to look at."""
     size = (height, width or height)
     photo = workloads.photograph()
-    pixels = np.asarray(ImageOps.fit(photo, size[::-1]), dtype=np.float32) / 255
+    pixels = np.asarray(ImageOps.fit(photo, (size[1], size[0])), dtype=np.float32) / 255
     return workloads.image_batch(photo, size, 1, torch.float32, torch.device("cpu")), pixels
 
 
@@ -93,21 +93,21 @@ def chosen_checkpoints(defaults: dict[str, str | None]) -> dict[str, str | None]
         if not separator or not path:
             raise ValueError(f"{CHECKPOINTS_VARIABLE} must read NAME=FILE[,NAME=FILE], got {entry!r}")
         name = name.strip()
-        chosen = {other: file for other, file in chosen.items() if _family(other) != _family(name)}
+        chosen = {other: file for other, file in chosen.items() if family(other) != family(name)}
         chosen[name] = path.strip()
     return chosen
 
 
-def _family(name: str) -> str:
-    """rednet50 -> rednet, overlock_t_reparam -> overlock, volo_d1 -> volo."""
+def family(name: str) -> str:
+    """The first word of a model's name: rednet of rednet50, overlock of overlock_t_reparam."""
     return re.split(r"[\d_]", name)[0]
 
 
 def load(name: str, checkpoint: str | None = None, *, seed: int = 0) -> Model:
     """The model ``name`` with the weights of a file or address, or with seeded random ones, and it says which.
 
-    Random models get the batch norms' statistics of the photograph: without them activations shrink or grow from layer to
-    layer, which no trained model's do.
+    Random models get the batch norms' statistics of the photograph: without them activations shrink or grow from layer
+    to layer, which no trained model's do.
     """
     module = workloads.random_model(name, seed).eval()
     if checkpoint is None:

@@ -13,10 +13,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from autotune import plots, timing, workloads
 from autotune.comparison import Settings, measure_operator
-from autotune.notebooks.session import Session, finish, grid
+from autotune.notebooks.session import Session, Table, finish, grid
+from autotune.report import number
 from autotune.workloads import Workload
 
-__all__ = ["AXES", "OPERATORS", "Point", "Shape", "sweep", "sweep_figure"]
+__all__ = ["AXES", "OPERATORS", "Point", "Shape", "summary", "sweep", "sweep_figure"]
 
 AXES = {
     "side": "side of the map, pixels",
@@ -95,8 +96,8 @@ OPERATORS: dict[str, Operator] = {
 class Point:
     """One measured shape: seconds and peak bytes of both paths, and the least that anyone could need of either.
 
-    ``floor_seconds`` is the time in which a copy of the same size moves every input and output once; ``output_bytes`` the
-    memory of the result alone.
+    ``floor_seconds`` is the time in which a copy of the same size moves every input and output once; ``output_bytes``
+    the memory of the result alone.
     """
 
     shape: Shape
@@ -115,7 +116,7 @@ class Point:
 def sweep(
     name: str, session: Session, *, backward: bool = False, seconds: float | None = None, min_runs: int = 3
 ) -> dict[str, list[Point]]:
-    """Measure an operator along every axis through its base shape: axis -> points. Both paths agree before either is timed."""
+    """Measure an operator along every axis through its base shape: axis -> points; both paths must agree beforehand."""
     operator = OPERATORS[name]
     base, values = (operator.full_base, operator.full_values) if session.full else (operator.base, operator.values)
     seconds = (0.5 if session.full else 0.03) if seconds is None else seconds
@@ -150,7 +151,7 @@ def _measure(workload: Workload, shape: Shape, settings: Settings, backward: boo
 def sweep_figure(name: str, points: Mapping[str, list[Point]], session: Session, *, backward: bool = False) -> Figure:
     """Throughput above, peak memory below; a column for each axis of the sweep."""
     with plots.style():
-        figure, axes = grid(2, len(AXES), 13, 5.6, sharey="row")
+        figure, axes = grid(2, len(AXES), 12, 5, sharey="row")
         for column, (axis_name, label) in enumerate(AXES.items()):
             found = points[axis_name]
             values = [getattr(point.shape, axis_name) for point in found]
@@ -210,10 +211,12 @@ def _curves(axis: Axes, values: list[int], **curves: list[float]) -> None:
     axis.grid(which="major")
 
 
-def summary(sweeps: Mapping[str, Mapping[str, list[Point]]]) -> dict[str, tuple[float, float]]:
-    """Operator -> least and largest speed-up over all points."""
-    ratios = {
-        name: [point.naive_seconds / point.ours_seconds for points in found.values() for point in points]
-        for name, found in sweeps.items()
-    }
-    return {name: (min(values), max(values)) for name, values in ratios.items()}
+def summary(sweeps: Mapping[str, Mapping[str, list[Point]]]) -> Table:
+    """Least and largest speed-up and saving of memory over all points, by operator."""
+    rows = []
+    for name, found in sweeps.items():
+        points = [point for along in found.values() for point in along]
+        speed = [point.naive_seconds / point.ours_seconds for point in points]
+        memory = [point.naive_bytes / point.ours_bytes for point in points if point.naive_bytes and point.ours_bytes]
+        rows.append([f"`{name}`", *(f"{number(min(v))} to {number(max(v))}×" if v else "–" for v in (speed, memory))])
+    return Table(("operator", "naive time / ours", "naive peak memory / ours"), rows)

@@ -17,9 +17,12 @@ from kernels import reference
 from kernels.aggregation.op import implementation, without_autocast
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
+from kernels.depthwise import eager
 from kernels.layout import empty_like_layout
 
 __all__ = ["depthwise_conv2d"]
+
+LARGEST_KERNEL = 31
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,7 +33,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Args:
         x: features [B, C, H, W]; positions outside it read 0 ("same" padding).
-        weight: one kernel a channel, [C, 1, K, K], K odd.
+        weight: one kernel a channel, [C, 1, K, K], K odd and at most 31.
         bias: [C], or None.
 
     Returns:
@@ -39,7 +42,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Raises:
         TypeError: an argument is no floating tensor, or the dtypes differ.
-        ValueError: shapes or devices do not fit together, or K is even.
+        ValueError: shapes or devices do not fit together, or K is even or above 31.
 
     Source: the large kernels of arXiv 2502.20087 (OverLoCK), after arXiv 2203.06717.
     """
@@ -49,6 +52,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     check_shape("weight", weight, "C 1 K K", **{"C": channels, "1": 1, "K": kernel_size})
     if kernel_size % 2 == 0:
         raise ValueError(f"weight must have an odd kernel size (the window needs a centre), got {list(weight.shape)}")
+    if kernel_size > LARGEST_KERNEL:
+        raise ValueError(f"weight must have a kernel size of at most {LARGEST_KERNEL}, got {list(weight.shape)}")
     bias = biases[0] if biases else None
     if bias is not None:
         check_shape("bias", bias, "C", C=channels)
@@ -57,7 +62,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         return reference.depthwise_conv2d(x, weight, bias)
     if resolve(backend, x) == "triton":
         return _convolve(x, weight, bias, False)
-    return implementation("depthwise", backend, x).depthwise_conv2d(x, weight, bias)
+    return eager.depthwise_conv2d(x, weight, bias)
 
 
 @torch.library.custom_op(

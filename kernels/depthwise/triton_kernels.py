@@ -26,7 +26,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
+from autotune.tuner import Trial, Tunable, choose
+from kernels import reference
+from kernels.aggregation.triton_kernels import at_least_float32
 from kernels.backend import interpreting
 from kernels.depthwise.triton_reorder import channels_first, in_layout_of
 from kernels.depthwise.triton_tiles import (
@@ -34,17 +38,23 @@ from kernels.depthwise.triton_tiles import (
     Config,
     Problem,
     ceil_divide,
+    cost,
     geometry,
     heuristic,
     next_power_of_2,
-    row_vector,
+    problem_of,
     tile_width,
 )
 from kernels.launch import launch
 
-__all__ = ["CONFIGS", "Config", "Problem", "convolve", "heuristic", "weight_gradient"]
+__all__ = ["CONVOLVE", "WEIGHT_GRADIENT", "convolve", "weight_gradient"]
 
 GRADIENT_PROGRAMS = 2048  # wanted at least, by cutting the batch into chunks: a few waves on any GPU
+MODULES = tuple(f"kernels.depthwise.triton_{name}" for name in ("kernels", "reorder", "tiles"))
+CONVOLVE, WEIGHT_GRADIENT = (
+    Tunable(name, CONFIGS, heuristic, cost, MODULES, Problem, f"kernels.depthwise.examples:{example}")
+    for name, example in (("depthwise", "convolve"), ("depthwise_weight_gradient", "weight_gradient"))
+)
 
 
 @triton.jit
@@ -221,6 +231,18 @@ def _band(weight: Tensor, flipped: bool, config: Config) -> Tensor:
     return padded.unfold(2, width, 1).flip(3)
 
 
+def _convolve_reference(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
+    """PyTorch's own, for the tuner."""
+    x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
+    return reference.depthwise_conv2d(x, weight.flip(2, 3) if flipped else weight, *biases)
+
+
+def _weight_gradient_reference(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+    grad, x = at_least_float32(grad, x)
+    shape = (x.shape[1], 1, kernel_size, kernel_size)
+    return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
+
+
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, config: Config | None = None
 ) -> Tensor:
@@ -230,12 +252,19 @@ def convolve(
     """
     batch, channels, height, width = x.shape
     kernel_size = weight.shape[-1]
+    if x.dtype == torch.float64 and not interpreting():  # no float64 matrix product in Triton on every GPU
+        return _convolve_reference(x, weight, bias, flipped)
     source = channels_first(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return in_layout_of(x, out)
-    problem = Problem(batch, channels, height, width, kernel_size, x.element_size(), row_vector(source, out))
-    config = config or heuristic(problem)
+    if config is None:
+        trial = Trial(
+            lambda config: convolve(x, weight, bias, flipped, config),
+            lambda: _convolve_reference(x, weight, bias, flipped),
+        )
+        problem = problem_of(source, out, kernel_size, weight_gradient=False)
+        config = choose(CONVOLVE, problem, x.device, trial)
     band = _band(weight, flipped, config)
     tiles_h, tiles_w = config.tiles(height, width, kernel_size)
     tiles = batch * tiles_h * tiles_w
@@ -260,13 +289,19 @@ def convolve(
 def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, config: Config | None = None) -> Tensor:
     """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
     batch, channels, height, width = x.shape
+    if x.dtype == torch.float64 and not interpreting():
+        return _weight_gradient_reference(grad, x, kernel_size)
     if x.numel() == 0:
         return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
     grad, x = channels_first(grad), channels_first(x)
-    problem = Problem(
-        batch, channels, height, width, kernel_size, x.element_size(), row_vector(grad, x), weight_gradient=True
-    )
-    config = config or heuristic(problem)
+    if config is None:
+        factors = grad, x
+        trial = Trial(
+            lambda config: weight_gradient(*factors, kernel_size, config),
+            lambda: _weight_gradient_reference(*factors, kernel_size),
+        )
+        problem = problem_of(grad, x, kernel_size, weight_gradient=True)
+        config = choose(WEIGHT_GRADIENT, problem, x.device, trial)
     tiles_h, tiles_w = config.tiles(height, width, kernel_size)
     image_tiles = min(config.block_tiles, next_power_of_2(tiles_h * tiles_w))
     tile_blocks = ceil_divide(tiles_h * tiles_w, image_tiles)

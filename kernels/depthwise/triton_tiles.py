@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
@@ -17,10 +18,11 @@ __all__ = [
     "Config",
     "Problem",
     "ceil_divide",
+    "cost",
     "geometry",
     "heuristic",
     "next_power_of_2",
-    "row_vector",
+    "problem_of",
     "tile_width",
 ]
 
@@ -34,22 +36,21 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-class Problem(NamedTuple):
-    """What the choice of a config depends on."""
-
-    images: int
-    channels: int
-    height: int
-    width: int
-    kernel_size: int
-    element_size: int
-    vector: int  # elements of a row that one load can take: 16 bytes at most, less where rows are not aligned to them
-    weight_gradient: bool = False
-
-
 def tile_width(kernel_size: int) -> int:
     """Outputs a tile is wide: as many as its halo, so that it and its halo fill a span of twice the width."""
     return max(8, next_power_of_2(kernel_size - 1))
+
+
+class Problem(NamedTuple):
+    """What the choice of a config depends on. Channels only repeat it, but where there are few."""
+
+    images: int
+    channels: int
+    pixels: int
+    kernel_size: int
+    vector: int  # elements of a row that one load can take: 16 bytes at most, less where rows are not aligned to them
+    dtype: torch.dtype
+    weight_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,33 @@ class Config:
         """Tiles that cover a map, along its height and its width."""
         return ceil_divide(height, self.tile_height), ceil_divide(width, tile_width(kernel_size))
 
+    def product(self, problem: Problem) -> tuple[int, int, int]:
+        """Rows and columns of a matrix product, and what it sums over."""
+        tile, columns = self.tile_height * tile_width(problem.kernel_size), self.columns(problem)
+        return (tile, columns, self.block_tiles) if problem.weight_gradient else (self.block_tiles, tile, columns)
+
+    def columns(self, problem: Problem) -> int:
+        """Input columns of all its rows that a step takes under one tile."""
+        return self.block_rows * 2 * tile_width(problem.kernel_size)
+
     def valid(self, problem: Problem) -> bool:
-        """Tiles of 64 to 128 outputs; 8 to 64 sums (32 on CUDA cores) and at most 32 loads a thread; 32 KiB a stage."""
-        width = tile_width(problem.kernel_size)
-        tile, columns = self.tile_height * width, self.block_rows * 2 * width
-        tiles_h, tiles_w = self.tiles(problem.height, problem.width, problem.kernel_size)
-        # The product's rows, columns, and what it reduces over.
-        sizes = (tile, columns, self.block_tiles) if problem.weight_gradient else (self.block_tiles, tile, columns)
-        sums = self.block_channels * sizes[0] * sizes[1] / (32 * self.num_warps)
-        operands = self.block_channels * (sizes[0] + sizes[1]) * sizes[2]
+        """Tiles of 64 to 128 outputs; 8 to 64 sums and at most 32 loads a thread; 32 KiB of operands a stage.
+
+        Products run on CUDA cores in float32, whose operands take up registers: 16 sums and 16 KiB there.
+        """
+        rows, columns, reduced = self.product(problem)
+        threads = 32 * self.num_warps
+        sums = self.block_channels * rows * columns / threads
+        operands = self.block_channels * (rows + columns) * reduced
+        tile = self.tile_height * tile_width(problem.kernel_size)
+        half = problem.dtype.itemsize == 2
         return (
             64 <= tile <= 128
-            and 32 <= columns <= 128
-            and 8 <= sums <= (64 if problem.element_size == 2 else 32)
-            and operands / problem.vector / (32 * self.num_warps) <= 32
-            and operands * problem.element_size <= 2**15
-            and self.block_tiles < 2 * max(problem.images * tiles_h * tiles_w, 16)
+            and 32 <= self.columns(problem) <= 128
+            and 8 <= sums <= (64 if half else 16)
+            and operands / problem.vector / threads <= 32
+            and operands * problem.dtype.itemsize <= (2**15 if half else 2**14)
+            and self.block_tiles < 2 * max(problem.images * ceil_divide(problem.pixels, tile), 16)
             and self.block_channels < 2 * problem.channels
         )
 
@@ -96,6 +108,18 @@ CONFIGS = tuple(
 )
 
 
+def cost(problem: Problem, config: Config) -> float:
+    """Estimate of a launch, up to a factor: products an output, and loads an output counted as 100 products each.
+
+    Tensor cores do 2,048 products a cycle; an element loaded passes L1 and shared memory three times, at 64 a cycle.
+    """
+    rows, columns, _ = config.product(problem)
+    input_rows = config.tile_height + problem.kernel_size - 1
+    products = ceil_divide(input_rows, config.block_rows) * config.columns(problem)
+    narrow = 8 / problem.vector
+    return products * (1 + 100 * narrow / columns + (100 * narrow if problem.weight_gradient else 100) / rows)
+
+
 @functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned.
@@ -105,13 +129,12 @@ def heuristic(problem: Problem) -> Config:
     Smaller blocks where loads are narrow or products run on CUDA cores: addresses and operands take up registers.
     """
     width = tile_width(problem.kernel_size)
-    config = Config(max(1, 64 // width), 16, 1)
-    tiles_h, tiles_w = config.tiles(problem.height, problem.width, problem.kernel_size)
-    all_tiles = max(16, next_power_of_2(problem.images * tiles_h * tiles_w))
+    height = max(1, 64 // width)
+    all_tiles = max(16, next_power_of_2(problem.images * ceil_divide(problem.pixels, height * width)))
     if interpreting():  # cost there is per block operation, whatever the size of the block
         channels = min(next_power_of_2(problem.channels), 64)
-        return Config(config.tile_height, min(all_tiles, max(16, 2**17 // (channels * width))), 4, channels)
-    if problem.element_size > 2:
+        return Config(height, min(all_tiles, max(16, 2**17 // (channels * width))), 4, channels)
+    if problem.dtype.itemsize > 2:
         tiles, columns = 32, 32
     elif problem.vector >= 4:
         tiles, columns = (64, 128) if problem.weight_gradient else (128, 64)
@@ -119,10 +142,10 @@ def heuristic(problem: Problem) -> Config:
         tiles, columns = 64, 64
     else:
         tiles, columns = (32, 64) if problem.weight_gradient else (64, 32)
-    return Config(config.tile_height, min(all_tiles, tiles), max(1, columns // (2 * width)))
+    return Config(height, min(all_tiles, tiles), max(1, columns // (2 * width)))
 
 
-def row_vector(*tensors: Tensor) -> int:
+def _row_vector(*tensors: Tensor) -> int:
     """Elements of a row that one load takes: as many as divide every stride and the width, up to 16 bytes."""
     if any(tensor.stride(3) != 1 for tensor in tensors):
         return 1
@@ -130,10 +153,17 @@ def row_vector(*tensors: Tensor) -> int:
     return math.gcd(16 // tensors[0].element_size(), tensors[0].shape[3], *strides)
 
 
+def problem_of(first: Tensor, second: Tensor, kernel_size: int, weight_gradient: bool) -> Problem:
+    """The problem of a launch that reads or writes two tensors [B, C, H, W]."""
+    batch, channels, height, width = first.shape
+    vector = _row_vector(first, second)
+    return Problem(batch, channels, height * width, kernel_size, vector, first.dtype, weight_gradient)
+
+
 def geometry(tensors: dict[str, Tensor], kernel_size: int, config: Config) -> dict[str, object]:
     """Strides, sizes and constants that both kernels take."""
     height, width = next(iter(tensors.values())).shape[2:]
-    vector = row_vector(*tensors.values())
+    vector = _row_vector(*tensors.values())
     strides: dict[str, int] = {}
     for name, tensor in tensors.items():
         strides |= stride_arguments(name, tensor, "b c h w")

@@ -17,14 +17,14 @@ __all__ = ["outlook", "outlook_backward"]
 
 # Most elements of one block's copied windows: a share of the arguments' own size (lean in memory), within bounds. The
 # upper bound is 2 MB in float32 on a CPU, so that they stay in cache.
-BLOCK_SHARE = 4
+BLOCK_SHARE = 2
 BLOCK_ELEMENTS = {"cpu": 2**19}
 BLOCK_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_BLOCK_ELEMENTS = 2**16
 
 
 class _Block(NamedTuple):
-    """Some batch entries and rows of windows, and the pixels they cover: ``size`` rows and columns from ``corner`` on."""
+    """Some batch entries and rows of windows, and the pixels they cover: ``size`` of them from ``corner`` on."""
 
     batch: slice
     window_rows: slice
@@ -109,7 +109,7 @@ def _weights(logits: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     Sources go first in memory for the softmax: over rows as short as 9, PyTorch's CPU kernel is eight times slower.
     """
     sources_first = logits.permute(4, 5, 0, 1, 2, 3).to(dtype) * scale
-    return sources_first.softmax(1).permute(2, 3, 4, 5, 0, 1).flatten(0, 3)
+    return sources_first.softmax(1).permute(2, 3, 4, 5, 0, 1).contiguous().flatten(0, 3)
 
 
 def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
@@ -125,7 +125,8 @@ def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, paddin
 def outlook_backward(
     grad_out: Tensor, logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """dvalue[s] = Σ_t p[t,s] · grad_out[t];  dp[t,s] = Σ_c grad_out[t] · value[s];  dlogits = scale · p · (dp − Σ_s p·dp)."""
+    """dvalue[s] = Σ_t p[t,s] · grad_out[t];  dp[t,s] = Σ_c grad_out[t] · value[s];
+    dlogits = scale · p · (dp − Σ_s p·dp)."""
     heads = logits.shape[3]
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_value = _accumulator(value)
@@ -134,7 +135,8 @@ def outlook_backward(
         weights = _weights(part, scale, grad_value.dtype)
         grads = block.windows(grad_out, heads, grad_value.dtype)
         block.add_to(grad_value, torch.bmm(weights.mT, grads), heads)
-        products = torch.bmm(grads, block.windows(value, heads, grad_value.dtype).mT).mul_(weights)
+        sources = block.windows(value, heads, grad_value.dtype).mT.contiguous()  # pays: bmm is slow on a transpose
+        products = torch.bmm(grads, sources).mul_(weights)
         products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1)
         grad_logits[block.batch, block.window_rows] = products.mul_(scale).view(part.shape)
     return grad_logits, grad_value.to(value.dtype)

@@ -1,1 +1,152 @@
-from kernels.reference import outlook_attention2d
+"""Outlook attention: every window's values mixed by weights computed from its centre, overlapping windows summed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import reference
+from kernels.aggregation.op import implementation, without_autocast
+from kernels.backend import get_backend
+from kernels.checks import check_shape, check_tensors
+
+__all__ = ["outlook_attention2d"]
+
+
+def _check_integer(name: str, value: int, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+
+
+def outlook_attention2d(
+    logits: Tensor,
+    value: Tensor,
+    *,
+    kernel_size: int = 3,
+    stride: int = 1,
+    padding: int = 1,
+    scale: float = 1.0,
+) -> Tensor:
+    """p[w,t,s] = softmax_s(scale · logits[w,t,s]);  out[i] = Σ_{(w,t): pixel(w,t)=i} Σ_s p[w,t,s] · value[pixel(w,s)]
+
+    Window w = (a, b) has its position (k, l) at pixel (a·stride − padding + k, b·stride − padding + l); t and s count
+    positions row by row. Positions outside the image are zero values that keep their share of the softmax. A pixel sums
+    the results of all windows that hold it.
+
+    dvalue[j] = Σ_{(w,s): pixel(w,s)=j} Σ_t p[w,t,s] · dout[pixel(w,t)];  dlogits = scale · p · (dp − Σ_s p·dp) with
+    dp[w,t,s] = Σ_c dout[pixel(w,t),c] · value[pixel(w,s),c], per head.
+
+    Args:
+        logits: [B, h, w, heads, K², K²] (target, source), h = ceil(H / stride), w = ceil(W / stride).
+        value: [B, H, W, C], C a multiple of heads; head n has channels n·C/heads and on.
+        kernel_size: K, the side of a window in pixels.
+        stride: pixels between windows.
+        padding: rows and columns that the first windows reach over the border.
+        scale: factor of the logits, a finite number.
+
+    Returns:
+        [B, H, W, C], contiguous. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
+
+    Raises:
+        TypeError: a tensor argument is no floating tensor, the dtypes differ, or an option is not a number of its kind.
+        ValueError: shapes, devices or options do not fit together.
+
+    Source: arXiv 2106.13112, equations 3-5.
+    """
+    logits, value = check_tensors(logits=logits, value=value)
+    _check_integer("kernel_size", kernel_size, 1)
+    _check_integer("stride", stride, 1)
+    _check_integer("padding", padding, 0)
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a real number, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    check_shape("value", value, "B H W C")
+    batch, height, width, channels = value.shape
+    positions = kernel_size**2
+    sizes = {
+        "B": batch,
+        "h": -(-height // stride),
+        "w": -(-width // stride),
+        "targets": positions,
+        "sources": positions,
+    }
+    check_shape("logits", logits, "B h w heads targets sources", **sizes)
+    heads = logits.shape[3]
+    if channels % heads:
+        raise ValueError(f"logits have {heads} heads, which must divide the {channels} channels of value")
+    scale = float(scale)
+    backend = get_backend()
+    if backend == "reference":
+        return reference.outlook_attention2d(
+            logits, value, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale
+        )
+    return _outlook(logits, value, kernel_size, stride, padding, scale, backend)
+
+
+WINDOWS = "int kernel_size, int stride, int padding, float scale, str backend"
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::outlook", mutates_args=(), schema=f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor"
+)
+@without_autocast
+def _outlook(logits, value, kernel_size, stride, padding, scale, backend):
+    run = implementation("outlook", backend, value)
+    return run.outlook(logits, value, kernel_size, stride, padding, scale)
+
+
+@_outlook.register_fake
+def _(logits, value, *_):
+    return value.new_empty(value.shape)
+
+
+@torch.library.custom_op(
+    "dynamic_kernels::outlook_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)",
+)
+@without_autocast
+def _outlook_backward(grad, logits, value, kernel_size, stride, padding, scale, backend):
+    """Gradients of logits and value, contiguous."""
+    run = implementation("outlook", backend, value)
+    return run.outlook_backward(grad, logits, value, kernel_size, stride, padding, scale)
+
+
+@_outlook_backward.register_fake
+def _(grad, logits, value, *_):
+    return logits.new_empty(logits.shape), value.new_empty(value.shape)
+
+
+def _save(ctx, inputs, output):
+    logits, value, *ctx.windows = inputs
+    ctx.save_for_backward(logits, value)
+
+
+def _backward(ctx, grad):
+    grads = _outlook_backward(grad, *ctx.saved_tensors, *ctx.windows)
+    return *grads, *[None] * len(ctx.windows)
+
+
+_outlook.register_autograd(_backward, setup_context=_save)
+
+
+def _mixing_flops(logits_shape, value_shape) -> int:
+    """Two operations per multiply-add: every entry [B, h, w, heads, K², K²] meets the channels of its head."""
+    return 2 * math.prod(logits_shape) * value_shape[3] // logits_shape[3]
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.outlook)
+def _(logits_shape, value_shape, *_, **__) -> int:
+    return _mixing_flops(logits_shape, value_shape)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.outlook_backward)
+def _(grad_shape, logits_shape, value_shape, *_, **__) -> int:
+    return 2 * _mixing_flops(logits_shape, value_shape)

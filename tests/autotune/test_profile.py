@@ -206,7 +206,7 @@ def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
         (["--backend", "magic"], "--backend: invalid choice: 'magic'"),
         (
             ["--only", "involution2d", "nothing"],
-            "--only must match a line's name, 'nothing' does not; names begin with",
+            "--only must match a name, 'nothing' does not; names begin with",
         ),
     ],
 )
@@ -228,7 +228,6 @@ def test_the_interpreter_is_not_timed(monkeypatch, tmp_path, capsys):
 
 def test_a_part_never_replaces_the_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "repository_root", lambda: tmp_path)
-    monkeypatch.setattr(comparison, "measure_operator", None)
     monkeypatch.setattr(profile, "measure_operator", lambda *_, **__: {"speed_up": 1.0})
     monkeypatch.setattr(report, "figures", lambda record: {})
     monkeypatch.setattr(report, "table", lambda record: "")

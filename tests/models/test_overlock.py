@@ -111,10 +111,12 @@ def test_golden(name, backend, full_float32):
     height, width = size.split("x")
     model = fill(create_model(variant)).to(device)
     x = golden_fill().image(2, int(height), int(width)).to(device)
+    if backend == "triton":
+        x = x[:1]  # one image of the two: the interpreter takes its time
     with_gradients = "grad_names" in expected
     with kernels.use_backend(backend), torch.set_grad_enabled(with_gradients):
         logits = model(x.requires_grad_(with_gradients))
-        reference = torch.from_numpy(expected["logits"])
+        reference = torch.from_numpy(expected["logits"])[: len(x)]
         assert (logits.cpu() - reference).abs().max() <= 1e-4 * reference.abs().max()
         if not with_gradients:
             return
@@ -237,12 +239,14 @@ def test_classifier_weights_load_into_a_dense_backbone(tmp_path):
 
 @pytest.mark.parametrize("name", ["overlock_xt", "overlock_xt_reparam"])
 def test_keyword_arguments(name):
-    model = on_meta(name, num_classes=7, in_chans=1, drop_path_rate=0.3).eval()
+    shallow = {"depth": (1, 1, 1, 1), "sub_depth": (1, 1)}
+    model = on_meta(name, num_classes=7, in_chans=1, drop_path_rate=0.3, **shallow).eval()
     assert model(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
     assert max(module.rate for module in model.modules() if isinstance(module, DropPath)) == pytest.approx(0.3)
-    maps = on_meta(name, features_only=True, out_indices=(1, 3))(torch.empty(2, 3, 64, 64, device="meta"))
-    assert [m.shape[1] for m in maps] == [112, 420]
-    assert on_meta(name, num_classes=0).eval()(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 1024)
+    dense = on_meta(name, features_only=True, out_indices=(1, 3), **shallow).eval()
+    assert [m.shape[1] for m in dense(torch.empty(2, 3, 64, 64, device="meta"))] == [112, 420]
+    pooled = on_meta(name, num_classes=0, **shallow).eval()(torch.empty(2, 3, 64, 64, device="meta"))
+    assert pooled.shape == (2, 1024)
 
 
 @pytest.mark.parametrize(

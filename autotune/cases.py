@@ -1,0 +1,148 @@
+"""Rows of a measurement: one after another within a time limit, each on disk before the next begins."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from autotune import timing
+from autotune.progress import Steps
+
+__all__ = ["LOST", "Case", "compile_cases", "device_lost", "run_cases", "time_limit"]
+
+LOST = 4  # exit code: the process can use the GPU no more
+
+
+def device_lost(device: torch.device) -> bool:
+    """Whether an earlier error (an illegal address) has left the process unable to use the GPU."""
+    try:
+        timing.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+class TimeLimitError(BaseException):
+    """A row took longer than there was time. No Exception: what goes on without something must not catch it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitError in the block once ``seconds`` are over: at the next Python instruction, that is.
+
+    Without effect off the main thread and on systems without SIGALRM.
+    """
+    usable = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    if not usable or math.isinf(seconds):
+        yield
+        return
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeLimitError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is known beforehand, the function that measures the rest, and one that only compiles."""
+
+    facts: dict[str, Any]
+    measure: Callable[[], dict[str, Any]]
+    compile_only: Callable[[], object] = lambda: None
+
+    @property
+    def name(self) -> str:
+        return f"{self.facts['name']} {self.facts['pass']}"
+
+    def run(self, deadline: float) -> dict[str, Any]:
+        """The finished row; what ``measure`` raises becomes part of it."""
+        try:
+            with time_limit(deadline - time.monotonic()):
+                return self.facts | {"status": "ok"} | self.measure()
+        except TimeLimitError:
+            return self.facts | {"status": "skipped", "message": "there was no time left to finish it"}
+        except Exception as error:  # one row's failure must not cost the others
+            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            return self.facts | {"status": "failed", "message": message, "traceback": traceback.format_exc()}
+
+
+def _settled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier run that need no second try; the one it ended in has failed."""
+    ended = {"status": "failed", "message": "the process ended while this was measured"}
+    return [row | ended if row["status"] == "running" else row for row in rows if row["status"] != "skipped"]
+
+
+def run_cases(cases: Sequence[Case], path: Path, record: dict[str, Any], *, deadline: float, resume: bool) -> int:
+    """Measure the cases one by one into ``record["rows"]``, written to ``path`` before and after each; the exit code.
+
+    Past ``deadline`` (monotonic) the rest are recorded as skipped. ``resume`` keeps what ``path`` holds already.
+    """
+    rows: list[dict[str, Any]] = record.setdefault("rows", [])
+    if resume and path.exists():
+        rows.extend(_settled(json.loads(path.read_text(encoding="utf-8"))["rows"]))
+    done = {f"{row['name']} {row['pass']}" for row in rows}
+    todo = [case for case in cases if case.name not in done]
+    code = 0
+    with Steps(len(todo)) as steps:
+        for case in todo:
+            steps.begin(case.name)
+            rows.append(case.facts | {"status": "running"})
+            timing.write_json(path, record)
+            began = time.monotonic()
+            if began < deadline:
+                rows[-1] = case.run(deadline)
+            else:
+                rows[-1] = case.facts | {"status": "skipped", "message": "there was no time left"}
+            rows[-1]["seconds"] = round(time.monotonic() - began, 2)
+            timing.write_json(path, record)
+            steps.end(rows[-1]["status"])
+            _release()
+            if rows[-1]["status"] == "failed" and device_lost(torch.device(record["machine"]["device_type"])):
+                code = LOST
+                break
+    record["complete"] = code == 0
+    timing.write_json(path, record)
+    return code or int(any(row["status"] == "failed" for row in rows))
+
+
+def _release() -> None:
+    """Give back what a row held: tensors, graphs, compiled code."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compile_cases(cases: Sequence[Case], deadline: float) -> int:
+    """Fill the compilers' caches; what fails here will say so when it is measured."""
+    for case in cases:
+        try:
+            with time_limit(deadline - time.monotonic()):
+                case.compile_only()
+        except TimeLimitError:
+            break
+        except Exception as error:
+            print(f"{case.name}: {type(error).__name__}", file=sys.stderr)
+        _release()
+    return 0

@@ -1,0 +1,260 @@
+"""Notebook 05: every config of one kernel, what is known of each, and why one of them is chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from autotune import plots
+from autotune.notebooks.session import Session, Table, finish, grid
+from autotune.notebooks.subject import SHAPE, SIDE, WINDOW, Known, subject, tensors
+from autotune.tunables import stored_entries, why_unused
+from autotune.tuner import Trial, bucket, key_of, look_up, measure_candidates
+
+__all__ = [
+    "SHAPE",
+    "Candidate",
+    "Known",
+    "candidates",
+    "compiled",
+    "landscape_figure",
+    "measured",
+    "reasons",
+    "resident_threads",
+    "stored_times",
+    "tile_waste",
+    "waste_figure",
+]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A config, and what is known of it.
+
+    ``cost`` is the tuner's estimate, relative to the least among the candidates; ``milliseconds`` a measured time, None
+    where nobody measured; ``rejected`` says why a measured config does not count.
+    """
+
+    config: Any
+    cost: float
+    chosen: bool
+    known: Known | None = None
+    milliseconds: float | None = None
+    rejected: str | None = None
+
+    @property
+    def num_warps(self) -> int:
+        return self.config.num_warps
+
+
+def candidates(gpu: str) -> list[Candidate]:
+    """What tuning would time, by estimated cost; the chosen one is what a launch on that GPU would use now."""
+    tunable, problem = subject()
+    chosen = look_up(tunable, problem, gpu).config
+    costs = {config: tunable.cost(problem, config) for config in tunable.candidates(problem)}
+    least = min(costs.values())
+    return sorted(
+        (Candidate(config, cost / least, config == chosen) for config, cost in costs.items()), key=lambda c: c.cost
+    )
+
+
+def compiled(found: Sequence[Candidate], architecture: str = "sm_90") -> list[Candidate]:
+    """The candidates with what Triton's compiler makes of them for ``architecture``; no GPU is needed.
+
+    Two processes share the work. RuntimeError where a config does not build.
+    """
+    tunable, problem = subject()
+    order = tunable.candidates(problem)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+
+    def work(indices: range) -> list[dict[str, int]]:
+        command = [sys.executable, "-m", "autotune.notebooks.subject", architecture, *map(str, indices)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"compiling for {architecture} failed: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads(done.stdout)
+
+    workers = 2
+    parts = [range(first, len(order), workers) for first in range(workers)]
+    known: dict[Any, Known] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for indices, reports in zip(parts, pool.map(work, parts), strict=True):
+            known.update({order[i]: Known(**report) for i, report in zip(indices, reports, strict=True)})
+    return [replace(candidate, known=known[candidate.config]) for candidate in found]
+
+
+def measured(found: Sequence[Candidate], session: Session) -> list[Candidate]:
+    """The candidates with their times on this GPU, where every output was checked first; as they are elsewhere."""
+    if session.device.type != "cuda":
+        return list(found)
+    from kernels.aggregation import eager, triton_kernels
+
+    tunable, problem = subject()
+    weight, x = tensors(session.device)
+    trial = Trial(
+        lambda config: triton_kernels.aggregate(weight, x, WINDOW, config),
+        lambda: eager.aggregate(weight.float(), x.float(), WINDOW),
+    )
+    outcomes = {outcome.config: outcome for outcome in measure_candidates(tunable, problem, trial)}
+    return [
+        replace(c, milliseconds=outcomes[c.config].milliseconds, rejected=outcomes[c.config].rejected) for c in found
+    ]
+
+
+def stored_times() -> dict[str, tuple[Any, float, float | None]]:
+    """Tuned entries for this very problem: GPU -> (config, its milliseconds, the heuristic's milliseconds)."""
+    tunable, problem = subject()
+    key = key_of(tunable, problem)
+    return {
+        stored.gpu: (
+            stored.entry["config"],
+            stored.entry["milliseconds"],
+            stored.entry.get("heuristic_milliseconds"),
+        )
+        for stored in stored_entries()
+        if stored.key == key and why_unused(key, stored.entry, {tunable.name: tunable}) is None
+    }
+
+
+def resident_threads(known: Known, num_warps: int) -> int:
+    """Threads of this kernel that a streaming multiprocessor of compute capability 9.0 holds at once, at most 2048.
+
+    It has 65,536 registers, handed out to a warp in units of 256, and 228 KB of shared memory, of which a block takes
+    1 KB more than it asks for; 32 blocks and 64 warps are the most.
+    """
+    registers_a_warp = 256 * math.ceil(32 * known.registers / 256)
+    limits = (
+        32,
+        64 // num_warps,
+        65536 // registers_a_warp // num_warps,
+        228 * 1024 // (known.shared_bytes + 1024),
+    )
+    return min(limits) * num_warps * 32
+
+
+def _labels(found: Sequence[Candidate]) -> list[str]:
+    """The fields in which candidates differ, with their values."""
+    fields = [asdict(candidate.config) for candidate in found]
+    varying = [name for name in fields[0] if len({config[name] for config in fields}) > 1]
+    short = {name: name.removeprefix("block_").removeprefix("num_") for name in varying}
+    return [", ".join(f"{short[name]} {config[name]}" for name in varying) for config in fields]
+
+
+def landscape_figure(found: Sequence[Candidate], session: Session, architecture: str = "sm_90") -> Figure:
+    """A row for each config: the tuner's estimate, the compiler's report, and measured times where there are any."""
+    panels: list[tuple[str, str, Sequence[float | None]]] = [
+        ("estimated", "cost, relative to the least", [candidate.cost for candidate in found])
+    ]
+    if all(candidate.known for candidate in found):
+        known = [candidate.known for candidate in found if candidate.known]
+        threads = [resident_threads(k, c.num_warps) for k, c in zip(known, found, strict=True)]
+        panels += [
+            (f"compiled, {architecture}", "registers of a thread", [float(k.registers) for k in known]),
+            (f"compiled, {architecture}", "shared memory of a block, KB", [k.shared_bytes / 1024 for k in known]),
+            ("derived", "resident threads of a\nmultiprocessor (of 2048)", [float(count) for count in threads]),
+        ]
+    if any(candidate.milliseconds for candidate in found):
+        panels.append(("measured", "time of a launch, ms", [candidate.milliseconds for candidate in found]))
+    rows = range(len(found))
+    with plots.style():
+        figure, axes = grid(1, len(panels), 3 + 2.5 * len(panels), 2 + 0.3 * len(found), sharey=True)
+        for axis, (kind, label, values) in zip(axes[0], panels, strict=True):
+            for row, candidate, value in zip(rows, found, values, strict=True):
+                name = "ours" if candidate.chosen else "floor"
+                if value is None:
+                    axis.plot(0.5, row, "x", color=plots.COLOURS["naive"], transform=axis.get_yaxis_transform())
+                    continue
+                axis.plot(value, row, "o", color=plots.COLOURS[name], markersize=9 if candidate.chosen else 6)
+                if label.startswith("registers") and candidate.known and candidate.known.spilled_bytes:
+                    axis.annotate("spills", (value, row), (7, 0), textcoords="offset points", va="center", fontsize=9)
+            axis.set_title(kind)
+            axis.set_xlabel(label)
+            axis.grid(axis="x")
+            for row in (row for row, candidate in zip(rows, found, strict=True) if candidate.chosen):
+                axis.axhspan(row - 0.5, row + 0.5, color=plots.COLOURS["ours"], alpha=0.12, linewidth=0)
+        axes[0][0].set_xscale("log")
+        axes[0][0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0][0].xaxis.set_major_formatter("{x:g}")
+        axes[0][0].xaxis.set_minor_locator(NullLocator())
+        axes[0][0].set_yticks(rows, _labels(found), fontsize=10)
+        for text, candidate in zip(axes[0][0].get_yticklabels(), found, strict=True):
+            text.set_fontweight("bold" if candidate.chosen else "normal")
+        axes[0][0].set_ylim(len(found) - 0.5, -0.5)
+        times = f"times: {session.device_name}" if panels[-1][0] == "measured" else "no time was measured: no GPU here"
+        return finish(figure, "The configs of aggregate; blue is chosen", f"{SHAPE.partition(': ')[2]} · {times}")
+
+
+def tile_waste(side: int, block_pixels: int) -> float:
+    """Share of a launch's pixels that lie past the map's last one."""
+    tiles = math.ceil(side**2 / block_pixels)
+    return 1 - side**2 / (tiles * block_pixels)
+
+
+def waste_figure(
+    session: Session, sides: Sequence[int] = (7, 14, 28, 56), blocks: Sequence[int] = (16, 32, 64, 128)
+) -> Figure:
+    """Why the best tile of a small map is the map's own: how much of every launch is thrown away."""
+    values = [[tile_waste(side, block) for block in blocks] for side in sides]
+    with plots.style():
+        figure, axes = grid(1, 1, 7.5, 3.8)
+        axis = axes[0][0]
+        image = axis.imshow(values, cmap="cividis", vmin=0, vmax=0.7, aspect="auto")
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                colour = "black" if value > 0.3 else "white"
+                axis.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontweight="bold")
+        axis.set_xticks(range(len(blocks)), [str(block) for block in blocks])
+        axis.set_yticks(range(len(sides)), [f"{side}×{side}" for side in sides])
+        axis.set(xlabel="pixels of a tile", ylabel="map, pixels")
+        axis.spines[:].set_visible(False)
+        figure.colorbar(image, label="share of the work past the map's edge")
+        return finish(figure, "Tile waste", "computed from the sizes alone, on any device")
+
+
+def reasons(found: Sequence[Candidate], gpu: str) -> Table:
+    """The choice in words, every one of them looked up or counted."""
+    tunable, problem = subject()
+    choice = look_up(tunable, problem, gpu)
+    rank = next(rank for rank, candidate in enumerate(found, 1) if candidate.chosen)
+    config = choice.config
+    origin = {
+        "store": "measured on this machine, in the user's store",
+        "shipped": "measured on such a GPU, shipped in autotune/configs",
+        "heuristic": f"the heuristic: no tuned entry for {gpu!r}",
+    }[choice.source]
+    elements = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
+    best = min((c for c in found if c.milliseconds), key=lambda c: c.milliseconds or 0.0, default=None)
+    rows = [
+        ("looked up as", f"`{key_of(tunable, problem)}`"),
+        ("comes from", origin),
+        ("config", ", ".join(f"{name} = {value}" for name, value in asdict(config).items())),
+        ("a tile", f"{config.block_pixels} pixels × {config.block_channels} channels × {config.block_steps} positions"),
+        ("work of a thread", f"{elements:g} elements of a tile (16 to 32 keep loads in flight and threads resident)"),
+        (
+            "waste",
+            f"{tile_waste(SIDE, config.block_pixels):.1%} of the pixels of a launch lie past the {SIDE}×{SIDE} map",
+        ),
+        ("shares its entry", f"with maps of up to {bucket(SIDE**2)} pixels, {SIDE**2} here"),
+        ("rank by estimate", f"{rank} of {len(found)}"),
+    ]
+    if best is not None:
+        chosen = next(candidate for candidate in found if candidate.chosen)
+        time = "rejected" if chosen.milliseconds is None else f"{chosen.milliseconds:.3f} ms"
+        rows.append(("measured here", f"{time}; the fastest candidate takes {best.milliseconds:.3f} ms"))
+    for name, (config_found, tuned, by_heuristic) in stored_times().items():
+        against = "" if by_heuristic is None else f", the heuristic's config {by_heuristic:.3f} ms"
+        rows.append((f"tuned on {name}", f"{tuned:.3f} ms with {config_found}{against}"))
+    return Table(("", SHAPE), rows)

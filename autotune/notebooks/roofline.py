@@ -1,0 +1,295 @@
+"""Notebook 02: achieved bandwidth of every operator, fused against unfused, under the measured ceilings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import kernels
+from autotune import plots, report, timing, workloads
+from autotune.ceilings import matmul_rate
+from autotune.comparison import OPERATOR_TOLERANCE, Settings, check, largest_error, measure_operator
+from autotune.notebooks.session import Session, finish, grid
+from kernels.reference import rpb_logits
+from kernels.windows import Window
+
+__all__ = [
+    "Ceilings",
+    "Measured",
+    "achieved_figure",
+    "committed_gpu_records",
+    "fusion_figure",
+    "measure_ceilings",
+    "measure_fusion",
+    "measure_operators",
+    "roofline_figure",
+]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes a second of a large copy, and operations a second of a large matrix product in the session's precision."""
+
+    bytes_per_second: float
+    operations_per_second: float
+
+    @property
+    def balance(self) -> float:
+        """Operations per byte above which the matrix product's rate limits, not the memory's."""
+        return self.operations_per_second / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One operator at one shape: what it must move and do, and both paths' seconds."""
+
+    operator: str
+    shape: str
+    floor_bytes: int
+    operations: int
+    ours_seconds: float
+    naive_seconds: float
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte that must be moved."""
+        return self.operations / self.floor_bytes
+
+
+def measure_ceilings(session: Session) -> Ceilings:
+    """Both in this run, on this device: published peaks are not reached by anyone."""
+    seconds, size = (1.0, 8192) if session.full else (0.3, 1024)
+    return Ceilings(
+        timing.copy_bandwidth(session.device, seconds=seconds),
+        matmul_rate(session.device, session.dtype, size, seconds),
+    )
+
+
+def measure_operators(session: Session, ceilings: Ceilings, *, image: int = 224) -> list[Measured]:
+    """Every operator at the models' shapes, forward; batch 1 on a CPU, 128 on a GPU."""
+    seconds = 0.5 if session.full else 0.05
+    settings = Settings(session.device, session.dtype, seconds=seconds, min_runs=3)
+    found = []
+    for workload in workloads.operator_workloads(128 if session.full else 1, (image, image)):
+        row = measure_operator(workload, settings, backward=False, bytes_per_second=ceilings.bytes_per_second)
+        found.append(
+            Measured(
+                workload.operator,
+                f"{workload.model} {workload.shape}",
+                row["floor"]["bytes"],
+                row["operations"],
+                row["ours"]["p50_ms"] / 1000,
+                row["naive"]["p50_ms"] / 1000,
+            )
+        )
+    return found
+
+
+def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, session: Session) -> Figure:
+    """Operations a second over operations per byte, log-log, under the two ceilings; a line joins the two paths."""
+    operators = list(dict.fromkeys(entry.operator for entry in measured))
+    markers = dict(zip(operators, cycle(("o", "s", "D", "^", "v", "P", "X")), strict=False))
+    with plots.style():
+        figure, axes = grid(1, 1, 10.5, 5.6)
+        axis = axes[0][0]
+        low = min(min(entry.intensity for entry in measured) / 2, ceilings.balance / 8)
+        high = max(max(entry.intensity for entry in measured) * 2, ceilings.balance * 4)
+        roof = [
+            (x, min(x * ceilings.bytes_per_second, ceilings.operations_per_second) / 1e9)
+            for x in (low, ceilings.balance, high)
+        ]
+        axis.plot(*zip(*roof, strict=True), color=plots.COLOURS["floor"], linewidth=2.4)
+        axis.annotate(
+            f"copy: {ceilings.bytes_per_second / 1e9:.3g} GB/s", (low * 1.6, roof[0][1] * 1.6), (10, -6),
+            textcoords="offset points", va="top", color=plots.COLOURS["floor"],
+        )  # fmt: skip
+        rate = report.number(ceilings.operations_per_second / 1e9)
+        axis.annotate(
+            f"matrix product: {rate} Gop/s", (ceilings.balance, roof[-1][1]), (0, 5), textcoords="offset points", ha="left",
+            color=plots.COLOURS["floor"],
+        )  # fmt: skip
+        for entry in measured:
+            rates = [entry.operations / seconds / 1e9 for seconds in (entry.ours_seconds, entry.naive_seconds)]
+            axis.vlines(entry.intensity, *sorted(rates), color=plots.COLOURS["guide"], linewidth=2, zorder=1)
+            for rate, name in zip(rates, ("ours", "naive"), strict=True):
+                axis.plot(entry.intensity, rate, markers[entry.operator], color=plots.COLOURS[name], markersize=8)
+        handles = [axis.plot([], [], "s", color=plots.COLOURS[name], label=name)[0] for name in ("ours", "naive")]
+        handles += [
+            axis.plot([], [], marker, color="white", markeredgecolor="black", label=name)[0]
+            for name, marker in markers.items()
+        ]
+        figure.legend(handles=handles, loc="outside right center")
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="operations per byte that must move (1/B)",
+            ylabel="rate, 10⁹ operations/s",
+        )
+        axis.grid(which="major")
+        return finish(figure, "Operators under the roofline", session.label)
+
+
+def achieved_figure(measured: Sequence[Measured], ceilings: Ceilings, session: Session) -> Figure:
+    """Bytes that must move over the time it took, of both paths, beside the speed of a copy."""
+    with plots.style():
+        figure, axes = grid(1, 1, 10.5, 1.5 + 0.36 * len(measured))
+        axis = axes[0][0]
+        positions = range(len(measured))
+        rates = {
+            name: [entry.floor_bytes / getattr(entry, f"{name}_seconds") / 1e9 for entry in measured]
+            for name in ("ours", "naive")
+        }
+        axis.hlines(
+            list(positions), rates["naive"], rates["ours"], color=plots.COLOURS["guide"], linewidth=2.5, zorder=1
+        )
+        for name, values in rates.items():
+            axis.plot(values, positions, plots.MARKERS[name], color=plots.COLOURS[name], label=name)
+        for position, ours, naive in zip(positions, *rates.values(), strict=True):
+            axis.annotate(
+                f"{ours * 1e9 / ceilings.bytes_per_second:.0%}", (max(ours, naive), position), (8, 0),
+                textcoords="offset points", va="center", fontsize=10, color=plots.COLOURS["ours"],
+            )  # fmt: skip
+        axis.axvline(ceilings.bytes_per_second / 1e9, color=plots.COLOURS["floor"], linestyle="--", label="copy")
+        axis.set_yticks(positions, [f"{entry.operator}  {entry.shape}" for entry in measured], fontsize=10)
+        axis.set_ylim(len(measured) - 0.5, -0.5)
+        axis.set(xscale="log", xlabel="bytes that must move / time, GB/s  (more is better; %: ours of the copy)")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(axis="x")
+        figure.legend(loc="outside upper right", ncols=3)
+        return finish(figure, "Achieved bandwidth, forward", session.label)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A fused operator and the chain that computes the same; the floor is the fused one's."""
+
+    name: str
+    shape: str
+    fused: Callable[[], Tensor]
+    unfused: Callable[[], Tensor]
+    floor_bytes: int
+
+
+def fusions(session: Session) -> Iterator[Fusion]:
+    """Kernels generated where they are used, at the shapes of RedNet-50 and OverLoCK-T at 224²."""
+    batch = 128 if session.full else 4
+    torch.manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape)).to(device=session.device, dtype=session.dtype)
+
+    for channels, side in ((64, 56), (256, 14)):
+        groups, reduced = channels // 16, channels // 4
+        x = draw(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+        features = draw(batch, reduced, side, side).contiguous(memory_format=torch.channels_last)
+        weight, bias = draw(49 * groups, reduced, scale=reduced**-0.5), draw(49 * groups)
+        yield Fusion(
+            "involution2d_generate",
+            f"{channels}@{side}² K=7",
+            lambda x=x, f=features, w=weight, b=bias, g=groups: kernels.involution2d_generate(
+                x, f, w, b, kernel_size=7, groups=g
+            ),
+            lambda x=x, f=features, w=weight, b=bias, g=groups: kernels.involution2d(
+                x, F.conv2d(f, w[:, :, None, None], b).unflatten(1, (g, 7, 7))
+            ),
+            _bytes(x, features, weight, bias, x),
+        )
+    for heads, side, size in ((8, 14, 13), (16, 7, 7)):
+        shape = f"{heads}×16@{side}²"
+        logits, value = draw(batch, heads, side, side, size**2), draw(batch, heads, side, side, 16)
+        rpb = draw(heads, 2 * size - 1, 2 * size - 1)
+
+        def chain(logits: Tensor = logits, value: Tensor = value, rpb: Tensor = rpb, size: int = size) -> Tensor:
+            bias = rpb_logits(rpb, *logits.shape[2:4], Window.neighborhood((size, size)))
+            return kernels.na2d_av((logits + bias).softmax(-1), value, size)
+
+        yield Fusion(
+            "na2d_softmax_av",
+            f"{shape} K={size}",
+            lambda a=logits, v=value, r=rpb, k=size: kernels.na2d_softmax_av(a, v, k, rpb=r),
+            chain,
+            _bytes(logits, value, rpb, value),
+        )
+        workload = workloads.contmix("", batch, heads, 16, (side, side), (5, size))
+        inputs = workload.draw_inputs(session.dtype, session.device)
+        yield Fusion(
+            "contmix2d",
+            f"{shape} K=5,{size}",
+            lambda i=inputs, w=workload: w.forward(i)[0],
+            lambda i=inputs, sizes=(5, size): contmix_chain(**i, kernel_sizes=sizes),
+            workload.floor_bytes(session.dtype),
+        )
+
+
+def contmix_chain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    rpb: Sequence[Tensor],
+    kernel_sizes: Sequence[int],
+) -> Tensor:
+    """contmix2d as a chain: affinity, projection, then ``na2d_softmax_av`` of each kernel size; all of it is stored."""
+    affinity = torch.einsum("bgchw,bgcl->bghwl", query, key)
+    logits = F.linear(affinity, proj_weight, proj_bias).split([size**2 for size in kernel_sizes], -1)
+    mixed = [
+        kernels.na2d_softmax_av(part, value[:, m].movedim(2, -1), size, rpb=rpb[m]).movedim(-1, 2)
+        for m, (part, size) in enumerate(zip(logits, kernel_sizes, strict=True))
+    ]
+    return torch.stack(mixed, 1)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+@torch.no_grad()
+def measure_fusion(session: Session, ceilings: Ceilings) -> dict[str, list[plots.Comparison]]:
+    """ "time" in ms and "memory" in MB of every pair, after both were found to compute the same."""
+    found: dict[str, list[plots.Comparison]] = {"time": [], "memory": []}
+    for pair in fusions(session):
+        calls = {"fused": pair.fused, "unfused": pair.unfused}
+        # Each rounds once more than it would in float32, which is what the bound is made for.
+        check(largest_error([pair.fused()], [pair.unfused()]), 4 * OPERATOR_TOLERANCE[session.dtype], pair.name)
+        times = timing.measure(calls, session.device, seconds=0.5 if session.full else 0.1, min_runs=3)
+        floor = 1000 * pair.floor_bytes / ceilings.bytes_per_second
+        found["time"].append(
+            plots.Comparison(pair.name, pair.shape, times["fused"].p50_ms, times["unfused"].p50_ms, floor)
+        )
+        peaks = [timing.peak_memory(call, session.device) for call in calls.values()]
+        if None not in peaks:
+            megabytes = [peak / 1e6 for peak in peaks if peak is not None]
+            found["memory"].append(plots.Comparison(pair.name, pair.shape, *megabytes))
+    for name in found:
+        found[name].sort(key=lambda line: line.group)
+    return found
+
+
+def fusion_figure(found: dict[str, list[plots.Comparison]], session: Session) -> Figure:
+    """How far the fused operator lies left of the chain is what fusing saves."""
+    panels = [
+        (heading, quantity, found[heading])
+        for heading, quantity in (("time", "time of a call, ms"), ("memory", "peak memory beyond the inputs, MB"))
+        if found[heading]
+    ]
+    return plots.comparison_figure(
+        panels, title="Fused (ours) against unfused, forward", contender="unfused chain", device=session.label
+    )
+
+
+def committed_gpu_records(results: Path | None) -> list[tuple[Path, dict[str, Any]]]:
+    """Profiles measured on GPUs and committed under notebooks/results; none where there is no checkout."""
+    if results is None or not results.is_dir():
+        return []
+    records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*/profile.json"))]
+    return [(path, record) for path, record in records if record["machine"]["device_type"] == "cuda"]

@@ -1,0 +1,250 @@
+"""The GPU evidence in one command: ``python -m autotune bench --suite``, or ``make gpu``.
+
+Five phases, each a process of its own, so that none can take the others with it: environment and ceilings, the tests
+(while compilers fill their caches in the background), tuning into a fresh store, operators, models. Every phase has a
+share of the time; what one leaves over the next may use, and one that does not get done keeps what it has measured.
+
+Leaves at most six files: environment.json, tests.json, <GPU>.json (tuned configs, as autotune/configs takes them),
+bench.json, models.json, and summary.md, which holds every target of the project next to what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from autotune import timing
+from autotune.bench import results_folder
+from autotune.cases import LOST
+from autotune.store import Store, shipped_folder
+from autotune.targets import summary
+from autotune.tuner import gpu_name
+
+__all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
+
+SECONDS = 515.0  # for everything: nine minutes, less what starting, ending and a slow disk may take
+GRACE = 12.0  # between the end of a phase's time and the end of its process
+RESTARTS = 3  # of a phase whose process lost the GPU or crashed
+MOST_LOG_LINES = 60
+CORES_FOR_BACKGROUND, MEMORY_FOR_BACKGROUND = 8, 64e9
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A command and its share of the time.
+
+    ``command(seconds, again)`` gives its arguments: the seconds it has, and whether an earlier process of it crashed.
+    ``background`` commands run beside it and end with it; their outcome does not matter.
+    """
+
+    name: str
+    command: Callable[[int, bool], list[str]]
+    seconds: float
+    background: tuple[list[str], ...] = ()
+    finish: Callable[[str, bool], None] = lambda log, complete: None
+
+
+def _start(command: Sequence[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
+    root = timing.repository_root() or Path.cwd()
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Interrupt a process and all it started, as Ctrl-C would; kill what is left after ``seconds``."""
+    stages = [(signal.SIGKILL, 10.0)]
+    if process.poll() is None:
+        stages.insert(0, (signal.SIGINT, seconds))
+    for stage, patience in stages:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, stage)
+            process.wait(patience)
+
+
+def run_phase(phase: Phase, deadline: float, environment: dict[str, str]) -> dict[str, Any]:
+    """Run one phase up to ``deadline`` (monotonic), again where its process is lost, and say how it went."""
+    began = time.monotonic()
+    found: dict[str, Any] = {"name": phase.name, "status": "ok", "exit_code": 0, "restarts": 0}
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as unread, ExitStack() as helpers:
+        for command in phase.background:
+            helpers.callback(_end, _start(command, environment, unread), 2.0)
+        for attempt in range(RESTARTS + 1):
+            left = deadline - time.monotonic()
+            if left < 1:
+                found |= {"status": "out of time", "message": "there was no time left"}
+                break
+            process = _start(phase.command(max(1, int(left)), attempt > 0), environment, log)
+            try:
+                code = process.wait(left + GRACE)
+            except subprocess.TimeoutExpired:
+                found |= {"status": "out of time", "message": "it did not end by itself and was stopped"}
+                break
+            finally:
+                _end(process, GRACE)  # with all it may have left running
+            found |= {"exit_code": code, "restarts": attempt, "status": "ok" if code == 0 else "failed"}
+            if code < 0:
+                found["message"] = f"ended by {signal.Signals(-code).name}"
+            elif code == LOST:
+                found["message"] = "lost the GPU"
+            if code != LOST and code >= 0:
+                break
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    phase.finish(text, found["status"] != "out of time")
+    if found["status"] != "ok":
+        found["log"] = text.splitlines()[-MOST_LOG_LINES:]
+    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def run_phases(
+    phases: Sequence[Phase], folder: Path, environment: dict[str, str], seconds: float
+) -> list[dict[str, Any]]:
+    """Run the phases within ``seconds``, shared out as they ask; ``folder`` gets its summary after each."""
+    messages = Console(stderr=True, highlight=False)
+    start, share, done = time.monotonic(), 0.0, []
+    total = sum(phase.seconds for phase in phases)
+    for phase in phases:
+        share += phase.seconds / total
+        deadline = start + seconds * share - GRACE * (phase is phases[-1])
+        messages.print(f"[bold]{phase.name}[/]: until {deadline - start:.0f} s", style="none")
+        done.append(run_phase(phase, deadline, environment))
+        messages.print(f"{phase.name}: {done[-1]['status']}, {done[-1]['seconds']:.0f} s")
+        for line in done[-1].get("log", [])[-12:]:
+            messages.print(f"    {line}", markup=False, soft_wrap=True)
+        (folder / "summary.md").write_text(summary(folder, done), encoding="utf-8")
+    return done
+
+
+OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?:\s|$)")
+FAILURE = re.compile(r"^(?:FAILED|ERROR) (tests/\S+(?: - .*)?)$")
+TEST_LINE = re.compile(r"^(?:\[gw\d+\]|tests/)")
+
+
+def read_test_log(log: str) -> dict[str, Any]:
+    """Counts and failures from pytest's verbose output, be it whole or cut short."""
+    counts: dict[str, int] = {}
+    failed, explained = {}, {}
+    for line in log.splitlines():
+        summarised = FAILURE.match(line)
+        if summarised:
+            name, _, reason = summarised[1].partition(" - ")
+            explained[name] = reason
+            continue
+        outcome = OUTCOME.search(line) if TEST_LINE.match(line) else None
+        if outcome:
+            word = outcome[1].lower()
+            counts[word] = counts.get(word, 0) + 1
+            if word in ("failed", "error"):
+                found = re.search(r"tests/\S+", line)
+                failed[found[0] if found else line] = ""
+    reasons = failed | explained
+    return {"counts": counts, "failures": [f"{name}: {reason}" if reason else name for name, reason in reasons.items()]}
+
+
+def _test_command(quick: bool) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "tests.device_guard"]
+    if importlib.util.find_spec("xdist") is not None and not quick:
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
+    return [
+        *command,
+        *(["tests/autotune/test_store.py", "-k", "round_trip"] if quick else ["tests/kernels", "tests/models"]),
+    ]
+
+
+def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool) -> list[Phase]:
+    """What the suite runs; ``quick`` on tiny shapes, to try the whole way on any machine in a minute or two."""
+    autotune = [sys.executable, "-m", "autotune"]
+    where = ["--device", str(device), *(["--quick"] if quick else [])]
+    out = ["--out", str(folder)]
+
+    def bench(*what: str) -> Callable[[int, bool], list[str]]:
+        def command(seconds: int, again: bool) -> list[str]:
+            resume = ["--resume"] if again else []
+            return [*autotune, "bench", *what, *where, *out, "--seconds", str(seconds), *resume]
+
+        return command
+
+    def tune(seconds: int, _again: bool) -> list[str]:
+        effort = [] if quick else ["--candidates", "8"]
+        noted = ["--passing-over", str(scratch / "attempts")]
+        which = ["--operator", "involution2d tiny"] if quick else ["--all"]
+        return [*autotune, "tune", *which, *where, *effort, *noted, "--seconds", str(seconds)]
+
+    def keep_tests(log: str, complete: bool) -> None:
+        record = {"schema": 1, "command": " ".join(_test_command(quick)[1:]), "complete": complete}
+        timing.write_json(folder / "tests.json", record | read_test_log(log))
+
+    def keep_configs(_log: str, _complete: bool) -> None:
+        store = Store(scratch, gpu_name(device)).path
+        if store.exists():
+            shutil.copyfile(store, folder / store.name)
+
+    operators = ["--operator", "*tiny*" if quick else "*"]
+    # Compiling takes longer than all measuring: it is done while the tests run, where nothing is timed.
+    background = []
+    if not quick and device.type == "cuda" and _has_room(device):
+        fill = [*where, "--out", str(scratch), "--compile-only"]
+        background = [[*autotune, "bench", "--operator", "*", *fill]]
+        background += [[*autotune, "bench", "--model", name, *fill] for name in ("rednet50", "overlock_xt", "volo_d1")]
+    models = ["--model", *(["rednet26"] if quick else ["*"])]
+    return [
+        Phase("environment", bench("--environment"), 30),
+        Phase("tests", lambda _seconds, _again: _test_command(quick), 130, tuple(background), keep_tests),
+        Phase("tuning", tune, 85, finish=keep_configs),
+        Phase("operators", bench(*operators), 110),
+        Phase("models", bench(*models), 160),
+    ]
+
+
+def _has_room(device: torch.device) -> bool:
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return (os.cpu_count() or 1) >= CORES_FOR_BACKGROUND and memory >= MEMORY_FOR_BACKGROUND
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 if every phase ended well, 1 if anything failed, 2 without a GPU, 130 interrupted."""
+    console = Console(highlight=False)
+    device, quick = arguments.device or timing.best_device(), arguments.quick
+    if device.type != "cuda" and not quick:
+        Console(stderr=True).print("[red]error:[/] the suite measures a GPU; --quick tries it out on a CPU")
+        return 2
+    folder = (arguments.out or results_folder(device, quick=quick)).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        # A fresh store, but what ships for this GPU need not be found again: entries that no longer hold are ignored.
+        shipped = Store(shipped_folder(), gpu_name(device)).path
+        if shipped.exists():
+            shutil.copyfile(shipped, scratch / shipped.name)
+        environment = dict(os.environ) | {"DYNAMIC_KERNELS_STORE": temporary, "PYTHONUNBUFFERED": "1"}
+        if device.type != "cuda":
+            environment["TRITON_INTERPRET"] = "1"
+        try:
+            phases = phases_of(folder, device, scratch, quick=quick)
+            done = run_phases(phases, folder, environment, min(arguments.seconds, SECONDS))
+        except KeyboardInterrupt:
+            return 130
+    path = folder / "environment.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1}
+    timing.write_json(path, record | {"phases": done})
+    console.print((folder / "summary.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    return int(any(phase["status"] != "ok" for phase in done))

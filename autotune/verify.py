@@ -1,0 +1,114 @@
+"""Check every stored config again: run it on random inputs of its problem and compare with the eager path.
+
+On a GPU the entries of that GPU are run as they are. In Triton's interpreter (TRITON_INTERPRET=1, no GPU needed) those
+of every GPU are run on maps of at most 64 pixels, bfloat16 as float32; that takes a second or so each.
+
+Exit code: 0 all agree, 1 one does not, 2 there is nothing here to run kernels on, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autotune import progress, timing
+from autotune.tunables import StoredEntry, find_tunables, problem_of, stored_entries, visit_example, why_unused
+from autotune.tuner import Problem, Trial, Tunable, config_of, disagreement, gpu_name
+from kernels.backend import interpreting, triton_installed
+
+__all__ = ["add_arguments", "check_entry", "run"]
+
+MOST_PIXELS_INTERPRETED = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", metavar="NAME", help="entries of this GPU (default: the one here; interpreted, all)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def _reduced(problem: Problem) -> Problem:
+    """A problem the interpreter is done with soon. Its products of bfloat16 operands are wrong, float32 stands in."""
+    changes: dict[str, Any] = {"pixels": min(problem.pixels, MOST_PIXELS_INTERPRETED)}
+    if getattr(problem, "dtype", None) == torch.bfloat16:
+        changes["dtype"] = torch.float32
+    return problem._replace(**changes)
+
+
+def check_entry(stored: StoredEntry, known: dict[str, Tunable], device: torch.device) -> dict[str, Any]:
+    """Run one entry. Its row's ``status`` is ok, failed, or unchecked where launches would not use it either."""
+    row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key, "config": stored.entry.get("config")}
+    unused = why_unused(stored.key, stored.entry, known)
+    if unused is not None:
+        return row | {"status": "unchecked", "reason": unused}
+    tunable = known[stored.key.partition(" ")[0]]
+    if tunable.problem is None or tunable.example is None:
+        return row | {"status": "unchecked", "reason": "the kernel offers no example to check it with"}
+    try:
+        problem = problem_of(tunable, stored.key)
+        config = config_of(dict(stored.entry), tunable, problem)
+        tried = _reduced(problem) if device.type == "cpu" else problem
+
+        def visit(trial: Trial) -> str | None:
+            return disagreement(trial.run(config), trial.reference(), tried)
+
+        reason = visit_example(tunable, tried, device, visit)
+    except Exception as error:  # whatever a config does, the others are still to be checked
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return row | {"status": "ok" if reason is None else "failed", "reason": reason}
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    colours = {"ok": "green", "failed": "red", "unchecked": "yellow"}
+    shown = Table(title="Stored configs against the eager path", title_justify="left")
+    for heading in ("GPU", "from"):
+        shown.add_column(heading)
+    shown.add_column("problem", overflow="fold")
+    shown.add_column("state", overflow="fold")
+    for row in rows:
+        reason = "" if row["reason"] is None else f": {escape(row['reason'])}"
+        state = f"[{colours[row['status']]}]{row['status']}[/]{reason}"
+        shown.add_row(row["gpu"], row["source"], escape(row["key"]), state)
+    return shown
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False)
+    messages = Console(stderr=True, highlight=False)
+    device = timing.best_device()
+    if not triton_installed() or (device.type != "cuda" and not interpreting()):
+        messages.print(
+            "[red]error:[/] kernels run on a GPU, or on a CPU in Triton's interpreter: set TRITON_INTERPRET=1"
+        )
+        return 2
+    gpu = arguments.gpu or (gpu_name(device) if device.type == "cuda" else None)
+    if device.type != "cuda":
+        device = torch.device("cpu")
+    known = find_tunables()
+    rows: list[dict[str, Any]] = []
+    code = 0
+    try:
+        checked = progress.each(
+            list(stored_entries(gpu)),
+            lambda stored: check_entry(stored, known, device),
+            lambda stored: stored.key,
+            lambda row: row["status"],
+        )
+        rows.extend(checked)
+    except KeyboardInterrupt:
+        code = 130
+    failed = any(row["status"] == "failed" for row in rows)
+    if arguments.json:
+        print(json.dumps({"device": timing.device_name(device), "entries": rows}, indent=1))
+    elif rows:
+        console.width = max(console.width, 120)
+        console.print(_table(rows))
+    else:
+        console.print("Nothing is tuned, so there is nothing to verify.")
+    return code or int(failed)

@@ -1,0 +1,32 @@
+"""The depthwise kernels launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.depthwise import triton_kernels
+from kernels.depthwise.triton_tiles import Problem
+
+__all__ = ["convolve", "weight_gradient"]
+
+
+def _feature_map(problem: Problem, device: torch.device) -> Tensor:
+    """[B, C, H, W] of that many pixels, near a square, whose rows are aligned to ``problem.vector`` elements."""
+    widths = [w for w in range(1, problem.pixels + 1) if problem.pixels % w == 0 and w % problem.vector == 0]
+    width = min(widths, key=lambda w: abs(w * w - problem.pixels), default=problem.pixels)
+    # A wider row than the map is aligned to no more than asked for.
+    row = width + problem.vector
+    shape = (problem.images, problem.channels, problem.pixels // width, row)
+    return torch.randn(shape, dtype=problem.dtype, device=device)[..., :width]
+
+
+def convolve(problem: Problem, device: torch.device) -> None:
+    shape = (problem.channels, 1, problem.kernel_size, problem.kernel_size)
+    weight = torch.randn(shape, dtype=problem.dtype, device=device)
+    triton_kernels.convolve(_feature_map(problem, device), weight)
+
+
+def weight_gradient(problem: Problem, device: torch.device) -> None:
+    x = _feature_map(problem, device)
+    triton_kernels.weight_gradient(torch.randn_like(x), x, problem.kernel_size)

@@ -1,0 +1,238 @@
+"""``python -m autotune tune``: what is tuned, what is passed over, and what survives an interruption."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from autotune import tune, tuner
+from autotune.__main__ import main
+from autotune.store import Store, user_folder
+from autotune.tune import Tuning
+from autotune.tuner import Trial, Tunable, key_of
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tries the command on a CPU, in the interpreter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block: int
+
+    def valid(self, problem):
+        return True
+
+
+class Problem(NamedTuple):
+    pixels: int
+
+
+TOY = Tunable("toy", (Config(8), Config(16), Config(32)), lambda p: Config(16), lambda p, c: c.block, ("autotune.store",))
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(tuner, "shipped_folder", lambda: tmp_path / "shipped")
+    tuner.forget()
+    yield
+    tuner.forget()
+
+
+def _launch(pixels, reference=torch.ones(4), fails=None):
+    """What a launcher does: ask for a config, and fail where it would."""
+
+    def launch():
+        tuner.choose(TOY, Problem(pixels), CPU, Trial(lambda config: torch.ones(4), lambda: reference))
+        if fails is not None:
+            raise fails
+
+    return launch
+
+
+def _clock(call):
+    """Times follow from the config: 8 is the fastest."""
+    return float(call.__defaults__[0].block)
+
+
+def _tune(launches, **options):
+    tuning = Tuning(CPU, time_call=_clock, **options)
+    tuning.collect(iter(launches))
+    tuning.tune(iter(launches))
+    return tuning
+
+
+def _stored():
+    return Store(user_folder(), "cpu").read()
+
+
+def test_tunes_what_has_no_entry_and_nothing_else():
+    launches = [_launch(49), _launch(3000), _launch(3136)]  # the last two share a key
+    tuning = _tune(launches)
+    assert list(tuning.rows) == [key_of(TOY, Problem(49)), key_of(TOY, Problem(3000))]
+    assert set(_stored()) == set(tuning.rows)
+    row = tuning.rows[key_of(TOY, Problem(49))]
+    assert (row["milliseconds"], row["heuristic_milliseconds"], row["gain"]) == (8.0, 16.0, 2.0)
+    assert row["config"] == {"block": 8}
+    assert row["tried"] == 3
+    assert list(_tune([*launches, _launch(196)]).rows) == [key_of(TOY, Problem(196))]
+    assert len(_tune(launches, force=True).rows) == 2
+
+
+def test_an_interruption_keeps_what_is_done_and_the_next_run_goes_on():
+    launches = [_launch(1), _launch(2), _launch(3)]
+    calls = []
+
+    def interrupted(call):
+        calls.append(call)
+        if len(calls) > 3:  # in the second problem
+            raise KeyboardInterrupt
+        return _clock(call)
+
+    tuning = Tuning(CPU, time_call=interrupted)
+    tuning.collect(iter(launches))
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(iter(launches))
+    assert list(_stored()) == list(tuning.rows) == [key_of(TOY, Problem(1))]
+    assert tuning.left == [key_of(TOY, Problem(2)), key_of(TOY, Problem(3))]
+    tuner.forget()
+    assert list(_tune(launches).rows) == tuning.left
+
+
+def test_past_the_deadline_none_is_begun():
+    assert _tune([_launch(1)], deadline=0.0).left == [key_of(TOY, Problem(1))]
+    assert _stored() == {}
+
+
+def test_one_failure_does_not_cost_the_others():
+    broken = _launch(1, fails=torch.OutOfMemoryError("CUDA out of memory"))
+    wrong = _launch(2, reference=torch.zeros(4))
+    tuning = _tune([broken, wrong, _launch(3)])
+    assert tuning.rows[key_of(TOY, Problem(2))]["config"] is None
+    assert len(tuning.rows[key_of(TOY, Problem(2))]["rejected"]) == 3
+    assert list(_stored()) == [key_of(TOY, Problem(1)), key_of(TOY, Problem(3))]
+    assert set(tuning.errors) == {"OutOfMemoryError: CUDA out of memory"}
+
+
+def test_a_reference_that_fails_is_a_row_of_its_own(capsys):
+    def raising():
+        raise torch.OutOfMemoryError("too large")
+
+    launch = lambda: tuner.choose(TOY, Problem(1), CPU, Trial(lambda config: torch.ones(4), raising))  # noqa: E731
+    (row,) = _tune([launch]).rows.values()
+    assert row["failure"] == "OutOfMemoryError: too large"
+    assert row["config"] is None
+    assert "toy pixels=1: no config agreed" in capsys.readouterr().err
+
+
+def test_what_ended_a_run_is_passed_over_by_the_next(tmp_path, monkeypatch, capsys):
+    launches = [_launch(1), _launch(2)]
+    monkeypatch.setattr(tune, "_launching", lambda *_: iter(launches))
+    monkeypatch.setattr(tune, "_interpreted_milliseconds", _clock)
+    arguments = ("tune", "--all", "--quick", "--device", "cpu", "--json", "--passing-over", str(tmp_path / "noted"))
+    if not os.environ.get("TRITON_INTERPRET"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with monkeypatch.context() as lost:
+        lost.setattr(tune, "device_lost", lambda device: True)
+        assert main(arguments) == tune.LOST
+    assert "the GPU was lost while tuning toy pixels=1" in capsys.readouterr().err
+    assert main(arguments) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["passed_over"] == [key_of(TOY, Problem(1))]
+    assert [row["key"] for row in record["tuned"]] == [key_of(TOY, Problem(2))]
+
+
+@interpreted
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    assert main(["tune", "--all"]) == 2
+    assert "tuning times kernels on a GPU, and there is none here" in capsys.readouterr().err
+    assert not user_folder().exists()
+    assert main(["tune", "--operator", "no such operator", "--quick", "--device", "cpu"]) == 2
+    assert "--operator must match a name, 'no such operator' does not" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        main(["tune", "--model", "rednet26", "--all"])
+    assert refused.value.code == 2
+
+
+@interpreted
+def test_an_operator_from_the_command_line(capsys):
+    arguments = ("tune", "--operator", "na2d_av tiny", "--quick", "--device", "cpu")
+    assert main([*arguments, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    names = [row["key"].split()[0] for row in record["tuned"]]
+    assert names == ["aggregate", "correlate", "transpose"]
+    assert set(_stored()) == {row["key"] for row in record["tuned"]}
+    assert record["left"] == record["errors"] == []
+    tuner.forget()
+    assert main([*arguments, "--force", "--candidates", "1"]) == 0
+    shown = capsys.readouterr()
+    assert "heuristic, ms" in shown.out
+    assert "[3/3] transpose" in shown.err
+
+
+@interpreted
+def test_a_model_is_collected_without_running_a_kernel(monkeypatch):
+    import argparse
+
+    arguments = argparse.Namespace(
+        model="rednet26", quick=True, batch=None, size=None, dtype=torch.float32, contiguous=False, training=True
+    )
+    tuning = Tuning(CPU, most=2)
+    tuning.collect(tune._launching(arguments, CPU))
+    assert tuning.errors == []
+    names = {key.split()[0] for key in tuning.found}
+    assert {"correlate", "transpose"} <= names  # the backward pass
+    assert all("dtype=float32" in key for key in tuning.found)
+    assert {build.name for build in tuning.work} >= {"_correlate_kernel", "_gather_sum_kernel"}
+
+
+FAKE_DRIVER = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Driver())
+from pathlib import Path
+from autotune.precompile import build, builds
+from autotune.tuner import observing
+from kernels.aggregation import triton_kernels
+from kernels.launch import record_launches
+from kernels.windows import Window
+
+found = []
+x, weight = torch.randn(1, 2, 16, 8, 8), torch.randn(1, 2, 3, 3, 8, 8)
+with record_launches() as launches, observing(lambda request: found.extend(builds(request, 1))):
+    triton_kernels.aggregate(weight, x, Window((3, 3), padding=(1, 1)))
+(described,) = found
+build(described)
+cubins = lambda: sorted(Path(sys.argv[1]).glob("*/*.cubin"))
+built = cubins()
+assert len(built) == 1, built
+kernel, grid, arguments, options = launches[0]
+kernel.device_caches.clear()  # as another process would find it
+kernel.warmup(grid=grid, **arguments, **options)
+assert cubins() == built, "a launch compiles something else than was built for it"
+"""
+
+
+def test_what_is_compiled_ahead_is_what_a_launch_asks_for(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", FAKE_DRIVER, str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

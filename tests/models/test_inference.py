@@ -1,0 +1,312 @@
+"""The inference form computes what the model computes, and is still a model of its family."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernels
+import models
+from models import inference
+from models.layers import DropPath, LayerScale, ResidualDepthwiseConv2d
+from models.overlock import VARIANTS, OverLoCK
+from models.rednet import Bottleneck, RedNet
+from models.volo import VOLO
+from tests.support import DEVICE, assert_close, golden, golden_fill, random_tensor
+
+EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings differs
+
+
+def filled(model: nn.Module) -> Any:
+    """Every entry at random, the batch norms' statistics too, by its official name; evaluation mode."""
+    prefix = "backbone." if isinstance(model, RedNet) else ""
+    return golden_fill().fill_(model, lambda name: name if name.startswith("head.") else prefix + name).eval()
+
+
+def small_overlock(variant: str = "xt", **overrides) -> Any:
+    """A variant's depths and heads at the least possible width, in float64."""
+    structure = VARIANTS[variant]
+    heads = structure["sub_num_heads"]
+    widths = {"embed_dim": (8, 8, 4 * heads[0], 4 * heads[1]), "num_classes": 7}
+    return filled(OverLoCK(**{**structure, **widths, **overrides})).double().to(DEVICE)
+
+
+def small_volo(**overrides) -> Any:
+    structure = {"layers": (1, 1, 1, 1), "embed_dims": (8, 16), "num_heads": (2, 4), "num_classes": 7, "img_size": 64}
+    return filled(VOLO(**{**structure, **overrides})).double().to(DEVICE)
+
+
+def small_rednet(**overrides) -> Any:
+    return filled(RedNet(**{"depths": (1, 2, 1, 1), "num_classes": 7, **overrides})).double().to(DEVICE)
+
+
+SHALLOW = {"depth": (1, 1, 1, 1), "sub_depth": (2, 2)}
+FAMILIES = {
+    "overlock": lambda **options: small_overlock(**SHALLOW, **options),
+    "rednet": small_rednet,
+    "volo": small_volo,
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+def image(*size: int) -> Tensor:
+    return random_tensor(*size, dtype=torch.float64)
+
+
+def assert_same(out: Any, expected: Any) -> None:
+    if isinstance(expected, Tensor):
+        assert_close(out, expected, EXACT)
+        return
+    assert len(out) == len(expected)
+    for o, e in zip(out, expected, strict=True):
+        assert_same(o, e)
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize("name", ["overlock_xt_256x192", "rednet26_224x224", "volo_d1_224x224"])
+def test_golden(name):
+    variant, size = name.rsplit("_", 1)
+    height, width = map(int, size.split("x"))
+    optimised = models.optimize_for_inference(filled(models.create_model(variant)))
+    expected = torch.from_numpy(golden(name)["logits"])
+    with torch.inference_mode():
+        logits = optimised(golden_fill().image(2, height, width))
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("xt", {"features_only": True}), ("t", {"reparam": True}), ("s", {}), ("b", {})],
+    ids=["xt-dense", "t-reparam", "s", "b"],
+)
+def test_overlock(variant, options):
+    model, x = small_overlock(variant, **options), image(1, 3, 32, 40)
+    with torch.no_grad():
+        assert_same(models.optimize_for_inference(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "options"),
+    [
+        ((4, 4, 8, 2), (6, 12), {}),
+        ((12, 12, 20, 4), (12, 16), {"mlp_ratio": 4.0, "stem_dim": 32}),
+    ],
+    ids=["d1", "d5"],
+)
+def test_volo(layers, heads, options):
+    model = small_volo(layers=layers, embed_dims=(2 * heads[0], 2 * heads[1]), num_heads=heads, **options)
+    x = image(2, 3, 64, 72)
+    with torch.no_grad():
+        assert_same(models.optimize_for_inference(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 0},
+        {"in_chans": 1},
+        {"in_chans": 5, "num_classes": 2, "drop_path_rate": 0.5},
+        {"features_only": True, "out_indices": (0, 2)},
+        {"features_only": True, "in_chans": 2},
+    ],
+    ids=str,
+)
+def test_options(family, options):
+    model = family(**options)
+    x = image(2, model.in_chans, 45, 64)
+    with torch.no_grad():
+        assert_same(models.optimize_for_inference(model)(x), model(x))
+
+
+def test_negative_and_zero_scales(family):
+    """Batch norms may turn a channel over or switch it off; so may layer scales."""
+    model = family()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | LayerScale):
+                module.weight[::3] *= -1
+                module.weight[1::3] = 0
+        x = image(1, 3, 64, 64)
+        assert_same(models.optimize_for_inference(model)(x), model(x))
+
+
+def test_gradients_of_the_image(family):
+    """Saliency maps work: nothing is overwritten in place that the backward pass reads."""
+    model, x = family(), image(1, 3, 64, 64)
+    expected, out = (
+        torch.autograd.grad(m(leaf).square().mean(), leaf)[0]
+        for m in (model, models.optimize_for_inference(model))
+        for leaf in [x.clone().requires_grad_()]
+    )
+    assert_close(out, expected, 1e-10)
+
+
+def test_naive_path(family):
+    model, x = family(), image(1, 3, 64, 64)
+    with torch.no_grad(), kernels.use_backend("reference"):
+        assert_same(models.optimize_for_inference(model)(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_weights_are_rounded_once(dtype):
+    """What is folded is the exact product of the given weights, rounded to their type at the very end."""
+    model = small_overlock(**SHALLOW).to(dtype)
+    optimised = models.optimize_for_inference(model)
+    assert {p.dtype for p in optimised.parameters()} == {dtype}
+    conv, norm = model.patch_embed2
+    exact = nn.utils.fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
+    info = torch.finfo(dtype)
+    for folded, expected in zip(optimised.patch_embed2[0].parameters(), exact.parameters(), strict=True):
+        error = (folded.double() - expected).abs()
+        assert (error <= 0.501 * info.eps * expected.abs().clamp_min(info.tiny)).all()
+
+
+# ---- the same interface
+
+
+def test_interface(family):
+    model, x = family(), image(2, 3, 64, 64)
+    optimised = models.optimize_for_inference(model)
+    assert isinstance(optimised, type(model))
+    assert not optimised.training
+    with torch.no_grad():
+        assert_same(optimised.forward_features(x), model.forward_features(x))
+        features = model.forward_features(x)
+        assert_same(optimised.forward_head(features), model.forward_head(features))
+        assert_same(optimised.forward_head(features, pre_logits=True), model.forward_head(features, pre_logits=True))
+        assert_same(optimised.forward_intermediates(x), model.forward_intermediates(x))
+        early = {"indices": [0, 2], "stop_early": True, "intermediates_only": True}
+        assert_same(optimised.forward_intermediates(x, **early), model.forward_intermediates(x, **early))
+        logits = optimised(x)
+    assert optimised.get_classifier().weight.shape == model.get_classifier().weight.shape
+    assert optimised.feature_info == model.feature_info
+    optimised.reset_classifier(3)
+    assert optimised(x).shape == (2, 3)
+    assert logits.shape == (2, 7)
+
+
+def test_the_given_model_is_left_as_it_is(family):
+    model = family()
+    before = copy.deepcopy(model.state_dict())
+    switches = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    optimised = models.optimize_for_inference(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == switches
+    own = {tensor.data_ptr() for tensor in after.values()}
+    assert own.isdisjoint(tensor.data_ptr() for tensor in optimised.state_dict().values())
+    model.train()(image(2, 3, 64, 64))  # with its batch norms and its second output
+
+
+def test_once_more_changes_nothing(family):
+    once = models.optimize_for_inference(family())
+    twice = models.optimize_for_inference(once)
+    assert twice is not once
+    for (name, tensor), (other_name, other) in zip(once.state_dict().items(), twice.state_dict().items(), strict=True):
+        assert name == other_name
+        assert torch.equal(tensor, other), name
+    x = image(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(once(x), twice(x))
+
+
+def test_survives_copying_and_pickling(family):
+    optimised, x = models.optimize_for_inference(family()), image(1, 3, 64, 64)
+    file = io.BytesIO()
+    torch.save(optimised, file)
+    file.seek(0)
+    with torch.no_grad():
+        expected = optimised(x)
+        assert torch.equal(copy.deepcopy(optimised)(x), expected)
+        assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_every_variant_folds_completely(name):
+    with torch.device("meta"):
+        given = models.create_model(name)
+    model: Any = models.optimize_for_inference(given.eval())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if isinstance(model, RedNet):  # those after an involution
+        assert len(norms) == 1 + sum(isinstance(module, Bottleneck) for module in model.modules())
+    else:
+        assert not norms
+    assert not any(isinstance(module, DropPath | ResidualDepthwiseConv2d) for module in model.modules())
+    assert not any("dil_" in name for name, _ in model.named_modules())
+    assert hasattr(model, "aux_head") == isinstance(model, VOLO)  # where it is part of the logits
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_layer_scale_after_a_convolution_is_folded():
+    dense: Any = models.optimize_for_inference(small_overlock(**SHALLOW, features_only=True))
+    assert isinstance(dense.h_proj[1], nn.Identity)
+
+
+def test_a_padded_convolution_does_not_take_a_batch_norm_before_it():
+    """Padding reads 0 behind the batch norm, where the folded weights would make the shift of it."""
+    layers = filled(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
+    x = random_tensor(2, 4, 5, 5, device="cpu")
+    with torch.no_grad():
+        expected = layers(x)
+        inference._fold_neighbours(layers)
+        assert_close(layers(x), expected, 1e-6)
+    assert [type(layer) for layer in layers] == [nn.BatchNorm2d, nn.Conv2d, nn.Identity, nn.ReLU]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("overlock_xt", {**SHALLOW, "num_classes": 9}),
+        ("rednet26", {"num_classes": 9}),
+        ("volo_d1", {"features_only": True, "out_indices": [0]}),
+    ],
+)
+def test_create_model_from_a_checkpoint(tmp_path, name, options):
+    model = filled(models.create_model(name, **options))
+    models.save_checkpoint(model, tmp_path / "weights.pth")
+    optimised = models.create_model(name, checkpoint=tmp_path / "weights.pth", inference=True, **options)
+    x = random_tensor(1, 3, 64, 64, device="cpu")
+    with torch.inference_mode():
+        out, expected = (torch.cat([*m(x)]) for m in (optimised, model))
+    assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
+    with pytest.raises(ValueError, match="does not fit"):  # too late: there is nowhere for the batch norms to go
+        models.load_checkpoint(optimised, tmp_path / "weights.pth")
+
+
+# ---- refusals
+
+
+def test_refuses_training_mode(family):
+    model = family()
+    with pytest.raises(ValueError, match=r"model must be in evaluation mode.*root.*call model\.eval\(\)"):
+        models.optimize_for_inference(model.train())
+    name, norm = next((n, m) for n, m in model.eval().named_modules() if isinstance(m, nn.BatchNorm2d))
+    norm.train()
+    with pytest.raises(ValueError, match=rf"model must be in evaluation mode, but its {name} is"):
+        models.optimize_for_inference(model)
+
+
+def test_the_result_refuses_to_be_trained(family):
+    optimised = models.optimize_for_inference(family()).train()
+    with pytest.raises(ValueError, match=r"optimised for inference.*call model\.eval\(\)"):
+        optimised(image(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("model", [nn.Identity(), nn.Sequential(), "rednet50", None])
+def test_refuses_other_models(model):
+    with pytest.raises(TypeError, match=rf"model must be an OverLoCK, a RedNet or a VOLO, got {type(model).__name__}"):
+        models.optimize_for_inference(model)
