@@ -123,6 +123,29 @@ def _contmix(dtype: torch.dtype, length: int, kernel_size: int) -> Iterator[Call
     yield lambda: kernels.contmix_one_size(features, projected, bias, rpb, features, features, statistics)
 
 
+def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from kernels.outlook import triton_kernels as kernels
+
+    # VOLO-D1: 6 heads of 32 channels.
+    logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
+    yield lambda: kernels.outlook(logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: kernels.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
+
+
+def _depthwise(
+    dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
+) -> Iterator[Callable[[], object]]:
+    from kernels.depthwise import triton_kernels as kernels
+
+    x, weight = (
+        _meta(128, channels, length, length, dtype=dtype),
+        _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
+    )
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    yield lambda: kernels.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
+    yield lambda: kernels.weight_gradient(x, x, kernel_size)
+
+
 def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
     """Launcher calls at the models' own shapes, by name."""
     return {
@@ -131,6 +154,9 @@ def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
         "involution, kernels generated, 128@28 K=7": _generate(dtype),
         "neighborhood 8x16@14 K=13": _neighborhood(dtype, 14, 13),
         "neighborhood 8x16@56 K=7 d=2": _neighborhood(dtype, 56, 7, dilation=2),
+        "outlook 6x32@28 K=3 s=2": _outlook(dtype),
+        "depthwise 64@56 K=17": _depthwise(dtype, 64, 56, 17),
+        "depthwise 256@14 K=13, channels last": _depthwise(dtype, 256, 14, 13, channels_last=True),
         "contmix 8x16@14 K=5": _contmix(dtype, 14, 5),
         "contmix 8x16@14 K=13": _contmix(dtype, 14, 13),
     }

@@ -164,7 +164,7 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
         from autotune.workloads import random_model
 
         small = arguments.quick
-        batch, size = arguments.batch or (1 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
+        batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
         layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
         images = placed(random_images(batch, size), arguments.dtype, device, layout)
         model = placed(random_model(arguments.model).train(arguments.training), arguments.dtype, device, layout)

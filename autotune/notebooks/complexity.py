@@ -168,8 +168,8 @@ def layers_table(channels: int, side: int) -> Table:
         verdict = "equal" if agree else "differ"
         rows.append((layer.name, _number(parameters), _number(multiply_adds), layer.terms, verdict))
     caption = (
-        f"C = {channels} channels, N = {side}×{side} positions; K = {KERNEL_SIZE}, {OUTLOOK_SIZE} for outlook attention; "
-        f"G = C/16 groups, h = C/32 heads. Bias, batch norm and position tables are in the counts."
+        f"C = {channels} channels, N = {side}×{side} positions; K = {KERNEL_SIZE}, {OUTLOOK_SIZE} for outlook attention;"
+        " G = C/16 groups, h = C/32 heads. Bias, batch norm and position tables are in the counts."
     )
     headings = ("layer", "parameters", "multiply-adds", "leading terms", "count against formula")
     return Table(headings, rows, caption)
@@ -228,6 +228,7 @@ def claims_table() -> Table:
         "", lambda c: _OnMaps(OutlookAttention(c, heads, OUTLOOK_SIZE, 1), False), lambda c: 0, lambda c, n: 0, ""
     )
     strided = Layer("", lambda c: _OnMaps(OutlookAttention(c, heads), False), lambda c: 0, lambda c, n: 0, "")
+    share = outlook_paper() / self_attention()
     rednet, resnet = figures.count_model("rednet50")["multiply_adds_g"], 4.1
     rows = [
         (
@@ -238,8 +239,7 @@ def claims_table() -> Table:
         (
             "outlook attention (2106.13112)",
             f"N·K⁴ < 2C at C = {channels}, K = 3, N = {heads} heads: cheaper than self-attention",
-            f"{heads * P4} < {2 * channels}; by its formula {outlook_paper() / self_attention():.0%} of self-attention's "
-            f"work at {side}²",
+            f"{heads * P4} < {2 * channels}; by its formula {share:.0%} of self-attention's work at {side}²",
         ),
         (
             "the same, counted",

@@ -27,6 +27,7 @@ __all__ = [
     "Candidate",
     "Known",
     "candidates",
+    "compile_in_process",
     "compiled",
     "landscape_figure",
     "measured",
@@ -69,30 +70,32 @@ def candidates(gpu: str) -> list[Candidate]:
     )
 
 
-def compiled(found: Sequence[Candidate], architecture: str = "sm_90") -> list[Candidate]:
-    """The candidates with what Triton's compiler makes of them for ``architecture``; no GPU is needed.
+def compile_in_process(architecture: str, indices: Sequence[int]) -> list[Known]:
+    """``subject.compile_candidates`` in a process of its own, where Triton's interpreter is off.
 
-    Two processes share the work. RuntimeError where a config does not build.
+    RuntimeError where a config does not build.
     """
-    tunable, problem = subject()
-    order = tunable.candidates(problem)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "autotune.notebooks.subject", architecture, *map(str, indices)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"compiling for {architecture} failed: {done.stderr.strip().splitlines()[-1]}")
+    return [Known(**report) for report in json.loads(done.stdout)]
 
-    def work(indices: range) -> list[dict[str, int]]:
-        command = [sys.executable, "-m", "autotune.notebooks.subject", architecture, *map(str, indices)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"compiling for {architecture} failed: {done.stderr.strip().splitlines()[-1]}")
-        return json.loads(done.stdout)
 
+def compiled(found: Sequence[Candidate], architecture: str = "sm_90") -> list[Candidate]:
+    """The candidates with what Triton's compiler makes of them for ``architecture``; no GPU is needed."""
+    tunable, problem = subject()
+    order = tunable.candidates(problem)
     workers = 2
     parts = [range(first, len(order), workers) for first in range(workers)]
     known: dict[Any, Known] = {}
     with ThreadPoolExecutor(workers) as pool:
-        for indices, reports in zip(parts, pool.map(work, parts), strict=True):
-            known.update({order[i]: Known(**report) for i, report in zip(indices, reports, strict=True)})
+        reports = pool.map(lambda part: compile_in_process(architecture, part), parts)
+        for indices, part in zip(parts, reports, strict=True):
+            known.update({order[index]: report for index, report in zip(indices, part, strict=True)})
     return [replace(candidate, known=known[candidate.config]) for candidate in found]
 
 

@@ -93,5 +93,5 @@ def figure(fields: Sequence[tuple[Model, Tensor]], session: Session, images: int
         return finish(
             drawn,
             "Effective receptive field of the last feature map's centre",
-            f"{size}×{size} pixels, mean of {images} views; squares hold 50 % and 90 % · {session.device_name}, float32",
+            f"{size}×{size} px, mean of {images} views; squares hold 50 % and 90 % · {session.device_name}, float32",
         )

@@ -114,7 +114,7 @@ def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, session: S
         )  # fmt: skip
         rate = report.number(ceilings.operations_per_second / 1e9)
         axis.annotate(
-            f"matrix product: {rate} Gop/s", (ceilings.balance, roof[-1][1]), (0, 5), textcoords="offset points", ha="left",
+            f"matrix product: {rate} Gop/s", (ceilings.balance, roof[-1][1]), (0, 5), textcoords="offset points",
             color=plots.COLOURS["floor"],
         )  # fmt: skip
         for entry in measured:

@@ -1,8 +1,8 @@
 """The kernel that notebook 05 looks at, and what the compiler makes of its configs.
 
 Run as a module, ``python -m autotune.notebooks.subject ARCHITECTURE INDEX...`` with indices into the tuner's
-candidates, it prints the latter as JSON. That needs a process of its own wherever Triton's interpreter is switched on; Triton keeps
-what it compiled in its own cache.
+candidates, it prints the latter as JSON. That needs a process of its own wherever Triton's interpreter is switched on; Triton
+keeps what it compiled in its own cache.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """``python -m autotune tune``: what is tuned, what is passed over, and what survives an interruption."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -34,7 +35,9 @@ class Problem(NamedTuple):
     pixels: int
 
 
-TOY = Tunable("toy", (Config(8), Config(16), Config(32)), lambda p: Config(16), lambda p, c: c.block, ("autotune.store",))
+TOY = Tunable(
+    "toy", (Config(8), Config(16), Config(32)), lambda p: Config(16), lambda p, c: c.block, ("autotune.store",)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -137,8 +140,7 @@ def test_what_ended_a_run_is_passed_over_by_the_next(tmp_path, monkeypatch, caps
     monkeypatch.setattr(tune, "_launching", lambda *_: iter(launches))
     monkeypatch.setattr(tune, "_interpreted_milliseconds", _clock)
     arguments = ("tune", "--all", "--quick", "--device", "cpu", "--json", "--passing-over", str(tmp_path / "noted"))
-    if not os.environ.get("TRITON_INTERPRET"):
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tune, "interpreting", lambda: True)
     with monkeypatch.context() as lost:
         lost.setattr(tune, "device_lost", lambda device: True)
         assert main(arguments) == tune.LOST
@@ -170,19 +172,25 @@ def test_an_operator_from_the_command_line(capsys):
     assert names == ["aggregate", "correlate", "transpose"]
     assert set(_stored()) == {row["key"] for row in record["tuned"]}
     assert record["left"] == record["errors"] == []
-    tuner.forget()
-    assert main([*arguments, "--force", "--candidates", "1"]) == 0
-    shown = capsys.readouterr()
-    assert "heuristic, ms" in shown.out
-    assert "[3/3] transpose" in shown.err
+
+
+def test_the_table_names_problem_times_gain_and_config(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "_launching", lambda *_: iter([_launch(1), _launch(2, reference=torch.zeros(4))]))
+    monkeypatch.setattr(tune, "_interpreted_milliseconds", _clock)
+    monkeypatch.setattr(tune, "interpreting", lambda: True)
+    assert main(["tune", "--all", "--quick", "--device", "cpu"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "toy pixels=1 │ 16.0000 │ 8.0000 │ 2.00× │ block=8" in shown
+    assert "toy pixels=2 │ – │ – │ – │ none: output 0 is off by" in shown
+    monkeypatch.setattr(tune, "_launching", lambda *_: iter([_launch(1)]))
+    assert main(["tune", "--all", "--quick", "--device", "cpu"]) == 0
+    assert "Everything is tuned already" in capsys.readouterr().out
 
 
 @interpreted
-def test_a_model_is_collected_without_running_a_kernel(monkeypatch):
-    import argparse
-
+def test_a_model_is_collected_without_running_a_kernel():
     arguments = argparse.Namespace(
-        model="rednet26", quick=True, batch=None, size=None, dtype=torch.float32, contiguous=False, training=True
+        model="rednet26", quick=True, batch=2, size=None, dtype=torch.float32, contiguous=False, training=True
     )
     tuning = Tuning(CPU, most=2)
     tuning.collect(tune._launching(arguments, CPU))

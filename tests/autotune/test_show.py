@@ -1,0 +1,103 @@
+"""``python -m autotune show``: every entry, whether launches use it, and if not, why."""
+
+import json
+
+import pytest
+
+from autotune import show, tunables, tuner
+from autotune.__main__ import main
+from autotune.store import Store
+
+GPU = "NVIDIA H200"
+KEY = "aggregate channels=16 pixels=196 steps=49 kernel_fastest=False channels_fastest=False dtype=bfloat16"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
+    for module in (show, tunables):
+        monkeypatch.setattr(module, "shipped_folder", lambda: tmp_path / "shipped")
+    return tmp_path / "store", tmp_path / "shipped"
+
+
+def _entry(**changes):
+    aggregate = tunables.find_tunables()["aggregate"]
+    return {
+        "config": {"block_pixels": 32, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2},
+        "triton": tuner.triton_version(),
+        "source": aggregate.source,
+        "milliseconds": 0.25,
+        "heuristic_milliseconds": 0.5,
+    } | changes
+
+
+def _shown(capsys, *arguments):
+    assert main(["show", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
+    invalid = {"block_pixels": 128, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2}
+    expected = {
+        KEY: (_entry(), None),
+        KEY.replace("196", "784"): (_entry(triton="3.0"), f"tuned with triton 3.0, this is {tuner.triton_version()}"),
+        KEY.replace("196", "1024"): (_entry(source="0"), "the kernel's source has changed since"),
+        KEY.replace("196", "49"): (_entry(config={"block_pixels": 7}), "the kernel offers no such config"),
+        KEY.replace("196", "16"): (_entry(config=invalid), "the config is not valid for this problem"),
+        "gather channels=16 pixels=49": (_entry(), "there is no such kernel"),
+        "aggregate channels=many pixels=49": (_entry(), "is no problem of the kernel aggregate"),
+        KEY.replace("196", "1000"): (_entry(), "is not how the kernel aggregate writes this problem"),
+    }
+    Store(folders[0], GPU).update({key: entry for key, (entry, _) in expected.items()})
+    shown = _shown(capsys)
+    assert shown["folders"]["store"] == str(folders[0])
+    found = {row["key"]: row["unused"] for row in shown["entries"]}
+    assert set(found) == set(expected)
+    for key, (_, reason) in expected.items():
+        assert found[key] == reason or reason in found[key]
+    assert {row["gpu"] for row in shown["entries"]} == {"NVIDIA_H200"}
+
+
+def test_the_users_store_goes_before_what_is_shipped(folders, capsys):
+    for folder in folders:
+        Store(folder, GPU).update({KEY: _entry()})
+    Store(folders[1], "AMD MI300X").update({KEY: _entry()})
+    rows = _shown(capsys)["entries"]
+    assert [(row["gpu"], row["source"], row["unused"]) for row in rows] == [
+        ("NVIDIA_H200", "store", None),
+        ("AMD_MI300X", "shipped", None),
+        ("NVIDIA_H200", "shipped", "the user's store has one"),
+    ]
+    assert [row["source"] for row in _shown(capsys, "--gpu", GPU)["entries"]] == ["store", "shipped"]
+
+
+def test_the_table_and_the_path(folders, capsys):
+    Store(folders[0], GPU).update({KEY: _entry(), KEY.replace("196", "784"): _entry(source="0")})
+    assert main(["show"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0.2500 │ 0.5000 │ used" in shown
+    assert "not used: the kernel's" in shown
+    assert f"store: {folders[0]}" in shown
+
+
+def test_nothing_tuned_and_a_broken_store(folders, capsys):
+    assert main(["show"]) == 0
+    assert "Nothing is tuned: every launch uses its kernel's heuristic." in capsys.readouterr().out
+    folders[0].mkdir()
+    Store(folders[0], GPU).path.write_text('{"schema": 1, "entr')
+    assert main(["show", "--gpu", GPU]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Nothing is tuned for NVIDIA H200" in shown
+    assert "warning: cannot read tuned configs" in shown
+
+
+def test_without_triton_it_shows_what_it_can(folders, capsys, monkeypatch):
+    Store(folders[0], GPU).update({KEY: _entry(config="not a table", milliseconds="soon")})
+
+    def missing():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(show, "find_tunables", missing)
+    assert _shown(capsys)["entries"][0]["unused"] == "Triton is not installed here"
+    assert main(["show"]) == 0
+    assert "'not a table'" in capsys.readouterr().out

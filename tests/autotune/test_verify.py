@@ -1,0 +1,139 @@
+"""``python -m autotune verify``: every kernel's stored configs can be checked, and a wrong one is found."""
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import kernels
+from autotune import tunables, verify
+from autotune.__main__ import main
+from autotune.bench_operators import benchmark_workloads
+from autotune.store import Store
+from autotune.tunables import StoredEntry, find_tunables, problem_of
+from autotune.tuner import Trial, Tunable, choose, gpu_name, key_of, observing, triton_version
+from kernels.launch import record_launches
+from tests.support import DEVICE
+
+DEVICE = torch.device(DEVICE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    factor: float
+
+    def valid(self, problem):
+        return True
+
+
+class Problem(NamedTuple):
+    pixels: int
+    dtype: torch.dtype
+
+
+TOY = Tunable(
+    "toy", (Config(1.0), Config(2.0)), lambda problem: Config(1.0), lambda problem, config: 0.0, ("autotune.store",),
+    Problem, f"{__name__}:toy_example",
+)  # fmt: skip
+
+
+def toy_example(problem, device):
+    """A kernel that multiplies by its config's factor, which should be 1."""
+    x = torch.randn(problem.pixels, dtype=problem.dtype, device=device)
+    choose(TOY, problem, device, Trial(lambda config: config.factor * x, lambda: x))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(tunables, "shipped_folder", lambda: tmp_path / "shipped")
+    return tmp_path / "store"
+
+
+def _entry(tunable, config):
+    return {"config": dataclasses.asdict(config), "triton": triton_version(), "source": tunable.source}
+
+
+def _problems():
+    """One problem of every kernel that the operators launch, from a tiny shape of each."""
+    found = {}
+    with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.tunable, r.problem)):
+        for workload in benchmark_workloads(quick=True):
+            inputs = workload.draw_inputs(torch.float32, DEVICE)
+            workload.forward_backward(inputs, workload.draw_gradient(torch.float32, DEVICE))
+    return found
+
+
+def test_every_kernel_that_is_launched_is_registered_and_can_be_verified():
+    known, problems = find_tunables(), _problems()
+    assert {tunable.name for tunable in problems} == set(known)
+    for tunable, problem in problems.items():
+        assert known[tunable.name] is tunable
+        key = key_of(tunable, problem)
+        assert problem_of(tunable, key) == problem
+        config = next(config for config in tunable.candidates(problem) if config.valid(problem))
+        stored = StoredEntry("cpu", "store", tunables.user_folder(), key, _entry(tunable, config))
+        row = verify.check_entry(stored, known, DEVICE)
+        assert row["status"] == "ok", f"{key}: {row['reason']}"
+
+
+def test_a_wrong_config_is_found(folder, monkeypatch, capsys):
+    problem = Problem(196, torch.float32)
+    entries = {
+        key_of(TOY, problem): _entry(TOY, Config(1.0)),
+        key_of(TOY, problem._replace(pixels=49)): _entry(TOY, Config(2.0)),
+        key_of(TOY, problem._replace(pixels=25)): _entry(TOY, Config(1.0)) | {"source": "0"},
+    }
+    store = Store(folder, gpu_name(DEVICE))
+    store.update(entries)
+    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+    assert main(["verify", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert "[3/3] toy pixels=49 dtype=float32: failed" in shown.err
+    rows = {row["key"].split()[1]: row for row in json.loads(shown.out)["entries"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "pixels=196": "ok",
+        "pixels=25": "unchecked",
+        "pixels=49": "failed",
+    }
+    assert rows["pixels=49"]["reason"].startswith("output 0 is off by 1.0e+00")
+    assert main(["verify"]) == 1
+    assert "failed: output 0 is off by 1.0e+00" in " ".join(capsys.readouterr().out.split())
+    store.path.unlink()
+    assert main(["verify"]) == 0
+    assert "nothing to verify" in capsys.readouterr().out
+
+
+def test_a_kernel_without_an_example_is_named_not_failed(folder, monkeypatch, capsys):
+    bare = dataclasses.replace(TOY, problem=None, example=None)
+    Store(folder, gpu_name(DEVICE)).update({"toy pixels=49": _entry(bare, Config(1.0))})
+    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": bare})
+    assert main(["verify", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["entries"]
+    assert (row["status"], row["reason"]) == ("unchecked", "the kernel offers no example to check it with")
+
+
+def test_an_interruption_shows_what_was_checked(folder, monkeypatch, capsys):
+    problem = Problem(1, torch.float32)
+    entries = {key_of(TOY, problem._replace(pixels=n)): _entry(TOY, Config(1.0)) for n in (1, 2)}
+    Store(folder, gpu_name(DEVICE)).update(entries)
+    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+    check_entry = verify.check_entry
+
+    def interrupted(stored, known, device):
+        if "pixels=2" in stored.key:
+            raise KeyboardInterrupt
+        return check_entry(stored, known, device)
+
+    monkeypatch.setattr(verify, "check_entry", interrupted)
+    assert main(["verify", "--json"]) == 130
+    assert [row["status"] for row in json.loads(capsys.readouterr().out)["entries"]] == ["ok"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_gpu_and_interpreter_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "interpreting", lambda: False)
+    assert main(["verify"]) == 2
+    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
