@@ -180,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.model or everything:
             plans.append(("models.json", _model_cases(arguments, settings), {}))
     except (ValueError, OSError) as error:
-        messages.print(f"[red]error:[/] {escape(str(error))}")
+        messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     try:
         for file, cases, facts in plans:

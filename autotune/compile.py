@@ -284,6 +284,7 @@ def run(arguments: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("compile needs Triton's compiler: unset TRITON_INTERPRET")
     console = Console(stderr=arguments.json)
+    console.width = max(console.width, 150)  # a table cut short says less than one a narrow terminal wraps
     work = [
         (name, launch, architecture)
         for dtype in arguments.dtype
@@ -320,9 +321,9 @@ def _recorded(call: Callable[[], object]) -> list[Launch]:
 def _table(reports: list[Report]) -> Table:
     table = Table(title="Kernels compiled ahead of time")
     for column in ("case", "kernel", "arch", "dtype"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("warps", "registers", "spilled B", "shared B", "load bits", "tensor core", "shuffles", "FMA"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for report in reports:
         values = list(asdict(report).values())
         table.add_row(*["-" if value is None else str(value) for value in values])

@@ -253,7 +253,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         tuning.collect(_launching(arguments, device))
     except ValueError as error:
-        messages.print(f"[red]error:[/] {escape(str(error))}")
+        messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     try:
         if device.type == "cuda":

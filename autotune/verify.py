@@ -1,7 +1,8 @@
 """Check every stored config again: run it on random inputs of its problem and compare with the eager path.
 
 On a GPU the entries of that GPU are run as they are. In Triton's interpreter (TRITON_INTERPRET=1, no GPU needed) those
-of every GPU are run on maps of at most 64 pixels, bfloat16 as float32; that takes a second or so each.
+of every GPU are run at reduced sizes (maps of at most 64 pixels) and bfloat16 as float32; that takes a second or so
+each.
 
 Exit code: 0 all agree, 1 one does not, 2 there is nothing here to run kernels on, 130 interrupted.
 """
@@ -25,7 +26,7 @@ from kernels.backend import interpreting, triton_installed
 
 __all__ = ["add_arguments", "check_entry", "run"]
 
-MOST_PIXELS_INTERPRETED = 64
+MOST_INTERPRETED = {"pixels": 64, "channels": 32, "images": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _reduced(problem: Problem) -> Problem:
     """A problem the interpreter is done with soon. Its products of bfloat16 operands are wrong, float32 stands in."""
-    changes: dict[str, Any] = {"pixels": min(problem.pixels, MOST_PIXELS_INTERPRETED)}
+    changes: dict[str, Any] = {
+        name: min(getattr(problem, name), most) for name, most in MOST_INTERPRETED.items() if name in problem._fields
+    }
     if getattr(problem, "dtype", None) == torch.bfloat16:
         changes["dtype"] = torch.float32
     return problem._replace(**changes)
@@ -83,9 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     messages = Console(stderr=True, highlight=False)
     device = timing.best_device()
     if not triton_installed() or (device.type != "cuda" and not interpreting()):
-        messages.print(
-            "[red]error:[/] kernels run on a GPU, or on a CPU in Triton's interpreter: set TRITON_INTERPRET=1"
-        )
+        reason = "kernels run on a GPU, or on a CPU in Triton's interpreter: set TRITON_INTERPRET=1"
+        messages.print(f"[red]error:[/] {reason}", soft_wrap=True)
         return 2
     gpu = arguments.gpu or (gpu_name(device) if device.type == "cuda" else None)
     if device.type != "cuda":

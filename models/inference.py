@@ -50,7 +50,7 @@ def optimize_for_inference(model: Model) -> Model:
 
     Raises:
         TypeError: any other module; also one of these that is compiled or wrapped.
-        ValueError: the model, or a part of it, is in training mode.
+        ValueError: the model, or a part of it, is in training mode; or its entries are of several floating types.
     """
     if not isinstance(model, OverLoCK | RedNet | VOLO):
         raise TypeError(f"model must be an OverLoCK, a RedNet or a VOLO, got {type(model).__name__}")
@@ -59,11 +59,18 @@ def optimize_for_inference(model: Model) -> Model:
             raise ValueError(
                 f"model must be in evaluation mode, but its {name or 'root'} is in training mode; call model.eval()"
             )
+    dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        raise ValueError(f"model must have entries of one floating type, got {', '.join(sorted(map(str, dtypes)))}")
+    (dtype,) = dtypes
+
     optimised = copy.deepcopy(model).requires_grad_(False)
     optimised.zero_grad(set_to_none=True)
     optimised.set_grad_checkpointing(False)
+    optimised.to(torch.promote_types(dtype, torch.float32))  # weights are rounded once, when all is folded
     if isinstance(optimised, OverLoCK):
         optimised.reparam()
+    # Residuals first: after that a convolution is a linear map, whatever it was before.
     for rule in (_fold_residual, _fold_neighbours, _fold_bottleneck, _fold_attention_scale, _fold_layer_scales):
         for module in list(optimised.modules()):
             rule(module)
@@ -75,8 +82,9 @@ def optimize_for_inference(model: Model) -> Model:
         _fold_context_scales(optimised)
         if optimised.classifiers.pop("aux_head.2", None):
             del optimised.aux_head  # training's second output
+    optimised.to(dtype)
     for module in optimised.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d):  # a weight in another format than the image is copied at every call
             weight = module.weight.contiguous(memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight, requires_grad=False)
     if _refuse_training not in optimised._forward_pre_hooks.values():
@@ -94,39 +102,30 @@ def _refuse_training(model: nn.Module, _inputs: Any) -> None:
 
 def _fold_after(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     """s[o]·(W∗x + b)[o] + t[o] = (s·W)∗x + (s·b + t)."""
-    weight, bias = _weight_and_bias(conv)
-    _assign(conv, weight * scale.view(-1, 1, 1, 1), bias * scale + shift)
+    _assign(conv, conv.weight * scale.view(-1, 1, 1, 1), _bias(conv) * scale + shift)
 
 
 def _fold_before(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     """W∗(s[i]·x + t[i]) + b = (W·s)∗x + (b + Σ_{i,k} W[:, i, k]·t[i]); padding would have to read −t/s, not 0."""
-    weight, bias = _weight_and_bias(conv)
-    _assign(conv, weight * scale.view(1, -1, 1, 1), bias + weight.sum((2, 3)) @ shift)
+    _assign(conv, conv.weight * scale.view(1, -1, 1, 1), _bias(conv) + conv.weight.sum((2, 3)) @ shift)
 
 
-def _weight_and_bias(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Copies in float32 at least; zeros for a bias that there is not."""
-    weight = _wide(conv.weight)
-    return weight, weight.new_zeros(conv.out_channels) if conv.bias is None else _wide(conv.bias)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
 def _assign(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    dtype = conv.weight.dtype
-    conv.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Scale and shift [C] of a layer that maps x to scale[c]·x + shift[c]; None for every other layer."""
     if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
-        scale = _wide(layer.weight) * torch.rsqrt(_wide(layer.running_var) + layer.eps)
-        return scale, _wide(layer.bias) - _wide(layer.running_mean) * scale
+        scale = layer.weight * torch.rsqrt(layer.running_var + layer.eps)
+        return scale, layer.bias - layer.running_mean * scale
     if isinstance(layer, LayerScale):
-        return _wide(layer.weight).flatten(), _wide(layer.bias)
+        return layer.weight.flatten(), layer.bias
     return None
 
 
@@ -136,9 +135,7 @@ def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 def _fold_residual(module: nn.Module) -> None:
     """x + W∗x + b = (W + δ)∗x + b: an ordinary convolution, which is the same module but for the sum in its forward."""
     if isinstance(module, ResidualDepthwiseConv2d):
-        weight, bias = _weight_and_bias(module)
-        weight[:, :, 1, 1] += 1
-        _assign(module, weight, bias)
+        module.weight[:, :, 1, 1] += 1
         module.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -196,8 +193,8 @@ def _fold_layer_scales(module: nn.Module) -> None:
 
 
 def _move_shift(scale: LayerScale, branch: nn.Sequential) -> None:
-    shift = _wide(scale.bias)
-    _fold_after(_last_convolution(branch), torch.ones_like(shift), shift)
+    """Layer scale and branch are summed, so the branch may add the shift."""
+    _fold_after(_last_convolution(branch), torch.ones_like(scale.bias), scale.bias)
     scale.bias.zero_()
 
 
@@ -217,7 +214,7 @@ def _fold_context_scales(model: OverLoCK) -> None:
             affine = None if block.x_scale is None else _affine(block.x_scale)
             if affine is None:
                 continue
-            scale, shift = affine[0], affine[1] + _wide(block.h_scale.bias)
+            scale, shift = affine[0], affine[1] + block.h_scale.bias
             if isinstance(maker, DynamicConvBlock):  # h is ls2(x) + mlp(x), from channel d on
                 scale = torch.cat((scale.new_ones(maker.channels), scale))
                 shift = torch.cat((shift.new_zeros(maker.channels), shift))

@@ -168,7 +168,7 @@ def layers_table(channels: int, side: int) -> Table:
         verdict = "equal" if agree else "differ"
         rows.append((layer.name, _number(parameters), _number(multiply_adds), layer.terms, verdict))
     caption = (
-        f"C = {channels} channels, N = {side}×{side} positions; K = {KERNEL_SIZE}, {OUTLOOK_SIZE} for outlook attention;"
+        f"C = {channels} channels, N = {side}×{side} positions; K = {KERNEL_SIZE}, of outlook attention {OUTLOOK_SIZE};"
         " G = C/16 groups, h = C/32 heads. Bias, batch norm and position tables are in the counts."
     )
     headings = ("layer", "parameters", "multiply-adds", "leading terms", "count against formula")

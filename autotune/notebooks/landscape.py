@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,91 +18,57 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from autotune import plots
 from autotune.notebooks.session import Session, Table, finish, grid
-from autotune.notebooks.subject import SHAPE, SIDE, WINDOW, Known, subject, tensors
+from autotune.notebooks.subject import SHAPE, SIDE, WINDOW, Candidate, Known, Landscape, subject, tensors
 from autotune.tunables import stored_entries, why_unused
-from autotune.tuner import Trial, bucket, key_of, look_up, measure_candidates
+from autotune.tuner import Trial, bucket, key_of, measure_candidates
+from kernels.backend import interpreting
 
 __all__ = [
     "SHAPE",
-    "Candidate",
-    "Known",
-    "candidates",
-    "compile_in_process",
-    "compiled",
     "landscape_figure",
     "measured",
     "reasons",
     "resident_threads",
     "stored_times",
+    "survey_in_processes",
     "tile_waste",
     "waste_figure",
 ]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A config, and what is known of it.
-
-    ``cost`` is the tuner's estimate, relative to the least among the candidates; ``milliseconds`` a measured time, None
-    where nobody measured; ``rejected`` says why a measured config does not count.
-    """
-
-    config: Any
-    cost: float
-    chosen: bool
-    known: Known | None = None
-    milliseconds: float | None = None
-    rejected: str | None = None
-
-    @property
-    def num_warps(self) -> int:
-        return self.config.num_warps
-
-
-def candidates(gpu: str) -> list[Candidate]:
-    """What tuning would time, by estimated cost; the chosen one is what a launch on that GPU would use now."""
-    tunable, problem = subject()
-    chosen = look_up(tunable, problem, gpu).config
-    costs = {config: tunable.cost(problem, config) for config in tunable.candidates(problem)}
-    least = min(costs.values())
-    return sorted(
-        (Candidate(config, cost / least, config == chosen) for config, cost in costs.items()), key=lambda c: c.cost
-    )
-
-
-def compile_in_process(architecture: str, indices: Sequence[int]) -> list[Known]:
-    """``subject.compile_candidates`` in a process of its own, where Triton's interpreter is off.
+def survey_in_processes(gpu: str, architecture: str | None = "sm_90", processes: int = 2) -> Landscape:
+    """``subject.survey`` in processes that share the work, where Triton's interpreter is off; no GPU is needed.
 
     RuntimeError where a config does not build.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "autotune.notebooks.subject", architecture, *map(str, indices)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"compiling for {architecture} failed: {done.stderr.strip().splitlines()[-1]}")
-    return [Known(**report) for report in json.loads(done.stdout)]
+
+    def work(part: int) -> dict[str, Any]:
+        arguments = [gpu, architecture or "", str(part), str(processes)]
+        command = [sys.executable, "-m", "autotune.notebooks.subject", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"surveying the configs failed: {done.stderr.strip().splitlines()[-1]}")
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(processes) as pool:
+        parts = list(pool.map(work, range(processes)))
+    found = [_candidate(**fields) for part in parts for fields in part["candidates"]]
+    found.sort(key=lambda candidate: candidate.cost)
+    return Landscape(gpu, parts[0]["key"], parts[0]["source"], found)
 
 
-def compiled(found: Sequence[Candidate], architecture: str = "sm_90") -> list[Candidate]:
-    """The candidates with what Triton's compiler makes of them for ``architecture``; no GPU is needed."""
-    tunable, problem = subject()
-    order = tunable.candidates(problem)
-    workers = 2
-    parts = [range(first, len(order), workers) for first in range(workers)]
-    known: dict[Any, Known] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        reports = pool.map(lambda part: compile_in_process(architecture, part), parts)
-        for indices, part in zip(parts, reports, strict=True):
-            known.update({order[index]: report for index, report in zip(indices, part, strict=True)})
-    return [replace(candidate, known=known[candidate.config]) for candidate in found]
+def _candidate(config: dict[str, int], known: dict[str, int] | None, **fields: Any) -> Candidate:
+    config_type = type(subject()[0].configs[0])
+    return Candidate(config_type(**config), known=known and Known(**known), **fields)  # pyright: ignore
 
 
-def measured(found: Sequence[Candidate], session: Session) -> list[Candidate]:
-    """The candidates with their times on this GPU, where every output was checked first; as they are elsewhere."""
-    if session.device.type != "cuda":
-        return list(found)
+def measured(landscape: Landscape, session: Session) -> Landscape:
+    """The landscape with times on this GPU, where every output was checked first; as it is elsewhere."""
+    if session.device.type != "cuda" or interpreting():
+        return landscape
     from kernels.aggregation import eager, triton_kernels
 
     tunable, problem = subject()
@@ -112,9 +78,13 @@ def measured(found: Sequence[Candidate], session: Session) -> list[Candidate]:
         lambda: eager.aggregate(weight.float(), x.float(), WINDOW),
     )
     outcomes = {outcome.config: outcome for outcome in measure_candidates(tunable, problem, trial)}
-    return [
-        replace(c, milliseconds=outcomes[c.config].milliseconds, rejected=outcomes[c.config].rejected) for c in found
-    ]
+    timed = []
+    for candidate in landscape.candidates:
+        outcome = outcomes.get(candidate.config)
+        if outcome is not None:
+            candidate = replace(candidate, milliseconds=outcome.milliseconds, rejected=outcome.rejected)
+        timed.append(candidate)
+    return replace(landscape, candidates=timed)
 
 
 def stored_times() -> dict[str, tuple[Any, float, float | None]]:
@@ -156,14 +126,15 @@ def _labels(found: Sequence[Candidate]) -> list[str]:
     return [", ".join(f"{short[name]} {config[name]}" for name in varying) for config in fields]
 
 
-def landscape_figure(found: Sequence[Candidate], session: Session, architecture: str = "sm_90") -> Figure:
+def landscape_figure(landscape: Landscape, session: Session, architecture: str = "sm_90") -> Figure:
     """A row for each config: the tuner's estimate, the compiler's report, and measured times where there are any."""
+    found = landscape.candidates
     panels: list[tuple[str, str, Sequence[float | None]]] = [
         ("estimated", "cost, relative to the least", [candidate.cost for candidate in found])
     ]
     if all(candidate.known for candidate in found):
         known = [candidate.known for candidate in found if candidate.known]
-        threads = [resident_threads(k, c.num_warps) for k, c in zip(known, found, strict=True)]
+        threads = [resident_threads(k, c.config.num_warps) for k, c in zip(known, found, strict=True)]
         panels += [
             (f"compiled, {architecture}", "registers of a thread", [float(k.registers) for k in known]),
             (f"compiled, {architecture}", "shared memory of a block, KB", [k.shared_bytes / 1024 for k in known]),
@@ -227,21 +198,20 @@ def waste_figure(
         return finish(figure, "Tile waste", "computed from the sizes alone, on any device")
 
 
-def reasons(found: Sequence[Candidate], gpu: str) -> Table:
+def reasons(landscape: Landscape) -> Table:
     """The choice in words, every one of them looked up or counted."""
-    tunable, problem = subject()
-    choice = look_up(tunable, problem, gpu)
-    rank = next(rank for rank, candidate in enumerate(found, 1) if candidate.chosen)
-    config = choice.config
+    found = landscape.candidates
+    rank, chosen = next((rank, candidate) for rank, candidate in enumerate(found, 1) if candidate.chosen)
+    config = chosen.config
     origin = {
         "store": "measured on this machine, in the user's store",
         "shipped": "measured on such a GPU, shipped in autotune/configs",
-        "heuristic": f"the heuristic: no tuned entry for {gpu!r}",
-    }[choice.source]
+        "heuristic": f"the heuristic: nobody tuned this for {landscape.gpu!r}",
+    }[landscape.source]
     elements = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
     best = min((c for c in found if c.milliseconds), key=lambda c: c.milliseconds or 0.0, default=None)
     rows = [
-        ("looked up as", f"`{key_of(tunable, problem)}`"),
+        ("looked up as", f"`{landscape.key}`"),
         ("comes from", origin),
         ("config", ", ".join(f"{name} = {value}" for name, value in asdict(config).items())),
         ("a tile", f"{config.block_pixels} pixels × {config.block_channels} channels × {config.block_steps} positions"),
@@ -253,8 +223,11 @@ def reasons(found: Sequence[Candidate], gpu: str) -> Table:
         ("shares its entry", f"with maps of up to {bucket(SIDE**2)} pixels, {SIDE**2} here"),
         ("rank by estimate", f"{rank} of {len(found)}"),
     ]
+    if chosen.known is not None:
+        spills = f"{chosen.known.spilled_bytes} bytes spilled" if chosen.known.spilled_bytes else "none spilled"
+        shared = f"{chosen.known.shared_bytes / 1024:g} KB of shared memory a block"
+        rows.append(("compiled", f"{chosen.known.registers} registers a thread, {spills}, {shared}"))
     if best is not None:
-        chosen = next(candidate for candidate in found if candidate.chosen)
         time = "rejected" if chosen.milliseconds is None else f"{chosen.milliseconds:.3f} ms"
         rows.append(("measured here", f"{time}; the fastest candidate takes {best.milliseconds:.3f} ms"))
     for name, (config_found, tuned, by_heuristic) in stored_times().items():

@@ -209,7 +209,7 @@ def fusions(session: Session) -> Iterator[Fusion]:
         rpb = draw(heads, 2 * size - 1, 2 * size - 1)
 
         def chain(logits: Tensor = logits, value: Tensor = value, rpb: Tensor = rpb, size: int = size) -> Tensor:
-            bias = rpb_logits(rpb, *logits.shape[2:4], Window.neighborhood((size, size)))
+            bias = rpb_logits(rpb, logits.shape[2], logits.shape[3], Window.neighborhood((size, size)))
             return kernels.na2d_av((logits + bias).softmax(-1), value, size)
 
         yield Fusion(

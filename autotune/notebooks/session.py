@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ class Model:
         return f"{self.name}, {self.weights}"
 
 
-def chosen_checkpoints(defaults: dict[str, str | None]) -> dict[str, str | None]:
+def chosen_checkpoints(defaults: Mapping[str, str | None]) -> dict[str, str | None]:
     """The notebook's own choice of models and weight files, or the environment's.
 
     DYNAMIC_KERNELS_CHECKPOINTS="rednet50=/data/rednet50.pth,volo_d1=/data/d1.pth.tar" replaces, for each family it

@@ -1,24 +1,25 @@
-"""The kernel that notebook 05 looks at, and what the compiler makes of its configs.
+"""The kernel that notebook 05 looks at: its candidates, which is chosen, and what the compiler makes of each.
 
-Run as a module, ``python -m autotune.notebooks.subject ARCHITECTURE INDEX...`` with indices into the tuner's
-candidates, it prints the latter as JSON. That needs a process of its own wherever Triton's interpreter is switched on; Triton
-keeps what it compiled in its own cache.
+Run as a module, ``python -m autotune.notebooks.subject GPU ARCHITECTURE PART PARTS``, it prints a ``Landscape`` as
+JSON, every PARTS-th candidate from PART on. That takes a process of its own wherever Triton's interpreter is switched
+on, for which kernels choose other configs and nothing compiles. Triton keeps what it compiled in its own cache.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from autotune.tuner import Problem, Tunable
+from autotune.tuner import Problem, Tunable, key_of, look_up
+from kernels.launch import record_launches
 from kernels.windows import Window
 
-__all__ = ["SHAPE", "SIDE", "WINDOW", "Known", "compile_candidates", "subject", "tensors"]
+__all__ = ["SHAPE", "SIDE", "WINDOW", "Candidate", "Known", "Landscape", "subject", "survey", "tensors"]
 
 SHAPE = "aggregate of RedNet-50's second stage: 128 channels in groups of 16, 28×28, K = 7, bfloat16, channels-last"
 WINDOW = Window((7, 7), padding=(3, 3))
@@ -53,23 +54,61 @@ class Known:
     shared_bytes: int
 
 
-def compile_candidates(architecture: str, indices: Sequence[int]) -> list[Known]:
-    """Registers, spills and shared memory of these of the tuner's candidates; nothing is launched."""
+@dataclass(frozen=True)
+class Candidate:
+    """A config, and what is known of it.
+
+    ``cost`` is the tuner's estimate, relative to the least among the candidates; ``milliseconds`` a measured time, None
+    where nobody measured; ``rejected`` says why a measured config does not count.
+    """
+
+    config: Any
+    cost: float
+    chosen: bool
+    known: Known | None = None
+    milliseconds: float | None = None
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """What tuning would time, by estimated cost; the chosen one is what a launch on that GPU uses now.
+
+    ``key`` is what the config is looked up by, ``source`` where it was found: store, shipped or heuristic.
+    """
+
+    gpu: str
+    key: str
+    source: str
+    candidates: list[Candidate]
+
+
+def survey(gpu: str, architecture: str | None = None, part: int = 0, parts: int = 1) -> Landscape:
+    """The candidates on that GPU, compiled for ``architecture`` where one is given; nothing is launched."""
+    tunable, problem = subject()
+    chosen = look_up(tunable, problem, gpu)
+    configs = list(dict.fromkeys([*tunable.candidates(problem), chosen.config]))
+    costs = {config: tunable.cost(problem, config) for config in configs}
+    least = min(costs.values())
+    order = sorted(configs, key=lambda config: costs[config])[part::parts]
+    found = []
+    for config in order:
+        known = None if architecture is None else _compiled(config, architecture)
+        found.append(Candidate(config, costs[config] / least, config == chosen.config, known))
+    return Landscape(gpu, key_of(tunable, problem), chosen.source, found)
+
+
+def _compiled(config: Any, architecture: str) -> Known:
     from autotune.compile import compile_launch
     from kernels.aggregation import triton_kernels
-    from kernels.launch import record_launches
 
-    tunable, problem = subject()
     weight, x = tensors("meta")
-    found = []
-    for index in indices:
-        with record_launches() as launches:
-            triton_kernels.aggregate(weight, x, WINDOW, tunable.candidates(problem)[index])
-        built = compile_launch("", launches[0], architecture)
-        found.append(Known(built.registers, built.spilled_bytes, built.shared_bytes))
-    return found
+    with record_launches() as launches:
+        triton_kernels.aggregate(weight, x, WINDOW, config)
+    built = compile_launch("", launches[0], architecture)
+    return Known(built.registers, built.spilled_bytes, built.shared_bytes)
 
 
 if __name__ == "__main__":
-    reports = compile_candidates(sys.argv[1], [int(index) for index in sys.argv[2:]])
-    print(json.dumps([asdict(report) for report in reports]))
+    gpu, architecture, part, parts = sys.argv[1:]
+    print(json.dumps(asdict(survey(gpu, architecture or None, int(part), int(parts)))))

@@ -47,7 +47,7 @@ __all__ = [
 STRIP_SHARE = 3
 # Most band elements in one step: a share of the kernel's own size, within bounds. The upper bound is 2 MB in float32
 # on a CPU, so that a step stays in cache; elsewhere steps should rather be large than many.
-STEP_SHARE = 4
+STEP_SHARE = 2
 STEP_ELEMENTS = {"cpu": 2**19}
 STEP_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_STEP_ELEMENTS = 2**15

@@ -36,8 +36,8 @@ class Run(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Equal tiles side by side in a residue class: tile n holds its outputs from ``first + n * count`` on, whose windows
-    cover ``span`` positions from ``begins[n]`` on."""
+    """Equal tiles side by side in a residue class: tile n holds ``count`` of its outputs from ``first + n * count`` on,
+    whose windows cover ``span`` positions from ``begins[n]`` on."""
 
     first: int
     count: int

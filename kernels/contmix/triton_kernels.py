@@ -342,7 +342,8 @@ def _own_windows_kernel(
     tl.store(p_statistics + o_statistics, b_max + tl.log(b_total), mask=m_pixel)
 
 
-FORWARD = Tunable("contmix", CONFIGS, heuristic, cost, ("kernels.windows_triton", "kernels.contmix.triton_kernels"))
+MODULES = ("kernels.windows_triton", "kernels.contmix.triton_kernels")
+FORWARD = Tunable("contmix", CONFIGS, heuristic, cost, MODULES, Problem, "kernels.contmix.examples:contmix")
 
 
 def contmix_one_size(

@@ -204,6 +204,8 @@ FORWARD = Tunable(
     heuristic,
     cost,
     ("kernels.windows_triton", "kernels.involution.triton_kernels"),
+    Problem,
+    "kernels.involution.examples:involution_generate",
 )
 
 

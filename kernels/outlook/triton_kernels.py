@@ -139,6 +139,7 @@ def _mix_kernel(
 ):  # fmt: skip
     """``scale`` is that of exp2: the operator's times log2 e."""
     POSITIONS: tl.constexpr = KERNEL * KERNEL
+    STEPS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     # A pixel has a row of logits to itself in every window; transposed, a column.
     OWN: tl.constexpr = 1 if TRANSPOSED else POSITIONS
     OTHER: tl.constexpr = POSITIONS if TRANSPOSED else 1
@@ -163,54 +164,58 @@ def _mix_kernel(
         m_pixel = (o_item < items) & (o_row < height) & (o_column < width)
         # [P, C]
         b_sum = tl.zeros([BLOCK_ITEMS, BLOCK_CHANNELS], ACCUMULATOR)
-        for kernel_h in range((phase // STRIDE + PADDING) % STRIDE, KERNEL, STRIDE):
-            for kernel_w in range((phase % STRIDE + PADDING) % STRIDE, KERNEL, STRIDE):
-                # The window that holds this pixel at (kernel_h, kernel_w); both divisions are exact.
-                o_window_h = (o_row + PADDING - kernel_h) // STRIDE
-                o_window_w = (o_column + PADDING - kernel_w) // STRIDE
-                m_window = m_pixel & (o_row + PADDING >= kernel_h) & (o_window_h < windows_h)
-                m_window &= (o_column + PADDING >= kernel_w) & (o_window_w < windows_w)
-                o_window = ((o_image * windows_h + o_window_h) * windows_w + o_window_w) * heads + o_head
-                p_logits = logits_ptr + o_window * (POSITIONS * POSITIONS) + (kernel_h * KERNEL + kernel_w) * OWN
-                # [P]
-                b_statistics = tl.zeros([BLOCK_ITEMS], ACCUMULATOR)
-                if not TRANSPOSED:
-                    b_max = tl.full([BLOCK_ITEMS], float("-inf"), ACCUMULATOR)
-                    for other_h in range(KERNEL):
-                        for other_w in tl.static_range(KERNEL):
-                            b_logit = tl.load(p_logits + other_h * KERNEL + other_w, mask=m_window, other=0)
-                            b_max = tl.maximum(b_max, b_logit.to(ACCUMULATOR) * scale)
-                    for other_h in range(KERNEL):
-                        for other_w in tl.static_range(KERNEL):
-                            b_logit = tl.load(p_logits + other_h * KERNEL + other_w, mask=m_window, other=0)
-                            b_statistics += tl.exp2(b_logit.to(ACCUMULATOR) * scale - b_max)
-                    b_statistics = b_max + tl.log2(b_statistics)
+        # Loops of constant length, since AMD's compiler takes others for very long ones; the branch costs nothing.
+        for step_h in range(STEPS):
+            for step_w in range(STEPS):
+                kernel_h = (phase // STRIDE + PADDING) % STRIDE + step_h * STRIDE
+                kernel_w = (phase % STRIDE + PADDING) % STRIDE + step_w * STRIDE
+                if (kernel_h < KERNEL) & (kernel_w < KERNEL):
+                    # The window that holds this pixel at (kernel_h, kernel_w); both divisions are exact.
+                    o_window_h = (o_row + PADDING - kernel_h) // STRIDE
+                    o_window_w = (o_column + PADDING - kernel_w) // STRIDE
+                    m_window = m_pixel & (o_row + PADDING >= kernel_h) & (o_window_h < windows_h)
+                    m_window &= (o_column + PADDING >= kernel_w) & (o_window_w < windows_w)
+                    o_window = ((o_image * windows_h + o_window_h) * windows_w + o_window_w) * heads + o_head
+                    p_logits = logits_ptr + o_window * (POSITIONS * POSITIONS) + (kernel_h * KERNEL + kernel_w) * OWN
+                    # [P]
+                    b_statistics = tl.zeros([BLOCK_ITEMS], ACCUMULATOR)
+                    if not TRANSPOSED:
+                        b_max = tl.full([BLOCK_ITEMS], float("-inf"), ACCUMULATOR)
+                        for other_h in range(KERNEL):
+                            for other_w in tl.static_range(KERNEL):
+                                b_logit = tl.load(p_logits + other_h * KERNEL + other_w, mask=m_window, other=0)
+                                b_max = tl.maximum(b_max, b_logit.to(ACCUMULATOR) * scale)
+                        for other_h in range(KERNEL):
+                            for other_w in tl.static_range(KERNEL):
+                                b_logit = tl.load(p_logits + other_h * KERNEL + other_w, mask=m_window, other=0)
+                                b_statistics += tl.exp2(b_logit.to(ACCUMULATOR) * scale - b_max)
+                        b_statistics = b_max + tl.log2(b_statistics)
 
-                o_other_h = o_window_h * STRIDE - PADDING
-                o_other_w = o_window_w * STRIDE - PADDING
-                o_source = (
-                    o_image * source_stride_b
-                    + o_other_h.to(OFFSET) * source_stride_h
-                    + o_other_w.to(OFFSET) * source_stride_w
-                    + o_head * source_stride_n
-                )
-                p_source = source_ptr + o_source[:, None] + o_channel * source_stride_c
-                for other_h in range(KERNEL):
-                    m_row = m_window & inside(o_other_h + other_h, height)
-                    for other_w in tl.static_range(KERNEL):
-                        other = other_h * KERNEL + other_w
-                        b_logit = tl.load(p_logits + other * OTHER, mask=m_window, other=0).to(ACCUMULATOR)
-                        if TRANSPOSED:
-                            p_statistics = statistics_ptr + o_window * POSITIONS + other
-                            b_statistics = tl.load(p_statistics, mask=m_window, other=0)
-                        b_weight = tl.exp2(b_logit * scale - b_statistics)
-                        m_other = m_row & inside(o_other_w + other_w, width)
-                        # [P, C]
-                        b_source = tl.load(
-                            p_source + other_w * source_stride_w, mask=m_other[:, None] & m_channel, other=0
-                        )
-                        b_sum += b_weight[:, None] * b_source.to(ACCUMULATOR)
-                    p_source += source_stride_h
+                    o_other_h = o_window_h * STRIDE - PADDING
+                    o_other_w = o_window_w * STRIDE - PADDING
+                    o_source = (
+                        o_image * source_stride_b
+                        + o_other_h.to(OFFSET) * source_stride_h
+                        + o_other_w.to(OFFSET) * source_stride_w
+                        + o_head * source_stride_n
+                    )
+                    p_source = source_ptr + o_source[:, None] + o_channel * source_stride_c
+                    for other_h in range(KERNEL):
+                        m_row = m_window & inside(o_other_h + other_h, height)
+                        for other_w in tl.static_range(KERNEL):
+                            other = other_h * KERNEL + other_w
+                            b_logit = tl.load(p_logits + other * OTHER, mask=m_window, other=0).to(ACCUMULATOR)
+                            if TRANSPOSED:
+                                p_statistics = statistics_ptr + o_window * POSITIONS + other
+                                b_statistics = tl.load(p_statistics, mask=m_window, other=0)
+                            b_weight = tl.exp2(b_logit * scale - b_statistics)
+                            m_other = m_row & inside(o_other_w + other_w, width)
+                            # [P, C]
+                            b_source = tl.load(
+                                p_source + other_w * source_stride_w, mask=m_other[:, None] & m_channel, other=0
+                            )
+                            b_sum += b_weight[:, None] * b_source.to(ACCUMULATOR)
+                        p_source += source_stride_h
         o_target = (
             o_image * target_stride_b
             + o_row.to(OFFSET) * target_stride_h

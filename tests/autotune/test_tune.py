@@ -49,11 +49,13 @@ def _own_store(tmp_path, monkeypatch):
     tuner.forget()
 
 
-def _launch(pixels, reference=torch.ones(4), fails=None):
+def _launch(pixels, reference=1.0, fails=None):
     """What a launcher does: ask for a config, and fail where it would."""
 
     def launch():
-        tuner.choose(TOY, Problem(pixels), CPU, Trial(lambda config: torch.ones(4), lambda: reference))
+        tuner.choose(
+            TOY, Problem(pixels), CPU, Trial(lambda config: torch.ones(4), lambda: torch.full((4,), reference))
+        )
         if fails is not None:
             raise fails
 
@@ -116,7 +118,7 @@ def test_past_the_deadline_none_is_begun():
 
 def test_one_failure_does_not_cost_the_others():
     broken = _launch(1, fails=torch.OutOfMemoryError("CUDA out of memory"))
-    wrong = _launch(2, reference=torch.zeros(4))
+    wrong = _launch(2, reference=2.0)
     tuning = _tune([broken, wrong, _launch(3)])
     assert tuning.rows[key_of(TOY, Problem(2))]["config"] is None
     assert len(tuning.rows[key_of(TOY, Problem(2))]["rejected"]) == 3
@@ -175,7 +177,7 @@ def test_an_operator_from_the_command_line(capsys):
 
 
 def test_the_table_names_problem_times_gain_and_config(monkeypatch, capsys):
-    monkeypatch.setattr(tune, "_launching", lambda *_: iter([_launch(1), _launch(2, reference=torch.zeros(4))]))
+    monkeypatch.setattr(tune, "_launching", lambda *_: iter([_launch(1), _launch(2, reference=2.0)]))
     monkeypatch.setattr(tune, "_interpreted_milliseconds", _clock)
     monkeypatch.setattr(tune, "interpreting", lambda: True)
     assert main(["tune", "--all", "--quick", "--device", "cpu"]) == 1

@@ -17,7 +17,7 @@ from autotune.tuner import Trial, Tunable, choose, gpu_name, key_of, observing, 
 from kernels.launch import record_launches
 from tests.support import DEVICE
 
-DEVICE = torch.device(DEVICE)
+HERE = torch.device(DEVICE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _problems():
     found = {}
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.tunable, r.problem)):
         for workload in benchmark_workloads(quick=True):
-            inputs = workload.draw_inputs(torch.float32, DEVICE)
-            workload.forward_backward(inputs, workload.draw_gradient(torch.float32, DEVICE))
+            inputs = workload.draw_inputs(torch.float32, HERE)
+            workload.forward_backward(inputs, workload.draw_gradient(torch.float32, HERE))
     return found
 
 
@@ -75,7 +75,7 @@ def test_every_kernel_that_is_launched_is_registered_and_can_be_verified():
         assert problem_of(tunable, key) == problem
         config = next(config for config in tunable.candidates(problem) if config.valid(problem))
         stored = StoredEntry("cpu", "store", tunables.user_folder(), key, _entry(tunable, config))
-        row = verify.check_entry(stored, known, DEVICE)
+        row = verify.check_entry(stored, known, HERE)
         assert row["status"] == "ok", f"{key}: {row['reason']}"
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_config_is_found(folder, monkeypatch, capsys):
         key_of(TOY, problem._replace(pixels=49)): _entry(TOY, Config(2.0)),
         key_of(TOY, problem._replace(pixels=25)): _entry(TOY, Config(1.0)) | {"source": "0"},
     }
-    store = Store(folder, gpu_name(DEVICE))
+    store = Store(folder, gpu_name(HERE))
     store.update(entries)
     monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
     assert main(["verify", "--json"]) == 1
@@ -108,7 +108,7 @@ def test_a_wrong_config_is_found(folder, monkeypatch, capsys):
 
 def test_a_kernel_without_an_example_is_named_not_failed(folder, monkeypatch, capsys):
     bare = dataclasses.replace(TOY, problem=None, example=None)
-    Store(folder, gpu_name(DEVICE)).update({"toy pixels=49": _entry(bare, Config(1.0))})
+    Store(folder, gpu_name(HERE)).update({"toy pixels=49": _entry(bare, Config(1.0))})
     monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": bare})
     assert main(["verify", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["entries"]
@@ -118,7 +118,7 @@ def test_a_kernel_without_an_example_is_named_not_failed(folder, monkeypatch, ca
 def test_an_interruption_shows_what_was_checked(folder, monkeypatch, capsys):
     problem = Problem(1, torch.float32)
     entries = {key_of(TOY, problem._replace(pixels=n)): _entry(TOY, Config(1.0)) for n in (1, 2)}
-    Store(folder, gpu_name(DEVICE)).update(entries)
+    Store(folder, gpu_name(HERE)).update(entries)
     monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
     check_entry = verify.check_entry
 

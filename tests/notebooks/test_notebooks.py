@@ -76,6 +76,8 @@ def test_notebook(name, tmp_path, monkeypatch):
         table = _outputs(notebook, "text/markdown")[0]
         assert table.count("| equal |") == 6
         assert "differ" not in table
+    if name.startswith("05"):
+        assert "registers a thread, none spilled" in _outputs(notebook, "text/markdown")[0]
     if name.startswith(("01", "02", "03")):
         assert DEVICE in printed
 

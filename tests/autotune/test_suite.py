@@ -1,0 +1,264 @@
+"""The suite behind ``make gpu``: phases that cannot take each other with them, and the summary of what they measured."""
+
+import io
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from autotune import bench, ceilings, suite, timing
+from autotune.__main__ import main
+from autotune.cases import LOST
+from autotune.suite import Phase, phases_of, read_test_log, run_phases
+from autotune.targets import TARGETS, Results, summary
+
+ENVIRONMENT = dict(os.environ)
+
+
+def _python(code):
+    return lambda seconds, again: [sys.executable, "-c", f"seconds, again = {seconds}, {again}\n{code}"]
+
+
+def _phases(folder, *phases, seconds=60.0):
+    return {found["name"]: found for found in run_phases(phases, folder, ENVIRONMENT, seconds)}
+
+
+def test_no_phase_takes_another_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "GRACE", 0.5)
+    logs = {}
+
+    def keep(name):
+        return lambda log, complete: logs.update({name: (log, complete)})
+
+    hang = "import time; print('hanging', flush=True); time.sleep(600)"
+    found = _phases(
+        tmp_path,
+        Phase("failing", _python("print('what went wrong'); raise SystemExit(1)"), 1, finish=keep("failing")),
+        Phase("hanging", _python(hang), 1, finish=keep("hanging")),
+        Phase("well", _python("print('done')"), 10, background=([sys.executable, "-c", hang],)),
+        seconds=24.0,
+    )
+    assert {name: phase["status"] for name, phase in found.items()} == {
+        "failing": "failed",
+        "hanging": "out of time",
+        "well": "ok",
+    }
+    assert found["failing"]["exit_code"] == 1
+    assert "what went wrong" in found["failing"]["log"]
+    assert logs["hanging"] == ("hanging\n", False)
+    assert logs["failing"][1] is True
+    assert found["hanging"]["seconds"] < 20
+    assert "log" not in found["well"]
+    assert "| hanging | out of time |" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_crashed_process_is_started_again_and_told(tmp_path):
+    crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)}) if not again else None"
+    lost = f"raise SystemExit(0 if again else {LOST})"
+    always = f"raise SystemExit({LOST})"
+    found = _phases(
+        tmp_path,
+        Phase("crash", _python(crash), 1),
+        Phase("lost", _python(lost), 1),
+        Phase("always", _python(always), 1),
+    )
+    assert (found["crash"]["status"], found["crash"]["restarts"]) == ("ok", 1)
+    assert (found["lost"]["status"], found["lost"]["restarts"]) == ("ok", 1)
+    assert (found["always"]["status"], found["always"]["restarts"]) == ("failed", suite.RESTARTS)
+    assert found["always"]["message"] == "lost the GPU"
+
+
+WHOLE_LOG = """\
+tests/kernels/test_a.py::test_one PASSED                                 [ 25%]
+tests/kernels/test_a.py::test_two[bf16-PASSED] FAILED                    [ 50%]
+tests/kernels/test_a.py::test_three SKIPPED (needs two GPUs)             [ 75%]
+=========================== short test summary info ============================
+FAILED tests/kernels/test_a.py::test_two[bf16-PASSED] - AssertionError: relative error 3e-1 > 8e-3
+==================== 1 failed, 1 passed, 1 skipped in 2.34s ====================
+"""
+CUT_LOG = """\
+[gw0] [ 10%] PASSED tests/kernels/test_a.py::test_one
+tests/kernels/test_a.py::test_four
+[gw1] [ 20%] FAILED tests/kernels/test_a.py::test_two
+[gw0] [ 30%] ERROR tests/kernels/test_b.py::test_five
+"""
+
+
+def test_the_test_run_is_read_from_a_whole_or_a_cut_log():
+    assert read_test_log(WHOLE_LOG) == {
+        "counts": {"passed": 1, "failed": 1, "skipped": 1},
+        "failures": ["tests/kernels/test_a.py::test_two[bf16-PASSED]: AssertionError: relative error 3e-1 > 8e-3"],
+    }
+    assert read_test_log(CUT_LOG) == {
+        "counts": {"passed": 1, "failed": 1, "error": 1},
+        "failures": ["tests/kernels/test_a.py::test_two", "tests/kernels/test_b.py::test_five"],
+    }
+    assert read_test_log("ERROR: not found: tests/kernels") == {"counts": {}, "failures": []}
+
+
+class _HereProcess:
+    """Stands in for a process: runs autotune's commands in this one, which has imported everything already."""
+
+    pid = 0
+
+    def __init__(self, command, environment, log):
+        assert command[:3] == [sys.executable, "-m", "autotune"]
+        stdout, out = sys.stdout, io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("DYNAMIC_KERNELS_STORE", "TRITON_INTERPRET"):
+                patch.setenv(name, environment[name])
+            sys.stdout = out
+            try:
+                self.code = main(command[3:])
+            finally:
+                sys.stdout = stdout
+        log.write(out.getvalue().encode())
+
+    def wait(self, timeout):
+        return self.code
+
+    def poll(self):
+        return self.code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tries the suite on a CPU, in the interpreter")
+def test_the_whole_suite_on_tiny_shapes(tmp_path, monkeypatch, capsys):
+    start, end = suite._start, suite._end
+
+    def start_here(command, environment, log):
+        return (start if "pytest" in command else _HereProcess)(command, environment, log)
+
+    monkeypatch.setattr(suite, "_start", start_here)
+    monkeypatch.setattr(suite, "_end", lambda process, seconds: None if process.pid == 0 else end(process, seconds))
+    assert main(["bench", "--suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    names = {"environment.json", "tests.json", "cpu.json", "bench.json", "models.json", "summary.md"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    found = Results(tmp_path)
+    assert [phase["status"] for phase in found.environment["phases"]] == ["ok"] * 5
+    assert found.environment["ceilings"]["copy_bytes_per_second"] > 0
+    assert found.environment["launch_microseconds"]["direct"] > 0
+    assert found.tests["complete"] is True
+    assert found.tests["counts"] == {"passed": 1}
+    assert {row["status"] for kind in ("operators", "models") for row in found.rows(kind)} == {"ok"}
+    assert len(found.rows("operators")) == 2 * len({row["operator"] for row in found.rows("operators")})
+    assert found.operators["ceilings"] == found.environment["ceilings"]
+    assert json.loads((tmp_path / "cpu.json").read_text())["entries"]
+    shown = capsys.readouterr().out
+    assert "A trial of the command without a GPU" in shown
+    assert all(target.what in shown for target in TARGETS)
+
+
+def test_the_commands_of_the_full_suite_are_ones_the_parser_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "_has_room", lambda device: True)
+    monkeypatch.setattr(suite, "gpu_name", lambda device: "NVIDIA H200")
+    asked = []
+    monkeypatch.setattr(bench, "run", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr("autotune.tune.run", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr("autotune.arguments.device", torch.device)
+    phases = phases_of(tmp_path, torch.device("cuda:0"), tmp_path, quick=False)
+    assert [phase.name for phase in phases] == ["environment", "tests", "tuning", "operators", "models"]
+    assert sum(phase.seconds for phase in phases) <= suite.SECONDS < 540
+    for phase in phases:
+        for command in (phase.command(100, True), *phase.background):
+            if "pytest" not in command:
+                assert main(command[3:]) == 0
+    assert len(asked) == 8
+    assert all(arguments.device == torch.device("cuda:0") for arguments in asked)
+    assert [arguments.compile_only for arguments in asked if hasattr(arguments, "compile_only")].count(True) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert main(["bench", "--suite"]) == 2
+    assert "the suite measures a GPU" in capsys.readouterr().err
+
+
+def _operator(name, operator, direction="forward", **changes):
+    return {
+        "name": name,
+        "operator": operator,
+        "shape": "64@56² K=13",
+        "pass": direction,
+        "status": "ok",
+        "floor": {"bytes": 1e9, "ms": 1.0, "fraction": 0.5},
+        "speed_up": {"naive": 12.0},
+        "contenders": {"ours": {"p50_ms": 2.0, "peak_bytes": 100}, "unfused": {"p50_ms": 2.0, "peak_bytes": 700}},
+    } | changes
+
+
+def test_targets_take_the_worst_shape_and_say_which(tmp_path):
+    rows = [
+        _operator("a", "involution2d", floor={"bytes": 1e9, "ms": 2.0, "fraction": 0.9}),
+        _operator("b", "na2d_av", floor={"bytes": 1e9, "ms": 2.0, "fraction": 0.7}, speed_up={"naive": 8.0}),
+        _operator("small", "na2d_av", floor={"bytes": 1e6, "ms": 2.0, "fraction": 0.1}),
+        _operator("a", "involution2d", "forward+backward", floor={"bytes": 3e9, "ms": 5.0, "fraction": 0.5}),
+        _operator("c", "contmix2d", speed_up={"naive": 40.0, "unfused": 4.0}),
+        _operator("d", "depthwise_conv2d", speed_up={"naive": 9.0, "channels_first": 3.5}),
+        _operator("e", "na2d_qk", status="failed", message="it broke"),
+    ]
+    models = [
+        {
+            "name": "rednet50",
+            "pass": "inference",
+            "status": "ok",
+            "speed_up": {"peer_compiled": 1.1},
+            "left_out": {"peer": "ModuleNotFoundError: No module named 'torchvision'"},
+        }
+    ]
+    environment = {
+        "machine": {"device": "NVIDIA H200", "device_type": "cuda", "torch": "2.11", "commit": "abc", "date": "today"},
+        "ceilings": {
+            "copy_bytes_per_second": 4.3e12,
+            "bf16_operations_per_second": 7.9e14,
+            "fp32_operations_per_second": 5e13,
+        },
+        "launch_microseconds": {"added": 4.2},
+    }
+    for name, content in (("bench", {"rows": rows}), ("models", {"rows": models}), ("environment", environment)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    measured = {target.what: target.measure(Results(tmp_path)) for target in TARGETS}
+    values = [value for value in measured.values() if value is not None]
+    assert values == [
+        (0.7, "b"),  # forward, share of the floor
+        (pytest.approx((5.0 - 2.0) / (5.0 / 0.5 - 2.0 / 0.9)), "a"),  # backward alone
+        (8.0, "b"),  # forward against naive
+        (12.0, "a"),  # both passes
+        (4.0, "c"),
+        (7.0, "c"),
+        (3.5, "d"),
+        (1.1, "rednet50"),
+        (1.1, "rednet50"),
+        (4.2, "tuned against kernel[grid](...)"),
+    ]
+    text = summary(tmp_path, [{"name": "tests", "status": "failed", "seconds": 12.0, "message": "lost the GPU"}])
+    assert "| ≥ 80% | 70% | **no** | b |" in text
+    assert "| ≥ 1× | 1.1× | yes | rednet50 |" in text
+    assert "| ≥ 1.3× | 1.1× | **no** | rednet50 |" in text
+    assert "| ≤ 5 µs | 4.2 µs | yes |" in text
+    assert "| ≥ 2.5× | – | not measured | |" in text
+    assert "copy 4.30 TB/s, bf16 product 790 TFLOP/s, fp32 50.0 TFLOP/s" in text
+    assert "| tests | failed | 12 | lost the GPU |" in text
+    assert "- failed: e forward: it broke" in text
+    assert "- left out: rednet50 inference, peer: ModuleNotFoundError: No module named 'torchvision'" in text
+
+
+def test_a_summary_of_nothing_is_still_one(tmp_path):
+    text = summary(tmp_path, [])
+    assert text.count("not measured") == len(TARGETS)
+
+
+def test_a_matrix_product_is_timed_on_random_data(monkeypatch):
+    seen = []
+
+    def measure(calls, device, **_):
+        seen.append(calls["product"]())
+        return {"product": timing.Timing(1.0, 2.0, 3.0, 1)}
+
+    monkeypatch.setattr(ceilings.timing, "measure", measure)
+    rate = ceilings.matmul_rate(torch.device("cpu"), torch.float32, 32, 0.0)
+    assert rate == pytest.approx(2 * 32**3 / 2e-3)
+    assert seen[0].shape == (32, 32)
+    assert seen[0].std() > 1
