@@ -20,7 +20,10 @@ COMMANDS = {  # name -> (module, one line of help)
     "tune": ("autotune.tune", "time configs for a model's or an operator's launches and keep the best"),
     "show": ("autotune.show", "show every tuned config, and which of them are out of date"),
     "verify": ("autotune.verify", "check every tuned config against the reference again"),
-    "bench": ("autotune.bench", "measure operators and models against naive, compiled and peers; --suite for all of it"),
+    "bench": (
+        "autotune.bench",
+        "measure operators and models against naive, compiled and peers; --suite for all of it",
+    ),
     "notebooks": ("autotune.execute", "execute the notebooks again and write their outputs into them"),
     "compile": ("autotune.compile", "compile the Triton kernels ahead of time for a named architecture, without a GPU"),
 }

@@ -22,7 +22,7 @@ import torch
 from autotune import timing
 from autotune.progress import Steps
 
-__all__ = ["LOST", "Case", "compile_cases", "device_lost", "run_cases", "time_limit"]
+__all__ = ["LOST", "Case", "TimeLimitError", "compile_cases", "device_lost", "run_cases", "time_limit"]
 
 LOST = 4  # exit code: the process can use the GPU no more
 

@@ -59,6 +59,7 @@ def execute(path: Path, *, timeout: float = 600) -> Any:
             kernel_name="python3",
             kernel_manager_class=RunningInterpreter,
             timeout=timeout,
+            startup_timeout=300,
             record_timing=False,
             extra_arguments=["--log-level=ERROR"],  # not the warning that a loopback connection is not encrypted
             resources={"metadata": {"path": folder}},

@@ -107,8 +107,8 @@ def readme_sections(results: Path) -> dict[str, str]:
 def updated(text: str, sections: dict[str, str]) -> str:
     """``text`` with each section between its markers replaced. ValueError where a marker is missing."""
     for name, content in sections.items():
-        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}{match[2]}", text)
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
         if count != 1:
             raise ValueError(f"the README must hold the markers of section {name!r} once, found {count} times")
     return text

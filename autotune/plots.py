@@ -164,8 +164,9 @@ def _draw_panel(axis: Axes, positions: Sequence[float], comparisons: Sequence[Co
             label="memory floor",
             zorder=2,
         )
-    axis.scatter(ours, positions, marker=MARKERS["ours"], s=52, color=COLOURS["ours"], label="ours", zorder=3)
-    axis.scatter(naive, positions, marker=MARKERS["naive"], s=46, color=COLOURS["naive"], label="naive", zorder=3)
+    # Naive below and larger: where both are equal, each still shows.
+    axis.scatter(naive, positions, marker=MARKERS["naive"], s=62, color=COLOURS["naive"], label="naive", zorder=3)
+    axis.scatter(ours, positions, marker=MARKERS["ours"], s=40, color=COLOURS["ours"], label="ours", zorder=4)
     for line, position in zip(comparisons, positions, strict=True):
         ratio = line.naive / line.ours
         axis.annotate(

@@ -1,4 +1,4 @@
-"""The suite behind ``make gpu``: phases that cannot take each other with them, and the summary of what they measured."""
+"""The suite behind ``make gpu``: phases that cannot take each other with them, and the summary of what they found."""
 
 import io
 import json
