@@ -128,7 +128,8 @@ def run_cases(cases: Sequence[Case], path: Path, record: dict[str, Any], *, dead
 
 def _release() -> None:
     """Give back what a row held: tensors, graphs, compiled code."""
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

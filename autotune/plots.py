@@ -164,26 +164,29 @@ def _draw_panel(axis: Axes, positions: Sequence[float], comparisons: Sequence[Co
             label="memory floor",
             zorder=2,
         )
-    # Naive below and larger: where both are equal, each still shows.
-    axis.scatter(naive, positions, marker=MARKERS["naive"], s=62, color=COLOURS["naive"], label="naive", zorder=3)
+    # Ours above naive and smaller: where both are equal, each still shows.
     axis.scatter(ours, positions, marker=MARKERS["ours"], s=40, color=COLOURS["ours"], label="ours", zorder=4)
+    axis.scatter(naive, positions, marker=MARKERS["naive"], s=62, color=COLOURS["naive"], label="naive", zorder=3)
     for line, position in zip(comparisons, positions, strict=True):
         ratio = line.naive / line.ours
+        text = f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:.0f}×"
+        winner = "floor" if text == "1.0×" else "ours" if ratio > 1 else "naive"
         axis.annotate(
-            f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:.0f}×",
+            text,
             (max(line.ours, line.naive), position),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
             fontsize=10,
-            color=COLOURS["ours"] if ratio >= 1 else COLOURS["naive"],
+            color=COLOURS[winner],
             fontweight="bold",
         )
     least, most = axis.get_xlim()
     axis.set_xlim(least, most * (most / least) ** 0.16)  # room for the ratios
     axis.set_ylim(max(positions) + 0.8, -0.5)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_major_locator(LogLocator(numticks=6))
+    # Powers of ten alone would leave a short axis with one number.
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if most / least > 100 else (1, 2, 5), numticks=8))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)

@@ -50,7 +50,7 @@ MOST_CANDIDATES = 20
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 Config = Any  # a frozen dataclass with ``valid(problem)``
-ConfigType = TypeVar("ConfigType")
+ConfigType = TypeVar("ConfigType", bound=Any)
 Problem = Any  # a NamedTuple of what the choice depends on
 Outputs = Tensor | Sequence[Tensor]
 

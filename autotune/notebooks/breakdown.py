@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +16,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import kernels
 from autotune import plots, report, timing, workloads
 from autotune.comparison import Settings, measure_model, on_backend
-from autotune.notebooks.session import Session, finish, grid
+from autotune.notebooks.session import Session, finish, grid, record_label
 
 __all__ = [
     "CATEGORIES",
     "Breakdown",
     "breakdown",
     "breakdown_figure",
+    "committed_figure",
+    "from_record",
     "measure_models",
     "measure_peers",
     "models_figure",
     "peers",
+    "setting",
 ]
 
 SMALL = {"rednet26": "RedNet-26", "volo_d1": "VOLO-D1", "overlock_xt": "OverLoCK-XT"}
@@ -123,7 +126,33 @@ def _inference(model: nn.Module, images: Tensor) -> Callable[[], Any]:
     return call
 
 
-def models_figure(measured: Sequence[Measured], missing: Sequence[str], session: Session) -> Figure:
+def from_record(record: Mapping[str, Any]) -> list[Measured]:
+    """The inference rows of a committed models.json: what was not compiled, and the peers."""
+    found = []
+    for row in record["rows"]:
+        if row["status"] != "ok" or row["pass"] != "inference":
+            continue
+        for name, timed in row["contenders"].items():
+            if name in plots.MARKERS and name != "compiled":
+                label = row["peer"] if name == "peer" else row["model"]
+                found.append(Measured(label, name, row["batch"], timed["p50_ms"] / 1000, timed["peak_bytes"]))
+    return found
+
+
+def committed_figure(record: Mapping[str, Any]) -> Figure | None:
+    """The figure of a committed models.json; None where it holds no model."""
+    measured = from_record(record)
+    return models_figure(measured, record_label(record)) if measured else None
+
+
+def setting(session: Session, missing: Sequence[str]) -> str:
+    """What a figure says of the images, and of the peers that are not there."""
+    height, width = image_size(session)
+    absent = f" · not installed here: {', '.join(missing)}" if missing else ""
+    return f"{height}×{width} pixels, random weights{absent} · {session.label}"
+
+
+def models_figure(measured: Sequence[Measured], label: str) -> Figure:
     """Throughput and peak memory; a row for each model, a point for each contender."""
     rows = list(dict.fromkeys(entry.model for entry in measured))
     with plots.style():
@@ -162,13 +191,7 @@ def models_figure(measured: Sequence[Measured], missing: Sequence[str], session:
             for name in used
         ]
         figure.legend(handles=handles, loc="outside upper right", ncols=3)
-        batch, size = measured[0].batch, image_size(session)
-        absent = f" · not installed here: {', '.join(missing)}" if missing else ""
-        return finish(
-            figure,
-            "Models, inference",
-            f"batch {batch} at {size[0]}×{size[1]}, random weights{absent} · {session.label}",
-        )
+        return finish(figure, "Models, inference", f"batch {measured[0].batch} · {label}")
 
 
 def _megabytes(number: int | None) -> float:
@@ -298,6 +321,4 @@ def breakdown_figure(found: Sequence[Breakdown], session: Session) -> Figure:
         axis.set_xlabel("time of an image, ms  (less is better)")
         handles = [axis.barh(0, 0, color=colour, label=name) for name, (colour, _) in CATEGORIES.items()]
         figure.legend(handles=handles, loc="outside right center")
-        height, width = image_size(session)
-        note = f"{height}×{width} pixels, random weights · {session.label}"
-        return finish(figure, "Where the time goes (torch.profiler, inference)", note)
+        return finish(figure, "Where the time goes (torch.profiler, inference)", setting(session, ()))

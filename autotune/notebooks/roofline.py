@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ import kernels
 from autotune import plots, report, timing, workloads
 from autotune.ceilings import matmul_rate
 from autotune.comparison import OPERATOR_TOLERANCE, Settings, check, largest_error, measure_operator
-from autotune.notebooks.session import Session, finish, grid
+from autotune.notebooks.session import Session, finish, grid, record_label
 from kernels.reference import rpb_logits
 from kernels.windows import Window
 
@@ -26,7 +24,8 @@ __all__ = [
     "Ceilings",
     "Measured",
     "achieved_figure",
-    "committed_gpu_records",
+    "committed_figures",
+    "from_record",
     "fusion_figure",
     "measure_ceilings",
     "measure_fusion",
@@ -50,19 +49,24 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Measured:
-    """One operator at one shape: what it must move and do, and both paths' seconds."""
+    """One operator at one shape: what it must move and do, and both paths' seconds (None: not measured)."""
 
     operator: str
     shape: str
     floor_bytes: int
     operations: int
     ours_seconds: float
-    naive_seconds: float
+    naive_seconds: float | None
 
     @property
     def intensity(self) -> float:
         """Operations per byte that must be moved."""
         return self.operations / self.floor_bytes
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the paths that were measured."""
+        return {"ours": self.ours_seconds} | ({"naive": self.naive_seconds} if self.naive_seconds else {})
 
 
 def measure_ceilings(session: Session) -> Ceilings:
@@ -94,7 +98,36 @@ def measure_operators(session: Session, ceilings: Ceilings, *, image: int = 224)
     return found
 
 
-def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, session: Session) -> Figure:
+def from_record(record: Mapping[str, Any]) -> tuple[list[Measured], Ceilings]:
+    """The forward rows of a committed bench.json, of its first batch size, and the ceilings of the same run."""
+    rows = [row for row in record["rows"] if row["status"] == "ok" and row["pass"] == "forward"]
+    measured = []
+    for row in rows:
+        if row["batch"] == rows[0]["batch"]:
+            seconds = {name: found["p50_ms"] / 1000 for name, found in row["contenders"].items()}
+            floor = row["floor"]
+            measured.append(
+                Measured(
+                    row["operator"],
+                    f"{row['model']} {row['shape']}",
+                    floor["bytes"],
+                    floor["operations"],
+                    seconds["ours"],
+                    seconds.get("naive"),
+                )
+            )
+    found = record["ceilings"]
+    return measured, Ceilings(found["copy_bytes_per_second"], found["bf16_operations_per_second"])
+
+
+def committed_figures(record: Mapping[str, Any]) -> list[Figure]:
+    """Both figures of a committed bench.json; none where it holds no operator."""
+    measured, ceilings = from_record(record)
+    label = record_label(record)
+    return [draw(measured, ceilings, label) for draw in (roofline_figure, achieved_figure) if measured]
+
+
+def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str) -> Figure:
     """Operations a second over operations per byte, log-log, under the two ceilings; a line joins the two paths."""
     operators = list(dict.fromkeys(entry.operator for entry in measured))
     markers = dict(zip(operators, cycle(("o", "s", "D", "^", "v", "P", "X")), strict=False))
@@ -118,9 +151,10 @@ def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, session: S
             color=plots.COLOURS["floor"],
         )  # fmt: skip
         for entry in measured:
-            rates = [entry.operations / seconds / 1e9 for seconds in (entry.ours_seconds, entry.naive_seconds)]
-            axis.vlines(entry.intensity, *sorted(rates), color=plots.COLOURS["guide"], linewidth=2, zorder=1)
-            for rate, name in zip(rates, ("ours", "naive"), strict=True):
+            rates = {name: entry.operations / seconds / 1e9 for name, seconds in entry.seconds.items()}
+            least, most = min(rates.values()), max(rates.values())
+            axis.vlines(entry.intensity, least, most, color=plots.COLOURS["guide"], linewidth=2, zorder=1)
+            for name, rate in rates.items():
                 axis.plot(entry.intensity, rate, markers[entry.operator], color=plots.COLOURS[name], markersize=8)
         handles = [axis.plot([], [], "s", color=plots.COLOURS[name], label=name)[0] for name in ("ours", "naive")]
         handles += [
@@ -135,27 +169,23 @@ def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, session: S
             ylabel="rate, 10⁹ operations/s",
         )
         axis.grid(which="major")
-        return finish(figure, "Operators under the roofline", session.label)
+        return finish(figure, "Operators under the roofline", label)
 
 
-def achieved_figure(measured: Sequence[Measured], ceilings: Ceilings, session: Session) -> Figure:
+def achieved_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str) -> Figure:
     """Bytes that must move over the time it took, of both paths, beside the speed of a copy."""
     with plots.style():
         figure, axes = grid(1, 1, 10.5, 1.5 + 0.36 * len(measured))
         axis = axes[0][0]
         positions = range(len(measured))
-        rates = {
-            name: [entry.floor_bytes / getattr(entry, f"{name}_seconds") / 1e9 for entry in measured]
-            for name in ("ours", "naive")
-        }
-        axis.hlines(
-            list(positions), rates["naive"], rates["ours"], color=plots.COLOURS["guide"], linewidth=2.5, zorder=1
-        )
-        for name, values in rates.items():
-            axis.plot(values, positions, plots.MARKERS[name], color=plots.COLOURS[name], label=name)
-        for position, ours, naive in zip(positions, *rates.values(), strict=True):
+        for position, entry in zip(positions, measured, strict=True):
+            rates = {name: entry.floor_bytes / seconds / 1e9 for name, seconds in entry.seconds.items()}
+            least, most = min(rates.values()), max(rates.values())
+            axis.hlines(position, least, most, color=plots.COLOURS["guide"], linewidth=2.5, zorder=1)
+            for name, rate in rates.items():
+                axis.plot(rate, position, plots.MARKERS[name], color=plots.COLOURS[name], label=name)
             axis.annotate(
-                f"{ours * 1e9 / ceilings.bytes_per_second:.0%}", (max(ours, naive), position), (8, 0),
+                f"{rates['ours'] * 1e9 / ceilings.bytes_per_second:.0%}", (most, position), (8, 0),
                 textcoords="offset points", va="center", fontsize=10, color=plots.COLOURS["ours"],
             )  # fmt: skip
         axis.axvline(ceilings.bytes_per_second / 1e9, color=plots.COLOURS["floor"], linestyle="--", label="copy")
@@ -164,8 +194,10 @@ def achieved_figure(measured: Sequence[Measured], ceilings: Ceilings, session: S
         axis.set(xscale="log", xlabel="bytes that must move / time, GB/s  (more is better; %: ours of the copy)")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(axis="x")
-        figure.legend(loc="outside upper right", ncols=3)
-        return finish(figure, "Achieved bandwidth, forward", session.label)
+        handles, labels = axis.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        figure.legend(unique.values(), unique.keys(), loc="outside upper right", ncols=3)
+        return finish(figure, "Achieved bandwidth, forward", label)
 
 
 @dataclass(frozen=True)
@@ -285,11 +317,3 @@ def fusion_figure(found: dict[str, list[plots.Comparison]], session: Session) ->
     return plots.comparison_figure(
         panels, title="Fused (ours) against unfused, forward", contender="unfused chain", device=session.label
     )
-
-
-def committed_gpu_records(results: Path | None) -> list[tuple[Path, dict[str, Any]]]:
-    """Profiles measured on GPUs and committed under notebooks/results; none where there is no checkout."""
-    if results is None or not results.is_dir():
-        return []
-    records = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*/profile.json"))]
-    return [(path, record) for path, record in records if record["machine"]["device_type"] == "cuda"]

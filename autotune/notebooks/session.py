@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,12 @@ __all__ = [
     "Session",
     "Table",
     "chosen_checkpoints",
+    "committed_gpu_records",
     "finish",
     "grid",
     "load",
     "picture",
+    "record_label",
     "start",
     "without_ticks",
 ]
@@ -131,6 +135,20 @@ def _settle_batch_norms(module: nn.Module, side: int = 224) -> None:
     for norm in norms:
         norm.momentum = 0.1
         norm.eval()
+
+
+def committed_gpu_records(file: str, results: Path | None = None) -> list[dict[str, Any]]:
+    """What was measured on GPUs and committed: notebooks/results/<GPU>/``file`` of each; none without a checkout."""
+    root = timing.repository_root()
+    folder = results or (root and root / "notebooks" / "results")
+    paths = sorted(folder.glob(f"*/{file}")) if folder else []
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [record for record in records if record["machine"]["device_type"] == "cuda"]
+
+
+def record_label(record: Mapping[str, Any]) -> str:
+    """What a figure says of a committed record's origin."""
+    return f"{record['machine']['device']} · {record['settings']['dtype']} · {record['machine']['date'][:10]}"
 
 
 def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:

@@ -61,8 +61,8 @@ def without_autocast(function: Function) -> Function:
 def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:
     """The window of a schema's arguments."""
     stride, padding, dilation, clamped = fields[:4]
-    pairs = ((pair[0], pair[1]) for pair in (kernel_size, stride, padding, dilation))
-    return Window(*pairs, clamped)
+    size, strides, paddings, dilations = ((pair[0], pair[1]) for pair in (kernel_size, stride, padding, dilation))
+    return Window(size, strides, paddings, dilations, clamped)
 
 
 def fields_of(window: Window) -> tuple[Any, ...]:

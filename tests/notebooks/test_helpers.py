@@ -203,15 +203,58 @@ def test_unfused_chain_is_contmix():
     assert relative_error(chain, workload.forward(inputs)[0]) < 1e-12
 
 
+def _committed(kind, rows, **facts):
+    machine = {"device_type": kind, "device": "NVIDIA H200", "date": "2030-01-02T03:04:05"}
+    return {"machine": machine, "settings": {"dtype": "bfloat16"}, "rows": rows, **facts}
+
+
 def test_committed_gpu_records(tmp_path):
     for folder, kind in (("cpu_X", "cpu"), ("NVIDIA_H200", "cuda")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "profile.json").write_text(json.dumps({"machine": {"device_type": kind}}))
-    (path, record), *others = roofline.committed_gpu_records(tmp_path)
-    assert path.parent.name == "NVIDIA_H200"
-    assert record["machine"]["device_type"] == "cuda"
-    assert others == []
-    assert roofline.committed_gpu_records(None) == roofline.committed_gpu_records(tmp_path / "none") == []
+        (tmp_path / folder / "bench.json").write_text(json.dumps(_committed(kind, [])))
+    assert session.committed_gpu_records("bench.json", tmp_path) == [_committed("cuda", [])]
+    assert session.committed_gpu_records("models.json", tmp_path) == []
+    assert session.committed_gpu_records("bench.json", tmp_path / "none") == []
+
+
+def test_figures_of_a_committed_bench():
+    row = {"status": "ok", "operator": "involution2d", "model": "RedNet-50", "shape": "64@56² K=7", "batch": 128}
+    row |= {"pass": "forward", "floor": {"bytes": 4_000_000, "operations": 8_000_000}}
+    contenders = {"ours": {"p50_ms": 2.0}, "naive": {"p50_ms": 20.0}, "compiled": {"p50_ms": 4.0}}
+    rows = [
+        row | {"contenders": contenders},
+        row | {"contenders": {"ours": {"p50_ms": 1.0}}},  # the naive path did not fit
+        row | {"pass": "forward+backward"},
+        row | {"status": "failed"},
+        row | {"batch": 2},
+    ]
+    ceilings = {"copy_bytes_per_second": 4e9, "bf16_operations_per_second": 8e11}
+    record = _committed("cuda", rows, ceilings=ceilings)
+    measured, found = roofline.from_record(record)
+    assert [entry.seconds for entry in measured] == [{"ours": 0.002, "naive": 0.02}, {"ours": 0.001}]
+    assert [entry.intensity for entry in measured] == [2, 2]
+    assert found.balance == 200
+    roof, achieved = roofline.committed_figures(record)
+    assert "NVIDIA H200 · bfloat16 · 2030-01-02" in roof.get_supxlabel()
+    assert [text.get_text() for text in achieved.axes[0].texts] == ["50%", "100%"]  # 2 and 4 of 4 GB/s
+    assert roofline.committed_figures(record | {"rows": []}) == []
+
+
+def test_figure_of_committed_models():
+    timed = {"p50_ms": 64.0, "peak_bytes": 10**9}
+    row = {"status": "ok", "model": "rednet50", "peer": "torchvision resnet50", "batch": 128, "pass": "inference"}
+    rows = [row | {"contenders": dict.fromkeys(("ours", "naive", "compiled", "peer", "peer_compiled"), timed)}]
+    record = _committed("cuda", [*rows, row | {"pass": "training"}, row | {"status": "failed"}])
+    measured = breakdown.from_record(record)
+    assert [(entry.model, entry.contender, entry.images_per_second) for entry in measured] == [
+        ("rednet50", "ours", 2000),
+        ("rednet50", "naive", 2000),
+        ("torchvision resnet50", "peer", 2000),
+    ]
+    figure = breakdown.committed_figure(record)
+    assert figure is not None
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["rednet50", "torchvision resnet50"]
+    assert breakdown.committed_figure(record | {"rows": []}) is None
 
 
 @pytest.mark.parametrize(
