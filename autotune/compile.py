@@ -205,7 +205,8 @@ def _read_cubin(cubin: bytes) -> dict[str, int]:
     widths = [128 if ".128" in load else 64 if ".64" in load else 16 if "16" in load else 32 for load in loads]
     return {
         "registers": int(found[1]),
-        "spilled_bytes": int(found[2]),
+        # A stack frame that no instruction stores to is a calling convention's, not a spill.
+        "spilled_bytes": int(found[2]) if re.search(r"\bSTL\b", code) else 0,
         "load_bits": max(widths, default=0),
         "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|IMMA|DMMA)\b", code)),
         "shuffles": len(re.findall(r"\bSHFL\b", code)),

@@ -16,6 +16,8 @@ Blocks are [steps, channels, pixels] as in ``aggregation.triton_kernels``, and s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -56,9 +58,20 @@ RPB_BLOCK_PIXELS, RPB_BLOCK_RELATIVE = (256, 1024) if interpreting() else (64, 3
 RPB_CHUNKS = 64  # partial tables per head: enough programs to fill a GPU, few enough to sum in one small reduction
 
 MODULES = ("kernels.windows_triton", "kernels.neighborhood.triton_kernels")
+
+
+def grad_logits_heuristic(problem: Problem) -> Config:
+    """The algebra's, on twice the threads: out, gradient, logits and values live at once, and 4 warps spill them."""
+    return replace(heuristic(problem), num_warps=8)
+
+
 SOFTMAX_AGGREGATE, GRAD_VALUE, GRAD_LOGITS = (
-    Tunable(name, CONFIGS, heuristic, cost, MODULES, Problem, f"kernels.neighborhood.examples:{name.split('.')[-1]}")
-    for name in ("softmax_aggregate", "softmax_aggregate.grad_value", "softmax_aggregate.grad_logits")
+    Tunable(name, CONFIGS, choice, cost, MODULES, Problem, f"kernels.neighborhood.examples:{name.split('.')[-1]}")
+    for name, choice in (
+        ("softmax_aggregate", heuristic),
+        ("softmax_aggregate.grad_value", heuristic),
+        ("softmax_aggregate.grad_logits", grad_logits_heuristic),
+    )
 )
 
 
