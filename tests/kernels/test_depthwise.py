@@ -211,7 +211,7 @@ def test_heuristic_is_a_valid_config(monkeypatch):
     monkeypatch.setattr(triton_tiles, "interpreting", lambda: False)
     dtypes = ((torch.bfloat16, (1, 2, 4, 8)), (torch.float32, (1, 2, 4)))
     for (dtype, vectors), kernel_size, pixels, images in itertools.product(
-        dtypes, (1, 3, 7, 9, 13, 17, 31), (1, 49, 196, 3136), (1, 2, 128)
+        dtypes, (1, 3, 7, 9, 13, 17), (196, 3136), (2, 128)
     ):
         for vector, weight_gradient in itertools.product(vectors, (False, True)):
             problem = Problem(images, 64, pixels, kernel_size, vector, dtype, weight_gradient)
