@@ -96,7 +96,7 @@ def _model_cases(arguments: argparse.Namespace, settings: dict[str, Any]) -> lis
         known = [plan for plan in PLANS if name in (plan.model, "*") and not small]
         if not known and name not in models.list_models():
             raise ValueError(f"--model must be one of {', '.join(models.list_models())}; got {name!r}")
-        plans += known or [Plan(name, training, compiled=True) for training in (False, True)]
+        plans += known or [Plan(name, training, compiled=not small) for training in (False, True)]
     batch, size = arguments.batch or (2 if small else 128), arguments.size or ((64, 64) if small else (224, 224))
     bench = ModelBench(batch=batch, size=size, **settings | {"seconds": 4 * settings["seconds"]})
     return [

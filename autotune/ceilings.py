@@ -42,12 +42,14 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> dict[str, 
     }
 
 
-def _host_microseconds(calls: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, float]:
+def _host_microseconds(
+    calls: dict[str, Callable[[], object]], device: torch.device, *, runs: int, turns: int
+) -> dict[str, float]:
     """Host time of a call: medians over rounds that take turns, each a run of calls without waiting for the device."""
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(9):
+    for _ in range(turns):
         for name, call in calls.items():
             timing.synchronize(device)
             start = time.perf_counter()
@@ -84,5 +86,6 @@ def launch_overhead(device: torch.device, *, quick: bool = False) -> dict[str, A
         },
         device,
         runs=1 if quick else 200,
+        turns=1 if quick else 9,
     )
     return found | {"added": found["tuned"] - found["direct"], "added_by_tuner": found["tuned"] - found["configured"]}

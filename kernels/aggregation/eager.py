@@ -45,8 +45,8 @@ __all__ = [
 
 # Most input elements in a strip: a share of the operator's inputs (lean in memory).
 STRIP_SHARE = 3
-# Most band elements in one step: a share of the kernel's own size, within bounds. The upper bound is 2 MB in float32
-# on a CPU, so that a step stays in cache; elsewhere steps should rather be large than many.
+# Most band elements in one step: a share of the kernel's own size, within bounds (at 7x7 the number of steps is what
+# costs). The upper bound is 2 MB in float32 on a CPU, so that a step stays in cache; elsewhere steps should be large.
 STEP_SHARE = 2
 STEP_ELEMENTS = {"cpu": 2**19}
 STEP_ELEMENTS_ELSEWHERE = 2**24
@@ -221,6 +221,7 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
             bands.lay(tile_of(kernel, tile))
             part = tile_of(target, tile)
             part.copy_(multiply(strip.covered(pixels, tile), band).view(part.shape))
+        del pixels  # before the next strip is loaded
     return out
 
 
@@ -234,6 +235,7 @@ def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
             band = bands.select(strip, tile)
             torch.bmm(strip.covered(pixels, tile).mT, as_matrices(tile_of(grad, tile).to(pixels.dtype)), out=band)
             bands.pick(tile_of(target, tile))
+        del pixels  # before the next strip is loaded
     return out
 
 
@@ -253,4 +255,5 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
             covered = strip.covered(matrices, tile)
             covered += multiply(as_matrices(tile_of(grad, tile).to(sums.dtype)), band.mT)
         strip.add_to(total, sums)
+        del sums, matrices, covered  # before the next strip is made
     return out if total is out else out.copy_(total)

@@ -108,6 +108,7 @@ def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window:
             bands.lay(_kernel_first(weight, window))
             part = tile_of(target, tile)
             part.copy_(multiply(strip.covered(pixels, tile), band).view(part.shape))
+        del pixels  # before the next strip is loaded
     return out, log_sum_exp
 
 
@@ -152,6 +153,7 @@ def softmax_aggregate_backward(
             if bias is not None and grad_spread is not None:
                 bias.accumulate(grad_spread, strip, tile, grad_biased.unflatten(-1, window.kernel_size))
         strip.add_to(total, sums)
+        del pixels, sums, matrices, covered  # before the next strip is loaded
     if total is not grad_value:
         grad_value.copy_(total)
     grad_rpb = None if bias is None or grad_spread is None else bias.gradient(grad_spread)

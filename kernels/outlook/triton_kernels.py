@@ -211,11 +211,9 @@ def _mix_kernel(
                             b_weight = tl.exp2(b_logit * scale - b_statistics)
                             m_other = m_row & inside(o_other_w + other_w, width)
                             # [P, C]
-                            b_source = tl.load(
-                                p_source + other_w * source_stride_w, mask=m_other[:, None] & m_channel, other=0
-                            )
+                            p_other = p_source + other_h * source_stride_h + other_w * source_stride_w
+                            b_source = tl.load(p_other, mask=m_other[:, None] & m_channel, other=0)
                             b_sum += b_weight[:, None] * b_source.to(ACCUMULATOR)
-                        p_source += source_stride_h
         o_target = (
             o_image * target_stride_b
             + o_row.to(OFFSET) * target_stride_h
