@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "get_backend", "resolve", "set_backend", "use_backend"]
+__all__ = ["BACKENDS", "get_backend", "resolve", "set_backend", "transforming", "use_backend"]
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 
@@ -36,8 +36,22 @@ def _checked(name: str, source: str) -> str:
 _selected = _checked(os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto", "DYNAMIC_KERNELS_BACKEND")
 
 
+def transforming() -> bool:
+    """Whether this runs inside one of ``torch.func``'s transforms (vmap, grad, jvp, ...)."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def get_backend() -> str:
-    """The selected backend's name; ``auto`` is reported as such."""
+    """The name of the backend in force: the selected one (``auto`` is reported as such), with two exceptions.
+
+    Both are ``reference``, whatever was selected, because they need operators of PyTorch's own: while
+    ``torch.onnx.export`` records a model, for no runtime of ONNX has those of this package; and inside ``torch.func``'s
+    transforms (vmap, grad, jvp, ...), which do not look into operators registered from Python.
+    """
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "reference"
+    if transforming():
+        return "reference"
     return _selected
 
 

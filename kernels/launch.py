@@ -6,6 +6,7 @@ compiled ahead, for any architecture, from the very arguments its launcher compu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "fits_int32", "launch", "record_launches"]
+__all__ = ["Launch", "ceil_divide", "fits_int32", "launch", "record_launches"]
 
 
 class Launch(NamedTuple):
@@ -50,9 +51,16 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
             kernel[grid](**arguments, **options)
 
 
+def ceil_divide(dividend: int, divisor: int) -> int:
+    """⌈dividend / divisor⌉ on the host, where ``triton.cdiv`` costs microseconds of every launch."""
+    return -(-dividend // divisor)
+
+
 def fits_int32(*tensors: Tensor) -> bool:
     """Whether every offset inside one batch entry and group of each tensor is below 2^31 elements."""
-    return all(
-        sum((size - 1) * abs(stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True)) < 2**31
-        for t in tensors
-    )
+    return all(_farthest(tensor.shape, tensor.stride()) < 2**31 for tensor in tensors)
+
+
+@functools.lru_cache(maxsize=4096)  # launches repeat their shapes, and a launch has microseconds only
+def _farthest(shape: torch.Size, strides: tuple[int, ...]) -> int:
+    return sum((size - 1) * abs(stride) for size, stride in zip(shape[2:], strides[2:], strict=True))

@@ -29,7 +29,7 @@ from torch import Tensor
 from autotune.tuner import Trial, Tunable, choose
 from kernels.aggregation import eager
 from kernels.backend import interpreting
-from kernels.launch import fits_int32, launch
+from kernels.launch import ceil_divide, fits_int32, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, split_program
@@ -99,7 +99,7 @@ def cost(problem: Problem, config: Config) -> float:
     """
 
     def padded(size: int, block: int) -> int:
-        return triton.cdiv(size, block) * block
+        return ceil_divide(size, block) * block
 
     waste = 1.0
     for size, block in (
@@ -108,7 +108,7 @@ def cost(problem: Problem, config: Config) -> float:
         (problem.steps, config.block_steps),
     ):
         waste *= padded(size, block) / size
-    channel_blocks = triton.cdiv(problem.channels, config.block_channels)
+    channel_blocks = ceil_divide(problem.channels, config.block_channels)
     per_thread = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
     imbalance = max(per_thread / 32, 16 / per_thread, 1.0)
     strided = 2.0 if problem.kernel_fastest and config.block_steps == 1 else 1.0
@@ -296,6 +296,7 @@ def _correlate_kernel(
         )
 
 
+@functools.lru_cache(maxsize=4096)
 def window_arguments(window: Window) -> dict[str, int | bool]:
     """A window as the compile-time arguments every kernel takes."""
     per_axis = {"KERNEL": 0, "STRIDE": 1, "PADDING": 2, "DILATION": 3}
@@ -307,7 +308,12 @@ def window_arguments(window: Window) -> dict[str, int | bool]:
 
 def stride_arguments(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
     """Strides of ``tensor`` under the names a kernel gives them: ``axes`` "b g c h w" for [B, G, C, H, W]."""
-    return {f"{name}_stride_{axis}": stride for axis, stride in zip(axes.split(), tensor.stride(), strict=True)}
+    return dict(zip(_stride_names(name, axes), tensor.stride(), strict=True))
+
+
+@functools.cache
+def _stride_names(name: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"{name}_stride_{axis}" for axis in axes.split())
 
 
 def precision_arguments(*tensors: Tensor) -> dict[str, tl.dtype]:
@@ -346,8 +352,8 @@ def _gather_sum(
 ) -> Tensor:
     batch, groups, channels, height, width = target.shape
     # One program per (pixel tile, channel block, group, batch entry), on one axis: the others end at 65,535.
-    pixel_blocks = triton.cdiv(height * width, config.block_pixels)
-    grid = (pixel_blocks * triton.cdiv(channels, config.block_channels) * groups * batch,)
+    pixel_blocks = ceil_divide(height * width, config.block_pixels)
+    grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
     arguments = {
         "weight_ptr": weight,
         "source_ptr": source,
@@ -418,7 +424,7 @@ def correlate(g: Tensor, x: Tensor, window: Window, config: Config | None = None
         )
         config = choose(CORRELATE, problem, g.device, trial)
     # One program per (pixel tile, group, batch entry); it walks the whole window.
-    grid = (triton.cdiv(height * width, config.block_pixels) * groups * batch,)
+    grid = (ceil_divide(height * width, config.block_pixels) * groups * batch,)
     arguments = {
         "g_ptr": g,
         "x_ptr": x,

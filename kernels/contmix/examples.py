@@ -1,15 +1,18 @@
-"""ContMix's kernel launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
+"""ContMix's kernels launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
+from torch import Tensor
 
 from kernels.aggregation.examples import BATCH, GROUPS, near_square
-from kernels.contmix import triton_kernels
-from kernels.contmix.triton_kernels import Problem, shares_windows
+from kernels.contmix import eager, triton_grad_inputs, triton_grad_parameters, triton_kernels
+from kernels.contmix.triton_tiles import Problem, shares_windows
 from kernels.windows import Pair
 
-__all__ = ["contmix"]
+__all__ = ["contmix", "grad_projected", "grad_query", "grad_tables", "grad_value"]
 
 
 def _size(problem: Problem) -> Pair:
@@ -23,20 +26,58 @@ def _size(problem: Problem) -> Pair:
     return height, width
 
 
-def contmix(problem: Problem, device: torch.device) -> None:
-    def random(*shape: int) -> torch.Tensor:
+def _inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Query, projected keys, bias, rpb and value of one kernel size."""
+
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=problem.dtype, device=device)
 
     size, relative = _size(problem), 2 * problem.kernel_size - 1
-    query = random(BATCH, GROUPS, problem.query_channels, *size) / problem.query_channels**0.5
-    value = random(BATCH, GROUPS, problem.channels, *size)
-    statistics_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    triton_kernels.contmix_one_size(
-        query,
+    return (
+        random(BATCH, GROUPS, problem.query_channels, *size) / problem.query_channels**0.5,
         random(BATCH, GROUPS, problem.query_channels, problem.kernel_size**2),
         random(problem.kernel_size**2),
         random(GROUPS, relative, relative),
-        value,
-        torch.empty_like(value),
-        torch.empty((BATCH, GROUPS, *size), dtype=statistics_dtype, device=device),
+        random(BATCH, GROUPS, problem.channels, *size),
     )
+
+
+Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _saved(problem: Problem, device: torch.device) -> Saved:
+    """What a backward kernel reads: a gradient, the inputs, and the outputs of the forward pass."""
+    query, projected, bias, rpb, value = _inputs(problem, device)
+    sizes = [problem.kernel_size]
+    out, statistics = eager.contmix(query, projected, bias, rpb.flatten(1), value[:, None], sizes)
+    return torch.randn_like(value), query, projected, bias, rpb, value, out[:, 0], statistics[:, 0]
+
+
+def _delta(grad: Tensor, out: Tensor, statistics: Tensor) -> Tensor:
+    return (grad.to(statistics.dtype) * out.to(statistics.dtype)).sum(2)
+
+
+def contmix(problem: Problem, device: torch.device) -> None:
+    inputs = _inputs(problem, device)
+    out, statistics = eager.empty_outputs(inputs[-1][:, None])
+    triton_kernels.contmix_one_size(*inputs, out[:, 0], statistics[:, 0])
+
+
+def grad_query(problem: Problem, device: torch.device) -> None:
+    saved = _saved(problem, device)
+    triton_grad_inputs.grad_query(*saved, torch.empty_like(saved[1]), torch.empty_like(saved[-1]))
+
+
+def grad_value(problem: Problem, device: torch.device) -> None:
+    saved = _saved(problem, device)
+    triton_grad_inputs.grad_value(*saved, torch.empty_like(saved[5]))
+
+
+def grad_projected(problem: Problem, device: torch.device) -> None:
+    saved = _saved(problem, device)
+    triton_grad_parameters.grad_projected(*saved, _delta(saved[0], *saved[-2:]))
+
+
+def grad_tables(problem: Problem, device: torch.device) -> None:
+    saved = _saved(problem, device)
+    triton_grad_parameters.grad_tables(*saved, _delta(saved[0], *saved[-2:]))

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.aggregation.op import implementation, without_autocast
-from kernels.backend import get_backend, resolve
+from kernels.backend import get_backend
 from kernels.checks import check_shape, check_tensors, check_window_fits, odd_pair
-from kernels.contmix import chunked
+from kernels.contmix import eager
+from kernels.layout import empty_like_layout
 
 __all__ = ["contmix2d"]
 
@@ -94,17 +95,13 @@ def contmix2d(
 @without_autocast
 def _contmix(query, projected, bias, rpb, value, kernel_sizes, backend):
     """The output, and log Σ_k exp of every softmax [B, M, G, H, W] in float32 (float64 for float64)."""
-    if resolve(backend, value) == "triton":
-        fused = implementation("contmix", backend, value)
-        return fused.contmix(query, projected, bias, rpb, value, kernel_sizes)
-    run = implementation("neighborhood", backend, value)
-    return chunked.forward(query, projected, bias, rpb, value, kernel_sizes, run)
+    run = implementation("contmix", backend, value)
+    return run.contmix(query, projected, bias, rpb, value, kernel_sizes)
 
 
 @_contmix.register_fake
 def _(query, projected, bias, rpb, value, kernel_sizes, backend):
-    statistics = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return value.new_empty(value.shape), value.new_empty((*value.shape[:3], *value.shape[4:]), dtype=statistics)
+    return eager.empty_outputs(value)
 
 
 @torch.library.custom_op(
@@ -118,13 +115,14 @@ def _(query, projected, bias, rpb, value, kernel_sizes, backend):
 @without_autocast
 def _contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
     """Gradients of query, projected, bias, rpb and value."""
-    run = implementation("neighborhood", backend, value)
-    return chunked.backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, run)
+    run = implementation("contmix", backend, value)
+    return run.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
 
 
 @_contmix_backward.register_fake
 def _(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
-    return tuple(t.new_empty(t.shape) for t in (query, projected, bias, rpb, value))
+    grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
+    return (grad_query, *(t.new_empty(t.shape) for t in (projected, bias, rpb)), grad_value)
 
 
 def _save(ctx, inputs, output):

@@ -8,6 +8,8 @@ backward pass runs the softmax again, which costs no more than recovering p from
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,13 @@ from kernels.aggregation.eager_tiles import Tiles
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.windows import Window
 
-__all__ = ["softmax_aggregate", "softmax_aggregate_backward"]
+__all__ = [
+    "Logits",
+    "softmax_aggregate",
+    "softmax_aggregate_backward",
+    "softmax_aggregate_made",
+    "softmax_aggregate_made_backward",
+]
 
 
 class _PositionBias:
@@ -76,12 +84,42 @@ def _kernel_first(kernel: Tensor, window: Window) -> Tensor:
     return kernel.unflatten(-1, window.kernel_size).permute(0, 1, 2, 5, 6, 3, 4)
 
 
-def _biased(logits: Tensor, bias: _PositionBias | None, strip: Strip, tile: Tiles) -> Tensor:
-    """A tile's logits + rpb, [n, b, g, R, T, K²], as wide as an accumulator; may share memory with the logits."""
-    part = _kernel_last(tile_of(logits, tile)).to(accumulator_dtype(logits.dtype))
-    if bias is not None:
-        part = part + bias.tile(strip, tile)
-    return part.flatten(5)
+class Logits(Protocol):
+    """Logits of a whole map that are read, and their gradients taken, one tile [n, b, g, R, T, K²] at a time."""
+
+    fresh: bool
+    """Whether a tile read is memory of its own, to be written over."""
+
+    def read(self, strip: Strip, tile: Tiles) -> Tensor:
+        """As wide as an accumulator."""
+        ...
+
+    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None: ...
+
+
+class _StoredLogits:
+    """Logits [B, G, Kh, Kw, H, W], and a tensor for their gradient."""
+
+    fresh = False
+
+    def __init__(self, logits: Tensor, window: Window, gradient: Tensor | None = None) -> None:
+        self._logits, self._window, self._gradient = logits, window, gradient
+
+    def read(self, strip: Strip, tile: Tiles) -> Tensor:
+        return _kernel_last(tile_of(strip.outputs(self._logits), tile)).to(accumulator_dtype(self._logits.dtype))
+
+    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
+        assert self._gradient is not None
+        tile_of(strip.outputs(self._gradient), tile).copy_(_kernel_first(grad, self._window))
+
+
+def _biased(logits: Logits, bias: _PositionBias | None, strip: Strip, tile: Tiles) -> Tensor:
+    """A tile's logits + rpb, [n, b, g, R, T, K²]; may share memory with the logits."""
+    part = logits.read(strip, tile)
+    if bias is None:
+        return part
+    tile_bias = bias.tile(strip, tile).flatten(5)
+    return part.add_(tile_bias) if logits.fresh else part + tile_bias
 
 
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
@@ -90,6 +128,11 @@ def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window:
     logits [B,G,Kh,Kw,H,W], value [B,G,D,H,W], rpb [G,2Kh−1,2Kw−1] or None -> out like value, [B,G,H,W] as wide as an
     accumulator.
     """
+    return softmax_aggregate_made(_StoredLogits(logits, window), value, rpb, window)
+
+
+def softmax_aggregate_made(logits: Logits, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
+    """``softmax_aggregate`` with logits that need not exist all at once."""
     batch, groups, _, height, width = value.shape
     out = empty_like_layout(value, value.shape)
     statistics_dtype = accumulator_dtype(value.dtype)
@@ -97,10 +140,10 @@ def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window:
     bias = None if rpb is None else _PositionBias(rpb, window, height, width)
     bands = Bands(value, window.kernel_size, input_major=not channels_fastest(value))
     for strip in strips(window, value):
-        pixels, strip_logits = as_matrices(strip.load(value)), strip.outputs(logits)
+        pixels = as_matrices(strip.load(value))
         target, statistics = strip.outputs(out), strip.outputs(log_sum_exp)
         for tile in strip.row_tiles:
-            biased = _biased(strip_logits, bias, strip, tile)
+            biased = _biased(logits, bias, strip, tile)
             weight = biased.softmax(-1)
             # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
             tile_of(statistics, tile).copy_(biased.amax(-1) - weight.amax(-1).log())
@@ -123,9 +166,19 @@ def softmax_aggregate_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dlogits = p · (dp − Σ_k p·dp) with dp[i,k] = Σ_d grad_out[i] · value[nbr(i,k)]; dvalue = transpose(p, grad_out);
     drpb sums dlogits over batch and pixels. ``out`` and ``log_sum_exp`` are not needed here."""
+    grad_logits = empty_like_layout(logits, logits.shape)
+    stored = _StoredLogits(logits, window, grad_logits)
+    grad_value, grad_rpb = softmax_aggregate_made_backward(grad_out, stored, value, rpb, window)
+    return grad_logits, grad_value, grad_rpb
+
+
+def softmax_aggregate_made_backward(
+    grad_out: Tensor, logits: Logits, value: Tensor, rpb: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of value and rpb; those of the logits are handed over tile by tile."""
     height, width = value.shape[3:]
     dtype = accumulator_dtype(value.dtype)
-    grad_logits, grad_value = empty_like_layout(logits, logits.shape), empty_like_layout(value, value.shape)
+    grad_value = empty_like_layout(value, value.shape)
     total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()
     bias = None if rpb is None else _PositionBias(rpb, window, height, width)
     grad_spread = None if bias is None else bias.zeros()
@@ -134,10 +187,10 @@ def softmax_aggregate_backward(
     for strip in strips(window, value):
         pixels, sums = as_matrices(strip.load(value)), strip.zeros(value)
         matrices = as_matrices(sums)
-        strip_logits, strip_grad, target = (strip.outputs(tensor) for tensor in (logits, grad_out, grad_logits))
+        strip_grad = strip.outputs(grad_out)
         for tile in strip.row_tiles:
             grad = as_matrices(tile_of(strip_grad, tile).to(dtype))
-            weight = _biased(strip_logits, bias, strip, tile).softmax(-1)
+            weight = _biased(logits, bias, strip, tile).softmax(-1)
 
             band = bands.select(strip, tile)
             bands.lay(_kernel_first(weight, window))
@@ -149,7 +202,7 @@ def softmax_aggregate_backward(
             grad_bands.pick(_kernel_first(grad_biased, window))
             grad_biased *= weight
             grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
-            tile_of(target, tile).copy_(_kernel_first(grad_biased, window))
+            logits.write_gradient(strip, tile, grad_biased)
             if bias is not None and grad_spread is not None:
                 bias.accumulate(grad_spread, strip, tile, grad_biased.unflatten(-1, window.kernel_size))
         strip.add_to(total, sums)
@@ -157,4 +210,4 @@ def softmax_aggregate_backward(
     if total is not grad_value:
         grad_value.copy_(total)
     grad_rpb = None if bias is None or grad_spread is None else bias.gradient(grad_spread)
-    return grad_logits, grad_value, grad_rpb
+    return grad_value, grad_rpb

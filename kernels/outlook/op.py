@@ -65,7 +65,7 @@ def outlook_attention2d(
     _check_integer("padding", padding, 0)
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a real number, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # isfinite, which does not trace with a symbolic scale
         raise ValueError(f"scale must be finite, got {scale!r}")
     check_shape("value", value, "B H W C")
     batch, height, width, channels = value.shape

@@ -38,7 +38,7 @@ from torch import Tensor
 from autotune.tuner import Trial, Tunable, choose
 from kernels.aggregation.triton_kernels import at_least_float32, precision_arguments, stride_arguments
 from kernels.backend import interpreting
-from kernels.launch import launch
+from kernels.launch import ceil_divide, launch
 from kernels.outlook import eager
 
 __all__ = ["CONFIGS", "Config", "Problem", "heuristic", "outlook", "outlook_backward"]
@@ -70,14 +70,20 @@ class Config:
         return self.block_items * columns / (32 * self.num_warps)
 
     def valid(self, problem: Problem) -> bool:
-        """As many sums a thread as registers hold, and at most twice the channels there are."""
-        return self.per_thread(problem) == sums(problem) and self.block_channels < 2 * max(problem.channels, 16)
+        """As many sums a thread as registers hold, and no more channels than its products' operands leave room for."""
+        most = min(most_channels(problem), 2 * max(problem.channels, 16) - 1)
+        return self.per_thread(problem) == sums(problem) and self.block_channels <= most
 
 
 def sums(problem: Problem) -> int:
     """Sums a thread is to have: fewer leave threads to repeat each other's weights, more leave no registers."""
     most = 16 if problem.grad_logits else 32
     return most if problem.dtype.itemsize == 2 else most // 2
+
+
+def most_channels(problem: Problem) -> int:
+    """Channels a step: float32 products of windows run on CUDA cores, a thread of which holds whole rows of both."""
+    return 16 if problem.grad_logits and problem.dtype.itemsize > 2 else 64
 
 
 CONFIGS = tuple(
@@ -95,7 +101,7 @@ def padded_positions(kernel_size: int) -> int:
 
 def cost(problem: Problem, config: Config) -> float:
     """Estimate of a launch, up to a factor: weights computed again for every block of channels, and channels summed."""
-    blocks = triton.cdiv(problem.channels, config.block_channels)
+    blocks = ceil_divide(problem.channels, config.block_channels)
     return blocks * (16 + config.block_channels) * (1 + abs(math.log2(config.num_warps / 2)) / 16)
 
 
@@ -109,7 +115,9 @@ def heuristic(problem: Problem) -> Config:
     warps = min(16, max(4, entries // (32 * sums(problem)))) if problem.grad_logits else 2
     columns = entries if problem.grad_logits else channels
     return Config(
-        max(1, 32 * warps * sums(problem) // columns), min(channels, 32) if problem.grad_logits else channels, warps
+        max(1, 32 * warps * sums(problem) // columns),
+        min(channels, 32, most_channels(problem)) if problem.grad_logits else channels,
+        warps,
     )
 
 
@@ -354,8 +362,8 @@ def _mix(logits: Tensor, source: Tensor, statistics: Tensor | None, windows: Win
         "TRANSPOSED": statistics is not None,
     }
     # One program per (block of channels, block of cells); it takes the cells' phases one after the other.
-    channel_blocks = triton.cdiv(arguments["channels"], config.block_channels)
-    grid = (channel_blocks * triton.cdiv(arguments["items"], arguments["BLOCK_ITEMS"]),)
+    channel_blocks = ceil_divide(arguments["channels"], config.block_channels)
+    grid = (channel_blocks * ceil_divide(arguments["items"], arguments["BLOCK_ITEMS"]),)
     launch(_mix_kernel, grid, target.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return target
 
@@ -403,7 +411,7 @@ def grad_logits(
         "WIDEN": interpreting(),  # its product of bfloat16 blocks is wrong
     }
     # One program per block of windows and heads.
-    grid = (triton.cdiv(arguments["items"], arguments["BLOCK_ITEMS"]),)
+    grid = (ceil_divide(arguments["items"], arguments["BLOCK_ITEMS"]),)
     launch(_grad_logits_kernel, grid, value.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return target, statistics
 

@@ -1,0 +1,131 @@
+"""ContMix in plain PyTorch: ``neighborhood.eager`` with logits that are made for one tile at a time.
+
+    logits[n,k] = Σ_c query[c,n] · projected[c,k] + bias[k]
+
+A tile's logits are one matrix product of its queries, as cheap to make again in the backward pass as to store; so
+there are never more than a tile of them, a few megabytes at most, whatever the size of the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.aggregation.eager import Strip, accumulator_dtype, as_matrices, tile_of
+from kernels.aggregation.eager_tiles import Tiles
+from kernels.layout import empty_like_layout
+from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
+from kernels.windows import Window
+
+__all__ = ["contmix", "contmix_backward", "empty_outputs", "parts"]
+
+
+class _MadeLogits:
+    """The logits of one kernel size, tile by tile, and what their gradients add up to."""
+
+    fresh = True
+
+    def __init__(self, query: Tensor, projected: Tensor, bias: Tensor) -> None:
+        dtype = accumulator_dtype(query.dtype)
+        self.query, self.projected, self.bias = query, projected.to(dtype), bias.to(dtype)
+
+    def prepare_gradients(self, grad_query: Tensor) -> None:
+        self.grad_query = grad_query  # added to
+        self.grad_projected, self.grad_bias = torch.zeros_like(self.projected), torch.zeros_like(self.bias)
+
+    def _queries(self, strip: Strip, tile: Tiles) -> Tensor:
+        """[n·b·g, Dq, R·T], as wide as an accumulator."""
+        return as_matrices(tile_of(strip.outputs(self.query), tile).to(self.projected.dtype))
+
+    def _keys(self, strip: Strip) -> Tensor:
+        """[n·b·g, Dq, K²]"""
+        keys = self.projected[strip.maps]
+        return keys.expand(strip.leading[0], *keys.shape).flatten(0, 2)
+
+    def read(self, strip: Strip, tile: Tiles) -> Tensor:
+        """[n, b, g, R, T, K²]"""
+        logits = torch.baddbmm(self.bias, self._queries(strip, tile).mT, self._keys(strip))
+        return logits.view(*strip.leading, tile.count, strip.column_tiles.count, -1)
+
+    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
+        matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]
+        by_query = torch.bmm(self._queries(strip, tile), matrices).unflatten(0, strip.leading)
+        self.grad_projected[strip.maps] += by_query.sum(0)
+        self.grad_bias += matrices.sum((0, 1))
+        target = tile_of(strip.outputs(self.grad_query), tile)
+        target += torch.bmm(self._keys(strip), matrices.mT).view(target.shape)
+
+
+def empty_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised output, in the memory order of value [B, M, G, Dv, H, W], and log Σ exp [B, M, G, H, W]."""
+    statistics = value.new_empty((*value.shape[:3], *value.shape[4:]), dtype=accumulator_dtype(value.dtype))
+    return empty_like_layout(value, value.shape), statistics
+
+
+def parts(
+    projected: Tensor, bias: Tensor, rpb: Tensor, kernel_sizes: list[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(projected [B, G, Dq, K²], bias [K²], rpb [G, 2K−1, 2K−1]) of each kernel size; rpb comes as [G, Σ(2K−1)²]."""
+    positions, sides = [size**2 for size in kernel_sizes], [2 * size - 1 for size in kernel_sizes]
+    tables = (
+        table.unflatten(1, (side, side))
+        for table, side in zip(rpb.split([side**2 for side in sides], 1), sides, strict=True)
+    )
+    return zip(projected.split(positions, 3), bias.split(positions), tables, strict=True)
+
+
+def _heads_last(features: Tensor) -> Tensor:
+    """[B, G, C, H, W] with channels innermost in memory, which matrix products on a CPU prefer."""
+    return features.movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def contmix(
+    query: Tensor, projected: Tensor, bias: Tensor, rpb: Tensor, value: Tensor, kernel_sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """(out like value; log Σ_k exp [B, M, G, H, W]); rpb holds all tables side by side, [G, Σ(2K−1)²]."""
+    out, statistics = empty_outputs(value)
+    query = _heads_last(query)
+    for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
+        window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
+        logits = _MadeLogits(query, keys, biases)
+        out[:, m], statistics[:, m] = softmax_aggregate_made(logits, _heads_last(value[:, m]), table, window)
+    return out, statistics
+
+
+def contmix_backward(
+    grad: Tensor,
+    query: Tensor,
+    projected: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    kernel_sizes: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
+    ``out`` and ``statistics`` are not needed here."""
+    grad_value, _ = empty_outputs(value)
+    query = _heads_last(query)
+    grad_query = torch.zeros_like(query, dtype=accumulator_dtype(query.dtype))
+    grad_projected, grad_bias, grad_rpb = [], [], []
+    for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
+        window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
+        logits = _MadeLogits(query, keys, biases)
+        logits.prepare_gradients(grad_query)
+        grad_value[:, m], grad_table = softmax_aggregate_made_backward(
+            _heads_last(grad[:, m]), logits, _heads_last(value[:, m]), table, window
+        )
+        grad_projected.append(logits.grad_projected)
+        grad_bias.append(logits.grad_bias)
+        assert grad_table is not None
+        grad_rpb.append(grad_table.flatten(1))
+    return (
+        grad_query.to(query.dtype),
+        torch.cat(grad_projected, 3).to(projected.dtype),
+        torch.cat(grad_bias).to(bias.dtype),
+        torch.cat(grad_rpb, 1),
+        grad_value,
+    )
