@@ -8,6 +8,7 @@ there are never more than a tile of them, a few megabytes at most, whatever the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -30,6 +31,7 @@ class _MadeLogits:
     def __init__(self, query: Tensor, projected: Tensor, bias: Tensor) -> None:
         dtype = accumulator_dtype(query.dtype)
         self.query, self.projected, self.bias = query, projected.to(dtype), bias.to(dtype)
+        self.side = math.isqrt(bias.shape[0])
 
     def prepare_gradients(self, grad_query: Tensor) -> None:
         self.grad_query = grad_query  # added to
@@ -45,9 +47,9 @@ class _MadeLogits:
         return keys.expand(strip.leading[0], *keys.shape).flatten(0, 2)
 
     def read(self, strip: Strip, tile: Tiles) -> Tensor:
-        """[n, b, g, R, T, K²]"""
+        """[n, b, g, R, T, K, K]"""
         logits = torch.baddbmm(self.bias, self._queries(strip, tile).mT, self._keys(strip))
-        return logits.view(*strip.leading, tile.count, strip.column_tiles.count, -1)
+        return logits.view(*strip.leading, tile.count, strip.column_tiles.count, self.side, self.side)
 
     def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
         matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]

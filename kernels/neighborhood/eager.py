@@ -85,16 +85,18 @@ def _kernel_first(kernel: Tensor, window: Window) -> Tensor:
 
 
 class Logits(Protocol):
-    """Logits of a whole map that are read, and their gradients taken, one tile [n, b, g, R, T, K²] at a time."""
+    """Logits of a whole map that are read, and their gradients taken, one tile at a time."""
 
     fresh: bool
     """Whether a tile read is memory of its own, to be written over."""
 
     def read(self, strip: Strip, tile: Tiles) -> Tensor:
-        """As wide as an accumulator."""
+        """[n, b, g, R, T, Kh, Kw], as wide as an accumulator."""
         ...
 
-    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None: ...
+    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
+        """[n, b, g, R, T, Kh·Kw], as wide as an accumulator."""
+        ...
 
 
 class _StoredLogits:
@@ -117,9 +119,10 @@ def _biased(logits: Logits, bias: _PositionBias | None, strip: Strip, tile: Tile
     """A tile's logits + rpb, [n, b, g, R, T, K²]; may share memory with the logits."""
     part = logits.read(strip, tile)
     if bias is None:
-        return part
-    tile_bias = bias.tile(strip, tile).flatten(5)
-    return part.add_(tile_bias) if logits.fresh else part + tile_bias
+        return part.flatten(5)
+    if logits.fresh:  # the bias is as good as contiguous, and copied once for the whole batch
+        return part.flatten(5).add_(bias.tile(strip, tile).flatten(5))
+    return (part + bias.tile(strip, tile)).flatten(5)
 
 
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
