@@ -3,7 +3,7 @@
 A family derives from ``BackboneContract`` and provides
 
 * ``classifiers``: module name of each classifier -> its number of input features, the main one first;
-* ``feature_info``: one ``dict(num_chs=…, reduction=…, module=…)`` for each feature map, in depth order;
+* ``feature_info``: a ``FeatureInfo`` of its feature maps;
 * ``_forward_stages(x, last)`` and ``forward_head(x, pre_logits=False)``;
 * ``group_matcher`` and, where it has any, ``no_weight_decay``;
 * ``adapt_state_dict`` where a published file's entries are not quite the model's.
@@ -11,14 +11,14 @@ A family derives from ``BackboneContract`` and provides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "BackboneContract", "pretrained_config"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "BackboneContract", "FeatureInfo", "pretrained_config"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,6 +38,41 @@ def pretrained_config(**overrides: Any) -> dict[str, Any]:
     } | overrides
 
 
+class FeatureInfo(list[dict[str, Any]]):
+    """What is known of every feature map, in depth order, with timm's accessors for those that a model returns.
+
+    Args:
+        maps: ``dict(num_chs=…, reduction=…, module=…)`` for each map.
+        out_indices: which of them the model returns; None all.
+    """
+
+    def __init__(self, maps: Iterable[dict[str, Any]], out_indices: Sequence[int] | None = None) -> None:
+        super().__init__(maps)
+        self.out_indices = tuple(range(len(self)) if out_indices is None else out_indices)
+
+    def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
+        """One entry of the returned maps (None), of the map ``idx``, or of several maps."""
+        if isinstance(idx, int):
+            return self[idx][key]
+        return [self[i][key] for i in (self.out_indices if idx is None else idx)]
+
+    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        """Channels of the returned maps, as for ``get``."""
+        return self.get("num_chs", idx)
+
+    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        """Pixels of the image per position of the map, a side, as for ``get``."""
+        return self.get("reduction", idx)
+
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        """The module after which the map is taken, as for ``get``."""
+        return self.get("module", idx)
+
+    def get_dicts(self, keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The returned maps' dicts, or ``keys`` of them."""
+        return [dict(self[i]) if keys is None else {key: self[i][key] for key in keys} for i in self.out_indices]
+
+
 class BackboneContract(nn.Module):
     """Classifier, features and training switches under the names timm gives them."""
 
@@ -45,7 +80,7 @@ class BackboneContract(nn.Module):
     in_chans: int
     num_features: int  # channels of forward_features' output
     head_hidden_size: int  # features of forward_head(…, pre_logits=True)
-    feature_info: list[dict[str, Any]]
+    feature_info: FeatureInfo
     classifiers: dict[str, int]
     pretrained_cfg: dict[str, Any]
     minimum_size: int = 32  # smallest image side, in pixels
@@ -166,6 +201,9 @@ class BackboneContract(nn.Module):
                     nn.init.trunc_normal_(parameter, std=0.02)
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, new.to(device=like.device, dtype=like.dtype).train(old.training))
+
+    def return_plain_logits(self) -> None:
+        """Training returns logits alone, as evaluation does: for scripts that know of no other targets."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory in training: a block's activations are computed again in the backward pass.

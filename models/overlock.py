@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models._contract import BackboneContract, pretrained_config
+from models._contract import BackboneContract, FeatureInfo, pretrained_config
 from models.checkpoints import load_pretrained
 from models.layers import (
     ContMix,
@@ -30,6 +30,7 @@ from models.layers import (
     ResidualDepthwiseConv2d,
     SqueezeExcite,
 )
+from models.layers.basic import to_channels_last
 from models.registry import register_model
 
 __all__ = [
@@ -201,7 +202,8 @@ class ContextDownsample(nn.Module):
 class OverLoCK(BackboneContract):
     """OverLoCK classifier, or backbone for dense prediction.
 
-    A classifier returns logits [B, num_classes]; while training dict(main=…, aux=…), the second from Overview-Net.
+    A classifier returns logits [B, num_classes]; while training dict(main=…, aux=…), the second from Overview-Net,
+    unless ``return_plain_logits`` was called.
     With ``features_only`` the model is the official dense-prediction backbone and returns the chosen of four maps,
     [B, C, H, W] at 1/4, 1/8, 1/16 and 1/32 (each size rounded up), layer-normed.
 
@@ -240,13 +242,13 @@ class OverLoCK(BackboneContract):
         self.num_features = d3 + context
         self.head_hidden_size = 1024
         self.features_only = features_only
-        self.feature_info = [
-            {"num_chs": d0, "reduction": 4, "module": "blocks1"},
-            {"num_chs": d1, "reduction": 8, "module": "blocks2"},
-            {"num_chs": d2 + context, "reduction": 16, "module": "sub_blocks3"},
-            {"num_chs": d3 + context, "reduction": 32, "module": "sub_blocks4"},
-        ]
+        self.return_aux = True
+        maps = (("blocks1", d0), ("blocks2", d1), ("sub_blocks3", d2 + context), ("sub_blocks4", d3 + context))
+        self.feature_info = FeatureInfo(
+            {"num_chs": channels, "reduction": 4 * 2**i, "module": module} for i, (module, channels) in enumerate(maps)
+        )
         self.out_indices = self.resolve_indices(out_indices, "out_indices")
+        self.feature_info = FeatureInfo(self.feature_info, self.out_indices)
         if not features_only and out_indices is not None:
             raise ValueError(f"out_indices needs features_only=True, got out_indices={tuple(out_indices)} without it")
 
@@ -319,7 +321,19 @@ class OverLoCK(BackboneContract):
             return [maps[i] for i in self.out_indices]
         features, _, context = self._overview_and_focus(x, 3)
         main = self.forward_head(features)
-        return {"main": main, "aux": self.aux_head(context).flatten(1)} if self.training else main
+        if self.training and self.return_aux:
+            return {"main": main, "aux": self.aux_head(context).flatten(1)}
+        return main
+
+    def reset_classifier(self, num_classes: int) -> None:
+        super().reset_classifier(num_classes)
+        if not self.return_aux:
+            self.return_plain_logits()
+
+    def return_plain_logits(self) -> None:
+        self.return_aux = False
+        if not self.features_only:
+            self.aux_head.requires_grad_(False)  # DistributedDataParallel waits for every gradient that is required
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, 1.25·d3, h, w] -> logits [B, num_classes], or the pooled [B, 1024] before them."""
@@ -340,10 +354,10 @@ class OverLoCK(BackboneContract):
         self._check_image(x)
         # Layer norms and 1×1 convolutions read whole pixels; every layer keeps the format it is given. An image of one
         # channel has both formats at once, hence the second call.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = to_channels_last(x)
         maps = []
         for embed, blocks in ((self.patch_embed1, self.blocks1), (self.patch_embed2, self.blocks2)):
-            x = embed(x).contiguous(memory_format=torch.channels_last)
+            x = to_channels_last(embed(x))
             for block in blocks:
                 x = self._run(block, x)
             maps.append(x)
@@ -382,7 +396,14 @@ class OverLoCK(BackboneContract):
         return self
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A classifier's weights for the dense-prediction backbone: what no classifier has keeps its present values."""
+        """Separate branches merged for a ``*_reparam`` model; a classifier's weights for the dense-prediction backbone.
+
+        What no classifier has keeps its present values in the backbone.
+        """
+        state = dict(state)
+        for prefix, module in self.named_modules():
+            if isinstance(module, DilatedReparamBlock) and module.merged:
+                _merge_branches(state, f"{prefix}.", module)
         dense_only = {name: t for name, t in self.state_dict().items() if name.startswith(("h_proj.", "extra_norm."))}
         return state if any(name in state for name in dense_only) else state | dense_only
 
@@ -403,6 +424,20 @@ class OverLoCK(BackboneContract):
                 (r"^patch_embedx", (4, *first)),
             ],
         }
+
+
+def _merge_branches(state: dict[str, Tensor], prefix: str, block: DilatedReparamBlock) -> None:
+    """Puts the merged kernel and bias of ``block`` in the place of its separate branches, where ``state`` has these."""
+    separate = DilatedReparamBlock(block.channels, block.kernel_size).double()
+    branches = {name: state.get(prefix + name) for name in separate.state_dict()}
+    found = {name: tensor for name, tensor in branches.items() if tensor is not None}
+    if any(name not in found or found[name].shape != t.shape for name, t in separate.state_dict().items()):
+        return  # merged already, or not a file for this model: the loader's to judge
+    separate.load_state_dict(found)
+    separate.merge()
+    for name in found:
+        del state[prefix + name]
+    state.update((prefix + name, tensor) for name, tensor in separate.state_dict().items())
 
 
 def _initialise(module: nn.Module) -> None:
@@ -446,14 +481,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
 
 
+default_cfgs = {
+    f"overlock_{variant}{form}": pretrained_config(
+        url=f"{RELEASE}/overlock_{variant}_in1k_224{form}.pth",
+        classifier=("head.4", "aux_head.2"),
+        first_conv="patch_embed1.0",
+    )
+    for variant in VARIANTS
+    for form in ("", "_reparam")
+}
+
+
 def _overlock(variant: str, pretrained: bool, reparam: bool = False, **kwargs: Any) -> OverLoCK:
     model = OverLoCK(**{**VARIANTS[variant], **kwargs}, reparam=reparam)
-    url = f"{RELEASE}/overlock_{variant}_in1k_224{'_reparam' if reparam else ''}.pth"
-    model.pretrained_cfg = pretrained_config(
-        url=url, num_classes=1000, classifier=("head.4", "aux_head.2"), first_conv="patch_embed1.0"
-    )
+    model.pretrained_cfg = dict(default_cfgs[f"overlock_{variant}{'_reparam' if reparam else ''}"])
     if pretrained:
-        load_pretrained(model, url)
+        load_pretrained(model, model.pretrained_cfg["url"])
     return model
 
 

@@ -14,73 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from models._contract import BackboneContract, pretrained_config
+from models._contract import BackboneContract, FeatureInfo, pretrained_config
 from models.checkpoints import load_pretrained
-from models.layers import DropPath
+from models.layers import DropPath, Involution2d
+from models.layers.basic import to_channels_last
+from models.layers.involution import conv_bn_relu
 from models.registry import register_model
 
-__all__ = ["Bottleneck", "Involution2d", "RedNet", "rednet26", "rednet38", "rednet50", "rednet101", "rednet152"]
+__all__ = [
+    "Bottleneck",
+    "Involution2d",
+    "InvolutionFPN",
+    "RedNet",
+    "rednet26",
+    "rednet38",
+    "rednet50",
+    "rednet101",
+    "rednet152",
+]
 
 
-def _conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
-
-
-class Involution2d(nn.Module):
-    """out[b,c,i] = Σ_k weight[b, c // group_channels, k, i] · x[b, c, i·stride − padding + k·dilation]
-
-    where every output position generates its own K×K kernel for each group of channels from the features there:
-
-        weight = span(ReLU(BN(reduce(pool(x)))))
-
-    with ``pool`` the mean over stride × stride pixels (at the border: over those that exist), ``reduce`` a 1×1
-    convolution to C / reduction channels and ``span`` one to K²·C / group_channels  (arXiv 2103.06255, eq. 4 to 6).
-    Zero padding of (K − 1)·dilation / 2, so the output is ceil(H / stride) × ceil(W / stride).
-
-    Shapes: x [B, C, H, W] -> [B, C, ceil(H / stride), ceil(W / stride)].
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int = 7,
-        stride: int = 1,
-        *,
-        dilation: int = 1,
-        group_channels: int = 16,
-        reduction: int = 4,
-    ) -> None:
-        """Raises ValueError for an even kernel, a stride or dilation below 1, channels that do not divide."""
-        for name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        for name, divisor in (("group_channels", group_channels), ("reduction", reduction)):
-            if divisor < 1 or channels < divisor or channels % divisor:
-                raise ValueError(f"{name} must divide channels = {channels}, got {divisor}")
-        super().__init__()
-        self.channels = channels
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.dilation = dilation
-        self.groups = channels // group_channels
-        self.conv1 = _conv_bn_relu(channels, channels // reduction, 1)
-        span = nn.Conv2d(channels // reduction, kernel_size**2 * self.groups, 1)
-        self.conv2 = nn.Sequential(OrderedDict(conv=span))
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x
-        weight = self.conv2(self.conv1(pooled)).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
-        return kernels.involution2d(x, weight, stride=self.stride, dilation=self.dilation)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, "
-            f"groups={self.groups}"
-        )
+PRETRAINED_CFG = pretrained_config(
+    crop_pct=0.875, interpolation="bilinear", first_conv="stem.0.conv", classifier="head.fc"
+)
+default_cfgs = {f"rednet{depth}": PRETRAINED_CFG for depth in (26, 38, 50, 101, 152)}
 
 
 class Bottleneck(nn.Module):
@@ -152,23 +109,21 @@ class RedNet(BackboneContract):
         if out_indices is not None and not features_only:
             raise ValueError(f"out_indices needs features_only=True, got out_indices={out_indices}")
         self.features_only = features_only
-        self.feature_info = [
+        self.feature_info = FeatureInfo(
             {"num_chs": 256 * 2**stage, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"} for stage in range(4)
-        ]
-        self.out_indices = self.resolve_indices(out_indices, "out_indices")
-        self.feature_info = self.feature_info[: self.out_indices[-1] + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
-        self.pretrained_cfg = pretrained_config(
-            crop_pct=0.875, interpolation="bilinear", first_conv="stem.0.conv", classifier="head.fc"
         )
+        self.out_indices = self.resolve_indices(out_indices, "out_indices")
+        self.feature_info = FeatureInfo(self.feature_info[: self.out_indices[-1] + 1], self.out_indices)
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        self.pretrained_cfg = dict(PRETRAINED_CFG)
 
         stem_channels = 32
         self.stem = nn.Sequential(
-            _conv_bn_relu(in_chans, stem_channels, 3, stride=2),
+            conv_bn_relu(in_chans, stem_channels, 3, stride=2),
             Involution2d(stem_channels, 3),
             nn.BatchNorm2d(stem_channels),
             nn.ReLU(inplace=True),
-            _conv_bn_relu(stem_channels, 64, 3),
+            conv_bn_relu(stem_channels, 64, 3),
         )
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -202,7 +157,7 @@ class RedNet(BackboneContract):
     def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
         self._check_image(x)
         # Every layer keeps the format it is given; 1×1 convolutions and involutions read whole pixels.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = to_channels_last(x)
         x = self.maxpool(self.stem(x))
         maps = []
         for info in self.feature_info[: last + 1]:
@@ -224,6 +179,78 @@ class RedNet(BackboneContract):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+
+class InvolutionFPN(nn.Module):
+    """Feature pyramid whose output layers are involutions (arXiv 1612.03144; arXiv 2103.06255, section 4.2).
+
+        lateral[i] = 1×1(maps[i])                                                            i = 0..n-1, fine to coarse
+        merged[i]  = lateral[i] + nearest(merged[i + 1])        merged[n - 1] = lateral[n - 1]
+        out[i]     = involution(merged[i])                      out[n + j]    = out[n + j - 1] at every other pixel
+
+    ``nearest`` enlarges to the size of its neighbour, which need not be a multiple of its own. An involution takes the
+    place of the 3×3 convolution at the same width, which is where most of a neck's parameters are.
+
+    Shapes: maps[i] [B, in_channels[i], H_i, W_i], sizes falling by about 2 -> ``num_outs`` maps [B, out_channels,
+    H_i, W_i], each level beyond the given ones half the size of the one before it, rounded up::
+
+        backbone = rednet50(features_only=True)
+        neck = InvolutionFPN([info["num_chs"] for info in backbone.feature_info], num_outs=5)
+        pyramid = neck(backbone(image))                       # 256 channels at 1/4, 1/8, 1/16, 1/32 and 1/64
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        num_outs: int | None = None,
+        *,
+        kernel_size: int = 7,
+        group_channels: int = 16,
+        reduction: int = 4,
+    ) -> None:
+        """
+        Args:
+            in_channels: channels of the given maps, fine to coarse.
+            out_channels: channels of every output.
+            num_outs: number of outputs; None as many as there are maps.
+            kernel_size: of the involutions; 7 in the backbone, and here.
+            group_channels: channels that share a kernel; divides ``out_channels``.
+            reduction: as in ``Involution2d``.
+
+        Raises:
+            ValueError: an option out of its range; in the forward pass, maps that are not those announced.
+        """
+        if not in_channels or min(in_channels) < 1:
+            raise ValueError(f"in_channels must be positive numbers, one a map, got {list(in_channels)}")
+        super().__init__()
+        self.in_channels = list(in_channels)
+        self.num_outs = len(self.in_channels) if num_outs is None else num_outs
+        if self.num_outs < len(self.in_channels):
+            raise ValueError(f"num_outs must be at least the number of maps, {len(in_channels)}, got {num_outs}")
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in self.in_channels)
+        self.fpn_convs = nn.ModuleList(
+            Involution2d(out_channels, kernel_size, group_channels=group_channels, reduction=reduction)
+            for _ in self.in_channels
+        )
+        for conv in self.lateral_convs:
+            assert isinstance(conv, nn.Conv2d)
+            nn.init.xavier_uniform_(conv.weight)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        channels = [x.shape[1] for x in maps]
+        if channels != self.in_channels:
+            raise ValueError(f"maps must be {len(self.in_channels)} of {self.in_channels} channels, got {channels}")
+        merged = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
+        for i in range(len(merged) - 1, 0, -1):
+            size = merged[i - 1].shape[2:]
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size, mode="nearest")
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, merged, strict=True)]
+        while len(outs) < self.num_outs:
+            outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+        return outs
 
 
 def _create(depths: Sequence[int], pretrained: bool, **kwargs: Any) -> RedNet:

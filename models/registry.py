@@ -19,7 +19,7 @@ from torch import nn
 
 from models.checkpoints import load_checkpoint
 
-__all__ = ["create_model", "list_models", "register_model"]
+__all__ = ["create_model", "entry_points", "list_models", "register_model"]
 
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 
@@ -37,6 +37,11 @@ def register_model(entry_point: EntryPoint) -> EntryPoint:
         raise ValueError(f"register_model: {name!r} is already registered by {_entry_points[name].__module__}")
     _entry_points[name] = entry_point
     return entry_point
+
+
+def entry_points() -> dict[str, Callable[..., nn.Module]]:
+    """Every registered function by its name."""
+    return dict(_entry_points)
 
 
 def list_models(pattern: str = "*") -> list[str]:

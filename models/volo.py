@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from models._contract import BackboneContract, pretrained_config
+from models._contract import BackboneContract, FeatureInfo, pretrained_config
 from models.checkpoints import load_pretrained
-from models.layers import DropPath
+from models.layers import DropPath, OutlookAttention
+from models.layers.basic import to_channels_last
+from models.layers.outlook import check_heads
 from models.registry import register_model
 
 __all__ = ["VOLO", "OutlookAttention", "volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"]
@@ -25,57 +26,11 @@ PATCH_SIZE = 8  # pixels a side of a fine token
 DOWNSAMPLING = 2  # fine tokens a side of a coarse one
 
 
-class OutlookAttention(nn.Module):
-    """Every window of K×K tokens is mixed by attention that a single linear map reads off the token at its centre.
-
-        logits[i]  = A·pool(x)[i] + a                                       heads × K² targets × K² sources for window i
-        out[j]     = P·(Σ_{i, t: j is target t of window i} Σ_s softmax_s(logits[i] / √d)[t, s] · (V·x)[nbr(i, s)]) + p
-
-    with ``pool`` the mean over stride × stride tokens (at the border: over those that exist), d = C / heads, and zero
-    padding of K // 2 whose positions keep their share of the softmax  (arXiv 2106.13112, eq. 3 to 5).
-
-    Shapes: x [B, H, W, C] -> [B, H, W, C], with ceil(H / stride) × ceil(W / stride) windows.
-    """
-
-    def __init__(self, dim: int, num_heads: int, kernel_size: int = 3, stride: int = 2) -> None:
-        """Raises ValueError for an even kernel, a stride outside 1..K, or heads that do not divide the channels."""
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
-        if not 1 <= stride <= kernel_size:
-            raise ValueError(f"stride must lie in 1..kernel_size = {kernel_size} to reach every token, got {stride}")
-        _check_heads(dim, num_heads)
-        super().__init__()
-        self.num_heads = num_heads
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.scale = (dim // num_heads) ** -0.5
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.attn = nn.Linear(dim, num_heads * kernel_size**4)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The permuted view is channels-last memory, which pooling reads and writes as it is.
-        pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).permute(0, 2, 3, 1)
-        logits = self.attn(pooled).unflatten(-1, (self.num_heads, self.kernel_size**2, self.kernel_size**2))
-        mixed = kernels.outlook_attention2d(
-            logits,
-            self.v(x),
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.kernel_size // 2,
-            scale=self.scale,
-        )
-        return self.proj(mixed)
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}"
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q·kᵀ / √d)·v with d = C / heads: [B, N, C] -> [B, N, C]."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -90,7 +45,7 @@ class ClassAttention(nn.Module):
     """Attention with the class token as its only query: [B, 1 + N, C], class token first -> [B, 1, C]."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         super().__init__()
         self.num_heads = num_heads
         self.kv = nn.Linear(dim, 2 * dim, bias=False)
@@ -101,11 +56,6 @@ class ClassAttention(nn.Module):
         (query,) = _split_heads(self.q(x[:, :1]), 1, self.num_heads)
         key, value = _split_heads(self.kv(x), 2, self.num_heads)
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if num_heads < 1 or dim < 1 or dim % num_heads:
-        raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
 
 
 def _split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -165,7 +115,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Channels-last convolutions are the faster ones and leave tokens with their channels side by side. Without that
         # every residual sum of the next stage would inherit channels-first strides, and every layer norm copy.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = to_channels_last(x)
         return self.proj(self.conv(x)).permute(0, 2, 3, 1).contiguous()
 
 
@@ -257,12 +207,14 @@ class VOLO(BackboneContract):
         self.return_dense = return_dense
         self.mix_token = mix_token and return_dense
         coarse_patch = PATCH_SIZE * DOWNSAMPLING
-        self.feature_info = [
-            {"num_chs": embed_dims[0], "reduction": PATCH_SIZE, "module": "network.0"},
-            *({"num_chs": embed_dims[1], "reduction": coarse_patch, "module": f"network.{i}"} for i in (2, 3, 4)),
-        ]
+        self.feature_info = FeatureInfo(
+            [
+                {"num_chs": embed_dims[0], "reduction": PATCH_SIZE, "module": "network.0"},
+                *({"num_chs": embed_dims[1], "reduction": coarse_patch, "module": f"network.{i}"} for i in (2, 3, 4)),
+            ]
+        )
         self.out_indices = self.resolve_indices(out_indices, "out_indices")
-        self.feature_info = self.feature_info[: self.out_indices[-1] + 1]
+        self.feature_info = FeatureInfo(self.feature_info[: self.out_indices[-1] + 1], self.out_indices)
         self.num_features = self.head_hidden_size = dim = self.feature_info[-1]["num_chs"]
 
         if len(self.feature_info) > 1:
@@ -360,6 +312,9 @@ class VOLO(BackboneContract):
             return self._forward_token_labels(x)
         return self.forward_head(self.forward_features(x))
 
+    def return_plain_logits(self) -> None:
+        self.return_dense = self.mix_token = False
+
     def _forward_token_labels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self._embed(x)
         grid = (x.shape[1] // DOWNSAMPLING, x.shape[2] // DOWNSAMPLING)
@@ -435,6 +390,23 @@ WEIGHTS = {
 }
 
 
+def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dict[str, Any]:
+    """The weights trained at ``img_size``, or at 224 where there are none."""
+    height, width = img_size
+    side = height if height == width and height in WEIGHTS[variant] else 224
+    file, crop_pct = WEIGHTS[variant][side]
+    return pretrained_config(
+        url=f"{RELEASE}/{file}.pth.tar",
+        input_size=(3, height, width),
+        crop_pct=crop_pct,
+        first_conv="patch_embed.conv.0",
+        classifier=("head", "aux_head"),
+    )
+
+
+default_cfgs = {f"volo_{variant}": _pretrained_cfg(variant) for variant in WEIGHTS}
+
+
 def _create(
     variant: str,
     layers: Sequence[int],
@@ -443,21 +415,10 @@ def _create(
     pretrained: bool,
     **kwargs: Any,
 ) -> VOLO:
-    """Builds a variant; its weights are those trained at ``img_size``, or at 224 where there are none."""
     model = VOLO(layers, embed_dims, num_heads, **kwargs)
-    height, width = model.img_size
-    side = height if height == width and height in WEIGHTS[variant] else 224
-    file, crop_pct = WEIGHTS[variant][side]
-    url = f"{RELEASE}/{file}.pth.tar"
-    model.pretrained_cfg = pretrained_config(
-        url=url,
-        input_size=(3, height, width),
-        crop_pct=crop_pct,
-        first_conv="patch_embed.conv.0",
-        classifier=("head", "aux_head"),
-    )
+    model.pretrained_cfg = _pretrained_cfg(variant, model.img_size)
     if pretrained:
-        load_pretrained(model, url)
+        load_pretrained(model, model.pretrained_cfg["url"])
     return model
 
 

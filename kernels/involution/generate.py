@@ -18,7 +18,7 @@ from kernels.windows import Window
 __all__ = ["backward", "forward"]
 
 # Bytes of kernels a step may hold: a share of a CPU's last-level cache, half of a data-centre GPU's L2.
-STEP_BYTES = {"cpu": 4 * 2**20}
+STEP_BYTES = {"cpu": 8 * 2**20}
 STEP_BYTES_ELSEWHERE = 24 * 2**20
 
 

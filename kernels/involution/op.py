@@ -188,8 +188,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    grads = list(_generate_backward(grad, *ctx.saved_tensors, *ctx.options))
-    if ctx.saved_tensors[3] is None:
+    saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
+    grads = list(_generate_backward(grad, *saved, *ctx.options))
+    if saved[3] is None:
         grads[3] = None
     return *grads, *[None] * len(ctx.options)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.involution import generate, triton_kernels
@@ -193,3 +194,17 @@ def test_every_generate_config():
             x, inputs["features"], inputs["weight"], inputs["bias"], window, config
         )
         assert_close(out.flatten(1, 2), expected, FORWARD_TOLERANCE[torch.float32], str(config))
+
+
+def test_generate_under_gradient_checkpointing():
+    """Saved tensors may be asked for only once there."""
+    x, features, weight = random_tensor(1, 4, 5, 5), random_tensor(1, 3, 5, 5), random_tensor(18, 3)
+    leaves = [tensor.requires_grad_() for tensor in (x, features, weight)]
+
+    def run(x, features, weight):
+        return kernels.involution2d_generate(x, features, weight, kernel_size=3, groups=2)
+
+    expected = torch.autograd.grad(run(*leaves).square().sum(), leaves)
+    out = checkpoint(run, *leaves, use_reentrant=False)
+    for ours, plain in zip(torch.autograd.grad(out.square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(ours, plain)

@@ -9,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
+import models
 from models.layers import (
     ContMix,
     DilatedReparamBlock,
     DropPath,
     GELU2d,
     GlobalResponseNorm,
+    Involution2d,
     LayerNorm2d,
     LayerScale,
+    OutlookAttention,
     ResidualDepthwiseConv2d,
     SqueezeExcite,
 )
@@ -212,3 +216,68 @@ def test_contmix_mixing_size():
 def test_contmix_refuses_heads_that_do_not_divide():
     with pytest.raises(ValueError, match=r"channels must be a multiple of .*= 6, got 16"):
         ContMix(16, 4, 7, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 0}, r"num_heads must be >= 1, got 0"),
+        ({"kernel_size": 6}, r"kernel_size must be odd, got 6"),
+        ({"context_channels": 0}, r"context_channels must be >= 1, got 0"),
+    ],
+)
+def test_contmix_names_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ContMix(**{"channels": 16, "context_channels": 4, "kernel_size": 7, "num_heads": 2, **options})
+
+
+# ---- the three layers to reuse
+
+
+class Mixer(nn.Module):
+    """A network of one's own: all three layers after one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.involution = Involution2d(16, 5, stride=2, group_channels=8)
+        self.contmix = ContMix(16, context_channels=16, kernel_size=7, num_heads=2)
+        self.outlook = OutlookAttention(16, num_heads=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.involution(x)
+        x = x + self.contmix(x, torch.cat((x, x), 1))
+        return x + self.outlook(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_reused_layers_agree_with_the_naive_path():
+    network, image = randomise(Mixer()).eval(), random_tensor(2, 16, 17, 22, dtype=torch.float64, device="cpu")
+    results = []
+    for backend in ("auto", "reference"):
+        x = image.clone().requires_grad_()
+        with kernels.use_backend(backend):
+            out = network(x)
+            gradients = torch.autograd.grad(out.square().sum(), [x, *network.parameters()])
+        assert out.shape == (2, 16, 9, 11)
+        results.append((out, *gradients))
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected, 1e-10)
+
+
+def test_reused_layers_name_bad_images():
+    x = torch.zeros(2, 8, 16, 16)
+    for layer, shape in (
+        (Involution2d(16, group_channels=8), r"\[B, 16, H, W\]"),
+        (OutlookAttention(8, 2), r"\[B, H, W, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"x must have shape {shape}, got \[2, 8, 16, 16\]"):
+            layer(x)
+    mixer = ContMix(8, 4, 7, num_heads=1)
+    with pytest.raises(ValueError, match=r"x must have shape \[B, 8, H, W\], got \[2, 4, 16, 16\]"):
+        mixer(x[:, :4], x)
+    with pytest.raises(ValueError, match=r"features must have shape \[2, 12, 16, 16\].*got \[2, 8, 16, 16\]"):
+        mixer(x, x)
+
+
+def test_the_families_use_these_layers():
+    assert models.rednet.Involution2d is Involution2d
+    assert models.volo.OutlookAttention is OutlookAttention

@@ -355,6 +355,36 @@ def test_reparam_keeps_the_logits():
     merged.train()(x)["main"].square().mean().backward()  # it can still be trained
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_full_checkpoint_loads_into_the_merged_form(tmp_path, dtype):
+    full, x = fill(small()), image(2, 3, 65, 96)
+    save_checkpoint(full.to(dtype), tmp_path / "full.pth")
+    merged = small(reparam=True).eval()
+    load_checkpoint(merged, tmp_path / "full.pth")
+    with torch.no_grad():
+        assert_close(merged(x), full.float()(x), 1e-5)
+    save_checkpoint(merged, tmp_path / "merged.pth")
+    again = small(reparam=True).eval()
+    load_checkpoint(again, tmp_path / "merged.pth")
+    with torch.no_grad():
+        assert torch.equal(again(x), merged(x))
+
+
+def test_a_checkpoint_of_neither_form_is_refused(tmp_path):
+    full, merged = fill(small()), small(reparam=True)
+    before = copy.deepcopy(merged.state_dict())
+    state = full.state_dict()
+    del state["blocks1.0.proj.1.dil_bn_k3_7.bias"]
+    torch.save(state, tmp_path / "half.pth")
+    with pytest.raises(ValueError, match=r"missing from the file: blocks1\.0\.proj\.1\.lk_origin\.bias"):
+        load_checkpoint(merged, tmp_path / "half.pth")
+    save_checkpoint(small(reparam=True), tmp_path / "merged.pth")
+    with pytest.raises(ValueError, match=r"missing from the file: blocks1\.0\.proj\.1\.origin_bn\.weight"):
+        load_checkpoint(full, tmp_path / "merged.pth")  # there is no way back
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 # ---- what scripts written for timm call
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import models
-from models.rednet import Bottleneck, Involution2d, RedNet, rednet26
+from models.rednet import Bottleneck, Involution2d, InvolutionFPN, RedNet, rednet26
 from tests.support import (
     DEVICE,
     GRADIENT_TOLERANCE,
@@ -83,6 +84,64 @@ def test_golden_logits_and_gradient_norms(backend):
     for name, norm in zip(expected["grad_names"], expected["grad_norms"], strict=True):
         assert norms[name] == pytest.approx(norm, rel=1e-3), name
     assert image.grad.norm().item() == pytest.approx(expected["input_grad_norm"], rel=1e-3)
+
+
+# ---- the neck
+
+
+def pyramid_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Sizes that halve to the next integer above."""
+    return [random_tensor(2, c, h, w, dtype=dtype) for c, h, w in ((8, 13, 18), (12, 7, 9), (20, 4, 5))]
+
+
+def test_involution_fpn_follows_its_definition():
+    neck: Any = InvolutionFPN((8, 12, 20), 16, num_outs=5, group_channels=4).double().eval().to(DEVICE)
+    golden_fill().fill_(neck)
+    maps = [x.requires_grad_() for x in pyramid_inputs(torch.float64)]
+    outs = neck(maps)
+    assert [tuple(out.shape) for out in outs] == [(2, 16, *size) for size in ((13, 18), (7, 9), (4, 5), (2, 3), (1, 2))]
+    merged = None
+    for level in (2, 1, 0):
+        conv, involution = neck.lateral_convs[level], neck.fpn_convs[level]
+        lateral = F.conv2d(maps[level], conv.weight, conv.bias)
+        if merged is not None:  # pixel i looks at pixel ⌊i · coarse / fine⌋
+            (h, w), (coarse_h, coarse_w) = lateral.shape[2:], merged.shape[2:]
+            rows, columns = torch.arange(h) * coarse_h // h, torch.arange(w) * coarse_w // w
+            lateral = lateral + merged[:, :, rows[:, None], columns]
+        merged = lateral
+        weight = involution.conv2(involution.conv1(merged)).unflatten(1, (4, 7, 7))
+        assert_close(outs[level], kernels.reference.involution2d(merged, weight), 1e-12, f"level {level}")
+    assert torch.equal(outs[3], outs[2][:, :, ::2, ::2])
+    assert torch.equal(outs[4], outs[3][:, :, ::2, ::2])
+
+    tensors = [*maps, *neck.parameters()]
+    grads = torch.autograd.grad(torch.cat([out.flatten() for out in outs]).square().sum(), tensors)
+    with kernels.use_backend("reference"):
+        outs = neck(maps)
+    expected = torch.autograd.grad(torch.cat([out.flatten() for out in outs]).square().sum(), tensors)
+    for ours, other in zip(grads, expected, strict=True):
+        assert other.norm() > 0
+        assert_close(ours, other, GRADIENT_TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+def test_involution_fpn_stands_on_a_backbone():
+    backbone = small(features_only=True, out_indices=(1, 2, 3))
+    neck = InvolutionFPN([info["num_chs"] for info in backbone.feature_info[1:]]).eval().to(DEVICE)
+    pyramid = neck(backbone(random_tensor(1, 3, 65, 96)))
+    assert [tuple(out.shape) for out in pyramid] == [(1, 256, 9, 12), (1, 256, 5, 6), (1, 256, 3, 3)]
+
+
+def test_bad_pyramids_are_named():
+    for channels, options, message in (
+        ((), {}, "in_channels must be positive"),
+        ((8, 12), {"num_outs": 1}, "num_outs must be at least the number of maps, 2, got 1"),
+        ((8, 12), {"out_channels": 24}, "group_channels must divide channels = 24"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InvolutionFPN(channels, **options)
+    with pytest.raises(ValueError, match=r"maps must be 2 of \[8, 12\] channels, got \[8, 12, 20\]"):
+        InvolutionFPN((8, 12), 16).to(DEVICE)(pyramid_inputs(torch.float32))
 
 
 # ---- the definition, at sizes the official code cannot run

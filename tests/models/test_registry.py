@@ -7,7 +7,8 @@ import torch
 
 import models
 from models import registry
-from tests.support import official_state_dicts
+from tests.models.families import FAMILIES, narrow
+from tests.support import official_state_dicts, random_tensor
 
 
 def test_every_official_variant_is_listed_in_natural_order():
@@ -51,6 +52,33 @@ def test_create_model_loads_a_checkpoint(tmp_path):
 def test_create_model_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         models.create_model(**arguments)
+
+
+@pytest.mark.parametrize("name", ["overlock_xt", "rednet26", "volo_d1"])
+def test_feature_info_answers_for_the_returned_maps(name):
+    with torch.device("meta"):
+        backbone: Any = models.create_model(name, features_only=True, out_indices=(0, 2)).eval()
+        maps = backbone(torch.empty(1, 3, 224, 224))
+    info = backbone.feature_info
+    assert info.channels() == [m.shape[1] for m in maps]
+    assert info.reduction() == [224 // m.shape[2] for m in maps]
+    assert [type(backbone.get_submodule(module)) for module in info.module_name()]
+    assert info.channels(1) == info[1]["num_chs"]
+    assert info.reduction([1, 0]) == [info[1]["reduction"], info[0]["reduction"]]
+    assert info.get_dicts(["num_chs"]) == [{"num_chs": channels} for channels in info.channels()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_logits_in_training_leave_no_parameter_waiting(family):
+    """What scripts that know only logits need: one tensor, and a gradient wherever one is required."""
+    model = narrow(family, drop_path_rate=0.1).train()
+    model.return_plain_logits()
+    model.reset_classifier(3)
+    logits = model(random_tensor(2, 3, 64, 64, device="cpu"))
+    assert logits.shape == (2, 3)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.requires_grad for p in model.get_classifier().parameters())
 
 
 def test_list_models_wants_a_string():

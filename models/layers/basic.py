@@ -1,0 +1,117 @@
+"""Norms, scales and gates of the families, on feature maps [B, C, H, W], in channels-last memory where it matters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.backend import transforming
+
+__all__ = [
+    "DropPath",
+    "GELU2d",
+    "GlobalResponseNorm",
+    "LayerNorm2d",
+    "LayerScale",
+    "SqueezeExcite",
+    "to_channels_last",
+]
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """x in channels-last memory; as it is inside ``torch.func``'s transforms, whose vmap knows no memory formats."""
+    return x if transforming() else x.contiguous(memory_format=torch.channels_last)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): zeroes a sample's whole branch with probability ``rate`` while training.
+
+    Kept samples are divided by 1 − rate, so that the expectation stays.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of [B, C, H, W]; the output is channels-last, and input that is so takes no copy."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GELU2d(nn.GELU):
+    """GELU of channels-last [B, C, H, W], handed over as the contiguous [B, H, W, C] it is.
+
+    PyTorch's CPU kernel takes that as one array, in half the time.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class LayerScale(nn.Module):
+    """out = weight[c]·x + bias[c]; ``weight`` is stored as [C, 1, 1, 1], a 1×1 depthwise kernel."""
+
+    def __init__(self, channels: int, initial: float = 1.0) -> None:
+        super().__init__()
+        self.initial = initial
+        self.weight = nn.Parameter(torch.empty(channels, 1, 1, 1))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.initial)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.to(x.dtype).view(-1, 1, 1)
+        return torch.addcmul(bias, x, self.weight.to(x.dtype).view(-1, 1, 1))
+
+
+class GlobalResponseNorm(nn.Module):
+    """out = x·(γ·n/(mean_c n + 1e-6) + 1) + β with n = ‖x‖₂ over each channel's positions (arXiv 2301.00808)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+            # PyTorch's CPU vector_norm is not vectorised for channels-last input: four times as slow as these.
+            # The bound keeps the gradient of a channel of zeros at zero.
+            norm = x.square().sum((2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
+        else:
+            norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        scale = self.gamma * (norm / (norm.mean(1, keepdim=True) + self.eps)) + 1
+        return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
+
+
+class SqueezeExcite(nn.Module):
+    """out = x·sigmoid(W₂·GELU(W₁·mean(x))), hidden width max(16, C/8) (arXiv 1709.01507)."""
+
+    def __init__(self, channels: int, reduction: int = 8, minimum: int = 16) -> None:
+        super().__init__()
+        hidden = max(minimum, channels // reduction)
+        self.proj = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, hidden, 1),
+            nn.GELU(),
+            nn.Conv2d(hidden, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.proj(x)

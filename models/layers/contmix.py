@@ -1,0 +1,117 @@
+"""ContMix: OverLoCK's dynamic convolution as a layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from models.layers.basic import to_channels_last
+
+__all__ = ["ContMix"]
+
+
+class ContMix(nn.Module):
+    """Context-mixing dynamic convolution: each position's kernels come from its affinity to a pooled context.
+
+    With Q = BN(W_q·f) and R = BN(W_k·pool₇ₓ₇(c)), split into G heads of d/(2G) channels, where d = ``channels``:
+
+        affinity = (d/G)^−½ · Qᵀ·R            49 numbers a position and head
+        logits   = P·affinity + b             25 + K² numbers
+        out      = [Σ_k softmax(logits₅ + rpb1)[k] · x₁[nbr₅(k)],  Σ_k softmax(logits_K + rpb2)[k] · x₂[nbr_K(k)]]
+
+    x₁ and x₂ are the two halves of x's channels; windows slide inward at the border (arXiv 2502.20087, section 3.3).
+    Maps with a side below K are enlarged bilinearly beforehand and pooled back afterwards.
+
+    Shapes: x [B, d, H, W], features [B, d + context_channels, H, W] -> [B, d, H, W], in channels-last memory. OverLoCK
+    takes as context its glance at the whole image; a map that is to mix itself is its own context::
+
+        layer = ContMix(64, context_channels=64, kernel_size=13, num_heads=4)
+        layer(x, torch.cat((x, x), 1))                        # [2, 64, 28, 28] for x of that shape
+
+    Args:
+        channels: d, a multiple of 2G.
+        context_channels: channels of the context map c.
+        kernel_size: K of the large kernel, odd.
+        num_heads: G.
+
+    Raises:
+        ValueError: an option out of its range; in the forward pass, shapes that do not fit.
+    """
+
+    SMALL_KERNEL = 5
+    CONTEXT_SIZE = 7
+
+    def __init__(self, channels: int, context_channels: int, kernel_size: int, num_heads: int) -> None:
+        super().__init__()
+        for name, size in (("context_channels", context_channels), ("kernel_size", kernel_size)):
+            if size < 1:
+                raise ValueError(f"{name} must be >= 1, got {size}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be >= 1, got {num_heads}")
+        if channels < 1 or channels % (2 * num_heads):
+            raise ValueError(f"channels must be a multiple of 2·num_heads = {2 * num_heads}, got {channels}")
+        self.channels = channels
+        self.context_channels = context_channels
+        self.num_heads = num_heads
+        self.kernel_sizes = (self.SMALL_KERNEL, kernel_size)
+        self.scale = (channels / num_heads) ** -0.5
+        self.rpb1 = nn.Parameter(torch.zeros(num_heads, 2 * self.SMALL_KERNEL - 1, 2 * self.SMALL_KERNEL - 1))
+        self.rpb2 = nn.Parameter(torch.zeros(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
+        self.weight_query = nn.Sequential(
+            nn.Conv2d(channels, channels // 2, 1, bias=False), nn.BatchNorm2d(channels // 2)
+        )
+        self.weight_key = nn.Sequential(
+            nn.AdaptiveAvgPool2d(self.CONTEXT_SIZE),
+            nn.Conv2d(context_channels, channels // 2, 1, bias=False),
+            nn.BatchNorm2d(channels // 2),
+        )
+        self.weight_proj = nn.Conv2d(self.CONTEXT_SIZE**2, sum(k * k for k in self.kernel_sizes), 1)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        """Mixes x.
+
+        Args:
+            x: what is mixed, [B, d, H, W].
+            features: what the kernels come from, [B, d + context_channels, H, W]: f and c, one above the other.
+
+        Returns:
+            [B, d, H, W].
+        """
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
+        expected = [x.shape[0], self.channels + self.context_channels, x.shape[2], x.shape[3]]
+        if list(features.shape) != expected:
+            raise ValueError(f"features must have shape {expected} to go with x, got {list(features.shape)}")
+        size = (x.shape[2], x.shape[3])
+        enlarged = self.mixing_size(*size)
+        if enlarged != size:
+            x = F.interpolate(x, enlarged, mode="bilinear")
+            features = F.interpolate(features, enlarged, mode="bilinear")
+        query = self.weight_query(features[:, : self.channels])
+        key = self.weight_key(features[:, self.channels :]) * self.scale
+        assert self.weight_proj.bias is not None
+        mixed = kernels.contmix2d(
+            query.unflatten(1, (self.num_heads, -1)),
+            key.unflatten(1, (self.num_heads, -1)).flatten(3),
+            x.unflatten(1, (2, self.num_heads, -1)),
+            self.weight_proj.weight.flatten(1),
+            self.weight_proj.bias,
+            (self.rpb1, self.rpb2),
+            kernel_sizes=self.kernel_sizes,
+        )
+        mixed = to_channels_last(mixed.flatten(1, 3))
+        return mixed if enlarged == size else F.adaptive_avg_pool2d(mixed, size)
+
+    def mixing_size(self, height: int, width: int) -> tuple[int, int]:
+        """The map's size while it is mixed: as it is, or enlarged until the large kernel just fits."""
+        kernel_size, short = self.kernel_sizes[-1], min(height, width)
+        if short >= kernel_size:
+            return height, width
+        # The quotient first, in floating point: what the official weights were trained with, to the pixel. A square
+        # map's side may round to K − 1 this way.
+        ratio = kernel_size / short
+        return max(kernel_size, int(ratio * height)), max(kernel_size, int(ratio * width))

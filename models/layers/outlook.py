@@ -1,0 +1,77 @@
+"""VOLO's outlook attention as a layer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+
+__all__ = ["OutlookAttention", "check_heads"]
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """ValueError unless ``num_heads`` divides ``dim``."""
+    if num_heads < 1 or dim < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+
+
+class OutlookAttention(nn.Module):
+    """Every window of K×K tokens is mixed by attention that a single linear map reads off the token at its centre.
+
+        logits[i]  = A·pool(x)[i] + a                                       heads × K² targets × K² sources for window i
+        out[j]     = P·(Σ_{i, t: j is target t of window i} Σ_s softmax_s(logits[i] / √d)[t, s] · (V·x)[nbr(i, s)]) + p
+
+    with ``pool`` the mean over stride × stride tokens (at the border: over those that exist), d = C / heads, and zero
+    padding of K // 2 whose positions keep their share of the softmax  (arXiv 2106.13112, eq. 3 to 5).
+
+    Shapes: x [B, H, W, C] -> [B, H, W, C], with ceil(H / stride) × ceil(W / stride) windows. A feature map
+    [B, C, H, W] goes in and out permuted, without a copy where its memory is channels-last::
+
+        layer = OutlookAttention(64, num_heads=4)
+        layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)      # [2, 64, 28, 28] for x of that shape
+
+    Args:
+        dim: C.
+        num_heads: divides C.
+        kernel_size: K, odd.
+        stride: tokens between windows, 1..K.
+
+    Raises:
+        ValueError: an option out of its range; in the forward pass, an x that is not [B, H, W, C].
+    """
+
+    def __init__(self, dim: int, num_heads: int, kernel_size: int = 3, stride: int = 2) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        if not 1 <= stride <= kernel_size:
+            raise ValueError(f"stride must lie in 1..kernel_size = {kernel_size} to reach every token, got {stride}")
+        check_heads(dim, num_heads)
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.scale = (dim // num_heads) ** -0.5
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.attn = nn.Linear(dim, num_heads * kernel_size**4)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[3] != self.dim:
+            raise ValueError(f"x must have shape [B, H, W, {self.dim}], got {list(x.shape)}")
+        # The permuted view is channels-last memory, which pooling reads and writes as it is.
+        pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).permute(0, 2, 3, 1)
+        logits = self.attn(pooled).unflatten(-1, (self.num_heads, self.kernel_size**2, self.kernel_size**2))
+        mixed = kernels.outlook_attention2d(
+            logits,
+            self.v(x),
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.kernel_size // 2,
+            scale=self.scale,
+        )
+        return self.proj(mixed)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -1,0 +1,103 @@
+"""Models leave PyTorch: torch.export, ONNX with its runtime, and a compiled package. Each at batches never traced."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import models
+from tests.models.families import FAMILIES, narrow
+from tests.support import assert_close, random_tensor
+
+by_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def exported_form(family: str) -> Any:
+    """What to export: the inference form, on the CPU."""
+    shallow = {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)} if family == "overlock" else {}
+    return models.optimize_for_inference(narrow(family, **shallow))
+
+
+def image(batch: int) -> Tensor:
+    return random_tensor(batch, 3, 64, 96, seed=batch, device="cpu")
+
+
+@by_family
+@torch.no_grad()
+def test_torch_export(family):
+    """The graph holds this package's operators as they are; nothing of them is traced into."""
+    model = exported_form(family)
+    program = torch.export.export(model, (image(2),), dynamic_shapes=({0: Dim("batch")},))
+    operators = {str(node.target) for node in program.graph.nodes if "dynamic_kernels" in str(node.target)}
+    expected = {"overlock": "contmix", "rednet": "aggregate", "volo": "outlook"}[family]
+    assert operators == {f"dynamic_kernels.{expected}.default"}
+    for batch in (2, 3):
+        assert_close(program.module()(image(batch)), model(image(batch)), 1e-6)
+
+
+@by_family
+@torch.no_grad()
+def test_onnx_export(family, tmp_path):
+    """No custom operator in the file, and onnxruntime, which knows none, computes the same."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = exported_form(family)
+    program = torch.onnx.export(model, (image(2),), dynamo=True, dynamic_shapes=({0: Dim("batch")},), verbose=False)
+    assert program is not None
+    assert {node.domain for node in program.model.graph} <= {"", "pkg.onnxscript.torch_lib.common"}
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (argument,) = session.get_inputs()
+    for batch in (2, 3):
+        (logits,) = session.run(None, {argument.name: image(batch).numpy()})
+        assert_close(torch.from_numpy(logits), model(image(batch)), 1e-5)
+
+
+@torch.no_grad()
+def test_onnx_export_of_the_training_form_and_of_several_maps(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = narrow("rednet", features_only=True, out_indices=(0, 1))
+    program = torch.onnx.export(model, (image(1),), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    maps = session.run(None, {session.get_inputs()[0].name: image(1).numpy()})
+    for ours, expected in zip(maps, model(image(1)), strict=True):
+        assert_close(torch.from_numpy(ours), expected, 1e-5)
+
+
+class OneOfEach(nn.Module):
+    """All families as one module: most of a package's cost is the compiler's start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shallow = {"depth": (1, 0, 0, 0), "sub_depth": (1, 0), "out_indices": (2,)}
+        options = {"overlock": shallow, "rednet": {"out_indices": (0,)}, "volo": {"out_indices": (0,)}}
+        self.members = nn.ModuleList(
+            models.optimize_for_inference(narrow(family, features_only=True, **options[family])) for family in FAMILIES
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [member(x)[0] for member in self.members]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@torch.no_grad()
+def test_aot_inductor_package(tmp_path):
+    model = OneOfEach()
+    program = torch.export.export(model, (image(2),), dynamic_shapes=({0: Dim("batch")},))
+    path = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(tmp_path / "model.pt2"),
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+    )
+    package = torch._inductor.aoti_load_package(path)
+    for batch in (2, 3):
+        for ours, expected in zip(package(image(batch)), model(image(batch)), strict=True):
+            assert_close(ours, expected, 1e-5)

@@ -1,0 +1,244 @@
+"""PyTorch's own tools on every family; compiling them in one graph is in the families' own tests."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+import kernels
+from tests.models.families import FAMILIES, narrow
+from tests.support import DEVICE, assert_close, random_tensor
+
+by_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def images(*size: int) -> Tensor:
+    return random_tensor(*size, seed=sum(size))
+
+
+def prepared(family: str, **options: Any) -> Any:
+    return narrow(family, **options).to(DEVICE)
+
+
+# ---- torch.compile
+
+
+@by_family
+@torch.no_grad()
+def test_one_graph_serves_every_batch_and_size(family):
+    """Sizes at which OverLoCK's maps hold its largest kernels; smaller maps are enlarged, in a graph of their own."""
+    torch.compiler.reset()
+    model = prepared(family, features_only=True, out_indices=(2,) if family == "overlock" else (1,))
+    graphs = []
+
+    def counted(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=True)
+    for size in ((2, 3, 224, 240), (3, 3, 256, 224), (5, 3, 240, 272)):
+        x = images(*size)
+        assert_close(compiled(x)[0], model(x)[0], 1e-5, f"{size}")
+    assert len(graphs) == 1
+
+
+# ---- precision, memory format, copies
+
+
+@by_family
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@torch.no_grad()
+def test_autocast(family, dtype, tolerance):
+    model, x = prepared(family), images(2, 3, 64, 96)
+    with torch.autocast(DEVICE, dtype):
+        out = model(x)
+    assert out.dtype == dtype
+    assert_close(out, model(x), tolerance)
+
+
+@by_family
+def test_channels_last(family):
+    model, x = prepared(family), images(2, 3, 64, 96).requires_grad_()
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    y = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected, out = model(x), last(y)
+    assert_close(out, expected, 1e-5)
+    (grad,) = torch.autograd.grad(out.square().sum(), y)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    assert_close(grad, expected_grad, 1e-4)
+
+
+@by_family
+@torch.no_grad()
+def test_copies_of_every_kind(family):
+    model, x = prepared(family), images(2, 3, 64, 96)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    loaded = prepared(family)
+    for tensor in loaded.state_dict().values():
+        tensor.zero_()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert torch.equal(other(x), expected)
+        assert other.feature_info.channels() == model.feature_info.channels()
+
+
+# ---- torch.func
+
+
+@by_family
+def test_functional_call_and_gradients_per_image(family):
+    model, x = prepared(family), images(3, 3, 32, 48)
+    parameters = dict(model.named_parameters())
+    halved = {name: 0.5 * parameter for name, parameter in parameters.items()}
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(0.5)
+    assert_close(torch.func.functional_call(model, halved, (x,)), changed(x), 1e-6)
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    per_image = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for index in (0, 2):
+        expected = torch.autograd.grad(loss(parameters, x[index]), list(parameters.values()), allow_unused=True)
+        total = torch.cat([g.flatten() for g in expected if g is not None])
+        ours = torch.cat(
+            [per_image[n][index].flatten() for n, g in zip(parameters, expected, strict=True) if g is not None]
+        )
+        assert_close(ours, total, 1e-4)
+
+
+def test_operators_under_vmap():
+    def operators(x: Tensor, kernel: Tensor, table: Tensor) -> Tensor:
+        heads = x.unflatten(1, (2, -1)).movedim(2, -1)
+        logits = kernels.na2d_qk(heads, heads, 3, rpb=table)
+        mixed = kernels.na2d_softmax_av(logits, heads, 3) + kernels.na2d_av(logits, heads, 3)
+        involved = kernels.depthwise_conv2d(kernels.involution2d(x, kernel), kernel[0, :, :, :, 0, :1].movedim(-1, 1))
+        return involved.square().sum() + mixed.square().sum()
+
+    x, kernel = random_tensor(3, 2, 4, 5, 6), random_tensor(3, 2, 4, 3, 3, 5, 6)
+    table = random_tensor(3, 2, 5, 5)
+    ours = torch.vmap(torch.func.grad(operators, argnums=(0, 1, 2)))(x, kernel, table)
+    for index in range(3):
+        inputs = [t[index].clone().requires_grad_() for t in (x, kernel, table)]
+        for grad, expected in zip(ours, torch.autograd.grad(operators(*inputs), inputs), strict=True):
+            assert_close(grad[index], expected, 1e-5)
+
+
+# ---- several processes
+
+
+@by_family
+@torch.no_grad()
+def test_synchronised_batch_norms(family):
+    model, x = prepared(family), images(2, 3, 64, 96)
+    converted: Any = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not any(type(module) is nn.BatchNorm2d for module in converted.modules())
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+    assert converted.state_dict().keys() == model.state_dict().keys()
+    assert_close(converted(x), model(x), 1e-6)
+    if family == "overlock":
+        assert_close(converted.reparam()(x), model(x), 1e-5)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(x)
+    outputs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, tuple) else [out]
+    return torch.stack([o.square().mean() for o in outputs if o.is_floating_point()]).sum()
+
+
+def in_training(family: str) -> Any:
+    """With fixed statistics: batch norms would see half a batch in each of two processes."""
+    model = narrow(family).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def two_processes(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for family in FAMILIES:
+        x = random_tensor(4, 3, 64, 64, seed=1, device="cpu").chunk(2)[rank]
+        replicated = DistributedDataParallel(in_training(family))
+        for _ in range(2):  # a parameter without a gradient is an error in the second step
+            replicated.zero_grad()
+            loss_of(replicated, x).backward()
+        gradients = {name: p.grad for name, p in replicated.module.named_parameters()}
+
+        sharded = in_training(family)
+        mesh = init_device_mesh("cpu", (2,))
+        for module in sharded.modules():
+            if type(module).__name__ in ("RepConvBlock", "DynamicConvBlock", "Bottleneck", "Block", "ClassBlock"):
+                fully_shard(module, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        loss_of(sharded, x).backward()
+        full: Any = {name: p.grad for name, p in sharded.named_parameters()}
+        clip_grad_norm_(sharded.parameters(), 1e9)  # as training loops do
+        full = {name: grad.full_tensor() for name, grad in full.items()}
+        if rank == 0:
+            torch.save((gradients, full), f"{folder}/{family}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_compute_the_gradients_of_one(tmp_path):
+    """DistributedDataParallel and FSDP2 (``fully_shard``, block by block), over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(two_processes, (port, str(tmp_path)), nprocs=2)
+    for family in FAMILIES:
+        model = in_training(family)
+        loss_of(model, random_tensor(4, 3, 64, 64, seed=1, device="cpu")).backward()
+        replicated, sharded = torch.load(tmp_path / f"{family}.pt", weights_only=True)
+        expected = {name: p.grad for name, p in model.named_parameters()}
+        assert replicated.keys() == sharded.keys() == expected.keys()
+        scale = max(float(grad.norm()) for grad in expected.values())
+        for name, grad in expected.items():
+            for what, ours in (("DDP", replicated[name]), ("FSDP2", sharded[name])):
+                assert float((ours - grad).norm()) <= 1e-4 * float(grad.norm()) + 1e-6 * scale, (
+                    f"{family} {what} {name}"
+                )
+
+
+# ---- CUDA graphs
+
+
+@by_family
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@torch.no_grad()
+def test_cuda_graphs(family):
+    model, static, other = prepared(family), images(2, 3, 64, 96), images(2, 3, 64, 96) + 1
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(static)
+    for x in (other, images(2, 3, 64, 96)):
+        static.copy_(x)
+        graph.replay()
+        assert_close(out, model(x), 1e-6)

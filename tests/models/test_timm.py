@@ -1,0 +1,134 @@
+"""timm's registry and scripts, in processes of their own: timm is imported before this package, or after it.
+
+timm needs torchvision merely to be imported. Where that is not installed, empty classes stand in for what timm imports
+from it; everything of timm that these tests call is timm's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+
+STAND_IN = """
+import importlib.machinery, sys, types
+
+class StandIn(types.ModuleType):
+    __path__ = []
+    __spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if f"{self.__name__}.{name}" in sys.modules:
+            return sys.modules[f"{self.__name__}.{name}"]
+        return type(name, (), {"BILINEAR": 2, "BICUBIC": 3, "NEAREST": 0, "BOX": 4, "HAMMING": 5, "LANCZOS": 1})
+
+for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets"):
+    sys.modules["torchvision" + name] = StandIn("torchvision" + name)
+"""
+
+TORCHVISION = STAND_IN if importlib.util.find_spec("torchvision") is None else ""
+
+USE = """
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import resolve_model_input_args
+
+ours = ["overlock_t", "overlock_t_reparam", "rednet50", "volo_d1"]
+assert set(ours) <= set(timm.list_models()), timm.list_models("*lock*")
+assert timm.list_models("rednet*") == models.list_models("rednet*")
+assert "overlock_t" in timm.list_models(pretrained=True) and "rednet50" not in timm.list_models(pretrained=True)
+assert "models" == timm.models.model_entrypoint("overlock_t").__module__.partition(".")[0]
+assert "timm" == timm.models.model_entrypoint("volo_d1_224").__module__.partition(".")[0]
+
+with torch.device("meta"):
+    model = timm.create_model("overlock_t", num_classes=10, drop_path_rate=0.2, drop_rate=0.0, global_pool="avg")
+    features = timm.create_model("overlock_t", features_only=True, out_indices=(1, 3))
+    script = {"img_size": None, "in_chans": 1, "input_size": None}
+    volo = timm.create_model(**resolve_model_input_args("volo_d1", script, num_classes=7, img_size=384))
+assert type(model) is models.overlock.OverLoCK and model.num_classes == 10
+assert model.pretrained_cfg is model.default_cfg and model.default_cfg["architecture"] == "overlock_t"
+assert features.feature_info.channels() == [128, 640] and features.feature_info.reduction() == [8, 32]
+assert volo.num_classes == 7 and volo.in_chans == 1 and volo.default_cfg["url"].endswith("d1_384_85.2.pth.tar")
+config = resolve_model_data_config(model)
+assert (config["input_size"], config["crop_pct"], config["interpolation"]) == ((3, 224, 224), 0.925, "bicubic"), config
+
+model = timm.create_model("overlock_xt", num_classes=4).train()
+optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.8)
+loss = timm.loss.LabelSmoothingCrossEntropy()(model(torch.randn(2, 3, 32, 32)), torch.tensor([1, 3]))
+loss.backward()
+assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+optimizer.step()
+
+torch.save(model.state_dict(), FOLDER + "/weights.pth")
+file = {"file": FOLDER + "/weights.pth"}
+merged = timm.create_model("overlock_xt_reparam", pretrained=True, pretrained_cfg_overlay=file, num_classes=4).eval()
+x = torch.randn(1, 3, 64, 64)
+torch.testing.assert_close(merged(x), model.eval()(x), rtol=0, atol=1e-4)
+
+for arguments, word in (({"drop_rate": 0.1}, "drop_rate"), ({"pretrained_cfg": "a_tag"}, "a_tag")):
+    try:
+        timm.create_model("rednet26", **arguments)
+    except ValueError as error:
+        assert word in str(error)
+    else:
+        raise AssertionError(word)
+"""
+
+
+def test_timm_imported_later_creates_these_models(tmp_path):
+    _run(f"""
+import sys, models
+assert "timm" not in sys.modules
+{TORCHVISION}
+import timm, timm.loss, timm.optim
+FOLDER = {str(tmp_path)!r}
+{USE}
+""")
+
+
+def test_timm_imported_before_keeps_the_names_it_has():
+    _run(f"""
+{TORCHVISION}
+import timm.models
+
+def rednet50(pretrained=False, **kwargs): ...
+
+timm.models.register_model(rednet50)
+import models
+assert timm.models.model_entrypoint("rednet50") is rednet50
+assert timm.models.model_entrypoint("rednet101").__wrapped__ is models.rednet.rednet101
+""")
+
+
+def test_where_timm_cannot_be_imported_nothing_is_missed():
+    _run("""
+import sys
+sys.modules["torchvision"] = None
+import models
+try:
+    import timm
+except ImportError:
+    pass
+else:
+    raise AssertionError("timm came without torchvision")
+with __import__("torch").device("meta"):
+    models.create_model("overlock_t")
+""")
+
+
+def _run(script: str) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(
+        command, check=False, env=environment, cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
