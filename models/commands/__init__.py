@@ -1,0 +1,1 @@
+"""The command line of the models, ``python -m models``, and the training loop behind its ``finetune``."""

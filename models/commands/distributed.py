@@ -1,0 +1,59 @@
+"""One process, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["broadcast_buffers", "process_group", "rank", "sum_over_processes", "world_size"]
+
+
+@contextmanager
+def process_group(device: torch.device | None) -> Iterator[torch.device]:
+    """Joins torchrun's processes, if it started this one (NCCL between GPUs, gloo between CPUs); gives the device.
+
+    With ``device`` None or "cuda" each process takes the GPU of its local rank.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if launched else 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not launched:
+        yield device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield device
+    dist.destroy_process_group()  # not after an error: the others would be waited for
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _joined() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _joined() else 1
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """In place."""
+    if _joined():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Gives every process the first one's buffers: batch norms' statistics differ until their next joint step."""
+    if _joined():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,201 @@
+"""Measure top-1 and top-5 on a folder of labelled images, with the crop and interpolation of the papers.
+
+  python -m models evaluate imagenet/val --model overlock_t --pretrained --inference
+  python -m models evaluate flowers/val --model volo_d1 --checkpoint run/best.safetensors --output result.json
+
+DIR holds one folder for each class, numbered in the order of their names: ImageNet's folders are named by synset
+(n01440764, n01443537, …), which gives the published numbers. With --resume FILE a run that was killed continues where
+it last wrote FILE, and its result is the one it would have had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from models.commands.arguments import (
+    DTYPES,
+    add_device_arguments,
+    add_image_arguments,
+    add_model_arguments,
+    build_model,
+    console,
+    positive,
+)
+from models.commands.errors import CommandError, input_errors
+from models.commands.files import check_parent, write_json
+from models.commands.folders import EvaluationImages, ImageFolder
+from models.commands.images import Preprocessing
+from models.commands.progress import Bar
+from models.commands.scoring import count_correct, loader, predict
+from models.inference import optimize_for_inference
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", type=Path, metavar="DIR", help="one folder of images for each class")
+    add_model_arguments(parser)
+    parser.add_argument("--inference", action="store_true", help="fold the model first (optimize_for_inference)")
+    add_image_arguments(parser)
+    add_device_arguments(parser)
+    group = parser.add_argument_group("results")
+    group.add_argument("--output", type=Path, metavar="FILE", help="write the result here, as JSON")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
+    group.add_argument("--resume", type=Path, metavar="FILE", help="keep the count here, and continue from it")
+    group.add_argument(
+        "--save-every", type=positive, default=20, metavar="N", help="batches between writes of it (%(default)s)"
+    )
+    group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out, and say so")
+
+
+def weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_count(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The count so far; from nothing where there is no such file.
+
+    Raises:
+        ValueError: the file is another's, or counts something else; the message names what differs.
+    """
+    fresh = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "skipped": [], "seconds": 0.0}
+    if path is None or not path.exists():
+        return fresh
+    try:
+        count = json.loads(path.read_text(encoding="utf-8"))
+        count = {name: count[name] for name in fresh}
+        differing = [name for name in settings if count["settings"].get(name) != settings[name]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
+    if differing:
+        raise ValueError(f"--resume: {path} counts with other {', '.join(differing)}; delete it, or name another file")
+    return count
+
+
+def result_of(count: dict[str, Any], total: int) -> dict[str, Any]:
+    images = count["position"] - len(count["skipped"])
+    return {
+        **{name: count["settings"][name] for name in ("model", "size", "crop_pct", "interpolation", "dtype")},
+        "top1": 100 * count["top1"] / images if images else None,
+        "top5": 100 * count["top5"] / images if images else None,
+        "images": images,
+        "of": total,
+        "skipped": count["skipped"],
+        "seconds": count["seconds"],
+        "images_per_second": images / count["seconds"] if count["seconds"] else None,
+    }
+
+
+def check_classes(folder: ImageFolder, count: int, model: str) -> None:
+    """ValueError unless the folder has as many classes as the model tells apart."""
+    if len(folder.classes) != count:
+        hint = f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
+        raise ValueError(
+            f"DIR: {folder.root} holds {len(folder.classes)} class folders, "
+            f"but {model} tells {count} classes apart{hint}"
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with input_errors():
+        if arguments.checkpoint is None and not arguments.pretrained:
+            raise CommandError("--checkpoint FILE or --pretrained is needed: random weights have no accuracy")
+        for option, path in (("--output", arguments.output), ("--resume", arguments.resume)):
+            if path is not None:
+                check_parent(path, option)
+        folder = ImageFolder(arguments.dir)
+        if arguments.pretrained:
+            check_classes(folder, 1000, arguments.model)  # before anything is downloaded
+        model = build_model(arguments).eval()
+        check_classes(folder, model.num_classes, arguments.model)
+        preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
+        settings = {
+            "model": arguments.model,
+            "weights": weights_digest(model),
+            "inference": arguments.inference,
+            "images": folder.digest(),
+            "size": list(preprocessing.size),
+            "crop_pct": preprocessing.crop_pct,
+            "interpolation": preprocessing.interpolation,
+            "dtype": arguments.dtype,
+            "batch": arguments.batch,
+        }
+        count = read_count(arguments.resume, settings)
+    place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    optimised = optimize_for_inference(model) if arguments.inference else model
+    count_images(optimised.to(place), folder, preprocessing, count, arguments)
+    weights = "official" if arguments.pretrained else arguments.checkpoint
+    result = {"checkpoint": weights, **result_of(count, len(folder.samples))}
+    if arguments.output is not None:
+        write_json(arguments.output, result)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print(result)
+    return 0
+
+
+def count_images(
+    model: nn.Module,
+    folder: ImageFolder,
+    preprocessing: Preprocessing,
+    count: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> None:
+    """Brings ``count`` to the folder's end; with --resume, also on disk.
+
+    Raises:
+        CommandError: an image cannot be read, and --skip-unreadable was not given.
+    """
+    place = next(model.parameters()).device
+    images = EvaluationImages(folder.samples, preprocessing, preprocessing.channels)
+    rest = Subset(images, range(count["position"], len(images)))
+    batches = loader(rest, place, arguments.workers, batch_size=arguments.batch)
+    started, earlier = time.perf_counter(), count["seconds"]
+    with Bar(len(images), count["position"]) as bar:
+        if count["position"]:
+            bar.say(f"continues after {count['position']} of {len(images)} images")
+        for number, (batch, logits, labels) in enumerate(predict(model, batches, place, DTYPES[arguments.dtype]), 1):
+            if batch.unreadable and not arguments.skip_unreadable:
+                raise CommandError(f"{batch.unreadable[0]} (--skip-unreadable leaves such images out)")
+            top1, top5 = count_correct(logits, labels)
+            seen = len(labels) + len(batch.unreadable)
+            count["top1"] += int(top1)
+            count["top5"] += int(top5)
+            count["position"] += seen
+            count["skipped"] += batch.unreadable
+            count["seconds"] = earlier + time.perf_counter() - started
+            due = number % arguments.save_every == 0 or count["position"] == len(images)
+            if due and arguments.resume is not None:
+                write_json(arguments.resume, count)
+            read = count["position"] - len(count["skipped"])
+            if read:
+                bar.advance(seen, f"top-1 {100 * count['top1'] / read:.2f} %")
+
+
+def _print(result: dict[str, Any]) -> None:
+    if result["images"]:
+        print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %")
+    speed = f", {result['images_per_second']:.1f} images/s with loading" if result["images_per_second"] else ""
+    height, width = result["size"]
+    print(
+        f"{result['model']} on {result['images']} images at {height}×{width} (crop {result['crop_pct']}, "
+        f"{result['interpolation']}, {result['dtype']}){speed}"
+    )
+    if result["skipped"]:
+        console.print(f"[bold yellow]{len(result['skipped'])} images were left out, they cannot be read:[/]")
+        for message in result["skipped"]:
+            console.print(f"  {message}", markup=False)

@@ -1,0 +1,135 @@
+"""Labelled images in the ImageFolder layout: one folder a class, classes numbered in the order of their names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from models.commands.images import Augmentation, UnreadableImageError, read_image
+
+__all__ = ["Batch", "EvaluationImages", "ImageFolder", "TrainingImages", "Unreadable", "collate"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class ImageFolder:
+    """The images below a folder's class folders, in a fixed order.
+
+    ImageNet's validation folder sorted by synset (n01440764, …) gives the published class numbers.
+
+    Attributes:
+        root: the folder.
+        classes: names of the class folders, sorted; the label is the position.
+        samples: (path, label) of every image, by class and then by path.
+
+    Raises:
+        ValueError: no such folder, no class folders, or one without images; the message names it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise ValueError(f"DIR: there is no folder {self.root}")
+        self.classes = sorted(
+            entry.name for entry in os.scandir(self.root) if entry.is_dir() and not entry.name.startswith(".")
+        )
+        if not self.classes:
+            raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
+        self.samples: list[tuple[str, int]] = []
+        for label, name in enumerate(self.classes):
+            found = sorted(
+                os.path.join(folder, file)
+                for folder, _, files in os.walk(self.root / name, followlinks=True)
+                for file in files
+                if file.lower().endswith(SUFFIXES) and not file.startswith(".")
+            )
+            if not found:
+                raise ValueError(f"DIR: the class folder {self.root / name} holds no image ({' '.join(SUFFIXES)})")
+            self.samples += [(path, label) for path in found]
+
+    def digest(self) -> str:
+        """Changes with the set of files, not with where the folder lies."""
+        digest = hashlib.sha256()
+        for path, _ in self.samples:
+            digest.update(os.path.relpath(path, self.root).encode() + b"\0")
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In place of an image that cannot be decoded. Loading processes return it: an exception would lose its shape."""
+
+    message: str
+
+
+Item = tuple[Tensor, int] | Unreadable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images [B, C, H, W] and labels [B] of what could be read, and a message for each file that could not."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[str]
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    read = [item for item in items if not isinstance(item, Unreadable)]
+    images = torch.stack([image for image, _ in read]) if read else torch.empty(0, 0, 0, 0)
+    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
+    return Batch(images, labels, [item.message for item in items if isinstance(item, Unreadable)])
+
+
+class EvaluationImages(Dataset[Item]):
+    """Index -> (image, label), the same each time."""
+
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], transform: Callable[[Image.Image], Tensor], channels: int = 3
+    ) -> None:
+        self.samples, self.transform, self.channels = samples, transform, channels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        path, label = self.samples[index]
+        try:
+            return self.transform(read_image(path, self.channels)), label
+        except UnreadableImageError as error:
+            return Unreadable(str(error))
+
+
+class TrainingImages(Dataset[Item]):
+    """(epoch, index) -> (augmented image, label).
+
+    What is drawn depends on seed, epoch and index alone: not on the process that draws, nor on what came before. So a
+    run that continues after a kill sees what it would have seen.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]], augmentation: Augmentation, seed: int) -> None:
+        self.samples, self.augmentation, self.seed = samples, augmentation, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, index = key
+        path, label = self.samples[index]
+        try:
+            image = read_image(path, self.augmentation.preprocessing.channels)
+        except UnreadableImageError as error:
+            return Unreadable(str(error))
+        return self.augmentation(image, random.Random(f"{self.seed} {epoch} {index}")), label

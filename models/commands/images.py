@@ -1,0 +1,160 @@
+"""Photographs to model inputs: the crop that the papers test with, and the random one that training uses."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models._contract import BackboneContract
+
+__all__ = ["Augmentation", "Preprocessing", "UnreadableImageError", "read_image"]
+
+MODES = {1: "L", 3: "RGB"}  # PIL's mode for so many channels
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no image, or a damaged one; the message names it."""
+
+
+def read_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """The whole image, decoded, in 1 (grey) or 3 (RGB) channels of 8 bits.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged or no image.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.convert(MODES[channels])
+    except Exception as error:  # decoders fail in any way on a malformed file
+        reason = "it is no image, or of an unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UnreadableImageError(f"{path} cannot be read as an image: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The test crop: resize until the centred crop of ``size`` covers ``crop_pct`` of the shorter side, then cut it.
+
+    Sides are rounded as torchvision's ``Resize`` and ``CenterCrop`` do, which the published numbers were measured
+    with; a ``crop_pct`` above 1 leaves a black frame, as there. Then (x / 255 − mean) / std, channel by channel.
+
+    Args:
+        size: height and width of the result, in pixels.
+        crop_pct: share of the shorter side that is kept.
+        interpolation: "bilinear" or "bicubic", both antialiased.
+        mean: of each channel, in 0..1; its length is the number of channels.
+        std: of each channel.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: BackboneContract,
+        size: tuple[int, int] | None = None,
+        crop_pct: float | None = None,
+        interpolation: str | None = None,
+    ) -> Preprocessing:
+        """What the model's official weights expect, except for what is given.
+
+        Raises:
+            ValueError: the model takes images of neither 1 nor 3 channels.
+        """
+        config = model.default_cfg
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        if model.in_chans not in MODES:
+            raise ValueError(f"in_chans must be 1 or 3 for image files, got {model.in_chans}")
+        if model.in_chans == 1:  # grey is the mean of the three
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        _, height, width = config["input_size"]
+        return cls(
+            size=size or (height, width),
+            crop_pct=crop_pct or config["crop_pct"],
+            interpolation=interpolation or config["interpolation"],
+            mean=mean,
+            std=std,
+        )
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """What the model sees of the image, [height, width] = ``size``."""
+        targets = [math.floor(side / self.crop_pct) for side in self.size]
+        sides = [image.height, image.width]
+        axis = max((0, 1), key=lambda axis: targets[axis] / sides[axis])  # the one that just fits
+        resized = [max(1, targets[axis] * side // sides[axis]) for side in sides]
+        resized[axis] = targets[axis]
+        image = image.resize((resized[1], resized[0]), RESAMPLING[self.interpolation])
+        top, left = (_centred(side, length) for side, length in zip(self.size, resized, strict=True))
+        return image.crop((left, top, left + self.size[1], top + self.size[0]))
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """[channels, height, width], float32."""
+        pixels = np.array(image, dtype=np.float32).reshape(image.height, image.width, -1)
+        x = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+        return (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalise(self.crop(image))
+
+
+def _centred(length: int, available: int) -> int:
+    """First pixel of a centred stretch; negative where it is longer than what there is."""
+    if length > available:
+        return -((length - available) // 2)
+    return round((available - length) / 2)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random-resized crop (arXiv 1409.4842, section 6) and horizontal flip, then ``preprocessing.normalise``.
+
+    Args:
+        preprocessing: gives size, interpolation, mean and std.
+        least_area: the crop takes a share of the image's area drawn from ``least_area``..1.
+        flip: probability of mirroring.
+    """
+
+    preprocessing: Preprocessing
+    least_area: float = 0.08
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("least_area", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+
+    def box(self, width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom of the crop: aspect ratio log-uniform in 3/4..4/3."""
+        for _ in range(10):
+            area = width * height * generator.uniform(self.least_area, 1)
+            ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = generator.randint(0, width - w), generator.randint(0, height - h)
+                return left, top, left + w, top + h
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # a long strip: its middle
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+    def __call__(self, image: Image.Image, generator: random.Random) -> Tensor:
+        height, width = self.preprocessing.size
+        box = self.box(image.width, image.height, generator)
+        image = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box=box)
+        if generator.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.preprocessing.normalise(image)

@@ -1,0 +1,73 @@
+"""Show every model: parameters, image size, published ImageNet-1k accuracy and whether official weights can be had.
+
+Parameters are counted as in the papers, without the auxiliary classifier that OverLoCK has in training only. The
+accuracies are the papers', at the size shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import resources
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from models._contract import BackboneContract
+from models.commands.errors import CommandError
+from models.overlock import OverLoCK
+from models.registry import create_model, list_models
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern, as in 'volo_*' (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def describe(name: str, top1: dict[str, float]) -> dict[str, Any]:
+    """What there is to know of a model, counted on the meta device: no memory is taken and nothing is computed."""
+    with torch.device("meta"):
+        model = create_model(name)
+    assert isinstance(model, BackboneContract)
+    unused = "aux_head." if isinstance(model, OverLoCK) else None
+    parameters = (
+        tensor.numel() for key, tensor in model.named_parameters() if unused is None or not key.startswith(unused)
+    )
+    return {
+        "name": name,
+        "parameters": sum(parameters),
+        "size": list(model.default_cfg["input_size"][1:]),
+        "top1": top1.get(name),
+        "weights": model.default_cfg["url"] or None,
+    }
+
+
+def run(arguments: argparse.Namespace) -> int:
+    names = list_models(arguments.pattern)
+    if not names:
+        raise CommandError(f"PATTERN: no model is named {arguments.pattern!r}; all: {' '.join(list_models())}")
+    top1 = json.loads(resources.files("models").joinpath("data/imagenet_top1.json").read_text(encoding="utf-8"))
+    rows = [describe(name, top1) for name in names]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    table = Table(title="Models", title_justify="left")
+    table.add_column("name", no_wrap=True)
+    for heading in ("parameters, M", "size", "top-1, %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("official weights")
+    for row in rows:
+        height, width = row["size"]
+        table.add_row(
+            row["name"],
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{height}×{width}",
+            "–" if row["top1"] is None else f"{row['top1']}",
+            "--pretrained" if row["weights"] else "your own file",
+        )
+    Console(highlight=False).print(table)
+    return 0

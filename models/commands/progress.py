@@ -1,0 +1,50 @@
+"""Progress on stderr: a bar on a terminal; elsewhere one line every so often, for the log of a long run."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from models.commands.arguments import console
+
+__all__ = ["Bar"]
+
+
+class Bar:
+    """``with Bar(total) as bar``: call ``advance`` after each step and ``say`` for a line that stays."""
+
+    def __init__(self, total: int, done: int = 0, *, shown: bool = True, seconds: float = 30.0) -> None:
+        """Without a terminal, a line every ``seconds``; ``shown`` is False in all processes but the first."""
+        self.total, self.done, self.shown, self.seconds = total, done, shown, seconds
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        drawn = shown and console.is_terminal
+        self._bar = Progress(*columns, TextColumn("{task.description}"), console=console) if drawn else None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Bar:
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.add_task("", total=self.total, completed=self.done)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int, told: str) -> None:
+        """``count`` more are done; ``told`` is how it stands."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=count, description=escape(told))
+        elif self.shown and time.monotonic() - self._last >= self.seconds:
+            self._last = time.monotonic()
+            self.say(f"[{self.done}/{self.total}] {told}")
+
+    def say(self, line: str) -> None:
+        if self.shown:
+            console.print(escape(line))

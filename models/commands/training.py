@@ -1,0 +1,305 @@
+"""The training loop behind ``python -m models finetune``: on one process or several, and the same after a kill.
+
+A run is a function of its settings and its step number. What is random in a step (which images, their crops, dropped
+paths, mixed boxes) is drawn from generators seeded with the run's seed and that number; learning rate and averaging
+follow from the number too. So the state to keep is the weights, the optimiser's moments and the number itself, and a
+run that continues from it takes the path it would have taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Dataset, Subset
+
+from models._contract import BackboneContract
+from models.checkpoints import save_checkpoint
+from models.commands import distributed
+from models.commands.arguments import DTYPES
+from models.commands.files import read_lines, read_state, write_lines, write_state
+from models.commands.folders import Batch
+from models.commands.images import UnreadableImageError
+from models.commands.optimisation import Objective, cosine_with_warmup, parameter_groups, warmed_up_ema
+from models.commands.progress import Bar
+from models.commands.recipe import Recipe, TrainingBatches
+from models.commands.scoring import count_correct, loader, predict
+
+__all__ = ["BEST", "STATE", "Run", "Trainer"]
+
+BEST, LAST, LOG, STATE = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run keeps its files, and how often.
+
+    Args:
+        output: an existing folder for ``state.pt``, ``log.jsonl`` and the weights; None keeps nothing.
+        settings: what must be the same for a run to continue; plain values.
+        save_every: steps between states; each epoch's end has one anyway. 0: only there.
+        log_every: steps between lines of the log.
+        workers: processes that load images.
+    """
+
+    output: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    save_every: int = 0
+    log_every: int = 50
+    workers: int = 0
+
+
+class Trainer:
+    """Trains ``model`` in place; ``fit`` returns the log.
+
+    The log has a row for every ``log_every`` steps (step, epoch, loss: the mean since the row before, learning_rate,
+    images_per_second) and one for each epoch (step, epoch, top1, top5, best_top1, seconds).
+
+    Args:
+        model: of one of the families, with its classifier, on ``device``.
+        recipe: how to train.
+        training: (epoch, index) -> (image, label) or ``Unreadable``, and a length.
+        validation: index -> (image, label) or ``Unreadable``; None evaluates nothing.
+        device: where the model is.
+        run: which files to keep.
+    """
+
+    def __init__(
+        self,
+        model: BackboneContract,
+        recipe: Recipe,
+        training: Dataset[Any],
+        validation: Dataset[Any] | None,
+        device: torch.device,
+        run: Run | None = None,
+    ) -> None:
+        self.model, self.recipe, self.run, self.device = model, recipe, run or Run(), device
+        self.training, self.validation = training, validation
+        self.dtype = DTYPES[recipe.dtype]
+        self.objective = Objective(recipe.label_smoothing, recipe.auxiliary_weight)
+        self.step = 0
+        self.steps_per_epoch = TrainingBatches(training, recipe).steps_per_epoch
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        if recipe.freeze_backbone:
+            model.requires_grad_(False)
+            for name in model.classifiers:
+                model.get_submodule(name).requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, recipe.weight_decay, recipe.layer_decay), lr=recipe.learning_rate
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.average: AveragedModel | None = None
+        if recipe.ema_decay:
+            self.average = AveragedModel(model, multi_avg_fn=warmed_up_ema(recipe.ema_decay), use_buffers=True)
+        self.best: float | None = None
+        self.log: list[dict[str, Any]] = []
+        self._interval_loss, self._interval_steps = torch.zeros((), device=device), 0
+
+    # ---- the state
+
+    def resume(self) -> bool:
+        """Takes up the state in ``output``, if there is one.
+
+        Raises:
+            ValueError: it is damaged, or of a run with other settings; the message names them.
+        """
+        if self.run.output is None or not (self.run.output / STATE).exists():
+            return False
+        path = self.run.output / STATE
+        state = read_state(path)
+        known, own = state["settings"], _plain(self.run.settings)
+        differing = [
+            f"{name} was {known.get(name)!r}, is {own[name]!r}" for name in own if known.get(name) != own[name]
+        ]
+        if differing:
+            raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step, self.best = state["step"], state["best"]
+        self._interval_loss.copy_(state["interval_loss"])
+        self._interval_steps = state["interval_steps"]
+        self.log = [row for row in read_lines(self.run.output / LOG) if row["step"] <= self.step]
+        return True
+
+    def _save(self) -> None:
+        if self.run.output is None or distributed.rank() != 0:
+            return
+        self._check_finite(self._interval_loss.item())
+        state = {
+            "settings": _plain(self.run.settings),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "best": self.best,
+            "interval_loss": self._interval_loss,
+            "interval_steps": self._interval_steps,
+        }
+        write_state(self.run.output / STATE, state)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.log.append(row)
+        if self.run.output is not None and distributed.rank() == 0:
+            with open(self.run.output / LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    # ---- the loop
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Trains from the present step to the last and returns the whole log.
+
+        Raises:
+            UnreadableImageError: a file that cannot be decoded.
+            FloatingPointError: the loss is no longer finite. The last state written is from before that.
+        """
+        if self.run.output is not None and distributed.rank() == 0:
+            write_lines(self.run.output / LOG, self.log)  # without what a killed run wrote after its last state
+        wrapped: nn.Module = self.model
+        if distributed.world_size() > 1:
+            wrapped = DistributedDataParallel(
+                self.model,
+                [self.device] if self.device.type == "cuda" else None,
+                find_unused_parameters=self.recipe.freeze_backbone,  # OverLoCK's auxiliary head
+            )
+        keys = TrainingBatches(self.training, self.recipe, self.step)
+        batches = loader(self.training, self.device, self.run.workers, batch_sampler=keys)
+        self.model.train(not self.recipe.freeze_backbone)
+        self._clock = self._epoch_clock = time.perf_counter()
+        self._timed_steps = 0
+        with Bar(self.total_steps, self.step, shown=self.run.output is not None and distributed.rank() == 0) as bar:
+            for batch in batches:
+                self._train_step(wrapped, batch)
+                at_end = self.step % self.steps_per_epoch == 0
+                if at_end or self.step % self.run.log_every == 0:
+                    self._end_interval()
+                if at_end:
+                    self._end_epoch(bar)
+                    self._save()
+                elif self.run.save_every and self.step % self.run.save_every == 0:
+                    self._save()
+                bar.advance(1, f"epoch {self._epoch}/{self.recipe.epochs} {self._told}")
+        return self.log
+
+    @property
+    def _epoch(self) -> int:
+        """Of the step just done, from 1."""
+        return -(-self.step // self.steps_per_epoch)
+
+    @property
+    def _told(self) -> str:
+        losses = [row["loss"] for row in self.log[-2:] if "loss" in row]
+        return f"loss {losses[-1]:.4f}" if losses else ""
+
+    def _train_step(self, wrapped: nn.Module, batch: Batch) -> None:
+        if batch.unreadable:
+            raise UnreadableImageError(batch.unreadable[0])
+        torch.manual_seed(_step_seed(self.recipe.seed, self.step, distributed.rank()))
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_scale"]
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = wrapped(images)
+        loss = self.objective(output, labels)
+        self.scaler.scale(loss).backward()
+        if self.recipe.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        self._interval_loss += loss.detach()
+        self._interval_steps += 1
+        self._timed_steps += 1
+
+    def _learning_rate(self) -> float:
+        warmup = round(self.recipe.warmup * self.steps_per_epoch)
+        peak, final = self.recipe.learning_rate, self.recipe.final_learning_rate
+        return cosine_with_warmup(self.step, self.total_steps, warmup, peak, final)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is not finite at step {self.step}; a lower learning rate may help")
+
+    def _end_interval(self) -> None:
+        total = distributed.sum_over_processes(self._interval_loss.clone())
+        loss = total.item() / (self._interval_steps * distributed.world_size())
+        self._check_finite(loss)
+        now = time.perf_counter()
+        images = self._timed_steps * self.recipe.batch * distributed.world_size()
+        self._interval_loss.zero_()
+        self._interval_steps = 0
+        row = {
+            "step": self.step,
+            "epoch": self._epoch,
+            "loss": loss,
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            "images_per_second": images / (now - self._clock),
+        }
+        self._clock, self._timed_steps = now, 0
+        self._record(row)
+
+    def _end_epoch(self, bar: Bar) -> None:
+        kept = self.model if self.average is None else self.average.module
+        row: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
+        if self.validation is not None:
+            row |= self._evaluate(kept)
+            better = self.best is None or row["top1"] > self.best
+            self.best = row["top1"] if better else self.best
+            row["best_top1"] = self.best
+        else:
+            better = True
+        now = time.perf_counter()
+        row["seconds"] = now - self._epoch_clock
+        if self.run.output is not None and distributed.rank() == 0:
+            save_checkpoint(kept, self.run.output / LAST)
+            if better:
+                save_checkpoint(kept, self.run.output / BEST)
+        self._record(row)
+        self._clock = self._epoch_clock = time.perf_counter()
+        scores = f", top-1 {row['top1']:.2f} %, best {row['best_top1']:.2f} %" if "top1" in row else ""
+        bar.say(f"epoch {self._epoch}/{self.recipe.epochs}: {self._told}{scores} ({row['seconds']:.0f} s)")
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Top-1 and top-5 in per cent, every process on its share of the images."""
+        assert self.validation is not None
+        distributed.broadcast_buffers(model)
+        count = len(self.validation)  # pyright: ignore[reportArgumentType]
+        share = Subset(self.validation, range(distributed.rank(), count, distributed.world_size()))
+        batches = loader(share, self.device, self.run.workers, batch_size=self.recipe.batch)
+        totals = torch.zeros(2, dtype=torch.int64, device=self.device)
+        was_training = model.training
+        model.eval()
+        for batch, logits, labels in predict(model, batches, self.device, self.dtype):
+            if batch.unreadable:
+                raise UnreadableImageError(batch.unreadable[0])
+            totals += torch.stack(count_correct(logits, labels))
+        model.train(was_training)
+        top1, top5 = (100 * hits / count for hits in distributed.sum_over_processes(totals).tolist())
+        return {"top1": top1, "top5": top5}
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "big")
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they are once written and read again: tuples are lists."""
+    return json.loads(json.dumps(settings))
