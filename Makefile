@@ -18,6 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 profile: $(STAMP)
 	$(BIN)/python -m autotune profile $(ARGS)
 
+# Each worker computes on one thread: threads of two workers that share two cores wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 

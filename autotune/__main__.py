@@ -38,7 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] != [name]:
             commands.add_parser(name, help=summary, add_help=False)
             continue
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in ("autotune", "kernels", "models"):
+                raise
+            message = f"{name} needs the package {error.name}, which is not installed here; pip install -e . brings it"
+            print(f"error: {message}", file=sys.stderr)
+            return 2
         command = commands.add_parser(
             name,
             help=summary,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import kernels
 from autotune import timing, workloads
 from autotune.workloads import Size, Workload
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["DisagreementError", "Settings", "compare_paths", "measure_model", "measure_operator", "on_backend"]
 

@@ -3,31 +3,42 @@
 Each kernel is launched on meta tensors at a model's own shape; the launch is recorded instead of run, its arguments
 give the signature and its compile-time constants, and Triton's compiler does the rest. The cubin then says what a
 launch would cost: registers, stack (spills), shared memory, width of the global loads, tensor-core instructions.
+
+Instructions are counted in the code, a loop's body once; MMA are those of the tensor cores. For each element that the
+kernel writes, shuffles/out is how many values its threads exchange, bytes/out what must move when every tensor moves
+once.
+
+Exit code: 0 everything builds and nothing spills, 1 otherwise, 2 bad arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from autotune.compile_cases import cases
+from autotune.tuner import Request, observing
+from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
-from kernels.windows import Window
 
-__all__ = ["ARCHITECTURES", "Report", "add_arguments", "cases", "compile_launch", "run"]
+__all__ = ["ARCHITECTURES", "Report", "add_arguments", "compile_launch", "run"]
 
 ARCHITECTURES = {
     "sm_80": ("cuda", 80, 32),
@@ -56,110 +67,13 @@ class Report:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    bytes_per_output: float  # every tensor moved once
+    config: str
     load_bits: int | None = None  # widest global load
     tensor_core: int | None = None
     shuffles: int | None = None
     fma: int | None = None
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _algebra(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], object]]:
-    from kernels.aggregation import triton_kernels as kernels
-
-    # RedNet-50's second stage: 128 channels in 8 groups at 28x28, K = 7.
-    window = Window((7, 7), padding=(3, 3))
-    weight = _meta(128, 8 * 49, 28, 28, dtype=dtype)
-    x = _meta(128, 128, 28, 28, dtype=dtype)
-    if channels_last:
-        weight, x = weight.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    weight, x = weight.unflatten(1, (8, 7, 7)), x.unflatten(1, (8, 16))
-    yield lambda: kernels.aggregate(weight, x, window)
-    yield lambda: kernels.correlate(x, x, window)
-    yield lambda: kernels.transpose(weight, x, (28, 28), window)
-
-
-def _generate(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from kernels.involution import triton_kernels as kernels
-
-    # RedNet-50's second stage: kernels of 128 channels from 32 features.
-    window = Window((7, 7), padding=(3, 3))
-    x = _meta(128, 8, 16, 28, 28, dtype=dtype)
-    features, weight = _meta(128, 32, 28, 28, dtype=dtype), _meta(8 * 49, 32, dtype=dtype)
-    yield lambda: kernels.involution_generate(x, features, weight, weight[:, 0].contiguous(), window)
-
-
-def _neighborhood(
-    dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
-) -> Iterator[Callable[[], object]]:
-    from kernels.aggregation import triton_kernels as algebra
-    from kernels.neighborhood import triton_kernels as kernels
-
-    # OverLoCK-T: 16 value channels a head.
-    window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
-    logits = _meta(128, 8, length, length, kernel_size, kernel_size, dtype=dtype).permute(0, 1, 4, 5, 2, 3)
-    value = _meta(128, 8, 16, length, length, dtype=dtype)
-    rpb = _meta(8, 2 * kernel_size - 1, 2 * kernel_size - 1, dtype=dtype)
-    statistics = _meta(128, 8, length, length, dtype=torch.float32)
-    heads_last = _meta(128, 8, length, length, 16, dtype=dtype).permute(0, 1, 4, 2, 3)
-    yield lambda: kernels.softmax_aggregate(logits, value, rpb, window)
-    yield lambda: kernels.softmax_aggregate_backward(value, logits, value, rpb, value, statistics, window)
-    yield lambda: algebra.aggregate(logits, heads_last, window)
-    yield lambda: algebra.correlate(heads_last, heads_last, window)
-    yield lambda: algebra.transpose(logits, heads_last, (length, length), window)
-
-
-def _contmix(dtype: torch.dtype, length: int, kernel_size: int) -> Iterator[Callable[[], object]]:
-    from kernels.contmix import triton_kernels as kernels
-
-    # OverLoCK-T: 8 heads of 16 query and 16 value channels.
-    features = _meta(128, 8, 16, length, length, dtype=dtype)
-    projected = _meta(128, 8, 16, kernel_size**2, dtype=dtype)
-    bias = _meta(kernel_size**2, dtype=dtype)
-    rpb = _meta(8, 2 * kernel_size - 1, 2 * kernel_size - 1, dtype=dtype)
-    statistics = _meta(128, 8, length, length, dtype=torch.float32)
-    yield lambda: kernels.contmix_one_size(features, projected, bias, rpb, features, features, statistics)
-
-
-def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from kernels.outlook import triton_kernels as kernels
-
-    # VOLO-D1: 6 heads of 32 channels.
-    logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
-    yield lambda: kernels.outlook(logits, value, 3, 2, 1, 32**-0.5)
-    yield lambda: kernels.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
-
-
-def _depthwise(
-    dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
-) -> Iterator[Callable[[], object]]:
-    from kernels.depthwise import triton_kernels as kernels
-
-    x, weight = (
-        _meta(128, channels, length, length, dtype=dtype),
-        _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
-    )
-    x = x.to(memory_format=torch.channels_last) if channels_last else x
-    yield lambda: kernels.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
-    yield lambda: kernels.weight_gradient(x, x, kernel_size)
-
-
-def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
-    """Launcher calls at the models' own shapes, by name."""
-    return {
-        "involution 128@28 K=7, channels first": _algebra(dtype, channels_last=False),
-        "involution 128@28 K=7, channels last": _algebra(dtype, channels_last=True),
-        "involution, kernels generated, 128@28 K=7": _generate(dtype),
-        "neighborhood 8x16@14 K=13": _neighborhood(dtype, 14, 13),
-        "neighborhood 8x16@56 K=7 d=2": _neighborhood(dtype, 56, 7, dilation=2),
-        "outlook 6x32@28 K=3 s=2": _outlook(dtype),
-        "depthwise 64@56 K=17": _depthwise(dtype, 64, 56, 17),
-        "depthwise 256@14 K=13, channels last": _depthwise(dtype, 256, 14, 13, channels_last=True),
-        "contmix 8x16@14 K=5": _contmix(dtype, 14, 5),
-        "contmix 8x16@14 K=13": _contmix(dtype, 14, 13),
-    }
+    shuffles_per_output: float | None = None
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -188,7 +102,12 @@ def _nvidia_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_cubin(cubin: bytes) -> dict[str, int]:
+def _output(launch: Launch) -> Tensor:
+    """The tensor that a launch writes; a backward pass reads one called out."""
+    return next(launch.arguments[name] for name in ("target_ptr", "partial_ptr", "out_ptr") if name in launch.arguments)
+
+
+def _read_cubin(cubin: bytes, *, instructions: bool = True) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -197,11 +116,14 @@ def _read_cubin(cubin: bytes) -> dict[str, int]:
             command = [_nvidia_tool("cuobjdump"), option, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, code = dump("--dump-resource-usage"), dump("--dump-sass")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage: {usage!r}")
-    loads = re.findall(r"\bLDG(?:\.[A-Z0-9]+)*", code)
+        usage = dump("--dump-resource-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump reported no resource usage: {usage!r}")
+        if not instructions and found[2] == "0":
+            return {"registers": int(found[1]), "spilled_bytes": 0}
+        code = dump("--dump-sass")
+    loads = re.findall(r"\bLDG(?:STS)?(?:\.[A-Z0-9]+)*", code)  # LDGSTS: straight into shared memory
     widths = [128 if ".128" in load else 64 if ".64" in load else 16 if "16" in load else 32 for load in loads]
     return {
         "registers": int(found[1]),
@@ -214,7 +136,7 @@ def _read_cubin(cubin: bytes) -> dict[str, int]:
     }
 
 
-def _read_amdgcn(assembly: str) -> dict[str, int]:
+def _read_amdgcn(assembly: str) -> dict[str, Any]:
     def number(pattern: str) -> int:
         found = re.search(pattern, assembly)
         return int(found[1]) if found else 0
@@ -225,8 +147,11 @@ def _read_amdgcn(assembly: str) -> dict[str, int]:
     }
 
 
-def compile_launch(case: str, launch: Launch, architecture: str) -> Report:
-    """Compile one recorded launch for ``architecture``. Needs neither a GPU nor its driver."""
+def compile_launch(case: str, launch: Launch, architecture: str, *, instructions: bool = True) -> Report:
+    """Compile one recorded launch for ``architecture``. Needs neither a GPU nor its driver.
+
+    Without ``instructions`` an NVIDIA kernel that uses no stack is not disassembled, which takes as long as compiling.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -235,10 +160,15 @@ def compile_launch(case: str, launch: Launch, architecture: str) -> Report:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]), options=dict(launch.options))
     if architecture.startswith("sm_"):
-        usage = _read_cubin(compiled.asm["cubin"])
+        usage = _read_cubin(compiled.asm["cubin"], instructions=instructions)
     else:
         usage = _read_amdgcn(compiled.asm["amdgcn"])
     dtype = next(TYPE_NAMES[value.dtype] for value in launch.arguments.values() if isinstance(value, Tensor))
+    tensors = {id(value): value for value in launch.arguments.values() if isinstance(value, Tensor)}
+    outputs = _output(launch).numel()
+    if "shuffles" in usage:
+        shuffled = usage["shuffles"] * 32 * launch.options["num_warps"] * math.prod(launch.grid)
+        usage["shuffles_per_output"] = shuffled / outputs
     return Report(
         case=case,
         kernel=launch.kernel.__name__.strip("_"),
@@ -246,6 +176,12 @@ def compile_launch(case: str, launch: Launch, architecture: str) -> Report:
         dtype=dtype,
         num_warps=launch.options["num_warps"],
         shared_bytes=compiled.metadata.shared,
+        bytes_per_output=sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()) / outputs,
+        config=" ".join(
+            f"{name.lower().removeprefix('block_').removeprefix('num_')}={value}"
+            for name, value in (launch.arguments | launch.options).items()
+            if name.startswith(("BLOCK_", "TILE_", "num_"))
+        ),
         **usage,
     )
 
@@ -277,39 +213,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"element types: {', '.join(DTYPES)} (default: bf16)",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--resources-only", action="store_true", help="count no instructions; in half the time")
+    parser.add_argument(
+        "--every-config",
+        action="store_true",
+        help="what tuning may choose too: hundreds of builds, a second or two each",
+    )
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compile, report, and return 1 if a kernel does not build or spills on sm_90."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("compile needs Triton's compiler: unset TRITON_INTERPRET")
+    """Compile, report, and return 1 if a kernel does not build or spills."""
     console = Console(stderr=arguments.json)
-    console.width = max(console.width, 150)  # a table cut short says less than one a narrow terminal wraps
+    console.width = max(
+        console.width, 230 if arguments.every_config else 170
+    )  # a table cut short says less than one a narrow terminal wraps
+    known = list(cases(torch.float16))
+    reason = None
+    if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset"
+    elif not any(arguments.only in name for name in known):
+        reason = f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}"
+    if reason is not None:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(reason)}", soft_wrap=True)
+        return 2
     work = [
         (name, launch, architecture)
         for dtype in arguments.dtype
         for name, calls in cases(DTYPES[dtype]).items()
         if arguments.only in name
         for call in calls
-        for launch in _recorded(call)
+        for launch in (_every_config(call) if arguments.every_config else _recorded(call))
         for architecture in arguments.arch
     ]
-    if not work:
-        raise SystemExit(f"--only: no case contains {arguments.only!r}; there are: {', '.join(cases(torch.float16))}")
     reports, failures = [], []
     for name, launch, architecture in track(work, "Compiling", console=console, transient=True):
         try:
-            reports.append(compile_launch(name, launch, architecture))
+            reports.append(compile_launch(name, launch, architecture, instructions=not arguments.resources_only))
         except Exception as error:  # the table must show every kernel, whatever the compiler raised for one
             failures.append(f"{name}, {launch.kernel.__name__} for {architecture}: {type(error).__name__}: {error}")
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:
-        console.print(_table(reports))
+        console.print(_table(reports, configs=arguments.every_config))
         for failure in failures:
-            console.print(f"[red]failed[/] {failure}")
-    spills = any(report.spilled_bytes for report in reports if report.architecture == "sm_90")
+            console.print(f"[red]failed[/] {escape(failure)}")
+    spills = any(report.spilled_bytes for report in reports)
     return 1 if failures or spills else 0
 
 
@@ -319,13 +268,41 @@ def _recorded(call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def _table(reports: list[Report]) -> Table:
-    table = Table(title="Kernels compiled ahead of time")
-    for column in ("case", "kernel", "arch", "dtype"):
-        table.add_column(column, no_wrap=True)
-    for column in ("warps", "registers", "spilled B", "shared B", "load bits", "tensor core", "shuffles", "FMA"):
+def _every_config(call: Callable[[], object]) -> list[Launch]:
+    """The call's own launches, and those with every other config that is valid for what it asks of the tuner."""
+    found: list[Launch] = []
+
+    def record(request: Request) -> None:
+        for config in request.tunable.configs:
+            if config.valid(request.problem):
+                with record_launches() as launches:
+                    request.trial.run(config)
+                found.extend(launches)
+
+    with observing(record):
+        found[:0] = _recorded(call)
+    unique = {(launch.kernel, _compared(launch.arguments), _compared(launch.options)): launch for launch in found}
+    return list(unique.values())
+
+
+def _compared(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, "" if isinstance(value, Tensor) else value) for name, value in arguments.items())
+
+
+def _table(reports: list[Report], *, configs: bool) -> Table:
+    """A line for each build; what sets the lines of one kernel apart is its config with ``configs``."""
+    table = Table(title="Kernels compiled ahead of time", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("case", "kernel", "arch", "dtype", *(["config"] if configs else [])):
+        table.add_column(column, no_wrap=True, vertical="bottom")
+    counted = ("warps", "registers", "spilled\nB", "shared\nB", "load\nbits", "MMA", "FMA", "shuffles")
+    for column in (*counted, "shuffles\n/out", "bytes\n/out"):
         table.add_column(column, justify="right", no_wrap=True)
-    for report in reports:
-        values = list(asdict(report).values())
-        table.add_row(*["-" if value is None else str(value) for value in values])
+    for r in reports:
+        spilled = f"[red]{r.spilled_bytes}[/]" if r.spilled_bytes else "0"
+        counts = (r.load_bits, r.tensor_core, r.fma, r.shuffles, r.shuffles_per_output, r.bytes_per_output)
+        table.add_row(
+            *(r.case, r.kernel, r.architecture, r.dtype, *([r.config] if configs else [])),
+            *(str(r.num_warps), str(r.registers), spilled, str(r.shared_bytes)),
+            *("–" if count is None else str(count) if isinstance(count, int) else f"{count:.3g}" for count in counts),
+        )
     return table

@@ -136,8 +136,9 @@ def run(arguments: argparse.Namespace) -> int:
         return int(text != wanted)
     readme.write_text(wanted)
     for path in sorted(results.glob("*/profile.json")):
-        for file, figure in report.figures(json.loads(path.read_text())).items():
-            plots.save(figure, path.parent / file)
+        record = json.loads(path.read_text())
+        for file, figure in report.figures(record).items():
+            plots.save(figure, path.parent / file, report.fingerprint(record))
             console.print(f"drew {(path.parent / file).relative_to(root)}")
     console.print("README.md is up to date" if text == wanted else "README.md updated")
     return 0

@@ -72,13 +72,13 @@ def describe(figure: Figure, title: str, device: str) -> None:
     figure.supxlabel(device, x=0.99, ha="right", fontsize=10, color=COLOURS["floor"])
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a PNG, whole or not at all."""
+def save(figure: Figure, path: Path, source: str | None = None) -> Path:
+    """Write a PNG, whole or not at all; ``source`` says inside the file what it was drawn from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     try:
         # Without the version of matplotlib inside, the same numbers give the same file.
-        figure.savefig(unfinished, format="png", metadata={"Software": None})
+        figure.savefig(unfinished, format="png", metadata={"Software": None, "Source": source})
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -235,7 +235,8 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         torch.set_num_threads(threads)
     timing.write_json(folder / "profile.json", record)
-    drawn = [plots.save(figure, folder / file) for file, figure in report.figures(record).items()]
+    source = report.fingerprint(record)
+    drawn = [plots.save(figure, folder / file, source) for file, figure in report.figures(record).items()]
     if arguments.json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from autotune import plots
 
-__all__ = ["figures", "number", "table"]
+__all__ = ["figures", "fingerprint", "number", "table"]
 
 Row = dict[str, Any]
 PATHS = ("ours", "naive")
@@ -96,6 +98,11 @@ def _caption(record: Row) -> str:
             f"Models: {record['settings']['image']}, random weights.",
         )
     )
+
+
+def fingerprint(record: Row) -> str:
+    """Of the content of a profile.json: figures carry it, so that anybody can tell which numbers they show."""
+    return "sha256:" + hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def figures(record: Row) -> dict[str, Figure]:

@@ -102,6 +102,8 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{self.path}.lock", timeout=LOCK_SECONDS):
+                for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of writers that were killed
+                    leftover.unlink(missing_ok=True)
                 merged = self._read_or_set_aside()
                 merged.update({key: dict(entry) for key, entry in entries.items()})
                 content = {"schema": SCHEMA, "gpu": self.gpu, "entries": dict(sorted(merged.items()))}

@@ -92,6 +92,8 @@ class Tunable(Generic[ConfigType]):
         """What tuning times: the heuristic's choice, then the valid configs of least estimated cost."""
         valid = sorted((c for c in self.configs if c.valid(problem)), key=lambda c: self.cost(problem, c))
         first = self.heuristic(problem)
+        if valid and not first.valid(problem):  # as in the interpreter: no look-up would accept it from a file
+            return valid[:most]
         return [first, *(c for c in valid if c != first)][:most]
 
 
@@ -243,7 +245,7 @@ def choose(tunable: Tunable[ConfigType], problem: Problem, device: torch.device,
 
 
 def _decide(tunable: Tunable, problem: Problem, device: torch.device, trial: Trial) -> Config:
-    if _observer is not None and device.type != "meta":
+    if _observer is not None:
         _observer(Request(tunable, problem, device, trial))
     if device.type != "cuda":  # the interpreter, or meta tensors whose launch is recorded
         return tunable.heuristic(problem)
@@ -329,7 +331,7 @@ def tune(
         "triton": triton_version(),
         "source": tunable.source,
         "milliseconds": outcomes[0].milliseconds,
-        "heuristic_milliseconds": next(o.milliseconds for o in outcomes if o.config == chosen),
+        "heuristic_milliseconds": next((o.milliseconds for o in outcomes if o.config == chosen), None),
         "candidates": len(outcomes),
     }
     key = key_of(tunable, problem)

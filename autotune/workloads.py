@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.cbook import get_sample_data
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import kernels
+
+if TYPE_CHECKING:  # a GPU machine measures without a photograph
+    from PIL import Image
 
 __all__ = ["MODELS", "Input", "Workload", "image_batch", "operator_workloads", "photograph", "random_model"]
 
@@ -251,6 +252,9 @@ def photograph(path: str | Path | None = None) -> Image.Image:
     Raises:
         ValueError: there is no such file, or it is no image that can be read.
     """
+    from matplotlib.cbook import get_sample_data
+    from PIL import Image, ImageOps
+
     source = Path(get_sample_data("grace_hopper.jpg", asfileobj=False) if path is None else path)
     try:
         with Image.open(source) as opened:
@@ -263,6 +267,8 @@ def photograph(path: str | Path | None = None) -> Image.Image:
 
 def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The photograph resized and centre-cropped to (height, width), ImageNet-normalised, repeated: [B, 3, H, W]."""
+    from PIL import Image, ImageOps
+
     fitted = ImageOps.fit(photo, (size[1], size[0]), method=Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
     normalised = (pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 from matplotlib.figure import Figure
@@ -95,6 +94,7 @@ class _ContMix(nn.Module):
         return self.layer(x, torch.cat((x, x[:, : x.shape[1] // 4]), 1))
 
 
+MARKERS = ("s", "D", "^", "v", "P", "o")
 K2, P4 = KERNEL_SIZE**2, OUTLOOK_SIZE**4
 POSITIONS = sum(size**2 for size in CONTMIX_SIZES)
 
@@ -178,11 +178,10 @@ def layers_table(channels: int, side: int) -> Table:
 def layers_figure(channels: int, sides: Sequence[int], session: Session) -> Figure:
     """Multiply-adds over the map's side (lines: formula, markers: counted), and parameters."""
     colours = ("#555555", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#0072B2")
-    markers = cycle(("s", "D", "^", "v", "P", "o"))
     with plots.style():
         figure, axes = grid(1, 2, 12, 4.6, width_ratios=(3, 2))
-        curve, bars = axes[0]
-        for layer, colour, marker in zip(LAYERS, colours, markers, strict=False):
+        curve, size = axes[0]
+        for layer, colour, marker in zip(LAYERS, colours, MARKERS, strict=True):
             dense = [sides[0] * (sides[-1] / sides[0]) ** (i / 60) for i in range(61)]
             curve.plot(dense, [layer.multiply_adds(channels, round(s * s)) for s in dense], color=colour)
             counted = [count(layer, channels, side)[1] for side in sides]
@@ -194,16 +193,17 @@ def layers_figure(channels: int, sides: Sequence[int], session: Session) -> Figu
         curve.set_title(f"Work, C = {channels}: lines formula, markers counted")
         names = [layer.name for layer in LAYERS]
         parameters = [count(layer, channels, sides[0])[0] for layer in LAYERS]
-        bars.barh(names, parameters, color=colours)
-        bars.set(xscale="log", xlabel="parameters")
-        bars.set_title("Size")
-        bars.invert_yaxis()
-        for position, value in enumerate(parameters):
-            bars.annotate(
-                _number(value), (value, position), (4, 0), textcoords="offset points", va="center", fontsize=10
+        for position, (value, colour, marker) in enumerate(zip(parameters, colours, MARKERS, strict=True)):
+            size.plot(value, position, marker, color=colour, markersize=9)
+            size.annotate(
+                _number(value), (value, position), (9, 0), textcoords="offset points", va="center", fontsize=10
             )
-        bars.set_xlim(right=max(parameters) * 6)
-        bars.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+        size.set_yticks(range(len(names)), names)
+        size.set_ylim(len(names) - 0.5, -0.5)
+        size.set(xscale="log", xlabel="parameters", xlim=(min(parameters) / 2, max(parameters) * 6))
+        size.set_title(f"Size, C = {channels}")
+        size.grid(axis="x")
+        size.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
         curve.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
         curve.legend(loc="upper left", fontsize=10)
         return finish(

@@ -145,15 +145,15 @@ def sources_figure(
     height, width = next(iter(sources.values())).shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     with plots.style():
-        figure, axes = grid(1, len(sources), 13, 3.9)
+        figure, axes = grid(1, len(sources), 13, 3.4)
         image: Any = None
         for axis, (name, source) in zip(axes[0], sources.items(), strict=True):
             without_ticks(axis).imshow(pixels.mean(-1), cmap="gray", extent=extent, alpha=0.55)
-            shown = np.ma.masked_less(source.numpy(), 1e-3)
-            image = axis.imshow(shown, cmap="plasma", norm=LogNorm(1e-3, 1), alpha=0.85)
+            shown = np.ma.masked_equal(source.numpy(), 0)  # fainter than the scale takes its lowest colour
+            image = axis.imshow(shown, cmap="plasma", norm=LogNorm(1e-3, 1, clip=True), alpha=0.85)
             for colour, width_pt in (("black", 4.5), ("white", 2)):
                 axis.plot(position[1], position[0], "s", color=colour, mfc="none", markersize=17, mew=width_pt)
-            count = int((source > 1e-3).sum())
+            count = int((source > 0).sum())
             tokens = "no token: constant" if count == 0 else f"{count} of {height * width} tokens"
             axis.set_title(f"{name}\n", fontsize=12)
             axis.text(0.5, 1.02, tokens, transform=axis.transAxes, ha="center", fontsize=11)

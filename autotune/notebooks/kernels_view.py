@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,14 +154,18 @@ def kernel_sum_figure(calls: Sequence[Call], model: Model, pixels: np.ndarray, s
     for call in calls:
         first.setdefault(call.output.shape[-1], call)
     with plots.style():
-        figure, axes = grid(1, 1 + len(first), 2.9 * (1 + len(first)), 3.4)
+        columns = 3
+        rows = math.ceil((1 + len(first)) / columns)
+        figure, axes = grid(rows, columns, 3.5 * columns, 3.2 * rows + 0.6)
         without_ticks(axes[0][0]).imshow(pixels)
         axes[0][0].set_title("photograph")
-        for axis, (side, call) in zip(axes[0][1:], first.items(), strict=True):
+        for axis in axes.flat[1 + len(first) :]:
+            axis.remove()
+        for axis, (side, call) in zip(axes.flat[1:], first.items(), strict=False):
             weight = _drawable(involution_kernels(call))
             image = without_ticks(axis).imshow(weight.sum((1, 2)).mean(0), cmap="cividis")
             axis.set_title(f"{side}×{side}, K = {weight.shape[1]}")
-            figure.colorbar(image, ax=axis, shrink=0.7, pad=0.03, ticks=MaxNLocator(3))
+            figure.colorbar(image, ax=axis, shrink=0.7, pad=0.03, ticks=MaxNLocator(3), label="sum of weights")
         return finish(
             figure, "Every pixel's involution kernel, as its sum over the window", f"{model.title} · {session.label}"
         )

@@ -131,7 +131,7 @@ def _settle_batch_norms(module: nn.Module, side: int = 224) -> None:
         norm.momentum = 1.0
         norm.train()
     image, _ = picture(side)
-    module(torch.cat((image, image.flip(-1))))
+    module(image)
     for norm in norms:
         norm.momentum = 0.1
         norm.eval()

@@ -119,7 +119,7 @@ def sweep(
     """Measure an operator along every axis through its base shape: axis -> points; both paths must agree beforehand."""
     operator = OPERATORS[name]
     base, values = (operator.full_base, operator.full_values) if session.full else (operator.base, operator.values)
-    seconds = (0.5 if session.full else 0.03) if seconds is None else seconds
+    seconds = (0.5 if session.full else 0.02) if seconds is None else seconds
     settings = Settings(session.device, session.dtype, seconds=seconds, min_runs=min_runs)
     measured: dict[Shape, Point] = {}
     found: dict[str, list[Point]] = {}

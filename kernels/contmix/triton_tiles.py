@@ -72,13 +72,14 @@ class Config:
     num_stages: int = 2
 
     def valid(self, problem: Problem) -> bool:
-        """Registers: the widest block, [S, C, P] when gathering and [P, S] when not, at most 64 elements a thread."""
+        """Registers: the widest block, [S, C, P] when gathering, at most 64 elements a thread, and [P, S] when not, at
+        most 32: products keep both their operands too."""
         channels = max(16, triton.next_power_of_2(problem.channels))
         widest = self.block_pixels * max(self.block_steps, channels)
         if not problem.shared:
             widest = self.block_pixels * self.block_steps * channels
         return (
-            4 <= widest / (32 * self.num_warps) <= 64
+            4 <= widest / (32 * self.num_warps) <= (32 if problem.shared else 64)
             and self.block_pixels < 2 * max(problem.pixels, 16)
             and self.block_steps < 2 * max(problem.kernel_size**2, 16)
         )

@@ -301,6 +301,14 @@ def test_help_needs_no_torch():
     assert all(command in done.stdout for command in COMMANDS)
 
 
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy_command.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "toy", ("toy_command", "what this machine cannot run"))
+    assert main(["toy"]) == 2
+    assert "toy needs the package no_such_package, which is not installed here" in capsys.readouterr().err
+
+
 def test_help_of_the_command(capsys):
     with pytest.raises(SystemExit):
         main(["profile", "--help"])

@@ -1,6 +1,7 @@
 """Choosing configs: look-up order, exact keys, staleness, and candidates that must agree before they are timed."""
 
 import dataclasses
+import math
 import time
 import warnings
 from typing import NamedTuple
@@ -11,6 +12,9 @@ import torch
 from autotune import tuner
 from autotune.store import Store, user_folder
 from autotune.tuner import Trial, Tunable, bucket, key_of, look_up, measure_candidates, tune
+from kernels.aggregation import triton_kernels
+from kernels.launch import record_launches
+from kernels.windows import Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,11 @@ def test_at_most_twenty_candidates_the_heuristic_first():
     assert [c.block for c in candidates] == [50, *range(1, 20)]
 
 
+def test_what_a_look_up_would_refuse_is_no_candidate():
+    assert TOY.candidates(Problem(8)) == [Config(8)]  # the heuristic's tile is larger than the map
+    assert TOY.candidates(Problem(4)) == [Config(16)]  # nothing is valid: better than nothing
+
+
 def test_nothing_is_tuned_unasked_nor_without_a_gpu():
     def forbidden(*_):
         raise AssertionError("ran a trial")
@@ -165,6 +174,22 @@ def test_choosing_again_costs_microseconds():
             tuner.choose(TOY, problem, CPU, trial)
         rounds.append((time.perf_counter() - start) / 1000)
     assert min(rounds) < 5e-6
+
+
+def test_a_tuned_launch_takes_microseconds_more_than_a_configured_one():
+    """All that asking the tuner adds to a launch: the problem, the trial it might need, and the look-up."""
+    window = Window((3, 3), padding=(1, 1))
+    weight, x = torch.randn(1, 1, 3, 3, 4, 4, device="meta"), torch.randn(1, 1, 16, 4, 4, device="meta")
+    config = triton_kernels.heuristic(triton_kernels.problem_of(weight, x, (4, 4), 9))
+    quickest = {None: math.inf, config: math.inf}
+    for _ in range(40):  # processor time, the quickest of many: other programs' work does not count
+        for given in quickest:
+            with record_launches():
+                start = time.thread_time()
+                for _ in range(50):
+                    triton_kernels.aggregate(weight, x, window, given)
+                quickest[given] = min(quickest[given], (time.thread_time() - start) / 50)
+    assert quickest[None] - quickest[config] < 15e-6  # 5 on a quiet machine
 
 
 def test_reading_a_missing_store_warns_of_nothing():

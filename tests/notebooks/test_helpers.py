@@ -254,6 +254,8 @@ def test_figure_of_committed_models():
     figure = breakdown.committed_figure(record)
     assert figure is not None
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["rednet50", "torchvision resnet50"]
+    assert figure.get_supxlabel() == f"batch 128 · {session.record_label(record)}"
+    assert "NVIDIA H200" in figure.get_supxlabel()
     assert breakdown.committed_figure(record | {"rows": []}) is None
 
 

@@ -4,15 +4,17 @@ import base64
 import io
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
-from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 import models
 from autotune import execute, timing
 from autotune.notebooks.session import CHECKPOINTS_VARIABLE
+
+nbformat = pytest.importorskip("nbformat", reason="notebooks need nbformat")
+pytest.importorskip("ipykernel", reason="notebooks need ipykernel")
+CellExecutionError = pytest.importorskip("nbclient.exceptions", reason="notebooks need nbclient").CellExecutionError
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {  # at least so many

@@ -1,0 +1,115 @@
+"""What ``compile`` builds: every kernel's launcher on meta tensors, at a shape of the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.windows import Window
+
+__all__ = ["cases"]
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _algebra(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], object]]:
+    from kernels.aggregation import triton_kernels as kernels
+
+    # RedNet-50's second stage: 128 channels in 8 groups at 28x28, K = 7.
+    window = Window((7, 7), padding=(3, 3))
+    weight = _meta(128, 8 * 49, 28, 28, dtype=dtype)
+    x = _meta(128, 128, 28, 28, dtype=dtype)
+    if channels_last:
+        weight, x = weight.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    weight, x = weight.unflatten(1, (8, 7, 7)), x.unflatten(1, (8, 16))
+    yield lambda: kernels.aggregate(weight, x, window)
+    yield lambda: kernels.correlate(torch.empty_like(x), x, window)
+    yield lambda: kernels.transpose(weight, x, (28, 28), window)
+
+
+def _generate(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from kernels.involution import triton_kernels as kernels
+
+    # RedNet-50's second stage: kernels of 128 channels from 32 features.
+    window = Window((7, 7), padding=(3, 3))
+    x = _meta(128, 8, 16, 28, 28, dtype=dtype)
+    features, weight = _meta(128, 32, 28, 28, dtype=dtype), _meta(8 * 49, 32, dtype=dtype)
+    yield lambda: kernels.involution_generate(x, features, weight, weight[:, 0].contiguous(), window)
+
+
+def _neighborhood(
+    dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
+) -> Iterator[Callable[[], object]]:
+    from kernels.aggregation import triton_kernels as algebra
+    from kernels.neighborhood import triton_kernels as kernels
+
+    # OverLoCK-T: 16 value channels a head.
+    window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
+    logits = _meta(128, 8, length, length, kernel_size, kernel_size, dtype=dtype).permute(0, 1, 4, 5, 2, 3)
+    value = _meta(128, 8, 16, length, length, dtype=dtype)
+    rpb = _meta(8, 2 * kernel_size - 1, 2 * kernel_size - 1, dtype=dtype)
+    statistics = _meta(128, 8, length, length, dtype=torch.float32)
+    heads_last = _meta(128, 8, length, length, 16, dtype=dtype).permute(0, 1, 4, 2, 3)
+    yield lambda: kernels.softmax_aggregate(logits, value, rpb, window)
+    yield lambda: kernels.softmax_aggregate_backward(value, logits, value, rpb, value, statistics, window)
+    yield lambda: algebra.aggregate(logits, heads_last, window)
+    yield lambda: algebra.correlate(heads_last, heads_last, window)
+    yield lambda: algebra.transpose(logits, heads_last, (length, length), window)
+
+
+def _contmix(dtype: torch.dtype, length: int, kernel_size: int) -> Iterator[Callable[[], object]]:
+    from kernels.contmix import triton_kernels as kernels
+
+    # OverLoCK-T: 8 heads of 16 query and 16 value channels.
+    features = _meta(128, 8, 16, length, length, dtype=dtype)
+    projected = _meta(128, 8, 16, kernel_size**2, dtype=dtype)
+    bias = _meta(kernel_size**2, dtype=dtype)
+    rpb = _meta(8, (2 * kernel_size - 1) ** 2, dtype=dtype)
+    value = _meta(128, 1, 8, 16, length, length, dtype=dtype)
+    statistics = _meta(128, 1, 8, length, length, dtype=torch.float32)
+    inputs = (features, projected, bias, rpb, value)
+    yield lambda: kernels.contmix(*inputs, [kernel_size])
+    yield lambda: kernels.contmix_backward(value, *inputs, value, statistics, [kernel_size])
+
+
+def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from kernels.outlook import triton_kernels as kernels
+
+    # VOLO-D1: 6 heads of 32 channels.
+    logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
+    yield lambda: kernels.outlook(logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: kernels.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
+
+
+def _depthwise(
+    dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
+) -> Iterator[Callable[[], object]]:
+    from kernels.depthwise import triton_kernels as kernels
+
+    x, weight = (
+        _meta(128, channels, length, length, dtype=dtype),
+        _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
+    )
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    yield lambda: kernels.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
+    yield lambda: kernels.weight_gradient(x, x, kernel_size)
+
+
+def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
+    """Launcher calls at the models' own shapes, by name."""
+    return {
+        "involution 128@28 K=7, channels first": _algebra(dtype, channels_last=False),
+        "involution 128@28 K=7, channels last": _algebra(dtype, channels_last=True),
+        "involution, kernels generated, 128@28 K=7": _generate(dtype),
+        "neighborhood 8x16@14 K=13": _neighborhood(dtype, 14, 13),
+        "neighborhood 8x16@56 K=7 d=2": _neighborhood(dtype, 56, 7, dilation=2),
+        "outlook 6x32@28 K=3 s=2": _outlook(dtype),
+        "depthwise 64@56 K=17": _depthwise(dtype, 64, 56, 17),
+        "depthwise 256@14 K=13, channels last": _depthwise(dtype, 256, 14, 13, channels_last=True),
+        "contmix 8x16@14 K=5": _contmix(dtype, 14, 5),
+        "contmix 8x16@14 K=13": _contmix(dtype, 14, 13),
+    }
