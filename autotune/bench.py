@@ -96,7 +96,10 @@ def _model_cases(arguments: argparse.Namespace, settings: dict[str, Any]) -> lis
         known = [plan for plan in PLANS if name in (plan.model, "*") and not small]
         if not known and name not in models.list_models():
             raise ValueError(f"--model must be one of {', '.join(models.list_models())}; got {name!r}")
-        plans += known or [Plan(name, training, compiled=not small) for training in (False, True)]
+        plans += known or [
+            *(Plan(name, training, compiled=not small) for training in (False, True)),
+            *([] if small else [Plan(name, compiled=True, latency=True)]),
+        ]
     batch, size = arguments.batch or (2 if small else 128), arguments.size or ((64, 64) if small else (224, 224))
     bench = ModelBench(batch=batch, size=size, **settings | {"seconds": 4 * settings["seconds"]})
     return [
@@ -105,9 +108,9 @@ def _model_cases(arguments: argparse.Namespace, settings: dict[str, Any]) -> lis
                 "name": plan.model,
                 "model": plan.model,
                 "peer": None if plan.peer is None else " ".join(plan.peer),
-                "batch": batch,
+                "batch": bench.batch_of(plan),
                 "size": list(size),
-                "pass": "training" if plan.training else "inference",
+                "pass": plan.kind,
             },
             functools.partial(bench.measure, plan),
             functools.partial(bench.compile_only, plan),

@@ -39,16 +39,21 @@ CHECKED_BATCH = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """A model in one pass, and whom it meets: ``peer`` is (library, name), ``compiled`` has both compiled as well."""
+    """A model in one pass, and whom it meets: ``peer`` is (library, name), ``compiled`` has both compiled as well.
+
+    ``latency`` measures inference of a single image, compiled for that: as CUDA graphs on a GPU, where launching its
+    hundreds of small kernels one by one takes longer than running them.
+    """
 
     model: str
     training: bool = False
     peer: tuple[str, str] | None = None
     compiled: bool = False
+    latency: bool = False
 
     @property
-    def name(self) -> str:
-        return f"{self.model} {'training' if self.training else 'inference'}"
+    def kind(self) -> str:
+        return "training" if self.training else "latency" if self.latency else "inference"
 
 
 RESNET = ("torchvision", "resnet50")
@@ -63,6 +68,9 @@ PLANS = (  # the most telling first: where time is short, the last are skipped
     Plan("overlock_xt", training=True, peer=CONVNEXT, compiled=True),
     Plan("rednet50", training=True, peer=RESNET, compiled=True),
     Plan("volo_d1", training=True, peer=VOLO, compiled=True),
+    Plan("overlock_t", compiled=True, latency=True),
+    Plan("rednet50", peer=RESNET, compiled=True, latency=True),
+    Plan("volo_d1", peer=VOLO, compiled=True, latency=True),
 )
 
 
@@ -152,8 +160,11 @@ class ModelBench:
             model = torchvision.models.get_model(name, weights=None)
         return self._placed(model.train(plan.training))
 
-    def images(self, dtype: torch.dtype, batch: int | None = None) -> Tensor:
-        return placed(random_images(batch or self.batch, self.size), dtype, self.device, self.layout)
+    def batch_of(self, plan: Plan) -> int:
+        return 1 if plan.latency else self.batch
+
+    def images(self, dtype: torch.dtype, batch: int) -> Tensor:
+        return placed(random_images(batch, self.size), dtype, self.device, self.layout)
 
     def _placed(self, model: nn.Module) -> nn.Module:
         return placed(model, torch.float32, self.device, self.layout)
@@ -163,12 +174,14 @@ class ModelBench:
 
     def _with_compiled(self, name: str, model: nn.Module, plan: Plan) -> dict[str, Call]:
         """A float32 model in the timed precision, and what a compiler makes of it where the plan asks for that."""
-        one_pass, images, timed = _one_pass(plan), self.images(self.dtype), self._timed_copy(model)
+        one_pass, images = _one_pass(plan), self.images(self.dtype, self.batch_of(plan))
+        timed = self._timed_copy(model)
         calls = {name: on_backend(self.backend, one_pass(timed, images))}
         if name == "ours":
             calls["naive"] = on_backend("reference", one_pass(timed, images))
         if plan.compiled and self.compiler is not None:
-            compiled: Any = torch.compile(timed, dynamic=False, backend=self.compiler)
+            mode = "reduce-overhead" if plan.latency and self.compiler == "inductor" else None
+            compiled: Any = torch.compile(timed, dynamic=False, backend=self.compiler, mode=mode)
             compiled_name = "compiled" if name == "ours" else f"{name}_compiled"
             calls[compiled_name] = on_backend(self.backend, one_pass(compiled, images))
         return calls
@@ -230,7 +243,8 @@ class ModelBench:
         peaks = {name: timing.peak_memory(call, self.device) for name, call in calls.items()}
         times = in_turns(calls, self.device, seconds=self.seconds, min_runs=self.min_runs)
         contenders = {
-            name: asdict(found) | {"peak_bytes": peaks[name], "images_per_second": 1000 * self.batch / found.p50_ms}
+            name: asdict(found)
+            | {"peak_bytes": peaks[name], "images_per_second": 1000 * self.batch_of(plan) / found.p50_ms}
             for name, found in times.items()
         }
         against = {"naive": "ours", "peer": "ours", "peer_compiled": "compiled"}

@@ -142,7 +142,7 @@ def test_wrong_gradients_are_seen(monkeypatch):
 
 
 def test_a_wrong_operator_fails_the_model_that_uses_it(quick, monkeypatch):
-    break_operator(monkeypatch, "involution2d", lambda out: out * 1.01)
+    break_operator(monkeypatch, "involution2d_generate", lambda out: out * 1.01)
     code, record = quick("--only", "rednet26", "--sizes", "64")
     assert code == 1
     assert "logits" in record["rows"][0]["message"]

@@ -59,7 +59,7 @@ def narrow_overlock() -> OverLoCK:
 FAMILIES: dict[str, tuple[Callable[[], BackboneContract], Recipe]] = {
     "rednet": (NarrowRedNet, Recipe(epochs=3, batch=24, learning_rate=6e-3, ema_decay=0)),
     "volo": (lambda: narrow_volo(return_dense=False), Recipe(epochs=3, batch=48, learning_rate=3e-3, ema_decay=0.8)),
-    "overlock": (narrow_overlock, Recipe(epochs=3, batch=40, learning_rate=6e-3, ema_decay=0)),
+    "overlock": (narrow_overlock, Recipe(epochs=3, batch=48, learning_rate=6e-3, ema_decay=0)),
 }
 
 
@@ -114,22 +114,22 @@ def test_reaches_95_percent_on_images_it_has_not_seen(digits, family):
 
 
 def first_losses(build: Callable[[], BackboneContract], images: Keyed, backend: str, seed: int) -> Tensor:
-    """Loss of each of one epoch's eight steps."""
+    """Loss of each of one epoch's eight steps, in float64: in float32 rounding grows tenfold every few steps."""
     recipe = Recipe(epochs=1, batch=12, learning_rate=3e-4, ema_decay=0, seed=seed)
     torch.manual_seed(seed)
     with kernels.use_backend(backend):
-        trainer = Trainer(build(), recipe, images, None, torch.device("cpu"), Run(log_every=1))
+        trainer = Trainer(build().double(), recipe, images, None, torch.device("cpu"), Run(log_every=1))
         return torch.tensor([row["loss"] for row in trainer.fit() if "loss" in row], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "volo with token labels"])
 def test_eager_and_naive_paths_follow_the_same_curve(digits, family):
-    """Rounding differs and every step amplifies it; what another seed changes is hundreds of times as much."""
+    """Up to rounding; another seed changes it a billion times as much."""
     build = FAMILIES[family][0] if family in FAMILIES else narrow_volo
-    few = Keyed(digits[0].images[:96], torch.tensor(digits[0].labels[:96]))
+    few = Keyed(digits[0].images[:96].double(), torch.tensor(digits[0].labels[:96]))
     eager, naive = (first_losses(build, few, backend, seed=0) for backend in ("eager", "reference"))
     other = first_losses(build, few, "eager", seed=1)
     assert len(eager) == 8
     assert eager.min() < eager[0]
-    assert relative_error(eager, naive) < 5e-5
+    assert relative_error(eager, naive) < 1e-10
     assert relative_error(other, naive) > 1e-2
