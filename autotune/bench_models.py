@@ -24,6 +24,7 @@ from autotune.comparison import (
     GRADIENTS_TOLERANCE,
     LOGITS_TOLERANCE,
     OTHER_PRECISION_FACTOR,
+    batch_norms_held,
     check,
     largest_error,
     on_backend,
@@ -201,18 +202,25 @@ class ModelBench:
         return largest_error(_joined(one_pass(self._timed_copy(model), self.images(self.dtype, CHECKED_BATCH))), exact)
 
     def _agreement(self, model: nn.Module, plan: Plan) -> dict[str, float]:
-        """Ours against the naive path on a small batch: the same in float32, and no worse rounded in the timed one."""
+        """Ours against the naive path on a small batch: the same in float32, and no worse rounded in the timed one.
+        ``rounding`` is how far two paths may be from each other as they are timed."""
         what, tolerance = ("loss and gradients", GRADIENTS_TOLERANCE) if plan.training else ("logits", LOGITS_TOLERANCE)
         call = _one_pass(plan)(model, self.images(torch.float32, CHECKED_BATCH))
-        expected = _joined(on_backend("reference", call))
-        error = largest_error(_joined(on_backend(self.backend, call)), expected)
-        found = check(error, tolerance, f"{what} in float32")
-        if self.dtype == torch.float32:
-            return found | {"rounding": error}
         backends = (self.backend, "reference")
-        ours, naive = (on_backend(backend, lambda: self._rounding(model, plan))() for backend in backends)
-        check(ours, OTHER_PRECISION_FACTOR * naive, f"{what} in {self.dtype}")
-        return found | {"rounding": ours}
+
+        def error() -> float:
+            ours, naive = (_joined(on_backend(backend, call)) for backend in backends)
+            return largest_error(ours, naive)
+
+        def rounding(backend: str) -> float:
+            return on_backend(backend, lambda: self._rounding(model, plan))()
+
+        with batch_norms_held(model):
+            found = check(error(), tolerance, f"{what} in float32")
+            if self.dtype != torch.float32:
+                ours, naive = map(rounding, backends)
+                check(ours, OTHER_PRECISION_FACTOR * naive, f"{what} in {self.dtype}")
+        return found | {"rounding": error() if self.dtype == torch.float32 else rounding(self.backend)}
 
     def measure(self, plan: Plan) -> dict[str, Any]:
         """Check, then time every contender in turns; one that cannot run is left out with the reason.
