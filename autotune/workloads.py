@@ -21,7 +21,16 @@ import kernels
 if TYPE_CHECKING:  # a GPU machine measures without a photograph
     from PIL import Image
 
-__all__ = ["MODELS", "Input", "Workload", "image_batch", "operator_workloads", "photograph", "random_model"]
+__all__ = [
+    "MODELS",
+    "Input",
+    "Workload",
+    "image_batch",
+    "operator_workloads",
+    "photograph",
+    "random_model",
+    "settle_batch_norms",
+]
 
 MODELS = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's smallest
 
@@ -278,8 +287,9 @@ def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, 
 def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
     """A model with random weights of which none is zero.
 
-    Initialisations start some at zero (the last batch norm of a RedNet block, position biases), which would leave
-    their branches, and any mistake inside them, out of the output.
+    Initialisations start some weights at zero (the last batch norm of a RedNet block, position biases), which would
+    leave their branches, and any mistake inside them, out of the output. For what else a deep one needs to compute
+    numbers at all see ``settle_batch_norms``.
     """
     import models
 
@@ -290,3 +300,22 @@ def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
             if not parameter.any():
                 parameter.normal_(std=0.3)
     return model
+
+
+@torch.no_grad()
+def settle_batch_norms(model: nn.Module, images: Tensor) -> None:
+    """Gives batch norms the statistics of these images, as if trained on such, and leaves the model evaluating.
+
+    Fresh ones normalise nothing then: an involution squares its input, and in RedNet-50 activations overflow.
+    """
+    model.eval()
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+        norm.train()
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

@@ -115,26 +115,12 @@ def load(name: str, checkpoint: str | None = None, *, seed: int = 0) -> Model:
     """
     module = workloads.random_model(name, seed).eval()
     if checkpoint is None:
-        _settle_batch_norms(module)
+        workloads.settle_batch_norms(module, picture(224)[0])
         return Model(name, module, "random weights")
     import models
 
     models.load_checkpoint(module, checkpoint)
     return Model(name, module, f"weights of {os.path.basename(checkpoint)}")
-
-
-@torch.no_grad()
-def _settle_batch_norms(module: nn.Module, side: int = 224) -> None:
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = 1.0
-        norm.train()
-    image, _ = picture(side)
-    module(image)
-    for norm in norms:
-        norm.momentum = 0.1
-        norm.eval()
 
 
 def committed_gpu_records(file: str, results: Path | None = None) -> list[dict[str, Any]]:

@@ -179,3 +179,15 @@ def test_random_models_leave_no_branch_out():
     for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True):
         assert parameter.any(), name
         assert torch.equal(parameter, other), name
+
+
+@torch.no_grad()
+def test_deep_random_models_compute_numbers():
+    """With fresh batch norms RedNet-50's activations square themselves from block to block into infinity."""
+    model = workloads.random_model("rednet50", num_classes=7)
+    images = torch.randn(4, 3, 96, 96)
+    assert not model.eval()(images).isfinite().all()
+    workloads.settle_batch_norms(model, images[:2])
+    logits = model(images[2:])
+    assert 0.01 < logits.abs().mean() < 100
+    assert all(norm.momentum == 0.1 for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d))
