@@ -42,8 +42,8 @@ def titles(session: Session) -> dict[str, str]:
 
 
 def image_size(session: Session) -> tuple[int, int]:
-    """224², and half as many pixels where there is no GPU."""
-    return (224, 224) if session.full else (160, 160)
+    """224², and a third as many pixels where there is no GPU."""
+    return (224, 224) if session.full else (128, 128)
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def _ancestors(event: Any) -> Iterator[str]:
 
 def breakdowns(session: Session) -> list[Breakdown]:
     """Every family on both paths."""
-    batch, runs = (32, 5) if session.full else (1, 3)
+    batch, runs = (32, 5) if session.full else (1, 2)
     images = workloads.image_batch(workloads.photograph(), image_size(session), batch, session.dtype, session.device)
     found = []
     for name, title in titles(session).items():

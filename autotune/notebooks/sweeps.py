@@ -114,12 +114,13 @@ class Point:
 
 
 def sweep(
-    name: str, session: Session, *, backward: bool = False, seconds: float | None = None, min_runs: int = 3
+    name: str, session: Session, *, backward: bool = False, seconds: float | None = None, min_runs: int | None = None
 ) -> dict[str, list[Point]]:
     """Measure an operator along every axis through its base shape: axis -> points; both paths must agree beforehand."""
     operator = OPERATORS[name]
     base, values = (operator.full_base, operator.full_values) if session.full else (operator.base, operator.values)
     seconds = (0.5 if session.full else 0.02) if seconds is None else seconds
+    min_runs = min_runs or (3 if session.full else 2)
     settings = Settings(session.device, session.dtype, seconds=seconds, min_runs=min_runs)
     measured: dict[Shape, Point] = {}
     found: dict[str, list[Point]] = {}
