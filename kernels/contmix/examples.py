@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
 from kernels.aggregation.examples import BATCH, GROUPS, near_square
 from kernels.contmix import eager, triton_grad_inputs, triton_grad_parameters, triton_kernels
-from kernels.contmix.triton_tiles import Problem, shares_windows
+from kernels.contmix.triton_tiles import Problem, Saved, shares_windows
 from kernels.windows import Pair
 
 __all__ = ["contmix", "grad_projected", "grad_query", "grad_tables", "grad_value"]
@@ -42,19 +40,16 @@ def _inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Ten
     )
 
 
-Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 def _saved(problem: Problem, device: torch.device) -> Saved:
     """What a backward kernel reads: a gradient, the inputs, and the outputs of the forward pass."""
     query, projected, bias, rpb, value = _inputs(problem, device)
     sizes = [problem.kernel_size]
     out, statistics = eager.contmix(query, projected, bias, rpb.flatten(1), value[:, None], sizes)
-    return torch.randn_like(value), query, projected, bias, rpb, value, out[:, 0], statistics[:, 0]
+    return Saved(torch.randn_like(value), query, projected, bias, rpb, value, out[:, 0], statistics[:, 0])
 
 
-def _delta(grad: Tensor, out: Tensor, statistics: Tensor) -> Tensor:
-    return (grad.to(statistics.dtype) * out.to(statistics.dtype)).sum(2)
+def _delta(saved: Saved) -> Tensor:
+    return (saved.grad.to(saved.statistics.dtype) * saved.out.to(saved.statistics.dtype)).sum(2)
 
 
 def contmix(problem: Problem, device: torch.device) -> None:
@@ -65,19 +60,19 @@ def contmix(problem: Problem, device: torch.device) -> None:
 
 def grad_query(problem: Problem, device: torch.device) -> None:
     saved = _saved(problem, device)
-    triton_grad_inputs.grad_query(*saved, torch.empty_like(saved[1]), torch.empty_like(saved[-1]))
+    triton_grad_inputs.grad_query(saved, torch.empty_like(saved.query), torch.empty_like(saved.statistics))
 
 
 def grad_value(problem: Problem, device: torch.device) -> None:
     saved = _saved(problem, device)
-    triton_grad_inputs.grad_value(*saved, torch.empty_like(saved[5]))
+    triton_grad_inputs.grad_value(saved, torch.empty_like(saved.value))
 
 
 def grad_projected(problem: Problem, device: torch.device) -> None:
     saved = _saved(problem, device)
-    triton_grad_parameters.grad_projected(*saved, _delta(saved[0], *saved[-2:]))
+    triton_grad_parameters.grad_projected(saved, _delta(saved))
 
 
 def grad_tables(problem: Problem, device: torch.device) -> None:
     saved = _saved(problem, device)
-    triton_grad_parameters.grad_tables(*saved, _delta(saved[0], *saved[-2:]))
+    triton_grad_parameters.grad_tables(saved, _delta(saved))

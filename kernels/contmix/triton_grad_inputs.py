@@ -25,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from autotune.tuner import Trial, Tunable, choose
-from kernels.aggregation.triton_kernels import at_least_float32, stride_arguments
+from kernels.aggregation.triton_kernels import at_least_float32
 from kernels.backend import interpreting
 from kernels.contmix import eager
 from kernels.contmix.triton_tiles import (
     CONFIGS,
     Config,
     Problem,
+    Saved,
     cost,
     dot,
     grad_logits,
@@ -39,6 +40,7 @@ from kernels.contmix.triton_tiles import (
     load_pixels,
     outputs_of_tile,
     problem_of,
+    tensor_arguments,
     tile_arguments,
     weights_of_tile,
     window_starts,
@@ -262,18 +264,9 @@ def _grad_value_kernel(
     )
 
 
-def reference_gradients(
-    grad: Tensor,
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def reference_gradients(saved: Saved) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The eager gradients of query, projected, bias, rpb and value for one kernel size, for the tuner."""
-    grad, query, projected, bias, rpb, value, out = at_least_float32(grad, query, projected, bias, rpb, value, out)
+    grad, query, projected, bias, rpb, value, out, statistics = at_least_float32(*saved)
     sizes = [(rpb.shape[1] + 1) // 2]
     gradients = eager.contmix_backward(
         grad[:, None], query, projected, bias, rpb.flatten(1), value[:, None], out[:, None], statistics[:, None], sizes
@@ -281,47 +274,14 @@ def reference_gradients(
     return (*gradients[:3], gradients[3].view(rpb.shape), gradients[4][:, 0])
 
 
-def grad_query(
-    grad: Tensor,
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    target: Tensor,
-    delta: Tensor,
-    config: Config | None = None,
-) -> Tensor:
+def grad_query(saved: Saved, target: Tensor, delta: Tensor, config: Config | None = None) -> Tensor:
     """Σ_k ds[n,k] · projected[:,k] for one kernel size: fills ``target`` [B,G,Dq,H,W] and ``delta`` [B,G,H,W]."""
-    saved = grad, query, projected, bias, rpb, value, out, statistics
+    query, rpb, value = saved.query, saved.rpb, saved.value
     if config is None:
-        trial = Trial(lambda config: grad_query(*saved, target, delta, config), lambda: reference_gradients(*saved)[0])
+        trial = Trial(lambda config: grad_query(saved, target, delta, config), lambda: reference_gradients(saved)[0])
         config = choose(GRAD_QUERY, problem_of(query, rpb, value), value.device, trial)
-    arguments = {
-        "query_ptr": query,
-        "projected_ptr": projected,
-        "bias_ptr": bias,
-        "rpb_ptr": rpb,
-        "value_ptr": value,
-        "statistics_ptr": statistics,
-        "grad_ptr": grad,
-        "out_ptr": out,
-        "delta_ptr": delta,
-        "target_ptr": target,
-        **stride_arguments("query", query, "b g c h w"),
-        **stride_arguments("projected", projected, "b g c k"),
-        **stride_arguments("bias", bias, "k"),
-        **stride_arguments("rpb", rpb, "g h w"),
-        **stride_arguments("value", value, "b g c h w"),
-        **stride_arguments("statistics", statistics, "b g h w"),
-        **stride_arguments("grad", grad, "b g c h w"),
-        **stride_arguments("out", out, "b g c h w"),
-        **stride_arguments("delta", delta, "b g h w"),
-        **stride_arguments("target", target, "b g c h w"),
-        **tile_arguments(config, query, rpb, value, grad, out, target),
-    }
+    arguments = tensor_arguments(**saved.but(), delta=delta, target=target)
+    arguments |= tile_arguments(config, query, rpb, value, saved.grad, saved.out, target)
     # One program per (tile of outputs, window, group, batch entry).
     grid = (arguments["tiles"] * arguments["windows"] * value.shape[1] * value.shape[0],)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -329,45 +289,17 @@ def grad_query(
     return target
 
 
-def grad_value(
-    grad: Tensor,
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    target: Tensor,
-    config: Config | None = None,
-) -> Tensor:
+def grad_value(saved: Saved, target: Tensor, config: Config | None = None) -> Tensor:
     """Σ over (n, k) with nbr(n,k) = j of p[n,k] · grad[n,:], for one kernel size: fills ``target`` [B,G,Dv,H,W]."""
-    saved = grad, query, projected, bias, rpb, value, out, statistics
-    problem = problem_of(query, rpb, value)
+    problem = problem_of(saved.query, saved.rpb, saved.value)
     if config is None:
-        trial = Trial(lambda config: grad_value(*saved, target, config), lambda: reference_gradients(*saved)[4])
-        config = choose(GRAD_VALUE, problem, value.device, trial)
-    batch, groups, _, height, width = value.shape
+        trial = Trial(lambda config: grad_value(saved, target, config), lambda: reference_gradients(saved)[4])
+        config = choose(GRAD_VALUE, problem, target.device, trial)
+    batch, groups, _, height, width = target.shape
     window = Window.neighborhood((problem.kernel_size, problem.kernel_size))
-    arguments = {
-        "query_ptr": query,
-        "projected_ptr": projected,
-        "bias_ptr": bias,
-        "rpb_ptr": rpb,
-        "statistics_ptr": statistics,
-        "grad_ptr": grad,
-        "target_ptr": target,
-        **stride_arguments("query", query, "b g c h w"),
-        **stride_arguments("projected", projected, "b g c k"),
-        **stride_arguments("bias", bias, "k"),
-        **stride_arguments("rpb", rpb, "g h w"),
-        **stride_arguments("statistics", statistics, "b g h w"),
-        **stride_arguments("grad", grad, "b g c h w"),
-        **stride_arguments("target", target, "b g c h w"),
-        "STEPS_H": inverse_steps(window, height, 0),
-        "STEPS_W": inverse_steps(window, width, 1),
-        **tile_arguments(config, query, rpb, value, grad, target),
-    }
+    arguments = tensor_arguments(**saved.but("value", "out"), target=target)
+    arguments |= tile_arguments(config, saved.query, saved.rpb, saved.value, saved.grad, target)
+    arguments |= {"STEPS_H": inverse_steps(window, height, 0), "STEPS_W": inverse_steps(window, width, 1)}
     # One program per (tile of inputs, group, batch entry).
     inputs = config.block_steps if problem.shared else config.block_pixels
     grid = (triton.cdiv(height * width, inputs) * groups * batch,)

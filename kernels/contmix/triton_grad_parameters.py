@@ -20,25 +20,28 @@ table.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from autotune.tuner import Trial, Tunable, choose
-from kernels.aggregation.triton_kernels import stride_arguments
 from kernels.backend import interpreting
 from kernels.contmix.triton_grad_inputs import backward_heuristic, reference_gradients
 from kernels.contmix.triton_tiles import (
     CONFIGS,
     Config,
     Problem,
+    Saved,
     cost,
     dot,
     grad_logits,
     load_pixels,
     outputs_of_tile,
     problem_of,
+    tensor_arguments,
     tile_arguments,
     window_starts,
 )
@@ -230,99 +233,50 @@ def _folded(length: int, kernel_size: int) -> tuple[int, int]:
     return kernel_size - 1 + min(inner, FOLDED), triton.cdiv(inner, FOLDED)
 
 
-def _arguments(
-    grad: Tensor,
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    statistics: Tensor,
-    delta: Tensor,
-) -> dict[str, object]:
-    """Both kernels' tensors with their strides, and the batch."""
+def _arguments(saved: Saved, delta: Tensor, config: Config) -> dict[str, Any]:
+    """What both kernels take but for their chunks."""
     return {
-        "query_ptr": query,
-        "projected_ptr": projected,
-        "bias_ptr": bias,
-        "rpb_ptr": rpb,
-        "value_ptr": value,
-        "statistics_ptr": statistics,
-        "delta_ptr": delta,
-        "grad_ptr": grad,
-        **stride_arguments("query", query, "b g c h w"),
-        **stride_arguments("projected", projected, "b g c k"),
-        **stride_arguments("bias", bias, "k"),
-        **stride_arguments("rpb", rpb, "g h w"),
-        **stride_arguments("value", value, "b g c h w"),
-        **stride_arguments("statistics", statistics, "b g h w"),
-        **stride_arguments("delta", delta, "b g h w"),
-        **stride_arguments("grad", grad, "b g c h w"),
-        "batch": value.shape[0],
+        **tensor_arguments(**saved.but("out"), delta=delta),
+        **tile_arguments(config, saved.query, saved.rpb, saved.value, saved.grad),
+        "batch": saved.value.shape[0],
     }
 
 
-def grad_projected(
-    grad: Tensor,
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    delta: Tensor,
-    config: Config | None = None,
-) -> Tensor:
+def grad_projected(saved: Saved, delta: Tensor, config: Config | None = None) -> Tensor:
     """Σ_n query[n,:] · ds[n,k] for one kernel size, [B, G, Dq, K²] in the accumulator's type."""
-    saved = grad, query, projected, bias, rpb, value, out, statistics
     if config is None:
-        trial = Trial(lambda config: grad_projected(*saved, delta, config), lambda: reference_gradients(*saved)[1])
-        config = choose(GRAD_PROJECTED, problem_of(query, rpb, value), value.device, trial)
-    batch, groups, _, positions = projected.shape
-    arguments = _arguments(grad, query, projected, bias, rpb, value, statistics, delta)
-    arguments |= tile_arguments(config, query, rpb, value, grad)
+        trial = Trial(lambda config: grad_projected(saved, delta, config), lambda: reference_gradients(saved)[1])
+        config = choose(GRAD_PROJECTED, problem_of(saved.query, saved.rpb, saved.value), delta.device, trial)
+    batch, groups, _, positions = saved.projected.shape
+    arguments = _arguments(saved, delta, config)
     programs = triton.cdiv(positions, config.block_steps) * groups * batch
     chunks = _chunks(arguments["tiles"] * arguments["windows"], programs)
-    partial = torch.empty((chunks, *projected.shape), dtype=statistics.dtype, device=value.device)
+    partial = torch.empty((chunks, *saved.projected.shape), dtype=delta.dtype, device=delta.device)
     # One program per (block of window positions, chunk of tiles, group, batch entry).
     arguments |= {"partial_ptr": partial, "chunks": chunks}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_grad_projected_kernel, (programs * chunks,), value.device, arguments, **options)
+    launch(_grad_projected_kernel, (programs * chunks,), delta.device, arguments, **options)
     return partial[0] if chunks == 1 else partial.sum(0)
 
 
-def grad_tables(
-    grad: Tensor,
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    delta: Tensor,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
+def grad_tables(saved: Saved, delta: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Σ ds over all that meets an entry of bias [K²] and of rpb [G, 2K−1, 2K−1], for one kernel size."""
-    saved = grad, query, projected, bias, rpb, value, out, statistics
-    problem = problem_of(query, rpb, value)
+    problem = problem_of(saved.query, saved.rpb, saved.value)
     if config is None:
-        trial = Trial(lambda config: grad_tables(*saved, delta, config), lambda: reference_gradients(*saved)[2:4])
-        config = choose(GRAD_TABLES, problem, value.device, trial)
-    batch, groups, _, height, width = value.shape
+        trial = Trial(lambda config: grad_tables(saved, delta, config), lambda: reference_gradients(saved)[2:4])
+        config = choose(GRAD_TABLES, problem, delta.device, trial)
+    batch, groups, _, height, width = saved.value.shape
     size = problem.kernel_size
-    (folded_height, repeats_h), (folded_width, repeats_w) = _folded(height, size), _folded(width, size)
+    arguments = _arguments(saved, delta, config)
     if problem.shared:  # the tiles are those of the map's own windows
         folded_height, folded_width, repeats_h, repeats_w = height, width, 1, 1
-    arguments = _arguments(grad, query, projected, bias, rpb, value, statistics, delta)
-    arguments |= tile_arguments(config, query, rpb, value, grad)
-    if not problem.shared:
+    else:
+        (folded_height, repeats_h), (folded_width, repeats_w) = _folded(height, size), _folded(width, size)
         arguments["tiles"] = triton.cdiv(folded_height * folded_width, config.block_pixels)
     programs = triton.cdiv(size**2, config.block_steps) * arguments["tiles"] * arguments["windows"] * groups
     chunks = _chunks(batch * repeats_h * repeats_w, programs)
     shape = (chunks, groups, size, size, folded_height, folded_width)
-    partial = torch.empty(shape, dtype=statistics.dtype, device=value.device)
+    partial = torch.empty(shape, dtype=delta.dtype, device=delta.device)
     arguments |= {
         "partial_ptr": partial,
         "chunks": chunks,
@@ -333,5 +287,5 @@ def grad_tables(
     }
     # One program per (block of window positions, tile of a window or of the folded map, group, chunk of images).
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_grad_tables_kernel, (programs * chunks,), value.device, arguments, **options)
-    return partial.sum((0, 1, 4, 5)).flatten(), grad_rpb(partial, rpb, Window.neighborhood((size, size)))
+    launch(_grad_tables_kernel, (programs * chunks,), delta.device, arguments, **options)
+    return partial.sum((0, 1, 4, 5)).flatten(), grad_rpb(partial, saved.rpb, Window.neighborhood((size, size)))

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autotune.tuner import Trial, Tunable, choose
-from kernels.aggregation.triton_kernels import at_least_float32, stride_arguments
+from kernels.aggregation.triton_kernels import at_least_float32
 from kernels.backend import interpreting
 from kernels.contmix import eager
 from kernels.contmix.triton_grad_inputs import grad_query, grad_value
@@ -39,12 +39,14 @@ from kernels.contmix.triton_tiles import (
     CONFIGS,
     Config,
     Problem,
+    Saved,
     cost,
     dot,
     heuristic,
     load_pixels,
     outputs_of_tile,
     problem_of,
+    tensor_arguments,
     tile_arguments,
     window_starts,
 )
@@ -264,20 +266,9 @@ def contmix_one_size(
         trial = Trial(lambda config: contmix_one_size(*tensors, out, statistics, config), lambda: _reference(*tensors))
         config = choose(FORWARD, problem, value.device, trial)
     arguments = {
-        "query_ptr": query,
-        "projected_ptr": projected,
-        "bias_ptr": bias,
-        "rpb_ptr": rpb,
-        "value_ptr": value,
-        "out_ptr": out,
-        "statistics_ptr": statistics,
-        **stride_arguments("query", query, "b g c h w"),
-        **stride_arguments("projected", projected, "b g c k"),
-        **stride_arguments("bias", bias, "k"),
-        **stride_arguments("rpb", rpb, "g h w"),
-        **stride_arguments("value", value, "b g c h w"),
-        **stride_arguments("out", out, "b g c h w"),
-        **stride_arguments("statistics", statistics, "b g h w"),
+        **tensor_arguments(
+            query=query, projected=projected, bias=bias, rpb=rpb, value=value, out=out, statistics=statistics
+        ),
         **tile_arguments(config, query, rpb, value, out),
     }
     kernel = _shared_windows_kernel if arguments.pop("SHARED") else _own_windows_kernel
@@ -336,13 +327,13 @@ def contmix_backward(
     delta = torch.empty_like(statistics[:, 0])
     projected_parts, bias_parts, rpb_parts = [], [], []
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
-        saved = grad[:, m], query, *part, value[:, m], out[:, m], statistics[:, m]
-        grad_query(*saved, one if m else grad_of_query, delta)
+        saved = Saved(grad[:, m], query, *part, value[:, m], out[:, m], statistics[:, m])
+        grad_query(saved, one if m else grad_of_query, delta)
         if m:
             grad_of_query += one
-        grad_value(*saved, grad_of_value[:, m])
-        projected_parts.append(grad_projected(*saved, delta))
-        bias_part, rpb_part = grad_tables(*saved, delta)
+        grad_value(saved, grad_of_value[:, m])
+        projected_parts.append(grad_projected(saved, delta))
+        bias_part, rpb_part = grad_tables(saved, delta)
         bias_parts.append(bias_part)
         rpb_parts.append(rpb_part.flatten(1))
     grad_of_projected = torch.cat(projected_parts, 3).to(projected.dtype)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aggregation.triton_kernels import precision_arguments
+from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
 from kernels.backend import interpreting
 from kernels.windows_triton import window_start
 
@@ -34,6 +34,7 @@ __all__ = [
     "CONFIGS",
     "Config",
     "Problem",
+    "Saved",
     "cost",
     "dot",
     "grad_logits",
@@ -42,6 +43,7 @@ __all__ = [
     "outputs_of_tile",
     "problem_of",
     "shares_windows",
+    "tensor_arguments",
     "tile_arguments",
     "tiles_and_windows",
     "weights_of_tile",
@@ -135,6 +137,46 @@ def problem_of(query: Tensor, rpb: Tensor, value: Tensor) -> Problem:
     kernel_size = (rpb.shape[1] + 1) // 2
     shared = shares_windows(height, width, kernel_size)
     return Problem(channels, query.shape[2], height * width, kernel_size, shared, value.dtype)
+
+
+AXES = {
+    "query": "b g c h w",
+    "projected": "b g c k",
+    "bias": "k",
+    "rpb": "g h w",
+    "value": "b g c h w",
+    "out": "b g c h w",
+    "statistics": "b g h w",
+    "grad": "b g c h w",
+    "delta": "b g h w",
+    "target": "b g c h w",
+}
+
+
+def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
+    """Pointers and strides of a kernel's tensors, under the names that all ContMix kernels give them."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        arguments[f"{name}_ptr"] = tensor
+        arguments |= stride_arguments(name, tensor, AXES[name])
+    return arguments
+
+
+class Saved(NamedTuple):
+    """What the backward pass of one kernel size reads: the output's gradient, the inputs, and what forward left."""
+
+    grad: Tensor  # [B, G, Dv, H, W]
+    query: Tensor  # [B, G, Dq, H, W]
+    projected: Tensor  # [B, G, Dq, K²]
+    bias: Tensor  # [K²]
+    rpb: Tensor  # [G, 2K-1, 2K-1]
+    value: Tensor  # [B, G, Dv, H, W]
+    out: Tensor  # [B, G, Dv, H, W]
+    statistics: Tensor  # [B, G, H, W]: log Σ_k exp
+
+    def but(self, *names: str) -> dict[str, Tensor]:
+        """Its tensors by name, those called so left out."""
+        return {name: tensor for name, tensor in self._asdict().items() if name not in names}
 
 
 def tile_arguments(config: Config, query: Tensor, rpb: Tensor, value: Tensor, *others: Tensor) -> dict[str, Any]:

@@ -107,16 +107,16 @@ def test_every_config(threshold, monkeypatch):
     expected, log_sum_exp = eager.contmix(*wide, [5])
     expected_grads = eager.contmix_backward(grad[:, None].double(), *wide, expected, log_sum_exp, [5])
 
-    saved = grad, query, projected, bias, table, value, out, statistics
+    saved = triton_tiles.Saved(grad, query, projected, bias, table, value, out, statistics)
     tiles = {(config.block_pixels, config.block_steps): config for config in triton_tiles.CONFIGS}
     for config in tiles.values() if DEVICE == "cpu" else triton_tiles.CONFIGS:
         triton_kernels.contmix_one_size(query, projected, bias, table, value, out, statistics, config)
         assert_close(out, expected[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
         assert_close(statistics, log_sum_exp[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
-        triton_grad_inputs.grad_query(*saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config)
-        triton_grad_inputs.grad_value(*saved, grad_value.fill_(torch.nan), config)
-        grad_projected = triton_grad_parameters.grad_projected(*saved, delta, config)
-        grad_bias, grad_table = triton_grad_parameters.grad_tables(*saved, delta, config)
+        triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config)
+        triton_grad_inputs.grad_value(saved, grad_value.fill_(torch.nan), config)
+        grad_projected = triton_grad_parameters.grad_projected(saved, delta, config)
+        grad_bias, grad_table = triton_grad_parameters.grad_tables(saved, delta, config)
         ours = grad_query, grad_projected, grad_bias, grad_table.flatten(1), grad_value[:, None]
         for name, ours_grad, expected_grad in zip(GRADIENTS, ours, expected_grads, strict=True):
             assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[torch.float32], f"{config}: {name}")
