@@ -110,8 +110,9 @@ def contmix_backward(
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
     grad_value, _ = empty_outputs(value)
+    # zeros_like and to keep the memory order.
+    grad_query = torch.zeros_like(empty_like_layout(query, query.shape), dtype=accumulator_dtype(query.dtype))
     query = _heads_last(query)
-    grad_query = torch.zeros_like(query, dtype=accumulator_dtype(query.dtype))
     grad_projected, grad_bias, grad_rpb = [], [], []
     for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))

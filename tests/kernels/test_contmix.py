@@ -1,5 +1,7 @@
 """contmix2d against its float64 definition, on every backend."""
 
+import math
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -148,6 +150,26 @@ def test_layouts_are_kept():
     assert query.grad is not None
     assert value.grad is not None
     assert (query.grad.stride(), value.grad.stride()) == (query.stride(), value.stride())
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_registered_operators(backend, channels_last):
+    """Schemas, fakes (their strides too) and autograd are what the operators do."""
+
+    def maps(*channels):
+        pixels = random_tensor(1, 4, 5, math.prod(channels)).permute(0, 3, 1, 2)
+        return (pixels if channels_last else pixels.contiguous()).unflatten(1, channels)
+
+    query, value = maps(2, 3), maps(2, 2, 2)
+    inputs = (query, random_tensor(1, 2, 3, 10), random_tensor(10), random_tensor(2, 26), value)
+    sizes = [1, 3]
+    operators = torch.ops.dynamic_kernels
+    out, statistics = operators.contmix(*inputs, sizes, backend)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.contmix.default, (*inputs, sizes, backend), test_utils=checks)
+    saved = (torch.randn_like(out), *inputs, out, statistics, sizes, backend)
+    torch.library.opcheck(operators.contmix_backward.default, saved, test_utils=checks)
 
 
 def test_never_more_than_a_few_megabytes_of_logits():
