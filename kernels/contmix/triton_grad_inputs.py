@@ -45,7 +45,7 @@ from kernels.contmix.triton_tiles import (
     weights_of_tile,
     window_starts,
 )
-from kernels.launch import launch
+from kernels.launch import ceil_divide, launch
 from kernels.windows import Window
 from kernels.windows_triton import inverse_neighbour, inverse_steps, split_program
 
@@ -302,7 +302,7 @@ def grad_value(saved: Saved, target: Tensor, config: Config | None = None) -> Te
     arguments |= {"STEPS_H": inverse_steps(window, height, 0), "STEPS_W": inverse_steps(window, width, 1)}
     # One program per (tile of inputs, group, batch entry).
     inputs = config.block_steps if problem.shared else config.block_pixels
-    grid = (triton.cdiv(height * width, inputs) * groups * batch,)
+    grid = (ceil_divide(height * width, inputs) * groups * batch,)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(_grad_value_kernel, grid, target.device, arguments, **options)
     return target

@@ -45,7 +45,7 @@ from kernels.contmix.triton_tiles import (
     tile_arguments,
     window_starts,
 )
-from kernels.launch import launch
+from kernels.launch import ceil_divide, launch
 from kernels.neighborhood.triton_kernels import grad_rpb
 from kernels.windows import Window
 from kernels.windows_triton import split_program
@@ -230,7 +230,7 @@ def _chunks(terms: int, programs: int) -> int:
 def _folded(length: int, kernel_size: int) -> tuple[int, int]:
     """Length of a folded axis, and how many positions are folded onto the fullest."""
     inner = length - kernel_size + 1
-    return kernel_size - 1 + min(inner, FOLDED), triton.cdiv(inner, FOLDED)
+    return kernel_size - 1 + min(inner, FOLDED), ceil_divide(inner, FOLDED)
 
 
 def _arguments(saved: Saved, delta: Tensor, config: Config) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def grad_projected(saved: Saved, delta: Tensor, config: Config | None = None) ->
         config = choose(GRAD_PROJECTED, problem_of(saved.query, saved.rpb, saved.value), delta.device, trial)
     batch, groups, _, positions = saved.projected.shape
     arguments = _arguments(saved, delta, config)
-    programs = triton.cdiv(positions, config.block_steps) * groups * batch
+    programs = ceil_divide(positions, config.block_steps) * groups * batch
     chunks = _chunks(arguments["tiles"] * arguments["windows"], programs)
     partial = torch.empty((chunks, *saved.projected.shape), dtype=delta.dtype, device=delta.device)
     # One program per (block of window positions, chunk of tiles, group, batch entry).
@@ -272,8 +272,8 @@ def grad_tables(saved: Saved, delta: Tensor, config: Config | None = None) -> tu
         folded_height, folded_width, repeats_h, repeats_w = height, width, 1, 1
     else:
         (folded_height, repeats_h), (folded_width, repeats_w) = _folded(height, size), _folded(width, size)
-        arguments["tiles"] = triton.cdiv(folded_height * folded_width, config.block_pixels)
-    programs = triton.cdiv(size**2, config.block_steps) * arguments["tiles"] * arguments["windows"] * groups
+        arguments["tiles"] = ceil_divide(folded_height * folded_width, config.block_pixels)
+    programs = ceil_divide(size**2, config.block_steps) * arguments["tiles"] * arguments["windows"] * groups
     chunks = _chunks(batch * repeats_h * repeats_w, programs)
     shape = (chunks, groups, size, size, folded_height, folded_width)
     partial = torch.empty(shape, dtype=delta.dtype, device=delta.device)

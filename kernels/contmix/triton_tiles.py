@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
 from kernels.backend import interpreting
+from kernels.launch import ceil_divide
 from kernels.windows_triton import window_start
 
 __all__ = [
@@ -98,8 +99,8 @@ CONFIGS = tuple(
 
 def cost(problem: Problem, config: Config) -> float:
     """Estimate of a launch, up to a factor: multiply-adds including those past the edges of map and window."""
-    steps = triton.cdiv(problem.kernel_size**2, config.block_steps) * config.block_steps
-    pixels = triton.cdiv(problem.pixels, config.block_pixels) * config.block_pixels
+    steps = ceil_divide(problem.kernel_size**2, config.block_steps) * config.block_steps
+    pixels = ceil_divide(problem.pixels, config.block_pixels) * config.block_pixels
     return pixels * steps * (problem.channels + problem.query_channels) * (1 + 4 / config.block_steps)
 
 
@@ -127,9 +128,9 @@ def tiles_and_windows(height: int, width: int, kernel_size: int, block_pixels: i
     At most K//2 + 1 outputs along an axis share a start, or all of them where the window is as long as the axis.
     """
     if not shares_windows(height, width, kernel_size):
-        return triton.cdiv(height * width, block_pixels), 1
+        return ceil_divide(height * width, block_pixels), 1
     most = [length if length == kernel_size else kernel_size // 2 + 1 for length in (height, width)]
-    return triton.cdiv(most[0] * most[1], block_pixels), (height - kernel_size + 1) * (width - kernel_size + 1)
+    return ceil_divide(most[0] * most[1], block_pixels), (height - kernel_size + 1) * (width - kernel_size + 1)
 
 
 def problem_of(query: Tensor, rpb: Tensor, value: Tensor) -> Problem:

@@ -34,7 +34,7 @@ from kernels.aggregation.triton_kernels import (
 )
 from kernels.backend import interpreting
 from kernels.involution import generate
-from kernels.launch import launch
+from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.windows import Window
 from kernels.windows_triton import neighbour, split_program
@@ -89,7 +89,7 @@ def cost(problem: Problem, config: Config) -> float:
     """Estimate of a launch, up to a factor: multiply-adds including those past the edges, products at a 16th."""
 
     def padded(size: int, block: int) -> int:
-        return triton.cdiv(size, block) * block
+        return ceil_divide(size, block) * block
 
     channels = padded(problem.channels, config.block_channels)
     products = channels // config.block_channels * padded(problem.features, config.block_features) / 16
@@ -230,8 +230,8 @@ def involution_generate(
         )
         config = choose(FORWARD, problem, x.device, trial)
     # One program per (pixel tile, channel block, group, batch entry).
-    pixel_blocks = triton.cdiv(output_height * output_width, config.block_pixels)
-    grid = (pixel_blocks * triton.cdiv(channels, config.block_channels) * groups * batch,)
+    pixel_blocks = ceil_divide(output_height * output_width, config.block_pixels)
+    grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
     arguments = {
         "x_ptr": x,
         "features_ptr": features,

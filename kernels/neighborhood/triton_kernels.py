@@ -38,7 +38,7 @@ from kernels.aggregation.triton_kernels import (
     window_arguments,
 )
 from kernels.backend import interpreting
-from kernels.launch import launch
+from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import eager
 from kernels.windows import Window
@@ -432,8 +432,8 @@ def softmax_aggregate(
         )
         config = choose(SOFTMAX_AGGREGATE, problem, value.device, trial)
     # One program per (pixel tile, channel block, group, batch entry).
-    pixel_blocks = triton.cdiv(height * width, config.block_pixels)
-    grid = (pixel_blocks * triton.cdiv(channels, config.block_channels) * groups * batch,)
+    pixel_blocks = ceil_divide(height * width, config.block_pixels)
+    grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
     arguments = {
         "logits_ptr": logits,
         "value_ptr": value,
@@ -475,8 +475,8 @@ def grad_value(
         )
         config = choose(GRAD_VALUE, problem, value.device, trial)
     # One program per (pixel tile, channel block, group, batch entry).
-    pixel_blocks = triton.cdiv(height * width, config.block_pixels)
-    grid = (pixel_blocks * triton.cdiv(channels, config.block_channels) * groups * batch,)
+    pixel_blocks = ceil_divide(height * width, config.block_pixels)
+    grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
     arguments = {
         "logits_ptr": logits,
         "statistics_ptr": statistics,
@@ -519,7 +519,7 @@ def grad_logits(
         )
         config = choose(GRAD_LOGITS, problem, value.device, trial)
     # One program per (pixel tile, group, batch entry); it walks the whole window.
-    grid = (triton.cdiv(height * width, config.block_pixels) * groups * batch,)
+    grid = (ceil_divide(height * width, config.block_pixels) * groups * batch,)
     arguments = {
         "logits_ptr": logits,
         "value_ptr": value,
@@ -548,11 +548,11 @@ def grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor:
     batch, groups, kernel_h, kernel_w, height, width = gradient_of_logits.shape
     relative = (2 * kernel_h - 1) * (2 * kernel_w - 1)
     precision = precision_arguments(gradient_of_logits)
-    chunks = min(RPB_CHUNKS, batch * triton.cdiv(height * width, RPB_BLOCK_PIXELS))
+    chunks = min(RPB_CHUNKS, batch * ceil_divide(height * width, RPB_BLOCK_PIXELS))
     partial_dtype = torch.float64 if rpb.dtype == torch.float64 else torch.float32
     partial = torch.empty((chunks, *rpb.shape), dtype=partial_dtype, device=rpb.device)
     # One program per (block of relative positions, chunk of images, group); each walks its chunk in order.
-    grid = (triton.cdiv(relative, RPB_BLOCK_RELATIVE) * chunks * groups,)
+    grid = (ceil_divide(relative, RPB_BLOCK_RELATIVE) * chunks * groups,)
     arguments = {
         "grad_ptr": gradient_of_logits,
         "partial_ptr": partial,
