@@ -30,9 +30,18 @@ from autotune.comparison import (
     on_backend,
 )
 from autotune.timing import Timing
-from autotune.workloads import Size, random_model, settle_batch_norms
+from autotune.workloads import Size, settled_model
 
-__all__ = ["PLANS", "ModelBench", "Plan", "inference_pass", "placed", "random_images", "training_pass"]
+__all__ = [
+    "PLANS",
+    "ModelBench",
+    "Plan",
+    "inference_pass",
+    "placed",
+    "random_images",
+    "random_images_model",
+    "training_pass",
+]
 
 Placeable = TypeVar("Placeable", nn.Module, Tensor)
 CHECKED_BATCH = 2
@@ -83,6 +92,11 @@ def placed(what: Placeable, dtype: torch.dtype, device: torch.device, layout: to
 def random_images(batch: int, size: Size, seed: int = 0) -> Tensor:
     """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def random_images_model(name: str, **arguments: Any) -> nn.Module:
+    """A random model for ``random_images`` of any size."""
+    return settled_model(name, random_images(2, (128, 128)), **arguments)
 
 
 def _floating(output: Any) -> list[Tensor]:
@@ -143,9 +157,7 @@ class ModelBench:
     def model(self, plan: Plan) -> nn.Module:
         """Ours in float32, for inference in the form it is deployed in."""
         arguments = {"return_dense": False} if plan.model.startswith("volo") else {}  # as its peer trains
-        model = random_model(plan.model, **arguments)
-        settle_batch_norms(model, random_images(2, (128, 128)))
-        model.train(plan.training)
+        model = random_images_model(plan.model, **arguments).train(plan.training)
         return self._placed(model if plan.training else models.optimize_for_inference(model))
 
     def peer(self, plan: Plan) -> nn.Module:

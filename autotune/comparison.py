@@ -143,7 +143,7 @@ def measure_model(name: str, size: Size, photo: Image.Image, settings: Settings,
     Raises:
         DisagreementError: logits or gradients are not those of the naive path; nothing was timed then.
     """
-    model = workloads.random_model(name).to(settings.device).train(training)
+    model = workloads.photograph_model(name, photo).to(settings.device).train(training)
     one_pass = _training_pass if training else _inference
     what, tolerance = ("gradients", GRADIENTS_TOLERANCE) if training else ("logits", LOGITS_TOLERANCE)
     images = workloads.image_batch(photo, size, settings.batch, torch.float32, settings.device)

@@ -160,16 +160,14 @@ class Tuning:
 
 def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], object]]:
     if arguments.model is not None:
-        from autotune.bench_models import inference_pass, placed, random_images, training_pass
-        from autotune.workloads import random_model, settle_batch_norms
+        from autotune.bench_models import inference_pass, placed, random_images, random_images_model, training_pass
 
         small = arguments.quick
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
         layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
         images = placed(random_images(batch, size), arguments.dtype, device, layout)
-        model = random_model(arguments.model)
-        settle_batch_norms(model, random_images(2, (128, 128)))
-        model = placed(model.train(arguments.training), arguments.dtype, device, layout)
+        model = random_images_model(arguments.model).train(arguments.training)
+        model = placed(model, arguments.dtype, device, layout)
         yield training_pass(model, images) if arguments.training else inference_pass(model, images)
         return
     from autotune.bench_operators import benchmark_workloads

@@ -28,8 +28,9 @@ __all__ = [
     "image_batch",
     "operator_workloads",
     "photograph",
+    "photograph_model",
     "random_model",
-    "settle_batch_norms",
+    "settled_model",
 ]
 
 MODELS = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's smallest
@@ -288,8 +289,7 @@ def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
     """A model with random weights of which none is zero.
 
     Initialisations start some weights at zero (the last batch norm of a RedNet block, position biases), which would
-    leave their branches, and any mistake inside them, out of the output. For what else a deep one needs to compute
-    numbers at all see ``settle_batch_norms``.
+    leave their branches, and any mistake inside them, out of the output.
     """
     import models
 
@@ -303,12 +303,13 @@ def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def settle_batch_norms(model: nn.Module, images: Tensor) -> None:
-    """Gives batch norms the statistics of these images, as if trained on such, and leaves the model evaluating.
+def settled_model(name: str, images: Tensor, seed: int = 0, **arguments: Any) -> nn.Module:
+    """A random model, in evaluation mode, whose batch norms have the statistics of ``images`` (several pixels of each
+    map): activations then neither shrink nor grow from layer to layer, as in no trained model they do.
 
-    Fresh ones normalise nothing then: an involution squares its input, and in RedNet-50 activations overflow.
+    Fresh batch norms normalise nothing: an involution squares its input, and in RedNet-50 activations overflow.
     """
-    model.eval()
+    model = random_model(name, seed, **arguments).eval()
     norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -319,3 +320,9 @@ def settle_batch_norms(model: nn.Module, images: Tensor) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+    return model
+
+
+def photograph_model(name: str, photo: Image.Image) -> nn.Module:
+    """A random model for a photograph at any size."""
+    return settled_model(name, image_batch(photo, (224, 224), 1, torch.float32, torch.device("cpu")))

@@ -291,10 +291,11 @@ def _ancestors(event: Any) -> Iterator[str]:
 def breakdowns(session: Session) -> list[Breakdown]:
     """Every family on both paths."""
     batch, runs = (32, 5) if session.full else (1, 2)
-    images = workloads.image_batch(workloads.photograph(), image_size(session), batch, session.dtype, session.device)
+    photo = workloads.photograph()
+    images = workloads.image_batch(photo, image_size(session), batch, session.dtype, session.device)
     found = []
     for name, title in titles(session).items():
-        model = workloads.random_model(name).eval().to(device=session.device, dtype=session.dtype)
+        model = workloads.photograph_model(name, photo).to(device=session.device, dtype=session.dtype)
         found += [breakdown(model, title, images, backend, runs=runs) for backend in ("auto", "reference")]
     return found
 

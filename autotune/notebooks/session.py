@@ -110,15 +110,13 @@ def family(name: str) -> str:
 def load(name: str, checkpoint: str | None = None, *, seed: int = 0) -> Model:
     """The model ``name`` with the weights of a file or address, or with seeded random ones, and it says which.
 
-    Random models get the batch norms' statistics of the photograph: without them activations shrink or grow from layer
-    to layer, which no trained model's do.
+    Random models are settled on the photograph.
     """
-    module = workloads.random_model(name, seed).eval()
     if checkpoint is None:
-        workloads.settle_batch_norms(module, picture(224)[0])
-        return Model(name, module, "random weights")
+        return Model(name, workloads.settled_model(name, picture(224)[0], seed), "random weights")
     import models
 
+    module = models.create_model(name).eval()
     models.load_checkpoint(module, checkpoint)
     return Model(name, module, f"weights of {os.path.basename(checkpoint)}")
 

@@ -184,10 +184,11 @@ def test_random_models_leave_no_branch_out():
 @torch.no_grad()
 def test_deep_random_models_compute_numbers():
     """With fresh batch norms RedNet-50's activations square themselves from block to block into infinity."""
-    model = workloads.random_model("rednet50", num_classes=7)
     images = torch.randn(4, 3, 96, 96)
+    model = workloads.random_model("rednet50", num_classes=7)
     assert not model.eval()(images).isfinite().all()
-    workloads.settle_batch_norms(model, images[:2])
+    model = workloads.settled_model("rednet50", images[:2], num_classes=7)
+    assert not model.training
     logits = model(images[2:])
     assert 0.01 < logits.abs().mean() < 100
     assert all(norm.momentum == 0.1 for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d))
