@@ -61,19 +61,20 @@ def _neighborhood(
     yield lambda: algebra.transpose(logits, heads_last, (length, length), window)
 
 
-def _contmix(dtype: torch.dtype, length: int, kernel_size: int) -> Iterator[Callable[[], object]]:
+def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterator[Callable[[], object]]:
     from kernels.contmix import triton_kernels as kernels
 
     # OverLoCK-T: 8 heads of 16 query and 16 value channels.
+    positions, relatives = (sum(f(size) for size in kernel_sizes) for f in (lambda k: k**2, lambda k: (2 * k - 1) ** 2))
     features = _meta(128, 8, 16, length, length, dtype=dtype)
-    projected = _meta(128, 8, 16, kernel_size**2, dtype=dtype)
-    bias = _meta(kernel_size**2, dtype=dtype)
-    rpb = _meta(8, (2 * kernel_size - 1) ** 2, dtype=dtype)
-    value = _meta(128, 1, 8, 16, length, length, dtype=dtype)
-    statistics = _meta(128, 1, 8, length, length, dtype=torch.float32)
+    projected = _meta(128, 8, 16, positions, dtype=dtype)
+    bias = _meta(positions, dtype=dtype)
+    rpb = _meta(8, relatives, dtype=dtype)
+    value = _meta(128, len(kernel_sizes), 8, 16, length, length, dtype=dtype)
+    statistics = _meta(128, len(kernel_sizes), 8, length, length, dtype=torch.float32)
     inputs = (features, projected, bias, rpb, value)
-    yield lambda: kernels.contmix(*inputs, [kernel_size])
-    yield lambda: kernels.contmix_backward(value, *inputs, value, statistics, [kernel_size])
+    yield lambda: kernels.contmix(*inputs, kernel_sizes)
+    yield lambda: kernels.contmix_backward(value, *inputs, value, statistics, kernel_sizes)
 
 
 def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
@@ -110,6 +111,6 @@ def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
         "outlook 6x32@28 K=3 s=2": _outlook(dtype),
         "depthwise 64@56 K=17": _depthwise(dtype, 64, 56, 17),
         "depthwise 256@14 K=13, channels last": _depthwise(dtype, 256, 14, 13, channels_last=True),
-        "contmix 8x16@14 K=5": _contmix(dtype, 14, 5),
-        "contmix 8x16@14 K=13": _contmix(dtype, 14, 13),
+        "contmix 8x16@14 K=5, 13": _contmix(dtype, 14, [5, 13]),
+        "contmix 8x16@56 K=13": _contmix(dtype, 56, [13]),
     }

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "ceil_divide", "fits_int32", "launch", "record_launches"]
+__all__ = ["Launch", "ceil_divide", "fits_int32", "launch", "next_power_of_2", "record_launches"]
 
 
 class Launch(NamedTuple):
@@ -54,6 +54,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
 def ceil_divide(dividend: int, divisor: int) -> int:
     """⌈dividend / divisor⌉ on the host, where ``triton.cdiv`` costs microseconds of every launch."""
     return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number``, 1 for 0; on the host, as above."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def fits_int32(*tensors: Tensor) -> bool:

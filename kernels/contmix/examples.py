@@ -53,9 +53,8 @@ def _delta(saved: Saved) -> Tensor:
 
 
 def contmix(problem: Problem, device: torch.device) -> None:
-    inputs = _inputs(problem, device)
-    out, statistics = eager.empty_outputs(inputs[-1][:, None])
-    triton_kernels.contmix_one_size(*inputs, out[:, 0], statistics[:, 0])
+    query, projected, bias, rpb, value = _inputs(problem, device)
+    triton_kernels.contmix(query, projected, bias, rpb.flatten(1), value[:, None], [problem.kernel_size])
 
 
 def grad_query(problem: Problem, device: torch.device) -> None:

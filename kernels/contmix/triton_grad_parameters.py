@@ -13,9 +13,8 @@ a few hundred programs, so that all of them together stay at a few megabytes.
 
 The gradients of bias and rpb need ds summed over images and pixels. At a given pixel, window position k always meets
 the same entry of rpb; and all pixels at least K//2 away from the borders meet one entry. So grad_tables first adds up
-images, folding rows, and columns, that are away from the borders onto at most 32 of them. What it leaves is the
-gradient of logits of a map of at most (K + 31)² pixels, from which the bias gradient of ``neighborhood`` makes the
-table.
+images, folding rows that are away from the borders onto 16 of them and tiles of columns onto one. What it leaves is the
+gradient of logits of a small map, from which the bias gradient of ``neighborhood`` makes the table.
 """
 
 from __future__ import annotations
@@ -29,21 +28,26 @@ from torch import Tensor
 
 from autotune.tuner import Trial, Tunable, choose
 from kernels.backend import interpreting
-from kernels.contmix.triton_grad_inputs import backward_heuristic, reference_gradients
-from kernels.contmix.triton_tiles import (
-    CONFIGS,
-    Config,
-    Problem,
-    Saved,
-    cost,
+from kernels.contmix.triton_blocks import (
+    TILE_WIDTH,
     dot,
     grad_logits,
     load_pixels,
     outputs_of_tile,
-    problem_of,
+    spans_of_tile,
+    step_positions,
+    window_starts,
+)
+from kernels.contmix.triton_grad_inputs import backward_heuristic, reference_gradients
+from kernels.contmix.triton_tiles import (
+    CONFIGS,
+    ONE_SIZE,
+    Config,
+    Problem,
+    Saved,
+    cost,
     tensor_arguments,
     tile_arguments,
-    window_starts,
 )
 from kernels.launch import ceil_divide, launch
 from kernels.neighborhood.triton_kernels import grad_rpb
@@ -52,12 +56,14 @@ from kernels.windows_triton import split_program
 
 __all__ = ["grad_projected", "grad_tables"]
 
-# Rows, and columns, that those away from the borders are folded onto.
-FOLDED = 32
+# Rows that those away from the borders are folded onto.
+FOLDED = 16
 # Sums are cut into chunks until there are this many programs, a few for each processor of a GPU.
 PROGRAMS = 1 if interpreting() else 512
 
-MODULES = ("kernels.windows_triton", "kernels.contmix.triton_tiles", "kernels.contmix.triton_grad_parameters")
+MODULES = tuple(f"kernels.{name}" for name in (
+    "windows_triton", "contmix.triton_blocks", "contmix.triton_tiles", "contmix.triton_grad_parameters"
+))  # fmt: skip
 GRAD_PROJECTED, GRAD_TABLES = (
     Tunable(f"contmix.{name}", CONFIGS, backward_heuristic, cost, MODULES, Problem, f"kernels.contmix.examples:{name}")
     for name in ("grad_projected", "grad_tables")
@@ -84,11 +90,11 @@ def _grad_projected_kernel(
     delta_stride_b, delta_stride_g, delta_stride_h, delta_stride_w,
     grad_stride_b, grad_stride_g, grad_stride_c, grad_stride_h, grad_stride_w,
     batch, groups, channels, query_channels, height, width, tiles, windows, chunks,
-    SHARED: tl.constexpr, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr,
+    SHARED: tl.constexpr, KERNEL: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_SPAN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_QUERY: tl.constexpr,
 ):  # fmt: skip
-    i_step, i_chunk, i_group, i_batch = split_program(tl.cdiv(KERNEL * KERNEL, BLOCK_STEPS), chunks, groups)
+    i_step, i_chunk, i_group, i_batch = split_program(STEPS, chunks, groups)
     p_query = query_ptr + i_batch * query_stride_b + i_group * query_stride_g
     p_projected = projected_ptr + i_batch * projected_stride_b + i_group * projected_stride_g
     p_rpb = rpb_ptr + i_group * rpb_stride_g
@@ -107,6 +113,7 @@ def _grad_projected_kernel(
             i_place % tiles, i_window, height, width, SHARED, KERNEL, BLOCK_PIXELS
         )
         o_start_h, o_start_w = window_starts(o_row, o_column, i_window, height, width, SHARED, KERNEL)
+        o_span_h, o_span_w = spans_of_tile(o_start_h, o_start_w, SHARED, BLOCK_PIXELS)
         # [Dq, P], [C, P]; without query an output that is not there adds nothing
         b_query = load_pixels(
             p_query, o_query, m_query, o_row, o_column, m_output, query_stride_c, query_stride_h, query_stride_w, OFFSET
@@ -120,29 +127,32 @@ def _grad_projected_kernel(
         # [P, S]
         b_grad_logits, _b_projected = grad_logits(
             tl.trans(b_query), b_grad, b_statistics, b_delta, p_projected, bias_ptr, p_rpb, p_value,
-            o_query, m_query, o_channel, m_channel, i_step * BLOCK_STEPS, o_row, o_column, o_start_h, o_start_w,
+            o_query, m_query, o_channel, m_channel, i_step, width,
+            o_row, o_column, o_start_h, o_start_w, o_span_h, o_span_w,
             projected_stride_c, projected_stride_k, bias_stride_k, rpb_stride_h, rpb_stride_w,
             value_stride_c, value_stride_h, value_stride_w,
-            SHARED, KERNEL, ACCUMULATOR, OFFSET, UPCAST, BLOCK_STEPS,
+            SHARED, KERNEL, ACCUMULATOR, OFFSET, UPCAST,
+            BLOCK_PIXELS, BLOCK_STEPS, BLOCK_SPAN, BLOCK_CHANNELS,
         )  # fmt: skip
         b_sum += dot(b_query, b_grad_logits.to(b_query.dtype), ACCUMULATOR, UPCAST)
 
-    o_step = i_step * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
-    m_step = o_step < KERNEL * KERNEL
+    o_kernel_h, o_kernel_w, m_step = step_positions(i_step, SHARED, KERNEL, BLOCK_STEPS)
+    o_step = o_kernel_h * KERNEL + o_kernel_w
     p_partial = partial_ptr + ((i_chunk * batch + i_batch) * groups + i_group) * query_channels * KERNEL * KERNEL
     o_partial = (o_query * KERNEL * KERNEL)[:, None] + o_step[None, :]
     tl.store(p_partial + o_partial, b_sum, mask=m_query[:, None] & m_step[None, :])
 
 
 @triton.jit
-def _unfold(o_folded, repeat, folded, length, KERNEL: tl.constexpr):
-    """The ``repeat``-th row of those folded onto row ``o_folded``, and whether there is one."""
-    inner = folded - 2 * (KERNEL // 2)
-    m_inner = (o_folded >= KERNEL // 2) & (o_folded < KERNEL // 2 + inner)
+def _unfold(o_folded, repeat, folded, length, low, high):
+    """The ``repeat``-th place of those folded onto ``o_folded``, and whether there is one: all but the first ``low``
+    and the last ``high`` of ``length`` are folded onto those in the middle of ``folded``."""
+    inner = folded - low - high
+    m_inner = (o_folded >= low) & (o_folded < folded - high)
     o_inner = o_folded + repeat * inner
-    o_border = tl.where(o_folded < KERNEL // 2, o_folded, o_folded + length - folded)
-    o_row = tl.where(m_inner, tl.minimum(o_inner, length - 1), o_border)
-    return o_row, tl.where(m_inner, o_inner < length - KERNEL // 2, repeat == 0)
+    o_border = tl.where(o_folded < low, o_folded, o_folded + length - folded)
+    o_place = tl.where(m_inner, tl.minimum(o_inner, length - 1), o_border)
+    return o_place, tl.where(m_inner, o_inner < length - high, repeat == 0)
 
 
 @triton.jit
@@ -166,11 +176,11 @@ def _grad_tables_kernel(
     grad_stride_b, grad_stride_g, grad_stride_c, grad_stride_h, grad_stride_w,
     batch, groups, channels, query_channels, height, width, tiles, windows, chunks,
     folded_height, folded_width, repeats_h, repeats_w,
-    SHARED: tl.constexpr, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr,
+    SHARED: tl.constexpr, KERNEL: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_SPAN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_QUERY: tl.constexpr,
 ):  # fmt: skip
-    i_step, i_place, i_group, i_chunk = split_program(tl.cdiv(KERNEL * KERNEL, BLOCK_STEPS), tiles * windows, groups)
+    i_step, i_place, i_group, i_chunk = split_program(STEPS, tiles * windows, groups)
     i_window = i_place // tiles
     p_rpb = rpb_ptr + i_group * rpb_stride_g
     o_query, o_channel = tl.arange(0, BLOCK_QUERY), tl.arange(0, BLOCK_CHANNELS)
@@ -190,10 +200,18 @@ def _grad_tables_kernel(
         p_delta = delta_ptr + i_batch * delta_stride_b + i_group * delta_stride_g
         p_grad = grad_ptr + i_batch * grad_stride_b + i_group * grad_stride_g
 
-        o_row, m_row = _unfold(o_folded_row, i_repeat // repeats_w, folded_height, height, KERNEL)
-        o_column, m_column = _unfold(o_folded_column, i_repeat % repeats_w, folded_width, width, KERNEL)
-        m_output = m_folded & m_row & m_column
+        o_row, o_column, m_output = o_folded_row, o_folded_column, m_folded
+        if not SHARED:
+            o_row, m_row = _unfold(o_row, i_repeat // repeats_w, folded_height, height, KERNEL // 2, KERNEL // 2)
+            tiles_w, folded_w = tl.cdiv(width, TILE_WIDTH), tl.cdiv(folded_width, TILE_WIDTH)
+            high = tiles_w - (width - KERNEL // 2) // TILE_WIDTH
+            o_tile, m_tile = _unfold(
+                o_column // TILE_WIDTH, i_repeat % repeats_w, folded_w, tiles_w, tl.cdiv(KERNEL // 2, TILE_WIDTH), high
+            )
+            o_column = o_tile * TILE_WIDTH + o_column % TILE_WIDTH
+            m_output = m_output & m_row & m_tile
         o_start_h, o_start_w = window_starts(o_row, o_column, i_window, height, width, SHARED, KERNEL)
+        o_span_h, o_span_w = spans_of_tile(o_start_h, o_start_w, SHARED, BLOCK_PIXELS)
         # [Dq, P], [C, P]; without gradient and δ an output that is not there adds nothing
         b_query = load_pixels(
             p_query, o_query, m_query, o_row, o_column, m_output, query_stride_c, query_stride_h, query_stride_w, OFFSET
@@ -207,15 +225,17 @@ def _grad_tables_kernel(
         b_delta = tl.load(p_delta + o_row * delta_stride_h + o_column * delta_stride_w, mask=m_output, other=0)
         b_grad_logits, _b_projected = grad_logits(
             tl.trans(b_query), b_grad, b_statistics, b_delta, p_projected, bias_ptr, p_rpb, p_value,
-            o_query, m_query, o_channel, m_channel, i_step * BLOCK_STEPS, o_row, o_column, o_start_h, o_start_w,
+            o_query, m_query, o_channel, m_channel, i_step, width,
+            o_row, o_column, o_start_h, o_start_w, o_span_h, o_span_w,
             projected_stride_c, projected_stride_k, bias_stride_k, rpb_stride_h, rpb_stride_w,
             value_stride_c, value_stride_h, value_stride_w,
-            SHARED, KERNEL, ACCUMULATOR, OFFSET, UPCAST, BLOCK_STEPS,
+            SHARED, KERNEL, ACCUMULATOR, OFFSET, UPCAST,
+            BLOCK_PIXELS, BLOCK_STEPS, BLOCK_SPAN, BLOCK_CHANNELS,
         )  # fmt: skip
         b_sum += b_grad_logits
 
-    o_step = i_step * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
-    m_step = o_step < KERNEL * KERNEL
+    o_kernel_h, o_kernel_w, m_step = step_positions(i_step, SHARED, KERNEL, BLOCK_STEPS)
+    o_step = o_kernel_h * KERNEL + o_kernel_w
     pixels = folded_height * folded_width
     p_partial = partial_ptr + (i_chunk * groups + i_group) * KERNEL * KERNEL * pixels
     # [S, P]: pixels are adjacent in memory
@@ -227,29 +247,41 @@ def _chunks(terms: int, programs: int) -> int:
     return max(1, min(terms, PROGRAMS // programs))
 
 
-def _folded(length: int, kernel_size: int) -> tuple[int, int]:
-    """Length of a folded axis, and how many positions are folded onto the fullest."""
-    inner = length - kernel_size + 1
-    return kernel_size - 1 + min(inner, FOLDED), ceil_divide(inner, FOLDED)
+def _folded(length: int, low: int, high: int, middle: int) -> tuple[int, int]:
+    """Length of an axis of which all but the first ``low`` and the last ``high`` are folded onto ``middle``, and how
+    many onto the fullest."""
+    inner = length - low - high
+    return (length, 1) if inner <= middle else (low + middle + high, ceil_divide(inner, middle))
 
 
-def _arguments(saved: Saved, delta: Tensor, config: Config) -> dict[str, Any]:
+def _folded_map(height: int, width: int, kernel_size: int) -> tuple[int, int, int, int]:
+    """(height, width, repeats along each) of a map folded where no window is clamped: rows onto ``FOLDED``, columns by
+    whole tiles onto one."""
+    border, tile = kernel_size // 2, TILE_WIDTH.value
+    tiles = ceil_divide(width, tile)
+    folded_tiles, repeats_w = _folded(tiles, ceil_divide(border, tile), tiles - (width - border) // tile, 1)
+    folded_height, repeats_h = _folded(height, border, border, FOLDED)
+    return folded_height, width - (tiles - folded_tiles) * tile, repeats_h, repeats_w
+
+
+def _arguments(saved: Saved, problem: Problem, delta: Tensor, config: Config) -> dict[str, Any]:
     """What both kernels take but for their chunks."""
     return {
-        **tensor_arguments(**saved.but("out"), delta=delta),
-        **tile_arguments(config, saved.query, saved.rpb, saved.value, saved.grad),
+        **tensor_arguments(ONE_SIZE, **saved.but("out"), delta=delta),
+        **tile_arguments(problem, config, saved.query, saved.value, saved.grad),
         "batch": saved.value.shape[0],
     }
 
 
 def grad_projected(saved: Saved, delta: Tensor, config: Config | None = None) -> Tensor:
     """Σ_n query[n,:] · ds[n,k] for one kernel size, [B, G, Dq, K²] in the accumulator's type."""
+    problem = saved.problem()
     if config is None:
         trial = Trial(lambda config: grad_projected(saved, delta, config), lambda: reference_gradients(saved)[1])
-        config = choose(GRAD_PROJECTED, problem_of(saved.query, saved.rpb, saved.value), delta.device, trial)
-    batch, groups, _, positions = saved.projected.shape
-    arguments = _arguments(saved, delta, config)
-    programs = ceil_divide(positions, config.block_steps) * groups * batch
+        config = choose(GRAD_PROJECTED, problem, delta.device, trial)
+    batch, groups = saved.projected.shape[:2]
+    arguments = _arguments(saved, problem, delta, config)
+    programs = arguments["STEPS"] * groups * batch
     chunks = _chunks(arguments["tiles"] * arguments["windows"], programs)
     partial = torch.empty((chunks, *saved.projected.shape), dtype=delta.dtype, device=delta.device)
     # One program per (block of window positions, chunk of tiles, group, batch entry).
@@ -261,19 +293,19 @@ def grad_projected(saved: Saved, delta: Tensor, config: Config | None = None) ->
 
 def grad_tables(saved: Saved, delta: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Σ ds over all that meets an entry of bias [K²] and of rpb [G, 2K−1, 2K−1], for one kernel size."""
-    problem = problem_of(saved.query, saved.rpb, saved.value)
+    problem = saved.problem()
     if config is None:
         trial = Trial(lambda config: grad_tables(saved, delta, config), lambda: reference_gradients(saved)[2:4])
         config = choose(GRAD_TABLES, problem, delta.device, trial)
     batch, groups, _, height, width = saved.value.shape
     size = problem.kernel_size
-    arguments = _arguments(saved, delta, config)
-    if problem.shared:  # the tiles are those of the map's own windows
-        folded_height, folded_width, repeats_h, repeats_w = height, width, 1, 1
-    else:
-        (folded_height, repeats_h), (folded_width, repeats_w) = _folded(height, size), _folded(width, size)
-        arguments["tiles"] = ceil_divide(folded_height * folded_width, config.block_pixels)
-    programs = ceil_divide(size**2, config.block_steps) * arguments["tiles"] * arguments["windows"] * groups
+    arguments = _arguments(saved, problem, delta, config)
+    folded_height, folded_width, repeats_h, repeats_w = height, width, 1, 1
+    if not problem.shared:
+        folded_height, folded_width, repeats_h, repeats_w = _folded_map(height, width, size)
+        rows = config.block_pixels // TILE_WIDTH.value
+        arguments["tiles"] = ceil_divide(folded_height, rows) * ceil_divide(folded_width, TILE_WIDTH.value)
+    programs = arguments["STEPS"] * arguments["tiles"] * arguments["windows"] * groups
     chunks = _chunks(batch * repeats_h * repeats_w, programs)
     shape = (chunks, groups, size, size, folded_height, folded_width)
     partial = torch.empty(shape, dtype=delta.dtype, device=delta.device)

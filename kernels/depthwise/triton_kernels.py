@@ -37,15 +37,14 @@ from kernels.depthwise.triton_tiles import (
     CONFIGS,
     Config,
     Problem,
-    ceil_divide,
     cost,
     geometry,
     heuristic,
-    next_power_of_2,
     problem_of,
     tile_width,
 )
-from kernels.launch import launch
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.layout import empty_like_layout
 
 __all__ = ["CONVOLVE", "WEIGHT_GRADIENT", "convolve", "weight_gradient"]
 
@@ -231,16 +230,27 @@ def _band(weight: Tensor, flipped: bool, config: Config) -> Tensor:
     return padded.unfold(2, width, 1).flip(3)
 
 
+def _library_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
+    """PyTorch's own convolution, in the memory order of x."""
+    out = reference.depthwise_conv2d(x, weight.flip(2, 3) if flipped else weight, bias)
+    target = empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+    return out if out.stride() == target.stride() else target.copy_(out)
+
+
+def _library_weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+    shape = (x.shape[1], 1, kernel_size, kernel_size)
+    return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
+
+
 def _convolve_reference(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
-    """PyTorch's own, for the tuner."""
+    """PyTorch's own in at least float32, for the tuner."""
     x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
-    return reference.depthwise_conv2d(x, weight.flip(2, 3) if flipped else weight, *biases)
+    return _library_convolve(x, weight, biases[0] if biases else None, flipped)
 
 
 def _weight_gradient_reference(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     grad, x = at_least_float32(grad, x)
-    shape = (x.shape[1], 1, kernel_size, kernel_size)
-    return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
+    return _library_weight_gradient(grad, x, kernel_size)
 
 
 def convolve(
@@ -253,8 +263,7 @@ def convolve(
     batch, channels, height, width = x.shape
     kernel_size = weight.shape[-1]
     if x.dtype == torch.float64 and not interpreting():  # no float64 matrix product in Triton on every GPU
-        return _convolve_reference(x, weight, bias, flipped)
-    source = channels_first(x)
+        return _library_convolve(x, weight, bias, flipped)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return in_layout_of(x, out)
@@ -263,8 +272,10 @@ def convolve(
             lambda config: convolve(x, weight, bias, flipped, config),
             lambda: _convolve_reference(x, weight, bias, flipped),
         )
-        problem = problem_of(source, out, kernel_size, weight_gradient=False)
-        config = choose(CONVOLVE, problem, x.device, trial)
+        config = choose(CONVOLVE, problem_of(x, out, kernel_size, weight_gradient=False), x.device, trial)
+    if config.library:
+        return _library_convolve(x, weight, bias, flipped)
+    source = channels_first(x)
     band = _band(weight, flipped, config)
     tiles_h, tiles_w = config.tiles(height, width, kernel_size)
     tiles = batch * tiles_h * tiles_w
@@ -290,18 +301,19 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, config: Config | 
     """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
     batch, channels, height, width = x.shape
     if x.dtype == torch.float64 and not interpreting():
-        return _weight_gradient_reference(grad, x, kernel_size)
+        return _library_weight_gradient(grad, x, kernel_size)
     if x.numel() == 0:
         return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
-    grad, x = channels_first(grad), channels_first(x)
     if config is None:
         factors = grad, x
         trial = Trial(
             lambda config: weight_gradient(*factors, kernel_size, config),
             lambda: _weight_gradient_reference(*factors, kernel_size),
         )
-        problem = problem_of(grad, x, kernel_size, weight_gradient=True)
-        config = choose(WEIGHT_GRADIENT, problem, x.device, trial)
+        config = choose(WEIGHT_GRADIENT, problem_of(grad, x, kernel_size, weight_gradient=True), x.device, trial)
+    if config.library:
+        return _library_weight_gradient(grad, x, kernel_size)
+    grad, x = channels_first(grad), channels_first(x)
     tiles_h, tiles_w = config.tiles(height, width, kernel_size)
     image_tiles = min(config.block_tiles, next_power_of_2(tiles_h * tiles_w))
     tile_blocks = ceil_divide(tiles_h * tiles_w, image_tiles)

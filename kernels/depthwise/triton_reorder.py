@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
 from kernels.backend import interpreting
-from kernels.depthwise.triton_tiles import ceil_divide
-from kernels.launch import launch
+from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_like_layout
 
 __all__ = ["channels_first", "in_layout_of"]

@@ -12,28 +12,21 @@ from torch import Tensor
 
 from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
 from kernels.backend import interpreting
+from kernels.launch import ceil_divide, next_power_of_2
+from kernels.layout import channels_fastest
 
 __all__ = [
     "CONFIGS",
+    "LIBRARY",
+    "SMALL",
     "Config",
     "Problem",
-    "ceil_divide",
     "cost",
     "geometry",
     "heuristic",
-    "next_power_of_2",
     "problem_of",
     "tile_width",
 ]
-
-
-def ceil_divide(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is at least ``number``, 1 for 0."""
-    return 1 << max(0, number - 1).bit_length()
 
 
 def tile_width(kernel_size: int) -> int:
@@ -51,11 +44,13 @@ class Problem(NamedTuple):
     vector: int  # elements of a row that one load can take: 16 bytes at most, less where rows are not aligned to them
     dtype: torch.dtype
     weight_gradient: bool = False
+    channels_last: bool = False  # these kernels reorder such tensors before and after; PyTorch's may not
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows of a tile; how many tiles, input rows and channels one matrix product takes."""
+    """Rows of a tile; how many tiles, input rows and channels one matrix product takes. Or ``library``: PyTorch's own
+    convolution instead, whatever the others say."""
 
     tile_height: int
     block_tiles: int
@@ -63,6 +58,7 @@ class Config:
     block_channels: int = 1
     num_warps: int = 4
     num_stages: int = 3
+    library: bool = False
 
     def tiles(self, height: int, width: int, kernel_size: int) -> tuple[int, int]:
         """Tiles that cover a map, along its height and its width."""
@@ -82,6 +78,8 @@ class Config:
 
         Products run on CUDA cores in float32, whose operands take up registers: 16 sums and 16 KiB there.
         """
+        if self.library:
+            return True
         rows, columns, reduced = self.product(problem)
         threads = 32 * self.num_warps
         sums = self.block_channels * rows * columns / threads
@@ -99,20 +97,30 @@ class Config:
         )
 
 
-CONFIGS = tuple(
-    Config(height, tiles, rows, num_warps=warps)
-    for height in (2, 4, 8, 16)
-    for tiles in (16, 32, 64, 128)
-    for rows in (1, 2, 4, 8)
-    for warps in (4, 8)
+LIBRARY = Config(1, 1, 1, library=True)
+CONFIGS = (
+    LIBRARY,
+    *(
+        Config(height, tiles, rows, num_warps=warps)
+        for height in (2, 4, 8, 16)
+        for tiles in (16, 32, 64, 128)
+        for rows in (1, 2, 4, 8)
+        for warps in (4, 8)
+    ),
 )
+# Multiply-adds below which PyTorch's one launch is quicker than ours and those that make its band: as many as a thread
+# per output, two loads each, needs 5 µs for on an H200's 132 processors of 32 loads a cycle. Predicted, not measured.
+SMALL = 2**24
 
 
 def cost(problem: Problem, config: Config) -> float:
     """Estimate of a launch, up to a factor: products an output, and loads an output counted as 100 products each.
 
-    Tensor cores do 2,048 products a cycle; an element loaded passes L1 and shared memory three times, at 64 a cycle.
+    PyTorch's is always worth a try: 0. Tensor cores do 2,048 products a cycle; an element loaded passes L1 and shared
+    memory three times, at 64 a cycle.
     """
+    if config.library:
+        return 0.0
     rows, columns, _ = config.product(problem)
     input_rows = config.tile_height + problem.kernel_size - 1
     products = ceil_divide(input_rows, config.block_rows) * config.columns(problem)
@@ -124,9 +132,11 @@ def cost(problem: Problem, config: Config) -> float:
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned.
 
-    Tiles of 64 outputs. Forward, a product of 128 tiles and 64 columns (128 bytes in 16 bits: a row of shared memory
-    without bank conflicts). The weight gradient sums twice as many columns over 64 tiles, to read gradients less often.
-    Smaller blocks where loads are narrow or products run on CUDA cores: addresses and operands take up registers.
+    PyTorch's for small problems in its layout, where a thread per output does it: for kernels of 7 and more it has
+    nothing else. Otherwise tiles of 64 outputs. Forward, a product of 128 tiles and 64 columns (128 bytes in 16 bits: a
+    row of shared memory without bank conflicts). The weight gradient sums twice as many columns over 64 tiles, to read
+    gradients less often. Smaller blocks where loads are narrow or products run on CUDA cores: addresses and operands
+    take up registers.
     """
     width = tile_width(problem.kernel_size)
     height = max(1, 64 // width)
@@ -134,6 +144,9 @@ def heuristic(problem: Problem) -> Config:
     if interpreting():  # cost there is per block operation, whatever the size of the block
         channels = min(next_power_of_2(problem.channels), 64)
         return Config(height, min(all_tiles, max(16, 2**17 // (channels * width))), 4, channels)
+    outputs = problem.images * problem.channels * problem.pixels
+    if outputs * problem.kernel_size**2 < SMALL and not problem.channels_last:
+        return LIBRARY
     if problem.dtype.itemsize > 2:
         tiles, columns = 32, 32
     elif problem.vector >= 4:
@@ -145,19 +158,29 @@ def heuristic(problem: Problem) -> Config:
     return Config(height, min(all_tiles, tiles), max(1, columns // (2 * width)))
 
 
+def _row_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of [B, C, H, W] as the kernels read it: channels-last tensors are reordered first."""
+    if not channels_fastest(tensor[:, None]):
+        return tensor.stride()
+    _, channels, height, width = tensor.shape
+    return channels * height * width, height * width, width, 1
+
+
 def _row_vector(*tensors: Tensor) -> int:
     """Elements of a row that one load takes: as many as divide every stride and the width, up to 16 bytes."""
-    if any(tensor.stride(3) != 1 for tensor in tensors):
+    strides = [_row_strides(tensor) for tensor in tensors]
+    if any(stride[3] != 1 for stride in strides):
         return 1
-    strides = (stride for tensor in tensors for stride in tensor.stride()[:3])
-    return math.gcd(16 // tensors[0].element_size(), tensors[0].shape[3], *strides)
+    outer = (length for stride in strides for length in stride[:3])
+    return math.gcd(16 // tensors[0].element_size(), tensors[0].shape[3], *outer)
 
 
 def problem_of(first: Tensor, second: Tensor, kernel_size: int, weight_gradient: bool) -> Problem:
     """The problem of a launch that reads or writes two tensors [B, C, H, W]."""
     batch, channels, height, width = first.shape
     vector = _row_vector(first, second)
-    return Problem(batch, channels, height * width, kernel_size, vector, first.dtype, weight_gradient)
+    channels_last = channels_fastest(first[:, None]) or channels_fastest(second[:, None])
+    return Problem(batch, channels, height * width, kernel_size, vector, first.dtype, weight_gradient, channels_last)
 
 
 def geometry(tensors: dict[str, Tensor], kernel_size: int, config: Config) -> dict[str, object]:

@@ -8,7 +8,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels.contmix import eager, triton_grad_inputs, triton_grad_parameters, triton_kernels, triton_tiles
+from kernels.contmix import (
+    eager,
+    triton_forward,
+    triton_grad_inputs,
+    triton_grad_parameters,
+    triton_kernels,
+    triton_tiles,
+)
+from kernels.contmix.triton_tiles import Config
 from kernels.launch import record_launches
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor
 
@@ -56,6 +64,7 @@ NAMES = ("query", "key", "value", "proj_weight", "proj_bias", "rpb[0]", "rpb[1]"
         ((7, 7), (5, 7), torch.float32),  # one window for every pixel
         ((6, 9), (1, 3), torch.float64),
         ((9, 8), (3, 5, 7), torch.float32),
+        ((5, 37), (5,), torch.float32),  # three tiles side by side, windows clamped in the first and the last
     ],
 )
 def test_matches_definition(size, kernel_sizes, dtype, backend):
@@ -71,6 +80,19 @@ def test_matches_definition(size, kernel_sizes, dtype, backend):
     assert_close(out, expected, 2 * FORWARD_TOLERANCE[dtype])
     for name, ours_grad, expected_grad in zip(NAMES, grads, expected_grads, strict=False):
         assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[dtype], f"gradient of {name}")
+
+
+def test_spans_of_more_than_two_tiles(monkeypatch):
+    """With K = 19 sixteen adjacent outputs see 34 inputs, and as many outputs see sixteen inputs."""
+    monkeypatch.setattr(triton_tiles, "OUTPUTS_PER_WINDOW", 10**6)
+    ours = [tensor.float().requires_grad_() for tensor in _inputs(groups=1, size=(19, 20), kernel_sizes=(19,))]
+    results = {}
+    for backend in ("eager", "triton"):
+        with kernels.use_backend(backend):
+            out = _contmix(kernels, ours, (19,))
+            results[backend] = [out, *torch.autograd.grad(out.square().sum(), ours)]
+    for name, result, expected in zip(("out", *NAMES), results["triton"], results["eager"], strict=False):
+        assert_close(result, expected, GRADIENT_TOLERANCE[torch.float32], name)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -91,28 +113,38 @@ def test_half_precision(dtype, backend):
         assert_close(ours_grad, expected_grad, 2 * GRADIENT_TOLERANCE[dtype], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("threshold", [16, 0])  # 0: every window counts as shared
-def test_every_config(threshold, monkeypatch):
+@pytest.mark.parametrize(
+    ("threshold", "size", "kernel_size"),
+    [
+        (16, (4, 18), 3),  # own windows: two tiles side by side
+        (0, (6, 5), 5),  # every window counts as shared
+    ],
+)
+def test_every_config(threshold, size, kernel_size, monkeypatch):
     """Both formulations, forward and backward, with blocks smaller and larger than the map and the window."""
     monkeypatch.setattr(triton_tiles, "OUTPUTS_PER_WINDOW", threshold)
-    assert triton_tiles.shares_windows(6, 5, 5) == (threshold == 0)
+    height, width = size
+    assert triton_tiles.shares_windows(height, width, kernel_size) == (threshold == 0)
     query, key, value, proj_weight, bias, table = (
-        tensor.float() for tensor in _inputs(groups=1, size=(6, 5), kernel_sizes=(5,))
+        tensor.float() for tensor in _inputs(groups=1, size=size, kernel_sizes=(kernel_size,))
     )
     value, projected = value[:, 0], (key @ proj_weight.t())
-    out, statistics = torch.empty_like(value), torch.empty(1, 1, 6, 5, device=DEVICE)
+    out, statistics = torch.empty_like(value), torch.empty(1, 1, height, width, device=DEVICE)
+    inputs = query, projected, bias, table.flatten(1), value[:, None]
     grad, delta = torch.randn_like(value), torch.empty_like(statistics)
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
 
     features, parameters = (query.double(), projected.double(), bias.double()), table.flatten(1).double()
     wide = (*features, parameters, value[:, None].double())
-    expected, log_sum_exp = eager.contmix(*wide, [5])
-    expected_grads = eager.contmix_backward(grad[:, None].double(), *wide, expected, log_sum_exp, [5])
+    expected, log_sum_exp = eager.contmix(*wide, [kernel_size])
+    expected_grads = eager.contmix_backward(grad[:, None].double(), *wide, expected, log_sum_exp, [kernel_size])
 
     saved = triton_tiles.Saved(grad, query, projected, bias, table, value, out, statistics)
-    tiles = {(config.block_pixels, config.block_steps): config for config in triton_tiles.CONFIGS}
-    for config in tiles.values() if DEVICE == "cpu" else triton_tiles.CONFIGS:
-        triton_kernels.contmix_one_size(query, projected, bias, table, value, out, statistics, config)
+    configs = [config for config in triton_tiles.CONFIGS if threshold == 0 or config.block_steps == 16]
+    tiles = {(config.block_pixels, config.block_steps): config for config in configs}
+    for config in tiles.values() if DEVICE == "cpu" else configs:
+        outputs = out.fill_(torch.nan)[:, None], statistics.fill_(torch.nan)[:, None]
+        triton_forward.forward(*inputs, *outputs, [kernel_size], {0: config})
         assert_close(out, expected[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
         assert_close(statistics, log_sum_exp[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
         triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config)
@@ -124,12 +156,14 @@ def test_every_config(threshold, monkeypatch):
             assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[torch.float32], f"{config}: {name}")
 
 
-@pytest.mark.parametrize(("folded", "programs"), [(2, 1), (2, 1024), (3, 40)])
-def test_sums_do_not_depend_on_how_they_are_cut(folded, programs, monkeypatch):
-    """Rows and columns folded onto few, terms in one chunk or in many; a map none of whose sides is a multiple."""
+@pytest.mark.parametrize(
+    ("size", "folded", "programs"), [((9, 6), 2, 1), ((9, 6), 2, 1024), ((9, 6), 3, 40), ((4, 69), 16, 40)]
+)
+def test_sums_do_not_depend_on_how_they_are_cut(size, folded, programs, monkeypatch):
+    """Rows folded onto few, tiles of columns onto one, terms in one chunk or in many; no side is a multiple."""
     monkeypatch.setattr(triton_grad_parameters, "FOLDED", folded)
     monkeypatch.setattr(triton_grad_parameters, "PROGRAMS", programs)
-    exact = [tensor.requires_grad_() for tensor in _inputs(batch=2, groups=1, size=(9, 6), kernel_sizes=(3,))]
+    exact = [tensor.requires_grad_() for tensor in _inputs(batch=2, groups=1, size=size, kernel_sizes=(3,))]
     expected = _contmix(kernels.reference, exact, (3,))
     grad = torch.randn_like(expected)
     ours = [tensor.detach().float().requires_grad_() for tensor in exact]
@@ -187,6 +221,23 @@ def test_never_more_than_a_few_megabytes_of_logits():
     with record_launches():  # sizes are all that is asked for
         assert largest("meta", triton_kernels) <= logits / 8
     assert largest("cpu", eager) <= logits / 4  # the values of overlapping tiles, more than twice the map
+
+
+def test_one_launch_for_all_kernel_sizes():
+    """Or one for each number of warps and stages that their configs ask for; the same numbers."""
+    query, key, value, proj_weight, bias, *tables = (tensor.float() for tensor in _inputs(kernel_sizes=(3, 5, 7)))
+    parameters = key @ proj_weight.t(), bias, torch.cat([table.flatten(1) for table in tables], 1)
+    results = []
+    for configs, launches in ((None, 1), ({0: Config(16, 16), 1: Config(32, 16, 8), 2: Config(64, 16, 8)}, 2)):
+        out, statistics = eager.empty_outputs(value)
+        arguments = query, *parameters, value, out.fill_(torch.nan), statistics.fill_(torch.nan), [3, 5, 7], configs
+        with record_launches() as recorded:
+            triton_forward.forward(*arguments)
+        assert len(recorded) == launches
+        triton_forward.forward(*arguments)
+        results.append((out, statistics))
+    for first, second in zip(*results, strict=True):
+        assert_close(first, second.double(), FORWARD_TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

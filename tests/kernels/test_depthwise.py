@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels.aggregation import triton_kernels as aggregation_kernels
 from kernels.depthwise import triton_kernels, triton_tiles
-from kernels.depthwise.triton_tiles import CONFIGS, Config, Problem, heuristic, tile_width
+from kernels.depthwise.triton_tiles import CONFIGS, LIBRARY, Config, Problem, heuristic, tile_width
 from kernels.launch import record_launches
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
 
@@ -174,6 +174,7 @@ def _problem(weight_gradient, dtype=torch.bfloat16, vector=8):
 def _tiles(weight_gradient):
     """One config of each tile: warps only schedule the same blocks, which in the interpreter changes nothing."""
     valid = [c for c in CONFIGS if c.valid(_problem(weight_gradient))]
+    assert LIBRARY in valid
     return list({(c.tile_height, c.block_tiles, c.block_rows): c for c in valid}.values())
 
 
@@ -188,6 +189,32 @@ def test_every_config():
     for config in _tiles(weight_gradient=True):
         gradient = triton_kernels.weight_gradient(grad, x, 5, config)
         assert_close(gradient, expected_gradient, GRADIENT_TOLERANCE[x.dtype], str(config))
+
+
+def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
+    monkeypatch.setattr(triton_tiles, "interpreting", lambda: False)
+    small = Problem(1, 256, 196, 13, 2, torch.bfloat16)
+    assert heuristic.__wrapped__(small) == LIBRARY
+    assert heuristic.__wrapped__(small._replace(images=128)) != LIBRARY
+    assert heuristic.__wrapped__(small._replace(channels_last=True)) != LIBRARY  # no thread per output there
+    for problem in (small, small._replace(images=128, weight_gradient=True, channels_last=True)):
+        assert LIBRARY in triton_kernels.CONVOLVE.candidates(problem)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pytorch_instead(channels_last):
+    """What the tuner may choose: the same numbers in the same memory order, and nothing launched."""
+    x, weight, bias = random_tensor(2, 3, 6, 7), random_tensor(3, 1, 5, 5), random_tensor(3)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    with record_launches() as launches:
+        plain, flipped = (triton_kernels.convolve(x, weight, bias, flag, LIBRARY) for flag in (False, True))
+        gradient = triton_kernels.weight_gradient(x, x, 5, LIBRARY)
+    assert not launches
+    for ours, flag in ((plain, False), (flipped, True)):
+        expected = triton_kernels.convolve(x, weight, bias, flag)
+        assert ours.stride() == expected.stride() == x.stride()
+        assert_close(ours, expected, FORWARD_TOLERANCE[x.dtype])
+    assert_close(gradient, triton_kernels.weight_gradient(x, x, 5), GRADIENT_TOLERANCE[x.dtype])
 
 
 def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
