@@ -10,6 +10,11 @@ if not torch.cuda.is_available():
 import pytest
 from torch.utils._device import _device_constructors
 
+from tests.quick_interpreter import quicken
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quicken()
+
 # ``with torch.device("meta")`` recognises the constructors it redirects from a list made at its first use: make it now,
 # before a test's poisoned torch.empty stands in for the real one.
 _device_constructors()
