@@ -1,8 +1,9 @@
-"""Triton's interpreter without two costs of its own that tests of small shapes need not pay: three quarters of its time.
+"""Triton's interpreter without two costs of its own that tests of small shapes need not pay: three quarters of it.
 
 It patches ``triton.language`` again in every call from one jitted function to another, 2 ms, though the kernel around
 them has done it; and it computes all integer arithmetic a second time in 64 bits to see whether it overflows. Offsets
-that need 64 bits have tests of their own.
+that need 64 bits have tests of their own. And Triton 3.6 fails in it with NumPy 2.4, which refuses to take an array of
+one element for an index.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def quicken() -> None:
 
         patch, error_type = interpreter._patch_lang, interpreter.InterpreterError
         function, builder = interpreter.InterpretedFunction, interpreter.interpreter_builder
+        original_patch_tensor = interpreter._patch_lang_tensor
         options = dataclasses.replace(builder.options, sanitize_overflow=False)
     except (ImportError, AttributeError, TypeError):
         return
@@ -33,5 +35,10 @@ def quicken() -> None:
         except Exception as error:
             raise error_type(repr(error)) from error
 
+    def patch_tensor(tensor, scope):
+        original_patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     function.__call__ = call
     builder.options = options
+    interpreter._patch_lang_tensor = patch_tensor
