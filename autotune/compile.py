@@ -222,6 +222,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
 
 
+def build(
+    architectures: list[str],
+    dtypes: list[str],
+    console: Console,
+    *,
+    only: str = "",
+    every_config: bool = False,
+    instructions: bool = True,
+) -> tuple[list[Report], list[str]]:
+    """The reports of all that builds, and a line for each kernel that does not."""
+    work = [
+        (name, launch, architecture)
+        for dtype in dtypes
+        for name, calls in cases(DTYPES[dtype]).items()
+        if only in name
+        for call in calls
+        for launch in (_every_config(call) if every_config else _recorded(call))
+        for architecture in architectures
+    ]
+    reports, failures = [], []
+    for name, launch, architecture in track(work, "Compiling", console=console, transient=True):
+        try:
+            reports.append(compile_launch(name, launch, architecture, instructions=instructions))
+        except Exception as error:  # the table must show every kernel, whatever the compiler raised for one
+            failures.append(f"{name}, {launch.kernel.__name__} for {architecture}: {type(error).__name__}: {error}")
+    return reports, failures
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Compile, report, and return 1 if a kernel does not build or spills."""
     console = Console(stderr=arguments.json)
@@ -237,21 +265,14 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is not None:
         Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(reason)}", soft_wrap=True)
         return 2
-    work = [
-        (name, launch, architecture)
-        for dtype in arguments.dtype
-        for name, calls in cases(DTYPES[dtype]).items()
-        if arguments.only in name
-        for call in calls
-        for launch in (_every_config(call) if arguments.every_config else _recorded(call))
-        for architecture in arguments.arch
-    ]
-    reports, failures = [], []
-    for name, launch, architecture in track(work, "Compiling", console=console, transient=True):
-        try:
-            reports.append(compile_launch(name, launch, architecture, instructions=not arguments.resources_only))
-        except Exception as error:  # the table must show every kernel, whatever the compiler raised for one
-            failures.append(f"{name}, {launch.kernel.__name__} for {architecture}: {type(error).__name__}: {error}")
+    reports, failures = build(
+        arguments.arch,
+        arguments.dtype,
+        console,
+        only=arguments.only,
+        every_config=arguments.every_config,
+        instructions=not arguments.resources_only,
+    )
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:

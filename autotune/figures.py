@@ -1,13 +1,15 @@
 """Bring every number of the README in line with the committed results: ``make figures``.
 
 The README's tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from
-notebooks/results/models.json (parameters and multiply-adds, counted; --count counts them again) and from
-notebooks/results/<device>/profile.json. Figures are drawn again from the same files.
+notebooks/results/models.json (parameters and multiply-adds, counted; --count counts them again), compiled.json
+(kernels built ahead of time; --compile builds them again) and <device>/profile.json. Figures are drawn again from the
+same files.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -23,23 +25,23 @@ from autotune import plots, report, timing
 
 __all__ = ["PUBLISHED", "add_arguments", "count_model", "readme_sections", "run", "updated"]
 
-# Parameters in millions, multiply-adds in G at 224x224 (None: not published), top-1 in % on ImageNet-1k, as the papers
-# state them. OverLoCK counts its reparameterised form without the auxiliary head.
-PUBLISHED: dict[str, tuple[float, float | None, float]] = {
-    "overlock_xt_reparam": (16, 2.6, 82.7),
-    "overlock_t_reparam": (33, 5.5, 84.2),
-    "overlock_s_reparam": (56, 9.7, 84.8),
-    "overlock_b_reparam": (95, 16.7, 85.1),
-    "rednet26": (9.23, 1.73, 75.96),
-    "rednet38": (12.39, 2.22, 77.48),
-    "rednet50": (15.54, 2.71, 78.35),
-    "rednet101": (25.65, 4.74, 78.92),
-    "rednet152": (33.98, 6.79, 79.12),
-    "volo_d1": (26.6, 6.8, 84.2),
-    "volo_d2": (58.7, None, 85.2),
-    "volo_d3": (86.3, None, 85.4),
-    "volo_d4": (193, None, 85.7),
-    "volo_d5": (295.5, None, 86.1),
+# Parameters in millions, multiply-adds in G at 224x224 (None: not published), as the papers state them. OverLoCK counts
+# its reparameterised form without the auxiliary head.
+PUBLISHED: dict[str, tuple[float, float | None]] = {
+    "overlock_xt_reparam": (16, 2.6),
+    "overlock_t_reparam": (33, 5.5),
+    "overlock_s_reparam": (56, 9.7),
+    "overlock_b_reparam": (95, 16.7),
+    "rednet26": (9.23, 1.73),
+    "rednet38": (12.39, 2.22),
+    "rednet50": (15.54, 2.71),
+    "rednet101": (25.65, 4.74),
+    "rednet152": (33.98, 6.79),
+    "volo_d1": (26.6, 6.8),
+    "volo_d2": (58.7, None),
+    "volo_d3": (86.3, None),
+    "volo_d4": (193, None),
+    "volo_d5": (295.5, None),
 }
 
 
@@ -58,16 +60,16 @@ def count_model(name: str) -> dict[str, float]:
     return {"parameters_m": parameters / 1e6, "multiply_adds_g": counter.get_total_flops() / 2e9}
 
 
-def _models_table(counted: dict[str, dict[str, float]]) -> Iterator[str]:
+def _models_table(counted: dict[str, dict[str, float]], top1: dict[str, float]) -> Iterator[str]:
     columns = ["model", "parameters, M: published", "counted", "multiply-adds, G at 224²: published", "counted"]
     yield f"| {' | '.join(columns)} | top-1, %: published |"
     yield "|---|---:|---:|---:|---:|---:|"
-    for name, (parameters, operations, accuracy) in PUBLISHED.items():
+    for name, (parameters, operations) in PUBLISHED.items():
         ours = counted[name]
         published = "–" if operations is None else f"{operations:g}"
         yield (
             f"| `{name}` | {parameters:g} | {ours['parameters_m']:.2f} | {published} | {ours['multiply_adds_g']:.2f} "
-            f"| {accuracy:g} |"
+            f"| {top1[name]:g} |"
         )
 
 
@@ -95,10 +97,46 @@ def _profile_table(record: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _compiled_table(record: dict[str, Any]) -> Iterator[str]:
+    yield f"triton {record['triton']}, {record['architecture']}, {record['dtype']}."
+    yield ""
+    yield "| shape | kernel | registers | spilled, B | shared, B | tensor cores | FMA | shuffles/out | bytes/out |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
+    for row in record["reports"]:
+        kernel, shuffles, moved = (
+            row["kernel"].removesuffix("_kernel"),
+            row["shuffles_per_output"],
+            row["bytes_per_output"],
+        )
+        yield (
+            f"| {row['case']} | {kernel} | {row['registers']} | {row['spilled_bytes']} | {row['shared_bytes']} "
+            f"| {row['tensor_core']} | {row['fma']} | {report.number(shuffles)} | {report.number(moved)} |"
+        )
+
+
+def _compiled() -> dict[str, Any]:
+    """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
+    import triton
+
+    from autotune.compile import build
+
+    reports, failures = build(["sm_90"], ["bf16"], Console())
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return {
+        "triton": triton.__version__,
+        "architecture": "sm_90",
+        "dtype": "bf16",
+        "reports": [dataclasses.asdict(report) for report in reports],
+    }
+
+
 def readme_sections(results: Path) -> dict[str, str]:
     """Section name -> its text, from the committed files alone."""
     counted = json.loads((results / "models.json").read_text())
-    sections = {"models": "\n".join(_models_table(counted))}
+    top1 = json.loads((results.parents[1] / "models" / "data" / "imagenet_top1.json").read_text())
+    sections = {"models": "\n".join(_models_table(counted, top1))}
+    sections["compiled"] = "\n".join(_compiled_table(json.loads((results / "compiled.json").read_text())))
     profiles = sorted(results.glob("*/profile.json"))
     sections["profile"] = "\n\n".join("\n".join(_profile_table(json.loads(path.read_text()))) for path in profiles)
     return sections
@@ -116,6 +154,9 @@ def updated(text: str, sections: dict[str, str]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", action="store_true", help="count parameters and multiply-adds again (a minute)")
+    parser.add_argument(
+        "--compile", action="store_true", help="build every kernel for sm_90 in bf16 again (two minutes)"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the README is out of date")
 
 
@@ -130,6 +171,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.count:
         counted = {name: count_model(name) for name in track(PUBLISHED, "Counting", console=console, transient=True)}
         timing.write_json(results / "models.json", counted)
+    if arguments.compile:
+        timing.write_json(results / "compiled.json", _compiled())
     text = readme.read_text()
     wanted = updated(text, readme_sections(results))
     if arguments.check:

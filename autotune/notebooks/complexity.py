@@ -255,7 +255,7 @@ def model_claims_table(names: Sequence[str]) -> Table:
     """Parameters and multiply-adds of whole models at 224², published and counted."""
     rows = []
     for name in names:
-        parameters, operations, _ = figures.PUBLISHED[name]
+        parameters, operations = figures.PUBLISHED[name]
         counted = figures.count_model(name)
         rows.append(
             (

@@ -3,8 +3,8 @@
     convolve(x, w)[i]        = Σ_k w[k] · x[i − K//2 + k]   d/dw = weight_gradient(dy, x)   d/dx = convolve(dy, flip w)
     weight_gradient(g, x)[k] = Σ_i g[i] · x[i − K//2 + k]   d/dg = convolve(x, dv)         d/dx = convolve(g, flip dv)
 
-The two registered operators run the Triton kernels and are closed under differentiation; elsewhere PyTorch's own
-operators, and their derivatives, do the work.
+The two registered operators run the Triton kernels, or PyTorch's convolution where that is quicker, and are closed
+under differentiation; elsewhere PyTorch's own operators, and their derivatives, do the work.
 """
 
 from __future__ import annotations

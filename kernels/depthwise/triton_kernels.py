@@ -17,6 +17,9 @@ Cost per output at K = 17 (tiles of 4 x 16, a span of 32, 128 tiles a block) aga
 The loads are 16-byte vectors which the software pipeline fetches ahead. Float32 runs the same products on CUDA cores,
 exactly, a shared-memory load to ten multiply-adds or more. Rows must be contiguous for this: channels-last tensors are
 reordered before and after (``triton_reorder``), two passes over memory where a thread per output would cost ten.
+
+PyTorch's own convolution is a config like the others (``triton_tiles.LIBRARY``): tuning always times it, and small
+problems get it untuned.
 """
 
 from __future__ import annotations
