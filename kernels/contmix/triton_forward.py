@@ -18,7 +18,7 @@ largest windows first, so that short ones fill the processors at the end.
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -53,7 +53,7 @@ from kernels.contmix.triton_tiles import (
 )
 from kernels.launch import launch
 
-__all__ = ["forward"]
+__all__ = ["Inputs", "forward"]
 
 
 @triton.jit
@@ -178,78 +178,61 @@ MODULES = tuple(f"kernels.{name}" for name in (
 FORWARD = Tunable("contmix", CONFIGS, heuristic, cost, MODULES, Problem, "kernels.contmix.examples:contmix")
 
 
+class Inputs(NamedTuple):
+    """What the forward pass reads, of all kernel sizes side by side."""
+
+    query: Tensor  # [B, G, Dq, H, W]
+    projected: Tensor  # [B, G, Dq, ΣK²]
+    bias: Tensor  # [ΣK²]
+    rpb: Tensor  # [G, Σ(2K−1)²]
+    value: Tensor  # [B, M, G, Dv, H, W]
+
+
 def forward(
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    kernel_sizes: list[int],
-    configs: dict[int, Config] | None = None,
+    inputs: Inputs, out: Tensor, statistics: Tensor, kernel_sizes: list[int], configs: dict[int, Config] | None = None
 ) -> None:
     """Fills ``out`` [B,M,G,Dv,H,W] and ``statistics`` [B,M,G,H,W], those of the kernel sizes that ``configs`` names by
     their index; by default all. One launch, or one for each number of warps and stages that the configs ask for."""
-    inputs = query, projected, bias, rpb, value
+    query, value = inputs.query, inputs.value
     problems = [problem_of(query, size, value) for size in kernel_sizes]
     if configs is None:
         configs = {
-            m: choose(FORWARD, problem, value.device, _trial(m, *inputs, out, statistics, kernel_sizes))
+            m: choose(FORWARD, problem, value.device, _trial(m, inputs, out, statistics, kernel_sizes))
             for m, problem in enumerate(problems)
         }
-    sizes = {
-        **tensor_arguments(
-            SIDE_BY_SIDE,
-            query=query,
-            projected=projected,
-            bias=bias,
-            rpb=rpb,
-            value=value,
-            out=out,
-            statistics=statistics,
-        ),
+    shared_arguments = {
+        **tensor_arguments(SIDE_BY_SIDE, **inputs._asdict(), out=out, statistics=statistics),
         **size_arguments(query, value, out),
         "batch": value.shape[0],
     }
-    for options in dict.fromkeys((config.num_warps, config.num_stages) for config in configs.values()):
-        members = [m for m, config in configs.items() if (config.num_warps, config.num_stages) == options]
+    height, width = value.shape[4:]
+    for warps, stages in dict.fromkeys((config.num_warps, config.num_stages) for config in configs.values()):
+        members = [m for m, config in configs.items() if (config.num_warps, config.num_stages) == (warps, stages)]
         members.sort(key=lambda m: -kernel_sizes[m])
         blocks = [block_arguments(problems[m], configs[m]) for m in members]
-        tiles = (
-            math.prod(tiles_and_windows(*value.shape[4:], kernel_sizes[m], configs[m].block_pixels)) for m in members
-        )
+        places = (tiles_and_windows(height, width, kernel_sizes[m], configs[m].block_pixels) for m in members)
         arguments = {
-            **sizes,
+            **shared_arguments,
             "INDEX": tuple(members),
             "FIRST_POSITION": tuple(sum(size**2 for size in kernel_sizes[:m]) for m in members),
             "FIRST_RELATIVE": tuple(sum((2 * size - 1) ** 2 for size in kernel_sizes[:m]) for m in members),
             **{name: tuple(block[name] for block in blocks) for name in blocks[0]},
         }
-        grid = (sum(tiles) * value.shape[0] * value.shape[2],)
-        launch(_contmix_kernel, grid, out.device, arguments, num_warps=options[0], num_stages=options[1])
+        grid = (sum(tiles * windows for tiles, windows in places) * value.shape[0] * value.shape[2],)
+        launch(_contmix_kernel, grid, out.device, arguments, num_warps=warps, num_stages=stages)
 
 
-def _trial(
-    m: int,
-    query: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    value: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    kernel_sizes: list[int],
-) -> Trial:
+def _trial(m: int, inputs: Inputs, out: Tensor, statistics: Tensor, kernel_sizes: list[int]) -> Trial:
     """Kernel size m alone, as the tuner tries it."""
 
     def run(config: Config) -> Tensor:
-        forward(query, projected, bias, rpb, value, out, statistics, kernel_sizes, {m: config})
+        forward(inputs, out, statistics, kernel_sizes, {m: config})
         return out[:, m]
 
     def reference() -> Tensor:
-        features, values = at_least_float32(query, value[:, m : m + 1])
-        keys, biases, table = list(eager.parts(*at_least_float32(projected, bias, rpb), kernel_sizes))[m]
-        return eager.contmix(features, keys, biases, table.flatten(1), values, [kernel_sizes[m]])[0][:, 0]
+        query, projected, bias, rpb, value = at_least_float32(*inputs)
+        keys, biases, table = list(eager.parts(projected, bias, rpb, kernel_sizes))[m]
+        one = eager.contmix(query, keys, biases, table.flatten(1), value[:, m : m + 1], [kernel_sizes[m]])
+        return one[0][:, 0]
 
     return Trial(run, reference)

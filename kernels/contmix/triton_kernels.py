@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.backend import interpreting
 from kernels.contmix import eager
-from kernels.contmix.triton_forward import forward
+from kernels.contmix.triton_forward import Inputs, forward
 from kernels.contmix.triton_grad_inputs import grad_query, grad_value
 from kernels.contmix.triton_grad_parameters import grad_projected, grad_tables
 from kernels.contmix.triton_tiles import Saved
@@ -29,7 +29,7 @@ def contmix(
         return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
     out, statistics = eager.empty_outputs(value)
     if value.numel() > 0:
-        forward(query, projected, bias, rpb, value, out, statistics, kernel_sizes)
+        forward(Inputs(query, projected, bias, rpb, value), out, statistics, kernel_sizes)
     return out, statistics
 
 

@@ -130,7 +130,7 @@ def test_every_config(threshold, size, kernel_size, monkeypatch):
     )
     value, projected = value[:, 0], (key @ proj_weight.t())
     out, statistics = torch.empty_like(value), torch.empty(1, 1, height, width, device=DEVICE)
-    inputs = query, projected, bias, table.flatten(1), value[:, None]
+    inputs = triton_forward.Inputs(query, projected, bias, table.flatten(1), value[:, None])
     grad, delta = torch.randn_like(value), torch.empty_like(statistics)
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
 
@@ -144,7 +144,7 @@ def test_every_config(threshold, size, kernel_size, monkeypatch):
     tiles = {(config.block_pixels, config.block_steps): config for config in configs}
     for config in tiles.values() if DEVICE == "cpu" else configs:
         outputs = out.fill_(torch.nan)[:, None], statistics.fill_(torch.nan)[:, None]
-        triton_forward.forward(*inputs, *outputs, [kernel_size], {0: config})
+        triton_forward.forward(inputs, *outputs, [kernel_size], {0: config})
         assert_close(out, expected[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
         assert_close(statistics, log_sum_exp[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
         triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config)
@@ -226,11 +226,12 @@ def test_never_more_than_a_few_megabytes_of_logits():
 def test_one_launch_for_all_kernel_sizes():
     """Or one for each number of warps and stages that their configs ask for; the same numbers."""
     query, key, value, proj_weight, bias, *tables = (tensor.float() for tensor in _inputs(kernel_sizes=(3, 5, 7)))
-    parameters = key @ proj_weight.t(), bias, torch.cat([table.flatten(1) for table in tables], 1)
+    tables_side_by_side = torch.cat([table.flatten(1) for table in tables], 1)
+    inputs = triton_forward.Inputs(query, key @ proj_weight.t(), bias, tables_side_by_side, value)
     results = []
     for configs, launches in ((None, 1), ({0: Config(16, 16), 1: Config(32, 16, 8), 2: Config(64, 16, 8)}, 2)):
         out, statistics = eager.empty_outputs(value)
-        arguments = query, *parameters, value, out.fill_(torch.nan), statistics.fill_(torch.nan), [3, 5, 7], configs
+        arguments = inputs, out.fill_(torch.nan), statistics.fill_(torch.nan), [3, 5, 7], configs
         with record_launches() as recorded:
             triton_forward.forward(*arguments)
         assert len(recorded) == launches
