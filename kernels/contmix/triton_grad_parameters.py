@@ -9,7 +9,7 @@ With ds[n,k], the logits' gradient of ``triton_grad_inputs``, computed again her
     grad_tables      Σ_b ds[n,k]                 a program per block of window positions, tile and chunk of images
 
 Each chunk leaves a partial sum; the partial sums are added in a fixed order. There are only as many chunks as make
-a few hundred programs, so that all of them together stay at a few megabytes.
+a thousand programs, so that all of them together stay at a few megabytes.
 
 The gradients of bias and rpb need ds summed over images and pixels. At a given pixel, window position k always meets
 the same entry of rpb; and all pixels at least K//2 away from the borders meet one entry. So grad_tables first adds up
@@ -58,8 +58,9 @@ __all__ = ["grad_projected", "grad_tables"]
 
 # Rows that those away from the borders are folded onto.
 FOLDED = 16
-# Sums are cut into chunks until there are this many programs, a few for each processor of a GPU.
-PROGRAMS = 1 if interpreting() else 512
+# Sums are cut into chunks until there are this many programs: with two or three at a time on a GPU's 132 processors, a
+# few waves.
+PROGRAMS = 1 if interpreting() else 1024
 
 MODULES = tuple(f"kernels.{name}" for name in (
     "windows_triton", "contmix.triton_blocks", "contmix.triton_tiles", "contmix.triton_grad_parameters"
