@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from autotune.tuner import measure_candidates, observing
 from kernels.aggregation import triton_kernels as aggregation_kernels
 from kernels.depthwise import triton_kernels, triton_tiles
 from kernels.depthwise.triton_tiles import CONFIGS, LIBRARY, Config, Problem, heuristic, tile_width
@@ -215,6 +216,24 @@ def test_pytorch_instead(channels_last):
         assert ours.stride() == expected.stride() == x.stride()
         assert_close(ours, expected, FORWARD_TOLERANCE[x.dtype])
     assert_close(gradient, triton_kernels.weight_gradient(x, x, 5), GRADIENT_TOLERANCE[x.dtype])
+
+
+def test_tuning_takes_pytorch_where_it_wins():
+    x, weight = random_tensor(1, 2, 8, 16), random_tensor(2, 1, 5, 5)
+    requests = []
+    with observing(requests.append):
+        triton_kernels.convolve(x, weight)
+        triton_kernels.weight_gradient(x, x, 5)
+
+    def launches(call):
+        with record_launches() as recorded:
+            call()
+        return float(len(recorded))
+
+    assert [request.tunable for request in requests] == [triton_kernels.CONVOLVE, triton_kernels.WEIGHT_GRADIENT]
+    for request in requests:
+        outcomes = measure_candidates(request.tunable, request.problem, request.trial, launches, most=2)
+        assert [(outcome.milliseconds, outcome.config == LIBRARY) for outcome in outcomes] == [(0, True), (1, False)]
 
 
 def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
