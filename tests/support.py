@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -94,3 +95,11 @@ def check_operator(
     assert_close(out, expected, FORWARD_TOLERANCE[dtype], what)
     for key, ours_grad, expected_grad in zip(ours, grads, expected_grads, strict=True):
         assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[dtype], f"{what}, gradient of {key}")
+
+
+def triton_device() -> str:
+    """Where the Triton kernels run here: the GPU, or the CPU in Triton's interpreter."""
+    pytest.importorskip("triton")
+    if DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    return DEVICE

@@ -19,6 +19,10 @@ channels served by L1, where neighbouring pixels share them; 60 loads of logits 
 thread owns one. That is 105 instructions of a warp (a third of them multiply-adds, a third conversions from bfloat16),
 70 µs for VOLO-D1's 128 x 28² pixels on an H200, whose memory would need 24 µs for 81/4 logits and 2·32 values each.
 
+Weighed and left: to make the logits inside too, from pooled tokens. At that shape it would spare writing and reading
+486 logits a window, 49 MB or 11 µs of an H200's memory; but a pixel is in 2.25 windows on average, so that a kernel
+that gathers would make each window's logits twice. Four layers of a model that takes milliseconds: below 1 %.
+
 The third line is a kernel of its own, three small matrices a window and head: dp is the product of [K², D] and [D, K²]
 on tensor cores. It leaves log2 Σ_s exp2 of every row, by which the second line knows p from one logit.
 """

@@ -19,7 +19,7 @@ from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers import DropPath
 from models.overlock import OverLoCK
 from models.registry import create_model, list_models
-from tests.support import DEVICE, INTERPRETED, assert_close, golden, golden_fill, official_state_dicts, random_tensor
+from tests.support import assert_close, golden, golden_fill, official_state_dicts, random_tensor, triton_device
 
 NAMES = [f"overlock_{size}{form}" for size in ("xt", "t", "s", "b") for form in ("", "_reparam")]
 
@@ -56,14 +56,6 @@ def fill(model: nn.Module) -> Any:
 
 def image(*size: int) -> torch.Tensor:
     return random_tensor(*size, device="cpu")
-
-
-def triton_device() -> str:
-    """Where the Triton kernels run here: the GPU, or the CPU in Triton's interpreter."""
-    pytest.importorskip("triton")
-    if DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
-    return DEVICE
 
 
 @pytest.fixture

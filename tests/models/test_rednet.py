@@ -21,6 +21,7 @@ from tests.support import (
     golden_fill,
     official_state_dicts,
     random_tensor,
+    triton_device,
 )
 
 # parameters in M, multiply-adds in G at 224²
@@ -70,9 +71,11 @@ def test_an_involution_counts_its_multiply_adds():
     assert counter.get_total_flops() == 2 * 49 * x.numel()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 def test_golden_logits_and_gradient_norms(backend):
     expected = golden("rednet26_224x224")
+    if backend == "triton":
+        triton_device()
     model = filled()
     image = golden_fill().image(2, 224, 224).to(DEVICE).requires_grad_()
     with kernels.use_backend(backend):

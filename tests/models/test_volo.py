@@ -35,6 +35,7 @@ from tests.support import (
     golden_fill,
     official_state_dicts,
     random_tensor,
+    triton_device,
 )
 
 MILLION_PARAMETERS = {volo_d1: 26.6, volo_d2: 58.7, volo_d3: 86.3, volo_d4: 193.0, volo_d5: 295.5}
@@ -68,9 +69,11 @@ def test_multiply_adds_are_the_published_ones():
     assert counter.get_total_flops() / 2e9 == pytest.approx(6.8, rel=0.05)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 def test_golden_logits_and_gradient_norms(backend):
     expected = golden("volo_d1_224x224")
+    if backend == "triton":
+        triton_device()
     model = golden_fill().fill_(volo_d1()).eval().to(DEVICE)
     x = golden_fill().image(2, 224, 224).to(DEVICE).requires_grad_()
     with kernels.use_backend(backend):
