@@ -65,7 +65,8 @@ def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterat
     from kernels.contmix import triton_kernels as kernels
 
     # OverLoCK-T: 8 heads of 16 query and 16 value channels.
-    positions, relatives = (sum(f(size) for size in kernel_sizes) for f in (lambda k: k**2, lambda k: (2 * k - 1) ** 2))
+    positions = sum(size**2 for size in kernel_sizes)
+    relatives = sum((2 * size - 1) ** 2 for size in kernel_sizes)
     features = _meta(128, 8, 16, length, length, dtype=dtype)
     projected = _meta(128, 8, 16, positions, dtype=dtype)
     bias = _meta(positions, dtype=dtype)

@@ -103,11 +103,8 @@ def _compiled_table(record: dict[str, Any]) -> Iterator[str]:
     yield "| shape | kernel | registers | spilled, B | shared, B | tensor cores | FMA | shuffles/out | bytes/out |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     for row in record["reports"]:
-        kernel, shuffles, moved = (
-            row["kernel"].removesuffix("_kernel"),
-            row["shuffles_per_output"],
-            row["bytes_per_output"],
-        )
+        kernel = row["kernel"].removesuffix("_kernel")
+        shuffles, moved = row["shuffles_per_output"], row["bytes_per_output"]
         yield (
             f"| {row['case']} | {kernel} | {row['registers']} | {row['spilled_bytes']} | {row['shared_bytes']} "
             f"| {row['tensor_core']} | {row['fma']} | {report.number(shuffles)} | {report.number(moved)} |"
@@ -116,15 +113,14 @@ def _compiled_table(record: dict[str, Any]) -> Iterator[str]:
 
 def _compiled() -> dict[str, Any]:
     """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
-    import triton
-
     from autotune.compile import build
+    from autotune.tuner import triton_version
 
     reports, failures = build(["sm_90"], ["bf16"], Console())
     if failures:
         raise RuntimeError("\n".join(failures))
     return {
-        "triton": triton.__version__,
+        "triton": triton_version(),
         "architecture": "sm_90",
         "dtype": "bf16",
         "reports": [dataclasses.asdict(report) for report in reports],

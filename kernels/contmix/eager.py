@@ -110,7 +110,7 @@ def contmix_backward(
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
     grad_value, _ = empty_outputs(value)
-    # zeros_like and to keep the memory order.
+    # In query's memory order, which ``to`` below keeps.
     grad_query = torch.zeros_like(empty_like_layout(query, query.shape), dtype=accumulator_dtype(query.dtype))
     query = _heads_last(query)
     grad_projected, grad_bias, grad_rpb = [], [], []

@@ -196,7 +196,7 @@ def mix(
     if SHARED:
         b_sum = dot(b_weight, tl.trans(b_value), ACCUMULATOR, UPCAST)
     else:
-        b_band = banded(b_weight, o_shift, KERNEL, BLOCK_SPAN).to(b_value.dtype)
+        b_band = banded(b_weight, o_shift, KERNEL, BLOCK_SPAN)
         b_band = tl.reshape(b_band, [BLOCK_PIXELS // TILE_WIDTH, TILE_WIDTH, BLOCK_SPAN])
         b_sum = dot(b_band, tl.permute(b_value, [0, 2, 1]), ACCUMULATOR, UPCAST)
         b_sum = tl.reshape(b_sum, [BLOCK_PIXELS, BLOCK_CHANNELS])

@@ -267,18 +267,17 @@ def convolve(
     kernel_size = weight.shape[-1]
     if x.dtype == torch.float64 and not interpreting():  # no float64 matrix product in Triton on every GPU
         return _library_convolve(x, weight, bias, flipped)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return in_layout_of(x, out)
+    if x.numel() == 0:
+        return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
     if config is None:
         trial = Trial(
             lambda config: convolve(x, weight, bias, flipped, config),
             lambda: _convolve_reference(x, weight, bias, flipped),
         )
-        config = choose(CONVOLVE, problem_of(x, out, kernel_size, weight_gradient=False), x.device, trial)
+        config = choose(CONVOLVE, problem_of(x, x, kernel_size, weight_gradient=False), x.device, trial)
     if config.library:
         return _library_convolve(x, weight, bias, flipped)
-    source = channels_first(x)
+    source, out = channels_first(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     band = _band(weight, flipped, config)
     tiles_h, tiles_w = config.tiles(height, width, kernel_size)
     tiles = batch * tiles_h * tiles_w

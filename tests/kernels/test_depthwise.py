@@ -7,12 +7,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from autotune import tuner
 from autotune.tuner import measure_candidates, observing
 from kernels.aggregation import triton_kernels as aggregation_kernels
 from kernels.depthwise import triton_kernels, triton_tiles
-from kernels.depthwise.triton_tiles import CONFIGS, LIBRARY, Config, Problem, heuristic, tile_width
+from kernels.depthwise.triton_tiles import CONFIGS, LIBRARY, SMALL, Config, Problem, heuristic, tile_width
 from kernels.launch import record_launches
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch):
+    """Natively PyTorch would be given all that is tested here; it is our kernels that are to be tested."""
+    monkeypatch.setattr(triton_tiles, "SMALL", 0)
+    heuristic.cache_clear()
+    tuner.forget()
+    yield
+    heuristic.cache_clear()
+    tuner.forget()
+
 
 # (batch, channels, height, width, K). 9x21 cuts tiles of 4x16 short on both axes; 7x7 is one tile, of which only the
 # input rows inside the map are walked; K = 31 is wider than the map; 70 channels are two blocks of 64.
@@ -194,6 +207,7 @@ def test_every_config():
 
 def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
     monkeypatch.setattr(triton_tiles, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_tiles, "SMALL", SMALL)
     small = Problem(1, 256, 196, 13, 2, torch.bfloat16)
     assert heuristic.__wrapped__(small) == LIBRARY
     assert heuristic.__wrapped__(small._replace(images=128)) != LIBRARY
