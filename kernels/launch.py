@@ -7,6 +7,7 @@ compiled ahead, for any architecture, from the very arguments its launcher compu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ def record_launches() -> Iterator[list[Launch]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], **options: int) -> None:
     """Run ``kernel`` over ``grid`` on ``device``; Triton itself would take the current device."""
+    if math.prod(grid) >= 2**31:
+        raise ValueError(f"{kernel.__name__} would need {math.prod(grid)} programs, a GPU takes fewer than 2^31")
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
     elif device.type != "cuda" or device.index == torch.cuda.current_device():
