@@ -79,12 +79,12 @@ def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterat
 
 
 def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from kernels.outlook import triton_kernels as kernels
+    from kernels.outlook import backward, forward
 
     # VOLO-D1: 6 heads of 32 channels.
     logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
-    yield lambda: kernels.outlook(logits, value, 3, 2, 1, 32**-0.5)
-    yield lambda: kernels.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: forward.outlook(logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: backward.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
 
 
 def _depthwise(
