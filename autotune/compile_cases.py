@@ -90,15 +90,15 @@ def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
 def _depthwise(
     dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
 ) -> Iterator[Callable[[], object]]:
-    from kernels.depthwise import triton_kernels as kernels
+    from kernels.depthwise import backward, forward
 
     x, weight = (
         _meta(128, channels, length, length, dtype=dtype),
         _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
     )
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    yield lambda: kernels.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
-    yield lambda: kernels.weight_gradient(x, x, kernel_size)
+    yield lambda: forward.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
+    yield lambda: backward.weight_gradient(x, x, kernel_size)
 
 
 def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:

@@ -73,7 +73,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 @without_autocast
 def _convolve(x, weight, bias, flipped):
     """``flipped`` convolves with weight[c, K−1−k]."""
-    from kernels.depthwise.triton_kernels import convolve
+    from kernels.depthwise.forward import convolve
 
     return convolve(x, weight, bias, flipped)
 
@@ -90,7 +90,7 @@ def _(x, weight, bias, flipped):
 )
 @without_autocast
 def _weight_gradient(grad, x, kernel_size):
-    from kernels.depthwise.triton_kernels import weight_gradient
+    from kernels.depthwise.backward import weight_gradient
 
     return weight_gradient(grad, x, kernel_size)
 

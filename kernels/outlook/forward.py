@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # Triton's constexpr and the values inside a kernel are opaque to a type checker.
 # ruff: noqa: RUF005 (tuples of blocks: jit functions do not unpack)
