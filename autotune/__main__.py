@@ -55,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    from kernels.files import WriteError  # with PyTorch, which --help does without
+
+    try:
+        return arguments.run(arguments)
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ from autotune import timing, tuner
 from autotune.cases import LOST, device_lost
 from autotune.precompile import Build, builds, precompile
 from autotune.progress import Steps
-from autotune.store import Store, atomic_write, user_folder
+from autotune.store import Store, user_folder
 from autotune.tuner import Outcome, Request, gpu_name, key_of, look_up, observing
 from kernels.backend import interpreting
+from kernels.files import atomic_write
 from kernels.launch import record_launches
 
 __all__ = ["Tuning", "add_arguments", "run"]
