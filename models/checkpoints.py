@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from kernels.files import atomic_write
 from models.downloads import fetch
 from models.metadata import Metadata, read_metadata
-from models.weight_files import entries_for, listed, part_of, read_state_dict, safetensors_torch, unwrapped_name
+from models.weight_files import (
+    entries_for,
+    is_bookkeeping,
+    listed,
+    part_of,
+    read_state_dict,
+    safetensors_torch,
+    unwrapped_name,
+)
 
 __all__ = ["load_checkpoint", "load_pretrained", "local_file", "read_state_dict", "save_checkpoint"]
 
@@ -114,14 +122,15 @@ def _load(model: nn.Module, path_or_url: PathLike, sha256: str | None = None, us
     metadata = read_metadata(path)
     if unlike := [name for name, tensor in state.items() if not _plain(tensor)]:
         raise ValueError(f"checkpoint: {path} holds tensors without plain values (sparse, meta, …): {listed(unlike)}")
+    state = _with_counters(state)
     adapt_state_dict = getattr(model, "adapt_state_dict", None)
     if adapt_state_dict is not None:
         state = adapt_state_dict(state)
     if getattr(model, "features_only", False):  # neither the classifier nor the stages after the last wanted map
         own_parts = {part_of(name) for name in own}
         state = {name: tensor for name, tensor in state.items() if part_of(name) in own_parts}
+    state = {name: tensor for name, tensor in state.items() if name in own or not is_bookkeeping(name)}
     state = _adapted_shapes(_with_classifiers(state, model, own, notes), model, own)
-    state = _with_counters(state, own)
     _check_fit(state, own, type(model).__name__, path)
     _put({names[name]: tensor for name, tensor in state.items()}, model)
     if metadata is not None and hasattr(model, "pretrained_cfg"):
@@ -211,14 +220,13 @@ def _resized_positions(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(grid, size, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
-def _with_counters(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with the batch norms' own counters where the file has none, as of old, or averages of them."""
-    for name, tensor in own.items():
-        norm, _, entry = name.rpartition(".")
-        if entry != "num_batches_tracked" or f"{norm}.running_mean" not in state:
-            continue
-        if name not in state or state[name].dtype != tensor.dtype or state[name].shape != tensor.shape:
-            state[name] = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.clone()
+def _with_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with a counter of 0 for every batch norm that has none, as of old, or an average of some."""
+    state = dict(state)
+    for name in [name for name in state if name.endswith("running_mean")]:
+        counter = f"{name.removesuffix('running_mean')}num_batches_tracked"
+        if counter not in state or state[counter].dtype != torch.int64 or state[counter].ndim:
+            state[counter] = torch.zeros((), dtype=torch.int64)
     return state
 
 

@@ -16,6 +16,7 @@ from models.unpickling import read_safely, reason_of
 __all__ = [
     "Weights",
     "entries_for",
+    "is_bookkeeping",
     "is_safetensors",
     "listed",
     "part_of",
@@ -121,6 +122,11 @@ def entries_for(
 def unwrapped_name(name: str) -> str:
     """An entry's name without what wrappers around modules add to it."""
     return WRAPPER.sub("", name)
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Whether this is a counter, of which a file may have more or fewer than a model."""
+    return name.rpartition(".")[2] in BOOKKEEPING
 
 
 def part_of(name: str) -> str:
@@ -236,12 +242,11 @@ def _entries(
         ]
         taken.update((name[len(outside) :], state[name]) for name in found)
         left_out = [name for name in left_out if name not in found]
-    left_out = [name for name in left_out if name.rpartition(".")[2] not in BOOKKEEPING]
+    left_out = [name for name in left_out if not is_bookkeeping(name)]
     notes = []
     if left_out and "backbone" not in prefix.split("."):  # a backbone's neck and heads go without saying
         notes.append(f"left out of {path}, for being outside of {prefix!r}: {listed(left_out)}")
-    dropped = [name for name in taken if name not in own and name.rpartition(".")[2] in BOOKKEEPING]
-    return {name: tensor for name, tensor in taken.items() if name not in dropped}, smoothed, notes
+    return taken, smoothed, notes
 
 
 def _prefixes(name: str) -> Iterable[str]:
