@@ -21,21 +21,14 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from models.commands.arguments import (
-    DTYPES,
-    add_device_arguments,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    console,
-    positive,
-)
+from models.commands.arguments import add_device_arguments, add_image_arguments, add_model_arguments, build_model
 from models.commands.errors import CommandError, input_errors
 from models.commands.files import check_parent, write_json
 from models.commands.folders import EvaluationImages, ImageFolder
 from models.commands.images import Preprocessing
-from models.commands.progress import Bar
+from models.commands.progress import Bar, console
 from models.commands.scoring import count_correct, loader, predict
+from models.commands.types import DTYPES, positive
 from models.inference import optimize_for_inference
 
 __all__ = ["add_arguments", "run"]

@@ -21,22 +21,15 @@ from pathlib import Path
 import torch
 
 from models.commands import distributed
-from models.commands.arguments import (
-    add_device_arguments,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    console,
-    natural,
-    positive,
-    share,
-)
+from models.commands.arguments import add_device_arguments, add_image_arguments, add_model_arguments, build_model
 from models.commands.errors import CommandError, input_errors
 from models.commands.files import write_json
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
+from models.commands.progress import console
 from models.commands.recipe import Recipe
 from models.commands.training import BEST, STATE, Run, Trainer
+from models.commands.types import FRACTION, Number, natural, positive
 
 __all__ = ["add_arguments", "run"]
 
@@ -67,9 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             option, type=float, default=getattr(default, name), dest=name, metavar="X", help=f"{text} (%(default)s)"
         )
-    group.add_argument("--drop-path", type=float, metavar="RATE", help="stochastic depth (the model's own)")
-    group.add_argument("--least-area", type=share, default=0.08, metavar="SHARE", help="smallest crop (%(default)s)")
-    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="chance of mirroring (%(default)s)")
+    group.add_argument(
+        "--drop-path", type=Number(at_least=0, below=1), metavar="RATE", help="stochastic depth (the model's own)"
+    )
+    group.add_argument(
+        "--least-area",
+        type=Number(above=0, at_most=1),
+        default=0.08,
+        metavar="SHARE",
+        help="smallest crop (%(default)s)",
+    )
+    group.add_argument("--flip", type=FRACTION, default=0.5, metavar="P", help="chance of mirroring (%(default)s)")
     group.add_argument("--freeze-backbone", action="store_true", help="train nothing but the classifier")
     group.add_argument("--seed", type=natural, default=default.seed, metavar="N", help="(%(default)s)")
 

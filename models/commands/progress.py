@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import TypeVar
 
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.commands.arguments import console
+__all__ = ["Bar", "console"]
 
-__all__ = ["Bar"]
+Self = TypeVar("Self", bound="Bar")
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class Bar:
@@ -24,7 +27,7 @@ class Bar:
         self._bar = Progress(*columns, TextColumn("{task.description}"), console=console) if drawn else None
         self._last = time.monotonic()
 
-    def __enter__(self) -> Bar:
+    def __enter__(self: Self) -> Self:
         if self._bar is not None:
             self._bar.start()
             self._bar.add_task("", total=self.total, completed=self.done)
@@ -36,15 +39,21 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
+    def describe(self, told: str) -> None:
+        """What is being done, beside the bar."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=escape(told))
+
     def advance(self, count: int, told: str) -> None:
         """``count`` more are done; ``told`` is how it stands."""
         self.done += count
+        self.describe(told)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], advance=count, description=escape(told))
+            self._bar.advance(self._bar.task_ids[0], count)
         elif self.shown and time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
             self.say(f"[{self.done}/{self.total}] {told}")
 
     def say(self, line: str) -> None:
         if self.shown:
-            console.print(escape(line))
+            console.print(line, markup=False)

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from models.commands import distributed
-from models.commands.arguments import DTYPES
+from models.commands.types import DTYPES
 
 __all__ = ["Recipe", "TrainingBatches"]
 

@@ -25,7 +25,6 @@ from torch.utils.data import Dataset, Subset
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
-from models.commands.arguments import DTYPES
 from models.commands.files import read_lines, read_state, write_lines, write_state
 from models.commands.folders import Batch
 from models.commands.images import UnreadableImageError
@@ -33,6 +32,7 @@ from models.commands.optimisation import Objective, cosine_with_warmup, paramete
 from models.commands.progress import Bar
 from models.commands.recipe import Recipe, TrainingBatches
 from models.commands.scoring import count_correct, loader, predict
+from models.commands.types import DTYPES
 
 __all__ = ["BEST", "STATE", "Run", "Trainer"]
 
