@@ -63,13 +63,15 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="how images are resized")
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -> None:
+    """``loads``: no more than the device and what loads images; batch and dtype are a recipe's."""
     group = parser.add_argument_group("where and how it runs")
     group.add_argument(
         "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)"
     )
-    group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
-    group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
+    if not loads:
+        group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
+        group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
     group.add_argument(
         "--workers",
         type=processes,

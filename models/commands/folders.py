@@ -133,9 +133,9 @@ class EvaluationImages(Dataset[Item]):
 
 
 class TrainingImages(Dataset[Item]):
-    """(epoch, index) -> (augmented image, label).
+    """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
 
-    What is drawn depends on seed, epoch and index alone: not on the process that draws, nor on what came before. So a
+    What is drawn depends on seed, draw and index alone: not on the process that draws, nor on what came before. So a
     run that continues after a kill sees what it would have seen.
     """
 
@@ -146,10 +146,10 @@ class TrainingImages(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
+        draw, index = key
         path, label = self.samples[index]
         try:
             image = read_image(path, self.augmentation.preprocessing.channels)
         except UnreadableImageError as error:
             return Unreadable(str(error))
-        return self.augmentation(image, random.Random(f"{self.seed} {epoch} {index}")), label
+        return self.augmentation(image, random.Random(f"{self.seed} {draw} {index}")), label

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from models._contract import BackboneContract
+from models.commands.randomness import seeded
 
 __all__ = ["Augmentation", "Preprocessing", "UnreadableImageError", "check_image", "read_image"]
 
@@ -197,11 +199,15 @@ class Augmentation:
         preprocessing: gives size, interpolation, mean and std.
         least_area: the crop takes a share of the image's area drawn from ``least_area``..1.
         flip: probability of mirroring.
+        change: of the flipped image, as timm's RandAugment; it draws from the global generators.
+        erase: of the normalised one, as timm's random erasing; likewise.
     """
 
     preprocessing: Preprocessing
     least_area: float = 0.08
     flip: float = 0.5
+    change: Callable[[Image.Image], Image.Image] | None = None
+    erase: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("least_area", "flip"):
@@ -227,4 +233,8 @@ class Augmentation:
         image = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box=box)
         if generator.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.preprocessing.normalise(image)
+        if self.change is None and self.erase is None:
+            return self.preprocessing.normalise(image)
+        with seeded(generator.getrandbits(56)):
+            x = self.preprocessing.normalise(image if self.change is None else self.change(image))
+            return x if self.erase is None else self.erase(x)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Bar", "console"]
+__all__ = ["Bar", "console", "event_writer"]
 
 Self = TypeVar("Self", bound="Bar")
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -57,3 +58,15 @@ class Bar:
     def say(self, line: str) -> None:
         if self.shown:
             console.print(line, markup=False)
+
+
+def event_writer(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, which leaves out what a killed run wrote after ``step``; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    except Exception as error:  # an installation that does not fit must not end a training
+        console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

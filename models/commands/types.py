@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class Number:
     whole: bool = False
     noun: str = ""
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: Any) -> bool:
         kind = isinstance(value, int) if self.whole else isinstance(value, (int, float)) and math.isfinite(value)
         return kind and self.at_least <= value <= self.at_most and self.above < value < self.below
 
