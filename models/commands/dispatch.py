@@ -81,6 +81,11 @@ def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
         raise CommandError(str(error)) from None
     try:
         module = importlib.import_module(module_name)
+        parser = argparse.ArgumentParser(
+            prog=name, description=inspect.getdoc(module), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(argv))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in OURS:
             raise
@@ -88,11 +93,6 @@ def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
         raise CommandError(
             f"{command} needs the package {error.name}, which is not installed here; pip install -e . brings it"
         ) from None
-    parser = argparse.ArgumentParser(
-        prog=name, description=inspect.getdoc(module), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(argv))
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
