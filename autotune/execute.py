@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from autotune import timing
-from autotune.arguments import matching
+from autotune.arguments import matching, seconds
 from kernels.files import atomic_write
 
 __all__ = ["add_arguments", "execute", "run"]
@@ -110,7 +110,7 @@ def _tidy(notebook: Any) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("notebooks", nargs="*", metavar="NAME", help="part of a notebook's name (default: all)")
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds a cell may take (default: 600)"
+        "--timeout", type=seconds, default=600, metavar="S", help="seconds a cell may take (default: 600)"
     )
     parser.add_argument("--check", action="store_true", help="only execute; write nothing")
 

@@ -26,7 +26,7 @@ from rich.measure import Measurement
 
 import kernels
 from autotune import plots, progress, report, timing, workloads
-from autotune.arguments import device, dtype, image_size, matching, positive
+from autotune.arguments import device, dtype, image_size, matching, positive, threads
 from autotune.comparison import DisagreementError, Settings, measure_model, measure_operator
 from autotune.workloads import Size
 from kernels.backend import BACKENDS, interpreting, resolve
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=kernels.get_backend(),
         help="our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)",
     )
-    where.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    where.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     what = parser.add_argument_group("what it runs")
     what.add_argument("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
     what.add_argument(

@@ -11,72 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
 from models._contract import BackboneContract
 from models.checkpoints import load_checkpoint, read_state_dict
+from models.commands.progress import console
+from models.commands.types import DTYPES, Number, device, image_size, positive, processes
 from models.downloads import fetch
 from models.registry import create_model
 from models.volo import VOLO
 
-__all__ = [
-    "DTYPES",
-    "add_device_arguments",
-    "add_image_arguments",
-    "add_model_arguments",
-    "build_model",
-    "console",
-    "device",
-    "natural",
-    "positive",
-    "share",
-]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def device(text: str) -> torch.device:
-    """A device that is there: cpu, cuda, cuda:1."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device present here, got {text!r}: {reason}") from None
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """Above 0; crops may exceed the image, hence not at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 2:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 2, got {text!r}")
-    return value
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """SIDE or HEIGHTxWIDTH."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got {text!r}")
-    return int(sides[0]), int(sides[-1])
+__all__ = ["add_device_arguments", "add_image_arguments", "add_model_arguments", "build_model"]
 
 
 def model_option(text: str) -> tuple[str, Any]:
@@ -108,20 +54,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the model sees (default: as its official weights were tested)")
     group.add_argument("--size", type=image_size, metavar="SIDE", help="pixels, or HEIGHTxWIDTH")
-    group.add_argument("--crop-pct", type=share, metavar="SHARE", help="of the image's shorter side that is seen")
+    group.add_argument(
+        "--crop-pct",
+        type=Number(at_least=0.01, at_most=2),
+        metavar="SHARE",
+        help="of the image's shorter side that is seen",
+    )
     group.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="how images are resized")
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -> None:
+    """``loads``: no more than the device and what loads images; batch and dtype are a recipe's."""
     group = parser.add_argument_group("where and how it runs")
     group.add_argument(
         "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)"
     )
-    group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
-    group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
+    if not loads:
+        group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
+        group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
     group.add_argument(
         "--workers",
-        type=natural,
+        type=processes,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
         help="that load images (%(default)s)",

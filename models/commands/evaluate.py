@@ -21,21 +21,14 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from models.commands.arguments import (
-    DTYPES,
-    add_device_arguments,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    console,
-    positive,
-)
+from models.commands.arguments import add_device_arguments, add_image_arguments, add_model_arguments, build_model
 from models.commands.errors import CommandError, input_errors
 from models.commands.files import check_parent, write_json
 from models.commands.folders import EvaluationImages, ImageFolder
 from models.commands.images import Preprocessing
-from models.commands.progress import Bar
+from models.commands.progress import Bar, console
 from models.commands.scoring import count_correct, loader, predict
+from models.commands.types import DTYPES, Number, natural, positive
 from models.inference import optimize_for_inference
 
 __all__ = ["add_arguments", "run"]
@@ -65,8 +58,8 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_count(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The count so far; from nothing where there is no such file.
+def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[str, Any]:
+    """The count so far, of ``total`` images; from nothing where there is no such file.
 
     Raises:
         ValueError: the file is another's, or counts something else; the message names what differs.
@@ -78,10 +71,21 @@ def read_count(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
         count = json.loads(path.read_text(encoding="utf-8"))
         count = {name: count[name] for name in fresh}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        counted = [count[name] for name in ("top1", "top5", "position")]
+        read = count["position"] - len(count["skipped"])
+        possible = (
+            all(natural.holds(number) for number in counted)
+            and count["top1"] <= count["top5"] <= read
+            and count["position"] <= total
+            and all(isinstance(message, str) for message in count["skipped"])
+            and Number(at_least=0).holds(count["seconds"])
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:
         raise ValueError(f"--resume: {path} counts with other {', '.join(differing)}; delete it, or name another file")
+    if not possible:
+        raise ValueError(f"--resume: {path} holds numbers that no count of {total} images has; delete it")
     return count
 
 
@@ -133,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
             "dtype": arguments.dtype,
             "batch": arguments.batch,
         }
-        count = read_count(arguments.resume, settings)
+        count = read_count(arguments.resume, settings, len(folder.samples))
     place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     optimised = optimize_for_inference(model) if arguments.inference else model
     count_images(optimised.to(place), folder, preprocessing, count, arguments)

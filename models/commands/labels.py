@@ -22,7 +22,7 @@ def class_names(count: int, file: str | Path | None = None) -> list[str]:
     """
     if file is None:
         return imagenet_classes() if count == 1000 else [str(label) for label in range(count)]
-    names = Path(file).read_text(encoding="utf-8").splitlines()
+    names = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # as file names may be
     if len(names) != count:
         raise ValueError(f"--classes must have a line for each of the model's {count} classes, {file} has {len(names)}")
     return names

@@ -8,16 +8,17 @@ run that continues from it takes the path it would have taken.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset
@@ -25,18 +26,21 @@ from torch.utils.data import Dataset, Subset
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
-from models.commands.arguments import DTYPES
+from models.commands.augmentation import mixing
 from models.commands.files import read_lines, read_state, write_lines, write_state
 from models.commands.folders import Batch
 from models.commands.images import UnreadableImageError
 from models.commands.optimisation import Objective, cosine_with_warmup, parameter_groups, warmed_up_ema
-from models.commands.progress import Bar
-from models.commands.recipe import Recipe, TrainingBatches
+from models.commands.progress import Bar, event_writer
+from models.commands.randomness import seed_of, seeded
+from models.commands.recipe import OPTIONS, Recipe, TrainingBatches
 from models.commands.scoring import count_correct, loader, predict
+from models.commands.types import DTYPES
 
 __all__ = ["BEST", "STATE", "Run", "Trainer"]
 
 BEST, LAST, LOG, STATE = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt"
+BOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Run:
     """Where a run keeps its files, and how often.
 
     Args:
-        output: an existing folder for ``state.pt``, ``log.jsonl`` and the weights; None keeps nothing.
+        output: an existing folder for ``state.pt``, ``log.jsonl``, the weights and, where TensorBoard is installed, its
+            events; None keeps nothing.
         settings: what must be the same for a run to continue; plain values.
         save_every: steps between states; each epoch's end has one anyway. 0: only there.
         log_every: steps between lines of the log.
@@ -67,7 +72,7 @@ class Trainer:
     Args:
         model: of one of the families, with its classifier, on ``device``.
         recipe: how to train.
-        training: (epoch, index) -> (image, label) or ``Unreadable``, and a length.
+        training: (draw, index) -> (image, label) or ``Unreadable``, and a length; ``TrainingBatches`` gives the keys.
         validation: index -> (image, label) or ``Unreadable``; None evaluates nothing.
         device: where the model is.
         run: which files to keep.
@@ -93,9 +98,15 @@ class Trainer:
             model.requires_grad_(False)
             for name in model.classifiers:
                 model.get_submodule(name).requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay, recipe.layer_decay), lr=recipe.learning_rate
-        )
+        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.decay_vectors)
+        if recipe.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        mixes = recipe.mixup > 0 or recipe.cutmix > 0
+        self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.average: AveragedModel | None = None
         if recipe.ema_decay:
@@ -103,6 +114,7 @@ class Trainer:
         self.best: float | None = None
         self.log: list[dict[str, Any]] = []
         self._interval_loss, self._interval_steps = torch.zeros((), device=device), 0
+        self._board: Any = None
 
     # ---- the state
 
@@ -116,12 +128,17 @@ class Trainer:
             return False
         path = self.run.output / STATE
         state = read_state(path)
-        known, own = state["settings"], _plain(self.run.settings)
+        known, own = _plain(asdict(Recipe())) | state["settings"], _plain(self.run.settings)
         differing = [
-            f"{name} was {known.get(name)!r}, is {own[name]!r}" for name in own if known.get(name) != own[name]
+            f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {own[name]!r}"
+            for name in own
+            if known.get(name) != own[name]
         ]
         if differing:
-            raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
+            ways = "another --output keeps both runs, --restart begins anew"
+            if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
+                ways += f", with --checkpoint {self.run.output / LAST} the weights are trained for longer"
+            raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -155,6 +172,10 @@ class Trainer:
         if self.run.output is not None and distributed.rank() == 0:
             with open(self.run.output / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    self._board.add_scalar(name, value, row["step"])
 
     # ---- the loop
 
@@ -167,6 +188,7 @@ class Trainer:
         """
         if self.run.output is not None and distributed.rank() == 0:
             write_lines(self.run.output / LOG, self.log)  # without what a killed run wrote after its last state
+            self._board = event_writer(self.run.output / BOARD, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
             wrapped = DistributedDataParallel(
@@ -175,13 +197,13 @@ class Trainer:
                 find_unused_parameters=self.recipe.freeze_backbone,  # OverLoCK's auxiliary head
             )
         keys = TrainingBatches(self.training, self.recipe, self.step)
-        batches = loader(self.training, self.device, self.run.workers, batch_sampler=keys)
+        batches = iter(loader(self.training, self.device, self.run.workers, batch_sampler=keys))
         self.model.train(not self.recipe.freeze_backbone)
         self._clock = self._epoch_clock = time.perf_counter()
         self._timed_steps = 0
         with Bar(self.total_steps, self.step, shown=self.run.output is not None and distributed.rank() == 0) as bar:
-            for batch in batches:
-                self._train_step(wrapped, batch)
+            while self.step < self.total_steps:
+                self._train_step(wrapped, batches)
                 at_end = self.step % self.steps_per_epoch == 0
                 if at_end or self.step % self.run.log_every == 0:
                     self._end_interval()
@@ -191,6 +213,8 @@ class Trainer:
                 elif self.run.save_every and self.step % self.run.save_every == 0:
                     self._save()
                 bar.advance(1, f"epoch {self._epoch}/{self.recipe.epochs} {self._told}")
+        if self._board is not None:
+            self._board.close()
         return self.log
 
     @property
@@ -203,19 +227,17 @@ class Trainer:
         losses = [row["loss"] for row in self.log[-2:] if "loss" in row]
         return f"loss {losses[-1]:.4f}" if losses else ""
 
-    def _train_step(self, wrapped: nn.Module, batch: Batch) -> None:
-        if batch.unreadable:
-            raise UnreadableImageError(batch.unreadable[0])
-        torch.manual_seed(_step_seed(self.recipe.seed, self.step, distributed.rank()))
+    def _train_step(self, wrapped: nn.Module, batches: Iterator[Batch]) -> None:
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
-        images = batch.images.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = wrapped(images)
-        loss = self.objective(output, labels)
-        self.scaler.scale(loss).backward()
+        for part in range(self.recipe.accumulate):
+            waits = part + 1 < self.recipe.accumulate  # for the last part, which sums over the processes
+            together = wrapped if waits and isinstance(wrapped, DistributedDataParallel) else None
+            with contextlib.nullcontext() if together is None else together.no_sync():
+                loss = self._loss(wrapped, next(batches), self.step * self.recipe.accumulate + part)
+                self.scaler.scale(loss).backward()
+            self._interval_loss += loss.detach()
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
@@ -225,14 +247,28 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
-        self._interval_loss += loss.detach()
         self._interval_steps += 1
         self._timed_steps += 1
+
+    def _loss(self, wrapped: nn.Module, batch: Batch, number: int) -> Tensor:
+        """A batch's share of its step's loss; what is random follows from the batch's ``number`` in the run."""
+        if batch.unreadable:
+            raise UnreadableImageError(batch.unreadable[0])
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        seed = seed_of(self.recipe.seed, number, distributed.rank())
+        if self.mix is not None:
+            with seeded(seed):
+                images, labels = self.mix(images, labels)
+        torch.manual_seed(seed)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = wrapped(images)
+        return self.objective(output, labels) / self.recipe.accumulate
 
     def _learning_rate(self) -> float:
         warmup = round(self.recipe.warmup * self.steps_per_epoch)
         peak, final = self.recipe.learning_rate, self.recipe.final_learning_rate
-        return cosine_with_warmup(self.step, self.total_steps, warmup, peak, final)
+        return cosine_with_warmup(self.step, self.total_steps, warmup, peak, final, self.recipe.first_learning_rate)
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -243,7 +279,7 @@ class Trainer:
         loss = total.item() / (self._interval_steps * distributed.world_size())
         self._check_finite(loss)
         now = time.perf_counter()
-        images = self._timed_steps * self.recipe.batch * distributed.world_size()
+        images = self._timed_steps * self.recipe.batch * self.recipe.accumulate * distributed.world_size()
         self._interval_loss.zero_()
         self._interval_steps = 0
         row = {
@@ -294,10 +330,6 @@ class Trainer:
         model.train(was_training)
         top1, top5 = (100 * hits / count for hits in distributed.sum_over_processes(totals).tolist())
         return {"top1": top1, "top5": top5}
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "big")
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -353,7 +353,7 @@ def test_finetune_takes_the_same_path_after_a_kill(tmp_path, images, weights, ki
     assert main(evaluate(images / "val", "--checkpoint", broken / "best.safetensors", "--json", "--workers", 0)) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(log[-1]["best_top1"])
 
-    assert "batch was 4, is 6" in refused(capsys, *finetune(images, broken, *options, "--batch", 6))
+    assert "--batch was 4, is 6" in refused(capsys, *finetune(images, broken, *options, "--batch", 6))
     assert log_of(broken) == log
 
 
@@ -377,8 +377,8 @@ def test_finetune_under_torchrun_equals_one_process_with_as_many_images(tmp_path
 def test_finetune_refuses_before_anything_is_written(tmp_path, images, weights, capsys):
     output = tmp_path / "run"
     for arguments, told in (
-        (finetune(images, output, "--lr", 0), "learning_rate must be above 0"),
-        (finetune(images, output, "--warmup-epochs", 5), "warmup_epochs"),
+        (finetune(images, output, "--min-lr", 1), "--min-lr must be at most the peak of 0.001"),
+        (finetune(images, output, "--warmup-epochs", 5), "--warmup-epochs must be below the 2 epochs"),
         (finetune(images, output, "--batch", 500), "there are only 24"),
         (finetune(images, output, "--val", images / "val" / ".."), "same class folders"),
         (finetune(tmp_path / "none", output), "no folder"),
