@@ -146,11 +146,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_loadable(model: nn.Module, own: Mapping[str, Tensor]) -> None:
-    sharded = [name for name, tensor in own.items() if is_traceable_wrapper_subclass(tensor)]
-    if sharded:
+    fixed = [name for name, tensor in own.items() if not _writable(tensor)]
+    if fixed:
         raise ValueError(
-            f"model: {len(sharded)} of its tensors are sharded or quantised, so a file does not fit them; load before "
-            f"that: {listed(sharded)}"
+            f"model: {len(fixed)} of its tensors cannot take a file's values: they are sharded, quantised, expanded or "
+            f"made in inference mode; load before that: {listed(fixed)}"
         )
     unsaved = [name for name, b in model.named_buffers() if b.is_meta and unwrapped_name(name) not in own]
     if unsaved:
@@ -158,6 +158,13 @@ def _check_loadable(model: nn.Module, own: Mapping[str, Tensor]) -> None:
             f"model: it was built on the meta device, and these buffers are in no file; build it elsewhere or give it "
             f"memory with to_empty(device=…): {listed(unsaved)}"
         )
+
+
+def _writable(tensor: Tensor) -> bool:
+    if is_traceable_wrapper_subclass(tensor) or not (tensor.is_meta or _plain(tensor)):
+        return False
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return not expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())
 
 
 def _plain(tensor: Tensor) -> bool:

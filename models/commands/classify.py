@@ -1,7 +1,7 @@
 """Name what photographs show: the five most probable classes of each, and a picture of them.
 
   python -m models classify cat.jpg dog.jpg --model overlock_t --pretrained
-  python -m models classify cat.jpg --model volo_d1 --checkpoint run/best.safetensors --classes run/classes.txt
+  python -m models classify cat.jpg --run run
 
 Without --pretrained or --checkpoint the weights are random and so are the answers; that is said.
 """

@@ -1,7 +1,7 @@
 """Measure top-1 and top-5 on a folder of labelled images, with the crop and interpolation of the papers.
 
   python -m models evaluate imagenet/val --model overlock_t --pretrained --inference
-  python -m models evaluate flowers/val --model volo_d1 --checkpoint run/best.safetensors --output result.json
+  python -m models evaluate flowers/val --run run --output result.json
 
 DIR holds one folder for each class, numbered in the order of their names: ImageNet's folders are named by synset
 (n01440764, n01443537, …), which gives the published numbers. With --resume FILE a run that was killed continues where

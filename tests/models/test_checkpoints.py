@@ -279,6 +279,19 @@ def test_entries_that_share_memory_do_not_share_it_in_a_model(tmp_path):
     assert b.weight.sum() == 6
 
 
+def test_tensors_that_cannot_be_written_are_named_and_nothing_changes(tmp_path):
+    models.save_checkpoint(nn.Linear(3, 3), tmp_path / "file.pth")
+    with torch.inference_mode():
+        frozen = nn.Linear(3, 3)
+    expanded = nn.Linear(3, 3)
+    expanded.weight = nn.Parameter(torch.ones(1, 3).expand(3, 3))
+    for model in (frozen, expanded):
+        before = model.bias.clone()
+        with pytest.raises(ValueError, match=r"^model: \d of its tensors cannot take .*: weight"):
+            models.load_checkpoint(model, tmp_path / "file.pth")
+        assert torch.equal(model.bias, before)
+
+
 def test_a_meta_buffer_that_no_file_has_is_named(tmp_path):
     with torch.device("meta"):
         model = nn.Linear(2, 2)
