@@ -205,7 +205,8 @@ def prepare_output(output: Path, trainer: Trainer, classes: list[str], resumed: 
     if not resumed:
         (output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
     write_json(output / "settings.json", trainer.run.settings)
-    (output / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    names = "".join(f"{name}\n" for name in classes)
+    (output / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")  # as file names may be
 
 
 def _tell(
