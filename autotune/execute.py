@@ -22,6 +22,7 @@ from rich.markup import escape
 
 from autotune import timing
 from autotune.arguments import matching, seconds
+from kernels.files import atomic_write
 
 __all__ = ["add_arguments", "execute", "run"]
 
@@ -91,7 +92,7 @@ def _tidy(notebook: Any) -> None:
         "language_info": {"name": "python"},
     }
     root = timing.repository_root()
-    traces = {str(root): ".", str(Path.home()): "~"}
+    traces = {str(root): ".", os.path.expanduser("~"): "~"}
     for cell in notebook.cells:
         cell.metadata = {}
         for output in cell.get("outputs", ()):
@@ -140,6 +141,6 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         if not arguments.check:
             _tidy(notebook)
-            nbformat.write(notebook, path)
+            atomic_write(path, nbformat.writes(notebook).rstrip("\n") + "\n")
         console.print(f"{path.name}: {time.monotonic() - start:.0f} s")
     return int(failed > 0)

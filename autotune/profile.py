@@ -234,13 +234,16 @@ def run(arguments: argparse.Namespace) -> int:
         messages.print("[yellow]interrupted[/]; what was done by then is kept")
     finally:
         torch.set_num_threads(threads)
+    if arguments.json:  # before anything is written: a full disk does not lose what was measured
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        _print(record)
     timing.write_json(folder / "profile.json", record)
     source = report.fingerprint(record)
     drawn = [plots.save(figure, folder / file, source) for file, figure in report.figures(record).items()]
-    if arguments.json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
-        _print(record, [folder / "profile.json", *drawn])
+    if not arguments.json:
+        names = ", ".join(str(file) for file in (folder / "profile.json", *drawn))
+        Console(highlight=False).print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)
     if not record["complete"]:
         return 130
     return int(any(row["status"] != "ok" for row in record["rows"]))
@@ -250,7 +253,7 @@ def _told(row: dict[str, Any]) -> str:
     return f"{report.number(row['speed_up'])}×" if row["status"] == "ok" else f"failed, {row['message']}"
 
 
-def _print(record: dict[str, Any], files: Sequence[Path]) -> None:
+def _print(record: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = report.table(record)
     # Where the terminal is too narrow, wrapped lines lose less than columns cut short.
@@ -261,5 +264,3 @@ def _print(record: dict[str, Any], files: Sequence[Path]) -> None:
             console.print(
                 f"[red]failed[/] {escape(row['name'])} {row['pass']}: {escape(row['message'])}", soft_wrap=True
             )
-    names = ", ".join(str(file) for file in files)
-    console.print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)

@@ -37,6 +37,7 @@ from autotune.cases import LOST
 from autotune.store import Store, shipped_folder
 from autotune.targets import summary
 from autotune.tuner import gpu_name
+from kernels.files import atomic_write
 from models.commands.errors import CommandError
 
 __all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
@@ -134,7 +135,7 @@ def run_phases(
         messages.print(f"{phase.name}: {done[-1]['status']}, {done[-1]['seconds']:.0f} s")
         for line in done[-1].get("log", [])[-12:]:
             messages.print(f"    {line}", markup=False, soft_wrap=True)
-        (folder / "summary.md").write_text(summary(folder, done), encoding="utf-8")
+        atomic_write(folder / "summary.md", summary(folder, done))
     return done
 
 

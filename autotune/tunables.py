@@ -124,7 +124,10 @@ def why_unused(key: str, entry: Mapping[str, Any], known: Mapping[str, Tunable])
         problem = problem_of(tunable, key)
     except ValueError as error:
         return str(error)
-    config = config_of(dict(entry), tunable, problem)
-    if config is None:
-        return "the kernel offers no such config"
-    return None if config.valid(problem) else "the config is not valid for this problem"
+    try:
+        config = config_of(dict(entry), tunable, problem)
+        if config is None:
+            return "the kernel offers no such config"
+        return None if config.valid(problem) else "the config is not valid for this problem"
+    except Exception as error:  # no launch has zero channels or −5 pixels, so heuristics divide by them
+        return f"no launch can meet this problem ({type(error).__name__}: {error})"

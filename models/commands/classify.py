@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from kernels.files import atomic_write
 from models.commands.arguments import add_image_arguments, add_model_arguments, build_model
 from models.commands.errors import CommandError, input_errors
 from models.commands.files import check_parent
@@ -80,7 +81,8 @@ def draw(photographs: list[Image.Image], rows: list[dict[str, Any]], title: str,
             right.set_title(shown(Path(row["image"]).name), loc="left", fontsize="medium")
             right.spines[["top", "right"]].set_visible(False)
         figure.suptitle(shown(title), color="tab:red" if warn else None)
-        figure.savefig(path, dpi=110)
+        figure_format = path.suffix[1:].lower()
+        atomic_write(path, lambda file: figure.savefig(file, format=figure_format, dpi=110))
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = build_model(arguments).eval()
         if model.num_classes == 0:
             raise CommandError("--model-kwargs num_classes=0 leaves nothing to classify with")
-        names = class_names(model.num_classes, arguments.classes)
+        names = class_names(model.num_classes, arguments.classes, model.default_cfg.get("label_names"))
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         inputs, photographs = [], []
         for path in arguments.images:

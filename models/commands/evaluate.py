@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from models.commands.arguments import add_device_arguments, add_image_arguments, add_model_arguments, build_model
+from kernels.files import WriteError, write_json
+from models.commands.arguments import (
+    add_device_arguments,
+    add_image_arguments,
+    add_model_arguments,
+    build_model,
+    complete,
+)
 from models.commands.errors import CommandError, input_errors
-from models.commands.files import check_parent, write_json
+from models.commands.files import check_parent
 from models.commands.folders import EvaluationImages, ImageFolder
 from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console
@@ -121,10 +129,15 @@ def run(arguments: argparse.Namespace) -> int:
             if path is not None:
                 check_parent(path, option)
         folder = ImageFolder(arguments.dir)
+        complete(arguments)
         if arguments.pretrained:
             check_classes(folder, 1000, arguments.model)  # before anything is downloaded
         model = build_model(arguments).eval()
         check_classes(folder, model.num_classes, arguments.model)
+        unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
+        if unlike:
+            told = ", ".join(sorted(unlike)[:5])
+            console.print(f"note: the weights are of other classes than the folders of DIR; only one has {told}")
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,
@@ -143,12 +156,13 @@ def run(arguments: argparse.Namespace) -> int:
     count_images(optimised.to(place), folder, preprocessing, count, arguments)
     weights = "official" if arguments.pretrained else arguments.checkpoint
     result = {"checkpoint": weights, **result_of(count, len(folder.samples))}
-    if arguments.output is not None:
-        write_json(arguments.output, result)
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
         _print(result)
+    sys.stdout.flush()  # before the file, whose disk may be full
+    if arguments.output is not None:
+        write_json(arguments.output, result)
     return 0
 
 
@@ -184,7 +198,10 @@ def count_images(
             count["seconds"] = earlier + time.perf_counter() - started
             due = number % arguments.save_every == 0 or count["position"] == len(images)
             if due and arguments.resume is not None:
-                write_json(arguments.resume, count)
+                try:
+                    write_json(arguments.resume, count)
+                except WriteError as error:  # the count goes on; only a kill would now cost more
+                    console.print(f"note: {error}", markup=False)
             read = count["position"] - len(count["skipped"])
             if read:
                 bar.advance(seen, f"top-1 {100 * count['top1'] / read:.2f} %")

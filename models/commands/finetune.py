@@ -25,26 +25,40 @@ Mixup, CutMix, RandAugment, erasing and repeated augmentation are timm's and nee
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
+from kernels.files import WriteError, atomic_write, locked, write_json
 from models.commands import distributed
-from models.commands.arguments import add_device_arguments, add_image_arguments, add_model_arguments, build_model
+from models.commands.arguments import (
+    add_device_arguments,
+    add_image_arguments,
+    add_model_arguments,
+    build_model,
+    complete,
+)
 from models.commands.augmentation import rand_augment, random_erasing
 from models.commands.errors import CommandError, input_errors
-from models.commands.files import write_json
+from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
 from models.commands.progress import console
 from models.commands.published import PUBLISHED
 from models.commands.recipe import OPTIONS, Recipe
-from models.commands.training import BEST, STATE, Run, Trainer
+from models.commands.training import Run, Trainer
 from models.commands.types import Number, natural, positive
+from models.metadata import Metadata
 
 __all__ = ["add_arguments", "run"]
+
+LOCK_SECONDS = 15.0
+NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # of the model's arguments: the training's alone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,10 +149,13 @@ def run(arguments: argparse.Namespace) -> int:
         training, validation = read_folders(arguments)
         if arguments.output.exists() and not arguments.output.is_dir():
             raise CommandError(f"--output must be a folder, {arguments.output} is a file")
-    with distributed.process_group(arguments.device) as device:
+        complete(arguments)
+    with distributed.process_group(arguments.device) as device, ExitStack() as held:
         with input_errors():
             recipe = make_recipe(arguments)
             trainer = make_trainer(arguments, recipe, training, validation, device)
+            if distributed.rank() == 0:
+                held.enter_context(_alone(arguments.output))
             resumed = not arguments.restart and trainer.resume()
             if distributed.rank() == 0:
                 prepare_output(arguments.output, trainer, training.classes, resumed)
@@ -148,6 +165,8 @@ def run(arguments: argparse.Namespace) -> int:
             trainer.fit()
         except (UnreadableImageError, FloatingPointError) as error:
             raise CommandError(str(error)) from error
+        except WriteError as error:
+            raise CommandError(f"{error}; the same command continues from the last state, once it can") from error
         if distributed.rank() == 0:
             scores = [row for row in trainer.log if "top1" in row]
             if scores:
@@ -190,23 +209,46 @@ def make_trainer(
     evaluated = None
     if validation is not None:
         evaluated = EvaluationImages(validation.samples, preprocessing, preprocessing.channels)
+    metadata = Metadata(
+        model=arguments.model,
+        model_args={name: value for name, value in arguments.options.items() if name not in NOT_KEPT},
+        **asdict(preprocessing),
+        classes=tuple(training.classes),
+    )
+    try:
+        metadata.header()
+    except TypeError as error:
+        raise ValueError(f"--model-kwargs: {error}") from error
     return Trainer(
         model.to(device),
         recipe,
         TrainingImages(training.samples, augmentation, recipe.seed),
         evaluated,
         device,
-        Run(arguments.output, settings, arguments.save_every, arguments.log_every, arguments.workers),
+        Run(arguments.output, settings, arguments.save_every, arguments.log_every, arguments.workers, metadata),
     )
 
 
-def prepare_output(output: Path, trainer: Trainer, classes: list[str], resumed: bool) -> None:
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """In a folder that no other run writes. What loads images for a killed run needs seconds to notice, hence to wait.
+
+    Raises:
+        CommandError: another run is still at work there.
+    """
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(output / LOCK, LOCK_SECONDS):
+            yield
+    except filelock.Timeout:
+        raise CommandError(f"--output: another finetune is at work in {output}") from None
+
+
+def prepare_output(output: Path, trainer: Trainer, classes: list[str], resumed: bool) -> None:
     if not resumed:
         (output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
     write_json(output / "settings.json", trainer.run.settings)
-    names = "".join(f"{name}\n" for name in classes)
-    (output / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")  # as file names may be
+    atomic_write(output / "classes.txt", "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape"))
 
 
 def _tell(

@@ -23,11 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset
 
+from kernels.files import writing
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
 from models.commands.augmentation import mixing
-from models.commands.files import read_lines, read_state, write_lines, write_state
+from models.commands.files import BEST, LAST, LOG, STATE, read_lines, read_state, write_lines, write_state
 from models.commands.folders import Batch
 from models.commands.images import UnreadableImageError
 from models.commands.optimisation import Objective, cosine_with_warmup, parameter_groups, warmed_up_ema
@@ -36,11 +37,15 @@ from models.commands.randomness import seed_of, seeded
 from models.commands.recipe import OPTIONS, Recipe, TrainingBatches
 from models.commands.scoring import count_correct, loader, predict
 from models.commands.types import DTYPES
+from models.metadata import Metadata
 
-__all__ = ["BEST", "STATE", "Run", "Trainer"]
+__all__ = ["Run", "Trainer"]
 
-BEST, LAST, LOG, STATE = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt"
 BOARD = "tensorboard"
+
+
+class DifferentSettingsError(ValueError):
+    """The state in a folder is of another run."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Run:
         save_every: steps between states; each epoch's end has one anyway. 0: only there.
         log_every: steps between lines of the log.
         workers: processes that load images.
+        metadata: what the weights' files say of themselves.
     """
 
     output: Path | None = None
@@ -61,6 +67,7 @@ class Run:
     save_every: int = 0
     log_every: int = 50
     workers: int = 0
+    metadata: Metadata | None = None
 
 
 class Trainer:
@@ -127,8 +134,22 @@ class Trainer:
         if self.run.output is None or not (self.run.output / STATE).exists():
             return False
         path = self.run.output / STATE
-        state = read_state(path)
-        known, own = _plain(asdict(Recipe())) | state["settings"], _plain(self.run.settings)
+        anew = f"--restart begins anew, with --checkpoint {self.run.output / LAST} from the last epoch's weights"
+        try:
+            state = read_state(path)
+            self._check_settings(path, state["settings"])
+            self._take_up(state)
+        except DifferentSettingsError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{error}; {anew}") from error
+        except Exception as error:  # a state that was changed can make its readers fail in any way
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ValueError(f"{path} is not a state of this run ({type(error).__name__}: {reason}); {anew}") from error
+        return True
+
+    def _check_settings(self, path: Path, settings: dict[str, Any]) -> None:
+        known, own = _plain(asdict(Recipe())) | settings, _plain(self.run.settings)
         differing = [
             f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {own[name]!r}"
             for name in own
@@ -137,8 +158,13 @@ class Trainer:
         if differing:
             ways = "another --output keeps both runs, --restart begins anew"
             if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
-                ways += f", with --checkpoint {self.run.output / LAST} the weights are trained for longer"
-            raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
+                ways += f", with --checkpoint {path.with_name(LAST)} the weights are trained for longer"
+            raise DifferentSettingsError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        assert self.run.output is not None
+        if type(state["step"]) is not int or not 0 <= state["step"] <= self.total_steps:
+            raise ValueError(f"{self.run.output / STATE} is not a state of this run: it is of step {state['step']!r}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -148,7 +174,6 @@ class Trainer:
         self._interval_loss.copy_(state["interval_loss"])
         self._interval_steps = state["interval_steps"]
         self.log = [row for row in read_lines(self.run.output / LOG) if row["step"] <= self.step]
-        return True
 
     def _save(self) -> None:
         if self.run.output is None or distributed.rank() != 0:
@@ -170,7 +195,8 @@ class Trainer:
     def _record(self, row: dict[str, Any]) -> None:
         self.log.append(row)
         if self.run.output is not None and distributed.rank() == 0:
-            with open(self.run.output / LOG, "a", encoding="utf-8") as file:
+            path = self.run.output / LOG
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self._board is not None:
             for name, value in row.items():
@@ -185,9 +211,11 @@ class Trainer:
         Raises:
             UnreadableImageError: a file that cannot be decoded.
             FloatingPointError: the loss is no longer finite. The last state written is from before that.
+            kernels.files.WriteError: a file of the run cannot be written; the files before it are whole.
         """
         if self.run.output is not None and distributed.rank() == 0:
-            write_lines(self.run.output / LOG, self.log)  # without what a killed run wrote after its last state
+            if (self.run.output / LOG).exists():
+                write_lines(self.run.output / LOG, self.log)  # without what a killed run wrote after its last state
             self._board = event_writer(self.run.output / BOARD, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
@@ -305,9 +333,8 @@ class Trainer:
         now = time.perf_counter()
         row["seconds"] = now - self._epoch_clock
         if self.run.output is not None and distributed.rank() == 0:
-            save_checkpoint(kept, self.run.output / LAST)
-            if better:
-                save_checkpoint(kept, self.run.output / BEST)
+            for name in (LAST, BEST) if better else (LAST,):
+                save_checkpoint(kept, self.run.output / name, self.run.metadata)
         self._record(row)
         self._clock = self._epoch_clock = time.perf_counter()
         scores = f", top-1 {row['top1']:.2f} %, best {row['best_top1']:.2f} %" if "top1" in row else ""

@@ -323,7 +323,7 @@ def log_of(output: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
-# Files are put in place in this order: settings and log; states of the steps 2 and 4; last and best weights and state
+# Files are put in place in this order: settings and classes; states of the steps 2 and 4; last and best weights and state
 # of 6; states of 8 and 10; weights and state of 12.
 @pytest.mark.parametrize(
     "kill_at", [4, 9], ids=["while writing the state of step 4", "while writing the state of step 10"]
