@@ -277,6 +277,17 @@ def test_evaluate_counts_and_continues_after_a_kill(tmp_path, images, weights, c
     unbroken = json.loads(state.read_text())
     assert {**unbroken, "settings": 0, "seconds": 0} == {**whole, "settings": 0, "seconds": 0}
     assert "inference" in refused(capsys, *parallel[:-1])  # counted in another form: the two do not mix
+    for impossible in (
+        {"position": -5, "top5": -5},
+        {"top1": 9, "top5": 8},
+        {"top5": 16},
+        {"position": 16},
+        {"seconds": float("nan")},
+        {"position": 3.0},
+        {"skipped": [1]},
+    ):
+        state.write_text(json.dumps(unbroken | impossible))
+        assert f"{state} holds numbers that no count" in refused(capsys, *parallel)
 
 
 def test_evaluate_names_what_it_cannot_use(tmp_path, images, weights, capsys):
@@ -323,8 +334,8 @@ def log_of(output: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
-# Files are put in place in this order: settings and classes; states of the steps 2 and 4; last and best weights and state
-# of 6; states of 8 and 10; weights and state of 12.
+# Files are put in place in this order: settings and classes; states of the steps 2 and 4; last and best weights and
+# state of 6; states of 8 and 10; weights and state of 12.
 @pytest.mark.parametrize(
     "kill_at", [4, 9], ids=["while writing the state of step 4", "while writing the state of step 10"]
 )
