@@ -222,6 +222,8 @@ class _Attempts:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        if path is not None and path.exists() and not path.is_file():
+            raise ValueError(f"--passing-over must name a regular file, {path} is none")
         self.fatal = set(path.read_text().splitlines()) if path is not None and path.exists() else set()
 
     def note(self, *attempted: str) -> None:

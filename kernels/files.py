@@ -117,7 +117,13 @@ def locked(path: PathLike, seconds: float) -> Iterator[None]:
 
 def _fill(file: BinaryIO, content: str | bytes | Callable[[BinaryIO], object]) -> None:
     if callable(content):
-        content(file)
+        try:
+            content(file)
+        except Exception as error:  # torch.save ends in another error over the system's
+            refusal: BaseException | None = error
+            while refusal is not None and not isinstance(refusal, OSError):
+                refusal = refusal.__context__
+            raise (refusal or error) from error.__cause__
     else:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 

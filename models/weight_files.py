@@ -115,8 +115,8 @@ def entries_for(
         return state, notes
     # Averages of parameters alone leave the buffers, which are running averages anyway, to the last weights.
     buffers = {name: tensor for name, tensor in state.items() if name not in parameters}
-    note = f"{path} holds averaged weights ({under!r}) beside the last ones: the averaged are taken (use_ema=False: the last)"
-    return buffers | smoothed, [*notes, note]
+    note = f"{path} holds averaged weights ({under!r}) beside the last ones: the averaged are taken"
+    return buffers | smoothed, [*notes, f"{note} (use_ema=False: the last)"]
 
 
 def unwrapped_name(name: str) -> str:

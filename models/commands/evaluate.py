@@ -75,6 +75,8 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
     fresh = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "skipped": [], "seconds": 0.0}
     if path is None or not path.exists():
         return fresh
+    if not path.is_file():  # a pipe would be waited for, a device would never end
+        raise ValueError(f"--resume must be a regular file, {path} is none")
     try:
         count = json.loads(path.read_text(encoding="utf-8"))
         count = {name: count[name] for name in fresh}

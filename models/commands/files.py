@@ -40,6 +40,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(True), 1):
         try:

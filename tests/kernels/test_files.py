@@ -51,6 +51,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     with pytest.raises(WriteError, match=rf"^cannot write {path}: No space left on device$") as caught:
         atomic_write(path, disk_full)
     assert caught.value.errno == errno.ENOSPC
+
+    def fails_on_top(file):  # as torch.save does
+        try:
+            disk_full(file)
+        finally:
+            raise RuntimeError("unexpected position")
+
+    with pytest.raises(WriteError, match="No space left on device"):
+        atomic_write(path, fails_on_top)
+    with pytest.raises(RuntimeError, match="of its own"):
+        atomic_write(path, lambda file: (_ for _ in ()).throw(RuntimeError("of its own")))
     with pytest.raises(KeyboardInterrupt):
         atomic_write(path, lambda file: signal.raise_signal(signal.SIGINT))
     assert path.read_text() == "old"
