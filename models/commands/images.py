@@ -6,6 +6,7 @@ import math
 import os
 import random
 import stat
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,9 @@ def check_image(path: str | Path) -> None:
 def _opened(path: str | Path) -> Image.Image:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is not a regular file")  # a pipe would never end
-    return Image.open(path, formats=FORMATS)
+    with warnings.catch_warnings():  # of more than 89 megapixels; twice as many are an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=FORMATS)
 
 
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImageError:

@@ -112,7 +112,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         else:
             from models.commands.augmentation import timm_part
 
-            sampler = timm_part("distributed_sampler", "RepeatAugSampler")
+            sampler = timm_part("distributed_sampler", "RepeatAugSampler", "--repeats")
             self._sampler = sampler(dataset, self._ranks, self._rank, num_repeats=recipe.repeats, selected_round=0)
 
     def __len__(self) -> int:

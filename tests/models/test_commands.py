@@ -277,6 +277,17 @@ def test_evaluate_counts_and_continues_after_a_kill(tmp_path, images, weights, c
     unbroken = json.loads(state.read_text())
     assert {**unbroken, "settings": 0, "seconds": 0} == {**whole, "settings": 0, "seconds": 0}
     assert "inference" in refused(capsys, *parallel[:-1])  # counted in another form: the two do not mix
+    for impossible in (
+        {"position": -5, "top5": -5},
+        {"top1": 9, "top5": 8},
+        {"top5": 16},
+        {"position": 16},
+        {"seconds": float("nan")},
+        {"position": 3.0},
+        {"skipped": [1]},
+    ):
+        state.write_text(json.dumps(unbroken | impossible))
+        assert f"{state} holds numbers that no count" in refused(capsys, *parallel)
 
 
 def test_evaluate_names_what_it_cannot_use(tmp_path, images, weights, capsys):
