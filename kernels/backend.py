@@ -33,7 +33,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_selected = _checked(os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto", "DYNAMIC_KERNELS_BACKEND")
+_selected = os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto"
 
 
 def transforming() -> bool:
@@ -47,12 +47,15 @@ def get_backend() -> str:
     Both are ``reference``, whatever was selected, because they need operators of PyTorch's own: while
     ``torch.onnx.export`` records a model, for no runtime of ONNX has those of this package; and inside ``torch.func``'s
     transforms (vmap, grad, jvp, ...), which do not look into operators registered from Python.
+
+    ValueError where the environment variable names no backend: here and not at import, so that a command can say so in
+    a line.
     """
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return "reference"
     if transforming():
         return "reference"
-    return _selected
+    return _checked(_selected, "DYNAMIC_KERNELS_BACKEND")
 
 
 def set_backend(name: str) -> None:
