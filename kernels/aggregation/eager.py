@@ -19,7 +19,7 @@ every memory layout alike; and the bands of a step, its only large buffer, stay 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -149,9 +149,18 @@ def as_matrices(pixels: Tensor) -> Tensor:
     return pixels.flatten(4).flatten(0, 2)
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, or the same from the transposes if that is how they lie in memory: on a CPU several times quicker."""
-    return torch.bmm(a, b) if b.stride(-1) == 1 else torch.bmm(b.mT, a.mT).mT
+def multiply(a: Tensor, b: Tensor, inside: Callable[[], Tensor]) -> Tensor:
+    """a [n, C, J] @ b [n, J, I] with b zero outside of ``inside()`` [J, I]: there a NaN or inf of a does not count.
+
+    The transposes are multiplied if that is how they lie in memory: on a CPU several times quicker. Devices whose
+    results would have to be waited for do without the check: a NaN of a then reaches all of a step's outputs.
+    """
+    out = torch.bmm(a, b) if b.stride(-1) == 1 else torch.bmm(b.mT, a.mT).mT
+    if out.device.type == "cpu" and not math.isfinite(out.sum().item()):
+        out.zero_()
+        for j, reached in enumerate(inside()):
+            out[:, :, reached] += a[:, :, j, None] * b[:, j, None, reached]
+    return out
 
 
 class Bands:
@@ -180,15 +189,17 @@ class Bands:
                 self._bands = buffer.view(-1, positions, outputs)
             else:
                 self._bands = buffer.view(-1, outputs, positions).mT
-            self._windows = list(self._views(strip.leading, tile, columns))
+            self._tiles = tile, columns
+            self._windows = list(self._views(self._bands, strip.leading))
         return self._bands
 
-    def _views(self, leading: tuple[int, int, int], rows: Tiles, columns: Tiles) -> Iterator[tuple[Tensor, Run, Run]]:
+    def _views(self, bands: Tensor, leading: tuple[int, int, int]) -> Iterator[tuple[Tensor, Run, Run]]:
         """[n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs."""
-        each, j, i = self._bands.stride()
+        rows, columns = self._tiles
+        each, j, i = bands.stride()
         _, batch, groups = leading
         for r, c in product(rows.runs, columns.runs):
-            view = self._bands.as_strided(
+            view = bands.as_strided(
                 (*leading, *self._kernel_size, r.count, c.count),
                 (
                     *(batch * groups * each, groups * each, each),
@@ -198,6 +209,21 @@ class Bands:
                 (r.begin * columns.span + c.begin) * j + (r.first * columns.count + c.first) * i,
             )
             yield view, r, c
+
+    def _inside(self) -> Tensor:
+        """Where the selected bands hold the kernel, [J, I]."""
+        inside = torch.zeros_like(self._bands[:1], dtype=torch.bool)
+        for view, _, _ in self._views(inside, (1, 1, 1)):
+            view.fill_(True)
+        return inside[0]
+
+    def gather(self, pixels: Tensor) -> Tensor:
+        """Pixels [n·b·g, C, J] mixed by the selected bands: [n·b·g, C, I]."""
+        return multiply(pixels, self._bands, self._inside)
+
+    def scatter(self, grad: Tensor) -> Tensor:
+        """The transpose, from the outputs [n·b·g, C, I] to [n·b·g, C, J]."""
+        return multiply(grad, self._bands.mT, lambda: self._inside().mT)
 
     def lay(self, kernel: Tensor) -> None:
         """Put a tile's kernel [n, b, g, Kh, Kw, R, T] into the selected bands."""
@@ -217,10 +243,10 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     for strip in strips(window, x):
         pixels, kernel, target = as_matrices(strip.load(x)), strip.outputs(weight), strip.outputs(out)
         for tile in strip.row_tiles:
-            band = bands.select(strip, tile)
+            bands.select(strip, tile)
             bands.lay(tile_of(kernel, tile))
             part = tile_of(target, tile)
-            part.copy_(multiply(strip.covered(pixels, tile), band).view(part.shape))
+            part.copy_(bands.gather(strip.covered(pixels, tile)).view(part.shape))
         del pixels  # before the next strip is loaded
     return out
 
@@ -250,10 +276,10 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
         sums, kernel, grad = strip.zeros(g), strip.outputs(weight), strip.outputs(g)
         matrices = as_matrices(sums)
         for tile in strip.row_tiles:
-            band = bands.select(strip, tile)
+            bands.select(strip, tile)
             bands.lay(tile_of(kernel, tile))
             covered = strip.covered(matrices, tile)
-            covered += multiply(as_matrices(tile_of(grad, tile).to(sums.dtype)), band.mT)
+            covered += bands.scatter(as_matrices(tile_of(grad, tile).to(sums.dtype)))
         strip.add_to(total, sums)
         del sums, matrices, covered  # before the next strip is made
     return out if total is out else out.copy_(total)

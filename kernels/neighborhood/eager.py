@@ -8,6 +8,7 @@ backward pass runs the softmax again, which costs no more than recovering p from
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -28,21 +29,37 @@ __all__ = [
 ]
 
 
+@functools.lru_cache(maxsize=256)
+def _table_indices(window: Window, length: int, axis: int, device: torch.device) -> Tensor:
+    """Where the relative position of every neighbour stands in a bias table, [L, K]."""
+    query = torch.arange(length, device=device)[:, None]
+    distance = window.neighbours(length, axis, device) - query
+    return torch.div(distance, window.dilation[axis], rounding_mode="floor") + window.kernel_size[axis] - 1
+
+
+def _sum_by_index(grad: Tensor, index: Tensor, length: int) -> Tensor:
+    """out[g,m,t] = Σ_{n: index[n]=t} grad[g,m,n]: [G, M, N] -> [G, M, length].
+
+    A product with a one-hot matrix, not index_add: the same bits on every run, on every device.
+    """
+    one_hot = F.one_hot(index.flatten(), length).to(grad.dtype)
+    return multiply(grad, one_hot.expand(grad.shape[0], *one_hot.shape), one_hot.bool)
+
+
 class _PositionBias:
-    """rpb [G, 2Kh−1, 2Kw−1] at every (output, window position), and the sum back into that table.
+    """rpb [G, 2Kh−1, 2Kw−1] at every (output, window position), and the sum of gradients back into that table.
 
     Columns are spread once for the whole map ([G, 2Kh−1, W, Kw]), rows tile by tile.
     """
 
     def __init__(self, rpb: Tensor, window: Window, height: int, width: int) -> None:
-        self.rpb, self._kernel_size = rpb, window.kernel_size
-        indices = []
-        for axis, length in enumerate((height, width)):
-            query = torch.arange(length, device=rpb.device)[:, None]
-            distance = window.neighbours(length, axis, rpb.device) - query
-            indices.append(torch.div(distance, window.dilation[axis], rounding_mode="floor"))
-        self._rows, self._columns = (i + k - 1 for i, k in zip(indices, window.kernel_size, strict=True))
+        self._rpb, self._kernel_size = rpb, window.kernel_size
+        self._rows = _table_indices(window, height, 0, rpb.device)
+        self._columns = _table_indices(window, width, 1, rpb.device)
         self._spread = rpb.to(accumulator_dtype(rpb.dtype))[:, :, self._columns]
+
+    def prepare_gradient(self) -> None:
+        self._gradient = torch.zeros_like(self._spread)
 
     def _rows_of(self, strip: Strip, tile: Tiles) -> Tensor:
         """Row of the table for every row of the tile and of the window, [R, Kh]."""
@@ -55,23 +72,16 @@ class _PositionBias:
         bias = bias.unflatten(1, rows.shape).unflatten(3, (strip.leading[0], -1))  # [g, R, Kh, n, T, Kw]
         return bias.permute(3, 0, 1, 4, 2, 5).unsqueeze(1)
 
-    def zeros(self) -> Tensor:
-        """The gradient of the spread table, to be filled by ``accumulate``."""
-        return torch.zeros_like(self._spread)
+    def accumulate(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
+        """Add grad [n, b, g, R, T, Kh, Kw] over the batch and the tile's rows."""
+        grad = grad.sum(1).permute(1, 0, 3, 5, 2, 4)  # [g, n, T, Kw, R, Kh]
+        summed = _sum_by_index(grad.flatten(4).flatten(1, 3), self._rows_of(strip, tile), self._spread.shape[1])
+        target = self._gradient[strip.maps[1], :, strip.output_columns]
+        target += summed.mT.unflatten(2, (-1, self._kernel_size[1]))
 
-    def accumulate(self, spread_grad: Tensor, strip: Strip, tile: Tiles, grad: Tensor) -> None:
-        """Add grad [n, b, g, R, T, Kh, Kw] over the batch and the tile's rows.
-
-        A product with a one-hot matrix, not index_add: the same bits on every run, on every device.
-        """
-        rows = F.one_hot(self._rows_of(strip, tile).flatten(), self.rpb.shape[1]).to(grad.dtype)  # [R·Kh, 2Kh−1]
-        grad = grad.sum(1).permute(1, 2, 4, 0, 3, 5)  # [g, R, Kh, n, T, Kw]
-        summed = rows.mT @ grad.flatten(1, 2).flatten(2)
-        spread_grad[strip.maps[1], :, strip.output_columns] += summed.unflatten(2, (-1, self._kernel_size[1]))
-
-    def gradient(self, spread_grad: Tensor) -> Tensor:
-        columns = F.one_hot(self._columns.flatten(), self.rpb.shape[2]).to(spread_grad.dtype)  # [W·Kw, 2Kw−1]
-        return (spread_grad.flatten(2) @ columns).to(self.rpb.dtype)
+    def gradient(self) -> Tensor:
+        summed = _sum_by_index(self._gradient.flatten(2), self._columns, self._rpb.shape[2])
+        return summed.to(self._rpb.dtype)
 
 
 def _kernel_last(kernel: Tensor) -> Tensor:
@@ -150,10 +160,10 @@ def softmax_aggregate_made(logits: Logits, value: Tensor, rpb: Tensor | None, wi
             weight = biased.softmax(-1)
             # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
             tile_of(statistics, tile).copy_(biased.amax(-1) - weight.amax(-1).log())
-            band = bands.select(strip, tile)
+            bands.select(strip, tile)
             bands.lay(_kernel_first(weight, window))
             part = tile_of(target, tile)
-            part.copy_(multiply(strip.covered(pixels, tile), band).view(part.shape))
+            part.copy_(bands.gather(strip.covered(pixels, tile)).view(part.shape))
         del pixels  # before the next strip is loaded
     return out, log_sum_exp
 
@@ -184,7 +194,8 @@ def softmax_aggregate_made_backward(
     grad_value = empty_like_layout(value, value.shape)
     total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()
     bias = None if rpb is None else _PositionBias(rpb, window, height, width)
-    grad_spread = None if bias is None else bias.zeros()
+    if bias is not None:
+        bias.prepare_gradient()
     bands = Bands(value, window.kernel_size, input_major=channels_fastest(value))
     grad_bands = Bands(value, window.kernel_size, input_major=True)
     for strip in strips(window, value):
@@ -195,10 +206,10 @@ def softmax_aggregate_made_backward(
             grad = as_matrices(tile_of(strip_grad, tile).to(dtype))
             weight = _biased(logits, bias, strip, tile).softmax(-1)
 
-            band = bands.select(strip, tile)
+            bands.select(strip, tile)
             bands.lay(_kernel_first(weight, window))
             covered = strip.covered(matrices, tile)
-            covered += multiply(grad, band.mT)
+            covered += bands.scatter(grad)
 
             torch.bmm(strip.covered(pixels, tile).mT, grad, out=grad_bands.select(strip, tile))
             grad_biased = torch.empty_like(weight)
@@ -206,11 +217,10 @@ def softmax_aggregate_made_backward(
             grad_biased *= weight
             grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
             logits.write_gradient(strip, tile, grad_biased)
-            if bias is not None and grad_spread is not None:
-                bias.accumulate(grad_spread, strip, tile, grad_biased.unflatten(-1, window.kernel_size))
+            if bias is not None:
+                bias.accumulate(strip, tile, grad_biased.unflatten(-1, window.kernel_size))
         strip.add_to(total, sums)
         del pixels, sums, matrices, covered  # before the next strip is loaded
     if total is not grad_value:
         grad_value.copy_(total)
-    grad_rpb = None if bias is None or grad_spread is None else bias.gradient(grad_spread)
-    return grad_value, grad_rpb
+    return grad_value, None if bias is None else bias.gradient()
