@@ -9,16 +9,29 @@ backward pass runs the softmax again, which costs no more than recovering p from
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+import math
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import Bands, Strip, as_matrices, multiply, strips, tile_of
+from kernels.aggregation.eager import (
+    Bands,
+    Scratch,
+    Strip,
+    as_matrices,
+    clear,
+    multiply,
+    strips,
+    tile_of,
+    tile_size_of,
+)
 from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_like_layout
+from kernels.parallel import Part, Work, in_turn, over_maps
 from kernels.windows import Window
 
 __all__ = [
@@ -28,6 +41,10 @@ __all__ = [
     "softmax_aggregate_made",
     "softmax_aggregate_made_backward",
 ]
+
+
+# What one logit costs beyond its products, in multiply-adds of a matrix product: bias, exp, sum and copies.
+LOGIT_COST = 32
 
 
 @functools.lru_cache(maxsize=256)
@@ -54,35 +71,37 @@ class _PositionBias:
     """
 
     def __init__(self, rpb: Tensor, window: Window, height: int, width: int) -> None:
-        self._rpb, self._kernel_size = rpb, window.kernel_size
+        self._kernel_size = window.kernel_size
         self._rows = _table_indices(window, height, 0, rpb.device)
         self._columns = _table_indices(window, width, 1, rpb.device)
         self._spread = rpb.to(accumulator_dtype(rpb.dtype))[:, :, self._columns]
-
-    def prepare_gradient(self) -> None:
         self._gradient = torch.zeros_like(self._spread)
 
+    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+        """Makes a tile's biases [n, 1, g, R, T, Kh, Kw]."""
+        columns, rows = self._spread[strip.maps[1], :, strip.output_columns], self._rows_of(strip, tile)
+        shape = (-1, tile.count, self._kernel_size[0], strip.leading[0], strip.column_tiles.count, self._kernel_size[1])
+        return lambda: columns.index_select(1, rows).view(shape).permute(3, 0, 1, 4, 2, 5).unsqueeze(1)
+
     def _rows_of(self, strip: Strip, tile: Tiles) -> Tensor:
-        """Row of the table for every row of the tile and of the window, [R, Kh]."""
-        return self._rows[strip.output_rows].narrow(0, tile.first, tile.count)
+        """Row of the table for every row of the tile and of the window, [R·Kh]."""
+        return self._rows[strip.output_rows].narrow(0, tile.first, tile.count).flatten()
 
-    def tile(self, strip: Strip, tile: Tiles) -> Tensor:
-        """[n, 1, g, R, T, Kh, Kw]"""
-        rows = self._rows_of(strip, tile)
-        bias = self._spread[strip.maps[1], :, strip.output_columns].index_select(1, rows.flatten())
-        bias = bias.unflatten(1, rows.shape).unflatten(3, (strip.leading[0], -1))  # [g, R, Kh, n, T, Kw]
-        return bias.permute(3, 0, 1, 4, 2, 5).unsqueeze(1)
+    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
+        """Adds a tile's gradients [n, b, g, R, T, K²], summed over the batch and the tile's rows."""
+        rows, target = self._rows_of(strip, tile), self._gradient[strip.maps[1], :, strip.output_columns]
 
-    def accumulate(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
-        """Add grad [n, b, g, R, T, Kh, Kw] over the batch and the tile's rows."""
-        grad = grad.sum(1).permute(1, 0, 3, 5, 2, 4)  # [g, n, T, Kw, R, Kh]
-        summed = _sum_by_index(grad.flatten(4).flatten(1, 3), self._rows_of(strip, tile), self._spread.shape[1])
-        target = self._gradient[strip.maps[1], :, strip.output_columns]
-        target += summed.mT.unflatten(2, (-1, self._kernel_size[1]))
+        def write(grad: Tensor) -> None:
+            # [g, n, T, Kw, R, Kh]
+            by_rows = grad.sum(1).unflatten(-1, self._kernel_size).permute(1, 0, 3, 5, 2, 4)
+            summed = _sum_by_index(by_rows.flatten(4).flatten(1, 3), rows, self._spread.shape[1])
+            target.add_(summed.mT.unflatten(2, (-1, self._kernel_size[1])))
+
+        return write
 
     def gradient(self) -> Tensor:
-        summed = _sum_by_index(self._gradient.flatten(2), self._columns, self._rpb.shape[2])
-        return summed.to(self._rpb.dtype)
+        """[G, 2Kh−1, 2Kw−1], as wide as an accumulator."""
+        return _sum_by_index(self._gradient.flatten(2), self._columns, 2 * self._kernel_size[1] - 1)
 
 
 def _kernel_last(kernel: Tensor) -> Tensor:
@@ -96,18 +115,21 @@ def _kernel_first(kernel: Tensor, window: Window) -> Tensor:
 
 
 class Logits(Protocol):
-    """Logits of a whole map that are read, and their gradients taken, one tile at a time."""
+    """Logits that are read, and their gradients taken, one tile at a time."""
 
     fresh: bool
     """Whether a tile read is memory of its own, to be written over."""
 
-    def read(self, strip: Strip, tile: Tiles) -> Tensor:
-        """[n, b, g, R, T, Kh, Kw], as wide as an accumulator."""
+    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+        """Reads [n, b, g, R, T, Kh, Kw], as wide as an accumulator."""
         ...
 
-    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
-        """[n, b, g, R, T, Kh·Kw], as wide as an accumulator."""
+    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
+        """Takes gradients [n, b, g, R, T, Kh·Kw], as wide as an accumulator."""
         ...
+
+
+SomeLogits = TypeVar("SomeLogits", bound=Logits)
 
 
 class _StoredLogits:
@@ -118,22 +140,34 @@ class _StoredLogits:
     def __init__(self, logits: Tensor, window: Window, gradient: Tensor | None = None) -> None:
         self._logits, self._window, self._gradient = logits, window, gradient
 
-    def read(self, strip: Strip, tile: Tiles) -> Tensor:
-        return _kernel_last(tile_of(strip.outputs(self._logits), tile)).to(accumulator_dtype(self._logits.dtype))
+    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+        part = _kernel_last(tile_of(strip.outputs(self._logits), tile))
+        return lambda: part.to(accumulator_dtype(part.dtype))
 
-    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
+    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
         assert self._gradient is not None
-        tile_of(strip.outputs(self._gradient), tile).copy_(_kernel_first(grad, self._window))
+        part = _kernel_last(tile_of(strip.outputs(self._gradient), tile))
+        return lambda grad: part.copy_(grad.view(part.shape))
 
 
-def _biased(logits: Logits, bias: _PositionBias | None, strip: Strip, tile: Tiles) -> Tensor:
-    """A tile's logits + rpb, [n, b, g, R, T, K²]; may share memory with the logits."""
-    part = logits.read(strip, tile)
-    if bias is None:
-        return part.flatten(5)
-    if logits.fresh:  # the bias is as good as contiguous, and copied once for the whole batch
-        return part.flatten(5).add_(bias.tile(strip, tile).flatten(5))
-    return (part + bias.tile(strip, tile)).flatten(5)
+def _softmax(
+    logits: Logits, bias: _PositionBias | None, strip: Strip, tile: Tiles, weight: Tensor
+) -> Callable[[], Tensor]:
+    """Writes the softmax of a tile's logits + rpb to weight [n, b, g, R, T, K²], and gives these logits."""
+    read, read_bias = logits.reader(strip, tile), None if bias is None else bias.reader(strip, tile)
+
+    def run() -> Tensor:
+        biased = read()
+        if read_bias is None:
+            biased = biased.flatten(5)
+        elif logits.fresh:  # the bias is as good as contiguous, and copied once for the whole batch
+            biased = biased.flatten(5).add_(read_bias().flatten(5))
+        else:
+            biased = (biased + read_bias()).flatten(5)
+        torch.softmax(biased, -1, out=weight)
+        return biased
+
+    return run
 
 
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
@@ -142,31 +176,57 @@ def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window:
     logits [B,G,Kh,Kw,H,W], value [B,G,D,H,W], rpb [G,2Kh−1,2Kw−1] or None -> out like value, [B,G,H,W] as wide as an
     accumulator.
     """
-    return softmax_aggregate_made(_StoredLogits(logits, window), value, rpb, window)
+    return softmax_aggregate_made(lambda part: _StoredLogits(logits[part], window), value, rpb, window)
 
 
-def softmax_aggregate_made(logits: Logits, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
-    """``softmax_aggregate`` with logits that need not exist all at once."""
+def _multiply_adds(value: Tensor, window: Window) -> int:
+    return math.prod((*value.shape[:2], *value.shape[3:], *window.kernel_size, value.shape[2] + LOGIT_COST))
+
+
+def softmax_aggregate_made(
+    make_logits: Callable[[Part], Logits], value: Tensor, rpb: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor]:
+    """``softmax_aggregate`` with logits, of a part of the maps, that need not exist all at once."""
     batch, groups, _, height, width = value.shape
     out = empty_like_layout(value, value.shape)
     statistics_dtype = accumulator_dtype(value.dtype)
     log_sum_exp = torch.empty((batch, groups, height, width), dtype=statistics_dtype, device=value.device)
-    bias = None if rpb is None else _PositionBias(rpb, window, height, width)
-    bands = Bands(value, window.kernel_size, input_major=not channels_fastest(value))
-    for strip in strips(window, value):
-        pixels = as_matrices(strip.load(value))
-        target, statistics = strip.outputs(out), strip.outputs(log_sum_exp)
-        for tile in strip.row_tiles:
-            biased = _biased(logits, bias, strip, tile)
-            weight = biased.softmax(-1)
-            # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
-            tile_of(statistics, tile).copy_(biased.amax(-1) - weight.amax(-1).log())
-            bands.select(strip, tile)
-            bands.lay(_kernel_first(weight, window))
-            part = tile_of(target, tile)
-            part.copy_(bands.gather(strip.covered(pixels, tile)).view(part.shape))
-        del pixels  # before the next strip is loaded
+
+    def work(part: Part) -> Work[None]:
+        table = None if rpb is None else rpb[part.groups]
+        return _softmax_aggregate(make_logits(part), value[part], table, window, out[part], log_sum_exp[part])
+
+    over_maps(work, value, _multiply_adds(value, window))
     return out, log_sum_exp
+
+
+def _softmax_aggregate(
+    logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, out: Tensor, log_sum_exp: Tensor
+) -> Work[None]:
+    bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
+    scratch, weights = Scratch(value), Scratch(value)
+    bands = Bands(value, window.kernel_size, input_major=not channels_fastest(value))
+
+    def step(strip: Strip, tile: Tiles, pixels: Tensor) -> Work[None]:
+        weight = weights.take(*strip.leading, *tile_size_of(strip, tile), math.prod(window.kernel_size))
+        softmax, band = _softmax(logits, bias, strip, tile, weight), bands.select(strip, tile)
+        pairs = band.pairs(_kernel_first(weight, window))
+        target, statistics = (tile_of(strip.outputs(tensor), tile) for tensor in (out, log_sum_exp))
+        yield
+        biased = softmax()
+        # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
+        statistics.copy_(biased.amax(-1) - weight.amax(-1).log())
+        del biased
+        band.lay(pairs)
+        target.copy_(band.gather(pixels).view(target.shape))
+
+    steps = []
+    for strip in strips(window, value):
+        pixels = strip.pixels(value, scratch)
+        steps.append(strip.load(pixels, value))
+        matrices = as_matrices(pixels)
+        steps += (step(strip, tile, strip.covered(matrices, tile)) for tile in strip.row_tiles)
+    return in_turn(steps)
 
 
 def softmax_aggregate_backward(
@@ -181,47 +241,76 @@ def softmax_aggregate_backward(
     """dlogits = p · (dp − Σ_k p·dp) with dp[i,k] = Σ_d grad_out[i] · value[nbr(i,k)]; dvalue = transpose(p, grad_out);
     drpb sums dlogits over batch and pixels. ``out`` and ``log_sum_exp`` are not needed here."""
     grad_logits = empty_like_layout(logits, logits.shape)
-    stored = _StoredLogits(logits, window, grad_logits)
-    grad_value, grad_rpb = softmax_aggregate_made_backward(grad_out, stored, value, rpb, window)
+    grad_value, grad_rpb, _ = softmax_aggregate_made_backward(
+        grad_out, lambda part: _StoredLogits(logits[part], window, grad_logits[part]), value, rpb, window
+    )
     return grad_logits, grad_value, grad_rpb
 
 
 def softmax_aggregate_made_backward(
-    grad_out: Tensor, logits: Logits, value: Tensor, rpb: Tensor | None, window: Window
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of value and rpb; those of the logits are handed over tile by tile."""
-    height, width = value.shape[3:]
+    grad_out: Tensor, make_logits: Callable[[Part], SomeLogits], value: Tensor, rpb: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor | None, list[SomeLogits]]:
+    """Gradients of value and rpb; those of the logits were handed, tile by tile, to the logits made, returned too."""
     dtype = accumulator_dtype(value.dtype)
     grad_value = empty_like_layout(value, value.shape)
     total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()
-    bias = None if rpb is None else _PositionBias(rpb, window, height, width)
-    if bias is not None:
-        bias.prepare_gradient()
-    bands = Bands(value, window.kernel_size, input_major=channels_fastest(value))
-    grad_bands = Bands(value, window.kernel_size, input_major=True)
-    for strip in strips(window, value):
-        pixels, sums = as_matrices(strip.load(value)), strip.zeros(value)
-        matrices = as_matrices(sums)
-        strip_grad = strip.outputs(grad_out)
-        for tile in strip.row_tiles:
-            grad = as_matrices(tile_of(strip_grad, tile).to(dtype))
-            weight = _biased(logits, bias, strip, tile).softmax(-1)
+    made: list[SomeLogits] = []
 
-            bands.select(strip, tile)
-            bands.lay(_kernel_first(weight, window))
-            covered = strip.covered(matrices, tile)
-            covered += bands.scatter(grad)
+    def work(part: Part) -> Work[Tensor | None]:
+        made.append(make_logits(part))
+        table = None if rpb is None else rpb[part.groups]
+        return _softmax_aggregate_backward(grad_out[part], made[-1], value[part], table, window, total[part])
 
-            torch.bmm(strip.covered(pixels, tile).mT, grad, out=grad_bands.select(strip, tile))
-            grad_biased = torch.empty_like(weight)
-            grad_bands.pick(_kernel_first(grad_biased, window))
-            grad_biased *= weight
-            grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
-            logits.write_gradient(strip, tile, grad_biased)
-            if bias is not None:
-                bias.accumulate(strip, tile, grad_biased.unflatten(-1, window.kernel_size))
-        strip.add_to(total, sums)
-        del pixels, sums, matrices, covered  # before the next strip is loaded
+    results = over_maps(work, value, 3 * _multiply_adds(value, window))
     if total is not grad_value:
         grad_value.copy_(total)
-    return grad_value, None if bias is None else bias.gradient()
+    if rpb is None:
+        return grad_value, None, made
+    grad_rpb = torch.zeros_like(rpb, dtype=dtype)
+    for part, grad_table in results:
+        grad_rpb[part.groups] += grad_table
+    return grad_value, grad_rpb.to(rpb.dtype), made
+
+
+def _softmax_aggregate_backward(
+    grad_out: Tensor, logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, total: Tensor
+) -> Work[Tensor | None]:
+    """Adds to the gradient of value, and gives that of rpb."""
+    bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
+    scratches = [Scratch(value) for _ in range(4)]
+    bands = Bands(value, window.kernel_size, input_major=channels_fastest(value))
+    grad_bands = Bands(value, window.kernel_size, input_major=True)
+
+    def step(strip: Strip, tile: Tiles, pixels: Tensor, sums: Tensor) -> Work[None]:
+        shape = (*strip.leading, *tile_size_of(strip, tile), math.prod(window.kernel_size))
+        weight, grad_biased = (scratch.take(*shape) for scratch in scratches[2:])
+        softmax, write = _softmax(logits, bias, strip, tile, weight), logits.writer(strip, tile)
+        write_bias = None if bias is None else bias.writer(strip, tile)
+        band, grad_band = bands.select(strip, tile), grad_bands.select(strip, tile)
+        pairs, grad_pairs = (
+            band.pairs(_kernel_first(weight, window)),
+            grad_band.pairs(_kernel_first(grad_biased, window)),
+        )
+        grad_view, pixels = tile_of(strip.outputs(grad_out), tile), pixels.mT
+        yield
+        softmax()
+        grad = as_matrices(grad_view.to(total.dtype))
+        band.lay(pairs)
+        sums += band.scatter(grad)
+        torch.bmm(pixels, grad, out=grad_band.bands)
+        grad_band.pick(grad_pairs)
+        grad_biased *= weight
+        grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
+        write(grad_biased)
+        if write_bias is not None:
+            write_bias(grad_biased)
+
+    steps = []
+    for strip in strips(window, value):
+        pixels, sums = (strip.pixels(value, scratch) for scratch in scratches[:2])
+        steps += [strip.load(pixels, value), clear(sums)]
+        matrices = as_matrices(pixels), as_matrices(sums)
+        steps += (step(strip, tile, *(strip.covered(m, tile) for m in matrices)) for tile in strip.row_tiles)
+        steps.append(strip.add_to(total, sums))
+    yield from in_turn(steps)
+    return None if bias is None else bias.gradient()
