@@ -14,7 +14,9 @@ PyTorch for the first time: one that does so during another's eager call runs on
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -22,11 +24,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "Work", "in_turn", "over_maps"]
+__all__ = ["Part", "Work", "alone", "in_turn", "over_maps"]
 
-# Multiply-adds that a thread should have to do, about a third of a millisecond.
-WORTH_A_THREAD = 2**21
+# Multiply-adds that a thread should have to do: one to two milliseconds.
+WORTH_A_THREAD = 2**22
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
 Work = Generator[None, None, Result]
 
@@ -86,31 +89,46 @@ def _finish(work: Work[Result]) -> Result:
     raise AssertionError("work yields once")
 
 
+_call = threading.local()
+
+
+def alone(function: Function) -> Function:
+    """A call that keeps PyTorch's operators to one thread each, and may share its work out by ``over_maps``."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        threads = torch.get_num_threads()
+        if threads == 1:  # or inside another such call
+            return function(*arguments, **keywords)
+        torch.set_num_threads(1)
+        _call.threads = threads
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            _call.threads = 1
+            torch.set_num_threads(threads)
+
+    return wrapper  # pyright: ignore[reportReturnType]
+
+
 def over_maps(work: Callable[[Part], Work[Result]], like: Tensor, multiply_adds: int) -> list[tuple[Part, Result]]:
     """``work`` for parts of all maps of ``like`` [B, G, ...], side by side where it pays: what each part gave.
 
     Parts write to disjoint outputs; what is summed over them is summed afterwards, in their order.
     """
-    batch, groups = like.shape[:2]
-    threads = torch.get_num_threads() if like.device.type == "cpu" else 1
-    parts = _parts(batch, groups, min(threads, multiply_adds // WORTH_A_THREAD))
+    threads = getattr(_call, "threads", 1) if like.device.type == "cpu" else 1
+    parts = _parts(like.shape[0], like.shape[1], min(threads, multiply_adds // WORTH_A_THREAD))
     works = [work(part) for part in parts]
     inference = torch.is_inference_mode_enabled()
 
-    def run(prepared: Work[Result]) -> Result:
+    def run(work: Work[Result]) -> Result:
         with torch.inference_mode(inference), torch.no_grad():
-            return _finish(prepared)
+            return _finish(work)
 
     others = []
-    try:
-        for other in works[1:]:
-            next(other)
-            others.append(_workers().submit(run, other))
-        next(works[0])
-        if threads > 1:
-            torch.set_num_threads(1)
-        results = [_finish(works[0]), *(other.result() for other in others)]
-    finally:
-        if threads > 1:
-            torch.set_num_threads(threads)
+    for other in works[1:]:
+        next(other)
+        others.append(_workers().submit(run, other))
+    next(works[0])
+    results = [_finish(works[0]), *(other.result() for other in others)]
     return list(zip(parts, results, strict=True))

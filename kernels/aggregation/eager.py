@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels.aggregation.eager_tiles import Run, Segment, Tiles, cut, tile_size
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
-from kernels.parallel import Work, in_turn, over_maps
+from kernels.parallel import Work, alone, in_turn, over_maps
 from kernels.windows import Pair, Window
 
 __all__ = [
@@ -279,6 +279,7 @@ class Bands:
         ]
 
 
+@alone
 def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]: [B,G,Kh,Kw,H',W'] and [B,G,C,H,W] -> [B,G,C,H',W']."""
     out = empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
@@ -308,6 +309,7 @@ def mix(band: Band, pairs: list[tuple[Tensor, Tensor]], pixels: Tensor, out: Ten
     out.copy_(band.gather(pixels).view(out.shape))
 
 
+@alone
 def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)]: [B,G,C,H',W'] and [B,G,C,H,W] -> [B,G,Kh,Kw,H',W']."""
     out = empty_kernel_layout(g, window.kernel_size)
@@ -335,6 +337,7 @@ def _correlate(g: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
     return in_turn(steps)
 
 
+@alone
 def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]:
     [B,G,Kh,Kw,H',W'] and [B,G,C,H',W'] -> [B,G,C,H,W]."""

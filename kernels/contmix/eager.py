@@ -19,7 +19,7 @@ from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
-from kernels.parallel import Part
+from kernels.parallel import Part, alone
 from kernels.windows import Window
 
 __all__ = ["contmix", "contmix_backward", "empty_outputs", "parts"]
@@ -93,6 +93,7 @@ def _heads_last(features: Tensor) -> Tensor:
     return features.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
+@alone
 def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: Tensor, value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -109,6 +110,7 @@ def contmix(
     return out, statistics
 
 
+@alone
 def contmix_backward(
     grad: Tensor,
     query: Tensor,

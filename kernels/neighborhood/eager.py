@@ -31,7 +31,7 @@ from kernels.aggregation.eager import (
 from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_like_layout
-from kernels.parallel import Part, Work, in_turn, over_maps
+from kernels.parallel import Part, Work, alone, in_turn, over_maps
 from kernels.windows import Window
 
 __all__ = [
@@ -170,6 +170,7 @@ def _softmax(
     return run
 
 
+@alone
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
     """out[b,g,d,i] = Σ_k p[i,k] · value[b,g,d,nbr(i,k)], and log Σ_k exp(logits + rpb).
 
@@ -229,6 +230,7 @@ def _softmax_aggregate(
     return in_turn(steps)
 
 
+@alone
 def softmax_aggregate_backward(
     grad_out: Tensor,
     logits: Tensor,
@@ -261,7 +263,7 @@ def softmax_aggregate_made_backward(
         table = None if rpb is None else rpb[part.groups]
         return _softmax_aggregate_backward(grad_out[part], made[-1], value[part], table, window, total[part])
 
-    results = over_maps(work, value, 3 * _multiply_adds(value, window))
+    results = over_maps(work, value, _multiply_adds(value, window))
     if total is not grad_value:
         grad_value.copy_(total)
     if rpb is None:
