@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -56,16 +56,13 @@ FEWEST_STEP_ELEMENTS = 2**15
 
 
 class Scratch:
-    """Memory as wide as an accumulator that the steps of some work use one after the other."""
+    """Memory as wide as an accumulator that the steps of some work, of these sizes, use one after the other."""
 
-    def __init__(self, like: Tensor) -> None:
-        self._memory = like.new_empty(0, dtype=accumulator_dtype(like.dtype))
+    def __init__(self, like: Tensor, sizes: Iterable[int]) -> None:
+        self._memory = like.new_empty(max(sizes, default=0), dtype=accumulator_dtype(like.dtype))
 
     def take(self, *shape: int) -> Tensor:
-        elements = math.prod(shape)
-        if elements > self._memory.numel():
-            self._memory = self._memory.new_empty(elements)
-        return self._memory[:elements].view(shape)
+        return self._memory[: math.prod(shape)].view(shape)
 
 
 class Strip(NamedTuple):
@@ -80,6 +77,13 @@ class Strip(NamedTuple):
     row_tiles: tuple[Tiles, ...]
     columns: tuple[Segment, ...]
     column_tiles: Tiles
+
+    def positions(self) -> int:
+        return math.prod(self.leading) * self.rows.span * self.column_tiles.span
+
+    def tile_shape(self, tile: Tiles) -> tuple[int, ...]:
+        """[n, b, g, R, T]"""
+        return (*self.leading, tile.count, self.column_tiles.count)
 
     def pixels(self, x: Tensor, scratch: Scratch) -> Tensor:
         """[n, b, g, C, rows, span] of the scratch, channels innermost in memory where they are so in x."""
@@ -126,9 +130,8 @@ def tile_of(outputs: Tensor, tile: Tiles) -> Tensor:
     return outputs.narrow(-2, tile.first, tile.count)
 
 
-def tile_size_of(strip: Strip, tile: Tiles) -> Pair:
-    """Outputs of a tile: rows, columns."""
-    return tile.count, strip.column_tiles.count
+def pixel_scratch(found: list[Strip], x: Tensor) -> Scratch:
+    return Scratch(x, (strip.positions() * x.shape[2] for strip in found))
 
 
 def clear(tensor: Tensor) -> Work[None]:
@@ -136,25 +139,26 @@ def clear(tensor: Tensor) -> Work[None]:
     tensor.zero_()
 
 
-def strips(window: Window, x: Tensor, input_size: Pair | torch.Size | None = None) -> Iterator[Strip]:
+def strips(window: Window, x: Tensor, input_size: Pair | torch.Size | None = None) -> list[Strip]:
     """Cut an operator with input x [B, G, C, H, W], of ``input_size`` if x is its output."""
     batch, groups, channels = x.shape[:3]
     height, width = x.shape[3:] if input_size is None else input_size
     kernel_elements = math.prod((batch, groups, *window.kernel_size, *window.output_size(height, width)))
-    strip_limit = max(FEWEST_STEP_ELEMENTS, (kernel_elements + x.numel()) // STRIP_SHARE)
     most = STEP_ELEMENTS.get(x.device.type, STEP_ELEMENTS_ELSEWHERE)
     band_limit = min(most, max(FEWEST_STEP_ELEMENTS, kernel_elements // STEP_SHARE))
+    strip_limit = min(most, max(FEWEST_STEP_ELEMENTS, (kernel_elements + x.numel()) // STRIP_SHARE))
     maps = batch * groups
     (rows, columns), together = tile_size(window, (height, width), maps, channels, band_limit, strip_limit)
     # The whole batch first: what depends on the group alone (a relative position bias) is then read once.
     batch_step = max(1, min(batch, together))
     group_step = max(1, min(groups, together // batch_step))
     row_classes, column_classes = cut(window, height, 0, rows, False), cut(window, width, 1, columns, True)
+    found = []
     for b, g in product(range(0, batch, batch_step), range(0, groups, group_step)):
         maps = slice(b, min(b + batch_step, batch)), slice(g, min(g + group_step, groups))
         for row_class, column_class in product(row_classes, column_classes):
             for tiles in column_class.tiles:
-                yield Strip(
+                strip = Strip(
                     (len(tiles.begins), maps[0].stop - b, maps[1].stop - g),
                     maps,
                     row_class.outputs,
@@ -164,6 +168,8 @@ def strips(window: Window, x: Tensor, input_size: Pair | torch.Size | None = Non
                     tuple(column_class.segment._replace(begin=begin, span=tiles.span) for begin in tiles.begins),
                     tiles,
                 )
+                found.append(strip)
+    return found
 
 
 def as_matrices(pixels: Tensor) -> Tensor:
@@ -233,9 +239,14 @@ class Bands:
     ``input_major`` says which index of band[j, i] is the slow one.
     """
 
-    def __init__(self, like: Tensor, kernel_size: Pair, input_major: bool) -> None:
+    def __init__(self, found: list[Strip], like: Tensor, kernel_size: Pair, input_major: bool) -> None:
         self._kernel_size, self._input_major = kernel_size, input_major
-        self._scratch = Scratch(like)
+        sizes = (
+            math.prod(strip.tile_shape(tile)) * tile.span * strip.column_tiles.span
+            for strip in found
+            for tile in strip.row_tiles
+        )
+        self._scratch = Scratch(like, sizes)
         self._geometry: object = None
 
     def select(self, strip: Strip, tile: Tiles) -> Band:
@@ -288,9 +299,9 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
 
 
 def _aggregate(weight: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    scratch, bands = Scratch(x), Bands(x, window.kernel_size, input_major=not channels_fastest(x))
-    steps = []
-    for strip in strips(window, x):
+    found, steps = strips(window, x), []
+    scratch, bands = pixel_scratch(found, x), Bands(found, x, window.kernel_size, not channels_fastest(x))
+    for strip in found:
         pixels, kernel, target = strip.pixels(x, scratch), strip.outputs(weight), strip.outputs(out)
         steps.append(strip.load(pixels, x))
         matrices = as_matrices(pixels)
@@ -318,7 +329,8 @@ def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
 
 
 def _correlate(g: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    scratch, bands = Scratch(x), Bands(x, window.kernel_size, input_major=True)
+    found, steps = strips(window, x), []
+    scratch, bands = pixel_scratch(found, x), Bands(found, x, window.kernel_size, input_major=True)
 
     def step(band: Band, pixels: Tensor, grad: Tensor, target: Tensor) -> Work[None]:
         pairs = band.pairs(target)
@@ -326,8 +338,7 @@ def _correlate(g: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
         torch.bmm(pixels, as_matrices(grad.to(pixels.dtype)), out=band.bands)
         band.pick(pairs)
 
-    steps = []
-    for strip in strips(window, x):
+    for strip in found:
         pixels, grad, target = strip.pixels(x, scratch), strip.outputs(g), strip.outputs(out)
         steps.append(strip.load(pixels, x))
         matrices = as_matrices(pixels)
@@ -349,7 +360,8 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
 
 
 def _transpose(weight: Tensor, g: Tensor, window: Window, total: Tensor) -> Work[None]:
-    scratch, bands = Scratch(g), Bands(g, window.kernel_size, input_major=channels_fastest(g))
+    found, steps = strips(window, g, total.shape[3:]), []
+    scratch, bands = pixel_scratch(found, g), Bands(found, g, window.kernel_size, channels_fastest(g))
 
     def step(band: Band, kernel: Tensor, grad: Tensor, sums: Tensor) -> Work[None]:
         pairs = band.pairs(kernel)
@@ -357,8 +369,7 @@ def _transpose(weight: Tensor, g: Tensor, window: Window, total: Tensor) -> Work
         band.lay(pairs)
         sums += band.scatter(as_matrices(grad.to(sums.dtype)))
 
-    steps = []
-    for strip in strips(window, g, total.shape[3:]):
+    for strip in found:
         sums, kernel, grad = strip.pixels(g, scratch), strip.outputs(weight), strip.outputs(g)
         matrices = as_matrices(sums)
         steps.append(clear(sums))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kernels.aggregation.eager import Strip, as_matrices, tile_of, tile_size_of
+from kernels.aggregation.eager import Strip, as_matrices, tile_of
 from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
@@ -53,7 +53,7 @@ class _MadeLogits:
     def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
         """[n, b, g, R, T, K, K]"""
         queries, keys = self._queries(strip, tile), self._keys(strip)
-        shape = (*strip.leading, *tile_size_of(strip, tile), self.side, self.side)
+        shape = (*strip.tile_shape(tile), self.side, self.side)
         return lambda: torch.baddbmm(self.bias, queries().mT, keys()).view(shape)
 
     def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:

@@ -24,9 +24,9 @@ from kernels.aggregation.eager import (
     as_matrices,
     clear,
     multiply,
+    pixel_scratch,
     strips,
     tile_of,
-    tile_size_of,
 )
 from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
@@ -102,6 +102,12 @@ class _PositionBias:
     def gradient(self) -> Tensor:
         """[G, 2Kh−1, 2Kw−1], as wide as an accumulator."""
         return _sum_by_index(self._gradient.flatten(2), self._columns, 2 * self._kernel_size[1] - 1)
+
+
+def _kernel_scratch(found: list[Strip], value: Tensor, window: Window) -> Scratch:
+    """For a tile's weights."""
+    outputs = (math.prod(strip.tile_shape(tile)) for strip in found for tile in strip.row_tiles)
+    return Scratch(value, (count * math.prod(window.kernel_size) for count in outputs))
 
 
 def _kernel_last(kernel: Tensor) -> Tensor:
@@ -205,11 +211,12 @@ def _softmax_aggregate(
     logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, out: Tensor, log_sum_exp: Tensor
 ) -> Work[None]:
     bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
-    scratch, weights = Scratch(value), Scratch(value)
-    bands = Bands(value, window.kernel_size, input_major=not channels_fastest(value))
+    found, steps = strips(window, value), []
+    scratch, weights = pixel_scratch(found, value), _kernel_scratch(found, value, window)
+    bands = Bands(found, value, window.kernel_size, not channels_fastest(value))
 
     def step(strip: Strip, tile: Tiles, pixels: Tensor) -> Work[None]:
-        weight = weights.take(*strip.leading, *tile_size_of(strip, tile), math.prod(window.kernel_size))
+        weight = weights.take(*strip.tile_shape(tile), math.prod(window.kernel_size))
         softmax, band = _softmax(logits, bias, strip, tile, weight), bands.select(strip, tile)
         pairs = band.pairs(_kernel_first(weight, window))
         target, statistics = (tile_of(strip.outputs(tensor), tile) for tensor in (out, log_sum_exp))
@@ -221,8 +228,7 @@ def _softmax_aggregate(
         band.lay(pairs)
         target.copy_(band.gather(pixels).view(target.shape))
 
-    steps = []
-    for strip in strips(window, value):
+    for strip in found:
         pixels = strip.pixels(value, scratch)
         steps.append(strip.load(pixels, value))
         matrices = as_matrices(pixels)
@@ -270,6 +276,7 @@ def softmax_aggregate_made_backward(
         return grad_value, None, made
     grad_rpb = torch.zeros_like(rpb, dtype=dtype)
     for part, grad_table in results:
+        assert grad_table is not None
         grad_rpb[part.groups] += grad_table
     return grad_value, grad_rpb.to(rpb.dtype), made
 
@@ -279,13 +286,15 @@ def _softmax_aggregate_backward(
 ) -> Work[Tensor | None]:
     """Adds to the gradient of value, and gives that of rpb."""
     bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
-    scratches = [Scratch(value) for _ in range(4)]
-    bands = Bands(value, window.kernel_size, input_major=channels_fastest(value))
-    grad_bands = Bands(value, window.kernel_size, input_major=True)
+    found, steps = strips(window, value), []
+    scratches = [pixel_scratch(found, value) for _ in range(2)]
+    kernel_scratches = [_kernel_scratch(found, value, window) for _ in range(2)]
+    bands = Bands(found, value, window.kernel_size, channels_fastest(value))
+    grad_bands = Bands(found, value, window.kernel_size, input_major=True)
 
     def step(strip: Strip, tile: Tiles, pixels: Tensor, sums: Tensor) -> Work[None]:
-        shape = (*strip.leading, *tile_size_of(strip, tile), math.prod(window.kernel_size))
-        weight, grad_biased = (scratch.take(*shape) for scratch in scratches[2:])
+        shape = (*strip.tile_shape(tile), math.prod(window.kernel_size))
+        weight, grad_biased = (scratch.take(*shape) for scratch in kernel_scratches)
         softmax, write = _softmax(logits, bias, strip, tile, weight), logits.writer(strip, tile)
         write_bias = None if bias is None else bias.writer(strip, tile)
         band, grad_band = bands.select(strip, tile), grad_bands.select(strip, tile)
@@ -307,9 +316,8 @@ def _softmax_aggregate_backward(
         if write_bias is not None:
             write_bias(grad_biased)
 
-    steps = []
-    for strip in strips(window, value):
-        pixels, sums = (strip.pixels(value, scratch) for scratch in scratches[:2])
+    for strip in found:
+        pixels, sums = (strip.pixels(value, scratch) for scratch in scratches)
         steps += [strip.load(pixels, value), clear(sums)]
         matrices = as_matrices(pixels), as_matrices(sums)
         steps += (step(strip, tile, *(strip.covered(m, tile) for m in matrices)) for tile in strip.row_tiles)
