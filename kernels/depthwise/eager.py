@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.parallel import Work, alone, over_maps
 from kernels.registration import without_autocast
 
 __all__ = ["depthwise_conv2d"]
@@ -63,21 +64,34 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("dynamic_kernels::depthwise_weight_gradient", mutates_args=())
 @without_autocast
+@alone
 def _weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c,i − K//2 + k]: grad, x [B,C,H,W] -> [C,1,K,K].
 
     An operator of its own, so that torch.compile does not unroll its loops.
     """
+    out = grad.new_zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=torch.float32)
+    found = over_maps(lambda part: _image_by_image(grad[part], x[part], kernel_size), x, x.numel() * kernel_size**2)
+    for part, sums in found:
+        out[part.groups, 0] += sums
+    return out.to(x.dtype)
+
+
+def _image_by_image(grad: Tensor, x: Tensor, kernel_size: int) -> Work[Tensor]:
+    """[c, K, K], of some images and channels."""
     batch, channels, height, width = x.shape
     step = max(LANES, GRADIENT_ELEMENTS // (height * width) // LANES * LANES)
-    out = grad.new_zeros((channels, 1, kernel_size, kernel_size), dtype=torch.float32)
-    for b in range(batch):
-        for first in range(0, channels, step):
-            part = slice(first, min(first + step, channels))
-            image = x[b : b + 1, part].to(torch.float32, memory_format=torch.channels_last)
-            kernel = grad[b, part].unsqueeze(1).float()
-            out[part, 0] += F.conv2d(image, kernel, padding=kernel_size // 2, groups=image.shape[1])[0]
-    return out.to(x.dtype)
+    sums = x.new_zeros((channels, kernel_size, kernel_size), dtype=torch.float32)
+    steps = [
+        (sums[first : first + step], x[b : b + 1, first : first + step], grad[b, first : first + step].unsqueeze(1))
+        for b in range(batch)
+        for first in range(0, channels, step)
+    ]
+    yield
+    for total, image, kernel in steps:
+        image = image.to(torch.float32, memory_format=torch.channels_last)
+        total += F.conv2d(image, kernel.float(), padding=kernel_size // 2, groups=image.shape[1])[0]
+    return sums
 
 
 @_weight_gradient.register_fake
