@@ -52,9 +52,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     padding, groups = kernel_size // 2, x.shape[1]
     if channels_last and kernel_size in (11, 13):
         margin = (BLOCKED_KERNEL - kernel_size) // 2
-        wider = F.pad(weight, (margin, margin, margin, margin))
+        compiling = torch.compiler.is_compiling()
+        wider = (F.pad if compiling else alone(F.pad))(weight, (margin, margin, margin, margin))
         out = F.conv2d(x, wider, bias, padding=BLOCKED_KERNEL // 2, groups=groups)
-        if torch.compiler.is_compiling() or type(out) is not Tensor or math.isfinite(out.sum().item()):
+        if compiling or type(out) is not Tensor or math.isfinite(alone(out.sum)().item()):
             return out
     if channels_last or kernel_size < BLOCKED_KERNEL:
         return F.conv2d(x, weight, bias, padding=padding, groups=groups)

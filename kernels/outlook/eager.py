@@ -142,7 +142,8 @@ def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, paddin
     maps = logits.movedim(3, 1), *(_by_head(image, logits.shape[3]) for image in (value, out))
 
     def work(part: Part) -> Work[None]:
-        return _outlook(*(tensor[part] for tensor in maps), kernel_size, stride, padding, scale)
+        tensors = [tensor[part] for tensor in maps]
+        return _outlook(*tensors, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale)
 
     over_maps(work, maps[0], logits.numel() * maps[1].shape[4])
     return out.to(value.dtype)
@@ -178,7 +179,8 @@ def outlook_backward(
     maps = logits.movedim(3, 1), grad_logits.movedim(3, 1), *(_by_head(t, heads) for t in (grad_out, value, grad_value))
 
     def work(part: Part) -> Work[None]:
-        return _outlook_backward(*(tensor[part] for tensor in maps), kernel_size, stride, padding, scale)
+        tensors = [tensor[part] for tensor in maps]
+        return _outlook_backward(*tensors, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale)
 
     over_maps(work, maps[0], logits.numel() * maps[3].shape[4])
     return grad_logits, grad_value.to(value.dtype)
