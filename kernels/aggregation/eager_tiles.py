@@ -94,10 +94,8 @@ def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> tupl
     kernel_size, dilation = window.kernel_size[axis], window.dilation[axis]
     starts = window.neighbours(length, axis)[:, 0].tolist()
     classes = []
-    for residue in range(dilation):
+    for residue in sorted({start % dilation for start in starts}):
         outputs = [i for i, start in enumerate(starts) if start % dilation == residue]
-        if not outputs:
-            continue
         begins = [starts[i] // dilation for i in outputs]
         step = outputs[1] - outputs[0] if len(outputs) > 1 else 1
         alike = [(_runs(begins[first : first + size]), first) for first in range(0, len(begins), size)]
