@@ -7,8 +7,10 @@
 ``reference``  the definitions of ``kernels.reference``: the naive unfold path, differentiated by PyTorch
 =============  =====================================================================================================
 
-The environment variable DYNAMIC_KERNELS_BACKEND presets the choice. It is one setting per process, not per thread:
-a backward pass runs on threads of its own and must see what the forward pass saw.
+The environment variable DYNAMIC_KERNELS_BACKEND presets the choice and ``set_backend`` changes it for the process.
+``use_backend`` holds for its own thread and coroutine only; a thread that is started inside the block begins with the
+process's choice. An operator records the backend that its forward pass saw, and its backward pass, which runs on
+threads of PyTorch's own, uses that one.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["BACKENDS", "get_backend", "resolve", "set_backend", "transforming", "use_backend"]
 
@@ -33,12 +38,23 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_selected = _checked(os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto", "DYNAMIC_KERNELS_BACKEND")
+_of_process = _checked(os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto", "DYNAMIC_KERNELS_BACKEND")
+_of_block: ContextVar[str | None] = ContextVar("kernels.backend", default=None)
+# What a ``use_backend`` block inside a function that is being compiled selects: Dynamo traces no context variable.
+_of_trace: str | None = None
+_this = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> str:
+    """``selected``, an attribute that is computed: Dynamo guards on an attribute, not on a context variable."""
+    if name == "selected":
+        return _of_block.get() or _of_process
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def transforming() -> bool:
-    """Whether this runs inside one of ``torch.func``'s transforms (vmap, grad, jvp, ...)."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether this runs inside one of ``torch.func``'s transforms (vmap, grad, jvp, ...) or under forward-mode AD."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def get_backend() -> str:
@@ -46,30 +62,46 @@ def get_backend() -> str:
 
     Both are ``reference``, whatever was selected, because they need operators of PyTorch's own: while
     ``torch.onnx.export`` records a model, for no runtime of ONNX has those of this package; and inside ``torch.func``'s
-    transforms (vmap, grad, jvp, ...), which do not look into operators registered from Python.
+    transforms and ``torch.autograd.forward_ad``, which do not look into operators registered from Python.
     """
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        return "reference"
     if transforming():
         return "reference"
-    return _selected
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        return "reference"
+    return _of_trace or _this.selected
 
 
 def set_backend(name: str) -> None:
-    """Select the backend for the whole process. ValueError for an unknown name."""
-    global _selected
-    _selected = _checked(name, "backend")
+    """Select the backend for the whole process, or inside a ``use_backend`` block for what is left of the block.
+
+    ValueError for an unknown name.
+    """
+    global _of_process
+    _checked(name, "backend")
+    if _of_block.get() is None:
+        _of_process = name
+    else:
+        _of_block.set(name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Select the backend inside a ``with`` block, and restore the previous one after it."""
-    previous = _selected
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(previous)
+    """Select the backend inside a ``with`` block, for this thread and coroutine, and restore the previous one."""
+    global _of_trace
+    _checked(name, "backend")
+    if torch.compiler.is_compiling():
+        previous, _of_trace = _of_trace, name
+        try:
+            yield
+        finally:
+            _of_trace = previous
+    else:
+        outer = _of_block.get()
+        _of_block.set(name)
+        try:
+            yield
+        finally:
+            _of_block.set(outer)
 
 
 @functools.cache
