@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import reference
 from kernels.aggregation.op import implementation, without_autocast
 from kernels.backend import get_backend
-from kernels.checks import check_shape, check_tensors, check_window_fits, odd_pair
+from kernels.checks import check_shape, check_tensors, check_window_fits, odd_int
 from kernels.contmix import eager
 from kernels.layout import empty_like_layout
 
@@ -60,7 +60,7 @@ def contmix2d(
         raise TypeError(f"rpb must be a sequence of {len(kernel_sizes)} tensors, got {type(rpb).__name__}")
     if len(rpb) != len(kernel_sizes):
         raise ValueError(f"rpb must hold one tensor per kernel size ({len(kernel_sizes)}), got {len(rpb)}")
-    sizes = [odd_pair(f"kernel_sizes[{m}]", size)[0] for m, size in enumerate(kernel_sizes)]
+    sizes = [odd_int(f"kernel_sizes[{m}]", size) for m, size in enumerate(kernel_sizes)]
     tables = {f"rpb[{m}]": table for m, table in enumerate(rpb)}
     query, key, value, proj_weight, proj_bias, *biases = check_tensors(
         query=query, key=key, value=value, proj_weight=proj_weight, proj_bias=proj_bias, **tables

@@ -46,17 +46,16 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Source: the large kernels of arXiv 2502.20087 (OverLoCK), after arXiv 2203.06717.
     """
-    x, weight, *biases = check_tensors(x=x, weight=weight, bias=bias)
+    x, weight, bias = check_tensors(["bias"], x=x, weight=weight, bias=bias)
     check_shape("x", x, "B C H W")
-    channels, kernel_size = x.shape[1], weight.shape[-1] if weight.dim() else 0
-    check_shape("weight", weight, "C 1 K K", **{"C": channels, "1": 1, "K": kernel_size})
+    check_shape("weight", weight, "C 1 K K", C=x.shape[1])
+    kernel_size = weight.shape[-1]
     if kernel_size % 2 == 0:
         raise ValueError(f"weight must have an odd kernel size (the window needs a centre), got {list(weight.shape)}")
     if kernel_size > LARGEST_KERNEL:
         raise ValueError(f"weight must have a kernel size of at most {LARGEST_KERNEL}, got {list(weight.shape)}")
-    bias = biases[0] if biases else None
     if bias is not None:
-        check_shape("bias", bias, "C", C=channels)
+        check_shape("bias", bias, "C", C=x.shape[1])
     backend = get_backend()
     if backend == "reference":
         return reference.depthwise_conv2d(x, weight, bias)

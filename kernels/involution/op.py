@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import reference
 from kernels.aggregation.op import WINDOW, aggregate, fields_of, implementation, window_of, without_autocast
 from kernels.backend import get_backend, resolve
-from kernels.checks import as_pair, check_shape, check_tensors
+from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
 from kernels.windows import Pair, Window
@@ -26,6 +26,8 @@ def _checked_window(
         paddings = ((kernel_size[0] - 1) * dilations[0] // 2, (kernel_size[1] - 1) * dilations[1] // 2)
     else:
         paddings = as_pair("padding", padding, 0)
+    if max(x.shape[2] + 2 * paddings[0], x.shape[3] + 2 * paddings[1]) >= LIMIT:
+        raise ValueError(f"padding must keep x of size {tuple(x.shape[2:])} below 2^31 pixels a side, got {paddings}")
     window = Window(kernel_size, strides, paddings, dilations)
     height, width = window.output_size(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
@@ -114,19 +116,16 @@ def involution2d_generate(
         TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
     """
-    x, features, weight, *biases = check_tensors(x=x, features=features, weight=weight, bias=bias)
-    kernel_sizes = as_pair("kernel_size", kernel_size, 1)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+    x, features, weight, bias = check_tensors(["bias"], x=x, features=features, weight=weight, bias=bias)
+    kernel_sizes, groups = as_pair("kernel_size", kernel_size, 1), as_int("groups", groups, 1)
     check_shape("x", x, "B C H W")
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"groups must be at least 1 and divide the {x.shape[1]} channels of x, got {groups}")
+    if x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
     window = _checked_window(x, kernel_sizes, stride, padding, dilation)
     height, width = window.output_size(x.shape[2], x.shape[3])
     check_shape("features", features, "B R H' W'", **{"B": x.shape[0], "H'": height, "W'": width})
     rows = kernel_sizes[0] * kernel_sizes[1] * groups
     check_shape("weight", weight, "Kh·Kw·G R", **{"Kh·Kw·G": rows, "R": features.shape[1]})
-    bias = biases[0] if biases else None
     if bias is not None:
         check_shape("bias", bias, "Kh·Kw·G", **{"Kh·Kw·G": rows})
     backend = get_backend()

@@ -102,19 +102,19 @@ def na2d_qk(
 
     Source: arXiv 2204.07143, equation 2 (NATTEN's ``na2d_qk``). Differentiable any number of times.
     """
-    query, key, *bias = check_tensors(query=query, key=key, rpb=rpb)
+    query, key, rpb = check_tensors(["rpb"], query=query, key=key, rpb=rpb)
     check_shape("query", query, "B heads H W D")
     batch, heads, height, width, channels = query.shape
     check_shape("key", key, "B heads H W D", B=batch, heads=heads, H=height, W=width, D=channels)
     window = _checked_window(kernel_size, dilation, query.shape[2], query.shape[3])
-    if bias:
-        _check_rpb(bias[0], query.shape[1], window.kernel_size)
+    if rpb is not None:
+        _check_rpb(rpb, query.shape[1], window.kernel_size)
     backend = get_backend()
     if backend == "reference":
-        return reference.na2d_qk(query, key, window.kernel_size, window.dilation, *bias)
+        return reference.na2d_qk(query, key, window.kernel_size, window.dilation, rpb)
     logits = correlate(channels_first(query), channels_first(key), window, backend)
     logits = logits.permute(0, 1, 4, 5, 2, 3).flatten(4)
-    return logits + reference.rpb_logits(bias[0], query.shape[2], query.shape[3], window) if bias else logits
+    return logits if rpb is None else logits + reference.rpb_logits(rpb, query.shape[2], query.shape[3], window)
 
 
 def na2d_softmax_av(
@@ -142,13 +142,12 @@ def na2d_softmax_av(
 
     Source: arXiv 2204.07143, equations 2-4; with ContMix's logits, arXiv 2502.20087, equation 3.
     """
-    logits, value, *bias = check_tensors(logits=logits, value=value, rpb=rpb)
+    logits, value, rpb = check_tensors(["rpb"], logits=logits, value=value, rpb=rpb)
     check_shape("value", value, "B heads H W D")
     _check_attention("logits", logits, value, kernel_size)
     window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
-    if bias:
-        _check_rpb(bias[0], value.shape[1], window.kernel_size)
-    rpb = bias[0] if bias else None
+    if rpb is not None:
+        _check_rpb(rpb, value.shape[1], window.kernel_size)
     backend = get_backend()
     if backend == "reference":
         return reference.na2d_softmax_av(logits, value, window.kernel_size, rpb=rpb, dilation=window.dilation)

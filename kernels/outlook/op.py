@@ -12,16 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import reference
 from kernels.aggregation.op import implementation, without_autocast
 from kernels.backend import get_backend
-from kernels.checks import check_shape, check_tensors
+from kernels.checks import as_int, check_shape, check_tensors
 
 __all__ = ["outlook_attention2d"]
-
-
-def _check_integer(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
 
 
 def outlook_attention2d(
@@ -60,9 +53,10 @@ def outlook_attention2d(
     Source: arXiv 2106.13112, equations 3-5.
     """
     logits, value = check_tensors(logits=logits, value=value)
-    _check_integer("kernel_size", kernel_size, 1)
-    _check_integer("stride", stride, 1)
-    _check_integer("padding", padding, 0)
+    kernel_size, stride, padding = (
+        as_int(name, option, minimum)
+        for name, option, minimum in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0))
+    )
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a real number, got {scale!r}")
     if not -math.inf < scale < math.inf:  # isfinite, which does not trace with a symbolic scale
