@@ -66,7 +66,8 @@ def get_backend() -> str:
     """
     if transforming():
         return "reference"
-    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+    recording = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if recording and torch.onnx.is_in_onnx_export():
         return "reference"
     return _of_trace or _this.selected
 

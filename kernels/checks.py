@@ -34,7 +34,7 @@ def as_int(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def as_pair(name: str, value: int | Sequence[int], minimum: int) -> Pair:
+def as_pair(name: str, value: Any, minimum: int) -> Pair:
     """An int for both axes, or (rows, columns), as a pair; every entry from ``minimum`` to 2^31 − 1."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not _is_int(pair[0]) or not _is_int(pair[1]):
@@ -56,13 +56,15 @@ def odd_int(name: str, value: Any) -> int:
     return odd_pair(name, as_int(name, value, 1))[0]
 
 
-def check_tensors(optional: Sequence[str] = (), **tensors: Any) -> tuple[Any, ...]:
+def check_tensors(optional: Sequence[str] = (), /, **tensors: Any) -> tuple[Any, ...]:
     """The tensors in their order, checked to be dense and floating, of one dtype and on one device.
 
     Those that ``optional`` names may be None and come back as None. Under autocast every tensor below float64 is cast
     to autocast's dtype first, as for a convolution; nothing else is ever cast.
     """
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None or name not in optional}
+    given: dict[str, Any] = {
+        name: tensor for name, tensor in tensors.items() if tensor is not None or name not in optional
+    }
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -143,7 +143,8 @@ def outlook_attention2d(
     batch, height, width, channels = value.shape
     windows_h, windows_w, heads = logits.shape[1:4]
     span_h, span_w = (windows_h - 1) * stride + kernel_size, (windows_w - 1) * stride + kernel_size
-    if torch.jit.is_tracing():  # the exporter that traces knows fold with constant sizes only
+    # The exporter that traces knows fold with constant sizes only.
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         span_h, span_w = int(span_h), int(span_w)
     # Zeros around the image, then what the windows span of it; windows may lie beyond the image, and it beyond them.
     padded = F.pad(value.permute(0, 3, 1, 2), (padding, kernel_size) * 2)[..., :span_h, :span_w]

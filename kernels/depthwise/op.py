@@ -18,7 +18,7 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
 from kernels.depthwise import eager
 from kernels.layout import empty_like_layout
-from kernels.registration import without_autocast
+from kernels.registration import operator, without_autocast
 
 __all__ = ["depthwise_conv2d"]
 
@@ -58,18 +58,13 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         check_shape("bias", bias, "C", C=x.shape[1])
     backend = get_backend()
     if backend == "reference":
-        return reference.depthwise_conv2d(x, weight, bias)
+        return without_autocast(reference.depthwise_conv2d)(x, weight, bias)
     if resolve(backend, x) == "triton":
         return _convolve(x, weight, bias, False)
     return eager.depthwise_conv2d(x, weight, bias)
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::depthwise_conv2d",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, bool flipped) -> Tensor",
-)
-@without_autocast
+@operator("depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, bool flipped) -> Tensor")
 def _convolve(x, weight, bias, flipped):
     """``flipped`` convolves with weight[c, K−1−k]."""
     from kernels.depthwise.triton_kernels import convolve
@@ -82,12 +77,7 @@ def _(x, weight, bias, flipped):
     return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::depthwise_conv2d_weight_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, int kernel_size) -> Tensor",
-)
-@without_autocast
+@operator("depthwise_conv2d_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
 def _weight_gradient(grad, x, kernel_size):
     from kernels.depthwise.triton_kernels import weight_gradient
 

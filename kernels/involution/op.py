@@ -12,7 +12,7 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
-from kernels.registration import WINDOW, fields_of, window_of, without_autocast
+from kernels.registration import WINDOW, fields_of, once_differentiable, operator, window_of, without_autocast
 from kernels.windows import Pair, Window
 
 __all__ = ["involution2d", "involution2d_generate"]
@@ -79,7 +79,9 @@ def involution2d(
     check_shape("weight", weight, "B G Kh Kw H' W'", **{"H'": height, "W'": width})
     backend = get_backend()
     if backend == "reference":
-        return reference.involution2d(x, weight, stride=window.stride, padding=window.padding, dilation=window.dilation)
+        return without_autocast(reference.involution2d)(
+            x, weight, stride=window.stride, padding=window.padding, dilation=window.dilation
+        )
     return aggregate(weight, x.unflatten(1, (groups, channels // groups)), window, backend).flatten(1, 2)
 
 
@@ -131,7 +133,7 @@ def involution2d_generate(
         check_shape("bias", bias, "Kh·Kw·G", **{"Kh·Kw·G": rows})
     backend = get_backend()
     if backend == "reference":
-        return reference.involution2d_generate(
+        return without_autocast(reference.involution2d_generate)(
             x, features, weight, bias,
             kernel_size=kernel_sizes, groups=groups,
             stride=window.stride, padding=window.padding, dilation=window.dilation,
@@ -141,12 +143,10 @@ def involution2d_generate(
     return out.flatten(1, 2)
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::involution_generate",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
+@operator(
+    "involution_generate",
+    f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
 )
-@without_autocast
 def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
     if resolve(backend, x) == "triton":
@@ -161,15 +161,11 @@ def _(x, features, *_):
     return empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::involution_generate_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size,"
-        f" {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "involution_generate_backward",
+    "(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size,"
+    f" {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-@without_autocast
 def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     """Gradients of x, features, weight and bias."""
     window = window_of(kernel_size, stride, padding, dilation, clamped)
@@ -196,6 +192,7 @@ def _backward(ctx, grad):
 
 
 _generate.register_autograd(_backward, setup_context=_save)
+once_differentiable(_generate_backward, "involution2d_generate")
 
 
 def _generate_flops(x_shape, features_shape, weight_shape) -> int:

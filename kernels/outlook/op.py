@@ -14,7 +14,7 @@ from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_int, check_shape, check_tensors
 from kernels.outlook import eager
-from kernels.registration import without_autocast
+from kernels.registration import once_differentiable, operator, without_autocast
 
 __all__ = ["outlook_attention2d"]
 
@@ -80,7 +80,7 @@ def outlook_attention2d(
     scale = float(scale)
     backend = get_backend()
     if backend == "reference":
-        return reference.outlook_attention2d(
+        return without_autocast(reference.outlook_attention2d)(
             logits, value, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale
         )
     return _outlook(logits, value, kernel_size, stride, padding, scale, backend)
@@ -98,10 +98,7 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     return eager
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::outlook", mutates_args=(), schema=f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor"
-)
-@without_autocast
+@operator("outlook", f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor")
 def _outlook(logits, value, kernel_size, stride, padding, scale, backend):
     run = _implementation(backend, value)
     return run.outlook(logits, value, kernel_size, stride, padding, scale)
@@ -112,12 +109,7 @@ def _(logits, value, *_):
     return value.new_empty(value.shape)
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::outlook_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)",
-)
-@without_autocast
+@operator("outlook_backward", f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)")
 def _outlook_backward(grad, logits, value, kernel_size, stride, padding, scale, backend):
     """Gradients of logits and value, contiguous."""
     run = _implementation(backend, value)
@@ -140,6 +132,7 @@ def _backward(ctx, grad):
 
 
 _outlook.register_autograd(_backward, setup_context=_save)
+once_differentiable(_outlook_backward, "outlook_attention2d")
 
 
 def _mixing_flops(logits_shape, value_shape) -> int:
