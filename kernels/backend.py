@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -121,21 +122,29 @@ def _gpu_supported(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def resolve(backend: str, tensor: Tensor) -> str:
-    """``triton`` or ``eager`` for a tensor, from the backend that was asked for.
+def resolve(backend: str, *maps: Tensor) -> str:
+    """``triton`` or ``eager`` for maps [..., H, W] of one device, from the backend that was asked for.
 
-    ValueError where Triton was asked for and cannot run: it is not installed, or the tensor is on a CPU and the
-    interpreter is off.
+    ValueError where Triton was asked for and cannot run: it is not installed, or the device is a CPU and the
+    interpreter is off; or where it would run and a map has more pixels than its kernels count.
     """
+    device = maps[0].device
     if backend == "auto":
-        on_gpu = tensor.is_cuda and triton_installed() and _gpu_supported(tensor.device)
-        return "triton" if on_gpu else "eager"
-    if backend == "triton":
+        on_gpu = maps[0].is_cuda and triton_installed() and _gpu_supported(device)
+        backend = "triton" if on_gpu else "eager"
+    elif backend == "triton":
         if not triton_installed():
             raise ValueError("backend 'triton' was selected, but the package triton is not installed")
-        if not tensor.is_cuda and not interpreting() and tensor.device.type != "meta":
+        if not maps[0].is_cuda and not interpreting() and device.type != "meta":
             raise ValueError(
-                f"backend 'triton' needs tensors on a GPU, got device {tensor.device}; "
+                f"backend 'triton' needs tensors on a GPU, got device {device}; "
                 "set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
             )
+    if backend == "triton" and not torch.compiler.is_compiling():  # compiled code asks again when it runs
+        for tensor in maps:
+            if math.prod(tensor.shape[-2:]) >= 2**31:
+                raise ValueError(
+                    f"a map of {tensor.shape[-2]}x{tensor.shape[-1]} pixels is too large: the Triton kernels count "
+                    "at most 2^31 - 1 of them; the eager backend takes it"
+                )
     return backend

@@ -26,9 +26,9 @@ from kernels.windows import Pair, Window
 __all__ = ["aggregate", "aggregation_flops", "algebra", "correlate", "transpose"]
 
 
-def algebra(backend: str, tensor: Tensor) -> ModuleType:
+def algebra(backend: str, *maps: Tensor) -> ModuleType:
     """The module that computes the three here; Triton is imported at the first use and not before."""
-    if resolve(backend, tensor) == "triton":
+    if resolve(backend, *maps) == "triton":
         from kernels.aggregation import triton_kernels
 
         return triton_kernels
@@ -38,7 +38,7 @@ def algebra(backend: str, tensor: Tensor) -> ModuleType:
 @operator("aggregate", f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor")
 def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, x).aggregate(weight, x, window)
+    return algebra(backend, x, weight).aggregate(weight, x, window)
 
 
 @_aggregate.register_fake
@@ -49,7 +49,7 @@ def _(weight, x, *_):
 @operator("correlate", f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor")
 def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return algebra(backend, x).correlate(g, x, window)
+    return algebra(backend, x, g).correlate(g, x, window)
 
 
 @_correlate.register_fake

@@ -67,6 +67,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 @operator("depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, bool flipped) -> Tensor")
 def _convolve(x, weight, bias, flipped):
     """``flipped`` convolves with weight[c, K−1−k]."""
+    resolve("triton", x)
     from kernels.depthwise.triton_kernels import convolve
 
     return convolve(x, weight, bias, flipped)

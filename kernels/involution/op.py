@@ -149,7 +149,7 @@ def involution2d_generate(
 )
 def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    if resolve(backend, x) == "triton":
+    if resolve(backend, x, features) == "triton":
         from kernels.involution.triton_kernels import involution_generate
 
         return involution_generate(x, features, weight, bias, window)

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 import kernels
+from kernels.backend import BACKENDS
 
 
 def test_unknown_backend():
@@ -132,7 +133,7 @@ def test_compiled_code_follows_the_choice():
     """A change of backend compiles again, in a block around the call or inside the compiled function."""
 
     def name(x):
-        return x + kernels.backend.BACKENDS.index(kernels.get_backend())
+        return x + BACKENDS.index(kernels.get_backend())
 
     def block(x):
         with kernels.use_backend("eager"):

@@ -1,12 +1,14 @@
 """Everything wrong is refused before anything runs, by a message that names the argument and what came."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import kernels
+from kernels.launch import launch, record_launches
 
 
 def zeros(*shape, **options):
@@ -150,7 +152,7 @@ def test_autocast_does_not_mix_float64_with_others(operator):
     double = {
         key: [t.double() for t in value] if isinstance(value, list) else value for key, value in GOOD[operator].items()
     }
-    double |= {name: double[name].double() for name in names}
+    double |= {name: GOOD[operator][name].double() for name in names}
     for backend, name in itertools.product(("eager", "reference"), names):
         with kernels.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
             assert getattr(kernels, operator)(**double).dtype == torch.float64
@@ -160,11 +162,12 @@ def test_autocast_does_not_mix_float64_with_others(operator):
 
 def test_numpy_ints_are_ints():
     x, weight = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 3, 3, 3, 2)
-    out = kernels.involution2d(x, weight, stride=np.int64(2), padding=(np.int32(1), 1), dilation=np.uint8(1))
-    assert torch.equal(out, kernels.involution2d(x, weight, stride=2))
+    options: dict[str, Any] = {"stride": np.int64(2), "padding": (np.int32(1), 1), "dilation": np.uint8(1)}
+    assert torch.equal(kernels.involution2d(x, weight, **options), kernels.involution2d(x, weight, stride=2))
     value, logits = torch.randn(1, 5, 4, 2), torch.randn(1, 3, 2, 1, 9, 9)
     expected = kernels.outlook_attention2d(logits, value, stride=2, scale=0.5)
-    assert torch.equal(kernels.outlook_attention2d(logits, value, stride=np.int64(2), scale=np.float32(0.5)), expected)
+    options = {"stride": np.int64(2), "scale": np.float32(0.5)}
+    assert torch.equal(kernels.outlook_attention2d(logits, value, **options), expected)
 
 
 def test_a_dilation_far_beyond_the_map_takes_no_time():
@@ -172,3 +175,33 @@ def test_a_dilation_far_beyond_the_map_takes_no_time():
     x, weight = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 3, 3, 5, 4)
     out = kernels.involution2d(x, weight, dilation=2**29)
     torch.testing.assert_close(out, x * weight[:, :, 1, 1])
+
+
+@pytest.mark.parametrize("operator", GOOD)
+def test_maps_with_more_pixels_than_a_kernel_counts(operator):
+    """2^31 pixels, of one element of memory."""
+    sizes = {6: 2**16, 5: 2**15} if operator == "contmix2d" else {5: 2**16, 4: 2**15}
+    large = {
+        name: zeros(1).expand(*value.shape[:-2], *(sizes[size] for size in value.shape[-2:]))
+        for name, value in GOOD[operator].items()
+        if isinstance(value, torch.Tensor) and tuple(value.shape[-2:]) == tuple(sizes)
+    }
+    if operator.startswith("na2d"):
+        large = {
+            name: zeros(1).expand(*value.shape[:2], *sizes.values(), value.shape[4])
+            for name, value in GOOD[operator].items()
+            if isinstance(value, torch.Tensor) and value.dim() == 5
+        }
+    if operator == "outlook_attention2d":
+        large = {"logits": zeros(1).expand(2, 2**15, 2**14, 2, 9, 9), "value": zeros(1).expand(2, *sizes.values(), 6)}
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match=r"65536x32768 pixels is too large"):
+        getattr(kernels, operator)(**(GOOD[operator] | large))
+
+
+def test_a_grid_that_no_gpu_runs():
+    def kernel():
+        pass
+
+    with record_launches() as launches, pytest.raises(ValueError, match=r"kernel would need a grid of .* programs"):
+        launch(kernel, (1, 2**16), torch.device("cpu"), {})
+    assert not launches
