@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.registration import operator
+
 __all__ = ["depthwise_conv2d"]
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -51,8 +53,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.contiguous()
 
 
-@torch.library.custom_op("dynamic_kernels::depthwise_weight_gradient", mutates_args=())
-def _weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+@operator("depthwise_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
+def _weight_gradient(grad, x, kernel_size):
     """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c,i − K//2 + k]: grad, x [B,C,H,W] -> [C,1,K,K].
 
     An operator of its own, so that torch.compile does not unroll its loops.

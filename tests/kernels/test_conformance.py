@@ -210,7 +210,7 @@ def test_forward_mode(operator, backend):
     assert_close(found, expected, FORWARD_TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("operator", [o for o in OPERATORS if o.name != "depthwise_conv2d"], ids=lambda o: o.name)
+@BY_NAME
 def test_forward_mode_through_a_recorded_graph_is_refused(operator):
     inputs = leaves(operator.tensors())
     with kernels.use_backend("eager"):
