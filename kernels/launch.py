@@ -47,8 +47,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
     """
     if grid[0] >= 2**31 or max(grid[1:], default=0) >= 2**16:
         raise ValueError(
-            f"the tensors are too large for one launch: {kernel.__name__} would need a grid of {grid} programs, "
-            "and a GPU takes less than 2^31 by 2^16 by 2^16; compute fewer images at a time"
+            f"{kernel.__name__} would need a grid of {grid} programs, and a GPU takes fewer than 2^31 by 2^16 by 2^16: "
+            "compute fewer images at a time"
         )
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))

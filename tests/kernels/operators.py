@@ -23,6 +23,9 @@ class Operator(NamedTuple):
     multiply_adds: tuple[int, int]  # of one image: forward, backward
     twice: bool  # whether a second derivative exists
     logits: tuple[str, ...] = ()  # arguments that enter a softmax
+    spreads: tuple[
+        str, ...
+    ] = ()  # backends on which a NaN reaches outputs that it should not, through a tile's product
     rounding: int = 1  # times the forward tolerance: products before a softmax round, and it amplifies that
 
     def tensors(self, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> dict[str, Tensor]:
@@ -56,6 +59,7 @@ OPERATORS = [
         {},
         (6 * 9 * PIXELS, 2 * 6 * 9 * PIXELS),
         twice=True,
+        spreads=("eager",),
     ),
     Operator(
         "involution2d_generate",
@@ -63,6 +67,7 @@ OPERATORS = [
         {"kernel_size": 3, "groups": 2},
         (18 * (4 + 3) * PIXELS, 2 * 18 * (4 + 3) * PIXELS),
         twice=False,
+        spreads=("eager",),
     ),
     Operator(
         "na2d_av",
@@ -70,6 +75,7 @@ OPERATORS = [
         {"kernel_size": 3},
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=True,
+        spreads=("eager",),
     ),
     Operator(
         "na2d_qk",
@@ -77,6 +83,7 @@ OPERATORS = [
         {"kernel_size": 3},
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=True,
+        spreads=("eager",),
     ),
     Operator(
         "na2d_softmax_av",
@@ -85,6 +92,7 @@ OPERATORS = [
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=False,
         logits=("logits",),
+        spreads=("eager",),
     ),
     Operator(
         "contmix2d",
@@ -103,6 +111,7 @@ OPERATORS = [
         twice=False,
         logits=("proj_bias",),
         rounding=2,
+        spreads=("eager", "triton"),
     ),
     Operator(
         "outlook_attention2d",
@@ -118,5 +127,6 @@ OPERATORS = [
         {},
         (6 * 25 * PIXELS, 2 * 6 * 25 * PIXELS),
         twice=True,
+        spreads=("triton",),
     ),
 ]
