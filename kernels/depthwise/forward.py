@@ -9,7 +9,7 @@ columns. Input row i adds to all outputs (r, p) of its tile at once:
     out[tile, (r, p)] += Σ_j x[tile, i, j] · w[i − r, j − p],     w[k, l] = 0 outside the kernel
 
 The tiles of all images of a channel share the weights, so they are the rows of a matrix product. Those of step i lie
-side by side, since the *band* holds the kernel's rows in reverse: band[j, q, p] = w[const − q, j − p], q = const − i + r.
+side by side, since the *band* holds the kernel's rows in reverse: band[j, q, p] = w[c − q, j − p] with q = c − i + r.
 
 Cost per output at K = 17 (tiles of 8 x 16, a span of 32, 256 tiles a block) against a thread per output:
 

@@ -285,5 +285,5 @@ def test_rows_far_apart_and_maps_beyond_32_bits():
         expected = kernels.outlook_attention2d(logits, far.contiguous())
         assert torch.equal(kernels.outlook_attention2d(logits, far), expected)
         huge = torch.empty(1, device=DEVICE).expand(1, 2**31, 1, 1)
-        with pytest.raises(ValueError, match="value must have fewer than 2"):
+        with pytest.raises(ValueError, match=r"2\^31|too large"):
             kernels.outlook_attention2d(huge.view(1, 2**31, 1, 1, 1, 1), huge, kernel_size=1, padding=0)
