@@ -76,8 +76,8 @@ CONFIGS = (
     LIBRARY,
     # 16 bits: forward a product of as many tiles as registers hold, the weight gradient of as many columns.
     Config(8, 256, 1, num_warps=8),
+    Config(8, 128, 1, num_warps=8, num_stages=4),
     Config(8, 128, 1, num_warps=8),
-    Config(8, 256, 1, num_warps=8, num_stages=4),
     Config(8, 128, 2),
     Config(8, 128, 8),
     Config(4, 128, 2),
@@ -118,7 +118,7 @@ def heuristic(problem: Problem) -> Config:
     outputs = problem.images * problem.channels * problem.pixels
     if outputs * problem.kernel_size**2 < SMALL and not problem.copied:
         return LIBRARY
-    warps = 8 if problem.tile_width == 64 else 4
+    warps, stages = 8 if problem.tile_width == 64 else 4, 3
     if problem.dtype.itemsize > 2:
         height, tiles, columns = max(1, 32 // problem.tile_width), 32, 32
     elif problem.weight_gradient:
@@ -128,7 +128,8 @@ def heuristic(problem: Problem) -> Config:
         height, tiles, columns = 8, 128, 64 if span == 8 else 32
     elif span == 32:
         height, tiles, columns, warps = 8, 2**12 // problem.tile_width, 32, 8
+        stages = 4 if problem.tile_width == 32 else 3
     else:
         height, tiles, columns = 128 // problem.tile_width, 64, 64
     most = max(16, next_power_of_2(problem.images * ceil_divide(problem.pixels, height * problem.tile_width)))
-    return Config(height, min(most, tiles), max(1, columns // span), num_warps=warps)
+    return Config(height, min(most, tiles), max(1, columns // span), num_warps=warps, num_stages=stages)

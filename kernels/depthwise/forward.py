@@ -204,5 +204,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_CHANNELS": config.block_channels,
     }
-    launch(_convolution_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+    stages = min(config.num_stages, 3) if torch.version.hip else config.num_stages  # 64 KiB of shared memory on AMD's
+    launch(_convolution_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
     return in_layout_of(x, out)

@@ -78,10 +78,15 @@ def _grad_logits_kernel(
             masks = masks + (tile.m_x & (m_row & m_column)[:, None],)
             p_source = p_value + tl.cast(s // KERNEL, OFFSET) * value.h + (s % KERNEL) * VALUE_COLUMN
             values = values + (load_pixels(p_source, masks[s], ACCUMULATOR, BLOCK_HEADS, BLOCK_CHANNELS),)
+        rows, grads = (), ()
         for t in tl.static_range(POSITIONS):
-            b_logits = tl.load(logits_ptr + o_logits + t * POSITIONS, mask=m_entry, other=0).to(ACCUMULATOR) * scale
-            p_target = p_grad + tl.cast(t // KERNEL, OFFSET) * grad.h + (t % KERNEL) * GRAD_COLUMN
-            b_grad = load_pixels(p_target, masks[t], ACCUMULATOR, BLOCK_HEADS, BLOCK_CHANNELS)
+            # Loads do not pass stores: those of the next target come before this one's.
+            for ahead in tl.static_range(t + (t > 0), min(t + 2, POSITIONS)):
+                rows = rows + (tl.load(logits_ptr + o_logits + ahead * POSITIONS, mask=m_entry, other=0),)
+                p_target = p_grad + tl.cast(ahead // KERNEL, OFFSET) * grad.h + (ahead % KERNEL) * GRAD_COLUMN
+                grads = grads + (tl.load(p_target, mask=masks[ahead], other=0),)
+            b_logits = rows[t].to(ACCUMULATOR) * scale
+            b_grad = tl.reshape(grads[t], values[0].shape).to(ACCUMULATOR)
             weights, b_total, b_max = softmax(unstack(b_logits, POSITIONS))
             statistics = statistics + (b_max + tl.log2(b_total),)
             products, b_delta = (), tl.zeros_like(b_max)
