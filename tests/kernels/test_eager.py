@@ -448,5 +448,5 @@ def test_a_dilation_far_beyond_the_map():
     """Only the window's centre is inside."""
     x, weight = random_tensor(1, 4, 5, 6), random_tensor(1, 2, 3, 3, 5, 6)
     with kernels.use_backend("eager"):
-        out = kernels.involution2d(x, weight, dilation=2**40)
+        out = kernels.involution2d(x, weight, dilation=2**30)
     assert torch.equal(out, x * weight[:, :, 1, 1].repeat_interleave(2, 1))
