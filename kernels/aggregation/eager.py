@@ -44,9 +44,8 @@ __all__ = [
     "transpose",
 ]
 
-# Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of steps
-# is what costs). The upper bound, of float32, is 4 MB on a CPU, so that a step stays in cache; elsewhere steps should be
-# large.
+# Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
+# steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
 STEP_SHARE = 3 / 4
 STEP_ELEMENTS = {"cpu": 2**20}
 STEP_ELEMENTS_ELSEWHERE = 2**24

@@ -102,18 +102,29 @@ def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> tupl
     return tuple(found)
 
 
-def _weighed_cuts(window: Window, length: int, axis: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """For every even tile length: itself, tiles, steps, and the sums over all tiles of span and of span · outputs.
+class _Cut(NamedTuple):
+    """An axis in tiles of ``size`` outputs, and what a cut costs: sums over all tiles, and the largest step's."""
 
-    A step takes one tile of rows and all equal tiles of columns.
-    """
+    size: int
+    tiles: int
+    steps: int
+    spans: int
+    areas: int
+    largest_span: int
+    largest_area: int
+
+
+def _cuts(window: Window, length: int, axis: int) -> Iterator[_Cut]:
+    """Every even tile length. An area is span · outputs; a step takes one tile of rows, all equal tiles of columns."""
     outputs = -(-window.output_length(length, axis) // window.dilation[axis])
     for size in sorted({-(-outputs // parts) for parts in range(1, outputs + 1)}):
         if size > LONGEST_TILE:
             break
         steps = cut(window, length, axis, size, axis == 1)
-        tiles = [step for step in steps for _ in step.segments]
-        yield size, len(tiles), len(steps), sum(t.span for t in tiles), sum(t.span * t.count for t in tiles)
+        spans = [len(step.segments) * step.span for step in steps]
+        areas = [span * step.count for span, step in zip(spans, steps, strict=True)]
+        tiles = sum(len(step.segments) for step in steps)
+        yield _Cut(size, tiles, len(steps), sum(spans), sum(areas), max(spans), max(areas))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,19 +132,16 @@ def tile_size(window: Window, size: Pair, maps: int, channels: int, limit: int) 
     """Outputs per tile (rows, columns), and how many of the ``maps`` (batch · groups) go in one step: the cheapest of
     all even cuts whose steps (bands of outputs times positions, pixels, a product) keep within a limit, in elements."""
     best, chosen = math.inf, ((1, 1), 1)
-    for by_rows, by_columns in product(*(list(_weighed_cuts(window, size[axis], axis)) for axis in (0, 1))):
-        rows, row_tiles, row_steps, row_spans, row_area = by_rows
-        columns, column_tiles, column_steps, column_spans, column_area = by_columns
-        band = (row_area // row_steps) * (column_area // column_steps)
-        pixels = channels * (row_spans // row_steps) * (column_spans // column_steps)
-        elements = band + 2 * pixels
-        if elements > limit and (rows, columns) != (1, 1):
+    for rows, columns in product(*(list(_cuts(window, size[axis], axis)) for axis in (0, 1))):
+        pixels = channels * rows.largest_span * columns.largest_span
+        elements = rows.largest_area * columns.largest_area + 2 * pixels
+        if elements > limit and (rows.size, columns.size) != (1, 1):
             continue
         together = max(1, min(maps, limit // elements))
-        steps = row_steps * column_steps * -(-maps // together)
-        products = channels * (row_area * column_area + ELEMENT_COST * row_spans * column_spans)
-        copies = ROW_COST * window.kernel_size[0] * rows * row_tiles * column_tiles
+        steps = rows.steps * columns.steps * -(-maps // together)
+        products = channels * (rows.areas * columns.areas + ELEMENT_COST * rows.spans * columns.spans)
+        copies = ROW_COST * window.kernel_size[0] * rows.size * rows.tiles * columns.tiles
         cost = STEP_COST * steps + maps * (products + copies)
         if cost < best:
-            best, chosen = cost, ((rows, columns), together)
+            best, chosen = cost, ((rows.size, columns.size), together)
     return chosen
