@@ -26,7 +26,7 @@ from rich.measure import Measurement
 
 import kernels
 from autotune import plots, progress, report, timing, workloads
-from autotune.arguments import device, dtype, image_size, matching, positive
+from autotune.arguments import device, dtype, image_size, matching, positive, threads
 from autotune.comparison import DisagreementError, Settings, measure_model, measure_operator
 from autotune.workloads import Size
 from kernels.backend import BACKENDS, interpreting, resolve
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=kernels.get_backend(),
         help="our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)",
     )
-    where.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    where.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     what = parser.add_argument_group("what it runs")
     what.add_argument("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
     what.add_argument(
@@ -241,13 +241,16 @@ def run(arguments: argparse.Namespace) -> int:
         messages.print("[yellow]interrupted[/]; what was done by then is kept")
     finally:
         torch.set_num_threads(threads)
+    if arguments.json:  # before anything is written: a full disk does not lose what was measured
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        _print(record)
     timing.write_json(folder / "profile.json", record)
     source = report.fingerprint(record)
     drawn = [plots.save(figure, folder / file, source) for file, figure in report.figures(record).items()]
-    if arguments.json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
-        _print(record, [folder / "profile.json", *drawn])
+    if not arguments.json:
+        names = ", ".join(str(file) for file in (folder / "profile.json", *drawn))
+        Console(highlight=False).print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)
     if not record["complete"]:
         return 130
     return int(any(row["status"] != "ok" for row in record["rows"]))
@@ -257,7 +260,7 @@ def _told(row: dict[str, Any]) -> str:
     return f"{report.number(row['speed_up'])}×" if row["status"] == "ok" else f"failed, {row['message']}"
 
 
-def _print(record: dict[str, Any], files: Sequence[Path]) -> None:
+def _print(record: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = report.table(record)
     # Where the terminal is too narrow, wrapped lines lose less than columns cut short.
@@ -270,5 +273,3 @@ def _print(record: dict[str, Any], files: Sequence[Path]) -> None:
             console.print(
                 f"[red]failed[/] {escape(row['name'])} {row['pass']}: {escape(row['message'])}", soft_wrap=True
             )
-    names = ", ".join(str(file) for file in files)
-    console.print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from kernels.backend import triton_installed
+from kernels.files import write_json
 
 __all__ = [
     "OtherWork",
@@ -280,16 +280,3 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "device_memory_bytes": properties.total_memory,
         }
     return machine
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record so that whoever reads ``path``, at whatever moment, finds the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(
-            json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.parallel import Work, alone, over_maps
-from kernels.registration import without_autocast
+from kernels.registration import operator
 
 __all__ = ["depthwise_conv2d"]
 
@@ -63,10 +63,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.contiguous()
 
 
-@torch.library.custom_op("dynamic_kernels::depthwise_weight_gradient", mutates_args=())
-@without_autocast
+@operator("depthwise_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
 @alone
-def _weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+def _weight_gradient(grad, x, kernel_size):
     """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c,i − K//2 + k]: grad, x [B,C,H,W] -> [C,1,K,K].
 
     An operator of its own, so that torch.compile does not unroll its loops.
