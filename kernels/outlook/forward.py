@@ -1,7 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # Triton's constexpr and the values inside a kernel are opaque to a type checker.
-# ruff: noqa: RUF005 (tuples of blocks: jit functions do not unpack)
 """Outlook attention in one Triton kernel, softmax and overlap-add inside.
 
 A window w holds K² positions; p_w[t, s] = softmax_s(scale · logits_w[t, s]) mixes its sources s into its targets t.

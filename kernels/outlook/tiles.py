@@ -1,7 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # Triton's constexpr and the values inside a kernel are opaque to a type checker.
-# ruff: noqa: RUF005 (tuples of blocks: jit functions do not unpack)
 """What the kernels of outlook attention share: a program's tile, and rows of weights taken apart into registers."""
 
 from __future__ import annotations
