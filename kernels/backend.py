@@ -39,7 +39,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_of_process = _checked(os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto", "DYNAMIC_KERNELS_BACKEND")
+_of_process = os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto"
 _of_block: ContextVar[str | None] = ContextVar("kernels.backend", default=None)
 # What a ``use_backend`` block inside a function that is being compiled selects: Dynamo traces no context variable.
 _of_trace: str | None = None
@@ -49,7 +49,7 @@ _this = sys.modules[__name__]
 def __getattr__(name: str) -> str:
     """``selected``, an attribute that is computed: Dynamo guards on an attribute, not on a context variable."""
     if name == "selected":
-        return _of_block.get() or _of_process
+        return _of_block.get() or _checked(_of_process, "DYNAMIC_KERNELS_BACKEND")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -64,6 +64,9 @@ def get_backend() -> str:
     Both are ``reference``, whatever was selected, because they need operators of PyTorch's own: while
     ``torch.onnx.export`` records a model, for no runtime of ONNX has those of this package; and inside ``torch.func``'s
     transforms and ``torch.autograd.forward_ad``, which do not look into operators registered from Python.
+
+    ValueError where the environment variable names no backend: here and not at import, so that a command can say so in
+    a line.
     """
     if transforming():
         return "reference"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dtypes import accumulator_dtype
 from kernels.windows import Pair, Window
 
 __all__ = [
@@ -64,11 +65,16 @@ def involution2d_generate(
     return involution2d(x, kernel, stride=stride, padding=padding, dilation=dilation)
 
 
+def _summable(tensor: Tensor) -> Tensor:
+    """Where a gradient is wanted, at least float32: the sums that are an index's gradient run in its tensor's dtype."""
+    return tensor.to(accumulator_dtype(tensor.dtype)) if tensor.requires_grad else tensor
+
+
 def gather_neighbourhoods(tensor: Tensor, window: Window) -> Tensor:
     """[B, heads, H, W, D] -> [B, heads, H, W, K², D]."""
     rows = window.neighbours(tensor.shape[2], 0, tensor.device)[:, None, :, None]
     columns = window.neighbours(tensor.shape[3], 1, tensor.device)[None, :, None, :]
-    return tensor[:, :, rows, columns].flatten(4, 5)
+    return _summable(tensor)[:, :, rows, columns].flatten(4, 5).to(tensor.dtype)
 
 
 def rpb_logits(rpb: Tensor, height: int, width: int, window: Window) -> Tensor:
@@ -78,7 +84,7 @@ def rpb_logits(rpb: Tensor, height: int, width: int, window: Window) -> Tensor:
         query = torch.arange(length, device=rpb.device)[:, None]
         distance = (window.neighbours(length, axis, rpb.device) - query) // window.dilation[axis]
         offsets.append(distance + window.kernel_size[axis] - 1)
-    return rpb[:, offsets[0][:, None, :, None], offsets[1][None, :, None, :]].flatten(3, 4)
+    return _summable(rpb)[:, offsets[0][:, None, :, None], offsets[1][None, :, None, :]].flatten(3, 4).to(rpb.dtype)
 
 
 def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1) -> Tensor:
