@@ -259,7 +259,7 @@ def test_a_padded_convolution_does_not_take_a_batch_norm_before_it():
     x = random_tensor(2, 4, 5, 5, device="cpu")
     with torch.no_grad():
         expected = layers(x)
-        inference._fold_neighbours(layers)
+        inference.fold_sequence(layers)
         assert_close(layers(x), expected, 1e-6)
     assert [type(layer) for layer in layers] == [nn.BatchNorm2d, nn.Conv2d, nn.Identity, nn.ReLU]
 
