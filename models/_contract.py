@@ -314,7 +314,8 @@ class BackboneContract(nn.Module):
     def set_global_pool(self, global_pool: str, num_classes: int | None = None) -> None:
         """How ``forward_head`` pools, see ``reset_classifier``; the classifiers stay."""
         self.global_pool, previous = one_of("global_pool", global_pool, self.global_pools), self.global_pool
-        if global_pool == "" and (self.num_classes if num_classes is None else num_classes):
+        classes = self.num_classes if num_classes is None else num_classes
+        if global_pool == "" and classes and self.classifiers:
             self.global_pool = previous
             raise ValueError("global_pool '' leaves features that a classifier does not take: it needs num_classes=0")
 
@@ -326,21 +327,18 @@ class BackboneContract(nn.Module):
         Args:
             indices: which maps are still wanted; a number means the last so many.
             prune_norm: remove the norm before the head, where a family has one.
-            prune_head: remove the head: the model then returns its last features.
+            prune_head: remove the head, so that the model returns its last features; it goes with the last stage, too.
 
         Returns:
             The indices as non-negative numbers.
         """
         if self.features_only:
             raise ValueError("a features_only model is built without the stages it does not need: choose out_indices")
-        flag("prune_norm", prune_norm)
         chosen = self.resolve_indices(indices)
-        width = self.feature_info[chosen[-1]]["num_chs"]
-        if not flag("prune_head", prune_head) and width != self.num_features:
-            raise ValueError(f"prune_head must be True: the head takes {self.num_features} channels, not {width}")
+        head = flag("prune_head", prune_head) or chosen[-1] < len(self.feature_info) - 1
         self.out_indices = self.out_indices[: chosen[-1] + 1]
-        self._leave_out_unused(chosen[-1], prune_head)
-        if prune_norm and hasattr(self, "norm"):
+        self._leave_out_unused(chosen[-1], head)
+        if flag("prune_norm", prune_norm) and hasattr(self, "norm"):
             self.norm = nn.Identity()
         return chosen
 

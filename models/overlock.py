@@ -272,11 +272,15 @@ class OverLoCK(BackboneContract):
         reparam: bool = False,
     ) -> None:
         depth, sub_depth = integers("depth", depth, 4, 0), integers("sub_depth", sub_depth, 2, 0)
-        d0, d1, d2, d3 = embed_dim = integers("embed_dim", embed_dim, 4)
+        d0, d1, d2, d3 = embed_dim = integers("embed_dim", embed_dim, 4, 2)
         sub_num_heads, kernel_size = (
             integers("sub_num_heads", sub_num_heads, 2),
             integers("kernel_size", kernel_size, 4),
         )
+        for i, heads in enumerate(sub_num_heads):
+            width = embed_dim[2 + i]
+            if width % (4 * heads):
+                raise ValueError(f"embed_dim[{2 + i}] must be a multiple of 4·sub_num_heads[{i}], got {width}, {heads}")
         reparam = flag("reparam", reparam)
         context = d3 // 4
         widths = (d0, d1, d2 + context, d3 + context)
@@ -399,7 +403,8 @@ class OverLoCK(BackboneContract):
         features = self.sub_blocks3(x, enlarged, enlarged)
         maps = [self.extra_norm[2](features)]
         if last > 2:
-            x, h = self.patch_embedx(*features.split((x.shape[1], enlarged.shape[1]), 1))
+            x, h = features.split((x.shape[1], enlarged.shape[1]), 1)
+            x, h = self.patch_embedx(x, h)
             x = self.extra_norm[3](self.sub_blocks4(x, h, reference))
             maps.append(x if self.h_proj is None else x + self.h_proj(self.extra_norm[4](context)))
         return maps

@@ -218,7 +218,7 @@ class VOLO(BackboneContract):
         self.img_size = self._checked_size(img_size)
         self.return_dense = flag("return_dense", return_dense)
         self.mix_token = flag("mix_token", mix_token) and self.return_dense
-        mlp_ratio, stem_dim = number("mlp_ratio", mlp_ratio, 1 / dim, 65), integer("stem_dim", stem_dim)
+        mlp_ratio, stem_dim = number("mlp_ratio", mlp_ratio, 1 / min(embed_dims), 65), integer("stem_dim", stem_dim)
 
         self.pos_embed = nn.Parameter(torch.zeros(1, *self._grid(), dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -403,6 +403,7 @@ def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dic
         crop_pct=crop_pct,
         first_conv="patch_embed.conv.0",
         classifier=("head", "aux_head"),
+        fixed_input_size=True,
     )
 
 

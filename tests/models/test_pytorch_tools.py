@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, prune
 
 import kernels
+import models
 from tests.models.families import FAMILIES, narrow
 from tests.support import DEVICE, assert_close, random_tensor
 
@@ -36,7 +37,7 @@ def prepared(family: str, **options: Any) -> Any:
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     out = model(x)
-    outputs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, tuple) else [out]
+    outputs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, tuple | list) else [out]
     return torch.stack([o.square().mean() for o in outputs if o.is_floating_point()]).sum()
 
 
@@ -297,6 +298,32 @@ def test_parameters_on_another_device_are_brought_by_their_module(family):
         put_away(module)
         module.forward = fetch
     assert_close(model(x), expected, 1e-5)
+
+
+@by_family
+@pytest.mark.parametrize("training", [False, True])
+def test_symbolic_tracing(family, training):
+    """``torch.fx``, and so torchvision's ``create_feature_extractor``: one graph that serves any size."""
+    for model in (in_training(family).train(training), narrow(family, features_only=True, out_indices=(0, 2))):
+        graph = torch.fx.symbolic_trace(model)
+        for size in ((2, 3, 64, 96), (1, 3, 40, 40)):
+            x = random_tensor(*size, device="cpu")
+            assert_close(loss_of(graph, x), loss_of(model, x), 1e-6)
+    optimised = models.optimize_for_inference(narrow(family))
+    x = random_tensor(1, 3, 64, 64, device="cpu")
+    assert_close(torch.fx.symbolic_trace(optimised)(x), optimised(x), 1e-6)
+
+
+@by_family
+def test_forward_mode_derivatives(family):
+    model, x = narrow(family), random_tensor(1, 3, 32, 48, device="cpu")
+    tangent = random_tensor(*x.shape, seed=1, device="cpu")
+    ours = torch.func.jvp(model, (x,), (tangent,))[1]
+    x.requires_grad_()
+    logits = model(x)
+    for index in (0, 3):
+        (gradient,) = torch.autograd.grad(logits[0, index], x, retain_graph=True)
+        assert_close(ours[0, index], (gradient * tangent).sum(), 1e-3)
 
 
 # ---- several processes
