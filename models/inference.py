@@ -66,7 +66,8 @@ def optimize_for_inference(model: Model) -> Model:
     _fold(optimised)
     optimised.to(dtype)
     for module in optimised.modules():
-        if isinstance(module, nn.Conv2d):  # a weight in another format than the image is copied at every call
+        # A weight in another format than the image is copied at every call.
+        if isinstance(module, nn.Conv2d) and "weight" in module._parameters:
             weight = module.weight.contiguous(memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight, requires_grad=False)
     if _refuse_training not in optimised._forward_pre_hooks.values():

@@ -32,7 +32,7 @@ from models.layers import (
     SqueezeExcite,
 )
 from models.layers.basic import add_scaled, to_channels_last
-from models.layers.fusion import as_built, fold_after, leaf
+from models.layers.fusion import as_built, fold_after, last_convolution, leaf
 from models.registry import register_model
 
 __all__ = [
@@ -522,17 +522,9 @@ class OverLoCK(BackboneContract):
         }
 
 
-def _last_convolution(layers: nn.Module) -> nn.Conv2d | None:
-    """The last layer that does anything, where it is a convolution that may be folded into."""
-    if not isinstance(layers, nn.Sequential) or layers._forward_hooks or layers._forward_pre_hooks:
-        return None
-    last = [layer for layer in layers if not isinstance(layer, nn.Identity)][-1]
-    return last if isinstance(last, nn.Conv2d) and as_built(last, nn.Conv2d) else None
-
-
 def _move_shift(scale: nn.Module, branch: nn.Module) -> None:
     """Layer scale and branch are summed, so the branch's last convolution may add the shift."""
-    conv = _last_convolution(branch)
+    conv = last_convolution(branch)
     if conv is None or not isinstance(scale, LayerScale) or scale.bias is None:
         return
     if as_built(scale, LayerScale):
@@ -544,7 +536,7 @@ def _fold_context_scale(maker: Any, block: Any) -> None:
     """x_scale(h) + h_scale(h_ref) = h′ + s·h_ref, where ``maker`` makes h′ instead of h."""
     scales: tuple[nn.Module | None, ...] = (block.x_scale, block.h_scale)
     inside = isinstance(maker, DynamicConvBlock)  # then h is ls2(x) + mlp(x), from channel d on
-    conv = None if maker is None else _last_convolution(maker.mlp if inside else maker.h_proj)
+    conv = None if maker is None else last_convolution(maker.mlp if inside else maker.h_proj)
     if conv is None or (inside and maker.ls2.bias is not None):
         return
     if any(not isinstance(s, LayerScale) or not as_built(s, LayerScale) for s in scales):

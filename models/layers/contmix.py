@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 import kernels
 from models.checks import integer
 from models.layers.basic import to_channels_last
-from models.layers.fusion import convolves, fold_after, leaf
+from models.layers.fusion import convolves, fold_after, last_convolution, leaf
 
 __all__ = ["ContMix"]
 
@@ -128,8 +126,8 @@ class ContMix(nn.Module):
 
     def folded(self) -> nn.Module:
         """The scale (d/G)^−½ goes into the key's convolution."""
-        conv: Any = self.weight_key[1]
-        if convolves(conv, 1):
+        conv = last_convolution(self.weight_key)
+        if conv is not None:
             scale = conv.weight.new_full((conv.out_channels,), self.scale)
             fold_after(conv, scale, torch.zeros_like(scale))
             self.scale = 1.0

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["affine", "as_built", "convolves", "fold_after", "leaf"]
+__all__ = ["affine", "as_built", "convolves", "fold_after", "last_convolution", "leaf"]
 
 # The last two stand for plain tensors while PyTorch traces a model.
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -72,6 +72,14 @@ def fold_after(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     bias = shift if conv.bias is None else conv.bias * scale + shift
     conv.weight = nn.Parameter(conv.weight * scale.view(-1, 1, 1, 1), requires_grad=False)
     conv.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def last_convolution(layers: nn.Module) -> nn.Conv2d | None:
+    """The last layer in sequence that does anything, where it is a convolution that may be folded into."""
+    if not as_built(layers, nn.Sequential):
+        return None
+    last: Any = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)][-1]
+    return last if as_built(last, nn.Conv2d) else None
 
 
 def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:

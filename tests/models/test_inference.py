@@ -284,6 +284,26 @@ def test_create_model_from_a_checkpoint(tmp_path, name, options):
         models.load_checkpoint(optimised, tmp_path / "weights.pth")
 
 
+def one_and_a_half(module: nn.Module, inputs: Any, out: Any) -> Tensor:
+    return 1.5 * out
+
+
+def test_layers_that_were_wrapped_or_hooked_stay_as_they_are(family):
+    """Whatever is changed, one layer in three, the copy computes the same and the hooks still act."""
+    for first in range(3):
+        model = family()
+        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
+        for index, module in enumerate(convolutions[first::3]):
+            if index % 2 and isinstance(module, nn.Conv2d):
+                nn.utils.parametrizations.weight_norm(module)
+            else:
+                module.register_forward_hook(one_and_a_half)
+        model.eval()
+        x = image(1, 3, 64, 64)
+        with torch.no_grad():
+            assert_same(models.optimize_for_inference(model)(x), model(x))
+
+
 # ---- refusals
 
 
