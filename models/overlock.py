@@ -572,37 +572,16 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+COLUMNS = ("depth", "sub_depth", "embed_dim", "sub_num_heads", "drop_path_rate")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "xt": {
-        "depth": (2, 2, 3, 2),
-        "sub_depth": (6, 2),
-        "embed_dim": (56, 112, 256, 336),
-        "sub_num_heads": (4, 6),
-        "drop_path_rate": 0.1,
-    },
-    "t": {
-        "depth": (4, 4, 6, 2),
-        "sub_depth": (12, 2),
-        "embed_dim": (64, 128, 256, 512),
-        "sub_num_heads": (4, 8),
-        "drop_path_rate": 0.15,
-    },
-    "s": {
-        "depth": (6, 6, 8, 3),
-        "sub_depth": (16, 3),
-        "embed_dim": (64, 128, 320, 512),
-        "sub_num_heads": (8, 16),
-        "drop_path_rate": 0.4,
-    },
-    "b": {
-        "depth": (8, 8, 10, 4),
-        "sub_depth": (20, 4),
-        "embed_dim": (80, 160, 384, 576),
-        "sub_num_heads": (6, 9),
-        "drop_path_rate": 0.5,
-    },
+    variant: dict(zip(COLUMNS, row, strict=True))
+    for variant, row in {
+        "xt": ((2, 2, 3, 2), (6, 2), (56, 112, 256, 336), (4, 6), 0.1),
+        "t": ((4, 4, 6, 2), (12, 2), (64, 128, 256, 512), (4, 8), 0.15),
+        "s": ((6, 6, 8, 3), (16, 3), (64, 128, 320, 512), (8, 16), 0.4),
+        "b": ((8, 8, 10, 4), (20, 4), (80, 160, 384, 576), (6, 9), 0.5),
+    }.items()
 }
-
 RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
 
 

@@ -41,9 +41,9 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([o.square().mean() for o in outputs if o.is_floating_point()]).sum()
 
 
-def in_training(family: str) -> Any:
+def in_training(family: str, **options: Any) -> Any:
     """With fixed statistics: batch norms would see half a batch in each of two processes."""
-    model = narrow(family).train()
+    model = narrow(family, **options).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -70,6 +70,31 @@ def test_one_graph_serves_every_batch_and_size(family):
         x = images(*size)
         assert_close(compiled(x)[0], model(x)[0], 1e-5, f"{size}")
     assert len(graphs) == 1
+
+
+@by_family
+def test_training_compiles_in_one_graph(family):
+    torch.compiler.reset()
+    shallow = {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)} if family == "overlock" else {}
+    model, x = in_training(family, **shallow).to(DEVICE), images(2, 3, 40, 64)
+    expected, loss = loss_of(model, x), loss_of(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    assert_close(loss, expected, 1e-5)
+    gradients, ours = (torch.autograd.grad(value, list(model.parameters())) for value in (expected, loss))
+    for (name, _), grad, other in zip(model.named_parameters(), ours, gradients, strict=True):
+        assert float((grad - other).norm()) <= 1e-4 * float(other.norm()) + 1e-6, name
+
+
+@by_family
+def test_gradient_checkpointing_changes_no_gradient(family):
+    model, x = in_training(family).to(DEVICE), images(2, 3, 48, 64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        loss_of(model, x).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, 1e-6, name)
 
 
 # ---- precision, memory format, copies
