@@ -22,8 +22,8 @@ from models.registry import register_model
 
 __all__ = ["VOLO", "OutlookAttention", "volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"]
 
-PATCH_SIZE = 8  # pixels a side of a fine token
-DOWNSAMPLING = 2  # fine tokens a side of a coarse one
+PATCH_SIZE = 8  # pixels per side of a fine token
+DOWNSAMPLING = 2  # fine tokens per side of a coarse one
 
 
 class Attention(nn.Module):
@@ -196,7 +196,7 @@ class VOLO(BackboneContract):
             num_heads: heads on fine and on coarse tokens.
             mlp_ratio: hidden channels of an MLP over its channels.
             stem_dim: channels of the patch embedding's convolutions.
-            img_size: side in pixels, or (height, width), for which the position embedding is made. Others work too.
+            img_size: side in pixels, or (height, width), of the position embedding. Other images work too.
             num_classes, in_chans, features_only, out_indices: see ``BackboneContract``.
             drop_path_rate: probability of dropping the last transformer block's branches in training. Rates rise
                 linearly with depth from 0 at the first Outlooker, but Outlookers themselves are never dropped.
