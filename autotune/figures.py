@@ -22,6 +22,7 @@ from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
 from autotune import plots, report, timing
+from kernels.files import atomic_write
 
 __all__ = ["PUBLISHED", "add_arguments", "count_model", "readme_sections", "run", "updated"]
 
@@ -114,7 +115,7 @@ def _compiled_table(record: dict[str, Any]) -> Iterator[str]:
 def _compiled() -> dict[str, Any]:
     """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
     from autotune.compile import build
-    from autotune.tuner import triton_version
+    from kernels.tuning.choose import triton_version
 
     reports, failures = build(["sm_90"], ["bf16"], Console())
     if failures:
@@ -173,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = updated(text, readme_sections(results))
     if arguments.check:
         return int(text != wanted)
-    readme.write_text(wanted)
+    atomic_write(readme, wanted)
     for path in sorted(results.glob("*/profile.json")):
         record = json.loads(path.read_text())
         for file, figure in report.figures(record).items():

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from autotune import show, tunables, tuner
+from autotune import show, tunables
 from autotune.__main__ import main
-from autotune.store import Store
+from kernels.tuning import choose
+from kernels.tuning.store import Store
 
 GPU = "NVIDIA H200"
 KEY = "aggregate channels=16 pixels=196 steps=49 kernel_fastest=False channels_fastest=False dtype=bfloat16"
@@ -24,7 +25,7 @@ def _entry(**changes):
     aggregate = tunables.find_tunables()["aggregate"]
     return {
         "config": {"block_pixels": 32, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2},
-        "triton": tuner.triton_version(),
+        "triton": choose.triton_version(),
         "source": aggregate.source,
         "milliseconds": 0.25,
         "heuristic_milliseconds": 0.5,
@@ -40,8 +41,8 @@ def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
     invalid = {"block_pixels": 128, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2}
     expected = {
         KEY: (_entry(), None),
-        KEY.replace("196", "784"): (_entry(triton="3.0"), f"tuned with triton 3.0, this is {tuner.triton_version()}"),
-        KEY.replace("196", "1024"): (_entry(source="0"), "the kernel's source has changed since"),
+        KEY.replace("196", "784"): (_entry(triton="3.0"), f"tuned with triton 3.0, this is {choose.triton_version()}"),
+        KEY.replace("196", "1024"): (_entry(source="0"), "the kernel's code has changed since"),
         KEY.replace("196", "49"): (_entry(config={"block_pixels": 7}), "the kernel offers no such config"),
         KEY.replace("196", "16"): (_entry(config=invalid), "the config is not valid for this problem"),
         "gather channels=16 pixels=49": (_entry(), "there is no such kernel"),
@@ -89,6 +90,30 @@ def test_nothing_tuned_and_a_broken_store(folders, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Nothing is tuned for NVIDIA H200" in shown
     assert "warning: cannot read tuned configs" in shown
+
+
+def test_absurd_numbers_and_keys_are_shown_not_obeyed(folders, capsys):
+    store = Store(folders[0], GPU)
+    keys = [KEY.replace("196", "0"), KEY.replace("=16", "=0"), KEY.replace("=16", "=-" + "9" * 3000), "", "a" * 100_000]
+    keys += ["\x1b[2J[red]wiped", "\ud800 lone", "two\nlines", "aggregate pixels=" + "9" * 5000]
+    store.update({key: _entry(milliseconds=float("inf"), heuristic_milliseconds=10**400) for key in keys})
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    store.update({"deep": _entry(config=deep), "nan": _entry(config={"block": float("nan")}, milliseconds=True)})
+    rows = {row["key"]: row for row in _shown(capsys)["entries"]}
+    assert set(rows) == {*keys, "deep", "nan"}
+    assert rows[keys[0]]["milliseconds"] == "Infinity"
+    assert rows["nan"]["config"] == {"block": "NaN"}
+    assert "no launch can meet this problem" in rows[keys[1]]["unused"]
+    assert all(row["unused"] for row in rows.values())
+    assert main(["show"]) == 0
+    table = capsys.readouterr().out
+    table.encode()
+    assert "\x1b" not in table
+    assert len(table) < 60_000
+    assert main(["show", "--gpu", "\udcff" * 300]) == 0
+    capsys.readouterr().out.encode()
 
 
 def test_without_triton_it_shows_what_it_can(folders, capsys, monkeypatch):

@@ -147,10 +147,10 @@ def test_every_config(threshold, size, kernel_size, monkeypatch):
         triton_forward.forward(inputs, *outputs, [kernel_size], {0: config})
         assert_close(out, expected[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
         assert_close(statistics, log_sum_exp[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
-        triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config)
-        triton_grad_inputs.grad_value(saved, grad_value.fill_(torch.nan), config)
-        grad_projected = triton_grad_parameters.grad_projected(saved, delta, config)
-        grad_bias, grad_table = triton_grad_parameters.grad_tables(saved, delta, config)
+        triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config=config)
+        triton_grad_inputs.grad_value(saved, grad_value.fill_(torch.nan), config=config)
+        grad_projected = triton_grad_parameters.grad_projected(saved, delta, config=config)
+        grad_bias, grad_table = triton_grad_parameters.grad_tables(saved, delta, config=config)
         ours = grad_query, grad_projected, grad_bias, grad_table.flatten(1), grad_value[:, None]
         for name, ours_grad, expected_grad in zip(GRADIENTS, ours, expected_grads, strict=True):
             assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[torch.float32], f"{config}: {name}")
@@ -196,7 +196,13 @@ def test_registered_operators(backend, channels_last):
         return (pixels if channels_last else pixels.contiguous()).unflatten(1, channels)
 
     query, value = maps(2, 3), maps(2, 2, 2)
-    inputs = (query, random_tensor(1, 2, 3, 10), random_tensor(10), random_tensor(2, 26), value)
+    inputs = (
+        query,
+        random_tensor(1, 2, 3, 10),
+        random_tensor(10),
+        [random_tensor(2, 1, 1), random_tensor(2, 5, 5)],
+        value,
+    )
     sizes = [1, 3]
     operators = torch.ops.dynamic_kernels
     out, statistics = operators.contmix(*inputs, sizes, backend)
