@@ -300,7 +300,9 @@ class Trainer:
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; a lower learning rate (--lr) may help")
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step}; a lower learning rate (--lr) may help"
+            )
 
     def _end_interval(self) -> None:
         total = distributed.sum_over_processes(self._interval_loss.clone())

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from autotune.store import Store, user_folder
+from kernels.tuning.store import Store, user_folder
 
 ENTRY = {"config": {"block_pixels": 64}, "triton": "3", "source": "abc"}
 
