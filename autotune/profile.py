@@ -33,6 +33,9 @@ from kernels.backend import BACKENDS, interpreting, resolve
 
 __all__ = ["add_arguments", "run"]
 
+# How long to look, before anything is timed, whether the machine is busy with something else.
+LOOK_SECONDS = 0.3
+
 PASSES = ("forward", "forward+backward")
 
 
@@ -188,6 +191,7 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequen
             "seconds_per_line": settings.seconds,
             "min_runs": settings.min_runs,
         },
+        "other_cores": None,
         "copy_gigabytes_per_second": None,
         "rows": [],
     }
@@ -222,12 +226,15 @@ def run(arguments: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or threads)
     record = _new_record(arguments, settings, sizes)
-    start = time.monotonic()
+    start, others = time.monotonic(), timing.OtherWork()
+    time.sleep(LOOK_SECONDS)
+    if (warning := report.busy(others.cores(), record["machine"]["cpu_count"])) is not None:
+        messages.print(f"[yellow]warning:[/] {warning}; times will vary", soft_wrap=True)
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32, on both paths
             for row in progress.each(cases, Case.run, lambda case: case.name, _told):
                 record["rows"].append(row)
-                record["seconds"] = round(time.monotonic() - start, 1)
+                record["seconds"], record["other_cores"] = round(time.monotonic() - start, 1), others.cores()
                 timing.write_json(folder / "profile.json", record)
         record["complete"] = True
     except KeyboardInterrupt:
@@ -259,6 +266,8 @@ def _print(record: dict[str, Any]) -> None:
     # Where the terminal is too narrow, wrapped lines lose less than columns cut short.
     console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
     console.print(table)
+    for warning in report.warnings(record):
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     for row in record["rows"]:
         if row["status"] != "ok":
             console.print(

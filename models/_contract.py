@@ -160,7 +160,7 @@ class BackboneContract(nn.Module):
             self.out_indices = self.resolve_indices(out_indices, "out_indices")
         self.num_features = self.head_hidden_size = maps[self.out_indices[-1]][1]
         self.classifiers = {}
-        self.left_out: list[str] = []  # entries of the complete model, by their beginnings, that this one has not
+        self.left_out: list[str] = []  # modules and parameters of the complete model that this one lacks
         self.global_pool = self.global_pools[0]
         self.grad_checkpointing = False
         self.pretrained_cfg = pretrained_config()
@@ -203,8 +203,8 @@ class BackboneContract(nn.Module):
     def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
         """Runs up to and including feature map ``last``.
 
-        Returns the features as they stand then (after the last map: what ``forward_features`` returns) and the
-        feature maps 0..last, each [B, C, H, W].
+        Returns the features at that point (after the last map: what ``forward_features`` returns) and the feature
+        maps 0..last, each [B, C, H, W].
         """
         raise NotImplementedError
 

@@ -7,8 +7,8 @@
 
 Affine layers, s·x + t for each channel, are batch norms with their running statistics and layer scales. Blocks and
 families say themselves, by a method ``folded``, what they become; here is the order, and the rule for layers in
-sequence. Layers that these rules do not reach stay, as the batch norm after an involution, which has no weights.
-So do layers that were replaced, wrapped or hooked.
+sequence. Layers that these rules do not reach stay: the batch norm after an involution, whose kernels are computed
+from its input, and layers that were replaced, wrapped or hooked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """OverLoCK: an overview first, a close look next, with context-mixing dynamic kernels (arXiv 2502.20087, CVPR 2025).
 
 Base-Net encodes the image down to 1/16, Overview-Net glances at it at 1/32, and Focus-Net looks again at 1/16 and
-1/32 under the guidance of that glance: every position's convolution kernels are made from its affinity to the context.
+1/32 under the guidance of that glance: every position's convolution kernels come from its affinity to the context.
 
 State-dict names and shapes are those of the official release (LMMMEng/OverLoCK, Apache-2.0), whose weights load as
 they are. Three defects of that code are not kept: its ``*_reparam`` models drop their keyword arguments and their S
@@ -273,10 +273,8 @@ class OverLoCK(BackboneContract):
     ) -> None:
         depth, sub_depth = integers("depth", depth, 4, 0), integers("sub_depth", sub_depth, 2, 0)
         d0, d1, d2, d3 = embed_dim = integers("embed_dim", embed_dim, 4, 2)
-        sub_num_heads, kernel_size = (
-            integers("sub_num_heads", sub_num_heads, 2),
-            integers("kernel_size", kernel_size, 4),
-        )
+        sub_num_heads = integers("sub_num_heads", sub_num_heads, 2)
+        kernel_size = integers("kernel_size", kernel_size, 4)
         for i, heads in enumerate(sub_num_heads):
             width = embed_dim[2 + i]
             if width % (4 * heads):
@@ -284,13 +282,9 @@ class OverLoCK(BackboneContract):
         reparam = flag("reparam", reparam)
         context = d3 // 4
         widths = (d0, d1, d2 + context, d3 + context)
+        modules = ("blocks1", "blocks2", "sub_blocks3", "sub_blocks4")
         super().__init__(
-            [
-                (module, channels, 4 * 2**i)
-                for i, (module, channels) in enumerate(
-                    zip(("blocks1", "blocks2", "sub_blocks3", "sub_blocks4"), widths, strict=True)
-                )
-            ],
+            list(zip(modules, widths, (4, 8, 16, 32), strict=True)),
             num_classes=num_classes,
             in_chans=in_chans,
             drop_path_rate=drop_path_rate,
@@ -474,8 +468,8 @@ class OverLoCK(BackboneContract):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Separate branches merged for a ``*_reparam`` model, and a file of another form where it serves this one.
 
-        A classifier's file and a segmentation backbone's serve a detection backbone, a classifier's a segmentation
-        backbone: norms and projections that they have not keep their present values, and a warning says so.
+        A classifier's file serves either backbone, a segmentation backbone's file serves a detection backbone: norms
+        and projections that the file lacks keep their present values, and a warning names them.
 
         Raises:
             ValueError: a backbone's file for a classifier, or a detection backbone's for one of segmentation.
@@ -572,37 +566,16 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+COLUMNS = ("depth", "sub_depth", "embed_dim", "sub_num_heads", "drop_path_rate")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "xt": {
-        "depth": (2, 2, 3, 2),
-        "sub_depth": (6, 2),
-        "embed_dim": (56, 112, 256, 336),
-        "sub_num_heads": (4, 6),
-        "drop_path_rate": 0.1,
-    },
-    "t": {
-        "depth": (4, 4, 6, 2),
-        "sub_depth": (12, 2),
-        "embed_dim": (64, 128, 256, 512),
-        "sub_num_heads": (4, 8),
-        "drop_path_rate": 0.15,
-    },
-    "s": {
-        "depth": (6, 6, 8, 3),
-        "sub_depth": (16, 3),
-        "embed_dim": (64, 128, 320, 512),
-        "sub_num_heads": (8, 16),
-        "drop_path_rate": 0.4,
-    },
-    "b": {
-        "depth": (8, 8, 10, 4),
-        "sub_depth": (20, 4),
-        "embed_dim": (80, 160, 384, 576),
-        "sub_num_heads": (6, 9),
-        "drop_path_rate": 0.5,
-    },
+    variant: dict(zip(COLUMNS, row, strict=True))
+    for variant, row in {
+        "xt": ((2, 2, 3, 2), (6, 2), (56, 112, 256, 336), (4, 6), 0.1),
+        "t": ((4, 4, 6, 2), (12, 2), (64, 128, 256, 512), (4, 8), 0.15),
+        "s": ((6, 6, 8, 3), (16, 3), (64, 128, 320, 512), (8, 16), 0.4),
+        "b": ((8, 8, 10, 4), (20, 4), (80, 160, 384, 576), (6, 9), 0.5),
+    }.items()
 }
-
 RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
 
 

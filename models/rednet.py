@@ -217,6 +217,7 @@ class InvolutionFPN(nn.Module):
         """
         super().__init__()
         self.in_channels = list(integers("in_channels", in_channels))
+        out_channels = integer("out_channels", out_channels)
         self.num_outs = len(self.in_channels) if num_outs is None else integer("num_outs", num_outs)
         if self.num_outs < len(self.in_channels):
             raise ValueError(f"num_outs must be at least the number of maps, {len(in_channels)}, got {num_outs}")

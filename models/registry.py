@@ -88,6 +88,8 @@ def create_model(
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
         raise ValueError(f"name: no model {name!r}; {hint}")
     flag("inference", inference)
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"checkpoint must be a str or a path, got {checkpoint!r}")
     if flag("pretrained", pretrained) and checkpoint is not None:
         raise ValueError(f"pretrained and checkpoint: expected at most one, got pretrained=True and {checkpoint!r}")
     if checkpoint is not None:

@@ -22,8 +22,8 @@ from models.registry import register_model
 
 __all__ = ["VOLO", "OutlookAttention", "volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"]
 
-PATCH_SIZE = 8  # pixels a side of a fine token
-DOWNSAMPLING = 2  # fine tokens a side of a coarse one
+PATCH_SIZE = 8  # pixels per side of a fine token
+DOWNSAMPLING = 2  # fine tokens per side of a coarse one
 
 
 class Attention(nn.Module):
@@ -196,7 +196,7 @@ class VOLO(BackboneContract):
             num_heads: heads on fine and on coarse tokens.
             mlp_ratio: hidden channels of an MLP over its channels.
             stem_dim: channels of the patch embedding's convolutions.
-            img_size: side in pixels, or (height, width), for which the position embedding is made. Others work too.
+            img_size: side in pixels, or (height, width), of the position embedding. Other images work too.
             num_classes, in_chans, features_only, out_indices: see ``BackboneContract``.
             drop_path_rate: probability of dropping the last transformer block's branches in training. Rates rise
                 linearly with depth from 0 at the first Outlooker, but Outlookers themselves are never dropped.
@@ -410,18 +410,16 @@ def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dic
 default_cfgs = {f"volo_{variant}": _pretrained_cfg(variant) for variant in WEIGHTS}
 
 
+COLUMNS = ("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "d1": {"layers": (4, 4, 8, 2), "embed_dims": (192, 384), "num_heads": (6, 12)},
-    "d2": {"layers": (6, 4, 10, 4), "embed_dims": (256, 512), "num_heads": (8, 16)},
-    "d3": {"layers": (8, 8, 16, 4), "embed_dims": (256, 512), "num_heads": (8, 16)},
-    "d4": {"layers": (8, 8, 16, 4), "embed_dims": (384, 768), "num_heads": (12, 16)},
-    "d5": {
-        "layers": (12, 12, 20, 4),
-        "embed_dims": (384, 768),
-        "num_heads": (12, 16),
-        "mlp_ratio": 4.0,
-        "stem_dim": 128,
-    },
+    variant: dict(zip(COLUMNS, row, strict=True))
+    for variant, row in {
+        "d1": ((4, 4, 8, 2), (192, 384), (6, 12), 3.0, 64),
+        "d2": ((6, 4, 10, 4), (256, 512), (8, 16), 3.0, 64),
+        "d3": ((8, 8, 16, 4), (256, 512), (8, 16), 3.0, 64),
+        "d4": ((8, 8, 16, 4), (384, 768), (12, 16), 3.0, 64),
+        "d5": ((12, 12, 20, 4), (384, 768), (12, 16), 4.0, 128),
+    }.items()
 }
 
 

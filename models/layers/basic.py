@@ -22,7 +22,7 @@ __all__ = [
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """x in channels-last memory; as it is inside ``torch.func``'s transforms, whose vmap knows no memory formats."""
+    """x in channels-last memory; unchanged inside ``torch.func``'s transforms, since vmap rejects memory formats."""
     return x if transforming() else x.contiguous(memory_format=torch.channels_last)
 
 

@@ -19,7 +19,7 @@ class ContMix(nn.Module):
 
     With Q = BN(W_q·f) and R = BN(W_k·pool₇ₓ₇(c)), split into G heads of d/(2G) channels, where d = ``channels``:
 
-        affinity = (d/G)^−½ · Qᵀ·R            49 numbers a position and head
+        affinity = (d/G)^−½ · Qᵀ·R            49 numbers per position and head
         logits   = P·affinity + b             25 + K² numbers
         out      = [Σ_k softmax(logits₅ + rpb1)[k] · x₁[nbr₅(k)],  Σ_k softmax(logits_K + rpb2)[k] · x₂[nbr_K(k)]]
 

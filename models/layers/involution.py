@@ -45,7 +45,7 @@ class Involution2d(nn.Module):
         stride: pixels between output positions.
         dilation: pixels between window positions.
         group_channels: channels that share a kernel; divides C.
-        reduction: C over the channels from which kernels are made; divides C.
+        reduction: C over the channels from which kernels are computed; divides C.
 
     Raises:
         ValueError: an option out of its range; in the forward pass, an x that is not [B, C, H, W].

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import json
 import re
 from typing import Any
@@ -294,37 +293,6 @@ def test_keyword_arguments(name):
     assert pooled.shape == (2, 1024)
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "overrides"),
-    [
-        (TypeError, "img_size", {"img_size": 224}),
-        (ValueError, "num_classes", {"num_classes": -1}),
-        (ValueError, "in_chans", {"in_chans": 0}),
-        (ValueError, "drop_path_rate", {"drop_path_rate": 1.0}),
-        (ValueError, "out_indices", {"features_only": True, "out_indices": (0, 4)}),
-        (ValueError, "out_indices", {"out_indices": (0, 1)}),
-        (ValueError, "context_skip=False needs features_only=True", {"context_skip": False}),
-    ],
-)
-def test_bad_arguments(error, message, overrides):
-    with pytest.raises(error, match=message):
-        on_meta("overlock_t", **overrides)
-
-
-@pytest.mark.parametrize(
-    ("error", "x"),
-    [
-        (ValueError, torch.zeros(3, 64, 64)),
-        (ValueError, torch.zeros(1, 4, 64, 64)),
-        (ValueError, torch.zeros(1, 3, 64, 31)),
-        (TypeError, torch.zeros(1, 3, 64, 64, dtype=torch.uint8)),
-    ],
-)
-def test_bad_images(error, x):
-    with pytest.raises(error, match=r"^x must"):
-        small()(x)
-
-
 # ---- training
 
 
@@ -353,18 +321,6 @@ def test_auxiliary_logits():
     norm, _, classifier = model.aux_head
     expected = norm(contexts[0]).mean((2, 3)) @ classifier.weight.flatten(1).t() + classifier.bias
     assert_close(out, expected, 1e-6)
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    model, x = fill(small()), image(2, 3, 48, 64)
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(x).square().mean().backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if not n.startswith("aux_head")})
-    for name, gradient in gradients[0].items():
-        assert_close(gradients[1][name], gradient, 1e-6, name)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -536,26 +492,3 @@ def test_no_weight_decay():
 
 
 # ---- PyTorch's own machinery
-
-
-def test_copies_and_pickles():
-    model, x = fill(small()), image(1, 3, 32, 32)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    with torch.no_grad():
-        expected = model(x)
-        for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-            assert torch.equal(other(x), expected)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_graph_breaks(training):
-    model = fill(small(depth=(1, 0, 0, 0), sub_depth=(2, 0))).train(training)
-    x = image(2, 3, 48, 64)
-    with torch.no_grad():
-        expected = copy.deepcopy(model)(x)
-        out = torch.compile(model, fullgraph=True, backend="eager")(x)
-    if training:
-        out, expected = out["main"], expected["main"]
-    assert_close(out, expected, 1e-5)

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_, prune
 import kernels
 import models
 from tests.models.families import FAMILIES, narrow
-from tests.support import DEVICE, assert_close, random_tensor
+from tests.support import DEVICE, assert_close, random_tensor, triton_device
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -35,15 +35,15 @@ def prepared(family: str, **options: Any) -> Any:
     return narrow(family, **options).to(DEVICE)
 
 
-def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+def loss_of(model: Any, x: Tensor) -> Tensor:
     out = model(x)
     outputs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, tuple | list) else [out]
     return torch.stack([o.square().mean() for o in outputs if o.is_floating_point()]).sum()
 
 
-def in_training(family: str) -> Any:
+def in_training(family: str, **options: Any) -> Any:
     """With fixed statistics: batch norms would see half a batch in each of two processes."""
-    model = narrow(family).train()
+    model = narrow(family, **options).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
@@ -70,6 +70,32 @@ def test_one_graph_serves_every_batch_and_size(family):
         x = images(*size)
         assert_close(compiled(x)[0], model(x)[0], 1e-5, f"{size}")
     assert len(graphs) == 1
+
+
+@by_family
+def test_training_compiles_in_one_graph(family):
+    torch.compiler.reset()
+    shallow = {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)} if family == "overlock" else {}
+    model, x = in_training(family, **shallow).to(DEVICE), images(2, 3, 40, 64)
+    backend = "aot_eager" if family == "rednet" else "eager"  # the former takes half a minute for OverLoCK
+    expected, loss = loss_of(model, x), loss_of(torch.compile(model, fullgraph=True, backend=backend), x)
+    assert_close(loss, expected, 1e-5)
+    gradients, ours = (torch.autograd.grad(value, list(model.parameters())) for value in (expected, loss))
+    for (name, _), grad, other in zip(model.named_parameters(), ours, gradients, strict=True):
+        assert float((grad - other).norm()) <= 1e-4 * float(other.norm()) + 1e-6, name
+
+
+@by_family
+def test_gradient_checkpointing_changes_no_gradient(family):
+    model, x = in_training(family).to(DEVICE), images(2, 3, 48, 64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        loss_of(model, x).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, 1e-6, name)
 
 
 # ---- precision, memory format, copies
@@ -213,6 +239,54 @@ def test_no_two_parameters_share_gradient_memory(family, training):
         for name, grad in grads.items():
             assert all(stride > 0 for stride, size in zip(grad.stride(), grad.shape, strict=True) if size > 1), name
             assert_close(grad, 2 * once[name], 1e-5, name)
+
+
+OPERATORS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {  # shapes, options
+    "involution2d": ({"x": (1, 4, 5, 6), "weight": (1, 2, 3, 3, 5, 6)}, {}),
+    "involution2d_generate": (
+        {"x": (1, 4, 5, 6), "features": (1, 2, 5, 6), "weight": (18, 2), "bias": (18,)},
+        {"kernel_size": 3, "groups": 2},
+    ),
+    "na2d_av": ({"attn": (1, 2, 5, 6, 9), "value": (1, 2, 5, 6, 4)}, {"kernel_size": 3}),
+    "na2d_qk": (
+        {"query": (1, 2, 5, 6, 4), "key": (1, 2, 5, 6, 4), "rpb": (2, 5, 5)},
+        {"kernel_size": 3},
+    ),
+    "na2d_softmax_av": (
+        {"logits": (1, 2, 5, 6, 9), "value": (1, 2, 5, 6, 4), "rpb": (2, 5, 5)},
+        {"kernel_size": 3},
+    ),
+    "contmix2d": (
+        {
+            "query": (1, 2, 4, 5, 6),
+            "key": (1, 2, 4, 9),
+            "value": (1, 2, 2, 4, 5, 6),
+            "proj_weight": (34, 9),
+            "proj_bias": (34,),
+            "rpb1": (2, 5, 5),
+            "rpb2": (2, 9, 9),
+        },
+        {"kernel_sizes": (3, 5)},
+    ),
+    "outlook_attention2d": ({"logits": (1, 3, 3, 2, 9, 9), "value": (1, 5, 6, 4)}, {"stride": 2}),
+    "depthwise_conv2d": ({"x": (1, 4, 5, 6), "weight": (4, 1, 3, 3), "bias": (4,)}, {}),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", "reference"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_two_inputs_of_an_operator_share_gradient_memory(name, backend):
+    device = triton_device() if backend == "triton" else DEVICE
+    shapes, options = OPERATORS[name]
+    inputs = {key: random_tensor(*shape, device=device).requires_grad_() for key, shape in shapes.items()}
+    arguments: dict[str, Any] = dict(inputs)
+    if name == "contmix2d":
+        arguments["rpb"] = (arguments.pop("rpb1"), arguments.pop("rpb2"))
+    with kernels.use_backend(backend):
+        getattr(kernels, name)(**arguments, **options).sum().backward()
+    grads = [tensor.grad for tensor in inputs.values()]
+    assert len({grad.untyped_storage().data_ptr() for grad in grads if grad is not None}) == len(inputs)
+    assert all(stride > 0 for grad in grads if grad is not None for stride in grad.stride())
 
 
 class Adapted(nn.Module):

@@ -126,6 +126,22 @@ def test_every_argument_is_refused_by_name(family, argument):
             models.create_model(FUNCTIONS[family], **{**features, argument: value})
 
 
+@pytest.mark.parametrize("name", ["overlock_t", "rednet50", "volo_d1"])
+def test_arguments_that_do_not_go_together(name):
+    create: Any = models.create_model
+    for options in ({"out_indices": (0, 1)}, {"features_only": True, "out_indices": (0, 4)}):
+        with pytest.raises(ValueError, match="out_indices"):
+            create(name, **options)
+    for option in ("img_size", "window") if name != "volo_d1" else ("window",):
+        with pytest.raises(TypeError, match=option):
+            create(name, **{option: 224})
+    if name == "overlock_t":
+        with pytest.raises(ValueError, match="context_skip=False needs features_only=True"):
+            models.create_model(name, context_skip=False)
+        with pytest.raises(ValueError, match=r"embed_dim\[2\] must be a multiple of 4·sub_num_heads\[0\]"):
+            models.create_model(name, sub_num_heads=(5, 8))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numbers_of_other_libraries_are_numbers(family):
     options: dict[str, Any] = {
@@ -146,6 +162,12 @@ def test_calls_refuse_by_name(family):
     for wrong in (None, "x", [x], x.to_sparse(), x.to(torch.complex64)):
         with pytest.raises((TypeError, ValueError), match=r"^x must be"):
             model(wrong)
+    shapes = ((3, 64, 64), (1, 4, 64, 64), (1, 3, 64, 31))
+    for wrong, kind in [(torch.zeros(s), ValueError) for s in shapes] + [(x.to(torch.uint8), TypeError)]:
+        for training in (False, True):
+            with pytest.raises(kind, match=r"^x must"):
+                model.train(training)(wrong)
+    assert model.eval()(x[:0]).shape == (0, 5)
     for name, wrong in (("indices", "x"), ("indices", (1.5,)), ("indices", [9]), ("stop_early", "no"), ("norm", 3)):
         with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
             model.forward_intermediates(x, **{name: wrong})
