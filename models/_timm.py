@@ -85,6 +85,7 @@ def _as_timm_calls_it(timm_models: Any, entry_point: Callable[..., Any]) -> Call
         file_alone = overrides.get("source") != "local-dir" and not overrides.get("state_dict")
         if pretrained and overrides.get("file") and file_alone:
             load_checkpoint(model, overrides["file"])
+            model.pretrained_cfg = {**model.pretrained_cfg, **overrides}  # before what the file says of itself
         elif pretrained and elsewhere:
             timm_models.load_pretrained(
                 model,
