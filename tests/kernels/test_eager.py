@@ -443,7 +443,7 @@ def test_autocast_changes_no_dtype_of_sums():
 
 
 def test_a_dilation_far_beyond_the_map():
-    """Only the window's centre is inside, and there are as many residue classes as outputs, not as the dilation says."""
+    """Only the window's centre is inside; there are no more residue classes than outputs."""
     x, weight = random_tensor(1, 2, 4, 5, 6), random_tensor(1, 2, 3, 3, 5, 6)
     far = 2**40
     window = Window((3, 3), padding=(far, far), dilation=(far, far))
