@@ -48,7 +48,7 @@ from kernels.contmix.triton_tiles import (
     tile_arguments,
 )
 from kernels.launch import ceil_divide, launch
-from kernels.neighborhood.triton_kernels import grad_rpb
+from kernels.neighborhood.backward import grad_rpb
 from kernels.tuning import tunable
 from kernels.windows import Window
 from kernels.windows_triton import split_program

@@ -59,7 +59,6 @@ OPERATORS = [
         {},
         (6 * 9 * PIXELS, 2 * 6 * 9 * PIXELS),
         twice=True,
-        spreads=("eager",),
     ),
     Operator(
         "involution2d_generate",
@@ -67,7 +66,6 @@ OPERATORS = [
         {"kernel_size": 3, "groups": 2},
         (18 * (4 + 3) * PIXELS, 2 * 18 * (4 + 3) * PIXELS),
         twice=False,
-        spreads=("eager",),
     ),
     Operator(
         "na2d_av",
@@ -75,7 +73,6 @@ OPERATORS = [
         {"kernel_size": 3},
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=True,
-        spreads=("eager",),
     ),
     Operator(
         "na2d_qk",
@@ -83,7 +80,6 @@ OPERATORS = [
         {"kernel_size": 3},
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=True,
-        spreads=("eager",),
     ),
     Operator(
         "na2d_softmax_av",
@@ -92,7 +88,6 @@ OPERATORS = [
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=False,
         logits=("logits",),
-        spreads=("eager",),
     ),
     Operator(
         "contmix2d",
@@ -111,7 +106,7 @@ OPERATORS = [
         twice=False,
         logits=("proj_bias",),
         rounding=2,
-        spreads=("eager", "triton"),
+        spreads=("triton",),
     ),
     Operator(
         "outlook_attention2d",
