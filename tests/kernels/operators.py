@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,8 +34,9 @@ class Operator(NamedTuple):
     def __call__(self, tensors: dict[str, Tensor], module: ModuleType = kernels) -> Tensor:
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            if entry := re.fullmatch(r"(\w+)\[\d\]", name):
-                arguments.setdefault(entry[1], []).append(tensor)
+            name, bracket, _ = name.partition("[")
+            if bracket:
+                arguments.setdefault(name, []).append(tensor)
             else:
                 arguments[name] = tensor
         return getattr(module, self.name)(**arguments, **self.options)
