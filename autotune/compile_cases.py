@@ -80,26 +80,26 @@ def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterat
 
 
 def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from kernels.outlook import triton_kernels as kernels
+    from kernels.outlook import backward, forward
 
     # VOLO-D1: 6 heads of 32 channels.
     logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
-    yield lambda: kernels.outlook(logits, value, 3, 2, 1, 32**-0.5)
-    yield lambda: kernels.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: forward.outlook(logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: backward.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
 
 
 def _depthwise(
     dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
 ) -> Iterator[Callable[[], object]]:
-    from kernels.depthwise import triton_kernels as kernels
+    from kernels.depthwise import backward, forward
 
     x, weight = (
         _meta(128, channels, length, length, dtype=dtype),
         _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
     )
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    yield lambda: kernels.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
-    yield lambda: kernels.weight_gradient(x, x, kernel_size)
+    yield lambda: forward.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
+    yield lambda: backward.weight_gradient(x, x, kernel_size)
 
 
 def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
