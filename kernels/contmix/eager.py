@@ -128,7 +128,7 @@ def contmix_backward(
         grad_rpb.append(grad_table.flatten(1))
     return (
         grad_query.to(query.dtype),
-        torch.cat(grad_projected, 3).to(projected.dtype),
+        torch.empty_like(projected).copy_(torch.cat(grad_projected, 3)),
         torch.cat(grad_bias).to(bias.dtype),
         torch.cat(grad_rpb, 1),
         grad_value,

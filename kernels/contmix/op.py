@@ -13,6 +13,7 @@ from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors, check_window_fits, odd_pair
 from kernels.contmix import eager
+from kernels.dtypes import at_least_float32
 from kernels.layout import empty_like_layout
 from kernels.registration import without_autocast
 
@@ -80,17 +81,26 @@ def contmix2d(
     if backend == "reference":
         return reference.contmix2d(query, key, value, proj_weight, proj_bias, biases, kernel_sizes=tuple(sizes))
 
-    projected = key @ proj_weight.t()  # [B, G, Dq, ΣK²]
+    projected = _projected(key, proj_weight)
     tables_side_by_side = torch.cat([table.flatten(1) for table in biases], 1)  # [G, Σ(2K−1)²]
     return _contmix(query, projected, proj_bias, tables_side_by_side, value, sizes, backend)[0]
+
+
+@without_autocast
+def _projected(key: Tensor, proj_weight: Tensor) -> Tensor:
+    """projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], [B, G, Dq, ΣK²]: in float32 at least, for rounding between two
+    linear steps would reach the logits; channels adjacent in memory, so that each window position is one read."""
+    wide_key, wide_weight = at_least_float32(key, proj_weight)
+    projected = wide_weight @ wide_key.flatten(0, 2).t()
+    return projected.view(proj_weight.shape[0], *key.shape[:3]).permute(1, 2, 3, 0)
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     """What runs here; Triton is imported at the first use and not before."""
     if resolve(backend, tensor) == "triton":
-        from kernels.contmix import triton_kernels
+        from kernels.contmix import passes
 
-        return triton_kernels
+        return passes
     return eager
 
 
@@ -132,7 +142,7 @@ def _contmix_backward(grad, query, projected, bias, rpb, value, out, statistics,
 @_contmix_backward.register_fake
 def _(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
     grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
-    return (grad_query, *(t.new_empty(t.shape) for t in (projected, bias, rpb)), grad_value)
+    return (grad_query, torch.empty_like(projected), *(t.new_empty(t.shape) for t in (bias, rpb)), grad_value)
 
 
 def _save(ctx, inputs, output):
