@@ -219,9 +219,9 @@ def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
     """Gradients of query, projected, bias, rpb and value of one kernel size."""
     query, projected, bias, rpb, value, grad, out, statistics = at_least_float32(*saved)
     sizes = [(rpb.shape[1] + 1) // 2]
-    inputs = query, projected, bias, rpb.flatten(1), value[:, None]
+    inputs = query, projected, bias, [rpb], value[:, None]
     found = eager.contmix_backward(grad[:, None], *inputs, out[:, None], statistics[:, None], sizes)
-    return *found[:3], found[3].view_as(rpb), found[4][:, 0]
+    return *found[:3], found[3][0], found[4][:, 0]
 
 
 def _arguments(saved: Saved, config: Shared, *others: Tensor) -> dict[str, Any]:

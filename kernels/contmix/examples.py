@@ -53,7 +53,7 @@ def _saved(problem: Problem, device: torch.device, shared: bool) -> tuple[Saved,
     inputs, *_ = _inputs(problem, device, shared)
     query, projected, bias, rpb, value = inputs
     sizes = [problem.kernel_size]
-    out, statistics = eager.contmix(query, projected, bias, rpb.flatten(1), value[:, None], sizes)
+    out, statistics = eager.contmix(query, projected, bias, [rpb], value[:, None], sizes)
     targets = Targets(*(torch.empty_like(tensor) for tensor in (query, projected, value)), None)
     return Saved(*inputs, torch.randn_like(value), out[:, 0], statistics[:, 0]), targets
 

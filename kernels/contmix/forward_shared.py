@@ -139,7 +139,7 @@ def views_of(tensors: Inputs | Saved) -> dict[str, View]:
 def forward_reference(inputs: Inputs, *_: Tensor) -> Tensor:
     """What the forward pass of one kernel size must return."""
     query, projected, bias, rpb, value = at_least_float32(*inputs)
-    return eager.contmix(query, projected, bias, rpb.flatten(1), value[:, None], [(rpb.shape[1] + 1) // 2])[0][:, 0]
+    return eager.contmix(query, projected, bias, [rpb], value[:, None], [(rpb.shape[1] + 1) // 2])[0][:, 0]
 
 
 @tunable(SHARED, shared_heuristic, problem=problem_of, reference=forward_reference, name="contmix.shared")

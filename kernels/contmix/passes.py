@@ -23,9 +23,9 @@ def _no_double_products(value: Tensor) -> bool:
 
 
 def contmix(
-    query: Tensor, projected: Tensor, bias: Tensor, rpb: Tensor, value: Tensor, kernel_sizes: list[int]
+    query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """(out like value; log Σ_k exp [B, M, G, H, W]); rpb holds all tables side by side, [G, Σ(2K−1)²]."""
+    """(out like value; log Σ_k exp [B, M, G, H, W])"""
     if _no_double_products(value):
         return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
     out, statistics = eager.empty_outputs(value)
@@ -40,19 +40,19 @@ def contmix_backward(
     query: Tensor,
     projected: Tensor,
     bias: Tensor,
-    rpb: Tensor,
+    rpb: list[Tensor],
     value: Tensor,
     out: Tensor,
     statistics: Tensor,
     kernel_sizes: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, bias, rpb and value; query's and value's in the memory order of their tensors."""
     if _no_double_products(value):
         return eager.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
     grad_query, grad_value = empty_like_layout(query, query.shape), eager.empty_outputs(value)[0]
     if value.numel() == 0:
         zeros = torch.zeros_like
-        return grad_query, zeros(projected), zeros(bias), zeros(rpb), grad_value
+        return grad_query, zeros(projected), zeros(bias), [zeros(table) for table in rpb], grad_value
     grad_projected, previous = torch.empty_like(projected), None
     parts_of_projected = grad_projected.split([size**2 for size in kernel_sizes], 3)
     bias_parts, rpb_parts = [], []
@@ -70,11 +70,5 @@ def contmix_backward(
             bias_part, rpb_part = grad_own(saved, targets)
         previous = grad_of_size
         bias_parts.append(bias_part)
-        rpb_parts.append(rpb_part.flatten(1))
-    return (
-        grad_query,
-        grad_projected,
-        torch.cat(bias_parts).to(bias.dtype),
-        torch.cat(rpb_parts, 1).to(rpb.dtype),
-        grad_value,
-    )
+        rpb_parts.append(rpb_part.to(rpb[m].dtype))
+    return grad_query, grad_projected, torch.cat(bias_parts).to(bias.dtype), rpb_parts, grad_value

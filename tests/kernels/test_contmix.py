@@ -143,6 +143,7 @@ def test_outputs_that_fill_a_tile_are_finite(dtype):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize(("threshold", "bad"), [(0, math.nan), (10**6, math.nan), (10**6, math.inf)])
 def test_what_a_nan_reaches(threshold, bad, backend, monkeypatch):
     """In value: the outputs whose windows hold its pixel; in grad: their inputs, and its own pixel's query."""
@@ -183,10 +184,11 @@ def _check_config(config, size, kernel_size):
         tensor.float() for tensor in _inputs(batch=2, groups=3, size=size, kernel_sizes=(kernel_size,))
     )
     inputs = Inputs(query, key @ proj_weight.t(), bias, table, value[:, 0])
-    wide = [tensor.double() for tensor in (*inputs[:3], table.flatten(1), value)]
+    wide = *(tensor.double() for tensor in inputs[:3]), [table.double()], value.double()
     expected, log_sum_exp = eager.contmix(*wide, [kernel_size])
     grad = torch.randn_like(value)
     expected_grads = eager.contmix_backward(grad.double(), *wide, expected, log_sum_exp, [kernel_size])
+    expected_grads = *expected_grads[:3], expected_grads[3][0], expected_grads[4]
 
     out, statistics = eager.empty_outputs(value)
     (forward_shared if shared else forward_own)(inputs, out[:, 0], statistics[:, 0], config=config)
@@ -198,7 +200,7 @@ def _check_config(config, size, kernel_size):
         delta = torch.empty_like(statistics[:, 0])
         grad_inputs_shared(saved, targets, delta, config=config)
         grad_bias, grad_table = grad_tables_shared(saved, delta, config=config)
-        found = targets.query - query, targets.projected, grad_bias, grad_table.flatten(1), targets.value[:, None]
+        found = targets.query - query, targets.projected, grad_bias, grad_table, targets.value[:, None]
     else:
         grad_logits_own(saved, targets.query, query, rows_of(saved, 0, size[0] - 1), config=config)
         found = (targets.query - query,)
@@ -245,7 +247,13 @@ def test_registered_operators(backend, channels_last):
         return (pixels if channels_last else pixels.contiguous()).unflatten(1, channels)
 
     query, value = maps(2, 3), maps(2, 2, 2)
-    inputs = (query, random_tensor(1, 2, 3, 10), random_tensor(10), random_tensor(2, 26), value)
+    inputs = (
+        query,
+        random_tensor(1, 2, 3, 10),
+        random_tensor(10),
+        [random_tensor(2, 1, 1), random_tensor(2, 5, 5)],
+        value,
+    )
     sizes = [1, 3]
     operators = torch.ops.dynamic_kernels
     out, statistics = operators.contmix(*inputs, sizes, backend)
@@ -257,15 +265,15 @@ def test_registered_operators(backend, channels_last):
 
 def test_logits_are_never_stored_whole():
     """A 200x320 map with K = 13 and eight heads has 86 million: no tensor that either path makes comes near that."""
-    shapes = (1, 8, 16, 200, 320), (1, 8, 16, 169), (169,), (8, 625), (1, 1, 8, 16, 200, 320)
+    shapes = (1, 8, 16, 200, 320), (1, 8, 16, 169), (169,), (8, 25, 25), (1, 1, 8, 16, 200, 320)
     logits = 8 * 200 * 320 * 169
 
     def largest(device, run, backward):
         query, projected, bias, rpb, value = (torch.empty(shape, device=device) for shape in shapes)
         with _LargestTensor() as seen:
-            out, statistics = run.contmix(query, projected, bias, rpb, value, [13])
+            out, statistics = run.contmix(query, projected, bias, [rpb], value, [13])
             if backward:
-                run.contmix_backward(out, query, projected, bias, rpb, value, out, statistics, [13])
+                run.contmix_backward(out, query, projected, bias, [rpb], value, out, statistics, [13])
         return seen.elements
 
     with record_launches():  # sizes are all that is asked for
@@ -276,7 +284,7 @@ def test_logits_are_never_stored_whole():
 def test_eager_logits_are_never_stored_whole():
     """One head of such a map, 10.8 million logits."""
     query, value = torch.randn(1, 1, 16, 200, 320), torch.randn(1, 1, 1, 16, 200, 320)
-    inputs = query, torch.randn(1, 1, 16, 169), torch.randn(169), torch.randn(1, 625), value
+    inputs = query, torch.randn(1, 1, 16, 169), torch.randn(169), [torch.randn(1, 25, 25)], value
     with _LargestTensor() as seen:
         out, statistics = eager.contmix(*inputs, [13])
         eager.contmix_backward(out, *inputs, out, statistics, [13])
