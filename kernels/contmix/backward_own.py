@@ -296,7 +296,7 @@ def _grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tens
     }
     # One program per (tile of inputs, block of heads, batch entry).
     grid = (tiles * head_blocks * sizes.batch,)
-    launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=2)
+    launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=3)
 
 
 def rows_of(saved: Saved, first_row: int, last_row: int) -> Rows:

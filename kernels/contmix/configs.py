@@ -160,15 +160,21 @@ class Own:
 
 
 SHARED = tuple(
-    Shared(pixels, steps, images, warps)
-    for pixels, steps, warps in ((64, 64, 4), (64, 64, 8), (32, 64, 4), (32, 64, 8), (32, 32, 4), (16, 64, 4))
-    for images in (1, 2, 8)
-)[:16]
+    Shared(pixels, steps, images, warps, stages)
+    for pixels, steps, images, warps, stages in (
+        (64, 64, 1, 4, 2), (64, 64, 4, 4, 3), (64, 64, 8, 4, 3), (64, 64, 16, 4, 3), (64, 64, 1, 8, 2),
+        (64, 64, 8, 8, 2), (64, 32, 1, 4, 2), (64, 32, 8, 4, 3), (32, 64, 1, 4, 2), (32, 64, 8, 4, 3),
+        (32, 64, 8, 8, 2), (32, 32, 1, 4, 2), (32, 32, 8, 4, 3), (16, 64, 1, 4, 2), (16, 64, 8, 4, 3),
+        (16, 16, 1, 1, 2),
+    )
+)  # fmt: skip
 OWN = tuple(
-    Own(pairs, heads, images, warps)
-    for pairs, heads, warps in ((16, 4, 4), (32, 4, 8), (16, 2, 2), (16, 1, 1))
-    for images in (1, 2, 4, 8)
-)
+    Own(pairs, heads, images, warps, stages)
+    for pairs, heads, images, warps, stages in (
+        (16, 4, 1, 4, 2), (16, 4, 2, 4, 2), (16, 4, 4, 4, 2), (16, 4, 4, 4, 1), (16, 4, 8, 4, 2), (32, 4, 1, 8, 2),
+        (16, 2, 1, 2, 2), (16, 2, 2, 2, 2), (16, 2, 4, 2, 2), (16, 1, 1, 1, 2), (16, 1, 4, 1, 2), (32, 2, 1, 4, 2),
+    )
+)  # fmt: skip
 
 
 def _images(problem: Problem, programs: int, most: int, at_least: int = 264) -> int:
@@ -177,29 +183,28 @@ def _images(problem: Problem, programs: int, most: int, at_least: int = 264) -> 
 
 
 def shared_heuristic(problem: Problem) -> Shared:
-    """A window's 64 outputs at a time where its blocks of bias fit registers, fewer otherwise."""
-    windows = max(1, problem.pixels // 49)
-    images = 8 if interpreting() else _images(problem, windows, 8)
+    """A window's 64 outputs by 64 positions, of more warps or fewer outputs where its blocks of bias are many."""
+    images = 8 if interpreting() else _images(problem, max(1, problem.pixels // 49), 8)
     if problem.dtype.itemsize > 2 and not interpreting():
         small = Shared(32, 32, images)
         return small if small.valid(problem) else Shared(16, 64, images)
-    blocks = ceil_divide(problem.kernel_size**2, 64)
-    steps = min(64, block(problem.kernel_size**2))
+    blocks, steps = ceil_divide(problem.kernel_size**2, 64), min(64, block(problem.kernel_size**2))
     if blocks <= 3:
-        return Shared(64, steps, images)
-    return Shared(64, steps, images, 8) if blocks <= 8 else Shared(32, steps, images, 8)
+        return Shared(64, steps, images, num_stages=3)
+    return Shared(64 if blocks <= 8 else 32, steps, images, num_warps=8)
 
 
 def inputs_heuristic(problem: Problem) -> Shared:
     """As the forward pass, which keeps as much in registers; a program has one image."""
-    return replace(shared_heuristic(problem), images=1)
+    return replace(shared_heuristic(problem), images=1, num_stages=2)
 
 
 def tables_heuristic(problem: Problem) -> Shared:
     """One block of bias and one of sums, and as many images as leave 528 programs."""
     config = shared_heuristic(problem)
     programs = ceil_divide(problem.kernel_size**2, config.steps) * max(1, problem.pixels // 49)
-    return replace(config, images=8 if interpreting() else _images(problem, programs, 16, 528))
+    images = 8 if interpreting() else _images(problem, programs, 16, 528)
+    return replace(config, images=images, num_stages=3)
 
 
 def own_heuristic(problem: Problem) -> Own:
@@ -207,13 +212,17 @@ def own_heuristic(problem: Problem) -> Own:
     if interpreting():
         return Own(64, next_power_of_2(problem.groups), 8)
     heads = min(max(1, 64 // block(problem.channels)), next_power_of_2(problem.groups))
-    pairs = ceil_divide(problem.pixels, 32)
-    images = _images(problem, ceil_divide(pairs, heads), 4) if problem.kernel_size <= 5 else 1
-    return Own(16, heads, images, heads)
+    tiles = ceil_divide(problem.pixels, 32)
+    images = _images(problem, ceil_divide(tiles, heads), 4) if problem.kernel_size <= 5 else 1
+    return Own(16, heads, images, max(1, heads * block(problem.channels) // 16))
 
 
 def grad_own_heuristic(problem: Problem) -> Own:
-    return own_heuristic(problem)
+    """Half the heads of the forward pass: what is stored leaves less for registers."""
+    config = own_heuristic(problem)
+    if interpreting() or config.heads == 1 or problem.kernel_size > 5:
+        return config
+    return replace(config, heads=config.heads // 2, num_warps=config.num_warps // 2)
 
 
 def types(inputs: Inputs | Saved, *others: Tensor) -> dict[str, Any]:
