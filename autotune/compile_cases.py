@@ -45,7 +45,8 @@ def _neighborhood(
     dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
 ) -> Iterator[Callable[[], object]]:
     from kernels.aggregation import triton_kernels as algebra
-    from kernels.neighborhood import triton_kernels as kernels
+    from kernels.neighborhood.backward import softmax_aggregate_backward
+    from kernels.neighborhood.forward import softmax_aggregate
 
     # OverLoCK-T: 16 value channels a head.
     window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
@@ -54,8 +55,8 @@ def _neighborhood(
     rpb = _meta(8, 2 * kernel_size - 1, 2 * kernel_size - 1, dtype=dtype)
     statistics = _meta(128, 8, length, length, dtype=torch.float32)
     heads_last = _meta(128, 8, length, length, 16, dtype=dtype).permute(0, 1, 4, 2, 3)
-    yield lambda: kernels.softmax_aggregate(logits, value, rpb, window)
-    yield lambda: kernels.softmax_aggregate_backward(value, logits, value, rpb, value, statistics, window)
+    yield lambda: softmax_aggregate(logits, value, rpb, window)
+    yield lambda: softmax_aggregate_backward(value, logits, value, rpb, value, statistics, window)
     yield lambda: algebra.aggregate(logits, heads_last, window)
     yield lambda: algebra.correlate(heads_last, heads_last, window)
     yield lambda: algebra.transpose(logits, heads_last, (length, length), window)

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.aggregation.eager import Strip, as_matrices, tile_of
-from kernels.aggregation.eager_tiles import Tiles
+from kernels.aggregation.eager import Step, as_matrices
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
@@ -39,31 +38,31 @@ class _MadeLogits:
             self.grad_query, self.grad_projected = gradients
             self.grad_bias = torch.zeros_like(self.bias)
 
-    def _queries(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+    def _queries(self, step: Step) -> Callable[[], Tensor]:
         """[n·b·g, Dq, R·T], as wide as an accumulator."""
-        part = tile_of(strip.outputs(self.query), tile)
+        part = step.outputs(self.query)
         return lambda: as_matrices(part.to(self.projected.dtype))
 
-    def _keys(self, strip: Strip) -> Callable[[], Tensor]:
+    def _keys(self, step: Step) -> Callable[[], Tensor]:
         """[n·b·g, Dq, K²]"""
-        keys = self.projected[strip.maps]
-        expanded = keys.expand(strip.leading[0], *keys.shape)
+        keys = self.projected[step.maps]
+        expanded = keys.expand(step.leading[0], *keys.shape)
         return lambda: expanded.flatten(0, 2)
 
-    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+    def reader(self, step: Step) -> Callable[[], Tensor]:
         """[n, b, g, R, T, K, K]"""
-        queries, keys = self._queries(strip, tile), self._keys(strip)
-        shape = (*strip.tile_shape(tile), self.side, self.side)
+        queries, keys = self._queries(step), self._keys(step)
+        shape = (*step.shape, self.side, self.side)
         return lambda: torch.baddbmm(self.bias, queries().mT, keys()).view(shape)
 
-    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
-        queries, keys = self._queries(strip, tile), self._keys(strip)
-        grad_projected = self.grad_projected[strip.maps]
-        grad_query = tile_of(strip.outputs(self.grad_query), tile)
+    def writer(self, step: Step) -> Callable[[Tensor], object]:
+        queries, keys = self._queries(step), self._keys(step)
+        grad_projected = self.grad_projected[step.maps]
+        grad_query = step.outputs(self.grad_query)
 
         def write(grad: Tensor) -> None:
             matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]
-            grad_projected.add_(torch.bmm(queries(), matrices).unflatten(0, strip.leading).sum(0))
+            grad_projected.add_(torch.bmm(queries(), matrices).unflatten(0, step.leading).sum(0))
             self.grad_bias += matrices.sum((0, 1))
             grad_query.add_(torch.bmm(keys(), matrices.mT).view(grad_query.shape))
 

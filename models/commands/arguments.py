@@ -40,7 +40,7 @@ def model_option(text: str) -> tuple[str, Any]:
 def best_of_run(text: str) -> str:
     """DIR -> its best weights."""
     path = Path(text) / BEST
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"must be a finetune's --output with {BEST} in it, got {text!r}")
     return str(path)
 

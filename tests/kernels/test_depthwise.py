@@ -168,7 +168,7 @@ BAD = {
     "weight must have the dtype of x": {"weight": torch.zeros(3, 1, 3, 3).half()},
     "weight must have an odd kernel size": {"weight": torch.zeros(3, 1, 2, 2)},
     "weight must have a kernel size of at most 31": {"weight": torch.zeros(3, 1, 33, 33)},
-    r"weight must have shape \[C=3, 1=1, K=5, K=5\]": {"weight": torch.zeros(3, 1, 3, 5)},
+    r"weight must have shape \[C=3, 1, K, K\]": {"weight": torch.zeros(3, 1, 3, 5)},
     r"bias must have shape \[C=3\]": {"bias": torch.zeros(3, 1)},
     "bias must be on the device of x": {"bias": torch.zeros(3, device="meta")},
 }
