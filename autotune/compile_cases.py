@@ -63,15 +63,14 @@ def _neighborhood(
 
 
 def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterator[Callable[[], object]]:
-    from kernels.contmix import triton_kernels as kernels
+    from kernels.contmix import passes as kernels
 
     # OverLoCK-T: 8 heads of 16 query and 16 value channels.
     positions = sum(size**2 for size in kernel_sizes)
-    relatives = sum((2 * size - 1) ** 2 for size in kernel_sizes)
     features = _meta(128, 8, 16, length, length, dtype=dtype)
-    projected = _meta(128, 8, 16, positions, dtype=dtype)
+    projected = _meta(positions, 128, 8, 16, dtype=torch.float32).permute(1, 2, 3, 0)
     bias = _meta(positions, dtype=dtype)
-    rpb = _meta(8, relatives, dtype=dtype)
+    rpb = [_meta(8, 2 * size - 1, 2 * size - 1, dtype=dtype) for size in kernel_sizes]
     value = _meta(128, len(kernel_sizes), 8, 16, length, length, dtype=dtype)
     statistics = _meta(128, len(kernel_sizes), 8, length, length, dtype=torch.float32)
     inputs = (features, projected, bias, rpb, value)
