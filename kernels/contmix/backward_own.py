@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# ruff: noqa: RUF005 (a kernel has no iterable unpacking)
+
 """ContMix's backward pass where nearly every output has a window of its own.
 
 The first kernel mirrors the forward pass: in pairs of outputs it makes softmax weights p again, and the logits'
