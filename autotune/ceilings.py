@@ -74,13 +74,13 @@ def launch_overhead(device: torch.device, *, quick: bool = False) -> dict[str, A
     x = torch.randn(1, 1, 16, 4, 4, device=device)
     config = triton_kernels.heuristic(triton_kernels.problem_of(weight, x, (4, 4), 9))
     with record_launches() as launches:
-        triton_kernels.aggregate(weight, x, window, config)
+        triton_kernels.aggregate(weight, x, window, config=config)
     kernel, grid, arguments, options = launches[0]
     backend = "triton"
     found: dict[str, Any] = _host_microseconds(
         {
             "direct": lambda: kernel[grid](**arguments, **options),
-            "configured": lambda: triton_kernels.aggregate(weight, x, window, config),
+            "configured": lambda: triton_kernels.aggregate(weight, x, window, config=config),
             "tuned": lambda: triton_kernels.aggregate(weight, x, window),
             "operator": lambda: op.aggregate(weight, x, window, backend),
         },

@@ -20,7 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from rich.table import Table
 from torch import Tensor
 
 from autotune.compile_cases import cases
-from autotune.tuner import Request, observing
 from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
+from kernels.tuning.choose import Request, observing
 
 __all__ = ["ARCHITECTURES", "Report", "add_arguments", "compile_launch", "run"]
 
@@ -76,24 +76,45 @@ class Report:
     shuffles_per_output: float | None = None
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Types, constants and divisibility of a launch, specialised as Triton specialises them at run time."""
+def _signature(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Types, constants and divisibility of a launch, specialised as Triton specialises them at run time.
+
+    A tuple among the arguments is a tuple of types; what is known of its fields stands under (argument, field).
+    """
     signature, constants, attributes = {}, {}, {}
+
+    def type_of(path: tuple[int, ...], value: Any, constant: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            parts = [type_of((*path, index), part, constant) for index, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if constant or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return f"*{TYPE_NAMES[value.dtype]}"
+        if isinstance(value, float):
+            return "fp32"
+        assert isinstance(value, int)
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (not isinstance(value, Tensor) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = f"*{TYPE_NAMES[value.dtype]}"
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        declared = parameter.annotation_type if not parameter.is_constexpr else None
+        found = type_of((index,), value, parameter.is_constexpr)
+        signature[parameter.name] = declared if declared and found in ("fp32", "i32", "i64") else found
     return signature, constants, attributes
+
+
+def _leaves(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among a launch's arguments, by the argument's name."""
+    for name, value in arguments.items():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Tensor):
+                yield name, part
 
 
 def _nvidia_tool(name: str) -> str:
@@ -104,7 +125,8 @@ def _nvidia_tool(name: str) -> str:
 
 def _output(launch: Launch) -> Tensor:
     """The tensor that a launch writes; a backward pass reads one called out."""
-    return next(launch.arguments[name] for name in ("target_ptr", "partial_ptr", "out_ptr") if name in launch.arguments)
+    tensors = {name.removesuffix("_ptr"): tensor for name, tensor in _leaves(launch.arguments)}
+    return next((tensors[name] for name in ("target", "partial", "out") if name in tensors), [*tensors.values()][-1])
 
 
 def _read_cubin(cubin: bytes, *, instructions: bool = True) -> dict[str, Any]:
@@ -163,8 +185,8 @@ def compile_launch(case: str, launch: Launch, architecture: str, *, instructions
         usage = _read_cubin(compiled.asm["cubin"], instructions=instructions)
     else:
         usage = _read_amdgcn(compiled.asm["amdgcn"])
-    dtype = next(TYPE_NAMES[value.dtype] for value in launch.arguments.values() if isinstance(value, Tensor))
-    tensors = {id(value): value for value in launch.arguments.values() if isinstance(value, Tensor)}
+    tensors = {id(tensor): tensor for _, tensor in _leaves(launch.arguments)}
+    dtype = TYPE_NAMES[next(iter(tensors.values())).dtype]
     outputs = _output(launch).numel()
     if "shuffles" in usage:
         shuffled = usage["shuffles"] * 32 * launch.options["num_warps"] * math.prod(launch.grid)
@@ -294,10 +316,10 @@ def _every_config(call: Callable[[], object]) -> list[Launch]:
     found: list[Launch] = []
 
     def record(request: Request) -> None:
-        for config in request.tunable.configs:
+        for config in request.launcher.configs:
             if config.valid(request.problem):
                 with record_launches() as launches:
-                    request.trial.run(config)
+                    request.run(config)
                 found.extend(launches)
 
     with observing(record):
@@ -307,7 +329,12 @@ def _every_config(call: Callable[[], object]) -> list[Launch]:
 
 
 def _compared(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, "" if isinstance(value, Tensor) else value) for name, value in arguments.items())
+    def blank(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(blank, value))
+        return "" if isinstance(value, Tensor) else value
+
+    return tuple((name, blank(value)) for name, value in arguments.items())
 
 
 def _table(reports: list[Report], *, configs: bool) -> Table:

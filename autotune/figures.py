@@ -114,7 +114,7 @@ def _compiled_table(record: dict[str, Any]) -> Iterator[str]:
 def _compiled() -> dict[str, Any]:
     """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
     from autotune.compile import build
-    from autotune.tuner import triton_version
+    from kernels.tuning.choose import triton_version
 
     reports, failures = build(["sm_90"], ["bf16"], Console())
     if failures:

@@ -15,25 +15,45 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from autotune.tuner import Request
 from kernels.launch import Launch, record_launches
+from kernels.tuning.choose import Request
 
 __all__ = ["Build", "build", "builds", "precompile"]
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """What stands in for a tensor: Triton compiles other code where its address is not a multiple of 16."""
+
+    dtype: torch.dtype
+    address: int  # modulo 16
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class Build(NamedTuple):
-    """A launch as data: the kernel by name, and of each tensor argument its element type."""
+    """A launch as data: the kernel by name, and a ``Pointer`` for each tensor among its arguments."""
 
     module: str
     name: str
     grid: tuple[int, ...]
     arguments: tuple[tuple[str, Any], ...]
-    pointers: frozenset[str]
     options: tuple[tuple[str, int], ...]
+
+
+def _as_data(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        # Recorded on the device that it will run on, or on meta, where there is only the offset in its storage.
+        address = value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
+        return Pointer(value.dtype, int(address) % 16)
+    return type(value)(*map(_as_data, value)) if hasattr(value, "_fields") else value
 
 
 def _described(launch: Launch) -> Build:
@@ -41,30 +61,24 @@ def _described(launch: Launch) -> Build:
         launch.kernel.__module__,
         launch.kernel.__name__,
         launch.grid,
-        tuple((name, value.dtype if isinstance(value, Tensor) else value) for name, value in launch.arguments.items()),
-        frozenset(name for name, value in launch.arguments.items() if isinstance(value, Tensor)),
+        tuple((name, _as_data(value)) for name, value in launch.arguments.items()),
         tuple(launch.options.items()),
     )
 
 
 def builds(request: Request, most: int) -> Iterator[Build]:
     """The launches of a request's candidates."""
-    for config in request.tunable.candidates(request.problem, most):
+    for config in request.launcher.candidates(request.problem, most):
         # A config whose launcher fails is rejected, with its reason, when its turn to be timed comes.
         with record_launches() as launches, contextlib.suppress(Exception):
-            request.trial.run(config)
+            request.run(config)
         yield from map(_described, launches)
 
 
 def build(described: Build) -> None:
     """Compile one launch into Triton's cache, for the current device."""
-    from triton.runtime.jit import MockTensor
-
     kernel = getattr(importlib.import_module(described.module), described.name)
-    arguments = {
-        name: MockTensor(value) if name in described.pointers else value for name, value in described.arguments
-    }
-    kernel.warmup(grid=described.grid, **arguments, **dict(described.options))
+    kernel.warmup(grid=described.grid, **dict(described.arguments), **dict(described.options))
 
 
 def precompile(work: list[Build], seconds: float, workers: int | None = None) -> Iterator[None]:

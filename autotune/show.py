@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from autotune.store import Store, shipped_folder, user_folder
 from autotune.tunables import StoredEntry, find_tunables, stored_entries, why_unused
-from autotune.tuner import Tunable
+from kernels.tuning.choose import Launcher
+from kernels.tuning.store import Store, shipped_folder, user_folder
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the entries as JSON instead of a table")
 
 
-def _known() -> dict[str, Tunable] | None:
+def _known() -> dict[str, Launcher] | None:
     """The kernels by name; None where Triton is not installed, and so nothing says what holds."""
     try:
         return find_tunables()
@@ -36,7 +36,7 @@ def _known() -> dict[str, Tunable] | None:
         return None
 
 
-def _row(stored: StoredEntry, known: dict[str, Tunable] | None, in_store: set[tuple[str, str]]) -> dict[str, Any]:
+def _row(stored: StoredEntry, known: dict[str, Launcher] | None, in_store: set[tuple[str, str]]) -> dict[str, Any]:
     if known is None:
         unused = "Triton is not installed here"
     else:

@@ -4,7 +4,7 @@ Five phases, each a process of its own, so that none can take the others with it
 (while compilers fill their caches in the background), tuning into a fresh store, operators, models. Every phase has a
 share of the time; what one leaves over the next may use, and one that does not get done keeps what it has measured.
 
-Leaves at most six files: environment.json, tests.json, <GPU>.json (tuned configs, as autotune/configs takes them),
+Leaves at most six files: environment.json, tests.json, <GPU>.json (tuned configs, for kernels/tuning/configs),
 bench.json, models.json, and summary.md, which holds every target of the project next to what was measured.
 """
 
@@ -34,9 +34,9 @@ from rich.console import Console
 from autotune import timing
 from autotune.bench import results_folder
 from autotune.cases import LOST
-from autotune.store import Store, shipped_folder
 from autotune.targets import summary
-from autotune.tuner import gpu_name
+from kernels.tuning.choose import gpu_name
+from kernels.tuning.store import Store, shipped_folder
 
 __all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import pkgutil
@@ -13,17 +12,15 @@ from typing import Any
 
 import torch
 
-from autotune.store import Store, shipped_folder, user_folder
-from autotune.tuner import Problem, Request, Trial, Tunable, config_of, key_of, observing, stale
+from kernels.tuning.choose import Launcher, Problem, config_of, key_of, stale
+from kernels.tuning.store import Store, shipped_folder, user_folder
 
-__all__ = ["StoredEntry", "find_tunables", "problem_of", "stored_entries", "visit_example", "why_unused"]
-
-Result = typing.TypeVar("Result")
+__all__ = ["StoredEntry", "find_tunables", "problem_of", "stored_entries", "why_unused"]
 
 
 @functools.cache
-def find_tunables() -> dict[str, Tunable]:
-    """Name -> Tunable, of every module-level ``Tunable`` in every module ``kernels.*.triton_*``.
+def find_tunables() -> dict[str, Launcher]:
+    """Name -> launcher, of every one that a module of ``kernels`` holds, with its example.
 
     Raises:
         ImportError: triton is not installed.
@@ -31,12 +28,10 @@ def find_tunables() -> dict[str, Tunable]:
     """
     import kernels
 
-    found: dict[str, Tunable] = {}
+    found: dict[str, Launcher] = {}
     for module_info in pkgutil.walk_packages(kernels.__path__, "kernels."):
-        if not module_info.name.rpartition(".")[2].startswith("triton_"):
-            continue
         for value in vars(importlib.import_module(module_info.name)).values():
-            if isinstance(value, Tunable) and found.setdefault(value.name, value) is not value:
+            if isinstance(value, Launcher) and found.setdefault(value.name, value) is not value:
                 raise ValueError(f"two kernels are called {value.name!r}; the second is in {module_info.name}")
     return dict(sorted(found.items()))
 
@@ -50,45 +45,17 @@ READERS: dict[Any, Callable[[str], Any]] = {
 }
 
 
-def problem_of(tunable: Tunable, key: str) -> Problem:
+def problem_of(launcher: Launcher, key: str) -> Problem:
     """The problem that a key was made from, its pixels those of the bucket. ValueError for a key made otherwise."""
-    if tunable.problem is None:
-        raise ValueError(f"the kernel {tunable.name} does not say what its problems are")
-    types = typing.get_type_hints(tunable.problem)
+    types = typing.get_type_hints(launcher.problem_type)
     texts = {name: text for name, _, text in (part.partition("=") for part in key.split()[1:])}
     try:
-        problem = tunable.problem(**{name: READERS[types[name]](text) for name, text in texts.items()})
+        problem = launcher.problem_type(**{name: READERS[types[name]](text) for name, text in texts.items()})
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"{key!r} is no problem of the kernel {tunable.name}") from None
-    if key_of(tunable, problem) != key:
-        raise ValueError(f"{key!r} is not how the kernel {tunable.name} writes this problem")
+        raise ValueError(f"{key!r} is no problem of the kernel {launcher.name}") from None
+    if key_of(launcher, problem) != key:
+        raise ValueError(f"{key!r} is not how the kernel {launcher.name} writes this problem")
     return problem
-
-
-class _VisitedError(Exception):
-    """Ends an example's launch once its trial has been visited."""
-
-
-def visit_example(tunable: Tunable, problem: Problem, device: torch.device, visit: Callable[[Trial], Result]) -> Result:
-    """What ``visit`` makes of a trial of the kernel on random inputs of a problem, as its own launcher states it.
-
-    Raises:
-        ValueError: the kernel offers no example, or one that does not launch it.
-    """
-    if tunable.example is None:
-        raise ValueError(f"the kernel {tunable.name} offers no example to check it with")
-    results: list[Result] = []
-
-    def observer(request: Request) -> None:
-        if request.tunable is tunable:
-            results.append(visit(request.trial))
-            raise _VisitedError
-
-    with torch.no_grad(), observing(observer), contextlib.suppress(_VisitedError):
-        pkgutil.resolve_name(tunable.example)(problem, device)
-    if not results:
-        raise ValueError(f"the example {tunable.example} does not launch the kernel {tunable.name}")
-    return results[0]
 
 
 class StoredEntry(typing.NamedTuple):
@@ -110,21 +77,19 @@ def stored_entries(gpu: str | None = None) -> Iterator[StoredEntry]:
                 yield StoredEntry(path.stem, source, path, key, entry)
 
 
-def why_unused(key: str, entry: Mapping[str, Any], known: Mapping[str, Tunable]) -> str | None:
+def why_unused(key: str, entry: Mapping[str, Any], known: Mapping[str, Launcher]) -> str | None:
     """Why a launch would pass an entry over, or None where it would use it."""
-    tunable = known.get(key.partition(" ")[0])
-    if tunable is None:
+    launcher = known.get(key.partition(" ")[0])
+    if launcher is None:
         return "there is no such kernel"
-    outdated = stale(dict(entry), tunable)
+    outdated = stale(dict(entry), launcher)
     if outdated is not None:
         return outdated
-    if tunable.problem is None:
-        return None
     try:
-        problem = problem_of(tunable, key)
+        problem = problem_of(launcher, key)
     except ValueError as error:
         return str(error)
-    config = config_of(dict(entry), tunable, problem)
+    config = config_of(dict(entry), launcher, problem)
     if config is None:
         return "the kernel offers no such config"
     return None if config.valid(problem) else "the config is not valid for this problem"

@@ -36,10 +36,11 @@ from autotune import timing, tuner
 from autotune.cases import LOST, device_lost
 from autotune.precompile import Build, builds, precompile
 from autotune.progress import Steps
-from autotune.store import Store, atomic_write, user_folder
-from autotune.tuner import Outcome, Request, gpu_name, key_of, look_up, observing
+from autotune.tuner import Outcome
 from kernels.backend import interpreting
 from kernels.launch import record_launches
+from kernels.tuning.choose import Request, gpu_name, key_of, look_up, observing
+from kernels.tuning.store import Store, atomic_write, user_folder
 
 __all__ = ["Tuning", "add_arguments", "run"]
 
@@ -112,7 +113,7 @@ class Tuning:
         with Steps(len(self.found)) as steps:
 
             def tune_one(request: Request) -> None:
-                key = key_of(request.tunable, request.problem)
+                key = key_of(request.launcher, request.problem)
                 if key not in self.found or key in self.rows or time.monotonic() > self.deadline:
                     return
                 steps.begin(key)
@@ -142,10 +143,10 @@ class Tuning:
                     self.errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
 
     def _note(self, request: Request) -> None:
-        key = key_of(request.tunable, request.problem)
+        key = key_of(request.launcher, request.problem)
         if key in self.found or key in self.skipped:
             return
-        if self.force or look_up(request.tunable, request.problem, gpu_name(self.device)).source == "heuristic":
+        if self.force or look_up(request.launcher, request.problem, gpu_name(self.device)).source == "heuristic":
             self.found[key] = None
             self.work.update(dict.fromkeys(builds(request, self.most)))
 
@@ -153,7 +154,7 @@ class Tuning:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # that no candidate agreed is what the row says
-                return _row(request, tuner.tune(*request, self.time_call, self.most))
+                return _row(request, tuner.tune(request, self.time_call, self.most))
         except Exception as error:  # the reference may not fit in memory; the other problems still can be tuned
             return _row(request, [], f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -181,11 +182,11 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
 
 
 def _row(request: Request, outcomes: Sequence[Outcome], failure: str | None = None) -> dict[str, Any]:
-    by_default = request.tunable.heuristic(request.problem)
+    by_default = request.launcher.heuristic(request.problem)
     heuristic = next((o.milliseconds for o in outcomes if o.config == by_default), None)
     best = outcomes[0].milliseconds if outcomes else None
     return {
-        "key": key_of(request.tunable, request.problem),
+        "key": key_of(request.launcher, request.problem),
         "heuristic_milliseconds": heuristic,
         "milliseconds": best,
         "gain": None if heuristic is None or best is None else heuristic / best,

@@ -20,9 +20,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from autotune import progress, timing
-from autotune.tunables import StoredEntry, find_tunables, problem_of, stored_entries, visit_example, why_unused
-from autotune.tuner import Problem, Trial, Tunable, config_of, disagreement, gpu_name
+from autotune.tunables import StoredEntry, find_tunables, problem_of, stored_entries, why_unused
+from autotune.tuner import disagreement
 from kernels.backend import interpreting, triton_installed
+from kernels.tuning.choose import Launcher, Problem, Request, config_of, gpu_name
 
 __all__ = ["add_arguments", "check_entry", "run"]
 
@@ -44,24 +45,22 @@ def _reduced(problem: Problem) -> Problem:
     return problem._replace(**changes)
 
 
-def check_entry(stored: StoredEntry, known: dict[str, Tunable], device: torch.device) -> dict[str, Any]:
+def check_entry(stored: StoredEntry, known: dict[str, Launcher], device: torch.device) -> dict[str, Any]:
     """Run one entry. Its row's ``status`` is ok, failed, or unchecked where launches would not use it either."""
     row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key, "config": stored.entry.get("config")}
     unused = why_unused(stored.key, stored.entry, known)
     if unused is not None:
         return row | {"status": "unchecked", "reason": unused}
-    tunable = known[stored.key.partition(" ")[0]]
-    if tunable.problem is None or tunable.example is None:
+    launcher = known[stored.key.partition(" ")[0]]
+    if launcher.make_example is None:
         return row | {"status": "unchecked", "reason": "the kernel offers no example to check it with"}
     try:
-        problem = problem_of(tunable, stored.key)
-        config = config_of(dict(stored.entry), tunable, problem)
+        problem = problem_of(launcher, stored.key)
+        config = config_of(dict(stored.entry), launcher, problem)
         tried = _reduced(problem) if device.type == "cpu" else problem
-
-        def visit(trial: Trial) -> str | None:
-            return disagreement(trial.run(config), trial.reference(), tried)
-
-        reason = visit_example(tunable, tried, device, visit)
+        with torch.no_grad():
+            request = Request(launcher, tried, device, launcher.make_example(tried, device), {})
+            reason = disagreement(request.run(config), request.reference(), tried)
     except Exception as error:  # whatever a config does, the others are still to be checked
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return row | {"status": "ok" if reason is None else "failed", "reason": reason}

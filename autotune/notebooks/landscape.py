@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from autotune import plots
 from autotune.notebooks.session import Session, Table, finish, grid
 from autotune.notebooks.subject import SHAPE, SIDE, WINDOW, Candidate, Known, Landscape, subject, tensors
 from autotune.tunables import stored_entries, why_unused
-from autotune.tuner import Trial, bucket, key_of, measure_candidates
+from autotune.tuner import measure_candidates
 from kernels.backend import interpreting
+from kernels.tuning.choose import Request, bucket, key_of
 
 __all__ = [
     "SHAPE",
@@ -55,8 +56,8 @@ def survey_in_processes(gpu: str, architecture: str | None = "sm_90", processes:
 
     with ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(work, range(processes)))
-    found = [_candidate(**fields) for part in parts for fields in part["candidates"]]
-    found.sort(key=lambda candidate: candidate.cost)
+    interleaved = itertools.zip_longest(*(part["candidates"] for part in parts))
+    found = [_candidate(**fields) for turn in interleaved for fields in turn if fields is not None]
     return Landscape(gpu, parts[0]["key"], parts[0]["source"], found)
 
 
@@ -69,15 +70,8 @@ def measured(landscape: Landscape, session: Session) -> Landscape:
     """The landscape with times on this GPU, where every output was checked first; as it is elsewhere."""
     if session.device.type != "cuda" or interpreting():
         return landscape
-    from kernels.aggregation import eager, triton_kernels
-
-    tunable, problem = subject()
-    weight, x = tensors(session.device)
-    trial = Trial(
-        lambda config: triton_kernels.aggregate(weight, x, WINDOW, config),
-        lambda: eager.aggregate(weight.float(), x.float(), WINDOW),
-    )
-    outcomes = {outcome.config: outcome for outcome in measure_candidates(tunable, problem, trial)}
+    request = Request(*subject(), session.device, (*tensors(session.device), WINDOW), {})
+    outcomes = {outcome.config: outcome for outcome in measure_candidates(request)}
     timed = []
     for candidate in landscape.candidates:
         outcome = outcomes.get(candidate.config)
@@ -89,8 +83,8 @@ def measured(landscape: Landscape, session: Session) -> Landscape:
 
 def stored_times() -> dict[str, tuple[Any, float, float | None]]:
     """Tuned entries for this very problem: GPU -> (config, its milliseconds, the heuristic's milliseconds)."""
-    tunable, problem = subject()
-    key = key_of(tunable, problem)
+    launcher, problem = subject()
+    key = key_of(launcher, problem)
     return {
         stored.gpu: (
             stored.entry["config"],
@@ -98,7 +92,7 @@ def stored_times() -> dict[str, tuple[Any, float, float | None]]:
             stored.entry.get("heuristic_milliseconds"),
         )
         for stored in stored_entries()
-        if stored.key == key and why_unused(key, stored.entry, {tunable.name: tunable}) is None
+        if stored.key == key and why_unused(key, stored.entry, {launcher.name: launcher}) is None
     }
 
 
@@ -127,11 +121,9 @@ def _labels(found: Sequence[Candidate]) -> list[str]:
 
 
 def landscape_figure(landscape: Landscape, session: Session, architecture: str = "sm_90") -> Figure:
-    """A row for each config: the tuner's estimate, the compiler's report, and measured times where there are any."""
+    """A row for each config: the compiler's report, and measured times where there are any."""
     found = landscape.candidates
-    panels: list[tuple[str, str, Sequence[float | None]]] = [
-        ("estimated", "cost, relative to the least", [candidate.cost for candidate in found])
-    ]
+    panels: list[tuple[str, str, Sequence[float | None]]] = []
     if all(candidate.known for candidate in found):
         known = [candidate.known for candidate in found if candidate.known]
         threads = [resident_threads(k, c.config.num_warps) for k, c in zip(known, found, strict=True)]
@@ -159,10 +151,6 @@ def landscape_figure(landscape: Landscape, session: Session, architecture: str =
             axis.grid(axis="x")
             for row in (row for row, candidate in zip(rows, found, strict=True) if candidate.chosen):
                 axis.axhspan(row - 0.5, row + 0.5, color=plots.COLOURS["ours"], alpha=0.12, linewidth=0)
-        axes[0][0].set_xscale("log")
-        axes[0][0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[0][0].xaxis.set_major_formatter("{x:g}")
-        axes[0][0].xaxis.set_minor_locator(NullLocator())
         axes[0][0].set_yticks(rows, _labels(found), fontsize=10)
         for text, candidate in zip(axes[0][0].get_yticklabels(), found, strict=True):
             text.set_fontweight("bold" if candidate.chosen else "normal")
@@ -201,11 +189,11 @@ def waste_figure(
 def reasons(landscape: Landscape) -> Table:
     """The choice in words, every one of them looked up or counted."""
     found = landscape.candidates
-    rank, chosen = next((rank, candidate) for rank, candidate in enumerate(found, 1) if candidate.chosen)
+    chosen = next(candidate for candidate in found if candidate.chosen)
     config = chosen.config
     origin = {
         "store": "measured on this machine, in the user's store",
-        "shipped": "measured on such a GPU, shipped in autotune/configs",
+        "shipped": "measured on such a GPU, shipped in kernels/tuning/configs",
         "heuristic": f"the heuristic: nobody tuned this for {landscape.gpu!r}",
     }[landscape.source]
     elements = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
@@ -221,7 +209,7 @@ def reasons(landscape: Landscape) -> Table:
             f"{tile_waste(SIDE, config.block_pixels):.1%} of the pixels of a launch lie past the {SIDE}×{SIDE} map",
         ),
         ("shares its entry", f"with maps of up to {bucket(SIDE**2)} pixels, {SIDE**2} here"),
-        ("rank by estimate", f"{rank} of {len(found)}"),
+        ("tuning times", f"{len(found)} configs, the heuristic's first"),
     ]
     if chosen.known is not None:
         spills = f"{chosen.known.spilled_bytes} bytes spilled" if chosen.known.spilled_bytes else "none spilled"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autotune.tuner import Problem, Tunable, key_of, look_up
 from kernels.launch import record_launches
+from kernels.tuning.choose import Launcher, Problem, key_of, look_up
 from kernels.windows import Window
 
 __all__ = ["SHAPE", "SIDE", "WINDOW", "Candidate", "Known", "Landscape", "subject", "survey", "tensors"]
@@ -37,12 +37,12 @@ def tensors(device: torch.device | str) -> tuple[Tensor, Tensor]:
     return draw(GROUPS * 49).unflatten(1, (GROUPS, 7, 7)), draw(GROUPS * CHANNELS).unflatten(1, (GROUPS, CHANNELS))
 
 
-def subject() -> tuple[Tunable, Problem]:
+def subject() -> tuple[Launcher, Problem]:
     """The kernel as the tuner knows it, and the problem of that shape."""
     from kernels.aggregation import triton_kernels
 
     weight, x = tensors("meta")
-    return triton_kernels.AGGREGATE, triton_kernels.problem_of(weight, x, (SIDE, SIDE), 49)
+    return triton_kernels.aggregate, triton_kernels.problem_of(weight, x, (SIDE, SIDE), 49)
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,11 @@ class Known:
 class Candidate:
     """A config, and what is known of it.
 
-    ``cost`` is the tuner's estimate, relative to the least among the candidates; ``milliseconds`` a measured time, None
-    where nobody measured; ``rejected`` says why a measured config does not count.
+    ``milliseconds`` is a measured time, None where nobody measured; ``rejected`` says why a measured config does not
+    count.
     """
 
     config: Any
-    cost: float
     chosen: bool
     known: Known | None = None
     milliseconds: float | None = None
@@ -72,7 +71,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Landscape:
-    """What tuning would time, by estimated cost; the chosen one is what a launch on that GPU uses now.
+    """What tuning would time, in its order; the chosen one is what a launch on that GPU uses now.
 
     ``key`` is what the config is looked up by, ``source`` where it was found: store, shipped or heuristic.
     """
@@ -85,17 +84,13 @@ class Landscape:
 
 def survey(gpu: str, architecture: str | None = None, part: int = 0, parts: int = 1) -> Landscape:
     """The candidates on that GPU, compiled for ``architecture`` where one is given; nothing is launched."""
-    tunable, problem = subject()
-    chosen = look_up(tunable, problem, gpu)
-    configs = list(dict.fromkeys([*tunable.candidates(problem), chosen.config]))
-    costs = {config: tunable.cost(problem, config) for config in configs}
-    least = min(costs.values())
-    order = sorted(configs, key=lambda config: costs[config])[part::parts]
+    launcher, problem = subject()
+    chosen = look_up(launcher, problem, gpu)
     found = []
-    for config in order:
+    for config in list(dict.fromkeys([*launcher.candidates(problem), chosen.config]))[part::parts]:
         known = None if architecture is None else _compiled(config, architecture)
-        found.append(Candidate(config, costs[config] / least, config == chosen.config, known))
-    return Landscape(gpu, key_of(tunable, problem), chosen.source, found)
+        found.append(Candidate(config, config == chosen.config, known))
+    return Landscape(gpu, key_of(launcher, problem), chosen.source, found)
 
 
 def _compiled(config: Any, architecture: str) -> Known:
@@ -104,7 +99,7 @@ def _compiled(config: Any, architecture: str) -> Known:
 
     weight, x = tensors("meta")
     with record_launches() as launches:
-        triton_kernels.aggregate(weight, x, WINDOW, config)
+        triton_kernels.aggregate(weight, x, WINDOW, config=config)
     built = compile_launch("", launches[0], architecture)
     return Known(built.registers, built.spilled_bytes, built.shared_bytes)
 

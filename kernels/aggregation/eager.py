@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from kernels.aggregation.eager_tiles import Run, Segment, Tiles, cut, tile_size
+from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.windows import Pair, Window
 
 __all__ = [
     "Bands",
     "Strip",
-    "accumulator_dtype",
     "aggregate",
     "as_matrices",
     "correlate",
@@ -51,10 +51,6 @@ STEP_SHARE = 2
 STEP_ELEMENTS = {"cpu": 2**19}
 STEP_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_STEP_ELEMENTS = 2**15
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Strip(NamedTuple):

@@ -1,8 +1,9 @@
-"""The algebra's kernels launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
+"""The algebra's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from kernels.aggregation import triton_kernels
 from kernels.aggregation.triton_kernels import Problem
 from kernels.windows import Pair, Window
 
-__all__ = ["aggregate", "correlate", "features", "kernel", "near_square", "transpose"]
+__all__ = ["features", "kernel", "near_square"]
 
 BATCH, GROUPS = 2, 2  # the least that shows a stride mistaken
 
@@ -45,18 +46,21 @@ def _geometry(problem: Problem) -> tuple[Window, Pair, Pair]:
     return window, size, window.output_size(*size)
 
 
-def aggregate(problem: Problem, device: torch.device) -> None:
+@triton_kernels.aggregate.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     window, size, output_size = _geometry(problem)
     weight = kernel(problem, window.kernel_size, output_size, device)
-    triton_kernels.aggregate(weight, features(problem, size, device), window)
+    return weight, features(problem, size, device), window
 
 
-def transpose(problem: Problem, device: torch.device) -> None:
+@triton_kernels.transpose.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     window, size, output_size = _geometry(problem)
     weight = kernel(problem, window.kernel_size, output_size, device)
-    triton_kernels.transpose(weight, features(problem, output_size, device), size, window)
+    return weight, features(problem, output_size, device), size, window
 
 
-def correlate(problem: Problem, device: torch.device) -> None:
+@triton_kernels.correlate.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     window, size, output_size = _geometry(problem)
-    triton_kernels.correlate(features(problem, output_size, device), features(problem, size, device), window)
+    return features(problem, output_size, device), features(problem, size, device), window

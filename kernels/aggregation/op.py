@@ -10,64 +10,29 @@ differentiation, so every higher derivative exists and runs on the same kernels.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.aggregation import eager
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
+from kernels.registration import WINDOW, fields_of, window_of, without_autocast
 from kernels.windows import Pair, Window
 
-__all__ = [
-    "WINDOW",
-    "aggregate",
-    "correlate",
-    "fields_of",
-    "implementation",
-    "transpose",
-    "window_of",
-    "without_autocast",
-]
-
-WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
-Function = TypeVar("Function", bound=Callable[..., Any])
+__all__ = ["aggregate", "aggregation_flops", "algebra", "correlate", "transpose"]
 
 
-def implementation(package: str, backend: str, tensor: Tensor) -> ModuleType:
-    """The module of ``kernels.<package>`` that runs here; Triton is imported at the first use and not before."""
-    kind = "triton_kernels" if resolve(backend, tensor) == "triton" else "eager"
-    return importlib.import_module(f"kernels.{package}.{kind}")
+def algebra(backend: str, tensor: Tensor) -> ModuleType:
+    """The module that computes the three here; Triton is imported at the first use and not before."""
+    if resolve(backend, tensor) == "triton":
+        from kernels.aggregation import triton_kernels
 
-
-def without_autocast(function: Function) -> Function:
-    """Run an implementation in the dtypes it was handed: autocast has had its say in ``check_tensors``."""
-
-    @functools.wraps(function)
-    def wrapper(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        if first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
-            return function(first, *arguments, **keywords)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *arguments, **keywords)
-
-    return wrapper  # pyright: ignore[reportReturnType]
-
-
-def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:
-    """The window of a schema's arguments."""
-    stride, padding, dilation, clamped = fields[:4]
-    size, strides, paddings, dilations = ((pair[0], pair[1]) for pair in (kernel_size, stride, padding, dilation))
-    return Window(size, strides, paddings, dilations, clamped)
-
-
-def fields_of(window: Window) -> tuple[Any, ...]:
-    """The window as the schema spells it, its kernel size left to the operators that need it."""
-    return list(window.stride), list(window.padding), list(window.dilation), window.clamped
+        return triton_kernels
+    return eager
 
 
 @torch.library.custom_op(
@@ -76,7 +41,7 @@ def fields_of(window: Window) -> tuple[Any, ...]:
 @without_autocast
 def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return implementation("aggregation", backend, x).aggregate(weight, x, window)
+    return algebra(backend, x).aggregate(weight, x, window)
 
 
 @_aggregate.register_fake
@@ -90,7 +55,7 @@ def _(weight, x, *_):
 @without_autocast
 def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return implementation("aggregation", backend, x).correlate(g, x, window)
+    return algebra(backend, x).correlate(g, x, window)
 
 
 @_correlate.register_fake
@@ -106,7 +71,7 @@ def _(g, x, kernel_size, *_):
 @without_autocast
 def _transpose(weight, g, input_size, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return implementation("aggregation", backend, g).transpose(weight, g, (input_size[0], input_size[1]), window)
+    return algebra(backend, g).transpose(weight, g, (input_size[0], input_size[1]), window)
 
 
 @_transpose.register_fake

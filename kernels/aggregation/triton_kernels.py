@@ -18,6 +18,7 @@ the sum over steps stays inside a thread.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,11 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.tuner import Trial, Tunable, choose
 from kernels.aggregation import eager
 from kernels.backend import interpreting
-from kernels.launch import ceil_divide, fits_int32, launch
+from kernels.dtypes import at_least_float32, precision
+from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
+from kernels.tuning import tunable
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, split_program
 
@@ -42,7 +44,6 @@ __all__ = [
     "block_arguments",
     "correlate",
     "heuristic",
-    "precision_arguments",
     "stride_arguments",
     "transpose",
     "window_arguments",
@@ -91,30 +92,6 @@ CONFIGS = tuple(
 )
 
 
-def cost(problem: Problem, config: Config) -> float:
-    """Estimate of a launch, up to a factor: elements moved, times the work that blocks do past the problem's edges.
-
-    Every channel block reads the dynamic kernel again. A thread wants 16 to 32 elements: fewer leave too few loads in
-    flight, more leave too few threads resident.
-    """
-
-    def padded(size: int, block: int) -> int:
-        return ceil_divide(size, block) * block
-
-    waste = 1.0
-    for size, block in (
-        (problem.pixels, config.block_pixels),
-        (problem.channels, config.block_channels),
-        (problem.steps, config.block_steps),
-    ):
-        waste *= padded(size, block) / size
-    channel_blocks = ceil_divide(problem.channels, config.block_channels)
-    per_thread = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
-    imbalance = max(per_thread / 32, 16 / per_thread, 1.0)
-    strided = 2.0 if problem.kernel_fastest and config.block_steps == 1 else 1.0
-    return (strided * channel_blocks * problem.steps + 2 * problem.channels) * waste * imbalance
-
-
 @functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned.
@@ -130,13 +107,6 @@ def heuristic(problem: Problem) -> Config:
         pixels = min(triton.next_power_of_2(problem.pixels), 2**16 // channels)
         steps = max(1, min(triton.next_power_of_2(problem.steps), 2**19 // (channels * pixels)))
     return Config(pixels, channels, steps)
-
-
-MODULES = ("kernels.windows_triton", "kernels.aggregation.triton_kernels")
-AGGREGATE, TRANSPOSE, CORRELATE = (
-    Tunable(name, CONFIGS, heuristic, cost, MODULES, Problem, f"kernels.aggregation.examples:{name}")
-    for name in ("aggregate", "transpose", "correlate")
-)
 
 
 @triton.jit
@@ -316,12 +286,6 @@ def _stride_names(name: str, axes: str) -> tuple[str, ...]:
     return tuple(f"{name}_stride_{axis}" for axis in axes.split())
 
 
-def precision_arguments(*tensors: Tensor) -> dict[str, tl.dtype]:
-    """float64 sums for float64 inputs, float32 sums otherwise; 64-bit offsets only where 32 bits would overflow."""
-    accumulator = tl.float64 if tensors[0].dtype == torch.float64 else tl.float32
-    return {"ACCUMULATOR": accumulator, "OFFSET": tl.int32 if fits_int32(*tensors) else tl.int64}
-
-
 def block_arguments(config: Config) -> dict[str, int]:
     return {
         "BLOCK_PIXELS": config.block_pixels,
@@ -340,11 +304,6 @@ def problem_of(kernel: Tensor, features: Tensor, size: Pair | torch.Size, steps:
         channels_fastest(features),
         features.dtype,
     )
-
-
-def at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    """What a tuner's reference is computed from."""
-    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
 def _gather_sum(
@@ -371,58 +330,64 @@ def _gather_sum(
         "TRANSPOSED": transposed,
         "STEPS_H": steps[0],
         "STEPS_W": steps[1],
-        **precision_arguments(weight, source, target),
+        **precision(weight, source, target),
         **block_arguments(config),
     }
     launch(_gather_sum_kernel, grid, target.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return target
 
 
-def aggregate(weight: Tensor, x: Tensor, window: Window, config: Config | None = None) -> Tensor:
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda weight, x, window: problem_of(weight, x, weight.shape[4:], math.prod(window.kernel_size)),
+    reference=lambda weight, x, window: eager.aggregate(*at_least_float32(weight, x), window),
+)
+def aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Config) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]; [B,G,C,H',W'] in the memory order of x."""
     out = empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
     if out.numel() == 0:
         return out
-    steps = window.kernel_size
-    if config is None:
-        problem = problem_of(weight, x, weight.shape[4:], steps[0] * steps[1])
-        trial = Trial(
-            lambda config: aggregate(weight, x, window, config),
-            lambda: eager.aggregate(*at_least_float32(weight, x), window),
-        )
-        config = choose(AGGREGATE, problem, x.device, trial)
-    return _gather_sum(weight, x, out, window, steps, transposed=False, config=config)
+    return _gather_sum(weight, x, out, window, window.kernel_size, transposed=False, config=config)
 
 
-def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, config: Config | None = None) -> Tensor:
+def _candidates(window: Window, size: Pair) -> Pair:
+    """Outputs to be tried per input along each axis."""
+    return inverse_steps(window, size[0], 0), inverse_steps(window, size[1], 1)
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda weight, g, size, window: problem_of(weight, g, size, math.prod(_candidates(window, size))),
+    reference=lambda weight, g, size, window: eager.transpose(*at_least_float32(weight, g), size, window),
+)
+def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, *, config: Config) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]; [B,G,C,H,W] in the memory order of g."""
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
     if out.numel() == 0:
         return out
-    steps = inverse_steps(window, input_size[0], 0), inverse_steps(window, input_size[1], 1)
-    if config is None:
-        problem = problem_of(weight, g, input_size, steps[0] * steps[1])
-        trial = Trial(
-            lambda config: transpose(weight, g, input_size, window, config),
-            lambda: eager.transpose(*at_least_float32(weight, g), input_size, window),
-        )
-        config = choose(TRANSPOSE, problem, g.device, trial)
-    return _gather_sum(weight, g, out, window, steps, transposed=True, config=config)
+    return _gather_sum(weight, g, out, window, _candidates(window, input_size), transposed=True, config=config)
 
 
-def correlate(g: Tensor, x: Tensor, window: Window, config: Config | None = None) -> Tensor:
+def _correlation_problem(g: Tensor, x: Tensor, window: Window) -> Problem:
+    """As ``problem_of``; the dynamic kernel is written in the memory order of g."""
+    steps = math.prod(window.kernel_size)
+    return Problem(g.shape[2], g.shape[3] * g.shape[4], steps, channels_fastest(g), channels_fastest(x), x.dtype)
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=_correlation_problem,
+    reference=lambda g, x, window: eager.correlate(*at_least_float32(g, x), window),
+)
+def correlate(g: Tensor, x: Tensor, window: Window, *, config: Config) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)]; [B,G,Kh,Kw,H',W'] in the memory order of g."""
     out = empty_kernel_layout(g, window.kernel_size)
     batch, groups, channels, height, width = g.shape
     if out.numel() == 0:
         return out
-    if config is None:
-        problem = problem_of(out, x, g.shape[3:], window.kernel_size[0] * window.kernel_size[1])
-        trial = Trial(
-            lambda config: correlate(g, x, window, config),
-            lambda: eager.correlate(*at_least_float32(g, x), window),
-        )
-        config = choose(CORRELATE, problem, g.device, trial)
     # One program per (pixel tile, group, batch entry); it walks the whole window.
     grid = (ceil_divide(height * width, config.block_pixels) * groups * batch,)
     arguments = {
@@ -439,7 +404,7 @@ def correlate(g: Tensor, x: Tensor, window: Window, config: Config | None = None
         "output_height": height,
         "output_width": width,
         **window_arguments(window),
-        **precision_arguments(g, x, out),
+        **precision(g, x, out),
         **block_arguments(config),
     }
     launch(_correlate_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)

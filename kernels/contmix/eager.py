@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.aggregation.eager import Strip, accumulator_dtype, as_matrices, tile_of
+from kernels.aggregation.eager import Strip, as_matrices, tile_of
 from kernels.aggregation.eager_tiles import Tiles
+from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
 from kernels.windows import Window

@@ -1,16 +1,16 @@
-"""ContMix's kernels launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
+"""ContMix's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.aggregation.examples import BATCH, GROUPS, near_square
-from kernels.contmix import eager, triton_grad_inputs, triton_grad_parameters, triton_kernels
+from kernels.contmix import eager, triton_forward, triton_grad_inputs, triton_grad_parameters
 from kernels.contmix.triton_tiles import Problem, Saved, shares_windows
 from kernels.windows import Pair
-
-__all__ = ["contmix", "grad_projected", "grad_query", "grad_tables", "grad_value"]
 
 
 def _size(problem: Problem) -> Pair:
@@ -52,26 +52,32 @@ def _delta(saved: Saved) -> Tensor:
     return (saved.grad.to(saved.statistics.dtype) * saved.out.to(saved.statistics.dtype)).sum(2)
 
 
-def contmix(problem: Problem, device: torch.device) -> None:
+@triton_forward.forward_of_one_size.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     query, projected, bias, rpb, value = _inputs(problem, device)
-    triton_kernels.contmix(query, projected, bias, rpb.flatten(1), value[:, None], [problem.kernel_size])
+    inputs = triton_forward.Inputs(query, projected, bias, rpb.flatten(1), value[:, None])
+    return inputs, *eager.empty_outputs(inputs.value), [problem.kernel_size], 0
 
 
-def grad_query(problem: Problem, device: torch.device) -> None:
+@triton_grad_inputs.grad_query.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     saved = _saved(problem, device)
-    triton_grad_inputs.grad_query(saved, torch.empty_like(saved.query), torch.empty_like(saved.statistics))
+    return saved, torch.empty_like(saved.query), torch.empty_like(saved.statistics)
 
 
-def grad_value(problem: Problem, device: torch.device) -> None:
+@triton_grad_inputs.grad_value.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     saved = _saved(problem, device)
-    triton_grad_inputs.grad_value(saved, torch.empty_like(saved.value))
+    return saved, torch.empty_like(saved.value)
 
 
-def grad_projected(problem: Problem, device: torch.device) -> None:
+@triton_grad_parameters.grad_projected.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     saved = _saved(problem, device)
-    triton_grad_parameters.grad_projected(saved, _delta(saved))
+    return saved, _delta(saved)
 
 
-def grad_tables(problem: Problem, device: torch.device) -> None:
+@triton_grad_parameters.grad_tables.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     saved = _saved(problem, device)
-    triton_grad_parameters.grad_tables(saved, _delta(saved))
+    return saved, _delta(saved)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.aggregation.op import implementation, without_autocast
-from kernels.backend import get_backend
+from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors, check_window_fits, odd_pair
 from kernels.contmix import eager
 from kernels.layout import empty_like_layout
+from kernels.registration import without_autocast
 
 __all__ = ["contmix2d"]
 
@@ -84,6 +85,15 @@ def contmix2d(
     return _contmix(query, projected, proj_bias, tables_side_by_side, value, sizes, backend)[0]
 
 
+def _implementation(backend: str, tensor: Tensor) -> ModuleType:
+    """What runs here; Triton is imported at the first use and not before."""
+    if resolve(backend, tensor) == "triton":
+        from kernels.contmix import triton_kernels
+
+        return triton_kernels
+    return eager
+
+
 @torch.library.custom_op(
     "dynamic_kernels::contmix",
     mutates_args=(),
@@ -95,7 +105,7 @@ def contmix2d(
 @without_autocast
 def _contmix(query, projected, bias, rpb, value, kernel_sizes, backend):
     """The output, and log Σ_k exp of every softmax [B, M, G, H, W] in float32 (float64 for float64)."""
-    run = implementation("contmix", backend, value)
+    run = _implementation(backend, value)
     return run.contmix(query, projected, bias, rpb, value, kernel_sizes)
 
 
@@ -115,7 +125,7 @@ def _(query, projected, bias, rpb, value, kernel_sizes, backend):
 @without_autocast
 def _contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
     """Gradients of query, projected, bias, rpb and value."""
-    run = implementation("contmix", backend, value)
+    run = _implementation(backend, value)
     return run.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
 
 

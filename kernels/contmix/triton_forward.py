@@ -24,8 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.tuner import Trial, Tunable, choose
-from kernels.aggregation.triton_kernels import at_least_float32
 from kernels.contmix import eager
 from kernels.contmix.triton_blocks import (
     count_tiles,
@@ -42,18 +40,18 @@ from kernels.contmix.triton_tiles import (
     CONFIGS,
     SIDE_BY_SIDE,
     Config,
-    Problem,
     block_arguments,
-    cost,
     heuristic,
     problem_of,
     size_arguments,
     tensor_arguments,
     tiles_and_windows,
 )
+from kernels.dtypes import at_least_float32
 from kernels.launch import launch
+from kernels.tuning import tunable
 
-__all__ = ["Inputs", "forward"]
+__all__ = ["Inputs", "forward", "forward_of_one_size"]
 
 
 @triton.jit
@@ -172,12 +170,6 @@ def _contmix_kernel(
         i_program -= programs
 
 
-MODULES = tuple(f"kernels.{name}" for name in (
-    "windows_triton", "contmix.triton_blocks", "contmix.triton_tiles", "contmix.triton_forward"
-))  # fmt: skip
-FORWARD = Tunable("contmix", CONFIGS, heuristic, cost, MODULES, Problem, "kernels.contmix.examples:contmix")
-
-
 class Inputs(NamedTuple):
     """What the forward pass reads, of all kernel sizes side by side."""
 
@@ -197,8 +189,7 @@ def forward(
     problems = [problem_of(query, size, value) for size in kernel_sizes]
     if configs is None:
         configs = {
-            m: choose(FORWARD, problem, value.device, _trial(m, inputs, out, statistics, kernel_sizes))
-            for m, problem in enumerate(problems)
+            m: forward_of_one_size.choose(inputs, out, statistics, kernel_sizes, m) for m in range(len(kernel_sizes))
         }
     shared_arguments = {
         **tensor_arguments(SIDE_BY_SIDE, **inputs._asdict(), out=out, statistics=statistics),
@@ -222,17 +213,23 @@ def forward(
         launch(_contmix_kernel, grid, out.device, arguments, num_warps=warps, num_stages=stages)
 
 
-def _trial(m: int, inputs: Inputs, out: Tensor, statistics: Tensor, kernel_sizes: list[int]) -> Trial:
+def _reference(inputs: Inputs, _out: Tensor, _statistics: Tensor, kernel_sizes: list[int], m: int) -> Tensor:
+    query, projected, bias, rpb, value = at_least_float32(*inputs)
+    keys, biases, table = list(eager.parts(projected, bias, rpb, kernel_sizes))[m]
+    one = eager.contmix(query, keys, biases, table.flatten(1), value[:, m : m + 1], [kernel_sizes[m]])
+    return one[0][:, 0]
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda inputs, out, statistics, sizes, m: problem_of(inputs.query, sizes[m], inputs.value),
+    reference=_reference,
+    name="contmix",
+)
+def forward_of_one_size(
+    inputs: Inputs, out: Tensor, statistics: Tensor, kernel_sizes: list[int], m: int, *, config: Config
+) -> Tensor:
     """Kernel size m alone, as the tuner tries it."""
-
-    def run(config: Config) -> Tensor:
-        forward(inputs, out, statistics, kernel_sizes, {m: config})
-        return out[:, m]
-
-    def reference() -> Tensor:
-        query, projected, bias, rpb, value = at_least_float32(*inputs)
-        keys, biases, table = list(eager.parts(projected, bias, rpb, kernel_sizes))[m]
-        one = eager.contmix(query, keys, biases, table.flatten(1), value[:, m : m + 1], [kernel_sizes[m]])
-        return one[0][:, 0]
-
-    return Trial(run, reference)
+    forward(inputs, out, statistics, kernel_sizes, {m: config})
+    return out[:, m]

@@ -24,8 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.tuner import Trial, Tunable, choose
-from kernels.aggregation.triton_kernels import at_least_float32
 from kernels.backend import interpreting
 from kernels.contmix import eager
 from kernels.contmix.triton_blocks import (
@@ -45,12 +43,13 @@ from kernels.contmix.triton_tiles import (
     Config,
     Problem,
     Saved,
-    cost,
     heuristic,
     tensor_arguments,
     tile_arguments,
 )
+from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
+from kernels.tuning import tunable
 from kernels.windows_triton import split_program, window_start
 
 __all__ = ["backward_heuristic", "grad_query", "grad_value", "reference_gradients"]
@@ -64,15 +63,6 @@ def backward_heuristic(problem: Problem) -> Config:
     # Where products keep operands in registers, a deeper pipeline spares ptxas a spill on sm_80.
     smaller = replace(config, block_pixels=config.block_pixels // 2, num_stages=2 if problem.dtype.itemsize == 2 else 3)
     return smaller if smaller.valid(problem) else config
-
-
-MODULES = tuple(f"kernels.{name}" for name in (
-    "windows_triton", "contmix.triton_blocks", "contmix.triton_tiles", "contmix.triton_grad_inputs"
-))  # fmt: skip
-GRAD_QUERY, GRAD_VALUE = (
-    Tunable(f"contmix.{name}", CONFIGS, backward_heuristic, cost, MODULES, Problem, f"kernels.contmix.examples:{name}")
-    for name in ("grad_query", "grad_value")
-)
 
 
 @triton.jit
@@ -303,12 +293,16 @@ def reference_gradients(saved: Saved) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return (*gradients[:3], gradients[3].view(rpb.shape), gradients[4][:, 0])
 
 
-def grad_query(saved: Saved, target: Tensor, delta: Tensor, config: Config | None = None) -> Tensor:
+@tunable(
+    CONFIGS,
+    backward_heuristic,
+    problem=lambda saved, *_: saved.problem(),
+    reference=lambda saved, *_: reference_gradients(saved)[0],
+    name="contmix.grad_query",
+)
+def grad_query(saved: Saved, target: Tensor, delta: Tensor, *, config: Config) -> Tensor:
     """Σ_k ds[n,k] · projected[:,k] for one kernel size: fills ``target`` [B,G,Dq,H,W] and ``delta`` [B,G,H,W]."""
     problem = saved.problem()
-    if config is None:
-        trial = Trial(lambda config: grad_query(saved, target, delta, config), lambda: reference_gradients(saved)[0])
-        config = choose(GRAD_QUERY, problem, target.device, trial)
     arguments = tensor_arguments(ONE_SIZE, **saved.but(), delta=delta, target=target)
     arguments |= tile_arguments(problem, config, saved.query, saved.value, saved.grad, saved.out, target)
     batch, groups = target.shape[:2]
@@ -319,12 +313,16 @@ def grad_query(saved: Saved, target: Tensor, delta: Tensor, config: Config | Non
     return target
 
 
-def grad_value(saved: Saved, target: Tensor, config: Config | None = None) -> Tensor:
+@tunable(
+    CONFIGS,
+    backward_heuristic,
+    problem=lambda saved, *_: saved.problem(),
+    reference=lambda saved, *_: reference_gradients(saved)[4],
+    name="contmix.grad_value",
+)
+def grad_value(saved: Saved, target: Tensor, *, config: Config) -> Tensor:
     """Σ over (n, k) with nbr(n,k) = j of p[n,k] · grad[n,:], for one kernel size: fills ``target`` [B,G,Dv,H,W]."""
     problem = saved.problem()
-    if config is None:
-        trial = Trial(lambda config: grad_value(saved, target, config), lambda: reference_gradients(saved)[4])
-        config = choose(GRAD_VALUE, problem, target.device, trial)
     batch, groups, _, height, width = target.shape
     arguments = tensor_arguments(ONE_SIZE, **saved.but("value", "out"), target=target)
     arguments |= tile_arguments(problem, config, saved.query, saved.value, saved.grad, target)

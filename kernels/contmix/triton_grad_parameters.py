@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.tuner import Trial, Tunable, choose
 from kernels.backend import interpreting
 from kernels.contmix.triton_blocks import (
     TILE_WIDTH,
@@ -45,12 +44,12 @@ from kernels.contmix.triton_tiles import (
     Config,
     Problem,
     Saved,
-    cost,
     tensor_arguments,
     tile_arguments,
 )
 from kernels.launch import ceil_divide, launch
 from kernels.neighborhood.triton_kernels import grad_rpb
+from kernels.tuning import tunable
 from kernels.windows import Window
 from kernels.windows_triton import split_program
 
@@ -61,14 +60,6 @@ FOLDED = 16
 # Sums are cut into chunks until there are this many programs: with two or three at a time on a GPU's 132 processors, a
 # few waves.
 PROGRAMS = 1 if interpreting() else 1024
-
-MODULES = tuple(f"kernels.{name}" for name in (
-    "windows_triton", "contmix.triton_blocks", "contmix.triton_tiles", "contmix.triton_grad_parameters"
-))  # fmt: skip
-GRAD_PROJECTED, GRAD_TABLES = (
-    Tunable(f"contmix.{name}", CONFIGS, backward_heuristic, cost, MODULES, Problem, f"kernels.contmix.examples:{name}")
-    for name in ("grad_projected", "grad_tables")
-)
 
 
 @triton.jit
@@ -274,12 +265,16 @@ def _arguments(saved: Saved, problem: Problem, delta: Tensor, config: Config) ->
     }
 
 
-def grad_projected(saved: Saved, delta: Tensor, config: Config | None = None) -> Tensor:
+@tunable(
+    CONFIGS,
+    backward_heuristic,
+    problem=lambda saved, _: saved.problem(),
+    reference=lambda saved, _: reference_gradients(saved)[1],
+    name="contmix.grad_projected",
+)
+def grad_projected(saved: Saved, delta: Tensor, *, config: Config) -> Tensor:
     """Σ_n query[n,:] · ds[n,k] for one kernel size, [B, G, Dq, K²] in the accumulator's type."""
     problem = saved.problem()
-    if config is None:
-        trial = Trial(lambda config: grad_projected(saved, delta, config), lambda: reference_gradients(saved)[1])
-        config = choose(GRAD_PROJECTED, problem, delta.device, trial)
     batch, groups = saved.projected.shape[:2]
     arguments = _arguments(saved, problem, delta, config)
     programs = arguments["STEPS"] * groups * batch
@@ -292,12 +287,16 @@ def grad_projected(saved: Saved, delta: Tensor, config: Config | None = None) ->
     return partial[0] if chunks == 1 else partial.sum(0)
 
 
-def grad_tables(saved: Saved, delta: Tensor, config: Config | None = None) -> tuple[Tensor, Tensor]:
+@tunable(
+    CONFIGS,
+    backward_heuristic,
+    problem=lambda saved, _: saved.problem(),
+    reference=lambda saved, _: reference_gradients(saved)[2:4],
+    name="contmix.grad_tables",
+)
+def grad_tables(saved: Saved, delta: Tensor, *, config: Config) -> tuple[Tensor, Tensor]:
     """Σ ds over all that meets an entry of bias [K²] and of rpb [G, 2K−1, 2K−1], for one kernel size."""
     problem = saved.problem()
-    if config is None:
-        trial = Trial(lambda config: grad_tables(saved, delta, config), lambda: reference_gradients(saved)[2:4])
-        config = choose(GRAD_TABLES, problem, delta.device, trial)
     batch, groups, _, height, width = saved.value.shape
     size = problem.kernel_size
     arguments = _arguments(saved, problem, delta, config)

@@ -40,9 +40,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
+from kernels.aggregation.triton_kernels import stride_arguments
 from kernels.backend import interpreting
 from kernels.contmix.triton_blocks import TILE_WIDTH
+from kernels.dtypes import precision, upcast
 from kernels.launch import ceil_divide, next_power_of_2
 
 __all__ = [
@@ -53,7 +54,6 @@ __all__ = [
     "Problem",
     "Saved",
     "block_arguments",
-    "cost",
     "heuristic",
     "problem_of",
     "shares_windows",
@@ -119,17 +119,6 @@ CONFIGS = tuple(
     for warps in (4, 8)
     for stages in (2, 3)
 )
-
-
-def cost(problem: Problem, config: Config) -> float:
-    """Estimate of a launch, up to a factor: multiply-adds including those past the edges of map and window."""
-    pixels = ceil_divide(problem.pixels, config.block_pixels) * config.block_pixels
-    if not problem.shared:
-        row, span = _product_block(problem.kernel_size), _span(problem.kernel_size)
-        per_pixel = problem.kernel_size * (row * problem.query_channels + span * problem.channels)
-        return pixels * per_pixel * (1 + 32 / config.block_pixels)  # what a step costs once, whatever its rows
-    steps = ceil_divide(problem.kernel_size**2, config.block_steps) * config.block_steps
-    return pixels * steps * (problem.channels + problem.query_channels) * (1 + 4 / config.block_steps)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -249,9 +238,8 @@ def size_arguments(query: Tensor, value: Tensor, *others: Tensor) -> dict[str, A
         "query_channels": query_channels,
         "height": height,
         "width": width,
-        **precision_arguments(value, query, *others),
-        # The interpreter's dot returns garbage for bfloat16 operands.
-        "UPCAST": interpreting() and value.dtype == torch.bfloat16,
+        **precision(value, query, *others),
+        "UPCAST": upcast(value.dtype),
         "BLOCK_CHANNELS": _product_block(channels),
         "BLOCK_QUERY": _product_block(query_channels),
     }

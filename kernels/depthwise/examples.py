@@ -1,14 +1,14 @@
-"""The depthwise kernels launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
+"""The depthwise kernels launched on random inputs of a given problem: how stored configs are checked."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.depthwise import triton_kernels
 from kernels.depthwise.triton_tiles import Problem
-
-__all__ = ["convolve", "weight_gradient"]
 
 
 def _feature_map(problem: Problem, device: torch.device) -> Tensor:
@@ -21,12 +21,14 @@ def _feature_map(problem: Problem, device: torch.device) -> Tensor:
     return torch.randn(shape, dtype=problem.dtype, device=device)[..., :width]
 
 
-def convolve(problem: Problem, device: torch.device) -> None:
+@triton_kernels.convolve.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     shape = (problem.channels, 1, problem.kernel_size, problem.kernel_size)
     weight = torch.randn(shape, dtype=problem.dtype, device=device)
-    triton_kernels.convolve(_feature_map(problem, device), weight)
+    return _feature_map(problem, device), weight
 
 
-def weight_gradient(problem: Problem, device: torch.device) -> None:
+@triton_kernels.weight_gradient.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     x = _feature_map(problem, device)
-    triton_kernels.weight_gradient(torch.randn_like(x), x, problem.kernel_size)
+    return torch.randn_like(x), x, problem.kernel_size

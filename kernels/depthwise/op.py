@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.aggregation.op import implementation, without_autocast
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
 from kernels.depthwise import eager
 from kernels.layout import empty_like_layout
+from kernels.registration import without_autocast
 
 __all__ = ["depthwise_conv2d"]
 
@@ -73,7 +73,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 @without_autocast
 def _convolve(x, weight, bias, flipped):
     """``flipped`` convolves with weight[c, K−1−k]."""
-    return implementation("depthwise", "triton", x).convolve(x, weight, bias, flipped)
+    from kernels.depthwise.triton_kernels import convolve
+
+    return convolve(x, weight, bias, flipped)
 
 
 @_convolve.register_fake
@@ -88,7 +90,9 @@ def _(x, weight, bias, flipped):
 )
 @without_autocast
 def _weight_gradient(grad, x, kernel_size):
-    return implementation("depthwise", "triton", x).weight_gradient(grad, x, kernel_size)
+    from kernels.depthwise.triton_kernels import weight_gradient
+
+    return weight_gradient(grad, x, kernel_size)
 
 
 @_weight_gradient.register_fake

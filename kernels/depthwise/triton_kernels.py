@@ -31,32 +31,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from autotune.tuner import Trial, Tunable, choose
 from kernels import reference
-from kernels.aggregation.triton_kernels import at_least_float32
 from kernels.backend import interpreting
 from kernels.depthwise.triton_reorder import channels_first, in_layout_of
 from kernels.depthwise.triton_tiles import (
     CONFIGS,
     Config,
-    Problem,
-    cost,
     geometry,
     heuristic,
     problem_of,
     tile_width,
 )
+from kernels.dtypes import accumulator_dtype, at_least_float32
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import empty_like_layout
+from kernels.tuning import tunable
 
-__all__ = ["CONVOLVE", "WEIGHT_GRADIENT", "convolve", "weight_gradient"]
+__all__ = ["convolve", "weight_gradient"]
 
 GRADIENT_PROGRAMS = 2048  # wanted at least, by cutting the batch into chunks: a few waves on any GPU
-MODULES = tuple(f"kernels.depthwise.triton_{name}" for name in ("kernels", "reorder", "tiles"))
-CONVOLVE, WEIGHT_GRADIENT = (
-    Tunable(name, CONFIGS, heuristic, cost, MODULES, Problem, f"kernels.depthwise.examples:{example}")
-    for name, example in (("depthwise", "convolve"), ("depthwise_weight_gradient", "weight_gradient"))
-)
 
 
 @triton.jit
@@ -245,7 +238,7 @@ def _library_weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tenso
     return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
 
 
-def _convolve_reference(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
+def _convolve_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
     """PyTorch's own in at least float32, for the tuner."""
     x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
     return _library_convolve(x, weight, biases[0] if biases else None, flipped)
@@ -256,9 +249,14 @@ def _weight_gradient_reference(grad: Tensor, x: Tensor, kernel_size: int) -> Ten
     return _library_weight_gradient(grad, x, kernel_size)
 
 
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, config: Config | None = None
-) -> Tensor:
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda x, weight, *_: problem_of(x, x, weight.shape[-1], weight_gradient=False),
+    reference=_convolve_reference,
+    name="depthwise",
+)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, *, config: Config) -> Tensor:
     """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k] (+ bias[c]), [B,C,H,W] in the memory order of x.
 
     ``flipped`` takes weight[c, K−1−k] instead: the gradient of x is the flipped convolution of the gradient of out.
@@ -269,12 +267,6 @@ def convolve(
         return _library_convolve(x, weight, bias, flipped)
     if x.numel() == 0:
         return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
-    if config is None:
-        trial = Trial(
-            lambda config: convolve(x, weight, bias, flipped, config),
-            lambda: _convolve_reference(x, weight, bias, flipped),
-        )
-        config = choose(CONVOLVE, problem_of(x, x, kernel_size, weight_gradient=False), x.device, trial)
     if config.library:
         return _library_convolve(x, weight, bias, flipped)
     source, out = channels_first(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -299,20 +291,20 @@ def convolve(
     return in_layout_of(x, out)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, config: Config | None = None) -> Tensor:
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda grad, x, kernel_size: problem_of(grad, x, kernel_size, weight_gradient=True),
+    reference=_weight_gradient_reference,
+    name="depthwise_weight_gradient",
+)
+def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config) -> Tensor:
     """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
     batch, channels, height, width = x.shape
     if x.dtype == torch.float64 and not interpreting():
         return _library_weight_gradient(grad, x, kernel_size)
     if x.numel() == 0:
         return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
-    if config is None:
-        factors = grad, x
-        trial = Trial(
-            lambda config: weight_gradient(*factors, kernel_size, config),
-            lambda: _weight_gradient_reference(*factors, kernel_size),
-        )
-        config = choose(WEIGHT_GRADIENT, problem_of(grad, x, kernel_size, weight_gradient=True), x.device, trial)
     if config.library:
         return _library_weight_gradient(grad, x, kernel_size)
     grad, x = channels_first(grad), channels_first(x)
@@ -326,7 +318,7 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, config: Config | 
     chunk_images = ceil_divide(ceil_divide(batch, block_images), chunks) * block_images
     chunks = ceil_divide(batch, chunk_images)
     shape = (chunks * tile_blocks, channels, rows, config.tile_height, kernel_size)
-    partial = torch.empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    partial = torch.empty(shape, dtype=accumulator_dtype(x.dtype), device=x.device)
     # One program per (block of input rows, block of channels, block of tiles, chunk of images), each in order.
     grid = (programs * chunks,)
     arguments = {

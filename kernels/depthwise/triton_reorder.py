@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
+from kernels.aggregation.triton_kernels import stride_arguments
 from kernels.backend import interpreting
+from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_like_layout
 
@@ -62,7 +63,7 @@ def _reorder(source: Tensor, target: Tensor) -> Tensor:
         **stride_arguments("target", flat_target, "b c p"),
         "channels": channels,
         "pixels": height * width,
-        "OFFSET": precision_arguments(flat_source[:, None], flat_target[:, None])["OFFSET"],
+        "OFFSET": precision(flat_source[:, None], flat_target[:, None])["OFFSET"],
         "BLOCK_PIXELS": BLOCK_PIXELS,
         "BLOCK_CHANNELS": BLOCK_CHANNELS,
     }

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.aggregation.triton_kernels import precision_arguments, stride_arguments
+from kernels.aggregation.triton_kernels import stride_arguments
 from kernels.backend import interpreting
+from kernels.dtypes import precision
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.layout import channels_fastest
 
@@ -21,7 +22,6 @@ __all__ = [
     "SMALL",
     "Config",
     "Problem",
-    "cost",
     "geometry",
     "heuristic",
     "problem_of",
@@ -113,21 +113,6 @@ CONFIGS = (
 SMALL = 2**24
 
 
-def cost(problem: Problem, config: Config) -> float:
-    """Estimate of a launch, up to a factor: products an output, and loads an output counted as 100 products each.
-
-    PyTorch's is always worth a try: 0. Tensor cores do 2,048 products a cycle; an element loaded passes L1 and shared
-    memory three times, at 64 a cycle.
-    """
-    if config.library:
-        return 0.0
-    rows, columns, _ = config.product(problem)
-    input_rows = config.tile_height + problem.kernel_size - 1
-    products = ceil_divide(input_rows, config.block_rows) * config.columns(problem)
-    narrow = 8 / problem.vector
-    return products * (1 + 100 * narrow / columns + (100 * narrow if problem.weight_gradient else 100) / rows)
-
-
 @functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned.
@@ -206,7 +191,7 @@ def geometry(tensors: dict[str, Tensor], kernel_size: int, config: Config) -> di
         "KERNEL": kernel_size,
         "VECTOR": vector,
         "WIDEN": interpreting(),  # its product of bfloat16 blocks is wrong
-        **precision_arguments(*(t.transpose(0, 1)[None] for t in tensors.values())),
+        **precision(*(t.transpose(0, 1)[None] for t in tensors.values())),
         "TILE_HEIGHT": config.tile_height,
         "TILE_WIDTH": tile_width(kernel_size),
         "BLOCK_TILES": config.block_tiles,

@@ -1,6 +1,8 @@
-"""Involution's kernel launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
+"""Involution's kernel launched on random inputs of a given problem: how stored configs are checked."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -10,10 +12,9 @@ from kernels.involution import triton_kernels
 from kernels.involution.triton_kernels import Problem
 from kernels.windows import Window
 
-__all__ = ["involution_generate"]
 
-
-def involution_generate(problem: Problem, device: torch.device) -> None:
+@triton_kernels.involution_generate.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=problem.dtype, device=device)
 
@@ -23,7 +24,7 @@ def involution_generate(problem: Problem, device: torch.device) -> None:
         problem.channels, problem.pixels, problem.steps, channels_fastest=problem.channels_fastest, dtype=problem.dtype
     )
     rows = GROUPS * problem.steps
-    triton_kernels.involution_generate(
+    return (
         features(layout, size, device),
         random(BATCH, problem.features, *size),
         random(rows, problem.features) / problem.features**0.5,

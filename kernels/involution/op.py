@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.aggregation.op import WINDOW, aggregate, fields_of, implementation, window_of, without_autocast
+from kernels.aggregation.op import aggregate, algebra
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_pair, check_shape, check_tensors
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
+from kernels.registration import WINDOW, fields_of, window_of, without_autocast
 from kernels.windows import Pair, Window
 
 __all__ = ["involution2d", "involution2d_generate"]
@@ -150,9 +151,10 @@ def involution2d_generate(
 def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
     if resolve(backend, x) == "triton":
-        fused = implementation("involution", backend, x)
-        return fused.involution_generate(x, features, weight, bias, window)
-    return generate.forward(x, features, weight, bias, window, implementation("aggregation", backend, x))
+        from kernels.involution.triton_kernels import involution_generate
+
+        return involution_generate(x, features, weight, bias, window)
+    return generate.forward(x, features, weight, bias, window, algebra(backend, x))
 
 
 @_generate.register_fake
@@ -172,8 +174,7 @@ def _(x, features, *_):
 def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     """Gradients of x, features, weight and bias."""
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    algebra = implementation("aggregation", backend, x)
-    return generate.backward(grad, x, features, weight, bias, window, algebra)
+    return generate.backward(grad, x, features, weight, bias, window, algebra(backend, x))
 
 
 @_generate_backward.register_fake

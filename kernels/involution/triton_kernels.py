@@ -23,19 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.tuner import Trial, Tunable, choose
 from kernels.aggregation import eager
 from kernels.aggregation import triton_kernels as algebra
-from kernels.aggregation.triton_kernels import (
-    at_least_float32,
-    precision_arguments,
-    stride_arguments,
-    window_arguments,
-)
+from kernels.aggregation.triton_kernels import stride_arguments, window_arguments
 from kernels.backend import interpreting
+from kernels.dtypes import at_least_float32, precision, upcast
 from kernels.involution import generate
 from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_like_layout
+from kernels.tuning import tunable
 from kernels.windows import Window
 from kernels.windows_triton import neighbour, split_program
 
@@ -83,23 +79,6 @@ CONFIGS = tuple(
     for warps in (4, 8)
     if 4 <= pixels * channels * 16 / (32 * warps) <= 64
 )
-
-
-def cost(problem: Problem, config: Config) -> float:
-    """Estimate of a launch, up to a factor: multiply-adds including those past the edges, products at a 16th."""
-
-    def padded(size: int, block: int) -> int:
-        return ceil_divide(size, block) * block
-
-    channels = padded(problem.channels, config.block_channels)
-    products = channels // config.block_channels * padded(problem.features, config.block_features) / 16
-    per_thread = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
-    return (
-        padded(problem.pixels, config.block_pixels)
-        * padded(problem.steps, 16)
-        * (channels + products)
-        * max(1, 16 / per_thread)
-    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -198,19 +177,21 @@ def _involution_generate_kernel(
     )
 
 
-FORWARD = Tunable(
-    "involution_generate",
-    CONFIGS,
-    heuristic,
-    cost,
-    ("kernels.windows_triton", "kernels.involution.triton_kernels"),
-    Problem,
-    "kernels.involution.examples:involution_generate",
-)
+def _reference(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    """The eager path, for the tuner."""
+    x, features, weight = at_least_float32(x, features, weight)
+    bias = None if bias is None else at_least_float32(bias)[0]
+    return generate.forward(x, features, weight, bias, window, eager)
 
 
+def _problem(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Problem:
+    pixels, steps = features.shape[2] * features.shape[3], window.kernel_size[0] * window.kernel_size[1]
+    return Problem(x.shape[2], features.shape[1], pixels, steps, channels_fastest(x), x.dtype)
+
+
+@tunable(CONFIGS, heuristic, problem=_problem, reference=_reference)
 def involution_generate(
-    x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, config: Config | None = None
+    x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, *, config: Config
 ) -> Tensor:
     """[B, G, C, H', W'] in the memory order of x [B, G, C, H, W]."""
     if x.dtype == torch.float64 and not interpreting():  # no float64 matrix product in Triton on a GPU
@@ -220,15 +201,6 @@ def involution_generate(
     out = empty_like_layout(x, (batch, groups, channels, output_height, output_width))
     if out.numel() == 0:
         return out
-    if config is None:
-        steps = window.kernel_size[0] * window.kernel_size[1]
-        pixels = output_height * output_width
-        problem = Problem(channels, features.shape[1], pixels, steps, channels_fastest(x), x.dtype)
-        trial = Trial(
-            lambda config: involution_generate(x, features, weight, bias, window, config),
-            lambda: _reference(x, features, weight, bias, window),
-        )
-        config = choose(FORWARD, problem, x.device, trial)
     # One program per (pixel tile, channel block, group, batch entry).
     pixel_blocks = ceil_divide(output_height * output_width, config.block_pixels)
     grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
@@ -252,9 +224,8 @@ def involution_generate(
         "output_width": output_width,
         **window_arguments(window),
         "HAS_BIAS": bias is not None,
-        **precision_arguments(x, out, features[:, None]),
-        # The interpreter's dot returns garbage for bfloat16 operands.
-        "UPCAST": interpreting() and x.dtype == torch.bfloat16,
+        **precision(x, out, features[:, None]),
+        "UPCAST": upcast(x.dtype),
         "BLOCK_PIXELS": config.block_pixels,
         "BLOCK_CHANNELS": config.block_channels,
         "BLOCK_STEPS": config.block_steps,
@@ -263,10 +234,3 @@ def involution_generate(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(_involution_generate_kernel, grid, out.device, arguments, **options)
     return out
-
-
-def _reference(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    """The eager path, for the tuner."""
-    x, features, weight = at_least_float32(x, features, weight)
-    bias = None if bias is None else at_least_float32(bias)[0]
-    return generate.forward(x, features, weight, bias, window, eager)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import Bands, Strip, accumulator_dtype, as_matrices, multiply, strips, tile_of
+from kernels.aggregation.eager import Bands, Strip, as_matrices, multiply, strips, tile_of
 from kernels.aggregation.eager_tiles import Tiles
+from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.windows import Window
 

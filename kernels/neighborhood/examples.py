@@ -1,6 +1,8 @@
-"""The fused softmax's kernels launched on random inputs of a given problem: how ``autotune verify`` checks configs."""
+"""The fused softmax's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,6 @@ from kernels.aggregation.triton_kernels import Problem
 from kernels.neighborhood import eager, triton_kernels
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_steps
-
-__all__ = ["grad_logits", "grad_value", "softmax_aggregate"]
 
 
 def _inputs(
@@ -25,19 +25,22 @@ def _inputs(
     return kernel(problem, kernel_size, size, device), features(problem, size, device), rpb, window
 
 
-def softmax_aggregate(problem: Problem, device: torch.device) -> None:
+@triton_kernels.softmax_aggregate.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     kernel_size = near_square(problem.steps, odd=True)
-    triton_kernels.softmax_aggregate(*_inputs(problem, kernel_size, near_square(problem.pixels), device))
+    return _inputs(problem, kernel_size, near_square(problem.pixels), device)
 
 
-def grad_logits(problem: Problem, device: torch.device) -> None:
+@triton_kernels.grad_logits.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     kernel_size = near_square(problem.steps, odd=True)
     logits, value, rpb, window = _inputs(problem, kernel_size, near_square(problem.pixels), device)
     saved = eager.softmax_aggregate(logits, value, rpb, window)
-    triton_kernels.grad_logits(torch.randn_like(value), logits, value, rpb, *saved, window)
+    return torch.randn_like(value), logits, value, rpb, *saved, window
 
 
-def grad_value(problem: Problem, device: torch.device) -> None:
+@triton_kernels.grad_value.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     """Steps here are the outputs that may reach an input: the square window whose number of them is nearest."""
     side = max(3, round(problem.pixels**0.5))
 
@@ -48,4 +51,4 @@ def grad_value(problem: Problem, device: torch.device) -> None:
     nearest = min(range(1, side + 1, 2), key=distance)
     logits, value, rpb, window = _inputs(problem, (nearest, nearest), (side, side), device)
     saved = eager.softmax_aggregate(logits, value, rpb, window)
-    triton_kernels.grad_value(torch.randn_like(value), logits, value, rpb, *saved, window)
+    return torch.randn_like(value), logits, value, rpb, *saved, window

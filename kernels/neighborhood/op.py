@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.aggregation.op import aggregate, aggregation_flops, correlate, implementation, without_autocast
-from kernels.backend import get_backend
+from kernels.aggregation.op import aggregate, aggregation_flops, correlate
+from kernels.backend import get_backend, resolve
 from kernels.checks import as_pair, check_shape, check_tensors, check_window_fits, odd_pair
 from kernels.layout import empty_like_layout
+from kernels.neighborhood import eager
+from kernels.registration import without_autocast
 from kernels.windows import Pair, Window
 
 __all__ = ["na2d_av", "na2d_qk", "na2d_softmax_av", "softmax_aggregate"]
@@ -165,6 +169,15 @@ def _window_of(logits: Tensor, dilation: list[int]) -> Window:
     return Window.neighborhood((logits.shape[2], logits.shape[3]), (dilation[0], dilation[1]))
 
 
+def _implementation(backend: str, tensor: Tensor) -> ModuleType:
+    """What runs here; Triton is imported at the first use and not before."""
+    if resolve(backend, tensor) == "triton":
+        from kernels.neighborhood import triton_kernels
+
+        return triton_kernels
+    return eager
+
+
 @torch.library.custom_op(
     "dynamic_kernels::softmax_aggregate",
     mutates_args=(),
@@ -173,7 +186,7 @@ def _window_of(logits: Tensor, dilation: list[int]) -> Window:
 @without_autocast
 def _softmax_aggregate(logits, value, rpb, dilation, backend):
     """The output, and log Σ_k exp(logits + rpb) [B, G, H, W] in float32 (float64 for float64)."""
-    run = implementation("neighborhood", backend, value)
+    run = _implementation(backend, value)
     return run.softmax_aggregate(logits, value, rpb, _window_of(logits, dilation))
 
 
@@ -195,7 +208,7 @@ def _(logits, value, rpb, dilation, backend):
 @without_autocast
 def _softmax_aggregate_backward(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
     """Gradients of logits, value and rpb; the last is empty where there is no rpb."""
-    run = implementation("neighborhood", backend, value)
+    run = _implementation(backend, value)
     window = _window_of(logits, dilation)
     grad_logits, grad_value, grad_rpb = run.softmax_aggregate_backward(
         grad, logits, value, rpb, out, log_sum_exp, window

@@ -23,25 +23,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.tuner import Trial, Tunable, choose
 from kernels.aggregation.triton_kernels import (
     CONFIGS,
     Config,
     Problem,
-    at_least_float32,
     block_arguments,
-    cost,
     heuristic,
-    precision_arguments,
     problem_of,
     stride_arguments,
     window_arguments,
 )
 from kernels.backend import interpreting
+from kernels.dtypes import accumulator_dtype, at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import eager
-from kernels.windows import Window
+from kernels.tuning import tunable
+from kernels.windows import Pair, Window
 from kernels.windows_triton import (
     inverse_neighbour,
     inverse_steps,
@@ -57,22 +55,10 @@ __all__ = ["softmax_aggregate", "softmax_aggregate_backward"]
 RPB_BLOCK_PIXELS, RPB_BLOCK_RELATIVE = (256, 1024) if interpreting() else (64, 32)
 RPB_CHUNKS = 64  # partial tables per head: enough programs to fill a GPU, few enough to sum in one small reduction
 
-MODULES = ("kernels.windows_triton", "kernels.neighborhood.triton_kernels")
-
 
 def grad_logits_heuristic(problem: Problem) -> Config:
     """The algebra's, on twice the threads: out, gradient, logits and values live at once, and 4 warps spill them."""
     return replace(heuristic(problem), num_warps=8)
-
-
-SOFTMAX_AGGREGATE, GRAD_VALUE, GRAD_LOGITS = (
-    Tunable(name, CONFIGS, choice, cost, MODULES, Problem, f"kernels.neighborhood.examples:{name.split('.')[-1]}")
-    for name, choice in (
-        ("softmax_aggregate", heuristic),
-        ("softmax_aggregate.grad_value", heuristic),
-        ("softmax_aggregate.grad_logits", grad_logits_heuristic),
-    )
-)
 
 
 @triton.jit
@@ -407,30 +393,36 @@ def _in_float32(logits: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tens
     return logits, value, None if rpb is None else at_least_float32(rpb)[0]
 
 
+def _candidates(window: Window, value: Tensor) -> Pair:
+    """Outputs to be tried per input along each axis."""
+    return inverse_steps(window, value.shape[3], 0), inverse_steps(window, value.shape[4], 1)
+
+
+def _problem(logits: Tensor, value: Tensor, steps: Pair) -> Problem:
+    return problem_of(logits, value, value.shape[3:], steps[0] * steps[1])
+
+
 def _reference_gradients(grad, logits, value, rpb, out, statistics, window):
     """The eager path's gradients, for the tuner."""
     grad, out = at_least_float32(grad, out)
     return eager.softmax_aggregate_backward(grad, *_in_float32(logits, value, rpb), out, statistics, window)
 
 
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda logits, value, rpb, window: _problem(logits, value, window.kernel_size),
+    reference=lambda logits, value, rpb, window: eager.softmax_aggregate(*_in_float32(logits, value, rpb), window),
+)
 def softmax_aggregate(
-    logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, config: Config | None = None
+    logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, *, config: Config
 ) -> tuple[Tensor, Tensor]:
     """(Σ_k softmax_k(logits + rpb) · value at nbr(i,k), [B,G,C,H,W] like value; log Σ_k exp, [B,G,H,W])."""
     batch, groups, channels, height, width = value.shape
     out = empty_like_layout(value, value.shape)
-    precision = precision_arguments(logits, value, out)
-    statistics_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    statistics = torch.empty((batch, groups, height, width), dtype=statistics_dtype, device=value.device)
+    statistics = torch.empty((batch, groups, height, width), dtype=accumulator_dtype(value.dtype), device=value.device)
     if value.numel() == 0:
         return out, statistics
-    if config is None:
-        problem = problem_of(logits, value, value.shape[3:], window.kernel_size[0] * window.kernel_size[1])
-        trial = Trial(
-            lambda config: softmax_aggregate(logits, value, rpb, window, config),
-            lambda: eager.softmax_aggregate(*_in_float32(logits, value, rpb), window),
-        )
-        config = choose(SOFTMAX_AGGREGATE, problem, value.device, trial)
     # One program per (pixel tile, channel block, group, batch entry).
     pixel_blocks = ceil_divide(height * width, config.block_pixels)
     grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
@@ -445,7 +437,7 @@ def softmax_aggregate(
         **_rpb_arguments(rpb, value),
         **_size_arguments(value),
         **window_arguments(window),
-        **precision,
+        **precision(logits, value, out),
         **block_arguments(config),
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -453,6 +445,13 @@ def softmax_aggregate(
     return out, statistics
 
 
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda _grad, logits, value, *rest: _problem(logits, value, _candidates(rest[-1], value)),
+    reference=lambda *saved: _reference_gradients(*saved)[1],
+    name="softmax_aggregate.grad_value",
+)
 def grad_value(
     grad: Tensor,
     logits: Tensor,
@@ -461,19 +460,13 @@ def grad_value(
     out: Tensor,
     statistics: Tensor,
     window: Window,
-    config: Config | None = None,
+    *,
+    config: Config,
 ) -> Tensor:
     """Σ_{(i,k) reaching j} p[i,k] · grad[i], [B,G,C,H,W] in the memory order of value."""
     batch, groups, channels, height, width = value.shape
     target = empty_like_layout(value, value.shape)
-    steps = inverse_steps(window, height, 0), inverse_steps(window, width, 1)
-    if config is None:
-        problem = problem_of(logits, value, value.shape[3:], steps[0] * steps[1])
-        trial = Trial(
-            lambda config: grad_value(grad, logits, value, rpb, out, statistics, window, config),
-            lambda: _reference_gradients(grad, logits, value, rpb, out, statistics, window)[1],
-        )
-        config = choose(GRAD_VALUE, problem, value.device, trial)
+    steps = _candidates(window, value)
     # One program per (pixel tile, channel block, group, batch entry).
     pixel_blocks = ceil_divide(height * width, config.block_pixels)
     grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
@@ -490,7 +483,7 @@ def grad_value(
         **window_arguments(window),
         "STEPS_H": steps[0],
         "STEPS_W": steps[1],
-        **precision_arguments(logits, grad, target),
+        **precision(logits, grad, target),
         **block_arguments(config),
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -498,6 +491,13 @@ def grad_value(
     return target
 
 
+@tunable(
+    CONFIGS,
+    grad_logits_heuristic,
+    problem=lambda _grad, logits, value, *rest: _problem(logits, value, rest[-1].kernel_size),
+    reference=lambda *saved: _reference_gradients(*saved)[0],
+    name="softmax_aggregate.grad_logits",
+)
 def grad_logits(
     grad: Tensor,
     logits: Tensor,
@@ -506,18 +506,12 @@ def grad_logits(
     out: Tensor,
     statistics: Tensor,
     window: Window,
-    config: Config | None = None,
+    *,
+    config: Config,
 ) -> Tensor:
     """p[i,k] · (Σ_c grad[i,c] · value[nbr(i,k),c] − Σ_c grad[i,c] · out[i,c]), in the memory order of logits."""
     batch, groups, _, height, width = value.shape
     target = empty_like_layout(logits, logits.shape)
-    if config is None:
-        problem = problem_of(logits, value, value.shape[3:], window.kernel_size[0] * window.kernel_size[1])
-        trial = Trial(
-            lambda config: grad_logits(grad, logits, value, rpb, out, statistics, window, config),
-            lambda: _reference_gradients(grad, logits, value, rpb, out, statistics, window)[0],
-        )
-        config = choose(GRAD_LOGITS, problem, value.device, trial)
     # One program per (pixel tile, group, batch entry); it walks the whole window.
     grid = (ceil_divide(height * width, config.block_pixels) * groups * batch,)
     arguments = {
@@ -535,7 +529,7 @@ def grad_logits(
         **_rpb_arguments(rpb, value),
         **_size_arguments(value),
         **window_arguments(window),
-        **precision_arguments(logits, value, out, grad, target),
+        **precision(logits, value, out, grad, target),
         **block_arguments(config),
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -547,10 +541,8 @@ def grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor:
     """Σ over (b, i, k) of the gradient of logits at each relative position: partial tables, then their sum."""
     batch, groups, kernel_h, kernel_w, height, width = gradient_of_logits.shape
     relative = (2 * kernel_h - 1) * (2 * kernel_w - 1)
-    precision = precision_arguments(gradient_of_logits)
     chunks = min(RPB_CHUNKS, batch * ceil_divide(height * width, RPB_BLOCK_PIXELS))
-    partial_dtype = torch.float64 if rpb.dtype == torch.float64 else torch.float32
-    partial = torch.empty((chunks, *rpb.shape), dtype=partial_dtype, device=rpb.device)
+    partial = torch.empty((chunks, *rpb.shape), dtype=accumulator_dtype(rpb.dtype), device=rpb.device)
     # One program per (block of relative positions, chunk of images, group); each walks its chunk in order.
     grid = (ceil_divide(relative, RPB_BLOCK_RELATIVE) * chunks * groups,)
     arguments = {
@@ -566,7 +558,7 @@ def grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor:
         "KERNEL_W": kernel_w,
         "DILATION_H": window.dilation[0],
         "DILATION_W": window.dilation[1],
-        **precision,
+        **precision(gradient_of_logits),
         "BLOCK_PIXELS": RPB_BLOCK_PIXELS,
         "BLOCK_RELATIVE": RPB_BLOCK_RELATIVE,
     }

@@ -1,15 +1,17 @@
-"""Outlook's kernels launched on random inputs of a given problem: how ``autotune verify`` checks stored configs."""
+"""Outlook's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.aggregation.examples import near_square
+from kernels.dtypes import at_least_float32
 from kernels.outlook import triton_kernels
 from kernels.outlook.triton_kernels import Problem, Windows
-
-__all__ = ["outlook", "outlook_grad_logits", "outlook_grad_value"]
 
 BATCH, HEADS = 2, 2  # the least that shows a stride mistaken
 
@@ -23,18 +25,19 @@ def _inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Win
     return logits, value, Windows(problem.kernel_size, problem.stride, problem.kernel_size // 2, 0.5)
 
 
-def outlook(problem: Problem, device: torch.device) -> None:
+@triton_kernels.forward.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+    return _inputs(problem, device)
+
+
+@triton_kernels.grad_logits.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     logits, value, windows = _inputs(problem, device)
-    triton_kernels.outlook(logits, value, *windows)
+    return torch.randn_like(value), logits, value, windows
 
 
-def outlook_grad_logits(problem: Problem, device: torch.device) -> None:
+@triton_kernels.grad_value.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     logits, value, windows = _inputs(problem, device)
-    triton_kernels.grad_logits(torch.randn_like(value), logits, value, windows)
-
-
-def outlook_grad_value(problem: Problem, device: torch.device) -> None:
-    logits, value, windows = _inputs(problem, device)
-    scaled = logits.float() * windows.scale * torch.tensor(2.0).log().reciprocal().item()
-    statistics = torch.logsumexp(scaled * torch.tensor(2.0).log().item(), -1) / torch.tensor(2.0).log().item()
-    triton_kernels.grad_value(value, logits, statistics, windows)
+    statistics = torch.logsumexp(at_least_float32(logits)[0] * windows.scale, -1) * math.log2(math.e)
+    return value, logits, statistics, windows

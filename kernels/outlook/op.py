@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import numbers
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
-from kernels.aggregation.op import implementation, without_autocast
-from kernels.backend import get_backend
+from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
+from kernels.outlook import eager
+from kernels.registration import without_autocast
 
 __all__ = ["outlook_attention2d"]
 
@@ -93,12 +95,21 @@ def outlook_attention2d(
 WINDOWS = "int kernel_size, int stride, int padding, float scale, str backend"
 
 
+def _implementation(backend: str, tensor: Tensor) -> ModuleType:
+    """What runs here; Triton is imported at the first use and not before."""
+    if resolve(backend, tensor) == "triton":
+        from kernels.outlook import triton_kernels
+
+        return triton_kernels
+    return eager
+
+
 @torch.library.custom_op(
     "dynamic_kernels::outlook", mutates_args=(), schema=f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor"
 )
 @without_autocast
 def _outlook(logits, value, kernel_size, stride, padding, scale, backend):
-    run = implementation("outlook", backend, value)
+    run = _implementation(backend, value)
     return run.outlook(logits, value, kernel_size, stride, padding, scale)
 
 
@@ -115,7 +126,7 @@ def _(logits, value, *_):
 @without_autocast
 def _outlook_backward(grad, logits, value, kernel_size, stride, padding, scale, backend):
     """Gradients of logits and value, contiguous."""
-    run = implementation("outlook", backend, value)
+    run = _implementation(backend, value)
     return run.outlook_backward(grad, logits, value, kernel_size, stride, padding, scale)
 
 

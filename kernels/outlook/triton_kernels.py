@@ -39,11 +39,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autotune.tuner import Trial, Tunable, choose
-from kernels.aggregation.triton_kernels import at_least_float32, precision_arguments, stride_arguments
+from kernels.aggregation.triton_kernels import stride_arguments
 from kernels.backend import interpreting
+from kernels.dtypes import accumulator_dtype, at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.outlook import eager
+from kernels.tuning import tunable
 
 __all__ = ["CONFIGS", "Config", "Problem", "heuristic", "outlook", "outlook_backward"]
 
@@ -103,12 +104,6 @@ def padded_positions(kernel_size: int) -> int:
     return max(16, triton.next_power_of_2(kernel_size**2))
 
 
-def cost(problem: Problem, config: Config) -> float:
-    """Estimate of a launch, up to a factor: weights computed again for every block of channels, and channels summed."""
-    blocks = ceil_divide(problem.channels, config.block_channels)
-    return blocks * (16 + config.block_channels) * (1 + abs(math.log2(config.num_warps / 2)) / 16)
-
-
 @functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned: all channels of a head up to 64, and two warps, four for windows."""
@@ -123,12 +118,6 @@ def heuristic(problem: Problem) -> Config:
         min(channels, 32, most_channels(problem)) if problem.grad_logits else channels,
         warps,
     )
-
-
-OUTLOOK, GRAD_VALUE, GRAD_LOGITS = (
-    Tunable(name, CONFIGS, heuristic, cost, (__name__,), Problem, f"kernels.outlook.examples:{name}")
-    for name in ("outlook", "outlook_grad_value", "outlook_grad_logits")
-)
 
 
 @triton.jit
@@ -345,7 +334,7 @@ def _arguments(logits: Tensor, features: dict[str, Tensor], windows: Windows, co
         "KERNEL": windows.kernel_size,
         "STRIDE": windows.stride,
         "PADDING": windows.padding,
-        **precision_arguments(*(tensor[None, None] for tensor in (logits, *views.values()))),
+        **precision(*(tensor[None, None] for tensor in (logits, *views.values()))),
         "BLOCK_ITEMS": min(config.block_items, triton.next_power_of_2(items)),
         "BLOCK_CHANNELS": config.block_channels,
     }
@@ -379,33 +368,46 @@ def outlook(
     stride: int,
     padding: int,
     scale: float,
-    config: Config | None = None,
 ) -> Tensor:
     """logits [B,h,w,heads,K²,K²] (target, source), value [B,H,W,C] -> [B,H,W,C], contiguous."""
     if value.numel() == 0:
         return torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    windows, logits = Windows(kernel_size, stride, padding, scale), logits.contiguous()
-    if config is None:
-        trial = Trial(
-            lambda config: _mix(logits, value, None, windows, config),
-            lambda: eager.outlook(*at_least_float32(logits, value), *windows),
-        )
-        config = choose(OUTLOOK, _problem(logits, value, windows), value.device, trial)
+    return forward(logits.contiguous(), value, Windows(kernel_size, stride, padding, scale))
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=_problem,
+    reference=lambda logits, value, windows: eager.outlook(*at_least_float32(logits, value), *windows),
+    name="outlook",
+)
+def forward(logits: Tensor, value: Tensor, windows: Windows, *, config: Config) -> Tensor:
+    """``outlook`` for contiguous logits."""
     return _mix(logits, value, None, windows, config)
 
 
+def _reference_gradients(grad_out: Tensor, logits: Tensor, value: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    return eager.outlook_backward(*at_least_float32(grad_out, logits, value), *windows)
+
+
+def _reference_grad_logits(grad_out: Tensor, logits: Tensor, value: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    statistics = torch.logsumexp(at_least_float32(logits)[0] * windows.scale, -1) * math.log2(math.e)
+    return _reference_gradients(grad_out, logits, value, windows)[0], statistics
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda _grad, logits, value, windows: _problem(logits, value, windows, grad_logits=True),
+    reference=_reference_grad_logits,
+    name="outlook_grad_logits",
+)
 def grad_logits(
-    grad_out: Tensor, logits: Tensor, value: Tensor, windows: Windows, config: Config | None = None
+    grad_out: Tensor, logits: Tensor, value: Tensor, windows: Windows, *, config: Config
 ) -> tuple[Tensor, Tensor]:
     """scale · p ∘ (dp − Σ_s p ∘ dp) like logits, and log2 Σ_s exp2(scale · log2(e) · logits) [B,h,w,heads,K²]."""
-    if config is None:
-        trial = Trial(
-            lambda config: grad_logits(grad_out, logits, value, windows, config)[0],
-            lambda: eager.outlook_backward(*at_least_float32(grad_out, logits, value), *windows)[0],
-        )
-        config = choose(GRAD_LOGITS, _problem(logits, value, windows, grad_logits=True), value.device, trial)
-    statistics_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    statistics = torch.empty(logits.shape[:5], dtype=statistics_dtype, device=value.device)
+    statistics = torch.empty(logits.shape[:5], dtype=accumulator_dtype(value.dtype), device=value.device)
     target = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     arguments = {
         **_arguments(logits, {"value": value, "grad": grad_out}, windows, config),
@@ -420,17 +422,16 @@ def grad_logits(
     return target, statistics
 
 
-def grad_value(
-    grad_out: Tensor, logits: Tensor, statistics: Tensor, windows: Windows, config: Config | None = None
-) -> Tensor:
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda grad_out, logits, _statistics, windows: _problem(logits, grad_out, windows),
+    # The gradient of value does not depend on value.
+    reference=lambda grad, logits, _statistics, windows: _reference_gradients(grad, logits, grad, windows)[1],
+    name="outlook_grad_value",
+)
+def grad_value(grad_out: Tensor, logits: Tensor, statistics: Tensor, windows: Windows, *, config: Config) -> Tensor:
     """Σ over the windows that hold j of p[t, j] · grad_out[t], [B,H,W,C], contiguous."""
-    if config is None:
-        trial = Trial(
-            lambda config: _mix(logits, grad_out, statistics, windows, config),
-            # The gradient of value does not depend on value.
-            lambda: eager.outlook_backward(*at_least_float32(grad_out, logits, grad_out), *windows)[1],
-        )
-        config = choose(GRAD_VALUE, _problem(logits, grad_out, windows), grad_out.device, trial)
     return _mix(logits, grad_out, statistics, windows, config)
 
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from autotune import show, tunables, tuner
+from autotune import show, tunables
 from autotune.__main__ import main
-from autotune.store import Store
+from kernels.tuning import choose
+from kernels.tuning.store import Store
 
 GPU = "NVIDIA H200"
 KEY = "aggregate channels=16 pixels=196 steps=49 kernel_fastest=False channels_fastest=False dtype=bfloat16"
@@ -24,7 +25,7 @@ def _entry(**changes):
     aggregate = tunables.find_tunables()["aggregate"]
     return {
         "config": {"block_pixels": 32, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2},
-        "triton": tuner.triton_version(),
+        "triton": choose.triton_version(),
         "source": aggregate.source,
         "milliseconds": 0.25,
         "heuristic_milliseconds": 0.5,
@@ -40,8 +41,8 @@ def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
     invalid = {"block_pixels": 128, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2}
     expected = {
         KEY: (_entry(), None),
-        KEY.replace("196", "784"): (_entry(triton="3.0"), f"tuned with triton 3.0, this is {tuner.triton_version()}"),
-        KEY.replace("196", "1024"): (_entry(source="0"), "the kernel's source has changed since"),
+        KEY.replace("196", "784"): (_entry(triton="3.0"), f"tuned with triton 3.0, this is {choose.triton_version()}"),
+        KEY.replace("196", "1024"): (_entry(source="0"), "the kernel's code has changed since"),
         KEY.replace("196", "49"): (_entry(config={"block_pixels": 7}), "the kernel offers no such config"),
         KEY.replace("196", "16"): (_entry(config=invalid), "the config is not valid for this problem"),
         "gather channels=16 pixels=49": (_entry(), "there is no such kernel"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from autotune.store import Store, atomic_write, user_folder
+from kernels.tuning.store import Store, atomic_write, user_folder
 
 ROOT = Path(__file__).parents[2]
 ENTRY = {"config": {"block_pixels": 64}, "triton": "3", "source": "abc"}
@@ -87,7 +87,7 @@ WRITER = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from autotune.store import Store
+from kernels.tuning.store import Store
 store = Store(Path({folder!r}), "gpu")
 for i in range({count}):
     assert store.update({{f"{worker} {{i}}": {{"config": {{}}, "triton": "3", "source": "abc"}}}})

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from autotune import tune, tuner
+from autotune import tune
 from autotune.__main__ import main
-from autotune.store import Store, user_folder
 from autotune.tune import Tuning
-from autotune.tuner import Trial, Tunable, key_of
+from kernels.tuning import choose, tunable
+from kernels.tuning.choose import key_of
+from kernels.tuning.store import Store, user_folder
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -35,27 +36,43 @@ class Problem(NamedTuple):
     pixels: int
 
 
-TOY = Tunable(
-    "toy", (Config(8), Config(16), Config(32)), lambda p: Config(16), lambda p, c: c.block, ("autotune.store",)
+def _heuristic(problem: Problem) -> Config:
+    return Config(16)
+
+
+def _reference(x, reference, fails):
+    if isinstance(reference, Exception):
+        raise reference
+    return torch.full((4,), reference)
+
+
+@tunable(
+    (Config(8), Config(16), Config(32)),
+    _heuristic,
+    problem=lambda x, *_: Problem(x.numel()),
+    reference=_reference,
+    name="toy",
 )
+def TOY(x, reference, fails, *, config):
+    if fails is not None:
+        raise fails
+    return torch.ones(4)
 
 
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(tuner, "shipped_folder", lambda: tmp_path / "shipped")
-    tuner.forget()
+    monkeypatch.setattr(choose, "shipped_folder", lambda: tmp_path / "shipped")
+    choose.forget()
     yield
-    tuner.forget()
+    choose.forget()
 
 
-def _launch(pixels, reference=1.0, fails=None):
-    """What a launcher does: ask for a config, and fail where it would."""
+def _launch(pixels, reference: object = 1.0, fails=None):
+    """A launch over that many pixels that its reference agrees with at 1, and what fails after it."""
 
     def launch():
-        tuner.choose(
-            TOY, Problem(pixels), CPU, Trial(lambda config: torch.ones(4), lambda: torch.full((4,), reference))
-        )
+        TOY(torch.empty(pixels), reference, None)
         if fails is not None:
             raise fails
 
@@ -107,7 +124,7 @@ def test_an_interruption_keeps_what_is_done_and_the_next_run_goes_on():
         tuning.tune(iter(launches))
     assert list(_stored()) == list(tuning.rows) == [key_of(TOY, Problem(1))]
     assert tuning.left == [key_of(TOY, Problem(2)), key_of(TOY, Problem(3))]
-    tuner.forget()
+    choose.forget()
     assert list(_tune(launches).rows) == tuning.left
 
 
@@ -127,11 +144,7 @@ def test_one_failure_does_not_cost_the_others():
 
 
 def test_a_reference_that_fails_is_a_row_of_its_own(capsys):
-    def raising():
-        raise torch.OutOfMemoryError("too large")
-
-    launch = lambda: tuner.choose(TOY, Problem(1), CPU, Trial(lambda config: torch.ones(4), raising))  # noqa: E731
-    (row,) = _tune([launch]).rows.values()
+    (row,) = _tune([_launch(1, reference=torch.OutOfMemoryError("too large"))]).rows.values()
     assert row["failure"] == "OutOfMemoryError: too large"
     assert row["config"] is None
     assert "toy pixels=1: no config agreed" in capsys.readouterr().err
@@ -217,7 +230,7 @@ class Driver:
 driver.set_active(Driver())
 from pathlib import Path
 from autotune.precompile import build, builds
-from autotune.tuner import observing
+from kernels.tuning.choose import observing
 from kernels.aggregation import triton_kernels
 from kernels.launch import record_launches
 from kernels.windows import Window

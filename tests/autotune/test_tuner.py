@@ -9,11 +9,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from autotune import tuner
-from autotune.store import Store, user_folder
-from autotune.tuner import Trial, Tunable, bucket, key_of, look_up, measure_candidates, tune
+import autotune
+from autotune.tuner import measure_candidates, tune
 from kernels.aggregation import triton_kernels
 from kernels.launch import record_launches
+from kernels.tuning import choose, tunable
+from kernels.tuning.choose import Request, bucket, key_of, look_up
+from kernels.tuning.store import Store, user_folder
 from kernels.windows import Window
 
 
@@ -31,7 +33,29 @@ class Problem(NamedTuple):
 
 
 BLOCKS = (8, 16, 32, 64, 128)
-TOY = Tunable("toy", tuple(map(Config, BLOCKS)), lambda problem: Config(16), lambda p, c: c.block, ("autotune.store",))
+
+
+def _heuristic(problem: Problem) -> Config:
+    return Config(16)
+
+
+def _toy(configs):
+    """A launcher of ones, but where a config's block is among the wrong or the broken ones."""
+
+    @tunable(configs, _heuristic, problem=_problem, reference=lambda *_, **__: torch.ones(4), name="toy")
+    def toy(x, wrong=(), broken=(), *, config):
+        if config.block in broken:
+            raise RuntimeError(f"out of resource: block {config.block}")
+        return torch.full((4,), 2.0 if config.block in wrong else 1.0)
+
+    return toy
+
+
+def _problem(x, *_, **__):
+    return Problem(x.numel())
+
+
+TOY = _toy(tuple(map(Config, BLOCKS)))
 CPU = torch.device("cpu")
 GPU = "cpu"  # the name configs of a CPU tensor are kept under
 
@@ -39,28 +63,24 @@ GPU = "cpu"  # the name configs of a CPU tensor are kept under
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "user"))
-    monkeypatch.setattr(tuner, "shipped_folder", lambda: tmp_path / "shipped")
-    tuner.forget()
+    monkeypatch.setattr(choose, "shipped_folder", lambda: tmp_path / "shipped")
+    choose.forget()
     yield
-    tuner.forget()
+    choose.forget()
 
 
 def _entry(block, **changes):
     return {
         "config": {"block": block},
-        "triton": tuner.triton_version(),
+        "triton": choose.triton_version(),
         "source": TOY.source,
         "milliseconds": 1.0,
     } | changes
 
 
-def _trial(wrong=(), broken=()):
-    def run(config):
-        if config.block in broken:
-            raise RuntimeError(f"out of resource: block {config.block}")
-        return torch.full((4,), 2.0 if config.block in wrong else 1.0)
-
-    return Trial(run, lambda: torch.ones(4))
+def _request(pixels=100, **keywords):
+    x = torch.ones(pixels)
+    return Request(TOY, Problem(pixels), CPU, (x,), keywords)
 
 
 def _clock(fastest):
@@ -76,10 +96,10 @@ def test_store_before_shipped_before_heuristic(tmp_path):
     problem = Problem(100)
     assert look_up(TOY, problem, GPU) == (Config(16), "heuristic")
     Store(tmp_path / "shipped", GPU).update({key_of(TOY, problem): _entry(32)})
-    tuner.forget()
+    choose.forget()
     assert look_up(TOY, problem, GPU) == (Config(32), "shipped")
     Store(user_folder(), GPU).update({key_of(TOY, problem): _entry(64)})
-    tuner.forget()
+    choose.forget()
     assert look_up(TOY, problem, GPU) == (Config(64), "store")
     assert look_up(TOY, Problem(100, torch.float16), GPU).source == "heuristic"
     assert look_up(TOY, problem, "another GPU").source == "heuristic"
@@ -111,11 +131,11 @@ def test_an_entry_that_does_not_hold_is_ignored(entry):
 
 
 def test_the_fastest_right_candidate_wins_and_is_kept():
-    outcomes = tune(TOY, Problem(100), CPU, _trial(), _clock(fastest=32))
+    outcomes = tune(_request(), _clock(fastest=32))
     assert outcomes[0].config.block == 32
     assert {outcome.config.block for outcome in outcomes} == {8, 16, 32, 64}  # 128 is not valid here
     assert look_up(TOY, Problem(100), GPU) == (Config(32), "store")
-    tuner.forget()  # as a new process would
+    choose.forget()  # as a new process would
     assert look_up(TOY, Problem(100), GPU) == (Config(32), "store")
     entry = Store(user_folder(), GPU).read()[key_of(TOY, Problem(100))]
     assert entry["milliseconds"] == 1.0
@@ -123,7 +143,7 @@ def test_the_fastest_right_candidate_wins_and_is_kept():
 
 
 def test_a_wrong_or_failing_candidate_is_never_chosen():
-    outcomes = measure_candidates(TOY, Problem(100), _trial(wrong=(32,), broken=(64,)), _clock(fastest=32))
+    outcomes = measure_candidates(_request(wrong=(32,), broken=(64,)), _clock(fastest=32))
     assert outcomes[0].config.block == 16
     reasons = {o.config.block: o.rejected for o in outcomes if o.rejected}
     assert set(reasons) == {32, 64}
@@ -132,21 +152,39 @@ def test_a_wrong_or_failing_candidate_is_never_chosen():
 
 
 def test_nan_never_agrees():
-    trial = Trial(lambda config: torch.full((2,), float("nan")), lambda: torch.ones(2))
-    assert all(outcome.rejected for outcome in measure_candidates(TOY, Problem(100), trial, _clock(8)))
+    @tunable(TOY.configs, _heuristic, problem=_problem, reference=lambda x: torch.ones(2), name="nan")
+    def nan(x, *, config):
+        return torch.full((2,), float("nan"))
+
+    request = Request(nan, Problem(100), CPU, (torch.ones(100),), {})
+    assert all(outcome.rejected for outcome in measure_candidates(request, _clock(8)))
 
 
 def test_nothing_is_kept_when_every_candidate_is_wrong():
     with pytest.warns(RuntimeWarning, match="no config of toy pixels=100"):
-        outcomes = tune(TOY, Problem(100), CPU, _trial(wrong=BLOCKS), _clock(8))
+        outcomes = tune(_request(wrong=BLOCKS), _clock(8))
     assert outcomes[0].config == Config(16)  # the heuristic's
     assert look_up(TOY, Problem(100), GPU).source == "heuristic"
 
 
-def test_at_most_twenty_candidates_the_heuristic_first():
-    many = Tunable("many", tuple(map(Config, range(1, 100))), lambda p: Config(50), lambda p, c: c.block, TOY.modules)
-    candidates = many.candidates(Problem(100))
-    assert [c.block for c in candidates] == [50, *range(1, 20)]
+def test_the_heuristic_comes_first_and_no_more_candidates_than_asked_for():
+    assert [c.block for c in TOY.candidates(Problem(100))] == [16, 8, 32, 64]
+    assert [c.block for c in TOY.candidates(Problem(100), most=2)] == [16, 8]
+
+
+def test_comments_and_docstrings_do_not_void_an_entry(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('"""One."""\ndef f():\n    """Two."""\n    return 1\n')
+    code = choose._code(path)
+    path.write_text('"""Other."""\n\n\ndef f():\n    """Words."""  # and more\n    return 1\n')
+    assert choose._code(path) == code
+    path.write_text("def f():\n    return 2\n")
+    assert choose._code(path) != code
+
+
+def test_an_entry_depends_on_all_code_that_its_launches_run():
+    found = choose._modules_of("kernels.aggregation.triton_kernels")
+    assert found == {"kernels.aggregation.triton_kernels", "kernels.windows_triton"}
 
 
 def test_what_a_look_up_would_refuse_is_no_candidate():
@@ -155,25 +193,28 @@ def test_what_a_look_up_would_refuse_is_no_candidate():
 
 
 def test_nothing_is_tuned_unasked_nor_without_a_gpu():
-    def forbidden(*_):
-        raise AssertionError("ran a trial")
-
-    trial = Trial(forbidden, forbidden)
-    assert tuner.choose(TOY, Problem(100), CPU, trial) == Config(16)
-    with tuner.tuning():
-        assert tuner.choose(TOY, Problem(100), CPU, trial) == Config(16)
+    x = torch.ones(100)
+    assert TOY.choose(x, broken=BLOCKS) == Config(16)
+    with autotune.tuning():
+        assert TOY.choose(x, broken=BLOCKS) == Config(16)
 
 
-def test_choosing_again_costs_microseconds():
-    problem, trial = Problem(100), _trial()
-    tuner.choose(TOY, problem, CPU, trial)
-    rounds = []
-    for _ in range(20):  # the quickest of several: the machine may be busy
-        start = time.perf_counter()
-        for _ in range(1000):
-            tuner.choose(TOY, problem, CPU, trial)
-        rounds.append((time.perf_counter() - start) / 1000)
-    assert min(rounds) < 5e-6
+def test_inside_tuning_a_problem_without_an_entry_is_tuned(monkeypatch):
+    """As on a GPU: a problem met before, one met while a graph is captured, and one met then again."""
+    device, capturing = torch.device("cuda", 0), [False]
+    monkeypatch.setattr(choose, "gpu_name", lambda device: "GPU")
+    monkeypatch.setattr(choose, "_device_of", lambda arguments: device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr("autotune.tuner.gpu_name", lambda device: "GPU")
+    monkeypatch.setattr("autotune.tuner.tune", lambda request: tune(request, _clock(fastest=64)))
+    assert TOY.choose(torch.ones(100)) == Config(16)
+    with autotune.tuning():
+        capturing[0] = True
+        assert TOY.choose(torch.ones(100)) == Config(16)
+        capturing[0] = False
+        assert TOY.choose(torch.ones(100)) == Config(64)
+    assert TOY.choose(torch.ones(100)) == Config(64)
+    assert TOY.choose(torch.ones(90)) == Config(16)
 
 
 def test_a_tuned_launch_takes_microseconds_more_than_a_configured_one():
@@ -187,7 +228,7 @@ def test_a_tuned_launch_takes_microseconds_more_than_a_configured_one():
             with record_launches():
                 start = time.thread_time()
                 for _ in range(50):
-                    triton_kernels.aggregate(weight, x, window, given)
+                    triton_kernels.aggregate(weight, x, window, config=given)
                 quickest[given] = min(quickest[given], (time.thread_time() - start) / 50)
     assert quickest[None] - quickest[config] < 15e-6  # 5 on a quiet machine
 

@@ -11,10 +11,11 @@ import kernels
 from autotune import tunables, verify
 from autotune.__main__ import main
 from autotune.bench_operators import benchmark_workloads
-from autotune.store import Store
 from autotune.tunables import StoredEntry, find_tunables, problem_of
-from autotune.tuner import Trial, Tunable, choose, gpu_name, key_of, observing, triton_version
 from kernels.launch import record_launches
+from kernels.tuning import tunable
+from kernels.tuning.choose import gpu_name, key_of, observing, triton_version
+from kernels.tuning.store import Store
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
@@ -33,16 +34,31 @@ class Problem(NamedTuple):
     dtype: torch.dtype
 
 
-TOY = Tunable(
-    "toy", (Config(1.0), Config(2.0)), lambda problem: Config(1.0), lambda problem, config: 0.0, ("autotune.store",),
-    Problem, f"{__name__}:toy_example",
-)  # fmt: skip
+def _heuristic(problem: Problem) -> Config:
+    return Config(1.0)
 
 
-def toy_example(problem, device):
-    """A kernel that multiplies by its config's factor, which should be 1."""
-    x = torch.randn(problem.pixels, dtype=problem.dtype, device=device)
-    choose(TOY, problem, device, Trial(lambda config: config.factor * x, lambda: x))
+def _toy():
+    @tunable(
+        (Config(1.0), Config(2.0)),
+        _heuristic,
+        problem=lambda x: Problem(x.numel(), x.dtype),
+        reference=lambda x: x,
+        name="toy",
+    )
+    def toy(x, *, config):
+        """A kernel that multiplies by its config's factor, which should be 1."""
+        return config.factor * x
+
+    return toy
+
+
+TOY = _toy()
+
+
+@TOY.example
+def _(problem, device):
+    return (torch.randn(problem.pixels, dtype=problem.dtype, device=device),)
 
 
 @pytest.fixture(autouse=True)
@@ -52,14 +68,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "store"
 
 
-def _entry(tunable, config):
-    return {"config": dataclasses.asdict(config), "triton": triton_version(), "source": tunable.source}
+def _entry(launcher, config):
+    return {"config": dataclasses.asdict(config), "triton": triton_version(), "source": launcher.source}
 
 
 def _problems():
     """One problem of every kernel that the operators launch, from a tiny shape of each."""
     found = {}
-    with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.tunable, r.problem)):
+    with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
         for workload in benchmark_workloads(quick=True):
             inputs = workload.draw_inputs(torch.float32, HERE)
             workload.forward_backward(inputs, workload.draw_gradient(torch.float32, HERE))
@@ -68,13 +84,13 @@ def _problems():
 
 def test_every_kernel_that_is_launched_is_registered_and_can_be_verified():
     known, problems = find_tunables(), _problems()
-    assert {tunable.name for tunable in problems} == set(known)
-    for tunable, problem in problems.items():
-        assert known[tunable.name] is tunable
-        key = key_of(tunable, problem)
-        assert problem_of(tunable, key) == problem
-        config = next(config for config in tunable.candidates(problem) if config.valid(problem))
-        stored = StoredEntry("cpu", "store", tunables.user_folder(), key, _entry(tunable, config))
+    assert {launcher.name for launcher in problems} == set(known)
+    for launcher, problem in problems.items():
+        assert known[launcher.name] is launcher
+        key = key_of(launcher, problem)
+        assert problem_of(launcher, key) == problem
+        config = next(config for config in launcher.candidates(problem) if config.valid(problem))
+        stored = StoredEntry("cpu", "store", tunables.user_folder(), key, _entry(launcher, config))
         row = verify.check_entry(stored, known, HERE)
         assert row["status"] == "ok", f"{key}: {row['reason']}"
 
@@ -107,8 +123,9 @@ def test_a_wrong_config_is_found(folder, monkeypatch, capsys):
 
 
 def test_a_kernel_without_an_example_is_named_not_failed(folder, monkeypatch, capsys):
-    bare = dataclasses.replace(TOY, problem=None, example=None)
-    Store(folder, gpu_name(HERE)).update({"toy pixels=49": _entry(bare, Config(1.0))})
+    bare = _toy()
+    key = key_of(bare, Problem(49, torch.float32))
+    Store(folder, gpu_name(HERE)).update({key: _entry(bare, Config(1.0))})
     monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": bare})
     assert main(["verify", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["entries"]

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from kernels import dtypes
 from kernels.aggregation import triton_kernels
 from kernels.aggregation.triton_kernels import CONFIGS, Config, Problem, heuristic
 from kernels.launch import fits_int32, record_launches
@@ -42,12 +43,12 @@ def test_every_config(rule):
     transposed = (flat @ matrix).view(x.shape)
     expected_inner = (x.double().cpu() * aggregated).sum()
     for config in TILES.values() if DEVICE == "cpu" else CONFIGS:
-        out = triton_kernels.aggregate(weight, x, window, config)
+        out = triton_kernels.aggregate(weight, x, window, config=config)
         assert_close(out, aggregated, FORWARD_TOLERANCE[x.dtype], str(config))
-        out = triton_kernels.transpose(weight, x, (height, width), window, config)
+        out = triton_kernels.transpose(weight, x, (height, width), window, config=config)
         assert_close(out, transposed, FORWARD_TOLERANCE[x.dtype], str(config))
         # correlate is the adjoint of aggregate in the weight: <correlate(g, x), w> = <g, aggregate(w, x)>.
-        correlated = triton_kernels.correlate(x, x, window, config).double().cpu()
+        correlated = triton_kernels.correlate(x, x, window, config=config).double().cpu()
         inner = (correlated * weight.double().cpu()).sum()
         assert abs(inner - expected_inner) <= 1e-5 * flat.norm() * aggregated.norm(), config
 
@@ -108,7 +109,7 @@ def test_offsets_are_64_bit_where_32_would_overflow():
 def test_wide_offsets_compute_the_same(monkeypatch):
     window, weight, x = WINDOWS["clamped"], random_tensor(1, 2, 3, 3, 5, 4), random_tensor(1, 2, 3, 5, 4)
     narrow = triton_kernels.aggregate(weight, x, window), triton_kernels.correlate(x, x, window)
-    monkeypatch.setattr(triton_kernels, "fits_int32", lambda *tensors: False)
+    monkeypatch.setattr(dtypes, "fits_int32", lambda *tensors: False)
     wide = triton_kernels.aggregate(weight, x, window), triton_kernels.correlate(x, x, window)
     assert torch.equal(narrow[0], wide[0])
     assert torch.equal(narrow[1], wide[1])

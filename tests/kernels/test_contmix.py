@@ -147,10 +147,10 @@ def test_every_config(threshold, size, kernel_size, monkeypatch):
         triton_forward.forward(inputs, *outputs, [kernel_size], {0: config})
         assert_close(out, expected[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
         assert_close(statistics, log_sum_exp[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
-        triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config)
-        triton_grad_inputs.grad_value(saved, grad_value.fill_(torch.nan), config)
-        grad_projected = triton_grad_parameters.grad_projected(saved, delta, config)
-        grad_bias, grad_table = triton_grad_parameters.grad_tables(saved, delta, config)
+        triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config=config)
+        triton_grad_inputs.grad_value(saved, grad_value.fill_(torch.nan), config=config)
+        grad_projected = triton_grad_parameters.grad_projected(saved, delta, config=config)
+        grad_bias, grad_table = triton_grad_parameters.grad_tables(saved, delta, config=config)
         ours = grad_query, grad_projected, grad_bias, grad_table.flatten(1), grad_value[:, None]
         for name, ours_grad, expected_grad in zip(GRADIENTS, ours, expected_grads, strict=True):
             assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[torch.float32], f"{config}: {name}")

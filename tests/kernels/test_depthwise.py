@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from autotune import tuner
-from autotune.tuner import measure_candidates, observing
-from kernels.aggregation import triton_kernels as aggregation_kernels
+from autotune.tuner import measure_candidates
+from kernels import dtypes
 from kernels.depthwise import triton_kernels, triton_tiles
 from kernels.depthwise.triton_tiles import CONFIGS, LIBRARY, SMALL, Config, Problem, heuristic, tile_width
 from kernels.launch import record_launches
+from kernels.tuning.choose import forget, observing
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
 
 
@@ -21,10 +21,10 @@ def _nothing_is_small(monkeypatch):
     """Natively PyTorch would be given all that is tested here; it is our kernels that are to be tested."""
     monkeypatch.setattr(triton_tiles, "SMALL", 0)
     heuristic.cache_clear()
-    tuner.forget()
+    forget()
     yield
     heuristic.cache_clear()
-    tuner.forget()
+    forget()
 
 
 # (batch, channels, height, width, K). 9x21 cuts tiles of 4x16 short on both axes; 7x7 is one tile, of which only the
@@ -201,7 +201,7 @@ def test_every_config():
         out = triton_kernels.convolve(x, weight, config=config)
         assert_close(out, expected, FORWARD_TOLERANCE[x.dtype], str(config))
     for config in _tiles(weight_gradient=True):
-        gradient = triton_kernels.weight_gradient(grad, x, 5, config)
+        gradient = triton_kernels.weight_gradient(grad, x, 5, config=config)
         assert_close(gradient, expected_gradient, GRADIENT_TOLERANCE[x.dtype], str(config))
 
 
@@ -213,7 +213,7 @@ def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
     assert heuristic.__wrapped__(small._replace(images=128)) != LIBRARY
     assert heuristic.__wrapped__(small._replace(channels_last=True)) != LIBRARY  # no thread per output there
     for problem in (small, small._replace(images=128, weight_gradient=True, channels_last=True)):
-        assert LIBRARY in triton_kernels.CONVOLVE.candidates(problem)
+        assert LIBRARY in triton_kernels.convolve.candidates(problem)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -222,8 +222,8 @@ def test_pytorch_instead(channels_last):
     x, weight, bias = random_tensor(2, 3, 6, 7), random_tensor(3, 1, 5, 5), random_tensor(3)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     with record_launches() as launches:
-        plain, flipped = (triton_kernels.convolve(x, weight, bias, flag, LIBRARY) for flag in (False, True))
-        gradient = triton_kernels.weight_gradient(x, x, 5, LIBRARY)
+        plain, flipped = (triton_kernels.convolve(x, weight, bias, flag, config=LIBRARY) for flag in (False, True))
+        gradient = triton_kernels.weight_gradient(x, x, 5, config=LIBRARY)
     assert not launches
     for ours, flag in ((plain, False), (flipped, True)):
         expected = triton_kernels.convolve(x, weight, bias, flag)
@@ -244,9 +244,9 @@ def test_tuning_takes_pytorch_where_it_wins():
             call()
         return float(len(recorded))
 
-    assert [request.tunable for request in requests] == [triton_kernels.CONVOLVE, triton_kernels.WEIGHT_GRADIENT]
+    assert [request.launcher for request in requests] == [triton_kernels.convolve, triton_kernels.weight_gradient]
     for request in requests:
-        outcomes = measure_candidates(request.tunable, request.problem, request.trial, launches, most=2)
+        outcomes = measure_candidates(request, launches, most=2)
         assert [(outcome.milliseconds, outcome.config == LIBRARY) for outcome in outcomes] == [(0, True), (1, False)]
 
 
@@ -261,9 +261,9 @@ def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
         Config(8, 64, 2),
     ):  # one image at a time in two blocks of tiles, then two at a time
         with record_launches() as launches:
-            triton_kernels.weight_gradient(grad.to("meta"), x.to("meta"), 3, config)
+            triton_kernels.weight_gradient(grad.to("meta"), x.to("meta"), 3, config=config)
         assert launches[0].arguments["chunk_images"] < len(x)
-        gradient = triton_kernels.weight_gradient(grad, x, 3, config)
+        gradient = triton_kernels.weight_gradient(grad, x, 3, config=config)
         assert_close(gradient, expected, GRADIENT_TOLERANCE[x.dtype], str(config))
 
 
@@ -309,7 +309,7 @@ def test_wide_offsets_compute_the_same(monkeypatch):
         return triton_kernels.convolve(x, weight), triton_kernels.weight_gradient(x, x, 5)
 
     narrow = run()
-    monkeypatch.setattr(aggregation_kernels, "fits_int32", lambda *tensors: False)
+    monkeypatch.setattr(dtypes, "fits_int32", lambda *tensors: False)
     assert all(torch.equal(first, second) for first, second in zip(narrow, run(), strict=True))
 
 

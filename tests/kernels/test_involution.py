@@ -191,7 +191,7 @@ def test_every_generate_config():
     for config in tiles.values() if DEVICE == "cpu" else triton_kernels.CONFIGS:
         x = inputs["x"].unflatten(1, (2, 3))
         out = triton_kernels.involution_generate(
-            x, inputs["features"], inputs["weight"], inputs["bias"], window, config
+            x, inputs["features"], inputs["weight"], inputs["bias"], window, config=config
         )
         assert_close(out.flatten(1, 2), expected, FORWARD_TOLERANCE[torch.float32], str(config))
 

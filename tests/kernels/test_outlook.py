@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels.aggregation import triton_kernels as aggregation_kernels
+from kernels import dtypes
 from kernels.outlook import triton_kernels
 from kernels.outlook.triton_kernels import CONFIGS, Problem, Windows, heuristic
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
@@ -220,14 +220,14 @@ def test_every_config():
     problem = Problem(channels, 90, 2, 2, value.dtype)
     tiles = {(c.block_items, c.block_channels): c for c in CONFIGS if c.valid(problem)}
     for config in tiles.values():
-        out = triton_kernels.outlook(logits, value, *windows, config)
+        out = triton_kernels.forward(logits, value, windows, config=config)
         assert_close(out, expected, FORWARD_TOLERANCE[value.dtype], str(config))
-        out = triton_kernels.grad_value(grad, logits, statistics, windows, config)
+        out = triton_kernels.grad_value(grad, logits, statistics, windows, config=config)
         assert_close(out, expected_value, GRADIENT_TOLERANCE[value.dtype], str(config))
     problem = problem._replace(grad_logits=True)
     tiles = {(c.block_items, c.block_channels): c for c in CONFIGS if c.valid(problem)}
     for config in tiles.values():
-        gradient, _ = triton_kernels.grad_logits(grad, logits, value, windows, config)
+        gradient, _ = triton_kernels.grad_logits(grad, logits, value, windows, config=config)
         assert_close(gradient, expected_logits, GRADIENT_TOLERANCE[value.dtype], str(config))
 
 
@@ -251,5 +251,5 @@ def test_wide_offsets_compute_the_same(monkeypatch):
         return triton_kernels.outlook(logits, value, *windows), *gradients
 
     narrow = run()
-    monkeypatch.setattr(aggregation_kernels, "fits_int32", lambda *tensors: False)
+    monkeypatch.setattr(dtypes, "fits_int32", lambda *tensors: False)
     assert all(torch.equal(first, second) for first, second in zip(narrow, run(), strict=True))

@@ -11,7 +11,6 @@ from torch import nn
 
 import kernels
 import models
-from autotune import tuner
 from autotune.notebooks import (
     breakdown,
     complexity,
@@ -25,7 +24,8 @@ from autotune.notebooks import (
     subject,
     sweeps,
 )
-from autotune.store import Store, user_folder
+from kernels.tuning import choose
+from kernels.tuning.store import Store, user_folder
 from kernels.windows import Window
 from models.layers import ContMix
 from models.rednet import Involution2d
@@ -311,19 +311,18 @@ def test_resident_threads(registers, shared, warps, threads):
 
 def test_survey_and_stored_times(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path))
-    tuner.forget()
+    choose.forget()
     tunable, problem = subject.subject()
     found = landscape.survey_in_processes("Some GPU", architecture=None, processes=1)
     assert found.source == "heuristic"
-    assert found.candidates[0].cost == 1
-    assert [c.cost for c in found.candidates] == sorted(c.cost for c in found.candidates)
+    assert found.candidates[0].chosen
     assert all(c.config in tunable.configs and c.config.valid(problem) for c in found.candidates)
     assert [c.chosen for c in found.candidates].count(True) == 1
 
     slowest = found.candidates[-1].config
     entry = {
         "config": dataclasses.asdict(slowest),
-        "triton": tuner.triton_version(),
+        "triton": choose.triton_version(),
         "source": tunable.source,
         "milliseconds": 0.25,
         "heuristic_milliseconds": 0.5,
@@ -337,7 +336,7 @@ def test_survey_and_stored_times(tmp_path, monkeypatch):
     text = repr(landscape.reasons(tuned))
     assert "in the user's store" in text
     assert "0.250 ms" in text
-    tuner.forget()
+    choose.forget()
 
 
 def test_checkpoints_from_the_environment(monkeypatch):

@@ -1,9 +1,9 @@
 """Tuned configs on disk: one readable JSON file per GPU, shared by any number of processes.
 
 A user's entries lie under the platform's cache directory (or DYNAMIC_KERNELS_STORE, a folder); entries that ship with
-the package lie in autotune/configs. An entry is only used for the exact key it was tuned for, by the Triton version and
-the kernel source it was tuned with. Nothing a file can contain stops a run: what cannot be read or written costs one
-warning, and the heuristics serve instead.
+the package lie in kernels/tuning/configs. An entry is only used for the exact key it was tuned for, by the Triton
+version and the kernel's code it was tuned with. Nothing a file can contain stops a run: what cannot be read or written
+costs one warning, and the heuristics serve instead.
 """
 
 from __future__ import annotations

@@ -1,0 +1,326 @@
+"""Which config a launch uses: tuned where somebody tuned it, a documented heuristic everywhere else.
+
+Look-up order for a problem, exact at every step and never "close enough":
+
+1. the user's store,
+2. the configs shipped for this GPU in kernels/tuning/configs,
+3. the kernel's heuristic, a function of the problem.
+
+``@tunable`` makes a launcher that asks in this order when it is called without a config. Nothing is ever timed here:
+``autotune.tuning()`` sets ``on_miss``, which is then asked for a config where only the heuristic has one.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from kernels.tuning.store import Store, shipped_folder, user_folder
+
+__all__ = [
+    "Choice",
+    "Launcher",
+    "Request",
+    "bucket",
+    "config_of",
+    "forget",
+    "gpu_name",
+    "key_of",
+    "look_up",
+    "observing",
+    "remember",
+    "stale",
+    "triton_version",
+    "tunable",
+]
+
+Config = Any  # a frozen dataclass with ``valid(problem)``
+Problem = Any  # a NamedTuple of what the choice depends on, with a field ``pixels``
+Outputs = TypeVar("Outputs")
+
+
+class Request(NamedTuple):
+    """A launch that wants a config: everything that tuning it needs. Its tensors may be overwritten soon after."""
+
+    launcher: Launcher
+    problem: Problem
+    device: torch.device
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def run(self, config: Config) -> Any:
+        """The launch with a config of the caller's."""
+        return self.launcher.launch(*self.arguments, **self.keywords, config=config)
+
+    def reference(self) -> Any:
+        """What the launch must return, from the eager path in at least float32."""
+        return self.launcher.reference(*self.arguments, **self.keywords)
+
+
+class Choice(NamedTuple):
+    config: Config
+    source: str  # "store", "shipped" or "heuristic"
+
+
+class Launcher(Generic[Outputs]):
+    """A function that launches a kernel with a config, and everything by which its config is chosen.
+
+    Attributes:
+        name: the first word of its keys.
+        launch: the decorated function; takes its arguments and ``config``.
+        configs: all configs that tuning tries.
+        heuristic: problem -> the config where nothing was tuned.
+        problem_of: the launcher's arguments -> problem.
+        reference: the launcher's arguments -> the right outputs, in at least float32.
+        make_example: (problem, device) -> arguments with random inputs of that problem; set by ``example``.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[..., Outputs],
+        name: str,
+        configs: Sequence[Config],
+        heuristic: Callable[[Any], Config],
+        problem_of: Callable[..., Problem],
+        reference: Callable[..., Any],
+    ) -> None:
+        functools.update_wrapper(self, launch)
+        self.launch, self.name, self.configs, self.heuristic = launch, name, tuple(configs), heuristic
+        self.problem_of, self.reference = problem_of, reference
+        self.make_example: Callable[[Problem, torch.device], tuple[Any, ...]] | None = None
+
+    def __call__(self, *arguments: Any, config: Config = None, **keywords: Any) -> Outputs:
+        if config is None:
+            config = self.choose(*arguments, **keywords)
+        return self.launch(*arguments, **keywords, config=config)
+
+    def choose(self, *arguments: Any, **keywords: Any) -> Config:
+        """The config for a launch with these arguments: after the first time one dictionary look-up."""
+        problem, device = self.problem_of(*arguments, **keywords), _device_of(arguments)
+        config = _chosen.get((self.name, problem, device))
+        return _decide(Request(self, problem, device, arguments, keywords)) if config is None else config
+
+    def example(self, make_example: Callable[[Any, torch.device], tuple[Any, ...]]) -> Callable[..., Any]:
+        """Decorator: how random arguments of a problem are made, for checking stored configs."""
+        self.make_example = make_example
+        return make_example
+
+    @functools.cached_property
+    def problem_type(self) -> type:
+        """The NamedTuple type of its problems, by which keys are read back: the heuristic's parameter."""
+        function = inspect.unwrap(self.heuristic)
+        return typing.get_type_hints(function)[next(iter(inspect.signature(function).parameters))]
+
+    @functools.cached_property
+    def source(self) -> str:
+        """Hash of the code that its outputs and times come from; comments and docstrings do not count."""
+        digest = hashlib.sha256()
+        for name in sorted(_modules_of(self.launch.__module__)):
+            digest.update(_code(Path(str(sys.modules[name].__file__))).encode())
+        return digest.hexdigest()[:16]
+
+    def candidates(self, problem: Problem, most: int | None = None) -> list[Config]:
+        """What tuning times: the heuristic's choice, then the other valid configs."""
+        valid = [config for config in self.configs if config.valid(problem)]
+        first = self.heuristic(problem)
+        if valid and not first.valid(problem):  # as in the interpreter: no look-up would accept it from a file
+            return valid[:most]
+        return [first, *(config for config in valid if config != first)][:most]
+
+
+def tunable(
+    configs: Sequence[Config],
+    heuristic: Callable[[Any], Config],
+    *,
+    problem: Callable[..., Problem],
+    reference: Callable[..., Any],
+    name: str | None = None,
+) -> Callable[[Callable[..., Outputs]], Launcher[Outputs]]:
+    """Decorator for a launcher ``(*arguments, config)``: called without a config, it looks one up.
+
+    Args:
+        configs: about 16 at most; each says with ``valid(problem)`` whether it fits a problem.
+        heuristic: problem -> config, its parameter annotated with the type of the problem.
+        problem: the launcher's arguments -> problem.
+        reference: the launcher's arguments -> the right outputs, in at least float32.
+        name: the first word of its keys, where the function's own name is not telling enough.
+    """
+
+    def decorate(launch: Callable[..., Outputs]) -> Launcher[Outputs]:
+        return Launcher(launch, name or launch.__name__, configs, heuristic, problem, reference)
+
+    return decorate
+
+
+def _device_of(arguments: Sequence[Any]) -> torch.device:
+    first = arguments[0]
+    while not isinstance(first, Tensor):
+        first = first[0]
+    return first.device
+
+
+def _modules_of(name: str) -> set[str]:
+    """A module of this package and those whose jit functions or launchers it uses, directly or through others."""
+    found, left = set(), [name]
+    while left:
+        name = left.pop()
+        found.add(name)
+        for value in vars(sys.modules[name]).values():
+            function = getattr(value, "fn", None) or getattr(value, "launch", None)
+            module = getattr(function, "__module__", None)
+            if isinstance(module, str) and module.startswith("kernels.") and module not in found:
+                left.append(module)
+    return found
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+def bucket(pixels: int) -> int:
+    """Map sizes that share an entry: exact up to 256 pixels, then up to the next power of two.
+
+    On the small maps (49, 196) a tile that does not divide the map wastes a large part of it, so the best tile is the
+    size's own; beyond, waste is below an eighth and what counts is only how many tiles there are.
+    """
+    return pixels if pixels <= 256 else 1 << (pixels - 1).bit_length()
+
+
+def key_of(launcher: Launcher, problem: Problem) -> str:
+    """The exact key of an entry: every field of the problem by name, pixels by bucket."""
+    fields = problem._asdict()
+    fields["pixels"] = bucket(fields["pixels"])
+    return " ".join([launcher.name, *(f"{name}={value}".replace("=torch.", "=") for name, value in fields.items())])
+
+
+@functools.cache
+def triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name under which configs of a device are kept; CPU tensors run in the interpreter, where nothing is timed."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def stale(entry: dict[str, Any], launcher: Launcher) -> str | None:
+    """Why an entry no longer holds, or None."""
+    if entry.get("triton") != triton_version():
+        return f"tuned with triton {entry.get('triton')}, this is {triton_version()}"
+    if entry.get("source") != launcher.source:
+        return "the kernel's code has changed since"
+    return None
+
+
+def config_of(entry: dict[str, Any], launcher: Launcher, problem: Problem) -> Config | None:
+    """The entry's config, if it is one that tuning tries: a hostile or outdated file can name no other."""
+    offered = (*launcher.configs, launcher.heuristic(problem))
+    return next((c for c in offered if dataclasses.asdict(c) == entry.get("config")), None)
+
+
+@functools.cache
+def _stores(gpu: str, user: Path) -> tuple[tuple[str, Store], ...]:
+    return ("store", Store(user, gpu)), ("shipped", Store(shipped_folder(), gpu))
+
+
+@functools.cache
+def _entries(gpu: str, user: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Both files, read once per process; ``remember`` refreshes the user's."""
+    return {name: store.read() for name, store in _stores(gpu, user)}
+
+
+def look_up(launcher: Launcher, problem: Problem, gpu: str) -> Choice:
+    """The config of a problem by the order above."""
+    key = key_of(launcher, problem)
+    for name, entries in _entries(gpu, user_folder()).items():
+        entry = entries.get(key)
+        if entry is not None and stale(entry, launcher) is None:
+            config = config_of(entry, launcher, problem)
+            if config is not None and config.valid(problem):
+                return Choice(config, name)
+    return Choice(launcher.heuristic(problem), "heuristic")
+
+
+def remember(key: str, entry: dict[str, Any], gpu: str) -> bool:
+    """Write an entry to the user's store, and use it in this process from now on; False where it cannot be written."""
+    folder = user_folder()
+    (_, store), _ = _stores(gpu, folder)
+    written = store.update({key: entry})
+    _entries(gpu, folder)["store"][key] = entry
+    return written
+
+
+_chosen: dict[tuple[str, Problem, torch.device], Config] = {}
+# What is asked for a config where no file has one, instead of the heuristic.
+on_miss: Callable[[Request], Config] | None = None
+_observer: Callable[[Request], object] | None = None
+
+
+@contextmanager
+def asking(function: Callable[[Request], Config] | None) -> Iterator[None]:
+    """Inside the block ``on_miss`` is ``function``, and what was chosen before is chosen again."""
+    global on_miss
+    previous, on_miss = on_miss, function
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        on_miss = previous
+
+
+@contextmanager
+def observing(observer: Callable[[Request], object]) -> Iterator[None]:
+    """Inside the block, ``observer`` is told of every problem that a launch meets, before a config is chosen for it."""
+    global _observer
+    previous, _observer = _observer, observer
+    _chosen.clear()  # what was chosen before the block is to be met again
+    try:
+        yield
+    finally:
+        _observer = previous
+        _chosen.clear()  # and what was chosen inside is not to outlive it
+
+
+def forget() -> None:
+    """Drop what this process remembers, so that the files are read again."""
+    _chosen.clear()
+    _entries.cache_clear()
+    _stores.cache_clear()
+
+
+def _decide(request: Request) -> Config:
+    launcher, problem, device, *_ = request
+    if _observer is not None:
+        _observer(request)
+    keep = True
+    if device.type != "cuda":  # the interpreter, or meta tensors whose launch is recorded
+        config = launcher.heuristic(problem)
+    else:
+        config, source = look_up(launcher, problem, gpu_name(device))
+        if source == "heuristic" and on_miss is not None:
+            # A capturing stream may not be synchronised, and timing does that: the next launch is asked again.
+            keep = not torch.cuda.is_current_stream_capturing()
+            config = on_miss(request) if keep else config
+    if keep:
+        _chosen[launcher.name, problem, device] = config
+    return config
