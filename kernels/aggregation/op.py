@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.aggregation import eager
+from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
 from kernels.registration import WINDOW, fields_of, window_of, without_autocast
@@ -26,13 +27,17 @@ from kernels.windows import Pair, Window
 __all__ = ["aggregate", "aggregation_flops", "algebra", "correlate", "transpose"]
 
 
-def algebra(backend: str, tensor: Tensor) -> ModuleType:
+def algebra(backend: str, tensor: Tensor, window: Window) -> ModuleType:
     """The module that computes the three here; Triton is imported at the first use and not before."""
-    if resolve(backend, tensor) == "triton":
-        from kernels.aggregation import triton_kernels
+    if resolve(backend, tensor) == "eager":
+        return eager
+    if slides(window):
+        from kernels.aggregation import rows
 
-        return triton_kernels
-    return eager
+        return rows
+    from kernels.aggregation import triton_kernels
+
+    return triton_kernels
 
 
 @torch.library.custom_op(
@@ -41,7 +46,7 @@ def algebra(backend: str, tensor: Tensor) -> ModuleType:
 @without_autocast
 def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, x).aggregate(weight, x, window)
+    return algebra(backend, x, window).aggregate(weight, x, window)
 
 
 @_aggregate.register_fake
@@ -55,7 +60,7 @@ def _(weight, x, *_):
 @without_autocast
 def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return algebra(backend, x).correlate(g, x, window)
+    return algebra(backend, x, window).correlate(g, x, window)
 
 
 @_correlate.register_fake
@@ -71,7 +76,7 @@ def _(g, x, kernel_size, *_):
 @without_autocast
 def _transpose(weight, g, input_size, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, g).transpose(weight, g, (input_size[0], input_size[1]), window)
+    return algebra(backend, g, window).transpose(weight, g, (input_size[0], input_size[1]), window)
 
 
 @_transpose.register_fake

@@ -15,23 +15,23 @@ from torch import Tensor
 from kernels.layout import empty_like_layout
 from kernels.windows import Window
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "kernels_of", "steps"]
 
 # Bytes of kernels a step may hold: a share of a CPU's last-level cache, half of a data-centre GPU's L2.
 STEP_BYTES = {"cpu": 8 * 2**20}
 STEP_BYTES_ELSEWHERE = 24 * 2**20
 
 
-def _steps(features: Tensor, rows: int) -> Iterator[slice]:
+def steps(features: Tensor, rows: int, budget: int | None = None) -> Iterator[slice]:
     """Images taken together so that a step's kernels fit; at least one."""
     batch, _, height, width = features.shape
-    budget = STEP_BYTES.get(features.device.type, STEP_BYTES_ELSEWHERE)
+    budget = budget or STEP_BYTES.get(features.device.type, STEP_BYTES_ELSEWHERE)
     images = max(1, budget // (rows * height * width * features.element_size()))
     for first in range(0, batch, images):
         yield slice(first, first + images)
 
 
-def _kernels(features: Tensor, weight: Tensor, bias: Tensor | None, groups: int, window: Window) -> Tensor:
+def kernels_of(features: Tensor, weight: Tensor, bias: Tensor | None, groups: int, window: Window) -> Tensor:
     """[b, G, Kh, Kw, H', W'] of a step, in the memory order of the features."""
     kernels = torch.nn.functional.conv2d(features, weight[:, :, None, None], bias)
     return kernels.unflatten(1, (groups, *window.kernel_size))
@@ -42,8 +42,8 @@ def forward(
 ) -> Tensor:
     """[B, G, C, H', W'] in the memory order of x [B, G, C, H, W]; ``algebra`` holds aggregate."""
     out = empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
-    for images in _steps(features, weight.shape[0]):
-        kernels = _kernels(features[images], weight, bias, x.shape[1], window)
+    for images in steps(features, weight.shape[0]):
+        kernels = kernels_of(features[images], weight, bias, x.shape[1], window)
         out[images] = algebra.aggregate(kernels, x[images], window)
     return out
 
@@ -60,11 +60,11 @@ def backward(
     """Gradients of x, features, weight and bias (always computed); sums over images run step by step, in order."""
     accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
     grad_x = empty_like_layout(x, x.shape)
-    grad_features = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
     grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device)
     grad_bias = torch.zeros(weight.shape[0], dtype=accumulator, device=weight.device)
-    for images in _steps(features, weight.shape[0]):
-        kernels = _kernels(features[images], weight, bias, x.shape[1], window)
+    for images in steps(features, weight.shape[0]):
+        kernels = kernels_of(features[images], weight, bias, x.shape[1], window)
         grad_x[images] = algebra.transpose(kernels, grad[images], x.shape[3:], window)
         grad_kernels = algebra.correlate(grad[images], x[images], window).flatten(1, 3).flatten(2)
         grad_features[images] = (weight.t() @ grad_kernels).unflatten(2, features.shape[2:])

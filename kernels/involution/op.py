@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
+from kernels.aggregation.configs import slides
 from kernels.aggregation.op import aggregate, algebra
-from kernels.backend import get_backend, resolve
+from kernels.backend import get_backend, interpreting, resolve
 from kernels.checks import as_pair, check_shape, check_tensors
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
@@ -142,6 +143,11 @@ def involution2d_generate(
     return out.flatten(1, 2)
 
 
+def _fused(backend: str, x: Tensor, window: Window) -> bool:
+    """Whether one launch generates and uses the kernels: Triton has no float64 matrix product on a GPU."""
+    return resolve(backend, x) == "triton" and slides(window) and (x.dtype != torch.float64 or interpreting())
+
+
 @torch.library.custom_op(
     "dynamic_kernels::involution_generate",
     mutates_args=(),
@@ -150,11 +156,11 @@ def involution2d_generate(
 @without_autocast
 def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    if resolve(backend, x) == "triton":
-        from kernels.involution.triton_kernels import involution_generate
+    if _fused(backend, x, window):
+        from kernels.involution.forward import involution_generate
 
         return involution_generate(x, features, weight, bias, window)
-    return generate.forward(x, features, weight, bias, window, algebra(backend, x))
+    return generate.forward(x, features, weight, bias, window, algebra(backend, x, window))
 
 
 @_generate.register_fake
@@ -174,13 +180,18 @@ def _(x, features, *_):
 def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     """Gradients of x, features, weight and bias."""
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return generate.backward(grad, x, features, weight, bias, window, algebra(backend, x))
+    if _fused(backend, x, window):
+        from kernels.involution.backward import backward
+
+        return backward(grad, x, features, weight, bias, window)
+    return generate.backward(grad, x, features, weight, bias, window, algebra(backend, x, window))
 
 
 @_generate_backward.register_fake
 def _(grad, x, features, weight, *_):
-    grads = features.new_empty(features.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-    return empty_like_layout(x, x.shape), *grads
+    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
+    grads = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return empty_like_layout(x, x.shape), grad_features, *grads
 
 
 def _save(ctx, inputs, output):

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels.involution import generate, triton_kernels
+from kernels.involution import generate
 from kernels.windows import Window
 from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, check_operator, random_tensor
 
