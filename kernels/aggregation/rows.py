@@ -188,6 +188,12 @@ def _correlate_kernel(
     m_entry = (tile.step < (STEPS if PADDED else WINDOW.kernel_size[0])) & (tile.tap_group < groups - tile.group)
     m_out = (m_pixel & (tile.row + tile.slot < height))[:, None] & m_entry[None, :]
 
+    # Where pixels lie across lanes a sum [P, G] is stored as soon as it is there.
+    DIRECT: tl.constexpr = ALL_CHANNELS and OUT_LANES
+    o_group = tl.arange(0, GROUPS)
+    p_direct = out.ptr + (tile.group + o_group)[None, :] * out.g
+    p_direct += across(tile.batch, tile.column, out, OUT_LANES)[:, None]
+    m_direct = m_g & (o_group < groups - tile.group)[None, :]
     if ALL_CHANNELS:
         grads = load_rows(p_g, g.h, tile.row, height, m_g & tile.m_channel[None, :], 0, ROWS)
         grads = _widened(grads, GROUPS, CHANNELS, ACCUMULATOR)
@@ -211,14 +217,21 @@ def _correlate_kernel(
                 for i in tl.static_range(len(rows)):
                     for r in tl.static_range(ROWS):
                         if tap_of(source + i, r, WINDOW, SLOTS, False) >= 0:
-                            b_sum = sums[tap_of(source + i, r, WINDOW, SLOTS, False)]
-                            b_sum += tl.sum(grads[r] * rows[i], axis=2)
-                            before = sums[: tap_of(source + i, r, WINDOW, SLOTS, False)]
-                            sums = before + (b_sum,) + sums[tap_of(source + i, r, WINDOW, SLOTS, False) + 1 :]
+                            b_sum = tl.sum(grads[r] * rows[i], axis=2)
+                            if DIRECT:
+                                o_step = tap_of(source + i, r, WINDOW, SLOTS, False) // SLOTS
+                                p_sum = p_direct + (tile.row + r).to(tl.int64) * out.h + o_step * out.k + kw * out.c
+                                m_sum = m_direct & (tile.row + r < height)
+                                tl.store(p_sum, b_sum.to(out.ptr.dtype.element_ty), mask=m_sum)
+                            else:
+                                b_sum += sums[tap_of(source + i, r, WINDOW, SLOTS, False)]
+                                before = sums[: tap_of(source + i, r, WINDOW, SLOTS, False)]
+                                sums = before + (b_sum,) + sums[tap_of(source + i, r, WINDOW, SLOTS, False) + 1 :]
             p_grad += CHANNELS * g.c
             p_row += CHANNELS * x.c
-        b_taps = stack(sums, COLUMNS, GROUPS, STEPS)
-        tl.store(p_out + kw * out.c, b_taps.to(out.ptr.dtype.element_ty), mask=m_out)
+        if not DIRECT:
+            b_taps = stack(sums, COLUMNS, GROUPS, STEPS)
+            tl.store(p_out + kw * out.c, b_taps.to(out.ptr.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
