@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """``rows`` by ``columns`` by ``channels`` (of several groups, where they fit); rows are loaded ``loads`` at once."""
+    """``rows`` by ``columns`` by ``channels``, of several groups where they fit; ``loads`` rows are loaded at once."""
 
     rows: int
     columns: int
@@ -71,7 +71,7 @@ class Config:
 CONFIGS = tuple(
     Config(rows, *tile)
     for rows in (8, 7, 4)
-    for tile in ((8, 64), (16, 64, 16, 4), (4, 64, 16, 1), (32, 16, 4), (16, 16, 4, 1))
+    for tile in ((8, 64), (8, 64, 8), (16, 64, 16, 4), (32, 16, 4), (32, 16, 2, 1))
 )
 
 
@@ -91,22 +91,20 @@ def heuristic(problem: Problem) -> Config:
     """
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
-    wide = problem.dtype.itemsize > 2
+    rows = _rows(problem, 4 if problem.dtype.itemsize > 4 else 8)
     if not problem.channels_fastest:
-        channels = min(16, next_power_of_2(problem.channels))
-        return Config(_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), 32, channels, 4, 2 if channels > 4 else 1)
-    channels = min(64, next_power_of_2(problem.channels * problem.groups))
+        return Config(rows, 32, min(16, next_power_of_2(problem.channels)), 4, 2 if problem.channels > 4 else 1)
     whole = problem.channels == next_power_of_2(problem.channels)
-    if not whole:
-        channels = min(64, next_power_of_2(problem.channels))
-    lane = min(4 if wide else 8, problem.channels) if problem.aligned and whole else 1
-    return Config(_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), max(2, 64 * lane // channels), channels)
+    channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
+    lane = min(4 if problem.dtype.itemsize > 2 else 8, problem.channels) if problem.aligned and whole else 1
+    # The taps read from memory pass through more registers than a product's.
+    return Config(rows, max(2, 64 * lane // channels), channels, 16 if problem.features else 8)
 
 
 @functools.lru_cache(maxsize=4096)
 def correlate_heuristic(problem: Problem) -> Config:
     """As above, with one warp where pixels lie across lanes: a sum over channels must not cross warps."""
     config = heuristic(problem)
-    if problem.channels_fastest or interpreting():
+    if interpreting():
         return config
-    return replace(config, columns=16 if config.channels == 16 else 32, num_warps=1)
+    return replace(config, loads=16) if problem.channels_fastest else replace(config, loads=2, num_warps=1)

@@ -1,6 +1,7 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+# ruff: noqa: RUF005
+# Triton's constexpr and the values inside a kernel are opaque to a type checker; a tuple takes no star there.
 """aggregate, transpose and correlate for zero-padded windows: rows that slide over registers (see ``tiles``).
 
 aggregate and transpose are one kernel. The dynamic kernel is read from memory, or generated (``involution.forward``):
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kernels.aggregation import eager
 from kernels.aggregation.configs import CONFIGS, Config, Problem, correlate_heuristic, heuristic
-from kernels.aggregation.tiles import across, load_rows, pitch, place, slide, sources, stack, tap_of, unstack
+from kernels.aggregation.tiles import across, load_rows, pitch, place, slide, sources, stack, tap_of, unstack, wide
 from kernels.dtypes import at_least_float32, upcast
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
@@ -27,7 +28,7 @@ from kernels.tuning import tunable
 from kernels.views import View, view
 from kernels.windows import Pair, Window
 
-__all__ = ["aggregate", "correlate", "problem_of", "transpose", "weighted_sum"]
+__all__ = ["aggregate", "correlate", "problem_of", "transpose", "weighted_sum", "weighted_sum_kernel"]
 
 FEATURES = 128  # in one product; more are summed over several
 
@@ -58,7 +59,7 @@ def _generate(
 
 
 @triton.jit
-def _weighted_sum_kernel(
+def weighted_sum_kernel(
     x,  # [B, G, C, x_height, x_width]; the gradient of the output if TRANSPOSED
     weight,  # [B, G, Kh, Kw, H', W'], Kw its channels; features [B, R, H', W'] if there are FEATURES
     span,  # [G·Kh·Kw, R], not read without FEATURES
@@ -95,7 +96,7 @@ def _weighted_sum_kernel(
         o_tap_row = row + o_slot
         m_tap = (o_slot < ROWS) & (o_tap_row < height)
 
-    p_x = x.ptr + tile.group * x.g + (tile.channel.to(tl.int64) * x.c)[None, :]
+    o_channel = (tile.channel.to(tl.int64) * x.c)[None, :]
     # ROWS times [P, G, C]
     sums = (tl.zeros([COLUMNS, GROUPS, CHANNELS], ACCUMULATOR),) * ROWS
     for kw in range(KERNEL_W):
@@ -112,9 +113,9 @@ def _weighted_sum_kernel(
             m_x = tile.m_column & (o_x >= 0) & (o_x < x_width)
             o_tap_column = tile.tap_column
             m_tap_column = (o_tap_column >= 0)[:, None]
-        p_column = p_x + across(tile.batch, o_x, x, X_LANES)[:, None]
+        p_column = x.ptr + tile.group * x.g + across(tile.batch, o_x, x, X_LANES)
         m_column = m_x[:, None] & tile.m_channel[None, :]
-        rows = load_rows(p_column, x.h, first, x_height, m_column, FIRST, min(FIRST + LOADS, END))
+        rows = load_rows(p_column, o_channel, x.h, first, x_height, m_column, FIRST, min(FIRST + LOADS, END))
         # [Q·P, G·S]
         p_pixel = weight.ptr + across(tile.tap_batch, o_tap_column, weight, WEIGHT_LANES)[:, None]
         if FEATURES:
@@ -140,7 +141,7 @@ def _weighted_sum_kernel(
                     FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
                 )  # fmt: skip
         else:
-            o_entry = (tile.group + tile.tap_group) * weight.g + tile.step.to(tl.int64) * weight.k + kw * weight.c
+            o_entry = (tile.group + tile.tap_group) * weight.g + tile.step.to(tl.int64) * weight.k + wide(kw) * weight.c
             b_taps = tl.load(
                 p_pixel + o_tap_row.to(tl.int64) * weight.h + o_entry[None, :],
                 mask=m_tap & m_tap_column & m_step,
@@ -149,7 +150,7 @@ def _weighted_sum_kernel(
         taps = unstack(b_taps, COLUMNS, GROUPS, STEPS)
         sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, CHANNELS)
         for source in tl.static_range(FIRST + LOADS, END, LOADS):
-            rows = load_rows(p_column, x.h, first, x_height, m_column, source, min(source + LOADS, END))
+            rows = load_rows(p_column, o_channel, x.h, first, x_height, m_column, source, min(source + LOADS, END))
             sums = slide(sums, rows, taps, source, WINDOW, TRANSPOSED, GROUPS, CHANNELS)
 
     p_out = out.ptr + tile.group * out.g + across(tile.batch, tile.column, out, X_LANES)[:, None]
@@ -175,12 +176,12 @@ def _correlate_kernel(
     END: tl.constexpr = sources(WINDOW, ROWS, False)[1]
     tile = place(batch, groups, channels, width, row_tiles, 1, ROWS, COLUMNS, GROUPS, CHANNELS, STEPS)
     first = tile.row * WINDOW.stride[0] - WINDOW.padding[0]
-    p_g = g.ptr + tile.group * g.g + (tile.channel.to(tl.int64) * g.c)[None, :]
-    p_g += across(tile.batch, tile.column, g, X_LANES)[:, None]
-    p_x = x.ptr + tile.group * x.g + (tile.channel.to(tl.int64) * x.c)[None, :]
+    p_g = g.ptr + tile.group * g.g + across(tile.batch, tile.column, g, X_LANES)
+    o_g_channel = (tile.channel.to(tl.int64) * g.c)[None, :]
+    o_x_channel = (tile.channel.to(tl.int64) * x.c)[None, :]
     m_g = tile.m_column[:, None]
     # Groups of padded taps are adjacent, known when compiling: 16 bytes per store.
-    o_entry = tile.group * out.g + tile.tap_group * (STEPS if PADDED else out.g) + tile.step * out.k
+    o_entry = tile.group * out.g + tile.tap_group * (STEPS if PADDED else out.g) + tile.step.to(tl.int64) * out.k
     o_pixel = (tile.row + tile.slot).to(tl.int64) * out.h + across(tile.tap_batch, tile.tap_column, out, OUT_LANES)
     p_out = out.ptr + o_pixel[:, None] + o_entry[None, :]
     i_column = tl.program_id(0) // tl.cdiv(groups, GROUPS) // row_tiles * COLUMNS
@@ -195,12 +196,12 @@ def _correlate_kernel(
     p_direct += across(tile.batch, tile.column, out, OUT_LANES)[:, None]
     m_direct = m_g & (o_group < groups - tile.group)[None, :]
     if ALL_CHANNELS:
-        grads = load_rows(p_g, g.h, tile.row, height, m_g & tile.m_channel[None, :], 0, ROWS)
+        grads = load_rows(p_g, o_g_channel, g.h, tile.row, height, m_g & tile.m_channel[None, :], 0, ROWS)
         grads = _widened(grads, GROUPS, CHANNELS, ACCUMULATOR)
     for kw in range(WINDOW.kernel_size[1]):
         o_x = tile.column * WINDOW.stride[1] - WINDOW.padding[1] + kw * WINDOW.dilation[1]
         m_x = (tile.m_column & (o_x >= 0) & (o_x < x_width))[:, None]
-        p_grad, p_row = p_g, p_x + across(tile.batch, o_x, x, X_LANES)[:, None]
+        p_grad, p_row = p_g, x.ptr + tile.group * x.g + across(tile.batch, o_x, x, X_LANES)
         # S·Q times [P, G]
         sums = (tl.zeros([COLUMNS, GROUPS], ACCUMULATOR),) * (STEPS * SLOTS)
         for i_channel in range(channel_blocks):
@@ -208,30 +209,31 @@ def _correlate_kernel(
             if GROUPS == 1:
                 m_channel = tile.channel + i_channel * CHANNELS < channels
             if not ALL_CHANNELS:
-                grads = load_rows(p_grad, g.h, tile.row, height, m_g & m_channel[None, :], 0, ROWS)
+                grads = load_rows(p_grad, o_g_channel, g.h, tile.row, height, m_g & m_channel[None, :], 0, ROWS)
                 grads = _widened(grads, GROUPS, CHANNELS, ACCUMULATOR)
             for source in tl.static_range(0, END, LOADS):
                 m_row = m_x & m_channel[None, :]
-                rows = load_rows(p_row, x.h, first, x_height, m_row, source, min(source + LOADS, END))
+                rows = load_rows(p_row, o_x_channel, x.h, first, x_height, m_row, source, min(source + LOADS, END))
                 rows = _widened(rows, GROUPS, CHANNELS, ACCUMULATOR)
                 for i in tl.static_range(len(rows)):
                     for r in tl.static_range(ROWS):
                         if tap_of(source + i, r, WINDOW, SLOTS, False) >= 0:
                             b_sum = tl.sum(grads[r] * rows[i], axis=2)
                             if DIRECT:
-                                o_step = tap_of(source + i, r, WINDOW, SLOTS, False) // SLOTS
-                                p_sum = p_direct + (tile.row + r).to(tl.int64) * out.h + o_step * out.k + kw * out.c
+                                o_step = wide(tap_of(source + i, r, WINDOW, SLOTS, False) // SLOTS)
+                                o_row = (tile.row + r).to(tl.int64) * out.h
+                                p_sum = p_direct + (o_row + o_step * out.k + wide(kw) * out.c)
                                 m_sum = m_direct & (tile.row + r < height)
                                 tl.store(p_sum, b_sum.to(out.ptr.dtype.element_ty), mask=m_sum)
                             else:
                                 b_sum += sums[tap_of(source + i, r, WINDOW, SLOTS, False)]
                                 before = sums[: tap_of(source + i, r, WINDOW, SLOTS, False)]
                                 sums = before + (b_sum,) + sums[tap_of(source + i, r, WINDOW, SLOTS, False) + 1 :]
-            p_grad += CHANNELS * g.c
-            p_row += CHANNELS * x.c
+            p_grad += wide(CHANNELS) * g.c
+            p_row += wide(CHANNELS) * x.c
         if not DIRECT:
             b_taps = stack(sums, COLUMNS, GROUPS, STEPS)
-            tl.store(p_out + kw * out.c, b_taps.to(out.ptr.dtype.element_ty), mask=m_out)
+            tl.store(p_out + wide(kw) * out.c, b_taps.to(out.ptr.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -295,7 +297,7 @@ def weighted_sum(
     config: Config,
     transposed: bool,
 ) -> Tensor:
-    """Launch the kernel of aggregate and, ``transposed``, of transpose; ``kernel`` holds features where there is a span."""
+    """Launch the kernel of aggregate or, ``transposed``, of transpose; with a span, ``kernel`` holds features."""
     if out.numel() == 0:
         return out
     target, kernel_axes = out, "b c h w" if span is not None else "b g k c h w"
@@ -308,7 +310,9 @@ def weighted_sum(
     # A tile's first row has window row 0 in a source row.
     row_tiles = ceil_divide(height + (window.padding[0] % window.stride[0] if transposed else 0), config.rows)
     # One program per (group block, channel block, row tile, columns of all images), fastest first.
-    grid = (ceil_divide(groups, block_groups) * channel_blocks * row_tiles * ceil_divide(batch * width, config.columns),)
+    grid = (
+        ceil_divide(groups, block_groups) * channel_blocks * row_tiles * ceil_divide(batch * width, config.columns),
+    )
     features = kernel.shape[1] if span is not None else 0
     unused = View(x)
     arguments = {
@@ -341,7 +345,7 @@ def weighted_sum(
         "CHANNELS": block_channels,
         "LOADS": config.loads,
     }
-    launch(_weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=1)
+    launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=1)
     return out
 
 

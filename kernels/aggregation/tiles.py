@@ -1,6 +1,7 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+# ruff: noqa: RUF005
+# Triton's constexpr and the values inside a kernel are opaque to a type checker; a tuple takes no star there.
 """Rows that slide over registers: what the kernels for zero-padded windows share.
 
 A program owns R rows of P columns, all channels of G groups. The columns of all images lie on one axis, so that no
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["Tile", "across", "load_rows", "pitch", "place", "slide", "sources", "stack", "tap_of", "unstack"]
+__all__ = ["Tile", "across", "load_rows", "pitch", "place", "slide", "sources", "stack", "tap_of", "unstack", "wide"]
 
 
 class Tile(NamedTuple):
@@ -63,6 +64,12 @@ def tap_of(source, row, window, slots, transposed):
     if rest or not 0 <= step < window.kernel_size[0]:
         return -1
     return step * slots + ((row - step * dilation) % slots if transposed else row)
+
+
+@triton.jit
+def wide(number):
+    """A number, or a constant, in 64 bits: what a stride is multiplied with."""
+    return tl.full([], number, tl.int64)
 
 
 @triton.jit
@@ -109,12 +116,13 @@ def across(o_batch, o_column, tensor, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_row, stride_h, first, height, m_row, FIRST: tl.constexpr, END: tl.constexpr):
-    """Rows first + FIRST … first + END − 1 of a tensor, [P, G·C] each; 0 outside of it."""
+def load_rows(p_column, o_channel, stride_h, first, height, m_row, FIRST: tl.constexpr, END: tl.constexpr):
+    """Rows first + FIRST … first + END − 1 of a tensor's columns, [P, G·C] each; 0 outside of it."""
     rows = ()
     for o in tl.static_range(FIRST, END):
         m_inside = m_row & (first + o >= 0) & (first + o < height)
-        rows = rows + (tl.load(p_row + (first + o).to(tl.int64) * stride_h, mask=m_inside, other=0),)
+        p_row = p_column + (first + o).to(tl.int64) * stride_h
+        rows = rows + (tl.load(p_row[:, None] + o_channel, mask=m_inside, other=0),)
     return rows
 
 

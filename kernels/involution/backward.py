@@ -1,8 +1,8 @@
 """Gradients of involution with generated kernels.
 
-    dx = transpose(kernel, dout), the kernel generated again in the launch;
-    dkernel = correlate(dout, x), a few megabytes of it at a time: [pixels, Kw·G·S] with rows padded to S;
-    dfeatures = dkernel @ weight and [dweight, dbias] = dkernelᵀ @ [features, 1], two plain matrix products.
+dx = transpose(kernel, dout), the kernel generated again in the launch;
+dkernel = correlate(dout, x), a few megabytes of it at a time: [pixels, Kw·G·S] with rows padded to S;
+dfeatures = dkernel @ weight and [dweight, dbias] = dkernelᵀ @ [features, 1], two plain matrix products.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from kernels.aggregation import rows
 from kernels.dtypes import accumulator_dtype
 from kernels.involution import generate
 from kernels.involution.forward import involution_generate_transpose
-from kernels.layout import empty_like_layout
 from kernels.launch import next_power_of_2
+from kernels.layout import empty_like_layout
 from kernels.windows import Window
 
 __all__ = ["backward"]
@@ -49,5 +49,7 @@ def backward(
             by_pixel[images] = (entries @ span).view(by_pixel[images].shape)
         grad_span += entries.t() @ pixels[chunk]
     grad_span = grad_span.view(kernel_w, groups, steps, -1)[:, :, :kernel_h].permute(1, 2, 0, 3).flatten(0, 2)
-    grad_weight, grad_bias = (part.to(weight.dtype, copy=True) for part in (grad_span[:, :number], grad_span[:, number]))
+    grad_weight, grad_bias = (
+        part.to(weight.dtype, copy=True) for part in (grad_span[:, :number], grad_span[:, number])
+    )
     return grad_x, grad_features, grad_weight, grad_bias
