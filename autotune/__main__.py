@@ -1,14 +1,8 @@
-"""``python -m autotune COMMAND``: one module per command, imported only when the command is called.
-
-A command's module offers ``add_arguments(parser)`` and ``run(arguments) -> int``, the exit code; its docstring is what
-``python -m autotune COMMAND --help`` shows above the options.
-"""
+"""``python -m autotune COMMAND``: one module per command, imported only when the command is called."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import sys
 from collections.abc import Sequence
 
@@ -32,30 +26,16 @@ COMMANDS = {  # name -> (module, one line of help)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` by default) and return its exit code; SystemExit for a malformed one."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        from models.commands.dispatch import run_command  # brings PyTorch, which the overview does without
+
+        return run_command("autotune", COMMANDS, argv)
     parser = argparse.ArgumentParser(prog="python -m autotune", description="Measure and build the kernels.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
-        if argv[:1] != [name]:
-            commands.add_parser(name, help=summary, add_help=False)
-            continue
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] in ("autotune", "kernels", "models"):
-                raise
-            message = f"{name} needs the package {error.name}, which is not installed here; pip install -e . brings it"
-            print(f"error: {message}", file=sys.stderr)
-            return 2
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=inspect.getdoc(module),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    parser.parse_args(argv)  # ends here, with the help or with what is malformed
+    return 2
 
 
 if __name__ == "__main__":

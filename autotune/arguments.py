@@ -1,64 +1,16 @@
-"""Types of command-line arguments that several commands take."""
+"""Types of command-line arguments: those of ``models``, and what names one of the things that can be measured."""
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
+from models.commands.types import device, dtype, image_size, positive, seconds, threads
 
-__all__ = ["DTYPES", "device", "dtype", "image_size", "matching", "positive", "seconds"]
+__all__ = ["device", "dtype", "image_size", "matching", "positive", "seconds", "threads"]
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 Item = TypeVar("Item")
-
-
-def device(text: str) -> torch.device:
-    """A device that is there: cpu, cuda, cuda:1."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device present here, got {text!r}: {reason}") from None
-
-
-def dtype(text: str) -> torch.dtype:
-    if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}; got {text!r}")
-    return DTYPES[text]
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """SIDE or HEIGHTxWIDTH."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got {text!r}")
-    return int(sides[0]), int(sides[-1])
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-    return value
 
 
 def matching(items: Sequence[Item], patterns: Sequence[str], name: Callable[[Item], str], option: str) -> list[Item]:

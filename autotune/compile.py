@@ -37,6 +37,7 @@ from autotune.compile_cases import cases
 from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
+from models.commands.types import DTYPES
 
 __all__ = ["ARCHITECTURES", "Report", "add_arguments", "compile_launch", "run"]
 
@@ -46,7 +47,6 @@ ARCHITECTURES = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from autotune import timing
-from autotune.arguments import matching
+from autotune.arguments import matching, seconds
+from kernels.files import atomic_write
 
 __all__ = ["add_arguments", "execute", "run"]
 
@@ -91,7 +92,7 @@ def _tidy(notebook: Any) -> None:
         "language_info": {"name": "python"},
     }
     root = timing.repository_root()
-    traces = {str(root): ".", str(Path.home()): "~"}
+    traces = {str(root): ".", os.path.expanduser("~"): "~"}
     for cell in notebook.cells:
         cell.metadata = {}
         for output in cell.get("outputs", ()):
@@ -109,7 +110,7 @@ def _tidy(notebook: Any) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("notebooks", nargs="*", metavar="NAME", help="part of a notebook's name (default: all)")
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="S", help="seconds a cell may take (default: 600)"
+        "--timeout", type=seconds, default=600, metavar="S", help="seconds a cell may take (default: 600)"
     )
     parser.add_argument("--check", action="store_true", help="only execute; write nothing")
 
@@ -140,6 +141,6 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         if not arguments.check:
             _tidy(notebook)
-            nbformat.write(notebook, path)
+            atomic_write(path, nbformat.writes(notebook).rstrip("\n") + "\n")
         console.print(f"{path.name}: {time.monotonic() - start:.0f} s")
     return int(failed > 0)

@@ -22,6 +22,7 @@ from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
 from autotune import plots, report, timing
+from kernels.files import atomic_write
 
 __all__ = ["PUBLISHED", "add_arguments", "count_model", "readme_sections", "run", "updated"]
 
@@ -173,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = updated(text, readme_sections(results))
     if arguments.check:
         return int(text != wanted)
-    readme.write_text(wanted)
+    atomic_write(readme, wanted)
     for path in sorted(results.glob("*/profile.json")):
         record = json.loads(path.read_text())
         for file, figure in report.figures(record).items():

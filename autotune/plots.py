@@ -20,6 +20,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from kernels.files import atomic_write
+
 __all__ = ["COLOURS", "MARKERS", "Comparison", "comparison_figure", "describe", "new_figure", "save", "style"]
 
 COLOURS = {
@@ -74,14 +76,9 @@ def describe(figure: Figure, title: str, device: str) -> None:
 
 def save(figure: Figure, path: Path, source: str | None = None) -> Path:
     """Write a PNG, whole or not at all; ``source`` says inside the file what it was drawn from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    try:
-        # Without the version of matplotlib inside, the same numbers give the same file.
-        figure.savefig(unfinished, format="png", metadata={"Software": None, "Source": source})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # Without the version of matplotlib inside, the same numbers give the same file.
+    metadata = {"Software": None, "Source": source}
+    atomic_write(path, lambda file: figure.savefig(file, format="png", metadata=metadata))
     return path
 
 

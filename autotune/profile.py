@@ -26,12 +26,15 @@ from rich.measure import Measurement
 
 import kernels
 from autotune import plots, progress, report, timing, workloads
-from autotune.arguments import device, dtype, image_size, matching, positive
+from autotune.arguments import device, dtype, image_size, matching, positive, threads
 from autotune.comparison import DisagreementError, Settings, measure_model, measure_operator
 from autotune.workloads import Size
 from kernels.backend import BACKENDS, interpreting, resolve
 
 __all__ = ["add_arguments", "run"]
+
+# How long to look, before anything is timed, whether the machine is busy with something else.
+LOOK_SECONDS = 0.3
 
 PASSES = ("forward", "forward+backward")
 
@@ -106,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=kernels.get_backend(),
         help="our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)",
     )
-    where.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    where.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
     what = parser.add_argument_group("what it runs")
     what.add_argument("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
     what.add_argument(
@@ -188,6 +191,7 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequen
             "seconds_per_line": settings.seconds,
             "min_runs": settings.min_runs,
         },
+        "other_cores": None,
         "copy_gigabytes_per_second": None,
         "rows": [],
     }
@@ -222,25 +226,31 @@ def run(arguments: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or threads)
     record = _new_record(arguments, settings, sizes)
-    start = time.monotonic()
+    start, others = time.monotonic(), timing.OtherWork()
+    time.sleep(LOOK_SECONDS)
+    if (warning := report.busy(others.cores(), record["machine"]["cpu_count"])) is not None:
+        messages.print(f"[yellow]warning:[/] {warning}; times will vary", soft_wrap=True)
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32, on both paths
             for row in progress.each(cases, Case.run, lambda case: case.name, _told):
                 record["rows"].append(row)
-                record["seconds"] = round(time.monotonic() - start, 1)
+                record["seconds"], record["other_cores"] = round(time.monotonic() - start, 1), others.cores()
                 timing.write_json(folder / "profile.json", record)
         record["complete"] = True
     except KeyboardInterrupt:
         messages.print("[yellow]interrupted[/]; what was done by then is kept")
     finally:
         torch.set_num_threads(threads)
+    if arguments.json:  # before anything is written: a full disk does not lose what was measured
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        _print(record)
     timing.write_json(folder / "profile.json", record)
     source = report.fingerprint(record)
     drawn = [plots.save(figure, folder / file, source) for file, figure in report.figures(record).items()]
-    if arguments.json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
-        _print(record, [folder / "profile.json", *drawn])
+    if not arguments.json:
+        names = ", ".join(str(file) for file in (folder / "profile.json", *drawn))
+        Console(highlight=False).print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)
     if not record["complete"]:
         return 130
     return int(any(row["status"] != "ok" for row in record["rows"]))
@@ -250,16 +260,16 @@ def _told(row: dict[str, Any]) -> str:
     return f"{report.number(row['speed_up'])}×" if row["status"] == "ok" else f"failed, {row['message']}"
 
 
-def _print(record: dict[str, Any], files: Sequence[Path]) -> None:
+def _print(record: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = report.table(record)
     # Where the terminal is too narrow, wrapped lines lose less than columns cut short.
     console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
     console.print(table)
+    for warning in report.warnings(record):
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     for row in record["rows"]:
         if row["status"] != "ok":
             console.print(
                 f"[red]failed[/] {escape(row['name'])} {row['pass']}: {escape(row['message'])}", soft_wrap=True
             )
-    names = ", ".join(str(file) for file in files)
-    console.print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)

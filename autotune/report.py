@@ -14,10 +14,13 @@ from rich.table import Table
 
 from autotune import plots
 
-__all__ = ["figures", "fingerprint", "number", "table"]
+__all__ = ["busy", "figures", "fingerprint", "number", "table", "warnings"]
 
 Row = dict[str, Any]
 PATHS = ("ours", "naive")
+# (p80 − p20) / p50 from which a time is marked, and the share of the machine's cores that others may take unsaid.
+WIDE_SPREAD = 0.2
+BUSY_SHARE = 0.1
 
 
 def number(value: float | None) -> str:
@@ -59,7 +62,16 @@ def table(record: Row) -> Table:
     )
     for heading in ("", "shape", "pass"):
         shown.add_column(heading, no_wrap=True)
-    for heading in ("ours\nms", "naive\nms", "speed-up\n", "peak,\nours MB", "peak,\nnaive MB", "of\nfloor"):
+    for heading in (
+        "ours\nms",
+        "p20 to\np80",
+        "naive\nms",
+        "p20 to\np80",
+        "speed-up\n",
+        "peak,\nours MB",
+        "peak,\nnaive MB",
+        "of\nfloor",
+    ):
         shown.add_column(heading, no_wrap=True, justify="right")
     group = shape = None
     for row in record["rows"]:
@@ -79,11 +91,39 @@ def _cells(row: Row) -> list[str]:
         return ["[red]failed[/]"]
     colour = "green" if row["speed_up"] >= 1 else "red"
     return [
-        *(number(row[path]["p50_ms"]) for path in PATHS),
+        *(cell for path in PATHS for cell in (number(row[path]["p50_ms"]), _range(row[path]))),
         f"[{colour}]{number(row['speed_up'])}×[/]",
         *(number(peak) for peak in _peaks(row)),
         f"{row['floor']['fraction']:.0%}" if "floor" in row else "",
     ]
+
+
+def _spread(times: Row) -> float:
+    return (times["p80_ms"] - times["p20_ms"]) / times["p50_ms"] if "p20_ms" in times else 0.0
+
+
+def _range(times: Row) -> str:
+    if "p20_ms" not in times:
+        return ""
+    found = f"{number(times['p20_ms'])} to {number(times['p80_ms'])}"
+    return f"[yellow]{found}[/]" if _spread(times) > WIDE_SPREAD else found
+
+
+def busy(cores: float | None, cpu_count: int | None) -> str | None:
+    """A sentence where other processes keep more than a tenth of the cores busy."""
+    if cores is None or not cpu_count or cores <= BUSY_SHARE * cpu_count:
+        return None
+    return f"the machine is busy: other processes take {cores:.1f} of its {cpu_count} cores"
+
+
+def warnings(record: Row) -> list[str]:
+    """What speaks against trusting the record's times."""
+    timed = [row for row in record["rows"] if row["status"] == "ok"]
+    wide = sum(any(_spread(row[path]) > WIDE_SPREAD for path in PATHS if path in row) for row in timed)
+    found = [busy(record.get("other_cores"), record["machine"].get("cpu_count"))]
+    if wide:
+        found.append(f"{wide} of {len(timed)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)")
+    return [warning for warning in found if warning]
 
 
 def _caption(record: Row) -> str:

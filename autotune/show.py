@@ -47,11 +47,17 @@ def _row(stored: StoredEntry, known: dict[str, Launcher] | None, in_store: set[t
         "gpu": stored.gpu,
         "source": stored.source,
         "key": stored.key,
-        "config": stored.entry.get("config"),
-        "milliseconds": stored.entry.get("milliseconds"),
-        "heuristic_milliseconds": stored.entry.get("heuristic_milliseconds"),
+        **{name: _plain(stored.entry.get(name)) for name in ("config", "milliseconds", "heuristic_milliseconds")},
         "unused": unused,
     }
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it: NaN and infinity as words, and what is nested beyond reason not at all."""
+    try:
+        return json.loads(json.dumps(value), parse_constant=str)
+    except RecursionError:
+        return "nested too deeply to be shown"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -70,18 +76,27 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             group = row["gpu"], row["source"]
         config = row["config"]
         shown.add_row(
-            row["gpu"],
+            _shown(row["gpu"]),
             row["source"],
-            escape(row["key"]),
-            escape(" ".join(f"{n}={v}" for n, v in config.items()) if isinstance(config, dict) else repr(config)),
+            _shown(row["key"]),
+            _shown(" ".join(f"{n}={v}" for n, v in config.items()) if isinstance(config, dict) else repr(config)),
             *(_milliseconds(row[name]) for name in ("milliseconds", "heuristic_milliseconds")),
-            "[green]used[/]" if row["unused"] is None else f"[yellow]not used[/]: {escape(row['unused'])}",
+            "[green]used[/]" if row["unused"] is None else f"[yellow]not used[/]: {_shown(row['unused'])}",
         )
     return shown
 
 
 def _milliseconds(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, (int, float)) else "–"
+    return f"{value:.4f}" if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e15) else "–"
+
+
+def _shown(text: str, longest: int = 400) -> str:
+    """A text from a file, which may hold anything: in one line, of bearable length, without commands.
+
+    What is not printable, as a terminal's escape sequences and lone surrogates, is written as Python writes it.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return escape(text if len(text) <= longest else f"{text[:longest]}…")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,9 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
         whose = (
             "" if arguments.gpu is None else f" for {arguments.gpu} ({Store(user_folder(), arguments.gpu).path.name})"
         )
-        console.print(f"Nothing is tuned{escape(whose)}: every launch uses its kernel's heuristic.")
+        console.print(f"Nothing is tuned{_shown(whose)}: every launch uses its kernel's heuristic.")
     for name, folder in folders.items():
-        console.print(f"{name}: {escape(folder)}", soft_wrap=True)
+        console.print(f"{name}: {_shown(folder, 10_000)}", soft_wrap=True)
     for message in messages:
-        console.print(f"[red]warning:[/] {escape(message)}", soft_wrap=True)
+        console.print(f"[red]warning:[/] {_shown(message, 10_000)}", soft_wrap=True)
     return 0

@@ -35,8 +35,10 @@ from autotune import timing
 from autotune.bench import results_folder
 from autotune.cases import LOST
 from autotune.targets import summary
+from kernels.files import atomic_write
 from kernels.tuning.choose import gpu_name
 from kernels.tuning.store import Store, shipped_folder
+from models.commands.errors import CommandError
 
 __all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
 
@@ -93,7 +95,8 @@ def run_phase(phase: Phase, deadline: float, environment: dict[str, str]) -> dic
             if left < 1:
                 found |= {"status": "out of time", "message": "there was no time left"}
                 break
-            process = _start(phase.command(max(1, int(left)), attempt > 0), environment, log)
+            command = phase.command(max(1, int(left)), attempt > 0)
+            process = _start(command, environment, log)
             try:
                 code = process.wait(left + GRACE)
             except subprocess.TimeoutExpired:
@@ -102,11 +105,12 @@ def run_phase(phase: Phase, deadline: float, environment: dict[str, str]) -> dic
             finally:
                 _end(process, GRACE)  # with all it may have left running
             found |= {"exit_code": code, "restarts": attempt, "status": "ok" if code == 0 else "failed"}
+            lost = code == LOST and "pytest" not in command  # which has a 4 of its own
             if code < 0:
                 found["message"] = f"ended by {signal.Signals(-code).name}"
-            elif code == LOST:
+            elif lost:
                 found["message"] = "lost the GPU"
-            if code != LOST and code >= 0:
+            if not lost and code >= 0:
                 break
         log.seek(0)
         text = log.read().decode(errors="replace")
@@ -131,7 +135,7 @@ def run_phases(
         messages.print(f"{phase.name}: {done[-1]['status']}, {done[-1]['seconds']:.0f} s")
         for line in done[-1].get("log", [])[-12:]:
             messages.print(f"    {line}", markup=False, soft_wrap=True)
-        (folder / "summary.md").write_text(summary(folder, done), encoding="utf-8")
+        atomic_write(folder / "summary.md", summary(folder, done))
     return done
 
 
@@ -222,12 +226,13 @@ def _has_room(device: torch.device) -> bool:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 if every phase ended well, 1 if anything failed, 2 without a GPU, 130 interrupted."""
+    """0 if every phase ended well, 1 if anything failed, 130 interrupted. CommandError without a GPU or a checkout."""
     console = Console(highlight=False)
     device, quick = arguments.device or timing.best_device(), arguments.quick
     if device.type != "cuda" and not quick:
-        Console(stderr=True).print("[red]error:[/] the suite measures a GPU; --quick tries it out on a CPU")
-        return 2
+        raise CommandError("the suite measures a GPU; --quick tries it out on a CPU")
+    if timing.repository_root() is None:
+        raise CommandError("--suite needs a checkout of the repository, whose tests it runs; bench without it does not")
     folder = (arguments.out or results_folder(device, quick=quick)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,8 +22,10 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from kernels.backend import triton_installed
+from kernels.files import write_json
 
 __all__ = [
+    "OtherWork",
     "Timing",
     "best_device",
     "copy_bandwidth",
@@ -54,6 +55,32 @@ class Timing:
     def of(cls, milliseconds: list[float]) -> Timing:
         p20, p50, p80 = np.percentile(milliseconds, (20, 50, 80)).tolist()
         return cls(p20, p50, p80, len(milliseconds))
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Seconds: by the clock, of work on all cores of the machine, and of this process's own. None where unknown."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, fields)
+    ticks = user + nice + system + interrupts + soft_interrupts + stolen
+    return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+class OtherWork:
+    """How busy the machine is with something else, from now on."""
+
+    def __init__(self) -> None:
+        self._start = _cpu_seconds()
+
+    def cores(self) -> float | None:
+        """Cores that other processes (and other guests of a virtual machine's host) kept busy until now, on average."""
+        now = _cpu_seconds()
+        if self._start is None or now is None:
+            return None
+        clock, work, own = (after - before for before, after in zip(self._start, now, strict=True))
+        return max(0.0, (work - own) / clock) if clock > 0 else None
 
 
 def best_device() -> torch.device:
@@ -234,6 +261,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device_type": device.type,
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -252,16 +280,3 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "device_memory_bytes": properties.total_memory,
         }
     return machine
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record so that whoever reads ``path``, at whatever moment, finds the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(
-            json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -89,7 +89,10 @@ def why_unused(key: str, entry: Mapping[str, Any], known: Mapping[str, Launcher]
         problem = problem_of(launcher, key)
     except ValueError as error:
         return str(error)
-    config = config_of(dict(entry), launcher, problem)
-    if config is None:
-        return "the kernel offers no such config"
-    return None if config.valid(problem) else "the config is not valid for this problem"
+    try:
+        config = config_of(dict(entry), launcher, problem)
+        if config is None:
+            return "the kernel offers no such config"
+        return None if config.valid(problem) else "the config is not valid for this problem"
+    except Exception as error:  # no launch has zero channels or −5 pixels, so heuristics divide by them
+        return f"no launch can meet this problem ({type(error).__name__}: {error})"

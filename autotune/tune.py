@@ -7,8 +7,8 @@
 What already has an entry in the user's store or the shipped files is passed over, so an interrupted command goes on
 where it stopped; --force tunes it again. Every candidate must agree with the eager path before its time counts.
 
-Exit code: 0 done, 1 a problem had no config that ran and agreed, 2 bad arguments or no GPU, 4 the GPU was lost,
-130 interrupted; what was tuned by then is kept.
+Exit code: 0 done, 1 a problem had no config that ran and agreed or could not be kept, 2 bad arguments, no GPU or
+nowhere to write, 4 the GPU was lost, 130 interrupted; what was tuned by then is kept.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from autotune.precompile import Build, builds, precompile
 from autotune.progress import Steps
 from autotune.tuner import Outcome
 from kernels.backend import interpreting
+from kernels.files import atomic_write
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, gpu_name, key_of, look_up, observing
-from kernels.tuning.store import Store, atomic_write, user_folder
+from kernels.tuning.store import Store, user_folder
 
 __all__ = ["Tuning", "add_arguments", "run"]
 
@@ -222,6 +223,8 @@ class _Attempts:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        if path is not None and path.exists() and not path.is_file():
+            raise ValueError(f"--passing-over must name a regular file, {path} is none")
         self.fatal = set(path.read_text().splitlines()) if path is not None and path.exists() else set()
 
     def note(self, *attempted: str) -> None:
@@ -239,9 +242,9 @@ def _device(arguments: argparse.Namespace) -> torch.device:
 def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     messages = Console(stderr=True, highlight=False)
-    attempts = _Attempts(arguments.passing_over)
     code = 0
     try:
+        attempts = _Attempts(arguments.passing_over)
         device = _device(arguments)
         tuning = Tuning(
             device,
@@ -253,7 +256,11 @@ def run(arguments: argparse.Namespace) -> int:
             deadline=time.monotonic() + arguments.seconds,
         )
         tuning.collect(_launching(arguments, device))
-    except ValueError as error:
+        store = Store(user_folder(), gpu_name(device))
+        if tuning.found:
+            _check_writable(store)  # rather than after hours of tuning
+            attempts.note()
+    except (ValueError, OSError) as error:
         messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     try:
@@ -263,18 +270,19 @@ def run(arguments: argparse.Namespace) -> int:
                 pass
         if tuning.found:
             tuning.tune(_launching(arguments, device))
-        attempts.note()
     except LostDeviceError as lost:
         messages.print(f"[red]the GPU was lost[/] while tuning {escape(str(lost))}", soft_wrap=True)
         code = LOST
     except KeyboardInterrupt:
-        attempts.note()
         code = 130
-    store = Store(user_folder(), gpu_name(device)).path
     rows = list(tuning.rows.values())
+    best = {row["key"]: row["config"] for row in rows if row["config"] is not None}
+    stored = store.read()
+    unwritten = [key for key, config in best.items() if stored.get(key, {}).get("config") != config]
     if arguments.json:
-        record = {"gpu": gpu_name(device), "store": str(store), "tuned": rows, "left": tuning.left}
-        print(json.dumps(record | {"passed_over": sorted(attempts.fatal), "errors": tuning.errors}, indent=1))
+        record = {"gpu": gpu_name(device), "store": str(store.path), "tuned": rows, "left": tuning.left}
+        record |= {"passed_over": sorted(attempts.fatal), "errors": tuning.errors, "unwritten": unwritten}
+        print(json.dumps(record, indent=1))
     elif rows:
         console.width = max(console.width, 140)
         console.print(_table(rows, f"Tuned on {gpu_name(device)}"))
@@ -282,10 +290,21 @@ def run(arguments: argparse.Namespace) -> int:
         console.print("Everything is tuned already; --force tunes it again.")
     for message in _messages(tuning, attempts.fatal, code):
         messages.print(message, soft_wrap=True)
-    if rows:
-        messages.print(f"Wrote {escape(str(store))}", soft_wrap=True)
-    failed = attempts.fatal or tuning.errors or any(row["config"] is None for row in rows)
-    return code or int(bool(failed))
+    for key in unwritten:
+        messages.print(f"[red]not written[/] to {escape(str(store.path))}: {escape(key)}", soft_wrap=True)
+    if len(unwritten) < len(best):
+        messages.print(f"Wrote {escape(str(store.path))}", soft_wrap=True)
+    if code != LOST:
+        attempts.note()
+    return code or int(bool(attempts.fatal or tuning.errors or unwritten or len(best) < len(rows)))
+
+
+def _check_writable(store: Store) -> None:
+    """ValueError where the store cannot be written."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not store.update({}):
+            raise ValueError(str(caught[-1].message).partition(";")[0])
 
 
 def _messages(tuning: Tuning, fatal: set[str], code: int) -> Iterator[str]:

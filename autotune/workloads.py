@@ -263,16 +263,16 @@ def photograph(path: str | Path | None = None) -> Image.Image:
         ValueError: there is no such file, or it is no image that can be read.
     """
     from matplotlib.cbook import get_sample_data
-    from PIL import Image, ImageOps
+
+    from models.commands.images import UnreadableImageError, read_image
 
     source = Path(get_sample_data("grace_hopper.jpg", asfileobj=False) if path is None else path)
+    if not source.exists():
+        raise ValueError(f"image must be a file, but there is none at {source}")
     try:
-        with Image.open(source) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"image must be a file, but there is none at {source}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be a photograph that Pillow can read, got {source}: {error}") from None
+        return read_image(source)
+    except UnreadableImageError as error:
+        raise ValueError(f"image must be a photograph that Pillow can read: {error}") from None
 
 
 def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,20 +7,26 @@
 ``reference``  the definitions of ``kernels.reference``: the naive unfold path, differentiated by PyTorch
 =============  =====================================================================================================
 
-The environment variable DYNAMIC_KERNELS_BACKEND presets the choice. It is one setting per process, not per thread:
-a backward pass runs on threads of its own and must see what the forward pass saw.
+The environment variable DYNAMIC_KERNELS_BACKEND presets the choice and ``set_backend`` changes it for the process.
+``use_backend`` holds for its own thread and coroutine only; a thread that is started inside the block begins with the
+process's choice. An operator records the backend that its forward pass saw, and its backward pass, which runs on
+threads of PyTorch's own, uses that one.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["BACKENDS", "get_backend", "resolve", "set_backend", "transforming", "use_backend"]
 
@@ -33,12 +39,23 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_selected = _checked(os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto", "DYNAMIC_KERNELS_BACKEND")
+_of_process = os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto"
+_of_block: ContextVar[str | None] = ContextVar("kernels.backend", default=None)
+# What a ``use_backend`` block inside a function that is being compiled selects: Dynamo traces no context variable.
+_of_trace: str | None = None
+_this = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> str:
+    """``selected``, an attribute that is computed: Dynamo guards on an attribute, not on a context variable."""
+    if name == "selected":
+        return _of_block.get() or _checked(_of_process, "DYNAMIC_KERNELS_BACKEND")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def transforming() -> bool:
-    """Whether this runs inside one of ``torch.func``'s transforms (vmap, grad, jvp, ...)."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether this runs inside one of ``torch.func``'s transforms (vmap, grad, jvp, ...) or under forward-mode AD."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def get_backend() -> str:
@@ -46,30 +63,50 @@ def get_backend() -> str:
 
     Both are ``reference``, whatever was selected, because they need operators of PyTorch's own: while
     ``torch.onnx.export`` records a model, for no runtime of ONNX has those of this package; and inside ``torch.func``'s
-    transforms (vmap, grad, jvp, ...), which do not look into operators registered from Python.
+    transforms and ``torch.autograd.forward_ad``, which do not look into operators registered from Python.
+
+    ValueError where the environment variable names no backend: here and not at import, so that a command can say so in
+    a line.
     """
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        return "reference"
     if transforming():
         return "reference"
-    return _selected
+    recording = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if recording and torch.onnx.is_in_onnx_export():
+        return "reference"
+    return _of_trace or _this.selected
 
 
 def set_backend(name: str) -> None:
-    """Select the backend for the whole process. ValueError for an unknown name."""
-    global _selected
-    _selected = _checked(name, "backend")
+    """Select the backend for the whole process, or inside a ``use_backend`` block for what is left of the block.
+
+    ValueError for an unknown name.
+    """
+    global _of_process
+    _checked(name, "backend")
+    if _of_block.get() is None:
+        _of_process = name
+    else:
+        _of_block.set(name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Select the backend inside a ``with`` block, and restore the previous one after it."""
-    previous = _selected
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(previous)
+    """Select the backend inside a ``with`` block, for this thread and coroutine, and restore the previous one."""
+    global _of_trace
+    _checked(name, "backend")
+    if torch.compiler.is_compiling():
+        previous, _of_trace = _of_trace, name
+        try:
+            yield
+        finally:
+            _of_trace = previous
+    else:
+        outer = _of_block.get()
+        _of_block.set(name)
+        try:
+            yield
+        finally:
+            _of_block.set(outer)
 
 
 @functools.cache
@@ -88,21 +125,29 @@ def _gpu_supported(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def resolve(backend: str, tensor: Tensor) -> str:
-    """``triton`` or ``eager`` for a tensor, from the backend that was asked for.
+def resolve(backend: str, *maps: Tensor) -> str:
+    """``triton`` or ``eager`` for maps [..., H, W] of one device, from the backend that was asked for.
 
-    ValueError where Triton was asked for and cannot run: it is not installed, or the tensor is on a CPU and the
-    interpreter is off.
+    ValueError where Triton was asked for and cannot run: it is not installed, or the device is a CPU and the
+    interpreter is off; or where it would run and a map has more pixels than its kernels count.
     """
+    device = maps[0].device
     if backend == "auto":
-        on_gpu = tensor.is_cuda and triton_installed() and _gpu_supported(tensor.device)
-        return "triton" if on_gpu else "eager"
-    if backend == "triton":
+        on_gpu = maps[0].is_cuda and triton_installed() and _gpu_supported(device)
+        backend = "triton" if on_gpu else "eager"
+    elif backend == "triton":
         if not triton_installed():
             raise ValueError("backend 'triton' was selected, but the package triton is not installed")
-        if not tensor.is_cuda and not interpreting() and tensor.device.type != "meta":
+        if not maps[0].is_cuda and not interpreting() and device.type != "meta":
             raise ValueError(
-                f"backend 'triton' needs tensors on a GPU, got device {tensor.device}; "
+                f"backend 'triton' needs tensors on a GPU, got device {device}; "
                 "set TRITON_INTERPRET=1 before starting Python to run the kernels in Triton's interpreter"
             )
+    if backend == "triton" and not torch.compiler.is_compiling():  # compiled code asks again when it runs
+        for tensor in maps:
+            if math.prod(tensor.shape[-2:]) >= 2**31:
+                raise ValueError(
+                    f"a map of {tensor.shape[-2]}x{tensor.shape[-1]} pixels is too large: the Triton kernels count "
+                    "at most 2^31 - 1 of them; the eager backend takes it"
+                )
     return backend

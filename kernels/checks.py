@@ -1,32 +1,47 @@
-"""Argument checks shared by the public functions: every error names the argument, what was expected and what came."""
+"""Argument checks shared by the public functions: every error names the argument, what was expected and what came.
+
+An argument is checked by its own name before it is used to judge another.
+"""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.windows import Pair
 
-__all__ = ["as_pair", "check_shape", "check_tensors", "check_window_fits", "odd_pair"]
+__all__ = ["as_int", "as_pair", "check_shape", "check_tensors", "check_window_fits", "odd_int", "odd_pair"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Kernels count positions in 32 bits.
+LIMIT = 2**31
 
 
-def as_pair(name: str, value: int | Sequence[int], minimum: int) -> Pair:
-    """An int for both axes, or (rows, columns), as a pair; every entry at least ``minimum``."""
-    pair = (value, value) if isinstance(value, int) else value
-    if (
-        isinstance(value, bool)
-        or not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in pair)
-    ):
+def _is_int(value: object) -> bool:
+    return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def as_int(name: str, value: Any, minimum: int) -> int:
+    """An int, NumPy's too, from ``minimum`` to 2^31 − 1."""
+    if not _is_int(value):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not minimum <= value < LIMIT:
+        raise ValueError(f"{name} must be at least {minimum} and below 2^31, got {value!r}")
+    return int(value)
+
+
+def as_pair(name: str, value: Any, minimum: int) -> Pair:
+    """An int for both axes, or (rows, columns), as a pair; every entry from ``minimum`` to 2^31 − 1."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not _is_int(pair[0]) or not _is_int(pair[1]):
         raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
-    if min(pair) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
-    return pair[0], pair[1]
+    if not all(minimum <= entry < LIMIT for entry in pair):
+        raise ValueError(f"{name} must be at least {minimum} and below 2^31, got {value!r}")
+    return int(pair[0]), int(pair[1])
 
 
 def odd_pair(name: str, value: int | Sequence[int]) -> Pair:
@@ -37,16 +52,25 @@ def odd_pair(name: str, value: int | Sequence[int]) -> Pair:
     return pair
 
 
-def check_tensors(**tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors that are not None, checked to be floating, of one dtype and on one device.
+def odd_int(name: str, value: Any) -> int:
+    return odd_pair(name, as_int(name, value, 1))[0]
 
-    Under autocast every tensor below float64 is cast to autocast's dtype first, as for a convolution; nothing else is
-    ever cast.
+
+def check_tensors(optional: Sequence[str] = (), /, **tensors: Any) -> tuple[Any, ...]:
+    """The tensors in their order, checked to be dense and floating, of one dtype and on one device.
+
+    Those that ``optional`` names may be None and come back as None. Under autocast every tensor below float64 is cast
+    to autocast's dtype first, as for a convolution; nothing else is ever cast.
     """
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    given: dict[str, Any] = {
+        name: tensor for name, tensor in tensors.items() if tensor is not None or name not in optional
+    }
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            what = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got {what}")
         if tensor.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     first_name, first = next(iter(given.items()))
@@ -54,29 +78,35 @@ def check_tensors(**tensors: Tensor | None) -> tuple[Tensor, ...]:
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}")
     device_type = first.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in given.values())
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    common = torch.get_autocast_dtype(device_type) if autocast and first.dtype != torch.float64 else first.dtype
     for name, tensor in given.items():
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}")
-    return tuple(given.values())
+        if tensor.dtype != first.dtype and not (autocast and torch.float64 not in (tensor.dtype, common)):
+            exception = ", and autocast leaves float64 as it is" if autocast else ""
+            raise TypeError(
+                f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}{exception}"
+            )
+    return tuple(None if name not in given else given[name].to(common) for name in tensors)
 
 
 def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
-    """``tensor`` has one dimension per word of ``axes``, those in ``sizes`` of that size, none of size 0 but B.
+    """``tensor`` has one dimension per word of ``axes``: a number is its own size, a word has the size that ``sizes``
+    gives it or, where it gives none, any, but not 0 (B alone may be 0) and the same wherever the word stands.
 
     ``check_shape("weight", weight, "B G K K H' W'", B=2)`` reads: weight must be [B=2, G, K, K, H', W'].
     """
     words = axes.split()
-    wanted = [sizes.get(word) for word in words]
+    wanted = {word: int(word) for word in words if word.isdigit()} | sizes
     shape = tuple(tensor.shape)
+    known = dict(wanted)
+    # Two inequalities: of an equation between sizes a compiler concludes that the one is to be written as the other, an
+    # output's height as H + 2, and Inductor fails to order strides that are products of such sums.
     if len(shape) == len(words) and all(
-        (size > 0 or word == "B") if want is None else size == want
-        for word, want, size in zip(words, wanted, shape, strict=True)
+        size <= known.setdefault(word, size) and size >= known[word] and (size > 0 or word == "B" or word in wanted)
+        for word, size in zip(words, shape, strict=True)
     ):
         return
-    expected = ", ".join(word if want is None else f"{word}={want}" for word, want in zip(words, wanted, strict=True))
+    expected = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
     raise ValueError(f"{name} must have shape [{expected}], got {list(shape)}")
 
 

@@ -41,7 +41,15 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], **options: int) -> None:
-    """Run ``kernel`` over ``grid`` on ``device``; Triton itself would take the current device."""
+    """Run ``kernel`` over ``grid`` on ``device``; Triton itself would take the current device.
+
+    The arguments come by name, so that a recorded launch can be read. ValueError for a grid that no GPU runs.
+    """
+    if grid[0] >= 2**31 or max(grid[1:], default=0) >= 2**16:
+        raise ValueError(
+            f"{kernel.__name__} would need a grid of {grid} programs, and a GPU takes fewer than 2^31 by 2^16 by 2^16: "
+            "compute fewer images at a time"
+        )
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
     elif device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["channels_fastest", "empty_kernel_layout", "empty_like_layout"]
+__all__ = ["channels_fastest", "empty_kernel_layout", "empty_like_layout", "settled"]
 
 
 def channels_fastest(view: Tensor) -> bool:
@@ -49,3 +49,16 @@ def empty_kernel_layout(g: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     batch, groups, _, height, width = g.shape
     order = tuple(p for d in _memory_order(g) for p in ((2, 3) if d == 2 else (d + (d > 2),)))
     return _empty(g, (batch, groups, *kernel_size, height, width), order)
+
+
+def settled(view: Tensor) -> Tensor:
+    """``view`` with strides of axes of length 1 that follow from the others.
+
+    After a reshape PyTorch gives such axes other strides under fake tensors, so in compiled code, than in eager mode.
+    """
+    ones = [axis for axis, length in enumerate(view.shape) if length == 1]
+    if ones:
+        view = view.squeeze(ones)
+        for axis in ones:
+            view = view.unsqueeze(axis)
+    return view

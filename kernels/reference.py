@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dtypes import accumulator_dtype
 from kernels.windows import Pair, Window
 
 __all__ = [
@@ -64,11 +65,16 @@ def involution2d_generate(
     return involution2d(x, kernel, stride=stride, padding=padding, dilation=dilation)
 
 
+def _summable(tensor: Tensor) -> Tensor:
+    """Where a gradient is wanted, at least float32: the sums that are an index's gradient run in its tensor's dtype."""
+    return tensor.to(accumulator_dtype(tensor.dtype)) if tensor.requires_grad else tensor
+
+
 def gather_neighbourhoods(tensor: Tensor, window: Window) -> Tensor:
     """[B, heads, H, W, D] -> [B, heads, H, W, K², D]."""
     rows = window.neighbours(tensor.shape[2], 0, tensor.device)[:, None, :, None]
     columns = window.neighbours(tensor.shape[3], 1, tensor.device)[None, :, None, :]
-    return tensor[:, :, rows, columns].flatten(4, 5)
+    return _summable(tensor)[:, :, rows, columns].flatten(4, 5).to(tensor.dtype)
 
 
 def rpb_logits(rpb: Tensor, height: int, width: int, window: Window) -> Tensor:
@@ -78,7 +84,7 @@ def rpb_logits(rpb: Tensor, height: int, width: int, window: Window) -> Tensor:
         query = torch.arange(length, device=rpb.device)[:, None]
         distance = (window.neighbours(length, axis, rpb.device) - query) // window.dilation[axis]
         offsets.append(distance + window.kernel_size[axis] - 1)
-    return rpb[:, offsets[0][:, None, :, None], offsets[1][None, :, None, :]].flatten(3, 4)
+    return _summable(rpb)[:, offsets[0][:, None, :, None], offsets[1][None, :, None, :]].flatten(3, 4).to(rpb.dtype)
 
 
 def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1) -> Tensor:
@@ -123,7 +129,7 @@ def contmix2d(
     affinity = torch.einsum("bgchw,bgcl->bghwl", query, key)
     logits = F.linear(affinity, proj_weight, proj_bias).split([k * k for k in kernel_sizes], -1)
     mixed = [
-        na2d_softmax_av(logits[m], value[:, m].movedim(2, -1), k, rpb=rpb[m]).movedim(-1, 2)
+        na2d_softmax_av(logits[m], value[:, m].permute(0, 1, 3, 4, 2), k, rpb=rpb[m]).permute(0, 1, 4, 2, 3)
         for m, k in enumerate(kernel_sizes)
     ]
     return torch.stack(mixed, 1)
@@ -142,16 +148,18 @@ def outlook_attention2d(
     (arXiv 2106.13112, eq. 3-5)."""
     batch, height, width, channels = value.shape
     windows_h, windows_w, heads = logits.shape[1:4]
-    # Zero rows and columns around the image (negative: cut off), so that exactly windows_h x windows_w windows fit.
-    after_h = (windows_h - 1) * stride + kernel_size - padding - height
-    after_w = (windows_w - 1) * stride + kernel_size - padding - width
-    padded = F.pad(value.permute(0, 3, 1, 2), (padding, after_w, padding, after_h))
+    span_h, span_w = (windows_h - 1) * stride + kernel_size, (windows_w - 1) * stride + kernel_size
+    # The exporter that traces knows fold with constant sizes only.
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        span_h, span_w = int(span_h), int(span_w)
+    # Zeros around the image, then what the windows span of it; windows may lie beyond the image, and it beyond them.
+    padded = F.pad(value.permute(0, 3, 1, 2), (padding, kernel_size) * 2)[..., :span_h, :span_w]
     unfolded = F.unfold(padded, kernel_size, stride=stride)
     unfolded = unfolded.view(batch, heads, channels // heads, kernel_size**2, windows_h * windows_w)
     attn = (logits * scale).softmax(-1).flatten(1, 2)
-    mixed = torch.einsum("bnhts,bhcsn->bhctn", attn, unfolded).reshape(batch, channels * kernel_size**2, -1)
-    folded = F.fold(mixed, padded.shape[-2:], kernel_size, stride=stride)
-    return F.pad(folded, (-padding, -after_w, -padding, -after_h)).permute(0, 2, 3, 1)
+    mixed = torch.einsum("bnhts,bhcsn->bhctn", attn, unfolded).flatten(1, 3)
+    folded = F.pad(F.fold(mixed, (span_h, span_w), kernel_size, stride=stride), (0, padding + stride) * 2)
+    return folded[..., padding : padding + height, padding : padding + width].permute(0, 2, 3, 1)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,24 +1,32 @@
-"""What every registered operator needs: how a schema spells a window, and dtypes that autocast leaves alone."""
+"""What every registered operator needs: how it is registered, how a schema spells a window, what it refuses.
+
+The operators are ``torch.library.custom_op``s and not ``triton_op``s, whose bodies PyTorch traces: ours look configs up
+in files, record launches, and run an eager path or Triton's interpreter. The backend's name travels in the schemas
+because the backward pass must run what the forward pass ran, and it comes when the ``use_backend`` block is over, on a
+thread of PyTorch's own.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 from kernels.windows import Window
 
-__all__ = ["WINDOW", "fields_of", "window_of", "without_autocast"]
+__all__ = ["WINDOW", "fields_of", "once_differentiable", "operator", "window_of", "without_autocast"]
 
 WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def without_autocast(function: Function) -> Function:
-    """Run an implementation in the dtypes it was handed: autocast has had its say in ``check_tensors``."""
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run ``function`` in the dtypes it is handed: autocast has had its say in ``check_tensors``."""
 
     @functools.wraps(function)
     def wrapper(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
@@ -27,7 +35,43 @@ def without_autocast(function: Function) -> Function:
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *arguments, **keywords)
 
-    return wrapper  # pyright: ignore[reportReturnType]
+    return wrapper
+
+
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Register the decorated implementation as ``dynamic_kernels::<name>``."""
+
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        run = without_autocast(function)
+
+        @functools.wraps(function)
+        def implementation(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, _pytree.tree_leaves(arguments))):
+                raise NotImplementedError(
+                    f"dynamic_kernels::{name} has no forward-mode derivative: record the graph that one is to pass "
+                    'through inside the dual level, or under kernels.use_backend("reference")'
+                )
+            return run(*arguments)
+
+        return torch.library.custom_op(f"dynamic_kernels::{name}", implementation, mutates_args=(), schema=schema)
+
+    return register
+
+
+def once_differentiable(backward: CustomOpDef, name: str) -> None:
+    """Make the second derivative through ``backward`` an error that says how to get one."""
+
+    def refuse(ctx: Any, *_grads: Any) -> None:
+        raise NotImplementedError(
+            f"{name} can be differentiated once. For a second derivative, as of a gradient penalty, compute it under "
+            'kernels.use_backend("reference")'
+        )
+
+    backward.register_autograd(refuse)
 
 
 def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:

@@ -1,19 +1,12 @@
-"""``python -m models COMMAND``: one module per command, imported only when the command is called.
-
-A command's module offers ``add_arguments(parser)`` and ``run(arguments) -> int``, the exit code; its docstring is what
-``python -m models COMMAND --help`` shows above the options.
-"""
+"""``python -m models COMMAND``: one module per command, imported only when the command is called."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
-import os
 import sys
 from collections.abc import Sequence
 
-from models.commands.errors import CommandError
+from models.commands.dispatch import run_command
 
 __all__ = ["COMMANDS", "main"]
 
@@ -26,36 +19,16 @@ COMMANDS = {  # name -> (module, one line of help)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (``sys.argv`` by default) and return its exit code; SystemExit for a malformed one.
-
-    2 says that nothing was wrong with the program but with what it was given, 130 that the user interrupted it.
-    """
+    """Run a command line (``sys.argv`` by default) and return its exit code; SystemExit for a malformed one."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return run_command("models", COMMANDS, argv)
     parser = argparse.ArgumentParser(prog="python -m models", description="Use, measure and train the models.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (module_name, summary) in COMMANDS.items():
-        if argv[:1] != [name]:
-            commands.add_parser(name, help=summary, add_help=False)
-            continue
-        module = importlib.import_module(module_name)
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=inspect.getdoc(module),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except CommandError as error:
-        process = f" [process {os.environ['RANK']}]" if "RANK" in os.environ else ""
-        print(f"{parser.prog} {argv[0]}{process}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog} {argv[0]}: interrupted", file=sys.stderr)
-        return 130
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    parser.parse_args(argv)  # ends here, with the help or with what is malformed
+    return 2
 
 
 if __name__ == "__main__":

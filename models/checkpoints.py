@@ -1,49 +1,58 @@
-"""Weight files in and out: checked as a whole before the model changes, and never running code from a file."""
+"""Weight files in and out of models: checked as a whole before a model changes."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kernels.files import atomic_write
 from models.downloads import fetch
+from models.metadata import Metadata, read_metadata
+from models.weight_files import (
+    entries_for,
+    is_bookkeeping,
+    listed,
+    part_of,
+    read_state_dict,
+    safetensors_torch,
+    unwrapped_name,
+)
 
-__all__ = ["load_checkpoint", "load_pretrained", "read_state_dict", "save_checkpoint"]
+__all__ = ["load_checkpoint", "load_pretrained", "local_file", "read_state_dict", "save_checkpoint"]
 
 PathLike = str | os.PathLike[str]
 
-_CONTAINERS = ("state_dict", "model")  # where training scripts put the state dict, outermost first
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")  # DistributedDataParallel, torch.compile, OpenMMLab
-_LISTED_NAMES = 10
 
-
-def load_checkpoint(model: nn.Module, path_or_url: PathLike) -> None:
+def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = True) -> None:
     """Copies the weights of a file into ``model``; either all of them fit and are copied, or nothing changes.
 
-    Takes a plain state dict, one under ``"state_dict"`` or ``"model"``, and names that start with ``module.``,
-    ``_orig_mod.`` or ``backbone.``. Of a detector or segmenter it takes the backbone. Where the model was built with
-    another ``num_classes`` its own classifier stays (with a warning); with another ``in_chans`` the first convolution
-    is summed (1 channel) or tiled; a ``pos_embed`` of another size is resized.
+    Takes what training scripts write: a plain state dict or one inside a container such as ``"state_dict"``, names
+    behind ``module.``, ``model.``, ``backbone.`` and their like in any order, counters beside the weights. Of a
+    detector or segmenter it takes the backbone. Warnings tell what is not simply copied: averaged weights (EMA) are
+    preferred to the last ones; a classifier that the file lacks, or has for another number of classes, stays as it is.
+    With another ``in_chans`` the first convolution is summed (1 channel) or tiled; a ``pos_embed`` of another size is
+    resized. What the file says of its images (see ``models.metadata``) goes into ``model.pretrained_cfg``.
 
     Args:
-        model: one of ``models``; another ``nn.Module`` works as long as names and shapes agree.
+        model: one of ``models``, also compiled, wrapped for training or on the meta device, which then gets the
+            file's tensors; another ``nn.Module`` works as long as names and shapes agree.
         path_or_url: a ``torch.save`` or ``.safetensors`` file, or its http(s) address, see ``downloads.fetch``.
+        use_ema: take the averaged weights where the file has both, as timm does.
 
     Raises:
         FileNotFoundError: no such file.
         ConnectionError: the address cannot be reached and nothing is cached.
         ValueError: the file holds code, is damaged, is no weight file, or does not fit; the message lists the names.
     """
-    _load(model, path_or_url)
+    for note in _load(model, path_or_url, use_ema=use_ema):
+        warnings.warn(note, stacklevel=2)
 
 
 def load_pretrained(model: nn.Module, url: str, sha256: str | None = None) -> None:
@@ -57,176 +66,142 @@ def load_pretrained(model: nn.Module, url: str, sha256: str | None = None) -> No
             f"pretrained: no official weights of this {type(model).__name__} can be downloaded; "
             "get the file by hand and pass checkpoint=PATH"
         )
-    _load(model, url, sha256)
+    for note in _load(model, url, sha256):
+        warnings.warn(note, stacklevel=2)
 
 
-def _load(model: nn.Module, path_or_url: PathLike, sha256: str | None = None) -> None:
+def local_file(path_or_url: PathLike, sha256: str | None = None) -> Path:
+    """The file itself, downloaded where it is named by its address. Errors as for ``load_checkpoint``."""
     if not isinstance(path_or_url, str | os.PathLike):
         raise TypeError(f"path_or_url must be a str or a path, got {type(path_or_url).__name__}")
-    if isinstance(path_or_url, str) and path_or_url.startswith(("http://", "https://")):
-        path = fetch(path_or_url, sha256=sha256, check=read_state_dict)
-    else:
-        path = Path(path_or_url)
-    state = _without_prefixes(read_state_dict(path), model)
-    adapt_state_dict = getattr(model, "adapt_state_dict", None)
-    if adapt_state_dict is not None:
-        state = adapt_state_dict(state)
-    if getattr(model, "features_only", False):  # neither the classifier nor the stages after the last wanted map
-        own_parts = {_part(name) for name in model.state_dict()}
-        state = {name: tensor for name, tensor in state.items() if _part(name) in own_parts}
-    state = _adapted_shapes(state, model)
-    _check_fit(state, model, path)
-    model.load_state_dict(state)
+    if isinstance(path_or_url, str) and path_or_url.lower().startswith(("http://", "https://")):
+        return fetch(path_or_url, sha256=sha256, check=read_state_dict)
+    return Path(path_or_url)
 
 
-def save_checkpoint(model: nn.Module, path: PathLike) -> None:
+def save_checkpoint(model: nn.Module, path: PathLike, metadata: Metadata | None = None) -> None:
     """Writes the state dict of ``model``; a reader finds the old file or the new one, never half of one.
 
     Args:
         model: any module.
         path: ending in ``.safetensors``, or in ``.pth`` or ``.pt`` for ``torch.save``'s format.
+        metadata: what the file is to say of itself, for ``.safetensors`` alone.
 
     Raises:
         ValueError: another ending.
         FileNotFoundError: the folder does not exist.
+        kernels.files.WriteError: the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise ValueError(f"path must end in .safetensors, .pth or .pt, got {str(path)!r}")
+    if metadata is not None and path.suffix != ".safetensors":
+        raise ValueError(f"metadata needs a path that ends in .safetensors, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: no folder {path.parent}")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".safetensors":
-            _safetensors().save_file(state, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        header = {"format": "pt"} | ({} if metadata is None else metadata.header())
+        atomic_write(path, safetensors_torch().save(state, metadata=header))
+    else:
+        atomic_write(path, lambda file: torch.save(state, file))
 
 
-def read_state_dict(path: PathLike) -> dict[str, Tensor]:
-    """Entry name -> tensor (on the CPU) as the file has them, out of whatever container a training script used.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file holds code, is damaged, or is no weight file; the message says which.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
-    if not path.is_file():
-        raise ValueError(f"checkpoint: {path} is not a file")
-    with open(path, "rb") as file:
-        start = file.read(512)
-    if foreign := _foreign_content(start):
-        raise ValueError(f"checkpoint: {path} is {foreign}")
-    try:
-        content = _safetensors().load_file(path) if path.suffix == ".safetensors" else _unpickle(path, start)
-    except ImportError:
-        raise
-    except Exception as error:  # a malformed file can make the readers fail in any way
-        raise ValueError(f"checkpoint: {path} {_reason(error)}") from error
-    return _state_dict_in(content, path)
-
-
-def _foreign_content(start: bytes) -> str | None:
-    if not start:
-        return "empty"
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
-        return "a web page (HTML), not a weight file"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weight file itself"
-    return None
+def _load(model: nn.Module, path_or_url: PathLike, sha256: str | None = None, use_ema: bool = True) -> list[str]:
+    """Loads, and returns what the caller is to be told."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    path = local_file(path_or_url, sha256)
+    model = _unwrapped(model)
+    names = {unwrapped_name(name): name for name in model.state_dict()}
+    own = dict(zip(names, model.state_dict().values(), strict=True))
+    _check_loadable(model, own)
+    heads = {part_of(name) for name in getattr(model, "classifiers", {})}
+    parameters = {unwrapped_name(name) for name, _ in model.named_parameters()}
+    state, notes = entries_for(own.keys(), parameters, heads, path, use_ema)
+    metadata = read_metadata(path)
+    if unlike := [name for name, tensor in state.items() if not _plain(tensor)]:
+        raise ValueError(f"checkpoint: {path} holds tensors without plain values (sparse, meta, …): {listed(unlike)}")
+    state = _with_counters(state)
+    adapt_state_dict = getattr(model, "adapt_state_dict", None)
+    if adapt_state_dict is not None:
+        state = adapt_state_dict(state)
+    if getattr(model, "features_only", False):  # neither the classifier nor the stages after the last wanted map
+        own_parts = {part_of(name) for name in own}
+        state = {name: tensor for name, tensor in state.items() if part_of(name) in own_parts}
+    state = {name: tensor for name, tensor in state.items() if name in own or not is_bookkeeping(name)}
+    state = _adapted_shapes(_with_classifiers(state, model, own, notes), model, own)
+    _check_fit(state, own, type(model).__name__, path)
+    _put({names[name]: tensor for name, tensor in state.items()}, model)
+    if metadata is not None and hasattr(model, "pretrained_cfg"):
+        metadata.apply_to(model)
+    return notes
 
 
-def _unpickle(path: Path, start: bytes) -> Any:
-    if start.startswith(b"PK\x03\x04"):
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums; 0 means "not computed"
-            checked = any(member.CRC for member in archive.infolist())
-            if checked and (damaged := archive.testzip()):
-                raise zipfile.BadZipFile(f"{damaged} does not have the checksum it should have")
-    # timm's training script stores its parsed arguments; a Namespace only carries plain values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, (Distributed)DataParallel, AveragedModel and other wrappers' single child."""
+    while [name for name, _ in model.named_children()] in (["_orig_mod"], ["module"], ["_forward_module"]):
+        model = next(model.children())
+    return model
 
 
-def _reason(error: Exception) -> str:
-    message = str(error)
-    if refused := re.search(r"GLOBAL (\S+)", message):
-        return f"was refused: it asks to call {refused[1]}, and only tensors and plain values are read"
-    detail = re.search(r"WeightsUnpickler error:\s*(.+)", message)
-    message = detail[1] if detail else re.split(r"\.\s|\n", message)[0]  # not torch's advice to read it unsafely
-    return f"is damaged, truncated or holds more than tensors and plain values ({type(error).__name__}: {message})"
+def _check_loadable(model: nn.Module, own: Mapping[str, Tensor]) -> None:
+    fixed = [name for name, tensor in own.items() if not _writable(tensor)]
+    if fixed:
+        raise ValueError(
+            f"model: {len(fixed)} of its tensors cannot take a file's values: they are sharded, quantised, expanded or "
+            f"made in inference mode; load before that: {listed(fixed)}"
+        )
+    unsaved = [name for name, b in model.named_buffers() if b.is_meta and unwrapped_name(name) not in own]
+    if unsaved:
+        raise ValueError(
+            f"model: it was built on the meta device, and these buffers are in no file; build it elsewhere or give it "
+            f"memory with to_empty(device=…): {listed(unsaved)}"
+        )
 
 
-def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"checkpoint: {path} holds no state dict but {_described(content)}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"checkpoint: {path} holds no state dict: expected tensors by name, got {name!r}: {_described(value)}"
-            )
-    return dict(content)
+def _writable(tensor: Tensor) -> bool:
+    if is_traceable_wrapper_subclass(tensor) or not (tensor.is_meta or _plain(tensor)):
+        return False
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return not expanded and (torch.is_inference_mode_enabled() or not tensor.is_inference())
 
 
-def _described(value: Any) -> str:
-    return f"an empty {type(value).__name__}" if isinstance(value, Mapping) and not value else type(value).__name__
+def _plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("reading and writing .safetensors needs the safetensors package") from error
-    return safetensors.torch
-
-
-def _without_prefixes(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Strips the wrappers' prefixes; of a larger model's file, keeps what can belong to the backbone."""
-    own_names = model.state_dict().keys()
-    own_parts = {_part(name) for name in own_names}
-    for prefix in _PREFIXES:
-        prefixed = {name for name in state if name.startswith(prefix)}
-        if not prefixed or any(name.startswith(prefix) for name in own_names):
-            continue
-        if prefix == "backbone.":
-            # neck, decode_head, roi_head, ... of a detector or segmenter; a classifier's own "head" stays.
-            state = {name: tensor for name, tensor in state.items() if name in prefixed or _part(name) in own_parts}
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def _part(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def _adapted_shapes(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """``state`` with classifier, first convolution and position embedding brought to the model's shapes."""
-    state, own = dict(state), model.state_dict()
+def _with_classifiers(
+    state: Mapping[str, Tensor], model: nn.Module, own: Mapping[str, Tensor], notes: list[str]
+) -> dict[str, Tensor]:
+    """``state`` with the model's own classifier where the file has none, or one for other classes."""
+    state = dict(state)
     for classifier in getattr(model, "classifiers", {}):
         entries = (f"{classifier}.weight", f"{classifier}.bias")
         found = [state[entry] for entry in entries if entry in state]
         rows = {len(tensor) for tensor in found if tensor.ndim > 0}
-        if len(found) < 2 or len(rows) != 1:
+        if not found:
+            head = f"{part_of(classifier)}."
+            if any(name.startswith(head) for name in state):  # the layers before the classifier
+                head = f"{classifier}."
+            kept = [name for name in own if name.startswith(head)]
+            state.update((name, own[name].clone()) for name in kept)
+            if kept:
+                notes.append(f"{head.rstrip('.')} keeps its own values: the file has none")
+        elif len(found) < 2 or len(rows) != 1:
             continue
-        if entries[0] not in own:  # num_classes = 0
+        elif entries[0] not in own:  # num_classes = 0
             del state[entries[0]], state[entries[1]]
         elif own[entries[0]].shape[1:] == found[0].shape[1:] and len(own[entries[0]]) not in rows:
-            warnings.warn(
-                f"{classifier} keeps its own values: the file has {rows.pop()} classes, "
-                f"the model {len(own[entries[0]])}",
-                stacklevel=4,
-            )
+            classes = len(own[entries[0]])
+            notes.append(f"{classifier} keeps its own values: the file has {rows.pop()} classes, the model {classes}")
             state.update((entry, own[entry].clone()) for entry in entries)
+    return state
+
+
+def _adapted_shapes(state: dict[str, Tensor], model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with first convolution and position embedding brought to the model's shapes."""
+    state = dict(state)
     for name, tensor in state.items():
         if name not in own or tensor.shape == own[name].shape or tensor.ndim != 4 or own[name].ndim != 4:
             continue
@@ -252,8 +227,17 @@ def _resized_positions(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(grid, size, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
-def _check_fit(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> None:
-    own = model.state_dict()
+def _with_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with a counter of 0 for every batch norm that has none, as of old, or an average of some."""
+    state = dict(state)
+    for name in [name for name in state if name.endswith("running_mean")]:
+        counter = f"{name.removesuffix('running_mean')}num_batches_tracked"
+        if counter not in state or state[counter].dtype != torch.int64 or state[counter].ndim:
+            state[counter] = torch.zeros((), dtype=torch.int64)
+    return state
+
+
+def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: str, path: Path) -> None:
     unlike = [
         f"{name} (expected {list(tensor.shape)}, got {list(state[name].shape)})"
         for name, tensor in own.items()
@@ -265,19 +249,24 @@ def _check_fit(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> Non
         if name in state and state[name].is_floating_point() != tensor.is_floating_point()
     ]
     problems = [
-        f"{len(names)} {what}: {_listed(names)}"
+        f"{len(names)} {what}: {listed(names)}"
         for what, names in (
             ("missing from the file", [name for name in own if name not in state]),
             ("unexpected in the file", [name for name in state if name not in own]),
             ("of another shape or type", unlike),
+            ("neither in the file nor in a model on the meta device", [n for n, t in state.items() if t.is_meta]),
         )
         if names
     ]
     if problems:
-        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}\n  " + "\n  ".join(problems))
+        raise ValueError(f"checkpoint: {path} does not fit {model}\n  " + "\n  ".join(problems))
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f", … and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
-    return ", ".join(names[:_LISTED_NAMES]) + more
+def _put(state: dict[str, Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    if on_meta:  # memory of the model's own, in its dtype and layout, whatever the file's tensors share
+        state = {
+            name: torch.empty_like(own[name], device=tensor.device).copy_(tensor) for name, tensor in state.items()
+        }
+    model.load_state_dict(state, assign=on_meta)

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import os
-import ssl
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
-from urllib.error import HTTPError, URLError
-from urllib.parse import unquote, urlsplit
-from urllib.request import Request, urlopen
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
-from filelock import FileLock
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from kernels.files import WriteError, atomic_write, locked, writing
 
 __all__ = ["fetch"]
 
-_BROKEN_TRANSFER = (URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError)
+_BROKEN_TRANSFER = (OSError, http.client.HTTPException)
 _RETRIED_STATUS = (408, 416, 429, 500, 502, 503, 504)
+_LONGEST_NAME = 200  # bytes; file systems take 255, and the files beside it have longer names
 
 
 def fetch(
@@ -51,16 +55,26 @@ def fetch(
     Raises:
         ConnectionError: the file could not be had; the message names ``url`` and where to put the file by hand.
         ValueError: ``url`` names no file, ``check`` refused the file, or its checksum is another.
+        kernels.files.WriteError: the file or the folder cannot be written.
     """
-    parts = urlsplit(url)
-    name = unquote(parts.path).rpartition("/")[2]
-    if parts.scheme not in ("http", "https") or not parts.hostname or name in ("", ".", "..") or "\0" in name:
+    try:
+        parts = urlsplit(url)
+        name = unquote(parts.path).rpartition("/")[2]
+        named = parts.hostname and parts.port != 0 and name not in ("", ".", "..") and name.isprintable()
+    except ValueError:  # a port that is no number
+        named = False
+    if not named or parts.scheme not in ("http", "https"):
         raise ValueError(f"url must be http(s)://HOST/…/FILE, got {url!r}")
+    if len(os.fsencode(name)) > _LONGEST_NAME or re.search(r"^incomplete-|\.(lock|sha256)$", name):
+        raise ValueError(f"url: {name!r} cannot be the name of a file here; download it by hand and pass its path")
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.parts[0].startswith("~"):
+        raise ValueError("url: there is no home directory to keep downloads in; set TORCH_HOME to a folder")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path, pin = folder / name, folder / f"{name}.sha256"
     source = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()  # without secrets
-    with FileLock(folder / f"{name}.lock"):
+    with locked(folder / f"{name}.lock", -1):
         pinned, pinned_source = _read_pin(pin)
         if pinned_source not in (None, source):
             raise ValueError(
@@ -82,6 +96,8 @@ def fetch(
         try:
             try:
                 _download(url, incomplete, timeout, attempts, pause)
+            except WriteError:
+                raise
             except _BROKEN_TRANSFER as error:
                 raise ConnectionError(
                     f"could not download {url}: {error}. Get the file by other means and put it at {path}"
@@ -106,17 +122,18 @@ def _accept(
             check(file)
         except ValueError as error:
             raise ValueError(f"{source} gave no weight file: {error}") from error
-    pin.write_text(f"# {source}\n{digest}  {path.name}\n", encoding="utf-8")
-    os.replace(file, path)
+    atomic_write(pin, f"# {source}\n{digest}  {path.name}\n")
+    with writing(path):
+        os.replace(file, path)
 
 
 def _read_pin(pin: Path) -> tuple[str | None, str | None]:
     """(SHA-256, source) as ``_accept`` wrote them, in the format that ``sha256sum --check`` reads."""
-    if not pin.exists():
+    if not os.path.lexists(pin):
         return None, None
-    lines = pin.read_text(encoding="utf-8").splitlines()
+    lines = [] if pin.is_symlink() or not pin.is_file() else pin.read_text("utf-8", "replace").splitlines()
     if len(lines) != 2 or not lines[0].startswith("# ") or len(lines[1].split()) < 2:
-        raise ValueError(f"{pin} is damaged; delete it")
+        raise ValueError(f"{pin} is damaged, or a link; delete it")
     return lines[1].split()[0], lines[0].removeprefix("# ")
 
 
@@ -132,8 +149,11 @@ def _download(url: str, path: Path, timeout: float, attempts: int, pause: float)
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     shown = console.is_terminal or console.is_jupyter
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress, open(path, "wb") as file:
-        task = progress.add_task(path.name.removeprefix("incomplete-"), total=None)
+    with writing(path):
+        path.unlink(missing_ok=True)  # what is there may be a link to somewhere else
+        new = open(path, "xb", buffering=0)  # noqa: SIM115
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress, new as file:
+        task = progress.add_task(escape(path.name.removeprefix("incomplete-")), total=None)
         etag = None
         for attempt in range(attempts):
             if attempt:
@@ -144,11 +164,14 @@ def _download(url: str, path: Path, timeout: float, attempts: int, pause: float)
                     length = None if response.length is None else file.tell() + response.length
                     progress.update(task, total=length)
                     while block := response.read1(1 << 18):
-                        file.write(block)
+                        _write(file, block, path)
                         progress.update(task, completed=file.tell())
                 if length is not None and file.tell() != length:
                     raise ConnectionError(f"the transfer broke off after {file.tell()} of {length} bytes")
+                file.truncate()
                 return
+            except WriteError:
+                raise
             except _BROKEN_TRANSFER as error:
                 if isinstance(error, HTTPError):
                     etag = None
@@ -158,19 +181,48 @@ def _download(url: str, path: Path, timeout: float, attempts: int, pause: float)
                     raise
 
 
-def _open(url: str, file: BinaryIO, etag: str | None, timeout: float) -> http.client.HTTPResponse:
+def _write(file: io.FileIO, block: bytes, path: Path) -> None:
+    with writing(path):
+        rest = memoryview(block)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows to other http addresses, from https to https alone; Python by itself follows to ftp as well."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        scheme = urlsplit(newurl).scheme
+        if scheme != "https" and scheme != req.type:
+            raise HTTPError(newurl, code, f"a redirection from {req.type} to {scheme} is not followed", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(url: str, file: io.FileIO, etag: str | None, timeout: float) -> http.client.HTTPResponse:
     """Asks for what ``file`` lacks where ``etag`` can vouch for the rest, and winds it back if all of it comes."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "dynamic-kernels"}
     if etag and not etag.startswith("W/") and file.tell():
         headers |= {"Range": f"bytes={file.tell()}-", "If-Range": etag}
-    response = urlopen(Request(url, headers=headers), timeout=timeout)
+    response = build_opener(_Redirects).open(Request(_in_ascii(url), headers=headers), timeout=timeout)
     if response.status == 206:
         content_range = response.headers.get("Content-Range", "")
-        if not content_range.startswith(f"bytes {file.tell()}-"):
+        found = re.fullmatch(rf"bytes {file.tell()}-(\d+)/(\d+|\*)", content_range)
+        to_the_end = found and found[2] in ("*", str(int(found[1]) + 1))
+        if not to_the_end or response.headers.get("ETag") != etag:  # some servers do not look at If-Range
             response.close()
             file.seek(0)  # the next attempt then asks for all of it
-            raise ConnectionError(f"the server answered with another range, {content_range!r}")
+            what = "part of another version" if to_the_end else f"another range, {content_range!r}"
+            raise ConnectionError(f"the server answered with {what}")
     else:
         file.seek(0)
         file.truncate()
     return response
+
+
+def _in_ascii(url: str) -> str:
+    """``url`` as it is sent: other scripts in the path as %XX, in the host's name as IDNA has it."""
+    parts = urlsplit(url)
+    netloc = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    safe = "!#$%&'()*+,/:;=?@[]~"
+    path, query = quote(parts.path, safe), quote(parts.query, safe)
+    return parts._replace(netloc=netloc, path=path, query=query, fragment="").geturl()

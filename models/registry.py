@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from models.checkpoints import load_checkpoint
+from models.checkpoints import load_checkpoint, local_file
+from models.metadata import read_metadata
 
 __all__ = ["create_model", "entry_points", "list_models", "register_model"]
 
@@ -61,6 +62,7 @@ def create_model(
     checkpoint: str | os.PathLike[str] | None = None,
     *,
     inference: bool = False,
+    use_ema: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a model by name.
@@ -68,8 +70,10 @@ def create_model(
     Args:
         name: one of ``list_models()``.
         pretrained: load the official ImageNet weights, where they can be downloaded.
-        checkpoint: a weight file (path or URL) to load instead, see ``load_checkpoint``.
+        checkpoint: a weight file (path or URL) to load instead, see ``load_checkpoint``. What the file says of its
+            model, as its number of classes, stands in for keyword arguments that are not given.
         inference: return the model's inference form, see ``optimize_for_inference``.
+        use_ema: take the checkpoint's averaged weights where it has both, see ``load_checkpoint``.
         **kwargs: passed on to the entry point: num_classes, in_chans, drop_path_rate, features_only, out_indices, ...
 
     Raises:
@@ -83,9 +87,14 @@ def create_model(
         raise ValueError(f"name: no model {name!r}; {hint}")
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained and checkpoint: expected at most one, got pretrained=True and {checkpoint!r}")
+    if checkpoint is not None:
+        checkpoint = local_file(checkpoint)
+        metadata = read_metadata(checkpoint)
+        if metadata is not None:
+            kwargs = metadata.options() | kwargs
     model = _entry_points[name](pretrained=pretrained, **kwargs)
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
+        load_checkpoint(model, checkpoint, use_ema=use_ema)
     if inference:
         from models.inference import optimize_for_inference  # the families, which it imports, import this module
 

@@ -93,11 +93,10 @@ def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> tupl
     """An axis in tiles of ``size`` outputs (the last of a class may be smaller), equal neighbours ``joined`` or not."""
     kernel_size, dilation = window.kernel_size[axis], window.dilation[axis]
     starts = window.neighbours(length, axis)[:, 0].tolist()
-    classes = []
-    for residue in range(dilation):
-        outputs = [i for i, start in enumerate(starts) if start % dilation == residue]
-        if not outputs:
-            continue
+    classes, outputs_by_residue = [], {}
+    for i, start in enumerate(starts):
+        outputs_by_residue.setdefault(start % dilation, []).append(i)
+    for residue, outputs in sorted(outputs_by_residue.items()):
         begins = [starts[i] // dilation for i in outputs]
         step = outputs[1] - outputs[0] if len(outputs) > 1 else 1
         alike = [(_runs(begins[first : first + size]), first) for first in range(0, len(begins), size)]

@@ -21,15 +21,15 @@ from kernels.aggregation import eager
 from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
-from kernels.registration import WINDOW, fields_of, window_of, without_autocast
+from kernels.registration import WINDOW, fields_of, operator, window_of
 from kernels.windows import Pair, Window
 
 __all__ = ["aggregate", "aggregation_flops", "algebra", "correlate", "transpose"]
 
 
-def algebra(backend: str, tensor: Tensor, window: Window) -> ModuleType:
+def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
     """The module that computes the three here; Triton is imported at the first use and not before."""
-    if resolve(backend, tensor) == "eager":
+    if "eager" in [resolve(backend, each) for each in maps]:
         return eager
     if slides(window):
         from kernels.aggregation import rows
@@ -40,13 +40,10 @@ def algebra(backend: str, tensor: Tensor, window: Window) -> ModuleType:
     return triton_kernels
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::aggregate", mutates_args=(), schema=f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor"
-)
-@without_autocast
+@operator("aggregate", f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor")
 def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, x, window).aggregate(weight, x, window)
+    return algebra(backend, window, x, weight).aggregate(weight, x, window)
 
 
 @_aggregate.register_fake
@@ -54,13 +51,10 @@ def _(weight, x, *_):
     return empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::correlate", mutates_args=(), schema=f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor"
-)
-@without_autocast
+@operator("correlate", f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor")
 def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return algebra(backend, x, window).correlate(g, x, window)
+    return algebra(backend, window, x, g).correlate(g, x, window)
 
 
 @_correlate.register_fake
@@ -68,15 +62,10 @@ def _(g, x, kernel_size, *_):
     return empty_kernel_layout(g, (kernel_size[0], kernel_size[1]))
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::transpose",
-    mutates_args=(),
-    schema=f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}) -> Tensor",
-)
-@without_autocast
+@operator("transpose", f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}) -> Tensor")
 def _transpose(weight, g, input_size, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, g, window).transpose(weight, g, (input_size[0], input_size[1]), window)
+    return algebra(backend, window, g).transpose(weight, g, (input_size[0], input_size[1]), window)
 
 
 @_transpose.register_fake

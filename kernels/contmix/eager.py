@@ -9,7 +9,7 @@ there are never more than a tile of them, a few megabytes at most, whatever the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,46 +19,55 @@ from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
+from kernels.parallel import Part, alone
 from kernels.windows import Window
 
 __all__ = ["contmix", "contmix_backward", "empty_outputs", "parts"]
 
 
 class _MadeLogits:
-    """The logits of one kernel size, tile by tile, and what their gradients add up to."""
+    """The logits of one kernel size, tile by tile, and what their gradients add up to: those of ``query`` and
+    ``projected`` are added to the tensors given."""
 
     fresh = True
 
-    def __init__(self, query: Tensor, projected: Tensor, bias: Tensor) -> None:
+    def __init__(self, query: Tensor, projected: Tensor, bias: Tensor, gradients: tuple[Tensor, ...] = ()) -> None:
         dtype = accumulator_dtype(query.dtype)
         self.query, self.projected, self.bias = query, projected.to(dtype), bias.to(dtype)
         self.side = math.isqrt(bias.shape[0])
+        if gradients:
+            self.grad_query, self.grad_projected = gradients
+            self.grad_bias = torch.zeros_like(self.bias)
 
-    def prepare_gradients(self, grad_query: Tensor) -> None:
-        self.grad_query = grad_query  # added to
-        self.grad_projected, self.grad_bias = torch.zeros_like(self.projected), torch.zeros_like(self.bias)
-
-    def _queries(self, strip: Strip, tile: Tiles) -> Tensor:
+    def _queries(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
         """[n·b·g, Dq, R·T], as wide as an accumulator."""
-        return as_matrices(tile_of(strip.outputs(self.query), tile).to(self.projected.dtype))
+        part = tile_of(strip.outputs(self.query), tile)
+        return lambda: as_matrices(part.to(self.projected.dtype))
 
-    def _keys(self, strip: Strip) -> Tensor:
+    def _keys(self, strip: Strip) -> Callable[[], Tensor]:
         """[n·b·g, Dq, K²]"""
         keys = self.projected[strip.maps]
-        return keys.expand(strip.leading[0], *keys.shape).flatten(0, 2)
+        expanded = keys.expand(strip.leading[0], *keys.shape)
+        return lambda: expanded.flatten(0, 2)
 
-    def read(self, strip: Strip, tile: Tiles) -> Tensor:
+    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
         """[n, b, g, R, T, K, K]"""
-        logits = torch.baddbmm(self.bias, self._queries(strip, tile).mT, self._keys(strip))
-        return logits.view(*strip.leading, tile.count, strip.column_tiles.count, self.side, self.side)
+        queries, keys = self._queries(strip, tile), self._keys(strip)
+        shape = (*strip.tile_shape(tile), self.side, self.side)
+        return lambda: torch.baddbmm(self.bias, queries().mT, keys()).view(shape)
 
-    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
-        matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]
-        by_query = torch.bmm(self._queries(strip, tile), matrices).unflatten(0, strip.leading)
-        self.grad_projected[strip.maps] += by_query.sum(0)
-        self.grad_bias += matrices.sum((0, 1))
-        target = tile_of(strip.outputs(self.grad_query), tile)
-        target += torch.bmm(self._keys(strip), matrices.mT).view(target.shape)
+    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
+        queries, keys = self._queries(strip, tile), self._keys(strip)
+        grad_projected = self.grad_projected[strip.maps]
+        grad_query = tile_of(strip.outputs(self.grad_query), tile)
+
+        def write(grad: Tensor) -> None:
+            matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]
+            grad_projected.add_(torch.bmm(queries(), matrices).unflatten(0, strip.leading).sum(0))
+            self.grad_bias += matrices.sum((0, 1))
+            grad_query.add_(torch.bmm(keys(), matrices.mT).view(grad_query.shape))
+
+        return write
 
 
 def empty_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +93,7 @@ def _heads_last(features: Tensor) -> Tensor:
     return features.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
+@alone
 def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: Tensor, value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -91,12 +101,16 @@ def contmix(
     out, statistics = empty_outputs(value)
     query = _heads_last(query)
     for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
+
+        def made(part: Part, keys: Tensor = keys, biases: Tensor = biases) -> _MadeLogits:
+            return _MadeLogits(query[part], keys[part], biases)
+
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        logits = _MadeLogits(query, keys, biases)
-        out[:, m], statistics[:, m] = softmax_aggregate_made(logits, _heads_last(value[:, m]), table, window)
+        out[:, m], statistics[:, m] = softmax_aggregate_made(made, _heads_last(value[:, m]), table, window)
     return out, statistics
 
 
+@alone
 def contmix_backward(
     grad: Tensor,
     query: Tensor,
@@ -114,21 +128,24 @@ def contmix_backward(
     # In query's memory order, which ``to`` below keeps.
     grad_query = torch.zeros_like(empty_like_layout(query, query.shape), dtype=accumulator_dtype(query.dtype))
     query = _heads_last(query)
-    grad_projected, grad_bias, grad_rpb = [], [], []
+    grad_projected = torch.zeros_like(projected, dtype=grad_query.dtype)
+    slices = grad_projected.split([size**2 for size in kernel_sizes], 3)
+    grad_bias, grad_rpb = [], []
     for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
+
+        def made(part: Part, keys: Tensor = keys, biases: Tensor = biases, sums: Tensor = slices[m]) -> _MadeLogits:
+            return _MadeLogits(query[part], keys[part], biases, (grad_query[part], sums[part]))
+
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        logits = _MadeLogits(query, keys, biases)
-        logits.prepare_gradients(grad_query)
-        grad_value[:, m], grad_table = softmax_aggregate_made_backward(
-            _heads_last(grad[:, m]), logits, _heads_last(value[:, m]), table, window
+        grad_value[:, m], grad_table, found = softmax_aggregate_made_backward(
+            _heads_last(grad[:, m]), made, _heads_last(value[:, m]), table, window
         )
-        grad_projected.append(logits.grad_projected)
-        grad_bias.append(logits.grad_bias)
+        grad_bias.append(torch.stack([logits.grad_bias for logits in found]).sum(0))
         assert grad_table is not None
         grad_rpb.append(grad_table.flatten(1))
     return (
         grad_query.to(query.dtype),
-        torch.cat(grad_projected, 3).to(projected.dtype),
+        grad_projected.to(projected.dtype),
         torch.cat(grad_bias).to(bias.dtype),
         torch.cat(grad_rpb, 1),
         grad_value,

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
-from kernels.checks import check_shape, check_tensors, check_window_fits, odd_pair
+from kernels.checks import check_shape, check_tensors, check_window_fits, odd_int
 from kernels.contmix import eager
 from kernels.layout import empty_like_layout
-from kernels.registration import without_autocast
+from kernels.registration import once_differentiable, operator, without_autocast
 
 __all__ = ["contmix2d"]
 
@@ -61,7 +61,7 @@ def contmix2d(
         raise TypeError(f"rpb must be a sequence of {len(kernel_sizes)} tensors, got {type(rpb).__name__}")
     if len(rpb) != len(kernel_sizes):
         raise ValueError(f"rpb must hold one tensor per kernel size ({len(kernel_sizes)}), got {len(rpb)}")
-    sizes = [odd_pair(f"kernel_sizes[{m}]", size)[0] for m, size in enumerate(kernel_sizes)]
+    sizes = [odd_int(f"kernel_sizes[{m}]", size) for m, size in enumerate(kernel_sizes)]
     tables = {f"rpb[{m}]": table for m, table in enumerate(rpb)}
     query, key, value, proj_weight, proj_bias, *biases = check_tensors(
         query=query, key=key, value=value, proj_weight=proj_weight, proj_bias=proj_bias, **tables
@@ -78,11 +78,17 @@ def contmix2d(
         check_window_fits((size, size), (1, 1), height, width)
     backend = get_backend()
     if backend == "reference":
-        return reference.contmix2d(query, key, value, proj_weight, proj_bias, biases, kernel_sizes=tuple(sizes))
+        return without_autocast(reference.contmix2d)(
+            query, key, value, proj_weight, proj_bias, biases, kernel_sizes=tuple(sizes)
+        )
 
     projected = key @ proj_weight.t()  # [B, G, Dq, ΣK²]
-    tables_side_by_side = torch.cat([table.flatten(1) for table in biases], 1)  # [G, Σ(2K−1)²]
-    return _contmix(query, projected, proj_bias, tables_side_by_side, value, sizes, backend)[0]
+    return _contmix(query, projected, proj_bias, biases, value, sizes, backend)[0]
+
+
+def _side_by_side(tables: Sequence[Tensor]) -> Tensor:
+    """[G, Σ(2K−1)²]"""
+    return torch.cat([table.flatten(1) for table in tables], 1)
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
@@ -94,19 +100,15 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     return eager
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::contmix",
-    mutates_args=(),
-    schema=(
-        "(Tensor query, Tensor projected, Tensor bias, Tensor rpb, Tensor value, int[] kernel_sizes, str backend)"
-        " -> (Tensor, Tensor)"
-    ),
+@operator(
+    "contmix",
+    "(Tensor query, Tensor projected, Tensor bias, Tensor[] rpb, Tensor value, int[] kernel_sizes, str backend)"
+    " -> (Tensor, Tensor)",
 )
-@without_autocast
 def _contmix(query, projected, bias, rpb, value, kernel_sizes, backend):
     """The output, and log Σ_k exp of every softmax [B, M, G, H, W] in float32 (float64 for float64)."""
     run = _implementation(backend, value)
-    return run.contmix(query, projected, bias, rpb, value, kernel_sizes)
+    return run.contmix(query, projected, bias, _side_by_side(rpb), value, kernel_sizes)
 
 
 @_contmix.register_fake
@@ -114,38 +116,45 @@ def _(query, projected, bias, rpb, value, kernel_sizes, backend):
     return eager.empty_outputs(value)
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::contmix_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor query, Tensor projected, Tensor bias, Tensor rpb, Tensor value, Tensor out,"
-        " Tensor statistics, int[] kernel_sizes, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "contmix_backward",
+    "(Tensor grad, Tensor query, Tensor projected, Tensor bias, Tensor[] rpb, Tensor value, Tensor out,"
+    " Tensor statistics, int[] kernel_sizes, str backend) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
 )
-@without_autocast
 def _contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
     """Gradients of query, projected, bias, rpb and value."""
     run = _implementation(backend, value)
-    return run.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
+    grads = run.contmix_backward(grad, query, projected, bias, _side_by_side(rpb), value, out, statistics, kernel_sizes)
+    grad_query, grad_projected, grad_bias, grad_rpb, grad_value = grads
+    # Each table's gradient has memory of its own: optimizers scale gradients in place, one after another.
+    parts = grad_rpb.split([table[0].numel() for table in rpb], 1)
+    grad_tables = [
+        part.clone(memory_format=torch.contiguous_format).view_as(t) for part, t in zip(parts, rpb, strict=True)
+    ]
+    return grad_query, grad_projected, grad_bias, grad_tables, grad_value
 
 
 @_contmix_backward.register_fake
 def _(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
     grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
-    return (grad_query, *(t.new_empty(t.shape) for t in (projected, bias, rpb)), grad_value)
+    grad_projected, grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (projected, bias, *rpb))
+    return grad_query, grad_projected, grad_bias, grad_tables, grad_value
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.kernel_sizes, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    query, projected, bias, rpb, value, ctx.kernel_sizes, ctx.backend = inputs
+    ctx.save_for_backward(query, projected, bias, value, *output, *rpb)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad, _grad_statistics):
-    return *_contmix_backward(grad, *ctx.saved_tensors, ctx.kernel_sizes, ctx.backend), None, None
+    query, projected, bias, value, out, statistics, *rpb = ctx.saved_tensors
+    saved = query, projected, bias, rpb, value, out, statistics
+    return *_contmix_backward(grad, *saved, ctx.kernel_sizes, ctx.backend), None, None
 
 
 _contmix.register_autograd(_backward, setup_context=_save)
+once_differentiable(_contmix_backward, "contmix2d")
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.contmix)

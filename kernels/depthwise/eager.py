@@ -6,20 +6,27 @@ to one small matrix product per channel for the others, 10 to 100 times slower. 
 - Channels-first input has a quick forward kernel up to K = 13 only, channels-last input for every K. So from K = 15 on
   the input goes through channels-last.
 - Channels-last with K = 11 or 13 runs an unrolled kernel two to nine times slower than the one for K = 15: zeros around
-  the weight make it 15.
+  the weight make it 15. Where these carry a NaN or infinity too far, the convolution is repeated without them; compiled
+  code cannot look, and there one reaches as far as K = 15 does.
 - There is no quick weight gradient. But image by image it is a depthwise convolution too, of the input with the
   output's gradient as a kernel as large as the map, and that one is quick.
-- float16 and bfloat16 have no quick kernels without hardware support: they are computed in float32.
+- float16 and bfloat16 have no quick kernels without hardware support, and sums in them would be rounded: they are
+  computed in float32, under autocast too.
 
 Every other device, dtype or build takes ``torch.nn.functional.conv2d`` as it is.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from kernels.parallel import Work, alone, over_maps
+from kernels.registration import operator
 
 __all__ = ["depthwise_conv2d"]
 
@@ -34,6 +41,7 @@ GRADIENT_ELEMENTS = 2**16
 LANES = 16
 
 
+@without_autocast
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution by the quickest route, in the memory format of x."""
     if x.dtype != torch.float32:
@@ -41,32 +49,49 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _convolve(x.float(), weight.float(), wide_bias).to(x.dtype)
     kernel_size = weight.shape[-1]
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    padding, groups = kernel_size // 2, x.shape[1]
     if channels_last and kernel_size in (11, 13):
         margin = (BLOCKED_KERNEL - kernel_size) // 2
-        weight = F.pad(weight, (margin, margin, margin, margin))
-    padding, groups = weight.shape[-1] // 2, x.shape[1]
+        compiling = torch.compiler.is_compiling()
+        wider = (F.pad if compiling else alone(F.pad))(weight, (margin, margin, margin, margin))
+        out = F.conv2d(x, wider, bias, padding=BLOCKED_KERNEL // 2, groups=groups)
+        if compiling or type(out) is not Tensor or math.isfinite(alone(out.sum)().item()):
+            return out
     if channels_last or kernel_size < BLOCKED_KERNEL:
         return F.conv2d(x, weight, bias, padding=padding, groups=groups)
     out = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding=padding, groups=groups)
     return out.contiguous()
 
 
-@torch.library.custom_op("dynamic_kernels::depthwise_weight_gradient", mutates_args=())
-def _weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+@operator("depthwise_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
+@alone
+def _weight_gradient(grad, x, kernel_size):
     """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c,i − K//2 + k]: grad, x [B,C,H,W] -> [C,1,K,K].
 
     An operator of its own, so that torch.compile does not unroll its loops.
     """
+    out = grad.new_zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=torch.float32)
+    found = over_maps(lambda part: _image_by_image(grad[part], x[part], kernel_size), x, x.numel() * kernel_size**2)
+    for part, sums in found:
+        out[part.groups, 0] += sums
+    return out.to(x.dtype)
+
+
+def _image_by_image(grad: Tensor, x: Tensor, kernel_size: int) -> Work[Tensor]:
+    """[c, K, K], of some images and channels."""
     batch, channels, height, width = x.shape
     step = max(LANES, GRADIENT_ELEMENTS // (height * width) // LANES * LANES)
-    out = grad.new_zeros((channels, 1, kernel_size, kernel_size), dtype=torch.float32)
-    for b in range(batch):
-        for first in range(0, channels, step):
-            part = slice(first, min(first + step, channels))
-            image = x[b : b + 1, part].to(torch.float32, memory_format=torch.channels_last)
-            kernel = grad[b, part].unsqueeze(1).float()
-            out[part, 0] += F.conv2d(image, kernel, padding=kernel_size // 2, groups=image.shape[1])[0]
-    return out.to(x.dtype)
+    sums = x.new_zeros((channels, kernel_size, kernel_size), dtype=torch.float32)
+    steps = [
+        (sums[first : first + step], x[b : b + 1, first : first + step], grad[b, first : first + step].unsqueeze(1))
+        for b in range(batch)
+        for first in range(0, channels, step)
+    ]
+    yield
+    for total, image, kernel in steps:
+        image = image.to(torch.float32, memory_format=torch.channels_last)
+        total += F.conv2d(image, kernel.float(), padding=kernel_size // 2, groups=image.shape[1])[0]
+    return sums
 
 
 @_weight_gradient.register_fake
@@ -109,7 +134,8 @@ class _DepthwiseConv2d(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         grad_x = depthwise_conv2d(grad, weight.flip(-1, -2), None) if wants_x else None
         grad_weight = _weight_gradient(grad, x, weight.shape[-1]) if wants_weight else None
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if wants_bias else None
+        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(grad.dtype) if wants_bias else None
+        return grad_x, grad_weight, grad_bias
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

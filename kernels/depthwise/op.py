@@ -18,7 +18,7 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
 from kernels.depthwise import eager
 from kernels.layout import empty_like_layout
-from kernels.registration import without_autocast
+from kernels.registration import operator, without_autocast
 
 __all__ = ["depthwise_conv2d"]
 
@@ -46,33 +46,28 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Source: the large kernels of arXiv 2502.20087 (OverLoCK), after arXiv 2203.06717.
     """
-    x, weight, *biases = check_tensors(x=x, weight=weight, bias=bias)
+    x, weight, bias = check_tensors(["bias"], x=x, weight=weight, bias=bias)
     check_shape("x", x, "B C H W")
-    channels, kernel_size = x.shape[1], weight.shape[-1] if weight.dim() else 0
-    check_shape("weight", weight, "C 1 K K", **{"C": channels, "1": 1, "K": kernel_size})
+    check_shape("weight", weight, "C 1 K K", C=x.shape[1])
+    kernel_size = weight.shape[-1]
     if kernel_size % 2 == 0:
         raise ValueError(f"weight must have an odd kernel size (the window needs a centre), got {list(weight.shape)}")
     if kernel_size > LARGEST_KERNEL:
         raise ValueError(f"weight must have a kernel size of at most {LARGEST_KERNEL}, got {list(weight.shape)}")
-    bias = biases[0] if biases else None
     if bias is not None:
-        check_shape("bias", bias, "C", C=channels)
+        check_shape("bias", bias, "C", C=x.shape[1])
     backend = get_backend()
     if backend == "reference":
-        return reference.depthwise_conv2d(x, weight, bias)
+        return without_autocast(reference.depthwise_conv2d)(x, weight, bias)
     if resolve(backend, x) == "triton":
         return _convolve(x, weight, bias, False)
     return eager.depthwise_conv2d(x, weight, bias)
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::depthwise_conv2d",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, bool flipped) -> Tensor",
-)
-@without_autocast
+@operator("depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, bool flipped) -> Tensor")
 def _convolve(x, weight, bias, flipped):
     """``flipped`` convolves with weight[c, K−1−k]."""
+    resolve("triton", x)
     from kernels.depthwise.triton_kernels import convolve
 
     return convolve(x, weight, bias, flipped)
@@ -83,12 +78,7 @@ def _(x, weight, bias, flipped):
     return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::depthwise_conv2d_weight_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, int kernel_size) -> Tensor",
-)
-@without_autocast
+@operator("depthwise_conv2d_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
 def _weight_gradient(grad, x, kernel_size):
     from kernels.depthwise.triton_kernels import weight_gradient
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.windows import Window
 
@@ -31,6 +32,11 @@ def steps(features: Tensor, rows: int, budget: int | None = None) -> Iterator[sl
         yield slice(first, first + images)
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """A CPU multiplies 16-bit numbers slowly, unless it has instructions for them."""
+    return accumulator_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+
+
 def kernels_of(features: Tensor, weight: Tensor, bias: Tensor | None, groups: int, window: Window) -> Tensor:
     """[b, G, Kh, Kw, H', W'] of a step, in the memory order of the features."""
     kernels = torch.nn.functional.conv2d(features, weight[:, :, None, None], bias)
@@ -42,9 +48,11 @@ def forward(
 ) -> Tensor:
     """[B, G, C, H', W'] in the memory order of x [B, G, C, H, W]; ``algebra`` holds aggregate."""
     out = empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
+    wide = _product_dtype(x)
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
     for images in steps(features, weight.shape[0]):
-        kernels = kernels_of(features[images], weight, bias, x.shape[1], window)
-        out[images] = algebra.aggregate(kernels, x[images], window)
+        kernels = kernels_of(features[images].to(wide), weight, bias, x.shape[1], window)
+        out[images] = algebra.aggregate(kernels, x[images].to(wide), window)
     return out
 
 
@@ -58,16 +66,18 @@ def backward(
     algebra: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, features, weight and bias (always computed); sums over images run step by step, in order."""
-    accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    accumulator, wide = accumulator_dtype(weight.dtype), _product_dtype(x)
+    dtype, weight, bias = weight.dtype, weight.to(wide), None if bias is None else bias.to(wide)
     grad_x = empty_like_layout(x, x.shape)
     grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
     grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device)
     grad_bias = torch.zeros(weight.shape[0], dtype=accumulator, device=weight.device)
     for images in steps(features, weight.shape[0]):
-        kernels = kernels_of(features[images], weight, bias, x.shape[1], window)
-        grad_x[images] = algebra.transpose(kernels, grad[images], x.shape[3:], window)
-        grad_kernels = algebra.correlate(grad[images], x[images], window).flatten(1, 3).flatten(2)
+        part, pixels, grads = (tensor[images].to(wide) for tensor in (features, x, grad))
+        kernels = kernels_of(part, weight, bias, x.shape[1], window)
+        grad_x[images] = algebra.transpose(kernels, grads, x.shape[3:], window)
+        grad_kernels = algebra.correlate(grads, pixels, window).flatten(1, 3).flatten(2)
         grad_features[images] = (weight.t() @ grad_kernels).unflatten(2, features.shape[2:])
-        grad_weight += (grad_kernels @ features[images].flatten(2).transpose(1, 2)).sum(0, dtype=accumulator)
+        grad_weight += (grad_kernels @ part.flatten(2).transpose(1, 2)).sum(0, dtype=accumulator)
         grad_bias += grad_kernels.sum((0, 2), dtype=accumulator)
-    return grad_x, grad_features, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_x, grad_features, grad_weight.to(dtype), grad_bias.to(dtype)

@@ -10,10 +10,10 @@ from kernels import reference
 from kernels.aggregation.configs import slides
 from kernels.aggregation.op import aggregate, algebra
 from kernels.backend import get_backend, interpreting, resolve
-from kernels.checks import as_pair, check_shape, check_tensors
+from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
-from kernels.registration import WINDOW, fields_of, window_of, without_autocast
+from kernels.registration import WINDOW, fields_of, once_differentiable, operator, window_of, without_autocast
 from kernels.windows import Pair, Window
 
 __all__ = ["involution2d", "involution2d_generate"]
@@ -28,6 +28,8 @@ def _checked_window(
         paddings = ((kernel_size[0] - 1) * dilations[0] // 2, (kernel_size[1] - 1) * dilations[1] // 2)
     else:
         paddings = as_pair("padding", padding, 0)
+    if max(x.shape[2] + 2 * paddings[0], x.shape[3] + 2 * paddings[1]) >= LIMIT:
+        raise ValueError(f"padding must keep x of size {tuple(x.shape[2:])} below 2^31 pixels a side, got {paddings}")
     window = Window(kernel_size, strides, paddings, dilations)
     height, width = window.output_size(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
@@ -78,7 +80,9 @@ def involution2d(
     check_shape("weight", weight, "B G Kh Kw H' W'", **{"H'": height, "W'": width})
     backend = get_backend()
     if backend == "reference":
-        return reference.involution2d(x, weight, stride=window.stride, padding=window.padding, dilation=window.dilation)
+        return without_autocast(reference.involution2d)(
+            x, weight, stride=window.stride, padding=window.padding, dilation=window.dilation
+        )
     return aggregate(weight, x.unflatten(1, (groups, channels // groups)), window, backend).flatten(1, 2)
 
 
@@ -116,24 +120,21 @@ def involution2d_generate(
         TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
     """
-    x, features, weight, *biases = check_tensors(x=x, features=features, weight=weight, bias=bias)
-    kernel_sizes = as_pair("kernel_size", kernel_size, 1)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+    x, features, weight, bias = check_tensors(["bias"], x=x, features=features, weight=weight, bias=bias)
+    kernel_sizes, groups = as_pair("kernel_size", kernel_size, 1), as_int("groups", groups, 1)
     check_shape("x", x, "B C H W")
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"groups must be at least 1 and divide the {x.shape[1]} channels of x, got {groups}")
+    if x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
     window = _checked_window(x, kernel_sizes, stride, padding, dilation)
     height, width = window.output_size(x.shape[2], x.shape[3])
     check_shape("features", features, "B R H' W'", **{"B": x.shape[0], "H'": height, "W'": width})
     rows = kernel_sizes[0] * kernel_sizes[1] * groups
     check_shape("weight", weight, "Kh·Kw·G R", **{"Kh·Kw·G": rows, "R": features.shape[1]})
-    bias = biases[0] if biases else None
     if bias is not None:
         check_shape("bias", bias, "Kh·Kw·G", **{"Kh·Kw·G": rows})
     backend = get_backend()
     if backend == "reference":
-        return reference.involution2d_generate(
+        return without_autocast(reference.involution2d_generate)(
             x, features, weight, bias,
             kernel_size=kernel_sizes, groups=groups,
             stride=window.stride, padding=window.padding, dilation=window.dilation,
@@ -143,24 +144,23 @@ def involution2d_generate(
     return out.flatten(1, 2)
 
 
-def _fused(backend: str, x: Tensor, window: Window) -> bool:
+def _fused(backend: str, window: Window, *maps: Tensor) -> bool:
     """Whether one launch generates and uses the kernels: Triton has no float64 matrix product on a GPU."""
-    return resolve(backend, x) == "triton" and slides(window) and (x.dtype != torch.float64 or interpreting())
+    triton = "eager" not in [resolve(backend, each) for each in maps]
+    return triton and slides(window) and (maps[0].dtype != torch.float64 or interpreting())
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::involution_generate",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
+@operator(
+    "involution_generate",
+    f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
 )
-@without_autocast
 def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    if _fused(backend, x, window):
+    if _fused(backend, window, x, features):
         from kernels.involution.forward import involution_generate
 
         return involution_generate(x, features, weight, bias, window)
-    return generate.forward(x, features, weight, bias, window, algebra(backend, x, window))
+    return generate.forward(x, features, weight, bias, window, algebra(backend, window, x))
 
 
 @_generate.register_fake
@@ -168,23 +168,19 @@ def _(x, features, *_):
     return empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::involution_generate_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size,"
-        f" {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "involution_generate_backward",
+    "(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size,"
+    f" {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-@without_autocast
 def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     """Gradients of x, features, weight and bias."""
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    if _fused(backend, x, window):
+    if _fused(backend, window, x, features):
         from kernels.involution.backward import backward
 
         return backward(grad, x, features, weight, bias, window)
-    return generate.backward(grad, x, features, weight, bias, window, algebra(backend, x, window))
+    return generate.backward(grad, x, features, weight, bias, window, algebra(backend, window, x))
 
 
 @_generate_backward.register_fake
@@ -208,6 +204,7 @@ def _backward(ctx, grad):
 
 
 _generate.register_autograd(_backward, setup_context=_save)
+once_differentiable(_generate_backward, "involution2d_generate")
 
 
 def _generate_flops(x_shape, features_shape, weight_shape) -> int:

@@ -8,16 +8,30 @@ backward pass runs the softmax again, which costs no more than recovering p from
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import Bands, Strip, as_matrices, multiply, strips, tile_of
+from kernels.aggregation.eager import (
+    Bands,
+    Scratch,
+    Strip,
+    as_matrices,
+    clear,
+    multiply,
+    pixel_scratch,
+    strips,
+    tile_of,
+)
 from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_like_layout
+from kernels.parallel import Part, Work, alone, in_turn, over_maps
 from kernels.windows import Window
 
 __all__ = [
@@ -29,50 +43,71 @@ __all__ = [
 ]
 
 
+# What one logit costs beyond its products, in multiply-adds of a matrix product: bias, exp, sum and copies.
+LOGIT_COST = 32
+
+
+@functools.lru_cache(maxsize=256)
+def _table_indices(window: Window, length: int, axis: int, device: torch.device) -> Tensor:
+    """Where the relative position of every neighbour stands in a bias table, [L, K]."""
+    query = torch.arange(length, device=device)[:, None]
+    distance = window.neighbours(length, axis, device) - query
+    return torch.div(distance, window.dilation[axis], rounding_mode="floor") + window.kernel_size[axis] - 1
+
+
+def _sum_by_index(grad: Tensor, index: Tensor, length: int) -> Tensor:
+    """out[g,m,t] = Σ_{n: index[n]=t} grad[g,m,n]: [G, M, N] -> [G, M, length].
+
+    A product with a one-hot matrix, not index_add: the same bits on every run, on every device.
+    """
+    one_hot = F.one_hot(index.flatten(), length).to(grad.dtype)
+    return multiply(grad, one_hot.expand(grad.shape[0], *one_hot.shape), one_hot.bool)
+
+
 class _PositionBias:
-    """rpb [G, 2Kh−1, 2Kw−1] at every (output, window position), and the sum back into that table.
+    """rpb [G, 2Kh−1, 2Kw−1] at every (output, window position), and the sum of gradients back into that table.
 
     Columns are spread once for the whole map ([G, 2Kh−1, W, Kw]), rows tile by tile.
     """
 
     def __init__(self, rpb: Tensor, window: Window, height: int, width: int) -> None:
-        self.rpb, self._kernel_size = rpb, window.kernel_size
-        indices = []
-        for axis, length in enumerate((height, width)):
-            query = torch.arange(length, device=rpb.device)[:, None]
-            distance = window.neighbours(length, axis, rpb.device) - query
-            indices.append(torch.div(distance, window.dilation[axis], rounding_mode="floor"))
-        self._rows, self._columns = (i + k - 1 for i, k in zip(indices, window.kernel_size, strict=True))
+        self._kernel_size = window.kernel_size
+        self._rows = _table_indices(window, height, 0, rpb.device)
+        self._columns = _table_indices(window, width, 1, rpb.device)
         self._spread = rpb.to(accumulator_dtype(rpb.dtype))[:, :, self._columns]
+        self._gradient = torch.zeros_like(self._spread)
+
+    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+        """Makes a tile's biases [n, 1, g, R, T, Kh, Kw]."""
+        columns, rows = self._spread[strip.maps[1], :, strip.output_columns], self._rows_of(strip, tile)
+        shape = (-1, tile.count, self._kernel_size[0], strip.leading[0], strip.column_tiles.count, self._kernel_size[1])
+        return lambda: columns.index_select(1, rows).view(shape).permute(3, 0, 1, 4, 2, 5).unsqueeze(1)
 
     def _rows_of(self, strip: Strip, tile: Tiles) -> Tensor:
-        """Row of the table for every row of the tile and of the window, [R, Kh]."""
-        return self._rows[strip.output_rows].narrow(0, tile.first, tile.count)
+        """Row of the table for every row of the tile and of the window, [R·Kh]."""
+        return self._rows[strip.output_rows].narrow(0, tile.first, tile.count).flatten()
 
-    def tile(self, strip: Strip, tile: Tiles) -> Tensor:
-        """[n, 1, g, R, T, Kh, Kw]"""
-        rows = self._rows_of(strip, tile)
-        bias = self._spread[strip.maps[1], :, strip.output_columns].index_select(1, rows.flatten())
-        bias = bias.unflatten(1, rows.shape).unflatten(3, (strip.leading[0], -1))  # [g, R, Kh, n, T, Kw]
-        return bias.permute(3, 0, 1, 4, 2, 5).unsqueeze(1)
+    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
+        """Adds a tile's gradients [n, b, g, R, T, K²], summed over the batch and the tile's rows."""
+        rows, target = self._rows_of(strip, tile), self._gradient[strip.maps[1], :, strip.output_columns]
 
-    def zeros(self) -> Tensor:
-        """The gradient of the spread table, to be filled by ``accumulate``."""
-        return torch.zeros_like(self._spread)
+        def write(grad: Tensor) -> None:
+            # [g, n, T, Kw, R, Kh]
+            by_rows = grad.sum(1).unflatten(-1, self._kernel_size).permute(1, 0, 3, 5, 2, 4)
+            summed = _sum_by_index(by_rows.flatten(4).flatten(1, 3), rows, self._spread.shape[1])
+            target.add_(summed.mT.unflatten(2, (-1, self._kernel_size[1])))
 
-    def accumulate(self, spread_grad: Tensor, strip: Strip, tile: Tiles, grad: Tensor) -> None:
-        """Add grad [n, b, g, R, T, Kh, Kw] over the batch and the tile's rows.
+        return write
 
-        A product with a one-hot matrix, not index_add: the same bits on every run, on every device.
-        """
-        rows = F.one_hot(self._rows_of(strip, tile).flatten(), self.rpb.shape[1]).to(grad.dtype)  # [R·Kh, 2Kh−1]
-        grad = grad.sum(1).permute(1, 2, 4, 0, 3, 5)  # [g, R, Kh, n, T, Kw]
-        summed = rows.mT @ grad.flatten(1, 2).flatten(2)
-        spread_grad[strip.maps[1], :, strip.output_columns] += summed.unflatten(2, (-1, self._kernel_size[1]))
+    def gradient(self) -> Tensor:
+        """[G, 2Kh−1, 2Kw−1], as wide as an accumulator."""
+        return _sum_by_index(self._gradient.flatten(2), self._columns, 2 * self._kernel_size[1] - 1)
 
-    def gradient(self, spread_grad: Tensor) -> Tensor:
-        columns = F.one_hot(self._columns.flatten(), self.rpb.shape[2]).to(spread_grad.dtype)  # [W·Kw, 2Kw−1]
-        return (spread_grad.flatten(2) @ columns).to(self.rpb.dtype)
+
+def _kernel_scratch(found: list[Strip], value: Tensor, window: Window) -> Scratch:
+    """For a tile's weights."""
+    outputs = (math.prod(strip.tile_shape(tile)) for strip in found for tile in strip.row_tiles)
+    return Scratch(value, (count * math.prod(window.kernel_size) for count in outputs))
 
 
 def _kernel_last(kernel: Tensor) -> Tensor:
@@ -86,18 +121,21 @@ def _kernel_first(kernel: Tensor, window: Window) -> Tensor:
 
 
 class Logits(Protocol):
-    """Logits of a whole map that are read, and their gradients taken, one tile at a time."""
+    """Logits that are read, and their gradients taken, one tile at a time."""
 
     fresh: bool
     """Whether a tile read is memory of its own, to be written over."""
 
-    def read(self, strip: Strip, tile: Tiles) -> Tensor:
-        """[n, b, g, R, T, Kh, Kw], as wide as an accumulator."""
+    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+        """Reads [n, b, g, R, T, Kh, Kw], as wide as an accumulator."""
         ...
 
-    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
-        """[n, b, g, R, T, Kh·Kw], as wide as an accumulator."""
+    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
+        """Takes gradients [n, b, g, R, T, Kh·Kw], as wide as an accumulator."""
         ...
+
+
+SomeLogits = TypeVar("SomeLogits", bound=Logits)
 
 
 class _StoredLogits:
@@ -108,57 +146,97 @@ class _StoredLogits:
     def __init__(self, logits: Tensor, window: Window, gradient: Tensor | None = None) -> None:
         self._logits, self._window, self._gradient = logits, window, gradient
 
-    def read(self, strip: Strip, tile: Tiles) -> Tensor:
-        return _kernel_last(tile_of(strip.outputs(self._logits), tile)).to(accumulator_dtype(self._logits.dtype))
+    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+        part = _kernel_last(tile_of(strip.outputs(self._logits), tile))
+        return lambda: part.to(accumulator_dtype(part.dtype))
 
-    def write_gradient(self, strip: Strip, tile: Tiles, grad: Tensor) -> None:
+    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
         assert self._gradient is not None
-        tile_of(strip.outputs(self._gradient), tile).copy_(_kernel_first(grad, self._window))
+        part = _kernel_last(tile_of(strip.outputs(self._gradient), tile))
+        return lambda grad: part.copy_(grad.view(part.shape))
 
 
-def _biased(logits: Logits, bias: _PositionBias | None, strip: Strip, tile: Tiles) -> Tensor:
-    """A tile's logits + rpb, [n, b, g, R, T, K²]; may share memory with the logits."""
-    part = logits.read(strip, tile)
-    if bias is None:
-        return part.flatten(5)
-    if logits.fresh:  # the bias is as good as contiguous, and copied once for the whole batch
-        return part.flatten(5).add_(bias.tile(strip, tile).flatten(5))
-    return (part + bias.tile(strip, tile)).flatten(5)
+def _softmax(
+    logits: Logits, bias: _PositionBias | None, strip: Strip, tile: Tiles, weight: Tensor
+) -> Callable[[], Tensor]:
+    """Writes the softmax of a tile's logits + rpb to weight [n, b, g, R, T, K²], and gives these logits."""
+    read, read_bias = logits.reader(strip, tile), None if bias is None else bias.reader(strip, tile)
+
+    def run() -> Tensor:
+        biased = read()
+        if read_bias is None:
+            biased = biased.flatten(5)
+        elif logits.fresh:  # the bias is as good as contiguous, and copied once for the whole batch
+            biased = biased.flatten(5).add_(read_bias().flatten(5))
+        else:
+            biased = (biased + read_bias()).flatten(5)
+        torch.softmax(biased, -1, out=weight)
+        return biased
+
+    return run
 
 
+@alone
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
     """out[b,g,d,i] = Σ_k p[i,k] · value[b,g,d,nbr(i,k)], and log Σ_k exp(logits + rpb).
 
     logits [B,G,Kh,Kw,H,W], value [B,G,D,H,W], rpb [G,2Kh−1,2Kw−1] or None -> out like value, [B,G,H,W] as wide as an
     accumulator.
     """
-    return softmax_aggregate_made(_StoredLogits(logits, window), value, rpb, window)
+    return softmax_aggregate_made(lambda part: _StoredLogits(logits[part], window), value, rpb, window)
 
 
-def softmax_aggregate_made(logits: Logits, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
-    """``softmax_aggregate`` with logits that need not exist all at once."""
+def _multiply_adds(value: Tensor, window: Window) -> int:
+    return math.prod((*value.shape[:2], *value.shape[3:], *window.kernel_size, value.shape[2] + LOGIT_COST))
+
+
+def softmax_aggregate_made(
+    make_logits: Callable[[Part], Logits], value: Tensor, rpb: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor]:
+    """``softmax_aggregate`` with logits, of a part of the maps, that need not exist all at once."""
     batch, groups, _, height, width = value.shape
     out = empty_like_layout(value, value.shape)
     statistics_dtype = accumulator_dtype(value.dtype)
     log_sum_exp = torch.empty((batch, groups, height, width), dtype=statistics_dtype, device=value.device)
-    bias = None if rpb is None else _PositionBias(rpb, window, height, width)
-    bands = Bands(value, window.kernel_size, input_major=not channels_fastest(value))
-    for strip in strips(window, value):
-        pixels = as_matrices(strip.load(value))
-        target, statistics = strip.outputs(out), strip.outputs(log_sum_exp)
-        for tile in strip.row_tiles:
-            biased = _biased(logits, bias, strip, tile)
-            weight = biased.softmax(-1)
-            # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
-            tile_of(statistics, tile).copy_(biased.amax(-1) - weight.amax(-1).log())
-            band = bands.select(strip, tile)
-            bands.lay(_kernel_first(weight, window))
-            part = tile_of(target, tile)
-            part.copy_(multiply(strip.covered(pixels, tile), band).view(part.shape))
-        del pixels  # before the next strip is loaded
+
+    def work(part: Part) -> Work[None]:
+        table = None if rpb is None else rpb[part.groups]
+        return _softmax_aggregate(make_logits(part), value[part], table, window, out[part], log_sum_exp[part])
+
+    over_maps(work, value, _multiply_adds(value, window))
     return out, log_sum_exp
 
 
+def _softmax_aggregate(
+    logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, out: Tensor, log_sum_exp: Tensor
+) -> Work[None]:
+    bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
+    found, steps = strips(window, value), []
+    scratch, weights = pixel_scratch(found, value), _kernel_scratch(found, value, window)
+    bands = Bands(found, value, window.kernel_size, not channels_fastest(value))
+
+    def step(strip: Strip, tile: Tiles, pixels: Tensor) -> Work[None]:
+        weight = weights.take(*strip.tile_shape(tile), math.prod(window.kernel_size))
+        softmax, band = _softmax(logits, bias, strip, tile, weight), bands.select(strip, tile)
+        pairs = band.pairs(_kernel_first(weight, window))
+        target, statistics = (tile_of(strip.outputs(tensor), tile) for tensor in (out, log_sum_exp))
+        yield
+        biased = softmax()
+        # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
+        statistics.copy_(biased.amax(-1) - weight.amax(-1).log())
+        del biased
+        band.lay(pairs)
+        target.copy_(band.gather(pixels).view(target.shape))
+
+    for strip in found:
+        pixels = strip.pixels(value, scratch)
+        steps.append(strip.load(pixels, value))
+        matrices = as_matrices(pixels)
+        steps += (step(strip, tile, strip.covered(matrices, tile)) for tile in strip.row_tiles)
+    return in_turn(steps)
+
+
+@alone
 def softmax_aggregate_backward(
     grad_out: Tensor,
     logits: Tensor,
@@ -171,47 +249,78 @@ def softmax_aggregate_backward(
     """dlogits = p · (dp − Σ_k p·dp) with dp[i,k] = Σ_d grad_out[i] · value[nbr(i,k)]; dvalue = transpose(p, grad_out);
     drpb sums dlogits over batch and pixels. ``out`` and ``log_sum_exp`` are not needed here."""
     grad_logits = empty_like_layout(logits, logits.shape)
-    stored = _StoredLogits(logits, window, grad_logits)
-    grad_value, grad_rpb = softmax_aggregate_made_backward(grad_out, stored, value, rpb, window)
+    grad_value, grad_rpb, _ = softmax_aggregate_made_backward(
+        grad_out, lambda part: _StoredLogits(logits[part], window, grad_logits[part]), value, rpb, window
+    )
     return grad_logits, grad_value, grad_rpb
 
 
 def softmax_aggregate_made_backward(
-    grad_out: Tensor, logits: Logits, value: Tensor, rpb: Tensor | None, window: Window
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of value and rpb; those of the logits are handed over tile by tile."""
-    height, width = value.shape[3:]
+    grad_out: Tensor, make_logits: Callable[[Part], SomeLogits], value: Tensor, rpb: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor | None, list[SomeLogits]]:
+    """Gradients of value and rpb; those of the logits were handed, tile by tile, to the logits made, returned too."""
     dtype = accumulator_dtype(value.dtype)
     grad_value = empty_like_layout(value, value.shape)
     total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()
-    bias = None if rpb is None else _PositionBias(rpb, window, height, width)
-    grad_spread = None if bias is None else bias.zeros()
-    bands = Bands(value, window.kernel_size, input_major=channels_fastest(value))
-    grad_bands = Bands(value, window.kernel_size, input_major=True)
-    for strip in strips(window, value):
-        pixels, sums = as_matrices(strip.load(value)), strip.zeros(value)
-        matrices = as_matrices(sums)
-        strip_grad = strip.outputs(grad_out)
-        for tile in strip.row_tiles:
-            grad = as_matrices(tile_of(strip_grad, tile).to(dtype))
-            weight = _biased(logits, bias, strip, tile).softmax(-1)
+    made: list[SomeLogits] = []
 
-            band = bands.select(strip, tile)
-            bands.lay(_kernel_first(weight, window))
-            covered = strip.covered(matrices, tile)
-            covered += multiply(grad, band.mT)
+    def work(part: Part) -> Work[Tensor | None]:
+        made.append(make_logits(part))
+        table = None if rpb is None else rpb[part.groups]
+        return _softmax_aggregate_backward(grad_out[part], made[-1], value[part], table, window, total[part])
 
-            torch.bmm(strip.covered(pixels, tile).mT, grad, out=grad_bands.select(strip, tile))
-            grad_biased = torch.empty_like(weight)
-            grad_bands.pick(_kernel_first(grad_biased, window))
-            grad_biased *= weight
-            grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
-            logits.write_gradient(strip, tile, grad_biased)
-            if bias is not None and grad_spread is not None:
-                bias.accumulate(grad_spread, strip, tile, grad_biased.unflatten(-1, window.kernel_size))
-        strip.add_to(total, sums)
-        del pixels, sums, matrices, covered  # before the next strip is loaded
+    results = over_maps(work, value, _multiply_adds(value, window))
     if total is not grad_value:
         grad_value.copy_(total)
-    grad_rpb = None if bias is None or grad_spread is None else bias.gradient(grad_spread)
-    return grad_value, grad_rpb
+    if rpb is None:
+        return grad_value, None, made
+    grad_rpb = torch.zeros_like(rpb, dtype=dtype)
+    for part, grad_table in results:
+        assert grad_table is not None
+        grad_rpb[part.groups] += grad_table
+    return grad_value, grad_rpb.to(rpb.dtype), made
+
+
+def _softmax_aggregate_backward(
+    grad_out: Tensor, logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, total: Tensor
+) -> Work[Tensor | None]:
+    """Adds to the gradient of value, and gives that of rpb."""
+    bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
+    found, steps = strips(window, value), []
+    scratches = [pixel_scratch(found, value) for _ in range(2)]
+    kernel_scratches = [_kernel_scratch(found, value, window) for _ in range(2)]
+    bands = Bands(found, value, window.kernel_size, channels_fastest(value))
+    grad_bands = Bands(found, value, window.kernel_size, input_major=True)
+
+    def step(strip: Strip, tile: Tiles, pixels: Tensor, sums: Tensor) -> Work[None]:
+        shape = (*strip.tile_shape(tile), math.prod(window.kernel_size))
+        weight, grad_biased = (scratch.take(*shape) for scratch in kernel_scratches)
+        softmax, write = _softmax(logits, bias, strip, tile, weight), logits.writer(strip, tile)
+        write_bias = None if bias is None else bias.writer(strip, tile)
+        band, grad_band = bands.select(strip, tile), grad_bands.select(strip, tile)
+        pairs, grad_pairs = (
+            band.pairs(_kernel_first(weight, window)),
+            grad_band.pairs(_kernel_first(grad_biased, window)),
+        )
+        grad_view, pixels = tile_of(strip.outputs(grad_out), tile), pixels.mT
+        yield
+        softmax()
+        grad = as_matrices(grad_view.to(total.dtype))
+        band.lay(pairs)
+        sums += band.scatter(grad)
+        torch.bmm(pixels, grad, out=grad_band.bands)
+        grad_band.pick(grad_pairs)
+        grad_biased *= weight
+        grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
+        write(grad_biased)
+        if write_bias is not None:
+            write_bias(grad_biased)
+
+    for strip in found:
+        pixels, sums = (strip.pixels(value, scratch) for scratch in scratches)
+        steps += [strip.load(pixels, value), clear(sums)]
+        matrices = as_matrices(pixels), as_matrices(sums)
+        steps += (step(strip, tile, *(strip.covered(m, tile) for m in matrices)) for tile in strip.row_tiles)
+        steps.append(strip.add_to(total, sums))
+    yield from in_turn(steps)
+    return None if bias is None else bias.gradient()

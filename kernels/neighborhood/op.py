@@ -12,9 +12,9 @@ from kernels import reference
 from kernels.aggregation.op import aggregate, aggregation_flops, correlate
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_pair, check_shape, check_tensors, check_window_fits, odd_pair
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, settled
 from kernels.neighborhood import eager
-from kernels.registration import without_autocast
+from kernels.registration import once_differentiable, operator, without_autocast
 from kernels.windows import Pair, Window
 
 __all__ = ["na2d_av", "na2d_qk", "na2d_softmax_av", "softmax_aggregate"]
@@ -32,7 +32,12 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 def kernel_first(tensor: Tensor, kernel_size: Pair) -> Tensor:
     """[B, heads, H, W, K²] seen as [B, heads, Kh, Kw, H, W]."""
-    return tensor.unflatten(-1, kernel_size).permute(0, 1, 4, 5, 2, 3)
+    return settled(tensor).unflatten(-1, kernel_size).permute(0, 1, 4, 5, 2, 3)
+
+
+def kernel_last(tensor: Tensor) -> Tensor:
+    """[B, heads, Kh, Kw, H, W] seen as [B, heads, H, W, K²]."""
+    return settled(tensor.permute(0, 1, 4, 5, 2, 3).flatten(4))
 
 
 def _checked_window(kernel_size: int | Pair, dilation: int | Pair, height: int, width: int) -> Window:
@@ -79,7 +84,7 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
     window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
     backend = get_backend()
     if backend == "reference":
-        return reference.na2d_av(attn, value, window.kernel_size, window.dilation)
+        return without_autocast(reference.na2d_av)(attn, value, window.kernel_size, window.dilation)
     weight = kernel_first(attn, window.kernel_size)
     return channels_last(aggregate(weight, channels_first(value), window, backend))
 
@@ -106,19 +111,19 @@ def na2d_qk(
 
     Source: arXiv 2204.07143, equation 2 (NATTEN's ``na2d_qk``). Differentiable any number of times.
     """
-    query, key, *bias = check_tensors(query=query, key=key, rpb=rpb)
+    query, key, rpb = check_tensors(["rpb"], query=query, key=key, rpb=rpb)
     check_shape("query", query, "B heads H W D")
     batch, heads, height, width, channels = query.shape
     check_shape("key", key, "B heads H W D", B=batch, heads=heads, H=height, W=width, D=channels)
     window = _checked_window(kernel_size, dilation, query.shape[2], query.shape[3])
-    if bias:
-        _check_rpb(bias[0], query.shape[1], window.kernel_size)
+    if rpb is not None:
+        _check_rpb(rpb, query.shape[1], window.kernel_size)
     backend = get_backend()
     if backend == "reference":
-        return reference.na2d_qk(query, key, window.kernel_size, window.dilation, *bias)
+        return without_autocast(reference.na2d_qk)(query, key, window.kernel_size, window.dilation, rpb)
     logits = correlate(channels_first(query), channels_first(key), window, backend)
-    logits = logits.permute(0, 1, 4, 5, 2, 3).flatten(4)
-    return logits + reference.rpb_logits(bias[0], query.shape[2], query.shape[3], window) if bias else logits
+    logits = kernel_last(logits)
+    return logits if rpb is None else logits + reference.rpb_logits(rpb, query.shape[2], query.shape[3], window)
 
 
 def na2d_softmax_av(
@@ -146,16 +151,17 @@ def na2d_softmax_av(
 
     Source: arXiv 2204.07143, equations 2-4; with ContMix's logits, arXiv 2502.20087, equation 3.
     """
-    logits, value, *bias = check_tensors(logits=logits, value=value, rpb=rpb)
+    logits, value, rpb = check_tensors(["rpb"], logits=logits, value=value, rpb=rpb)
     check_shape("value", value, "B heads H W D")
     _check_attention("logits", logits, value, kernel_size)
     window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
-    if bias:
-        _check_rpb(bias[0], value.shape[1], window.kernel_size)
-    rpb = bias[0] if bias else None
+    if rpb is not None:
+        _check_rpb(rpb, value.shape[1], window.kernel_size)
     backend = get_backend()
     if backend == "reference":
-        return reference.na2d_softmax_av(logits, value, window.kernel_size, rpb=rpb, dilation=window.dilation)
+        return without_autocast(reference.na2d_softmax_av)(
+            logits, value, window.kernel_size, rpb=rpb, dilation=window.dilation
+        )
     out = softmax_aggregate(kernel_first(logits, window.kernel_size), channels_first(value), rpb, window, backend)
     return channels_last(out)
 
@@ -178,12 +184,9 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     return eager
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::softmax_aggregate",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend) -> (Tensor, Tensor)",
+@operator(
+    "softmax_aggregate", "(Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend) -> (Tensor, Tensor)"
 )
-@without_autocast
 def _softmax_aggregate(logits, value, rpb, dilation, backend):
     """The output, and log Σ_k exp(logits + rpb) [B, G, H, W] in float32 (float64 for float64)."""
     run = _implementation(backend, value)
@@ -197,15 +200,11 @@ def _(logits, value, rpb, dilation, backend):
     return empty_like_layout(value, value.shape), value.new_empty((batch, groups, height, width), dtype=statistics)
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::softmax_aggregate_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, Tensor out, Tensor log_sum_exp, int[] dilation,"
-        " str backend) -> (Tensor, Tensor, Tensor)"
-    ),
+@operator(
+    "softmax_aggregate_backward",
+    "(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, Tensor out, Tensor log_sum_exp, int[] dilation,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
 )
-@without_autocast
 def _softmax_aggregate_backward(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
     """Gradients of logits, value and rpb; the last is empty where there is no rpb."""
     run = _implementation(backend, value)
@@ -237,6 +236,7 @@ def _backward(ctx, grad, _grad_log_sum_exp):
 
 
 _softmax_aggregate.register_autograd(_backward, setup_context=_save)
+once_differentiable(_softmax_aggregate_backward, "na2d_softmax_av")
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.softmax_aggregate)

@@ -7,11 +7,17 @@ A block of window rows and batch entries keeps the copied windows (K²/stride² 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.aggregation.eager import Scratch
+from kernels.dtypes import accumulator_dtype
+from kernels.parallel import Part, Work, alone, in_turn, over_maps
 
 __all__ = ["outlook", "outlook_backward"]
 
@@ -34,54 +40,59 @@ class _Block(NamedTuple):
     kernel_size: int
     stride: int
 
-    def _parts(self, covered: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The pixels that exist: in the covered area [b, rows, columns, C], and in the image [B, H, W, C]."""
+    def _covered(self, image: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Memory for the covered area; its pixels that exist, there and in the image [B, heads, H, W, D], as
+        [b, rows, columns, heads, D]; its overlapping windows [b, h, w, heads, K, K, D], a view."""
+        batch, heads, height, width, depth = image[self.batch].shape
+        covered = scratch.take(batch, *self.size, heads, depth)
         inside, outside = [], []
-        for corner, size, length in zip(self.corner, self.size, image.shape[1:3], strict=True):
+        for corner, size, length in zip(self.corner, self.size, (height, width), strict=True):
             low = min(max(corner, 0), length)
             high = max(low, min(corner + size, length))
             inside.append(slice(low - corner, high - corner))
             outside.append(slice(low, high))
-        return covered[(slice(None), *inside)], image[(self.batch, *outside)]
-
-    def _covered(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        return image.new_zeros((image[self.batch].shape[0], *self.size, image.shape[3]), dtype=dtype)
-
-    def _windows_of(self, covered: Tensor, heads: int) -> Tensor:
-        """[b, h, w, heads, K, K, D]: overlapping windows as a view."""
-        batch, _, _, channels = covered.shape
-        entry, row, column, channel = covered.stride()
-        depth = channels // heads
-        return covered.as_strided(
+        pixels = image[(self.batch, slice(None), *outside)].permute(0, 2, 3, 1, 4)
+        entry, row, column, head, channel = covered.stride()
+        windows = covered.as_strided(
             (batch, *self.grid, heads, self.kernel_size, self.kernel_size, depth),
-            (entry, row * self.stride, column * self.stride, channel * depth, row, column, channel),
+            (entry, row * self.stride, column * self.stride, head, row, column, channel),
         )
+        return covered, covered[(slice(None), *inside)], pixels, windows
 
-    def windows(self, image: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """Every window's pixels of image [B, H, W, C], zero outside: [b·h·w·heads, K², D]."""
-        covered = self._covered(image, dtype)
-        part, pixels = self._parts(covered, image)
-        part.copy_(pixels)
-        return self._windows_of(covered, heads).flatten(4, 5).flatten(0, 3)
+    def reader(self, image: Tensor, scratch: Scratch) -> Callable[[], Tensor]:
+        """Copies every window's pixels of image [B, heads, H, W, D], zero outside: [b·h·w·heads, K², D]."""
+        covered, part, pixels, windows = self._covered(image, scratch)
 
-    def add_to(self, image: Tensor, windows: Tensor, heads: int) -> None:
-        """Sum windows [b·h·w·heads, K², D] into image [B, H, W, C] where they overlap; the outside is dropped."""
-        covered = self._covered(image, image.dtype)
-        targets = self._windows_of(covered, heads)
+        def read() -> Tensor:
+            covered.zero_()
+            part.copy_(pixels)
+            return windows.clone(memory_format=torch.contiguous_format).flatten(4, 5).flatten(0, 3)
+
+        return read
+
+    def writer(self, image: Tensor, scratch: Scratch, windows: Tensor) -> Callable[[], None]:
+        """Sums windows [b·h·w·heads, K², D] into image where they overlap; what falls outside is dropped."""
+        covered, part, pixels, targets = self._covered(image, scratch)
         windows = windows.view(targets.shape)
-        for row in range(self.kernel_size):
-            for column in range(self.kernel_size):
-                # One position of every window: these never overlap.
-                targets[..., row, column, :] += windows[..., row, column, :]
-        part, pixels = self._parts(covered, image)
-        pixels += part
+        # One position of every window: these never overlap.
+        positions = list(product(range(self.kernel_size), repeat=2))
+        pairs = [(targets[..., row, column, :], windows[..., row, column, :]) for row, column in positions]
+
+        def write() -> None:
+            covered.zero_()
+            for target, window in pairs:
+                target += window
+            pixels.add_(part)
+
+        return write
 
 
 def _blocks(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int) -> Iterator[_Block]:
-    batch, height, width = logits.shape[:3]
+    """Of logits [B, heads, h, w, K², K²] and value [B, heads, H, W, D]."""
+    batch, heads, height, width = logits.shape[:4]
     most = BLOCK_ELEMENTS.get(value.device.type, BLOCK_ELEMENTS_ELSEWHERE)
     limit = min(most, max(FEWEST_BLOCK_ELEMENTS, (logits.numel() + value.numel()) // BLOCK_SHARE))
-    row_elements = max(1, width * kernel_size**2 * value.shape[3])
+    row_elements = max(1, width * kernel_size**2 * heads * value.shape[4])
     batch_step = max(1, min(batch, limit // row_elements))
     row_step = max(1, limit // (row_elements * batch_step))
     for first in range(0, batch, batch_step):
@@ -98,30 +109,65 @@ def _blocks(logits: Tensor, value: Tensor, kernel_size: int, stride: int, paddin
             )
 
 
-def _accumulator(tensor: Tensor) -> Tensor:
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+class _Memory:
+    """For one block after the other: the areas that windows cover, and the windows' values one by one."""
+
+    def __init__(self, blocks: list[_Block], image: Tensor) -> None:
+        heads, depth = image.shape[1], image.shape[4]
+        maps = [image[block.batch].shape[0] * heads * depth for block in blocks]
+        areas = [count * math.prod(block.size) for count, block in zip(maps, blocks, strict=True)]
+        self.loaded, self.sums = Scratch(image, areas), Scratch(image, areas)
+        windows = [n * math.prod(block.grid) * block.kernel_size**2 for n, block in zip(maps, blocks, strict=True)]
+        self.windows = Scratch(image, windows)
+
+
+def _by_head(image: Tensor, heads: int) -> Tensor:
+    """[B, H, W, C] as [B, heads, H, W, C/heads]"""
+    return image.unflatten(3, (heads, -1)).movedim(3, 1)
 
 
 def _weights(logits: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax over the sources of logits [b, h, w, heads, K², K²]: [b·h·w·heads, K² targets, K² sources].
+    """softmax over the sources of logits [b, heads, h, w, K², K²]: [b·h·w·heads, K² targets, K² sources].
 
     Sources go first in memory for the softmax: over rows as short as 9, PyTorch's CPU kernel is eight times slower.
     """
-    sources_first = logits.permute(4, 5, 0, 1, 2, 3).to(dtype) * scale
+    sources_first = logits.permute(4, 5, 0, 2, 3, 1).to(dtype) * scale
     return sources_first.softmax(1).permute(2, 3, 4, 5, 0, 1).contiguous().flatten(0, 3)
 
 
+@alone
 def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
     """logits [B,h,w,heads,K²,K²] (target, source), value [B,H,W,C] -> [B,H,W,C], contiguous."""
-    heads = logits.shape[3]
-    out = _accumulator(value)
-    for block in _blocks(logits, value, kernel_size, stride, padding):
-        weights = _weights(logits[block.batch, block.window_rows], scale, out.dtype)
-        block.add_to(out, torch.bmm(weights, block.windows(value, heads, out.dtype)), heads)
+    out = torch.zeros(value.shape, dtype=accumulator_dtype(value.dtype), device=value.device)
+    maps = logits.movedim(3, 1), *(_by_head(image, logits.shape[3]) for image in (value, out))
+
+    def work(part: Part) -> Work[None]:
+        tensors = [tensor[part] for tensor in maps]
+        return _outlook(*tensors, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale)
+
+    over_maps(work, maps[0], logits.numel() * maps[1].shape[4])
     return out.to(value.dtype)
 
 
+def _outlook(
+    logits: Tensor, value: Tensor, out: Tensor, kernel_size: int, stride: int, padding: int, scale: float
+) -> Work[None]:
+    blocks = list(_blocks(logits, value, kernel_size, stride, padding))
+    memory = _Memory(blocks, value)
+
+    def step(block: _Block) -> Work[None]:
+        part = logits[block.batch, :, block.window_rows]
+        read = block.reader(value, memory.loaded)
+        mixed = memory.windows.take(part[..., 0, 0].numel(), kernel_size**2, value.shape[4])
+        write = block.writer(out, memory.sums, mixed)
+        yield
+        torch.bmm(_weights(part, scale, out.dtype), read(), out=mixed)
+        write()
+
+    return in_turn([step(block) for block in blocks])
+
+
+@alone
 def outlook_backward(
     grad_out: Tensor, logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -129,14 +175,44 @@ def outlook_backward(
     dlogits = scale · p · (dp − Σ_s p·dp)."""
     heads = logits.shape[3]
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    grad_value = _accumulator(value)
-    for block in _blocks(logits, value, kernel_size, stride, padding):
-        part = logits[block.batch, block.window_rows]
-        weights = _weights(part, scale, grad_value.dtype)
-        grads = block.windows(grad_out, heads, grad_value.dtype)
-        block.add_to(grad_value, torch.bmm(weights.mT, grads), heads)
-        sources = block.windows(value, heads, grad_value.dtype).mT.contiguous()  # pays: bmm is slow on a transpose
+    grad_value = torch.zeros(value.shape, dtype=accumulator_dtype(value.dtype), device=value.device)
+    maps = logits.movedim(3, 1), grad_logits.movedim(3, 1), *(_by_head(t, heads) for t in (grad_out, value, grad_value))
+
+    def work(part: Part) -> Work[None]:
+        tensors = [tensor[part] for tensor in maps]
+        return _outlook_backward(*tensors, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale)
+
+    over_maps(work, maps[0], logits.numel() * maps[3].shape[4])
+    return grad_logits, grad_value.to(value.dtype)
+
+
+def _outlook_backward(
+    logits: Tensor,
+    grad_logits: Tensor,
+    grad_out: Tensor,
+    value: Tensor,
+    grad_value: Tensor,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    scale: float,
+) -> Work[None]:
+    blocks = list(_blocks(logits, value, kernel_size, stride, padding))
+    memory = _Memory(blocks, value)
+
+    def step(block: _Block) -> Work[None]:
+        part, target = (tensor[block.batch, :, block.window_rows] for tensor in (logits, grad_logits))
+        read_grads, read_values = (block.reader(tensor, memory.loaded) for tensor in (grad_out, value))
+        mixed = memory.windows.take(part[..., 0, 0].numel(), kernel_size**2, value.shape[4])
+        write = block.writer(grad_value, memory.sums, mixed)
+        target = target.permute(0, 2, 3, 1, 4, 5)
+        yield
+        weights, grads = _weights(part, scale, grad_value.dtype), read_grads()
+        torch.bmm(weights.mT, grads, out=mixed)
+        write()
+        sources = read_values().mT.contiguous()  # pays: bmm is slow on a transpose
         products = torch.bmm(grads, sources).mul_(weights)
         products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1)
-        grad_logits[block.batch, block.window_rows] = products.mul_(scale).view(part.shape)
-    return grad_logits, grad_value.to(value.dtype)
+        target.copy_(products.mul_(scale).view(target.shape))
+
+    return in_turn([step(block) for block in blocks])

@@ -12,18 +12,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
-from kernels.checks import check_shape, check_tensors
+from kernels.checks import as_int, check_shape, check_tensors
 from kernels.outlook import eager
-from kernels.registration import without_autocast
+from kernels.registration import once_differentiable, operator, without_autocast
 
 __all__ = ["outlook_attention2d"]
-
-
-def _check_integer(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
 
 
 def outlook_attention2d(
@@ -62,9 +55,10 @@ def outlook_attention2d(
     Source: arXiv 2106.13112, equations 3-5.
     """
     logits, value = check_tensors(logits=logits, value=value)
-    _check_integer("kernel_size", kernel_size, 1)
-    _check_integer("stride", stride, 1)
-    _check_integer("padding", padding, 0)
+    kernel_size, stride, padding = (
+        as_int(name, option, minimum)
+        for name, option, minimum in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0))
+    )
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(f"scale must be a real number, got {scale!r}")
     if not -math.inf < scale < math.inf:  # isfinite, which does not trace with a symbolic scale
@@ -86,7 +80,7 @@ def outlook_attention2d(
     scale = float(scale)
     backend = get_backend()
     if backend == "reference":
-        return reference.outlook_attention2d(
+        return without_autocast(reference.outlook_attention2d)(
             logits, value, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale
         )
     return _outlook(logits, value, kernel_size, stride, padding, scale, backend)
@@ -97,17 +91,14 @@ WINDOWS = "int kernel_size, int stride, int padding, float scale, str backend"
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     """What runs here; Triton is imported at the first use and not before."""
-    if resolve(backend, tensor) == "triton":
+    if resolve(backend, tensor[..., 0]) == "triton":
         from kernels.outlook import triton_kernels
 
         return triton_kernels
     return eager
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::outlook", mutates_args=(), schema=f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor"
-)
-@without_autocast
+@operator("outlook", f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor")
 def _outlook(logits, value, kernel_size, stride, padding, scale, backend):
     run = _implementation(backend, value)
     return run.outlook(logits, value, kernel_size, stride, padding, scale)
@@ -118,12 +109,7 @@ def _(logits, value, *_):
     return value.new_empty(value.shape)
 
 
-@torch.library.custom_op(
-    "dynamic_kernels::outlook_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)",
-)
-@without_autocast
+@operator("outlook_backward", f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)")
 def _outlook_backward(grad, logits, value, kernel_size, stride, padding, scale, backend):
     """Gradients of logits and value, contiguous."""
     run = _implementation(backend, value)
@@ -146,6 +132,7 @@ def _backward(ctx, grad):
 
 
 _outlook.register_autograd(_backward, setup_context=_save)
+once_differentiable(_outlook_backward, "outlook_attention2d")
 
 
 def _mixing_flops(logits_shape, value_shape) -> int:

@@ -11,24 +11,30 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
+from kernels.files import atomic_write, locked
 
-__all__ = ["SCHEMA", "Store", "atomic_write", "shipped_folder", "user_folder"]
+__all__ = ["SCHEMA", "Store", "shipped_folder", "user_folder"]
 
 SCHEMA = 1
+NOWHERE = Path(os.devnull, "dynamic-kernels")  # no file can lie there
 LOCK_SECONDS = 60  # how long to wait for other processes' writes, each of which takes milliseconds
 
 
 def user_folder() -> Path:
-    """Where tuning writes: DYNAMIC_KERNELS_STORE, or the platform's cache directory."""
+    """Where tuning writes: DYNAMIC_KERNELS_STORE, or the platform's cache directory.
+
+    Where the system knows no home directory of this user, as for a container's made-up one, nothing is kept.
+    """
     chosen = os.environ.get("DYNAMIC_KERNELS_STORE")
-    return Path(chosen) if chosen else _cache_folder() / "configs"
+    try:
+        return Path(chosen) if chosen else _cache_folder() / "configs"
+    except RuntimeError:
+        return NOWHERE
 
 
 def _cache_folder() -> Path:
@@ -44,28 +50,12 @@ def shipped_folder() -> Path:
     return Path(__file__).parent / "configs"
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Readers and a crash at any moment see the whole old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from a cluster's other users
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 class Store:
     """The entries of one GPU: key -> {"config": {...}, "triton": version, "source": hash, ...}."""
 
     def __init__(self, folder: Path, gpu: str) -> None:
         self.gpu = gpu
-        self.path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', gpu)}.json"
+        self.path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', gpu)[:100]}.json"
         self._warned = False
 
     def _warn(self, action: str, error: Exception) -> None:
@@ -81,6 +71,8 @@ class Store:
     def read(self) -> dict[str, dict[str, Any]]:
         """All entries; none where the file is missing, and none with one warning where it is not what it should be."""
         try:
+            if self.path.exists() and not self.path.is_file():
+                raise ValueError("not a file")  # a pipe would be waited for
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if not isinstance(content, dict) or content.get("schema") != SCHEMA:
                 raise ValueError(f"not a store of schema {SCHEMA}")
@@ -88,7 +80,7 @@ class Store:
             if not isinstance(entries, dict):
                 raise ValueError("no table of entries")
             return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, RecursionError) as error:
             self._warn("read", error)
@@ -100,16 +92,16 @@ class Store:
         A file that cannot be understood is kept beside the new one under the ending ``.broken``: it may be somebody's.
         """
         try:
+            if self.path.parent == NOWHERE:
+                raise OSError("this user has no home directory; set DYNAMIC_KERNELS_STORE to a folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{self.path}.lock", timeout=LOCK_SECONDS):
-                for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of writers that were killed
-                    leftover.unlink(missing_ok=True)
+            with locked(f"{self.path}.lock", LOCK_SECONDS):
                 merged = self._read_or_set_aside()
                 merged.update({key: dict(entry) for key, entry in entries.items()})
                 content = {"schema": SCHEMA, "gpu": self.gpu, "entries": dict(sorted(merged.items()))}
                 atomic_write(self.path, json.dumps(content, indent=1) + "\n")
             return True
-        except (OSError, filelock.Timeout) as error:
+        except OSError as error:
             self._warn("write", error)
             return False
 

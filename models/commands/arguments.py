@@ -11,72 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
 from models._contract import BackboneContract
-from models.checkpoints import load_checkpoint, read_state_dict
-from models.downloads import fetch
+from models.checkpoints import local_file, read_state_dict
+from models.commands.files import BEST
+from models.commands.progress import console
+from models.commands.types import DTYPES, Number, device, image_size, positive, processes
+from models.metadata import read_metadata
 from models.registry import create_model
 from models.volo import VOLO
 
-__all__ = [
-    "DTYPES",
-    "add_device_arguments",
-    "add_image_arguments",
-    "add_model_arguments",
-    "build_model",
-    "console",
-    "device",
-    "natural",
-    "positive",
-    "share",
-]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def device(text: str) -> torch.device:
-    """A device that is there: cpu, cuda, cuda:1."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be a device present here, got {text!r}: {reason}") from None
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """Above 0; crops may exceed the image, hence not at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 2:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 2, got {text!r}")
-    return value
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """SIDE or HEIGHTxWIDTH."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got {text!r}")
-    return int(sides[0]), int(sides[-1])
+__all__ = ["add_device_arguments", "add_image_arguments", "add_model_arguments", "build_model", "complete"]
 
 
 def model_option(text: str) -> tuple[str, Any]:
@@ -90,11 +37,31 @@ def model_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def best_of_run(text: str) -> str:
+    """DIR -> its best weights."""
+    path = Path(text) / BEST
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"must be a finetune's --output with {BEST} in it, got {text!r}")
+    return str(path)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help='one of those that "list" shows')
+    parser.add_argument("--model", metavar="NAME", help='one of those that "list" shows (default: the run\'s)')
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="weights: .pth, .pth.tar or .safetensors, or a URL")
+    weights.add_argument(
+        "--run",
+        type=best_of_run,
+        dest="checkpoint",
+        metavar="DIR",
+        help="the best weights of a finetune's --output, with its model, sizes and classes",
+    )
     weights.add_argument("--pretrained", action="store_true", help="the official ImageNet weights, downloaded once")
+    parser.add_argument(
+        "--no-ema",
+        action="store_true",
+        help="use_ema=False: the last weights of a file that has averaged ones beside them",
+    )
     parser.add_argument(
         "--model-kwargs",
         type=model_option,
@@ -106,67 +73,94 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the model sees (default: as its official weights were tested)")
+    group = parser.add_argument_group("what the model sees (default: as its weights were tested)")
     group.add_argument("--size", type=image_size, metavar="SIDE", help="pixels, or HEIGHTxWIDTH")
-    group.add_argument("--crop-pct", type=share, metavar="SHARE", help="of the image's shorter side that is seen")
+    group.add_argument(
+        "--crop-pct",
+        type=Number(at_least=0.01, at_most=2),
+        metavar="SHARE",
+        help="of the image's shorter side that is seen",
+    )
     group.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="how images are resized")
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -> None:
+    """``loads``: no more than the device and what loads images; batch and dtype are a recipe's."""
     group = parser.add_argument_group("where and how it runs")
     group.add_argument(
         "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)"
     )
-    group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
-    group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
+    if not loads:
+        group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
+        group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
     group.add_argument(
         "--workers",
-        type=natural,
+        type=processes,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
         help="that load images (%(default)s)",
     )
 
 
+def complete(arguments: argparse.Namespace) -> None:
+    """Adds the weights' file (None: none), what it says of itself, and the model's name where it is not given.
+
+    Raises:
+        ValueError, OSError: a weight file that cannot be used, or no model is named.
+    """
+    arguments.file = None if arguments.checkpoint is None else local_file(arguments.checkpoint)
+    arguments.metadata = None if arguments.file is None else read_metadata(arguments.file)
+    if arguments.model is None:
+        if arguments.metadata is None:
+            raise ValueError("--model is needed: no weights are given that say which model they are of")
+        arguments.model = arguments.metadata.model
+
+
 def build_model(
     arguments: argparse.Namespace, num_classes: int | None = None, training: bool = False
 ) -> BackboneContract:
-    """The model that ``add_model_arguments`` describes, its weights loaded.
+    """The model that ``add_model_arguments`` describes, its weights loaded; its options go into ``arguments.options``.
 
-    ``num_classes`` None: as many as the checkpoint has. For ``training`` a VOLO returns its summed logits, unless
-    return_dense is asked for. Warnings, as of a classifier that starts anew, become notes.
+    ``num_classes`` None: as many as the checkpoint has. What a checkpoint says of its model stands in for options that
+    are not given. For ``training`` a VOLO returns its summed logits, unless return_dense is asked for. Warnings, as of
+    a classifier that starts anew, become notes.
 
     Raises:
         ValueError, TypeError, OSError: a name, an option or a weight file that cannot be used.
     """
-    options = dict(arguments.model_kwargs)
-    if num_classes is not None and options.setdefault("num_classes", num_classes) != num_classes:
-        raise ValueError(f"--model-kwargs: num_classes must be {num_classes} here, got {options['num_classes']}")
+    if not hasattr(arguments, "file"):
+        complete(arguments)
+    given, said = dict(arguments.model_kwargs), arguments.metadata
+    options = ({} if said is None else said.options()) | given
+    if num_classes is not None:
+        if given.get("num_classes", num_classes) != num_classes:
+            raise ValueError(f"--model-kwargs: num_classes must be {num_classes} here, got {given['num_classes']}")
+        options["num_classes"] = num_classes
     with torch.device("meta"):
         outline = create_model(arguments.model, **options)
     if not isinstance(outline, BackboneContract) or getattr(outline, "features_only", False):
         raise ValueError(f"--model must be a classifier, got {arguments.model} with {options}")
     size = getattr(arguments, "size", None)
-    if size is not None and isinstance(outline, VOLO):
-        options.setdefault("img_size", size)  # chooses the position embedding, and among the official weights
+    if size is not None and isinstance(outline, VOLO) and "img_size" not in given:
+        options["img_size"] = size  # chooses the position embedding, and among the official weights
     if training and isinstance(outline, VOLO):
         options.setdefault("return_dense", False)
-    checkpoint = arguments.checkpoint
-    if checkpoint is not None:
-        if checkpoint.startswith(("http://", "https://")):
-            checkpoint = fetch(checkpoint, check=read_state_dict)
-        if num_classes is None:
-            count = _class_count(read_state_dict(checkpoint), next(iter(outline.classifiers)))
-            if count is not None:
-                options["num_classes"] = count
+    if arguments.file is not None and num_classes is None and said is None:
+        count = _class_count(read_state_dict(arguments.file), next(iter(outline.classifiers)))
+        if count is not None:
+            options["num_classes"] = count
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        model = create_model(arguments.model, pretrained=arguments.pretrained, **options)
-        if checkpoint is not None:
-            load_checkpoint(model, Path(checkpoint))
-    for warning in caught:
-        console.print(f"[yellow]note:[/] {escape(str(warning.message))}")
+        model = create_model(
+            arguments.model, arguments.pretrained, arguments.file, use_ema=not arguments.no_ema, **options
+        )
+    notes = [str(warning.message) for warning in caught]
+    if said is not None:
+        notes.insert(0, f"{arguments.checkpoint} was trained as {said}: taken where no option says otherwise")
+    for note in notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
     assert isinstance(model, BackboneContract)
+    arguments.options = options
     return model
 
 

@@ -1,7 +1,7 @@
 """Name what photographs show: the five most probable classes of each, and a picture of them.
 
   python -m models classify cat.jpg dog.jpg --model overlock_t --pretrained
-  python -m models classify cat.jpg --model volo_d1 --checkpoint run/best.safetensors --classes run/classes.txt
+  python -m models classify cat.jpg --run run
 
 Without --pretrained or --checkpoint the weights are random and so are the answers; that is said.
 """
@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
-from rich.markup import escape
+from PIL import Image
 
-from models.commands.arguments import add_image_arguments, add_model_arguments, build_model, console, device
+from kernels.files import atomic_write
+from models.commands.arguments import add_image_arguments, add_model_arguments, build_model
 from models.commands.errors import CommandError, input_errors
 from models.commands.files import check_parent
-from models.commands.images import Preprocessing, read_image
+from models.commands.images import Preprocessing, check_image, read_image
 from models.commands.labels import class_names
+from models.commands.progress import console
+from models.commands.types import device
 
 __all__ = ["add_arguments", "run"]
 
 GUESSES = 5
+SIDE = 800  # pixels of a photograph in the picture, at most
+MOST_DRAWN = 100
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 RANDOM = "RANDOM WEIGHTS: neither --pretrained nor --checkpoint was given, these answers mean nothing"
 
 
@@ -36,70 +42,93 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="FILE", help="a class name a line (default: ImageNet's, else numbers)")
     parser.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is)")
     parser.add_argument(
-        "--output", type=Path, default=Path("classification.png"), metavar="PNG", help="the picture (%(default)s)"
+        "--output", type=Path, default=Path("classification.png"), metavar="FILE", help="the picture (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the guesses as JSON")
 
 
+def check_picture(path: Path) -> None:
+    """ValueError unless a picture can be put at ``path``, in a format that its name says."""
+    check_parent(path, "--output")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--output must end in {', '.join(SUFFIXES)}, got {path.name!r}")
+
+
 def draw(photographs: list[Image.Image], rows: list[dict[str, Any]], title: str, path: Path, warn: bool) -> None:
     """Each photograph beside the bars of its guesses."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.8 * len(rows) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), 2, squeeze=False, width_ratios=(1, 1.6))
-    for (left, right), photograph, row in zip(axes, photographs, rows, strict=True):
-        left.imshow(photograph)
-        left.set_axis_off()
-        names = [guess["name"] for guess in row["guesses"]]
-        shares = [100 * guess["probability"] for guess in row["guesses"]]
-        bars = right.barh(range(len(names)), shares, color="tab:red" if warn else "tab:blue")
-        right.bar_label(bars, fmt="%.1f %%", padding=3)
-        right.set_yticks(range(len(names)), names)
-        right.invert_yaxis()
-        right.set_xlim(0, 115)
-        right.set_xlabel("probability, %")
-        right.set_title(Path(row["image"]).name, loc="left", fontsize="medium")
-        right.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, color="tab:red" if warn else None)
-    figure.savefig(path, dpi=110, format="png")
+    def shown(name: str) -> str:
+        return name.encode(errors="surrogateescape").decode(errors="replace")
+
+    with matplotlib.rc_context({"text.usetex": False, "text.parse_math": False}):  # names are not TeX
+        figure = Figure(figsize=(9, 2.8 * len(photographs) + 0.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(photographs), 2, squeeze=False, width_ratios=(1, 1.6))
+        for (left, right), photograph, row in zip(axes, photographs, rows, strict=False):
+            left.imshow(photograph)
+            left.set_axis_off()
+            names = [shown(guess["name"]) for guess in row["guesses"]]
+            shares = [100 * guess["probability"] for guess in row["guesses"]]
+            bars = right.barh(range(len(names)), shares, color="tab:red" if warn else "tab:blue")
+            right.bar_label(bars, fmt="%.1f %%", padding=3)
+            right.set_yticks(range(len(names)), names)
+            right.invert_yaxis()
+            right.set_xlim(0, 115)
+            right.set_xlabel("probability, %")
+            right.set_title(shown(Path(row["image"]).name), loc="left", fontsize="medium")
+            right.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(shown(title), color="tab:red" if warn else None)
+        figure_format = path.suffix[1:].lower()
+        atomic_write(path, lambda file: figure.savefig(file, format=figure_format, dpi=110))
 
 
 @torch.no_grad()
 def run(arguments: argparse.Namespace) -> int:
     with input_errors():
-        check_parent(arguments.output, "--output")
-        photographs = [ImageOps.exif_transpose(read_image(path)) for path in arguments.images]
+        check_picture(arguments.output)
+        for path in arguments.images:
+            check_image(path)
         model = build_model(arguments).eval()
         if model.num_classes == 0:
             raise CommandError("--model-kwargs num_classes=0 leaves nothing to classify with")
-        names = class_names(model.num_classes, arguments.classes)
+        names = class_names(model.num_classes, arguments.classes, model.default_cfg.get("label_names"))
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
+        inputs, photographs = [], []
+        for path in arguments.images:
+            image = read_image(path)
+            inputs.append(preprocessing(image if preprocessing.channels == 3 else image.convert("L")))
+            if len(photographs) < MOST_DRAWN:
+                image.thumbnail((SIDE, SIDE))
+                photographs.append(image)
     weights = "official" if arguments.pretrained else arguments.checkpoint or "random"
     if weights == "random":
         console.print(f"[bold white on red] {RANDOM} [/]")
     place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(place)
     rows = []
-    for path, photograph in zip(arguments.images, photographs, strict=True):
-        image = photograph if preprocessing.channels == 3 else photograph.convert("L")
-        logits = model(preprocessing(image)[None].to(place))[0]
-        best = logits.float().softmax(0).topk(min(GUESSES, len(names)))
+    for path, x in zip(arguments.images, inputs, strict=True):
+        best = model(x[None].to(place))[0].float().softmax(0).topk(min(GUESSES, len(names)))
         guesses = [
             {"class": label, "name": names[label], "probability": probability}
             for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         rows.append({"image": path, "guesses": guesses})
-    title = RANDOM if weights == "random" else f"{arguments.model}, {weights} weights"
-    draw(photographs, rows, title, arguments.output, warn=weights == "random")
     if arguments.json:
         report = {"model": arguments.model, "weights": weights, "picture": str(arguments.output), "images": rows}
         print(json.dumps(report, indent=1))
-        return 0
-    for row in rows:
-        print(row["image"])
-        for guess in row["guesses"]:
-            print(f"  {100 * guess['probability']:5.1f} %  {guess['name']}")
-    console.print(f"picture: {escape(str(arguments.output))}")
+    else:
+        for row in rows:
+            print(row["image"])
+            for guess in row["guesses"]:
+                print(f"  {100 * guess['probability']:5.1f} %  {guess['name']}")
+    sys.stdout.flush()  # before the picture, whose disk may be full
+    title = RANDOM if weights == "random" else f"{arguments.model}, {weights} weights"
+    draw(photographs, rows, title, arguments.output, warn=weights == "random")
+    left_out = len(rows) - len(photographs)
+    console.print(
+        f"picture: {arguments.output}" + (f", without the last {left_out} images" if left_out else ""), markup=False
+    )
     return 0

@@ -1,7 +1,7 @@
 """Measure top-1 and top-5 on a folder of labelled images, with the crop and interpolation of the papers.
 
   python -m models evaluate imagenet/val --model overlock_t --pretrained --inference
-  python -m models evaluate flowers/val --model volo_d1 --checkpoint run/best.safetensors --output result.json
+  python -m models evaluate flowers/val --run run --output result.json
 
 DIR holds one folder for each class, numbered in the order of their names: ImageNet's folders are named by synset
 (n01440764, n01443537, …), which gives the published numbers. With --resume FILE a run that was killed continues where
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,21 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from kernels.files import WriteError, write_json
 from models.commands.arguments import (
-    DTYPES,
     add_device_arguments,
     add_image_arguments,
     add_model_arguments,
     build_model,
-    console,
-    positive,
+    complete,
 )
 from models.commands.errors import CommandError, input_errors
-from models.commands.files import check_parent, write_json
+from models.commands.files import check_parent
 from models.commands.folders import EvaluationImages, ImageFolder
 from models.commands.images import Preprocessing
-from models.commands.progress import Bar
+from models.commands.progress import Bar, console
 from models.commands.scoring import count_correct, loader, predict
+from models.commands.types import DTYPES, Number, natural, positive
 from models.inference import optimize_for_inference
 
 __all__ = ["add_arguments", "run"]
@@ -65,8 +66,8 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_count(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The count so far; from nothing where there is no such file.
+def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[str, Any]:
+    """The count so far, of ``total`` images; from nothing where there is no such file.
 
     Raises:
         ValueError: the file is another's, or counts something else; the message names what differs.
@@ -74,14 +75,27 @@ def read_count(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     fresh = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "skipped": [], "seconds": 0.0}
     if path is None or not path.exists():
         return fresh
+    if not path.is_file():  # a pipe would be waited for, a device would never end
+        raise ValueError(f"--resume must be a regular file, {path} is none")
     try:
         count = json.loads(path.read_text(encoding="utf-8"))
         count = {name: count[name] for name in fresh}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        counted = [count[name] for name in ("top1", "top5", "position")]
+        read = count["position"] - len(count["skipped"])
+        possible = (
+            all(natural.holds(number) for number in counted)
+            and count["top1"] <= count["top5"] <= read
+            and count["position"] <= total
+            and all(isinstance(message, str) for message in count["skipped"])
+            and Number(at_least=0).holds(count["seconds"])
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:
         raise ValueError(f"--resume: {path} counts with other {', '.join(differing)}; delete it, or name another file")
+    if not possible:
+        raise ValueError(f"--resume: {path} holds numbers that no count of {total} images has; delete it")
     return count
 
 
@@ -117,10 +131,15 @@ def run(arguments: argparse.Namespace) -> int:
             if path is not None:
                 check_parent(path, option)
         folder = ImageFolder(arguments.dir)
+        complete(arguments)
         if arguments.pretrained:
             check_classes(folder, 1000, arguments.model)  # before anything is downloaded
         model = build_model(arguments).eval()
         check_classes(folder, model.num_classes, arguments.model)
+        unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
+        if unlike:
+            told = ", ".join(sorted(unlike)[:5])
+            console.print(f"note: the weights are of other classes than the folders of DIR; only one has {told}")
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,
@@ -133,18 +152,19 @@ def run(arguments: argparse.Namespace) -> int:
             "dtype": arguments.dtype,
             "batch": arguments.batch,
         }
-        count = read_count(arguments.resume, settings)
+        count = read_count(arguments.resume, settings, len(folder.samples))
     place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     optimised = optimize_for_inference(model) if arguments.inference else model
     count_images(optimised.to(place), folder, preprocessing, count, arguments)
     weights = "official" if arguments.pretrained else arguments.checkpoint
     result = {"checkpoint": weights, **result_of(count, len(folder.samples))}
-    if arguments.output is not None:
-        write_json(arguments.output, result)
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
         _print(result)
+    sys.stdout.flush()  # before the file, whose disk may be full
+    if arguments.output is not None:
+        write_json(arguments.output, result)
     return 0
 
 
@@ -180,7 +200,10 @@ def count_images(
             count["seconds"] = earlier + time.perf_counter() - started
             due = number % arguments.save_every == 0 or count["position"] == len(images)
             if due and arguments.resume is not None:
-                write_json(arguments.resume, count)
+                try:
+                    write_json(arguments.resume, count)
+                except WriteError as error:  # the count goes on; only a kill would now cost more
+                    console.print(f"note: {error}", markup=False)
             read = count["position"] - len(count["skipped"])
             if read:
                 bar.advance(seen, f"top-1 {100 * count['top1'] / read:.2f} %")

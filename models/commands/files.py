@@ -1,54 +1,68 @@
-"""Files that a reader, or a run after a kill, finds whole: the old content or the new one, never half of one."""
+"""The files of a training run, each of them found whole after a kill."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["check_parent", "read_lines", "read_state", "write_json", "write_lines", "write_state"]
+from kernels.files import atomic_write
+from models.unpickling import read_safely, reason_of
 
+__all__ = [
+    "BEST",
+    "LAST",
+    "LOCK",
+    "LOG",
+    "STATE",
+    "check_parent",
+    "read_lines",
+    "read_state",
+    "write_lines",
+    "write_state",
+]
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())  # else a power cut could leave the new name with no content
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    _write(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt", ".lock"
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
-    """One JSON value a line."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    _write(path, lambda file: file.write_text(text, encoding="utf-8"))
+    """One JSON value per line."""
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_lines(path: Path) -> list[Any]:
-    """What ``write_lines`` or appending wrote; a last line that a kill cut short is left out."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The tables that ``write_lines`` or appending wrote; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: a line holds anything else.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(True), 1):
+        try:
+            rows += [dict(json.loads(line))] if line.endswith(b"\n") else []
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged in line {number}") from error
+    return rows
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    _write(path, lambda file: torch.save(state, file))
+    atomic_write(path, lambda file: torch.save(state, file))
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """What ``write_state`` wrote, on the CPU. ValueError for any other file; code in it is not run."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_safely(path)
     except Exception as error:  # a malformed file can make the reader fail in any way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a training state that can be read: {reason}") from error
+        raise ValueError(f"{path} {reason_of(error)}") from error
     if not isinstance(state, dict) or not {"step", "settings"} <= state.keys():
         raise ValueError(f"{path} is not a training state: it has no step and no settings")
     return state

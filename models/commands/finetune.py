@@ -1,48 +1,67 @@
 """Train a model on a folder of images, from official weights, from a file, or from scratch.
 
   python -m models finetune flowers --model overlock_t --pretrained --output run
-  torchrun --nproc-per-node 8 -m models finetune imagenet --model volo_d1 --epochs 300 --lr 1e-3 --output run
+  torchrun --nproc-per-node 8 -m models finetune imagenet --model overlock_t --recipe overlock --dtype fp16 --output run
 
 DIR holds train and val, each with one folder for every class. The run keeps in --output: state.pt (to continue),
-log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights for evaluate and classify.
-Call the same command again after a kill and it continues, with the result it would have had.
+log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights, which tell evaluate and
+classify (--run) what they are of, and where TensorBoard is installed its events. Call the same command again after a
+kill and it continues, with the result it would have had.
 
 AdamW; linear warm-up, then half a cosine; random-resized crops and flips; label smoothing; the averaged weights (EMA)
 are the ones evaluated and kept. OverLoCK trains with its auxiliary loss; VOLO on its summed logits, or, with
---model-kwargs return_dense=True, on class and token logits with mix-token.
+--model-kwargs return_dense=True, on class and token logits with mix-token. --recipe sets what a family's paper trained
+with from scratch on ImageNet-1k, and options beside it change that:
+
+  overlock  arXiv 2502.20087: 300 epochs, 2048 images per step, AdamW at 2e-3, mixup, CutMix, RandAugment, erasing, EMA
+  rednet    arXiv 2103.06255: 130 epochs, 2048 images per step, SGD at 0.8, crops and flips alone
+  volo      arXiv 2106.13112: 300 epochs, 1024 images per step, AdamW at 1.6e-3 (D2, D3: 1e-3), RandAugment, erasing and
+            mix-token; the authors' token labels come from a larger network, here each token has its image's label
+
+The images per step are divided among the processes; where a GPU holds fewer, --accumulate divides them further.
+Mixup, CutMix, RandAugment, erasing and repeated augmentation are timm's and need it installed.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
+import filelock
 import torch
 
+from kernels.files import WriteError, atomic_write, locked, write_json
 from models.commands import distributed
 from models.commands.arguments import (
     add_device_arguments,
     add_image_arguments,
     add_model_arguments,
     build_model,
-    console,
-    natural,
-    positive,
-    share,
+    complete,
 )
+from models.commands.augmentation import rand_augment, random_erasing
 from models.commands.errors import CommandError, input_errors
-from models.commands.files import write_json
+from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
-from models.commands.recipe import Recipe
-from models.commands.training import BEST, STATE, Run, Trainer
+from models.commands.progress import console
+from models.commands.published import PUBLISHED
+from models.commands.recipe import OPTIONS, Recipe
+from models.commands.training import Run, Trainer
+from models.commands.types import Number, natural, positive
+from models.metadata import Metadata
 
 __all__ = ["add_arguments", "run"]
 
+LOCK_SECONDS = 15.0
+NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # of the model's arguments: the training's alone
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    default = Recipe()
     parser.add_argument("dir", type=Path, metavar="DIR", help="holds train and val; or one folder for each class")
     parser.add_argument("--val", type=Path, metavar="DIR", help="images to evaluate on (DIR/val)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run is kept")
@@ -50,37 +69,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
 
     group = parser.add_argument_group("recipe")
-    group.add_argument("--epochs", type=positive, default=default.epochs, metavar="N", help="(%(default)s)")
-    group.add_argument("--lr", type=float, default=default.learning_rate, metavar="RATE", help="peak (%(default)s)")
-    group.add_argument(
-        "--min-lr", type=float, default=default.final_learning_rate, metavar="RATE", help="last step's (%(default)s)"
-    )
-    group.add_argument("--warmup-epochs", type=float, metavar="N", help="linear warm-up (a tenth of the epochs)")
-    for option, name, text in (
-        ("--weight-decay", "weight_decay", "for matrices and kernels"),
-        ("--layer-decay", "layer_decay", "factor of the learning rate from each layer to the one before"),
-        ("--label-smoothing", "label_smoothing", "share of the label that all classes get"),
-        ("--aux-weight", "auxiliary_weight", "of OverLoCK's auxiliary loss"),
-        ("--clip", "clip_norm", "largest norm of the gradient, 0: any"),
-        ("--ema", "ema_decay", "decay of the averaged weights, 0: none"),
-    ):
-        group.add_argument(
-            option, type=float, default=getattr(default, name), dest=name, metavar="X", help=f"{text} (%(default)s)"
-        )
-    group.add_argument("--drop-path", type=float, metavar="RATE", help="stochastic depth (the model's own)")
-    group.add_argument("--least-area", type=share, default=0.08, metavar="SHARE", help="smallest crop (%(default)s)")
-    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="chance of mirroring (%(default)s)")
-    group.add_argument("--freeze-backbone", action="store_true", help="train nothing but the classifier")
-    group.add_argument("--seed", type=natural, default=default.seed, metavar="N", help="(%(default)s)")
+    group.add_argument("--recipe", choices=tuple(PUBLISHED), help="what the paper trained with, see above")
+    group.add_argument("--drop-path", type=Number(at_least=0, below=1), metavar="RATE", help="(the model's own)")
+    for known in fields(Recipe):  # what is not given is the recipe's
+        flag, kind, text = known.metadata["flag"], known.metadata["kind"], known.metadata["help"]
+        common: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=text, **common)
+        elif isinstance(kind, tuple):
+            group.add_argument(flag, choices=kind, help=f"{text} ({known.default})", **common)
+        else:
+            default = "" if known.default in (None, "") else f" ({known.default})"
+            group.add_argument(flag, type=kind, metavar="TEXT" if kind is str else "N", help=text + default, **common)
 
     add_image_arguments(parser)
-    add_device_arguments(parser)
+    add_device_arguments(parser, loads=True)
     group = parser.add_argument_group("bookkeeping")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument(
         "--save-every", type=natural, default=500, metavar="N", help="steps between states (%(default)s; 0: epochs)"
     )
-    group.add_argument("--log-every", type=positive, default=50, metavar="N", help="steps a row (%(default)s)")
+    group.add_argument("--log-every", type=positive, default=50, metavar="N", help="steps per row (%(default)s)")
+
+
+def make_recipe(arguments: argparse.Namespace) -> Recipe:
+    """--recipe's, or the default one, with what is given beside it; the model's options are completed likewise.
+
+    Raises:
+        ValueError: a value that cannot be used; the message begins with its option.
+    """
+    given = {known.name: getattr(arguments, known.name) for known in fields(Recipe) if hasattr(arguments, known.name)}
+    options = {} if arguments.drop_path is None else {"drop_path_rate": arguments.drop_path}
+    if arguments.recipe is not None:
+        published = PUBLISHED[arguments.recipe]
+        settings, own = published.of(arguments.model)
+        given, options = settings | given, own | options
+        shares = distributed.world_size() * given.get("accumulate", 1)
+        if "batch" not in given:
+            given["batch"], left = divmod(published.images, shares)
+            if left or not given["batch"]:
+                raise ValueError(
+                    f"--recipe {arguments.recipe} takes {published.images} images per step, which {shares} batches "
+                    "cannot share; give another --accumulate, or --batch"
+                )
+        elif given["batch"] * shares != published.images and distributed.rank() == 0:
+            console.print(
+                f"note: --lr {given['learning_rate']} was published for {published.images} images per step, not "
+                f"{given['batch'] * shares}"
+            )
+    arguments.model_kwargs = [*options.items(), *arguments.model_kwargs]
+    try:
+        return Recipe(**given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"{OPTIONS[name]} {rest}") from None
 
 
 def read_folders(arguments: argparse.Namespace) -> tuple[ImageFolder, ImageFolder | None]:
@@ -104,26 +146,16 @@ def read_folders(arguments: argparse.Namespace) -> tuple[ImageFolder, ImageFolde
 
 def run(arguments: argparse.Namespace) -> int:
     with input_errors():
-        same_names = ("weight_decay", "layer_decay", "label_smoothing", "auxiliary_weight", "clip_norm", "ema_decay")
-        recipe = Recipe(
-            epochs=arguments.epochs,
-            batch=arguments.batch,
-            learning_rate=arguments.lr,
-            final_learning_rate=arguments.min_lr,
-            warmup_epochs=arguments.warmup_epochs,
-            dtype=arguments.dtype,
-            seed=arguments.seed,
-            freeze_backbone=arguments.freeze_backbone,
-            **{name: getattr(arguments, name) for name in same_names},
-        )
         training, validation = read_folders(arguments)
         if arguments.output.exists() and not arguments.output.is_dir():
             raise CommandError(f"--output must be a folder, {arguments.output} is a file")
-        if arguments.drop_path is not None:
-            arguments.model_kwargs = [*arguments.model_kwargs, ("drop_path_rate", arguments.drop_path)]
-    with distributed.process_group(arguments.device) as device:
+        complete(arguments)
+    with distributed.process_group(arguments.device) as device, ExitStack() as held:
         with input_errors():
+            recipe = make_recipe(arguments)
             trainer = make_trainer(arguments, recipe, training, validation, device)
+            if distributed.rank() == 0:
+                held.enter_context(_alone(arguments.output))
             resumed = not arguments.restart and trainer.resume()
             if distributed.rank() == 0:
                 prepare_output(arguments.output, trainer, training.classes, resumed)
@@ -133,6 +165,8 @@ def run(arguments: argparse.Namespace) -> int:
             trainer.fit()
         except (UnreadableImageError, FloatingPointError) as error:
             raise CommandError(str(error)) from error
+        except WriteError as error:
+            raise CommandError(f"{error}; the same command continues from the last state, once it can") from error
         if distributed.rank() == 0:
             scores = [row for row in trainer.log if "top1" in row]
             if scores:
@@ -152,7 +186,13 @@ def make_trainer(
     torch.manual_seed(recipe.seed)  # for the classifier, or all of the model, where no file gives it
     model = build_model(arguments, num_classes=len(training.classes), training=True)
     preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
-    augmentation = Augmentation(preprocessing, arguments.least_area, arguments.flip)
+    augmentation = Augmentation(
+        preprocessing,
+        recipe.least_area,
+        recipe.flip,
+        rand_augment(recipe.rand_augment, preprocessing.size, preprocessing.mean) if recipe.rand_augment else None,
+        random_erasing(recipe.erasing) if recipe.erasing else None,
+    )
     if arguments.grad_checkpointing:
         model.set_grad_checkpointing()
     settings = {
@@ -161,8 +201,6 @@ def make_trainer(
         "weights": arguments.checkpoint or ("official" if arguments.pretrained else "random"),
         **asdict(recipe),
         **asdict(preprocessing),
-        "least_area": augmentation.least_area,
-        "flip": augmentation.flip,
         "grad_checkpointing": arguments.grad_checkpointing,
         "processes": distributed.world_size(),
         "training_images": training.digest(),
@@ -171,22 +209,46 @@ def make_trainer(
     evaluated = None
     if validation is not None:
         evaluated = EvaluationImages(validation.samples, preprocessing, preprocessing.channels)
+    metadata = Metadata(
+        model=arguments.model,
+        model_args={name: value for name, value in arguments.options.items() if name not in NOT_KEPT},
+        **asdict(preprocessing),
+        classes=tuple(training.classes),
+    )
+    try:
+        metadata.header()
+    except TypeError as error:
+        raise ValueError(f"--model-kwargs: {error}") from error
     return Trainer(
         model.to(device),
         recipe,
         TrainingImages(training.samples, augmentation, recipe.seed),
         evaluated,
         device,
-        Run(arguments.output, settings, arguments.save_every, arguments.log_every, arguments.workers),
+        Run(arguments.output, settings, arguments.save_every, arguments.log_every, arguments.workers, metadata),
     )
 
 
-def prepare_output(output: Path, trainer: Trainer, classes: list[str], resumed: bool) -> None:
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """In a folder that no other run writes. What loads images for a killed run needs seconds to notice, hence to wait.
+
+    Raises:
+        CommandError: another run is still at work there.
+    """
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(output / LOCK, LOCK_SECONDS):
+            yield
+    except filelock.Timeout:
+        raise CommandError(f"--output: another finetune is at work in {output}") from None
+
+
+def prepare_output(output: Path, trainer: Trainer, classes: list[str], resumed: bool) -> None:
     if not resumed:
         (output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
     write_json(output / "settings.json", trainer.run.settings)
-    (output / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    atomic_write(output / "classes.txt", "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape"))
 
 
 def _tell(

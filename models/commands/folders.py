@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,18 +40,17 @@ class ImageFolder:
         if not self.root.is_dir():
             raise ValueError(f"DIR: there is no folder {self.root}")
         self.classes = sorted(
-            entry.name for entry in os.scandir(self.root) if entry.is_dir() and not entry.name.startswith(".")
+            entry.name
+            for entry in os.scandir(self.root)
+            if entry.is_dir() and not entry.name.startswith(".") and not _leads_back(entry.path, str(self.root))
         )
         if not self.classes:
             raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
-            found = sorted(
-                os.path.join(folder, file)
-                for folder, _, files in os.walk(self.root / name, followlinks=True)
-                for file in files
-                if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-            )
+            if len(name.splitlines()) > 1:  # names are kept one per line
+                raise ValueError(f"DIR: the class folder {name!r} has a line break in its name")
+            found = sorted(_images_below(os.path.join(self.root, name), str(self.root)))
             if not found:
                 raise ValueError(f"DIR: the class folder {self.root / name} holds no image ({' '.join(SUFFIXES)})")
             self.samples += [(path, label) for path in found]
@@ -60,8 +59,29 @@ class ImageFolder:
         """Changes with the set of files, not with where the folder lies."""
         digest = hashlib.sha256()
         for path, _ in self.samples:
-            digest.update(os.path.relpath(path, self.root).encode() + b"\0")
+            digest.update(os.fsencode(os.path.relpath(path, self.root)) + b"\0")
         return digest.hexdigest()[:16]
+
+
+def _leads_back(link: str, *folders: str) -> bool:
+    """Whether ``link`` is one of the folders, or holds one of them."""
+    target = os.path.join(os.path.realpath(link), "")
+    return any(os.path.join(os.path.realpath(folder), "").startswith(target) for folder in folders)
+
+
+def _images_below(folder: str, root: str) -> Iterator[str]:
+    """Of every folder once, whichever links lead to it; not of one that holds where the link to it lies."""
+    seen = {os.path.realpath(folder)}
+    for path, folders, files in os.walk(folder, followlinks=True):
+        inside = {name: os.path.join(path, name) for name in sorted(folders)}
+        folders.clear()
+        for name, link in inside.items():
+            if os.path.realpath(link) not in seen and not _leads_back(link, path, root):
+                seen.add(os.path.realpath(link))
+                folders.append(name)
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.join(path, name)
 
 
 @dataclass(frozen=True)
@@ -113,9 +133,9 @@ class EvaluationImages(Dataset[Item]):
 
 
 class TrainingImages(Dataset[Item]):
-    """(epoch, index) -> (augmented image, label).
+    """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
 
-    What is drawn depends on seed, epoch and index alone: not on the process that draws, nor on what came before. So a
+    What is drawn depends on seed, draw and index alone: not on the process that draws, nor on what came before. So a
     run that continues after a kill sees what it would have seen.
     """
 
@@ -126,10 +146,10 @@ class TrainingImages(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
+        draw, index = key
         path, label = self.samples[index]
         try:
             image = read_image(path, self.augmentation.preprocessing.channels)
         except UnreadableImageError as error:
             return Unreadable(str(error))
-        return self.augmentation(image, random.Random(f"{self.seed} {epoch} {index}")), label
+        return self.augmentation(image, random.Random(f"{self.seed} {draw} {index}")), label

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import stat
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +17,24 @@ from PIL import Image
 from torch import Tensor
 
 from models._contract import BackboneContract
+from models.commands.randomness import seeded
 
-__all__ = ["Augmentation", "Preprocessing", "UnreadableImageError", "read_image"]
+__all__ = ["Augmentation", "Preprocessing", "UnreadableImageError", "check_image", "read_image"]
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for so many channels
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands PostScript, for one, to another program
+ORIENTATION, BITS, PHOTOMETRIC, WHITE_IS_ZERO = 0x0112, 258, 262, 0  # tags of EXIF and TIFF
+UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MOST_RESIZED = 8  # times the crop's sides, of an image that is resized whole before it is cropped
 
 
 class UnreadableImageError(ValueError):
@@ -25,17 +42,61 @@ class UnreadableImageError(ValueError):
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """The whole image, decoded, in 1 (grey) or 3 (RGB) channels of 8 bits.
+    """The whole image, decoded and upright, in 1 (grey) or 3 (RGB) channels of 8 bits; 16 bits are scaled to them.
 
     Raises:
-        UnreadableImageError: the file is missing, damaged or no image.
+        UnreadableImageError: the file is missing, damaged or no image, or nothing says which of its values is white.
     """
     try:
-        with Image.open(path) as file:
-            return file.convert(MODES[channels])
+        with _opened(path) as file:
+            file.load()
+            return _upright(file, _eight_bits(file)).convert(MODES[channels])
     except Exception as error:  # decoders fail in any way on a malformed file
-        reason = "it is no image, or of an unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UnreadableImageError(f"{path} cannot be read as an image: {reason}") from error
+        raise _unreadable(path, error) from error
+
+
+def check_image(path: str | Path) -> None:
+    """``UnreadableImageError`` where already the file's first bytes show it."""
+    try:
+        _opened(path).close()
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _opened(path: str | Path) -> Image.Image:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")  # a pipe would never end
+    with warnings.catch_warnings():  # of more than 89 megapixels; twice as many are an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=FORMATS)
+
+
+def _unreadable(path: str | Path, error: Exception) -> UnreadableImageError:
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    reason = f"it is none of {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
+    return UnreadableImageError(f"{path} cannot be read as an image: {reason}")
+
+
+def _eight_bits(file: Image.Image) -> Image.Image:
+    if file.mode not in ("I", "F") and not file.mode.startswith("I;16"):
+        return file
+    if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
+        kind = "floating-point" if file.mode == "F" else "signed or 32-bit"
+        raise ValueError(f"its values are {kind} numbers, of which none is known to be white; save it in 8 or 16 bits")
+    tags = getattr(file, "tag_v2", {})  # a TIFF's: it may have 12 bits
+    white = 2 ** tags.get(BITS, (16,))[0] - 1
+    pixels = (np.asarray(file).astype(np.uint32) * 255 + white // 2) // white
+    pixels = pixels.clip(max=255).astype(np.uint8)
+    return Image.fromarray(255 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels)
+
+
+def _upright(file: Image.Image, image: Image.Image) -> Image.Image:
+    try:
+        orientation = file.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF, beside pixels that are whole
+        return image
+    turn = UPRIGHT.get(orientation)  # pyright: ignore[reportArgumentType]
+    return image if turn is None else image.transpose(turn)
 
 
 @dataclass(frozen=True)
@@ -98,8 +159,22 @@ class Preprocessing:
         axis = max((0, 1), key=lambda axis: targets[axis] / sides[axis])  # the one that just fits
         resized = [max(1, targets[axis] * side // sides[axis]) for side in sides]
         resized[axis] = targets[axis]
-        image = image.resize((resized[1], resized[0]), RESAMPLING[self.interpolation])
-        top, left = (_centred(side, length) for side, length in zip(self.size, resized, strict=True))
+        spans = [_centred(side, length) for side, length in zip(self.size, resized, strict=True)]
+        if max(resized) > MOST_RESIZED * max(self.size):  # a strip: what the crop leaves out is never made
+            kept = [
+                (max(0, span), min(length, span + side))
+                for span, side, length in zip(spans, self.size, resized, strict=True)
+            ]
+            (top, bottom), (left, right) = (
+                (first * side / length, last * side / length)
+                for (first, last), side, length in zip(kept, sides, resized, strict=True)
+            )
+            height, width = (last - first for first, last in kept)
+            image = image.resize((width, height), RESAMPLING[self.interpolation], box=(left, top, right, bottom))
+            spans = [min(0, span) for span in spans]
+        else:
+            image = image.resize((resized[1], resized[0]), RESAMPLING[self.interpolation])
+        top, left = spans
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
     def normalise(self, image: Image.Image) -> Tensor:
@@ -127,11 +202,15 @@ class Augmentation:
         preprocessing: gives size, interpolation, mean and std.
         least_area: the crop takes a share of the image's area drawn from ``least_area``..1.
         flip: probability of mirroring.
+        change: of the flipped image, as timm's RandAugment; it draws from the global generators.
+        erase: of the normalised one, as timm's random erasing; likewise.
     """
 
     preprocessing: Preprocessing
     least_area: float = 0.08
     flip: float = 0.5
+    change: Callable[[Image.Image], Image.Image] | None = None
+    erase: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("least_area", "flip"):
@@ -157,4 +236,8 @@ class Augmentation:
         image = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box=box)
         if generator.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.preprocessing.normalise(image)
+        if self.change is None and self.erase is None:
+            return self.preprocessing.normalise(image)
+        with seeded(generator.getrandbits(56)):
+            x = self.preprocessing.normalise(image if self.change is None else self.change(image))
+            return x if self.erase is None else self.erase(x)

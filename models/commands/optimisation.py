@@ -33,7 +33,7 @@ class Objective:
         self.auxiliary_weight = auxiliary_weight
 
     def __call__(self, output: Tensor | dict[str, Tensor] | tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
-        """The loss in float32, a scalar; labels [B] int64."""
+        """The loss in float32, a scalar; labels [B] int64, or [B, classes] of shares."""
         if isinstance(output, Tensor):
             return self._cross_entropy(output, labels)
         if isinstance(output, dict):
@@ -44,17 +44,22 @@ class Objective:
         top, left, bottom, right = box.unbind()
         mixed = (bottom - top) * (right - left) / tokens
         own, opposite = (self._cross_entropy(class_logits, y) for y in (labels, labels.flip(0)))
-        token_loss = self._cross_entropy(token_logits.flatten(0, 1), labels.repeat_interleave(tokens))
+        token_loss = self._cross_entropy(token_logits.flatten(0, 1), labels.repeat_interleave(tokens, 0))
         return (1 - mixed) * own + mixed * opposite + self.TOKEN_WEIGHT * token_loss
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
 
 
-def cosine_with_warmup(step: int, total: int, warmup: int, peak: float, final: float) -> float:
-    """Learning rate of step 0..total − 1: linear up to ``peak`` at step ``warmup``, then half a cosine to ``final``."""
+def cosine_with_warmup(
+    step: int, total: int, warmup: int, peak: float, final: float, first: float | None = None
+) -> float:
+    """Learning rate of step 0..total − 1: linear up to ``peak`` at step ``warmup``, then half a cosine to ``final``.
+
+    The line begins at ``first``, or so that step −1 would have 0.
+    """
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1) if first is None else first + (peak - first) * step / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -69,8 +74,10 @@ def warmed_up_ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor],
     return update
 
 
-def parameter_groups(model: BackboneContract, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for AdamW: vectors and what ``no_weight_decay`` names do not decay, all else does.
+def parameter_groups(
+    model: BackboneContract, weight_decay: float, layer_decay: float = 1.0, decay_vectors: bool = False
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser: vectors (without ``decay_vectors``) and what ``no_weight_decay`` names do not decay.
 
     Each group's ``rate_scale`` is ``layer_decay`` to the power of its distance from the last layer; frozen parameters
     are in none.
@@ -81,7 +88,7 @@ def parameter_groups(model: BackboneContract, weight_decay: float, layer_decay: 
     last = max(layers.values(), default=0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
-        decays = parameter.ndim > 1 and name not in spared
+        decays = (decay_vectors or parameter.ndim > 1) and name not in spared
         group = groups.setdefault(
             (layers[name], decays),
             {

@@ -8,35 +8,44 @@ run that continues from it takes the path it would have taken.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset
 
+from kernels.files import writing
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
-from models.commands.arguments import DTYPES
-from models.commands.files import read_lines, read_state, write_lines, write_state
+from models.commands.augmentation import mixing
+from models.commands.files import BEST, LAST, LOG, STATE, read_lines, read_state, write_lines, write_state
 from models.commands.folders import Batch
 from models.commands.images import UnreadableImageError
 from models.commands.optimisation import Objective, cosine_with_warmup, parameter_groups, warmed_up_ema
-from models.commands.progress import Bar
-from models.commands.recipe import Recipe, TrainingBatches
+from models.commands.progress import Bar, event_writer
+from models.commands.randomness import seed_of, seeded
+from models.commands.recipe import OPTIONS, Recipe, TrainingBatches
 from models.commands.scoring import count_correct, loader, predict
+from models.commands.types import DTYPES
+from models.metadata import Metadata
 
-__all__ = ["BEST", "STATE", "Run", "Trainer"]
+__all__ = ["Run", "Trainer"]
 
-BEST, LAST, LOG, STATE = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt"
+BOARD = "tensorboard"
+
+
+class DifferentSettingsError(ValueError):
+    """The state in a folder is of another run."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,13 @@ class Run:
     """Where a run keeps its files, and how often.
 
     Args:
-        output: an existing folder for ``state.pt``, ``log.jsonl`` and the weights; None keeps nothing.
+        output: an existing folder for ``state.pt``, ``log.jsonl``, the weights and, where TensorBoard is installed, its
+            events; None keeps nothing.
         settings: what must be the same for a run to continue; plain values.
         save_every: steps between states; each epoch's end has one anyway. 0: only there.
         log_every: steps between lines of the log.
         workers: processes that load images.
+        metadata: what the weights' files say of themselves.
     """
 
     output: Path | None = None
@@ -56,6 +67,7 @@ class Run:
     save_every: int = 0
     log_every: int = 50
     workers: int = 0
+    metadata: Metadata | None = None
 
 
 class Trainer:
@@ -67,7 +79,7 @@ class Trainer:
     Args:
         model: of one of the families, with its classifier, on ``device``.
         recipe: how to train.
-        training: (epoch, index) -> (image, label) or ``Unreadable``, and a length.
+        training: (draw, index) -> (image, label) or ``Unreadable``, and a length; ``TrainingBatches`` gives the keys.
         validation: index -> (image, label) or ``Unreadable``; None evaluates nothing.
         device: where the model is.
         run: which files to keep.
@@ -93,9 +105,15 @@ class Trainer:
             model.requires_grad_(False)
             for name in model.classifiers:
                 model.get_submodule(name).requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay, recipe.layer_decay), lr=recipe.learning_rate
-        )
+        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.decay_vectors)
+        if recipe.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        mixes = recipe.mixup > 0 or recipe.cutmix > 0
+        self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.average: AveragedModel | None = None
         if recipe.ema_decay:
@@ -103,6 +121,7 @@ class Trainer:
         self.best: float | None = None
         self.log: list[dict[str, Any]] = []
         self._interval_loss, self._interval_steps = torch.zeros((), device=device), 0
+        self._board: Any = None
 
     # ---- the state
 
@@ -115,13 +134,37 @@ class Trainer:
         if self.run.output is None or not (self.run.output / STATE).exists():
             return False
         path = self.run.output / STATE
-        state = read_state(path)
-        known, own = state["settings"], _plain(self.run.settings)
+        anew = f"--restart begins anew, with --checkpoint {self.run.output / LAST} from the last epoch's weights"
+        try:
+            state = read_state(path)
+            self._check_settings(path, state["settings"])
+            self._take_up(state)
+        except DifferentSettingsError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{error}; {anew}") from error
+        except Exception as error:  # a state that was changed can make its readers fail in any way
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ValueError(f"{path} is not a state of this run ({type(error).__name__}: {reason}); {anew}") from error
+        return True
+
+    def _check_settings(self, path: Path, settings: dict[str, Any]) -> None:
+        known, own = _plain(asdict(Recipe())) | settings, _plain(self.run.settings)
         differing = [
-            f"{name} was {known.get(name)!r}, is {own[name]!r}" for name in own if known.get(name) != own[name]
+            f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {own[name]!r}"
+            for name in own
+            if known.get(name) != own[name]
         ]
         if differing:
-            raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}")
+            ways = "another --output keeps both runs, --restart begins anew"
+            if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
+                ways += f", with --checkpoint {path.with_name(LAST)} the weights are trained for longer"
+            raise DifferentSettingsError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        assert self.run.output is not None
+        if type(state["step"]) is not int or not 0 <= state["step"] <= self.total_steps:
+            raise ValueError(f"{self.run.output / STATE} is not a state of this run: it is of step {state['step']!r}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -131,7 +174,6 @@ class Trainer:
         self._interval_loss.copy_(state["interval_loss"])
         self._interval_steps = state["interval_steps"]
         self.log = [row for row in read_lines(self.run.output / LOG) if row["step"] <= self.step]
-        return True
 
     def _save(self) -> None:
         if self.run.output is None or distributed.rank() != 0:
@@ -153,8 +195,13 @@ class Trainer:
     def _record(self, row: dict[str, Any]) -> None:
         self.log.append(row)
         if self.run.output is not None and distributed.rank() == 0:
-            with open(self.run.output / LOG, "a", encoding="utf-8") as file:
+            path = self.run.output / LOG
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    self._board.add_scalar(name, value, row["step"])
 
     # ---- the loop
 
@@ -164,9 +211,12 @@ class Trainer:
         Raises:
             UnreadableImageError: a file that cannot be decoded.
             FloatingPointError: the loss is no longer finite. The last state written is from before that.
+            kernels.files.WriteError: a file of the run cannot be written; the files before it are whole.
         """
         if self.run.output is not None and distributed.rank() == 0:
-            write_lines(self.run.output / LOG, self.log)  # without what a killed run wrote after its last state
+            if (self.run.output / LOG).exists():
+                write_lines(self.run.output / LOG, self.log)  # without what a killed run wrote after its last state
+            self._board = event_writer(self.run.output / BOARD, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
             wrapped = DistributedDataParallel(
@@ -175,13 +225,13 @@ class Trainer:
                 find_unused_parameters=self.recipe.freeze_backbone,  # OverLoCK's auxiliary head
             )
         keys = TrainingBatches(self.training, self.recipe, self.step)
-        batches = loader(self.training, self.device, self.run.workers, batch_sampler=keys)
+        batches = iter(loader(self.training, self.device, self.run.workers, batch_sampler=keys))
         self.model.train(not self.recipe.freeze_backbone)
         self._clock = self._epoch_clock = time.perf_counter()
         self._timed_steps = 0
         with Bar(self.total_steps, self.step, shown=self.run.output is not None and distributed.rank() == 0) as bar:
-            for batch in batches:
-                self._train_step(wrapped, batch)
+            while self.step < self.total_steps:
+                self._train_step(wrapped, batches)
                 at_end = self.step % self.steps_per_epoch == 0
                 if at_end or self.step % self.run.log_every == 0:
                     self._end_interval()
@@ -191,6 +241,8 @@ class Trainer:
                 elif self.run.save_every and self.step % self.run.save_every == 0:
                     self._save()
                 bar.advance(1, f"epoch {self._epoch}/{self.recipe.epochs} {self._told}")
+        if self._board is not None:
+            self._board.close()
         return self.log
 
     @property
@@ -203,19 +255,17 @@ class Trainer:
         losses = [row["loss"] for row in self.log[-2:] if "loss" in row]
         return f"loss {losses[-1]:.4f}" if losses else ""
 
-    def _train_step(self, wrapped: nn.Module, batch: Batch) -> None:
-        if batch.unreadable:
-            raise UnreadableImageError(batch.unreadable[0])
-        torch.manual_seed(_step_seed(self.recipe.seed, self.step, distributed.rank()))
+    def _train_step(self, wrapped: nn.Module, batches: Iterator[Batch]) -> None:
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
-        images = batch.images.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = wrapped(images)
-        loss = self.objective(output, labels)
-        self.scaler.scale(loss).backward()
+        for part in range(self.recipe.accumulate):
+            waits = part + 1 < self.recipe.accumulate  # for the last part, which sums over the processes
+            together = wrapped if waits and isinstance(wrapped, DistributedDataParallel) else None
+            with contextlib.nullcontext() if together is None else together.no_sync():
+                loss = self._loss(wrapped, next(batches), self.step * self.recipe.accumulate + part)
+                self.scaler.scale(loss).backward()
+            self._interval_loss += loss.detach()
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
@@ -225,25 +275,41 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
-        self._interval_loss += loss.detach()
         self._interval_steps += 1
         self._timed_steps += 1
+
+    def _loss(self, wrapped: nn.Module, batch: Batch, number: int) -> Tensor:
+        """A batch's share of its step's loss; what is random follows from the batch's ``number`` in the run."""
+        if batch.unreadable:
+            raise UnreadableImageError(batch.unreadable[0])
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        seed = seed_of(self.recipe.seed, number, distributed.rank())
+        if self.mix is not None:
+            with seeded(seed):
+                images, labels = self.mix(images, labels)
+        torch.manual_seed(seed)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = wrapped(images)
+        return self.objective(output, labels) / self.recipe.accumulate
 
     def _learning_rate(self) -> float:
         warmup = round(self.recipe.warmup * self.steps_per_epoch)
         peak, final = self.recipe.learning_rate, self.recipe.final_learning_rate
-        return cosine_with_warmup(self.step, self.total_steps, warmup, peak, final)
+        return cosine_with_warmup(self.step, self.total_steps, warmup, peak, final, self.recipe.first_learning_rate)
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; a lower learning rate may help")
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step}; a lower learning rate (--lr) may help"
+            )
 
     def _end_interval(self) -> None:
         total = distributed.sum_over_processes(self._interval_loss.clone())
         loss = total.item() / (self._interval_steps * distributed.world_size())
         self._check_finite(loss)
         now = time.perf_counter()
-        images = self._timed_steps * self.recipe.batch * distributed.world_size()
+        images = self._timed_steps * self.recipe.batch * self.recipe.accumulate * distributed.world_size()
         self._interval_loss.zero_()
         self._interval_steps = 0
         row = {
@@ -269,9 +335,8 @@ class Trainer:
         now = time.perf_counter()
         row["seconds"] = now - self._epoch_clock
         if self.run.output is not None and distributed.rank() == 0:
-            save_checkpoint(kept, self.run.output / LAST)
-            if better:
-                save_checkpoint(kept, self.run.output / BEST)
+            for name in (LAST, BEST) if better else (LAST,):
+                save_checkpoint(kept, self.run.output / name, self.run.metadata)
         self._record(row)
         self._clock = self._epoch_clock = time.perf_counter()
         scores = f", top-1 {row['top1']:.2f} %, best {row['best_top1']:.2f} %" if "top1" in row else ""
@@ -294,10 +359,6 @@ class Trainer:
         model.train(was_training)
         top1, top5 = (100 * hits / count for hits in distributed.sum_over_processes(totals).tolist())
         return {"top1": top1, "top5": top5}
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=7).digest(), "big")
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

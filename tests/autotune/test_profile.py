@@ -277,6 +277,21 @@ def test_figures_name_the_device_their_units_and_the_ratio():
         assert sum(f", {unit}" in text for text in texts) == 2
 
 
+def test_what_speaks_against_the_times_is_said(capsys):
+    steady, restless = ({"p20_ms": 1.9, "p50_ms": 2.0, "p80_ms": p80, "peak_bytes": 1} for p80 in (2.2, 2.4))
+    record = record_of([row("a", ours=steady, naive=steady), row("b", ours=restless, naive=steady)])
+    record |= {"machine": {"device": "Analytical Engine", "cpu_count": 4}, "other_cores": 1.5, "seconds": 3}
+    assert report.warnings(record) == [
+        "the machine is busy: other processes take 1.5 of its 4 cores",
+        "1 of 2 lines vary by more than 20% of their median (p20 to p80)",
+    ]
+    profile._print(record, [])
+    shown = capsys.readouterr().out
+    for text in ("1.90 to 2.20", "1.90 to 2.40", "warning: the machine is busy", "warning: 1 of 2 lines"):
+        assert text in shown
+    assert report.warnings(record_of([row("a")]) | {"other_cores": 0.1}) == []
+
+
 def test_figures_show_only_what_was_measured():
     failed = {key: value for key, value in row("b").items() if key not in ("ours", "naive", "speed_up", "floor")}
     rows = [row("a"), failed | {"status": "failed", "message": "it broke"}]

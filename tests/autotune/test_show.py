@@ -92,6 +92,30 @@ def test_nothing_tuned_and_a_broken_store(folders, capsys):
     assert "warning: cannot read tuned configs" in shown
 
 
+def test_absurd_numbers_and_keys_are_shown_not_obeyed(folders, capsys):
+    store = Store(folders[0], GPU)
+    keys = [KEY.replace("196", "0"), KEY.replace("=16", "=0"), KEY.replace("=16", "=-" + "9" * 3000), "", "a" * 100_000]
+    keys += ["\x1b[2J[red]wiped", "\ud800 lone", "two\nlines", "aggregate pixels=" + "9" * 5000]
+    store.update({key: _entry(milliseconds=float("inf"), heuristic_milliseconds=10**400) for key in keys})
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    store.update({"deep": _entry(config=deep), "nan": _entry(config={"block": float("nan")}, milliseconds=True)})
+    rows = {row["key"]: row for row in _shown(capsys)["entries"]}
+    assert set(rows) == {*keys, "deep", "nan"}
+    assert rows[keys[0]]["milliseconds"] == "Infinity"
+    assert rows["nan"]["config"] == {"block": "NaN"}
+    assert "no launch can meet this problem" in rows[keys[1]]["unused"]
+    assert all(row["unused"] for row in rows.values())
+    assert main(["show"]) == 0
+    table = capsys.readouterr().out
+    table.encode()
+    assert "\x1b" not in table
+    assert len(table) < 60_000
+    assert main(["show", "--gpu", "\udcff" * 300]) == 0
+    capsys.readouterr().out.encode()
+
+
 def test_without_triton_it_shows_what_it_can(folders, capsys, monkeypatch):
     Store(folders[0], GPU).update({KEY: _entry(config="not a table", milliseconds="soon")})
 

@@ -3,7 +3,9 @@
 import json
 import re
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,3 +126,22 @@ def test_a_record_is_replaced_whole_or_not_at_all(tmp_path):
         timing.write_json(path, {"value": object()})
     assert json.loads(path.read_text()) == {"value": 1}
     assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+
+
+def test_other_work_is_what_this_process_did_not_do(monkeypatch):
+    clocks = iter([(10.0, 100.0, 5.0), (14.0, 109.0, 6.0)])  # by the clock, of all cores, of our own
+    monkeypatch.setattr(timing, "_cpu_seconds", lambda: next(clocks))
+    assert timing.OtherWork().cores() == pytest.approx((9 - 1) / 4)
+    monkeypatch.setattr(timing, "_cpu_seconds", lambda: None)
+    assert timing.OtherWork().cores() is None
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+def test_other_work_sees_a_busy_process():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        others = timing.OtherWork()
+        time.sleep(1)
+        cores = others.cores()
+        busy.kill()
+    assert cores is not None
+    assert cores > 0.2

@@ -166,6 +166,34 @@ def test_what_ended_a_run_is_passed_over_by_the_next(tmp_path, monkeypatch, caps
     assert [row["key"] for row in record["tuned"]] == [key_of(TOY, Problem(2))]
 
 
+def test_a_store_that_cannot_be_written_is_refused_before_anything_is_tuned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "_launching", lambda *_: iter([_launch(1)]))
+    monkeypatch.setattr(tune, "_interpreted_milliseconds", lambda call: pytest.fail("tuned in vain"))
+    monkeypatch.setattr(tune, "interpreting", lambda: True)
+    obstacle = tmp_path / "file"
+    obstacle.write_text("where the folder should be")
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(obstacle))
+    assert main(["tune", "--all", "--quick", "--device", "cpu"]) == 2
+    told = capsys.readouterr()
+    assert f"error: cannot write tuned configs at {obstacle}/cpu.json" in told.err
+    assert "Wrote" not in told.err + told.out
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
+    assert main(["tune", "--all", "--quick", "--device", "cpu", "--passing-over", str(obstacle / "noted")]) == 2
+    assert f"error: cannot write {obstacle}/noted: Not a directory" in capsys.readouterr().err
+
+
+def test_what_cannot_be_kept_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "_launching", lambda *_: iter([_launch(1)]))
+    monkeypatch.setattr(tune, "_interpreted_milliseconds", _clock)
+    monkeypatch.setattr(tune, "interpreting", lambda: True)
+    update = Store.update
+    monkeypatch.setattr(Store, "update", lambda store, entries: not entries and update(store, entries))
+    assert main(["tune", "--all", "--quick", "--device", "cpu"]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"not written to {user_folder()}/cpu.json: toy pixels=1" in told
+    assert "Wrote" not in told
+
+
 @interpreted
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert main(["tune", "--all"]) == 2

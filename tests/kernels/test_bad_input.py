@@ -1,13 +1,14 @@
 """Everything wrong is refused before anything runs, by a message that names the argument and what came."""
 
-import os
-import subprocess
-import sys
+import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import kernels
+from kernels.launch import launch, record_launches
 
 
 def zeros(*shape, **options):
@@ -63,7 +64,7 @@ BAD = [
     ("involution2d", {"dilation": -1}, ValueError, "dilation must be at least 1"),
     ("involution2d", {"padding": -1}, ValueError, "padding must be at least 0"),
     ("involution2d", {"padding": 0, "dilation": 3}, ValueError, "does not fit x"),
-    ("involution2d_generate", {"groups": 4}, ValueError, "groups must be at least 1 and divide the 6 channels"),
+    ("involution2d_generate", {"groups": 4}, ValueError, "groups must divide the 6 channels"),
     ("involution2d_generate", {"features": zeros(2, 3, 4, 4)}, ValueError, "features must have shape"),
     ("involution2d_generate", {"weight": zeros(26, 3)}, ValueError, "weight must have shape"),
     ("involution2d_generate", {"bias": zeros(26)}, ValueError, "bias must have shape"),
@@ -92,6 +93,19 @@ BAD = [
     ("outlook_attention2d", {"kernel_size": 0}, ValueError, "kernel_size must be at least 1"),
     ("outlook_attention2d", {"stride": 0}, ValueError, "stride must be at least 1"),
     ("outlook_attention2d", {"scale": "1"}, TypeError, "scale must be"),
+    ("involution2d", {"dilation": 2**40}, ValueError, r"dilation must be at least 1 and below 2\^31"),
+    ("involution2d", {"dilation": 2**30}, ValueError, r"padding must keep x .* below 2\^31"),
+    ("involution2d", {"stride": 2**31}, ValueError, r"stride must be at least 1 and below 2\^31"),
+    ("involution2d", {"stride": np.float32(1)}, TypeError, "stride must be an int"),
+    ("involution2d", {"stride": (1, True)}, TypeError, "stride must be an int"),
+    ("involution2d", {"stride": torch.tensor(1)}, TypeError, "stride must be an int"),
+    ("involution2d_generate", {"groups": 0}, ValueError, "groups must be at least 1"),
+    ("involution2d_generate", {"groups": True}, TypeError, "groups must be an int"),
+    ("contmix2d", {"kernel_sizes": ((3, 5), (5, 3))}, TypeError, r"kernel_sizes\[0\] must be an int, got \(3, 5\)"),
+    ("contmix2d", {"rpb": [zeros(3, 5, 5), None]}, TypeError, r"rpb\[1\] must be a torch.Tensor, got NoneType"),
+    ("depthwise_conv2d", {"weight": zeros(6, 1, 3, 5)}, ValueError, r"weight must have shape \[C=6, 1, K, K\]"),
+    ("outlook_attention2d", {"padding": 1.0}, TypeError, "padding must be an int"),
+    ("outlook_attention2d", {"logits": zeros(2, 3, 2, 0, 9, 9)}, ValueError, "logits must have shape"),
     ("depthwise_conv2d", {"weight": zeros(6, 1, 4, 4)}, ValueError, "odd"),
     ("depthwise_conv2d", {"weight": zeros(6, 2, 3, 3)}, ValueError, "weight must have shape"),
     ("depthwise_conv2d", {"bias": zeros(5)}, ValueError, "bias must have shape"),
@@ -110,75 +124,84 @@ def test_the_good_arguments_are_good(operator):
     assert not out.any()  # zeros in, zeros out: shape alone would say little
 
 
-def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"backend must be one of auto, triton, eager, reference; got 'cuda'"):
-        kernels.set_backend("cuda")
-    with pytest.raises(ValueError, match="got 'natten'"), kernels.use_backend("natten"):
+TENSORS = [(op, name) for op, good in GOOD.items() for name, value in good.items() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize(("operator", "name"), TENSORS)
+def test_no_tensor_argument_takes_what_is_no_dense_tensor(operator, name):
+    """Each is refused by its own name: None too, where it is not the default."""
+    good = GOOD[operator][name]
+    bad = [zeros(good.shape, device="cpu").to_sparse(), torch.nested.nested_tensor([good[:1], good[:1]]), "x"]
+    if torch.backends.mkldnn.is_available():
+        bad.append(zeros(2, 3).to_mkldnn())
+    if (operator, name) not in {
+        ("involution2d_generate", "bias"),
+        ("depthwise_conv2d", "bias"),
+        ("na2d_softmax_av", "rpb"),
+    }:
+        bad.append(None)
+    for replacement in bad:
+        with pytest.raises(TypeError, match=f"^{name} must be a "):
+            getattr(kernels, operator)(**(GOOD[operator] | {name: replacement}))
+
+
+@pytest.mark.parametrize("operator", GOOD)
+def test_autocast_does_not_mix_float64_with_others(operator):
+    """All of float64 stays as it is; float64 beside others is refused by name on every backend."""
+    names = [name for op, name in TENSORS if op == operator]
+    double = {
+        key: [t.double() for t in value] if isinstance(value, list) else value for key, value in GOOD[operator].items()
+    }
+    double |= {name: GOOD[operator][name].double() for name in names}
+    for backend, name in itertools.product(("eager", "reference"), names):
+        with kernels.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+            assert getattr(kernels, operator)(**double).dtype == torch.float64
+            with pytest.raises(TypeError, match=r"must have the dtype of .*autocast leaves float64"):
+                getattr(kernels, operator)(**(GOOD[operator] | {name: double[name]}))
+
+
+def test_numpy_ints_are_ints():
+    x, weight = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 3, 3, 3, 2)
+    options: dict[str, Any] = {"stride": np.int64(2), "padding": (np.int32(1), 1), "dilation": np.uint8(1)}
+    assert torch.equal(kernels.involution2d(x, weight, **options), kernels.involution2d(x, weight, stride=2))
+    value, logits = torch.randn(1, 5, 4, 2), torch.randn(1, 3, 2, 1, 9, 9)
+    expected = kernels.outlook_attention2d(logits, value, stride=2, scale=0.5)
+    options = {"stride": np.int64(2), "scale": np.float32(0.5)}
+    assert torch.equal(kernels.outlook_attention2d(logits, value, **options), expected)
+
+
+def test_a_dilation_far_beyond_the_map_takes_no_time():
+    """Only the windows' centres lie inside the map; the time does not grow with the dilation."""
+    x, weight = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 3, 3, 5, 4)
+    out = kernels.involution2d(x, weight, dilation=2**29)
+    torch.testing.assert_close(out, x * weight[:, :, 1, 1])
+
+
+@pytest.mark.parametrize("operator", GOOD)
+def test_maps_with_more_pixels_than_a_kernel_counts(operator):
+    """2^31 pixels, of one element of memory."""
+    sizes = {6: 2**16, 5: 2**15} if operator == "contmix2d" else {5: 2**16, 4: 2**15}
+    large = {
+        name: zeros(1).expand(*value.shape[:-2], *(sizes[size] for size in value.shape[-2:]))
+        for name, value in GOOD[operator].items()
+        if isinstance(value, torch.Tensor) and tuple(value.shape[-2:]) == tuple(sizes)
+    }
+    if operator.startswith("na2d"):
+        large = {
+            name: zeros(1).expand(*value.shape[:2], *sizes.values(), value.shape[4])
+            for name, value in GOOD[operator].items()
+            if isinstance(value, torch.Tensor) and value.dim() == 5
+        }
+    if operator == "outlook_attention2d":
+        large = {"logits": zeros(1).expand(2, 2**15, 2**14, 2, 9, 9), "value": zeros(1).expand(2, *sizes.values(), 6)}
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match=r"65536x32768 pixels is too large"):
+        getattr(kernels, operator)(**(GOOD[operator] | large))
+
+
+def test_a_grid_that_no_gpu_runs():
+    def kernel():
         pass
-    assert kernels.get_backend() == "auto"
 
-
-def test_backend_is_restored_after_an_error():
-    def fail():
-        assert kernels.get_backend() == "reference"
-        raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"), kernels.use_backend("reference"):
-        fail()
-    assert kernels.get_backend() == "auto"
-
-
-def _python(code, **environment):
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def test_environment_presets_the_backend():
-    code = "import kernels; print(kernels.get_backend())"
-    assert _python(code, DYNAMIC_KERNELS_BACKEND="eager").stdout.strip() == "eager"
-    refused = _python(code, DYNAMIC_KERNELS_BACKEND="fast")
-    assert refused.returncode != 0
-    assert "DYNAMIC_KERNELS_BACKEND must be one of" in refused.stderr
-
-
-def test_triton_on_a_cpu_tensor_without_the_interpreter():
-    code = (
-        "import torch, kernels\n"
-        "kernels.set_backend('triton')\n"
-        "kernels.involution2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1, 3, 3))"
-    )
-    refused = _python(code)
-    assert "ValueError: backend 'triton' needs tensors on a GPU, got device cpu" in refused.stderr
-
-
-def test_importing_loads_no_triton_kernel_and_no_model():
-    """PyTorch's own FLOP counter imports triton where it is installed; ours must not be why."""
-    code = (
-        "import sys, kernels\n"
-        "print([m for m in sys.modules if m.endswith('triton_kernels') or m in ('models', 'matplotlib')])"
-    )
-    assert _python(code).stdout.strip() == "[]"
-
-
-def test_works_where_triton_is_not_installed():
-    code = (
-        "import sys, torch, kernels\n"
-        "sys.modules['triton'] = None\n"
-        "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\n"
-        "x = torch.randn(1, 4, 6, 6, requires_grad=True)\n"
-        "kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6)).sum().backward(); print(x.grad.shape)\n"
-        "kernels.set_backend('triton')\n"
-        "try: kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6))\n"
-        "except ValueError as error: print(error)\n"
-    )
-    done = _python(code)
-    assert "torch.Size([1, 4, 6, 6])" in done.stdout, done.stderr
-    assert "the package triton is not installed" in done.stdout
+    with record_launches() as launches, pytest.raises(ValueError, match=r"kernel would need a grid of .* programs"):
+        launch(kernel, (1, 2**16), torch.device("cpu"), {})
+    assert not launches

@@ -196,7 +196,13 @@ def test_registered_operators(backend, channels_last):
         return (pixels if channels_last else pixels.contiguous()).unflatten(1, channels)
 
     query, value = maps(2, 3), maps(2, 2, 2)
-    inputs = (query, random_tensor(1, 2, 3, 10), random_tensor(10), random_tensor(2, 26), value)
+    inputs = (
+        query,
+        random_tensor(1, 2, 3, 10),
+        random_tensor(10),
+        [random_tensor(2, 1, 1), random_tensor(2, 5, 5)],
+        value,
+    )
     sizes = [1, 3]
     operators = torch.ops.dynamic_kernels
     out, statistics = operators.contmix(*inputs, sizes, backend)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels
 from autotune.timing import peak_memory
 from kernels import reference
 from kernels.aggregation import eager as algebra
@@ -360,3 +361,92 @@ def test_depthwise_conv2d_compiles_whole():
         assert_close(grad, expected, GRADIENT_TOLERANCE[torch.float32])
     operator = torch.ops.dynamic_kernels.depthwise_weight_gradient.default
     torch.library.opcheck(operator, (random_tensor(2, 16, 9, 9), x, 5))
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_a_position_bias_sums_in_float32(backend):
+    """A table entry's gradient is a sum over a map's pixels: in bfloat16 one of ones stands still at 256."""
+    query = torch.ones(1, 1, 28, 28, 1, dtype=torch.bfloat16, device=DEVICE)
+    rpb = torch.zeros(1, 5, 5, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    with kernels.use_backend(backend):
+        kernels.na2d_qk(query, query, 3, rpb=rpb).sum().backward()
+    exact = torch.zeros(1, 5, 5, dtype=torch.float64, requires_grad=True)
+    reference.na2d_qk(query.double(), query.double(), 3, rpb=exact).sum().backward()
+    assert rpb.grad is not None
+    assert exact.grad is not None
+    assert_close(rpb.grad, exact.grad, GRADIENT_TOLERANCE[torch.bfloat16])
+
+
+# operator -> shapes of its tensors, options; for ContMix see below
+REACHED = {
+    "na2d_av": ({"attn": (2, 2, 9, 10, 9), "value": (2, 2, 9, 10, 3)}, {"kernel_size": 3}),
+    "na2d_qk": ({"query": (2, 2, 9, 10, 3), "key": (2, 2, 9, 10, 3), "rpb": (2, 5, 5)}, {"kernel_size": 3}),
+    "na2d_softmax_av": ({"logits": (2, 2, 9, 10, 9), "value": (2, 2, 9, 10, 3), "rpb": (2, 5, 5)}, {"kernel_size": 3}),
+    "involution2d": ({"x": (2, 6, 9, 10), "weight": (2, 2, 3, 3, 5, 5)}, {"stride": 2}),
+    "outlook_attention2d": ({"logits": (2, 5, 5, 2, 9, 9), "value": (2, 9, 10, 6)}, {"stride": 2}),
+    "depthwise_conv2d": ({"x": (2, 16, 20, 18), "weight": (16, 1, 13, 13), "bias": (16,)}, {}),
+    "contmix2d": (
+        {
+            "query": (2, 2, 3, 9, 10),
+            "key": (2, 2, 3, 4),
+            "value": (2, 1, 2, 3, 9, 10),
+            "proj_weight": (9, 4),
+            "proj_bias": (9,),
+            "rpb": (2, 5, 5),
+        },
+        {"kernel_sizes": (3,)},
+    ),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere products with bands of zeros are not looked at")
+@pytest.mark.parametrize("name", REACHED)
+def test_what_is_not_finite_reaches_what_the_definition_says(name):
+    """One NaN or infinity in one argument, or in the output's gradient."""
+    shapes, options = REACHED[name]
+    drawn = {key: random_tensor(*shape) for key, shape in shapes.items()}
+    if name == "depthwise_conv2d":  # where zeros around the weight make the kernel larger
+        drawn["x"] = drawn["x"].contiguous(memory_format=torch.channels_last)
+    for place in (*drawn, "gradient"):
+        for bad in (float("nan"), float("inf")):
+            if (place, bad) == ("proj_weight", float("inf")):
+                continue  # keys are projected first, and ∞ − ∞ arises there that does not in the affinities
+            found = {}
+            for backend in ("eager", "reference"):
+                inputs = {key: tensor.clone() for key, tensor in drawn.items()}
+                if place in inputs:
+                    inputs[place][tuple(size // 2 for size in inputs[place].shape)] = bad
+                leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+                arguments = inputs | ({"rpb": (inputs["rpb"],)} if name == "contmix2d" else {})
+                with kernels.use_backend(backend):
+                    out = getattr(kernels, name)(**arguments, **options)
+                grad = random_tensor(*out.shape, seed=0)
+                if place == "gradient":
+                    grad[tuple(size // 2 for size in out.shape)] = bad
+                found[backend] = [t.isfinite() for t in (out, *torch.autograd.grad(out, leaves, grad))]
+            for what, ours, expected in zip(("output", *drawn), *found.values(), strict=True):
+                assert torch.equal(ours, expected), f"{bad} in {place}: {what}"
+
+
+def test_autocast_changes_no_dtype_of_sums():
+    """Depthwise convolution under autocast: operands in autocast's type, the same bits as without it."""
+    x, weight = random_tensor(2, 8, 12, 9), random_tensor(8, 1, 7, 7)
+    bias = random_tensor(8)
+    found = []
+    for enabled in (True, False):
+        dtype = torch.float32 if enabled else torch.bfloat16
+        inputs = [tensor.bfloat16().to(dtype).requires_grad_() for tensor in (x, weight, bias)]
+        with kernels.use_backend("eager"), torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = kernels.depthwise_conv2d(*inputs)
+            grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        assert out.dtype == torch.bfloat16
+        found.append([out, *(grad.bfloat16() for grad in grads)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_dilation_far_beyond_the_map():
+    """Only the window's centre is inside."""
+    x, weight = random_tensor(1, 4, 5, 6), random_tensor(1, 2, 3, 3, 5, 6)
+    with kernels.use_backend("eager"):
+        out = kernels.involution2d(x, weight, dilation=2**40)
+    assert torch.equal(out, x * weight[:, :, 1, 1].repeat_interleave(2, 1))

@@ -1,16 +1,28 @@
 """Official layouts in, both formats out, and everything that must be refused without touching the model."""
 
 import argparse
+import collections
+import copy
+import datetime
+import decimal
 import os
 import pickle
+import sys
+import types
+import warnings
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import models
 from models.checkpoints import read_state_dict
+from models.metadata import Metadata, read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +53,75 @@ def mmcls(state):
     return {("" if name.startswith("head") else "backbone.") + name: tensor for name, tensor in state.items()}
 
 
+def without(state, *endings):
+    return {name: tensor for name, tensor in state.items() if not name.endswith(endings)}
+
+
+def holding_itself(state):
+    content = {"epoch": 3}
+    content |= {"model": content, "net": {"state_dict": content, "weights": state}}
+    return content
+
+
+class HistoryBuffer:
+    """What MMEngine's checkpoints hold beside the weights, under its name there."""
+
+    def __init__(self):
+        self.history = np.arange(3.0)
+
+
+BESIDE = {
+    "numpy": [np.float64(0.5), np.arange(6).reshape(2, 3), np.dtype("int64"), np.bool_(True), np.array(["a"], object)],
+    "paths": [Path("runs/1"), PurePosixPath("/data"), PureWindowsPath("C:\\data")],
+    "arguments": [
+        argparse.Namespace(lr=np.float32(0.1)),
+        types.SimpleNamespace(a=1),
+        collections.defaultdict(list, a=[1]),
+    ],
+    "dates": [
+        datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc),
+        datetime.timedelta(3),
+        datetime.date(2024, 1, 2),
+    ],
+    "others": [
+        collections.deque([1, 2]),
+        frozenset({1}),
+        range(3),
+        slice(2),
+        decimal.Decimal("0.1"),
+        torch.__version__,
+    ],
+    "message_hub": {"loss": HistoryBuffer()},
+    "dtypes": [torch.float16, torch.device("cpu"), torch.Size([1]), {1, 2}, complex(1), b"bytes"],
+}
+
 LAYOUTS = {
     "plain": lambda state: state,
+    "net": lambda state: {"net": prefixed(state, "net."), "acc": 93.1},
+    "params": lambda state: {"params": state, "params_ema": None},
+    "student alone": lambda state: {"student": prefixed(state, "module.backbone."), "teacher": {"a": torch.ones(1)}},
+    "averaged alone": lambda state: {"state_dict_ema": state},
+    "containers in containers": lambda state: {"model": {"state_dict": {"module": prefixed(state, "module.")}}},
+    "compiled, distributed": lambda state: prefixed(state, "_orig_mod.module."),
+    "model, module": lambda state: prefixed(state, "model.module."),
+    "module, model, net": lambda state: prefixed(state, "module.model._orig_mod.net."),
+    "compiled inside": lambda state: {name.replace("layer2.", "layer2._orig_mod."): t for name, t in state.items()},
+    "Lightning": lambda state: {
+        "state_dict": prefixed(state, "model.") | {"criterion.weight": torch.ones(5)},
+        "hyper_parameters": {"path": Path("x")},
+        "pytorch-lightning_version": "2.5",
+    },
+    "average of weights": lambda state: prefixed(state, "module.") | {"n_averaged": torch.tensor(3)},
+    "thop's counters": lambda state: state | {"total_ops": torch.zeros(1), "layer1.0.total_params": torch.zeros(1)},
+    "plain values among the entries": lambda state: (
+        state | {"epoch": 3, "best": np.float64(0.5), "names": ["a"], 7: None}
+    ),
+    "counters as floats": lambda state: {
+        name: t.float() if name.endswith("num_batches_tracked") and "layer1" in name else t for name, t in state.items()
+    },
+    "no head's wrapper": lambda state: {"state_dict": prefixed(mmcls(state), "module.")},
+    "inside itself": holding_itself,
+    **{f"beside {name}": (lambda state, name=name: {"state_dict": state, name: BESIDE[name]}) for name in BESIDE},
     "state_dict": lambda state: {"state_dict": state, "epoch": 3},
     "model, timm": lambda state: {"model": prefixed(state, "module."), "args": argparse.Namespace(lr=0.1)},
     "compiled and distributed": lambda state: prefixed(state, "module._orig_mod."),
@@ -51,12 +130,175 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_official_layouts_load(layout, source, tmp_path):
-    torch.save(LAYOUTS[layout](source.state_dict()), tmp_path / "file.pth")
+@pytest.mark.parametrize(
+    ("layout", "zipped"), [(name, zip) for name in LAYOUTS for zip in (True, False) if zip or name.startswith("beside")]
+)
+@pytest.mark.filterwarnings("ignore:left out of .*criterion")
+def test_official_layouts_load(layout, zipped, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(HistoryBuffer, "__module__", "mmengine.logging.history_buffer")
+    for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["mmengine.logging.history_buffer"].HistoryBuffer = HistoryBuffer  # pyright: ignore[reportAttributeAccessIssue]
+    content = LAYOUTS[layout](source.state_dict())
+    torch.save(content, tmp_path / "file.pth", _use_new_zipfile_serialization=zipped)
+    monkeypatch.undo()
+    model = fresh()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?!left out of .*criterion)")
+        models.load_checkpoint(model, tmp_path / "file.pth")
+    ours, theirs = model.state_dict(), source.state_dict()
+    if layout == "counters as floats":  # those start anew
+        ours, theirs = (without(state, "num_batches_tracked") for state in (ours, theirs))
+    assert equal(ours, theirs)
+
+
+def test_old_files_have_no_counters(source, tmp_path):
+    torch.save(without(source.state_dict(), "num_batches_tracked"), tmp_path / "file.pth")
+    model = fresh()
+    models.load_checkpoint(model, tmp_path / "file.pth")
+    assert equal(*(without(module.state_dict(), "num_batches_tracked") for module in (model, source)))
+
+
+# ---- averaged weights
+
+
+def moved(state):
+    return {name: tensor + 1 for name, tensor in state.items()}
+
+
+AVERAGED = {
+    "timm": lambda last, ema: {"state_dict": last, "state_dict_ema": ema, "arch": "rednet26"},
+    "timm's old scripts": lambda last, ema: {"model": last, "model_ema": prefixed(ema, "module."), "epoch": 3},
+    "a table of averages": lambda last, ema: {"model": last, "ema": {"decay": 0.9, "shadow": ema}},
+    "a module in an average": lambda last, ema: {"params": last, "params_ema": {"module": ema, "n": 3}},
+    "finetune's state": lambda last, ema: {
+        "settings": {},
+        "step": 3,
+        "model": last,
+        "average": {"n_averaged": torch.tensor(2), **prefixed(ema, "module.")},
+    },
+    "Lightning": lambda last, ema: {"state_dict": prefixed(last, "model.") | prefixed(ema, "ema_model.module.")},
+    "parameters alone": lambda last, ema: {
+        "state_dict": ema | {name: last[name] for name in last if name not in PARAMETERS},
+        "state_dict_ema": {name: ema[name] for name in PARAMETERS},
+    },
+}
+PARAMETERS = [name for name, _ in models.create_model("rednet26", num_classes=5).named_parameters()]
+
+
+@pytest.mark.parametrize("layout", AVERAGED)
+def test_averaged_weights_are_preferred_with_a_word(layout, source, tmp_path):
+    last, averaged = source.state_dict(), moved(source.state_dict())
+    torch.save(AVERAGED[layout](last, averaged), tmp_path / "file.pth")
+    model = fresh()
+    with pytest.warns(UserWarning, match=r"file\.pth holds averaged weights .* beside the last ones: the averaged"):
+        models.load_checkpoint(model, tmp_path / "file.pth")
+    if layout == "parameters alone":
+        averaged |= {name: last[name] for name in last if name not in PARAMETERS}
+    assert equal(model, averaged)
+    if layout == "parameters alone":
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.load_checkpoint(model, tmp_path / "file.pth", use_ema=False)
+        assert equal(model, last)
+        assert equal(
+            models.create_model("rednet26", num_classes=5, checkpoint=tmp_path / "file.pth", use_ema=False), last
+        )
+
+
+def test_what_mmengine_calls_ema_are_the_last_weights(source, tmp_path):
+    last = moved(source.state_dict())
+    torch.save({"state_dict": source.state_dict(), "ema_state_dict": last, "message_hub": {}}, tmp_path / "file.pth")
     model = fresh()
     models.load_checkpoint(model, tmp_path / "file.pth")
     assert equal(model, source)
+
+
+def test_averages_of_something_else_are_named(source, tmp_path):
+    torch.save({"model": source.state_dict(), "ema": {"0": torch.ones(1)}}, tmp_path / "file.pth")
+    model = fresh()
+    with pytest.warns(UserWarning, match="under names that are not this model's"):
+        models.load_checkpoint(model, tmp_path / "file.pth")
+    assert equal(model, source)
+
+
+# ---- wrapped models, and models without memory
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        torch.compile,
+        AveragedModel,
+        lambda model: nn.DataParallel(torch.compile(model)),  # pyright: ignore[reportArgumentType]
+        lambda model: model.layer1.compile() or model,
+        lambda model: setattr(model, "layer2", torch.compile(model.layer2)) or model,
+    ],
+    ids=["DataParallel", "compiled", "AveragedModel", "both", "a stage compiled in place", "a compiled stage"],
+)
+def test_wrapped_models_load(wrap, source, tmp_path):
+    models.save_checkpoint(source, tmp_path / "file.safetensors")
+    wrapped = wrap(fresh())
+    models.load_checkpoint(wrapped, tmp_path / "file.safetensors")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(list(wrapped.state_dict().values())[-251:], source.state_dict().values(), strict=True)
+    )
+    models.save_checkpoint(wrapped, tmp_path / "wrapped.pth")
+    model = fresh()
+    models.load_checkpoint(model, tmp_path / "wrapped.pth")
+    assert equal(model, source)
+
+
+@pytest.mark.parametrize("name", ["file.pth", "file.safetensors"])
+def test_a_model_on_the_meta_device_gets_the_tensors(name, source, tmp_path):
+    models.save_checkpoint(source, tmp_path / name)
+    with torch.device("meta"):
+        model = fresh().half()
+        other = fresh(num_classes=9)
+    model.layer1.requires_grad_(False)
+    models.load_checkpoint(model, tmp_path / name)
+    assert equal(model, copy.deepcopy(source).half())
+    assert not model.layer1[0].conv1.weight.requires_grad
+    assert model.layer2[0].conv1.weight.requires_grad
+    with pytest.raises(ValueError, match=r"neither in the file nor in a model on the meta device: head\.fc"):
+        models.load_checkpoint(other, tmp_path / name)
+    assert all(tensor.is_meta for tensor in other.state_dict().values())
+
+
+def test_entries_that_share_memory_do_not_share_it_in_a_model(tmp_path):
+    shared = torch.arange(4.0)
+    torch.save({"a.weight": shared.view(2, 2), "b.weight": shared.view(2, 2)}, tmp_path / "file.pth")
+    with torch.device("meta"):
+        a, b = (nn.Linear(2, 2, bias=False) for _ in "ab")
+    models.load_checkpoint(nn.ModuleDict({"a": a, "b": b}), tmp_path / "file.pth")
+    with torch.no_grad():
+        a.weight.zero_()
+    assert b.weight.sum() == 6
+
+
+def test_tensors_that_cannot_be_written_are_named_and_nothing_changes(tmp_path):
+    models.save_checkpoint(nn.Linear(3, 3), tmp_path / "file.pth")
+    with torch.inference_mode():
+        frozen = nn.Linear(3, 3)
+    expanded = nn.Linear(3, 3)
+    expanded.weight = nn.Parameter(torch.ones(1, 3).expand(3, 3))
+    for model in (frozen, expanded):
+        before = model.bias.clone()
+        with pytest.raises(ValueError, match=r"^model: \d of its tensors cannot take .*: weight"):
+            models.load_checkpoint(model, tmp_path / "file.pth")
+        assert torch.equal(model.bias, before)
+
+
+def test_a_meta_buffer_that_no_file_has_is_named(tmp_path):
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+        model.register_buffer("grid", torch.zeros(2), persistent=False)
+    models.save_checkpoint(nn.Linear(2, 2), tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"in no file.*grid"):
+        models.load_checkpoint(model, tmp_path / "file.pth")
 
 
 def test_a_model_with_a_backbone_of_its_own_keeps_the_prefix(source, tmp_path):
@@ -78,7 +320,7 @@ def test_save_checkpoint_round_trip(name, source, tmp_path):
 
 def test_a_failed_save_leaves_the_old_file(source, tmp_path, monkeypatch):
     def fails(state, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left on device")
 
     path = tmp_path / "file.pth"
@@ -119,6 +361,11 @@ def changed(state, **entries):
         ),
         ({"head.fc.weight": torch.ones(5, 3)}, r"head.fc.weight \(expected \[5, 2048\], got \[5, 3\]\)"),
         ({"head.fc.weight": torch.ones(6, 2048)}, r"head.fc.weight \(expected \[5, 2048\], got \[6, 2048\]\)"),
+        ({"layer1.0.bn1.weight": torch.ones(64).to_sparse()}, r"\(sparse, meta, …\): layer1\.0\.bn1\.weight$"),
+        ({"layer1.0.bn1.weight": torch.ones(64, device="meta")}, r"\(sparse, meta, …\): layer1\.0\.bn1\.weight$"),
+        ({"layer1.0.bn1.weight": torch.ones(64, dtype=torch.complex64)}, r"got torch\.complex64"),
+        ({"layer1.0.bn1.weight": [1.0] * 64}, "1 missing from the file: layer1.0.bn1.weight$"),
+        ({"head.fc.bias": None}, "1 missing from the file: head.fc.bias$"),
         ({"stem.0.conv.weight": torch.ones(32, 3, 5, 5)}, r"stem.0.conv.weight \(expected \[32, 3, 3, 3\]"),
     ],
 )
@@ -126,7 +373,7 @@ def test_a_mismatch_lists_the_names_and_changes_nothing(change, message, source,
     torch.save(changed(source.state_dict(), **change), tmp_path / "file.pth")
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"file\.pth does not fit RedNet\n  .*" + message):
+    with pytest.raises(ValueError, match=r"(?s)file\.pth (does not fit RedNet\n  |holds tensors).*" + message):
         models.load_checkpoint(model, tmp_path / "file.pth")
     assert equal(model, before)
 
@@ -197,6 +444,7 @@ def test_a_file_with_code_is_refused_and_not_run(zipped, tmp_path):
         ({"state_dict": {}}, "no state dict but an empty dict"),
         ({"epoch": 3}, "expected tensors by name, got 'epoch': int"),
         ({3: torch.ones(1)}, "expected tensors by name, got 3: Tensor"),
+        (holding_itself({}), "no state dict"),
     ],
 )
 def test_a_file_without_a_state_dict_is_refused(content, message, tmp_path):
@@ -229,6 +477,34 @@ def test_another_number_of_classes_keeps_the_fresh_classifier(source, tmp_path):
     without = fresh(num_classes=0)
     models.load_checkpoint(without, tmp_path / "file.pth")
     assert equal(without.layer4, source.layer4)
+
+
+def test_a_file_without_a_head_leaves_the_models_own(source, tmp_path):
+    headless = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("head.")}
+    torch.save(headless, tmp_path / "file.pth")
+    model = fresh()
+    head = copy.deepcopy(model.head)
+    with pytest.warns(UserWarning, match="^head keeps its own values: the file has none"):
+        models.load_checkpoint(model, tmp_path / "file.pth")
+    assert equal(model.head, head)
+    assert equal(model.layer4, source.layer4)
+    models.load_checkpoint(fresh(num_classes=0), tmp_path / "file.pth")
+
+
+def test_a_model_twice_in_a_file_is_refused(source, tmp_path):
+    torch.save(
+        prefixed(source.state_dict(), "student.") | prefixed(source.state_dict(), "model."), tmp_path / "file.pth"
+    )
+    with pytest.raises(ValueError, match=r"holds the model twice, behind 'model\.' and behind 'student\.'"):
+        models.load_checkpoint(fresh(), tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("name", ["weights", "model.bin", "a.pth"])
+def test_formats_are_told_by_content_not_by_name(name, source, tmp_path):
+    for suffix in (".pth", ".safetensors"):
+        models.save_checkpoint(source, tmp_path / f"file{suffix}")
+        os.replace(tmp_path / f"file{suffix}", tmp_path / name)
+        assert equal(read_state_dict(tmp_path / name), source)
 
 
 @pytest.mark.parametrize("in_chans", [1, 4, 6])
@@ -285,3 +561,68 @@ def test_a_family_may_adapt_the_state_itself(source, tmp_path):
     model = Renamed()
     models.load_checkpoint(model, tmp_path / "file.pth")
     assert torch.equal(model.scale, torch.arange(3.0))
+
+
+# ---- what a file says of itself
+
+
+METADATA = Metadata(
+    model="rednet26",
+    model_args={"in_chans": 1},
+    size=(64, 96),
+    crop_pct=0.9,
+    interpolation="bilinear",
+    mean=(0.5,),
+    std=(0.25,),
+    classes=("ant", "bee", "猫"),
+)
+
+
+def test_a_file_says_how_its_model_is_built_and_fed(tmp_path):
+    model = models.create_model("rednet26", num_classes=3, in_chans=1)
+    models.save_checkpoint(model, tmp_path / "file.safetensors", METADATA)
+    assert read_metadata(tmp_path / "file.safetensors") == METADATA
+    again: Any = models.create_model("rednet26", checkpoint=tmp_path / "file.safetensors")
+    assert equal(again, model)
+    config = again.pretrained_cfg
+    assert config["input_size"] == (1, 64, 96)
+    assert (config["crop_pct"], config["interpolation"], config["mean"], config["std"]) == (
+        0.9,
+        "bilinear",
+        (0.5,),
+        (0.25,),
+    )
+    assert config["label_names"] == ["ant", "bee", "猫"]
+    with pytest.warns(UserWarning, match="3 classes, the model 9"):
+        other: Any = models.create_model("rednet26", checkpoint=tmp_path / "file.safetensors", num_classes=9)
+    assert "label_names" not in other.pretrained_cfg
+    with pytest.raises(ValueError, match=r"metadata needs a path that ends in \.safetensors"):
+        models.save_checkpoint(model, tmp_path / "file.pth", METADATA)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("size", "[1e9, 3]"),
+        ("size", "[true, true]"),
+        ("mean", "[NaN]"),
+        ("std", "[0.0]"),
+        ("std", "[1.0, 1.0, 1.0]"),
+        ("crop_pct", "0"),
+        ("interpolation", '"lanczos"'),
+        ("classes", "[1, 2]"),
+        ("classes", "[" * 100_000),
+        ("model_args", "[]"),
+        ("model", None),
+        ("dynamic_kernels", "99"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused_and_nothing_changes(entry, value, tmp_path):
+    header = {name: text for name, text in (METADATA.header() | {entry: value}).items() if text is not None}
+    source = nn.Linear(2, 2)
+    save_file(source.state_dict(), tmp_path / "file.safetensors", metadata=header)
+    model = nn.Linear(2, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"checkpoint: the header of .*file\.safetensors is (damaged|of version)"):
+        models.load_checkpoint(model, tmp_path / "file.safetensors")
+    assert equal(model, before)

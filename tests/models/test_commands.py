@@ -277,6 +277,17 @@ def test_evaluate_counts_and_continues_after_a_kill(tmp_path, images, weights, c
     unbroken = json.loads(state.read_text())
     assert {**unbroken, "settings": 0, "seconds": 0} == {**whole, "settings": 0, "seconds": 0}
     assert "inference" in refused(capsys, *parallel[:-1])  # counted in another form: the two do not mix
+    for impossible in (
+        {"position": -5, "top5": -5},
+        {"top1": 9, "top5": 8},
+        {"top5": 16},
+        {"position": 16},
+        {"seconds": float("nan")},
+        {"position": 3.0},
+        {"skipped": [1]},
+    ):
+        state.write_text(json.dumps(unbroken | impossible))
+        assert f"{state} holds numbers that no count" in refused(capsys, *parallel)
 
 
 def test_evaluate_names_what_it_cannot_use(tmp_path, images, weights, capsys):
@@ -323,8 +334,8 @@ def log_of(output: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
-# Files are put in place in this order: settings and log; states of the steps 2 and 4; last and best weights and state
-# of 6; states of 8 and 10; weights and state of 12.
+# Files are put in place in this order: settings and classes; states of the steps 2 and 4; last and best weights and
+# state of 6; states of 8 and 10; weights and state of 12.
 @pytest.mark.parametrize(
     "kill_at", [4, 9], ids=["while writing the state of step 4", "while writing the state of step 10"]
 )
@@ -353,7 +364,7 @@ def test_finetune_takes_the_same_path_after_a_kill(tmp_path, images, weights, ki
     assert main(evaluate(images / "val", "--checkpoint", broken / "best.safetensors", "--json", "--workers", 0)) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(log[-1]["best_top1"])
 
-    assert "batch was 4, is 6" in refused(capsys, *finetune(images, broken, *options, "--batch", 6))
+    assert "--batch was 4, is 6" in refused(capsys, *finetune(images, broken, *options, "--batch", 6))
     assert log_of(broken) == log
 
 
@@ -377,8 +388,8 @@ def test_finetune_under_torchrun_equals_one_process_with_as_many_images(tmp_path
 def test_finetune_refuses_before_anything_is_written(tmp_path, images, weights, capsys):
     output = tmp_path / "run"
     for arguments, told in (
-        (finetune(images, output, "--lr", 0), "learning_rate must be above 0"),
-        (finetune(images, output, "--warmup-epochs", 5), "warmup_epochs"),
+        (finetune(images, output, "--min-lr", 1), "--min-lr must be at most the peak of 0.001"),
+        (finetune(images, output, "--warmup-epochs", 5), "--warmup-epochs must be below the 2 epochs"),
         (finetune(images, output, "--batch", 500), "there are only 24"),
         (finetune(images, output, "--val", images / "val" / ".."), "same class folders"),
         (finetune(tmp_path / "none", output), "no folder"),

@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import os
 import pickle
+import pwd
+import resource
 import threading
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 import models
+from kernels.files import WriteError
 from models.checkpoints import read_state_dict
 from models.downloads import fetch
 
@@ -57,6 +60,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.over.wait(20)
         elif act == "other range":
             self.send(206, body[10:], ETag=etag, Content_Range=f"bytes 10-{len(body) - 1}/{len(body)}")
+        elif act == "another version":  # although If-Range named the one before
+            start = int((position or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+            self.send(206, body[start:], ETag='"two"', Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
+        elif act == "short range":
+            self.send(206, body[half:-9], ETag=etag, Content_Range=f"bytes {half}-{len(body) - 10}/{len(body)}")
+        elif act.startswith("to "):
+            self.send(302, b"", Location=act.removeprefix("to "))
         elif act == "refused range":
             self.send(416 if position else 200, body)
         elif position and self.headers["If-Range"] == server.etag:
@@ -99,7 +109,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def get(server, **kwargs):
-    return fetch(server.url, **({"check": read_state_dict, "timeout": 0.5, "pause": 0.001} | kwargs))
+    return fetch(kwargs.pop("url", server.url), **({"check": read_state_dict, "timeout": 0.5, "pause": 0.001} | kwargs))
 
 
 def kept(cache):
@@ -129,6 +139,8 @@ def test_a_broken_transfer_is_resumed(act, server, weights):
     [
         (["anonymous truncate"], [False]),  # no ETag: nothing vouches for the rest
         (["truncate", "other range"], [True, False]),
+        (["truncate", "another version"], [True, False]),
+        (["truncate", "short range"], [True, False]),
         (["truncate", "refused range"], [True, False]),
         (["busy", "busy"], [False, False]),
     ],
@@ -160,6 +172,58 @@ def test_a_server_that_never_sends_it_all(server, cache):
         get(server, attempts=3)
     assert len(server.requests) == 3
     assert kept(cache) == []
+
+
+@pytest.mark.parametrize("address", ["ftp://127.0.0.1/weights.pth", "file:///etc/passwd", "data:,x"])
+def test_redirections_to_other_protocols_are_not_followed(address, server, cache):
+    server.script = [f"to {address}"]
+    with pytest.raises(ConnectionError, match=rf"could not download {server.url}.*(not followed|not allowed)"):
+        get(server)
+    assert len(server.requests) == 1
+    server.script = ["to /v2/weights.pth"]
+    get(server)
+
+
+def test_nothing_is_written_through_links(server, cache, tmp_path, weights):
+    cache.mkdir(parents=True)
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    (cache / "incomplete-weights.pth").symlink_to(outside)
+    assert get(server).read_bytes() == weights
+    (cache / "weights.pth").unlink()
+    (cache / "weights.pth.sha256").unlink()
+    (cache / "weights.pth.sha256").symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"weights\.pth\.sha256 is damaged, or a link; delete it"):
+        get(server)
+    assert outside.read_text() == "untouched"
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(server, cache):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=rf"cannot write {cache}/incomplete-weights\.pth: File too large"):
+            get(server)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(server.requests) == 1
+    assert kept(cache) == []
+
+
+def test_names_in_other_scripts_and_with_markup(server, weights):
+    for name in ("权重 [bold].pth", "%E6%9D%83.pth", "[red].pth"):
+        path = get(server, url=server.url.replace("weights.pth", name) + "?kind=é")
+        assert path.read_bytes() == weights
+    assert path.name == "[red].pth"
+
+
+def test_without_a_home_directory_it_says_what_to_set(monkeypatch):
+    for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    with pytest.raises(ValueError, match=r"no home directory .*; set TORCH_HOME"):
+        fetch("http://127.0.0.1:9/weights.pth")
 
 
 def test_an_absent_file_is_asked_for_once(server, cache):
@@ -241,8 +305,23 @@ def test_two_addresses_do_not_share_a_file(server):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://host/file.pth", "http://host/", "https:///file.pth", "http://host/a/..", "file"]
+    "url",
+    [
+        "ftp://host/file.pth",
+        "http://host/",
+        "https:///file.pth",
+        "http://host/a/..",
+        "file",
+        "http://host:port/file.pth",
+        "http://host/%00",
+        "http://host/a%1b[2J",
+        f"http://host/{'a' * 201}",
+        f"http://host/{'权' * 80}.pth",
+        "http://host/weights.pth.sha256",
+        "http://host/weights.pth.lock",
+        "http://host/incomplete-weights.pth",
+    ],
 )
 def test_an_address_without_a_file_is_refused(url):
-    with pytest.raises(ValueError, match="url must be http"):
+    with pytest.raises(ValueError, match=r"^url(:| must be http)"):
         fetch(url)

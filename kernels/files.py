@@ -1,0 +1,161 @@
+"""Writing files: at any moment, also after a kill, a reader finds the old content or the new, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import secrets
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody can delete a file that a writer has open
+    fcntl = None
+
+__all__ = ["WriteError", "atomic_write", "locked", "write_json", "writing"]
+
+PathLike = str | os.PathLike[str]
+
+
+class WriteError(OSError):
+    """A file that cannot be written, as on a full disk: the message is a sentence, ``errno`` is the system's."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
+
+
+@contextlib.contextmanager
+def writing(path: PathLike) -> Iterator[None]:
+    """Around writes to ``path``: the system's refusals become a ``WriteError`` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(error, path) from error
+
+
+def _write_error(error: OSError, path: PathLike) -> WriteError:
+    return WriteError(error.errno, error.strerror or str(error), os.fspath(path))
+
+
+def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    """Puts ``content`` at ``path``, with the permissions of the file there or else of any new file.
+
+    Missing folders are made. Where ``path`` is a link the file behind it is replaced. What is no regular file, as
+    /dev/null or a pipe, is written into.
+
+    Args:
+        path: of the file.
+        content: text (in UTF-8), bytes, or a function that writes into the binary file it is given.
+
+    Raises:
+        WriteError: it cannot be written; what was there is still there.
+    """
+    target = Path(os.path.realpath(path))
+    with writing(path):
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                _fill(file, content)
+            return
+        with contextlib.suppress(FileExistsError):  # a file: what is opened below it is refused in better words
+            target.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{target.name[:50]}."  # short enough to leave room for the ending, in whatever script it is
+        _remove_leftovers(target.parent, prefix)
+        descriptor, temporary = _create_temporary(target.parent, prefix)
+        try:
+            with open(descriptor, "wb") as file:
+                _fill(file, content)
+                file.flush()
+                os.fsync(descriptor)  # else a power cut could leave the new name with no content
+                with contextlib.suppress(FileNotFoundError):
+                    os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+                if fcntl is None:
+                    file.close()  # Windows does not rename what is open
+                os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """``atomic_write`` of ``value`` as JSON. ValueError for NaN and infinity, which JSON does not have."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A file name that is not UTF-8 holds lone surrogates; escaped with a backslash they are JSON again.
+    atomic_write(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def locked(path: PathLike, seconds: float) -> Iterator[None]:
+    """Holds the lock file ``path``, which is free again when its holder ends, however that happens.
+
+    On a file system that knows no locks there is a warning instead of a lock.
+
+    Raises:
+        filelock.Timeout: another process has held it for ``seconds``.
+        WriteError: the lock file cannot be made.
+    """
+    lock = filelock.FileLock(path, timeout=seconds)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise
+    except NotImplementedError:
+        warnings.warn(f"the file system of {path} knows no locks: other processes are not kept out", stacklevel=3)
+    except OSError as error:
+        raise _write_error(error, path) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fill(file: BinaryIO, content: str | bytes | Callable[[BinaryIO], object]) -> None:
+    if callable(content):
+        try:
+            content(file)
+        except Exception as error:  # torch.save ends in another error over the system's
+            refusal: BaseException | None = error
+            while refusal is not None and not isinstance(refusal, OSError):
+                refusal = refusal.__context__
+            raise (refusal or error) from error.__cause__
+    else:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def _create_temporary(folder: Path, prefix: str) -> tuple[int, Path]:
+    """A new file, locked for as long as it is open: by that others see that its writer lives."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        temporary = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
+        descriptor = os.open(temporary, flags, 0o666)
+        _lock(descriptor)
+        if os.fstat(descriptor).st_nlink or fcntl is None:
+            return descriptor, temporary
+        os.close(descriptor)  # taken for a leftover in the moment before it was locked
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Deletes the temporary files of writers that were killed."""
+    for leftover in folder.glob(f"{glob.escape(prefix)}*.tmp"):
+        with contextlib.suppress(OSError):  # somebody else's, or just put in place
+            descriptor = os.open(leftover, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if fcntl is None or _lock(descriptor):
+                    leftover.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another holds it, or the file system knows no locks
+        return False
+    return True

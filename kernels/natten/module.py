@@ -1,0 +1,68 @@
+"""NATTEN 0.17's ``NeighborhoodAttention2D``: the same arguments, state-dict names and numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.checks import as_pair, odd_pair
+from kernels.natten.functional import Causal, na2d_av, na2d_qk, refuse
+from kernels.windows import Pair
+
+__all__ = ["NeighborhoodAttention2D"]
+
+
+class NeighborhoodAttention2D(nn.Module):
+    """proj(softmax(scale · query·key + rpb) · value) over every pixel's neighbourhood: [B, H, W, dim] -> the same.
+
+    Entries of the state dict: qkv.weight, qkv.bias, proj.weight, proj.bias, and rpb [num_heads, 2Kh − 1, 2Kw − 1] with
+    ``rel_pos_bias``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | Pair,
+        dilation: int | Pair = 1,
+        is_causal: Causal = False,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        refuse(is_causal)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must be at least 1 and divide dim ({dim}), got {num_heads}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.kernel_size, self.dilation = odd_pair("kernel_size", kernel_size), as_pair("dilation", dilation, 1)
+        self.is_causal = is_causal
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        if rel_pos_bias:
+            rows, columns = self.kernel_size
+            self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * rows - 1, 2 * columns - 1))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+        else:
+            self.register_parameter("rpb", None)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"x must have shape [B, H, W, dim], got {list(x.shape)}")
+        # [B, H, W, 3·dim] -> three of [B, heads, H, W, head_dim]
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(3, 0, 4, 1, 2, 5)
+        window = {"kernel_size": self.kernel_size, "dilation": self.dilation, "is_causal": self.is_causal}
+        attn = na2d_qk(query * self.scale, key, rpb=self.rpb, **window).softmax(-1)
+        out = na2d_av(self.attn_drop(attn), value, **window)
+        return self.proj_drop(self.proj(out.permute(0, 2, 3, 1, 4).flatten(3)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, "
+            f"dilation={self.dilation}, is_causal={self.is_causal}, has_bias={self.rpb is not None}"
+        )

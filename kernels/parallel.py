@@ -1,0 +1,134 @@
+"""An eager call on several threads: each takes whole batch entries and groups, and runs PyTorch's operators alone.
+
+Left to itself PyTorch splits every single operator over OpenMP threads, which spin at its end until the last is done.
+An eager call is dozens to hundreds of short operators, so where another program holds one of the cores, each of them
+waits for the scheduler's next time slice: a call then takes up to a hundred times as long. Here threads meet once per
+call, and wait asleep.
+
+Work is a generator with one ``yield``: before it, it makes the views it needs, thousands of calls of a microsecond each
+that would have threads fight for the interpreter's lock; after it, it computes.
+
+``torch.set_num_threads`` (0.2 µs) acts on the calling thread alone, but for the number that a thread finds which asks
+PyTorch for the first time: one that does so during another's eager call runs on one thread from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Part", "Work", "alone", "in_turn", "over_maps"]
+
+# Multiply-adds that a thread should have to do: one to two milliseconds.
+WORTH_A_THREAD = 2**22
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
+Work = Generator[None, None, Result]
+
+
+class Part(NamedTuple):
+    """Some of the batch entries and groups of tensors [B, G, ...]."""
+
+    batch: slice
+    groups: slice
+
+
+def _slices(length: int, count: int) -> list[slice]:
+    return [slice(length * n // count, length * (n + 1) // count) for n in range(count)]
+
+
+def _parts(batch: int, groups: int, count: int) -> list[Part]:
+    """All batch entries and groups in at most ``count`` parts, by groups first."""
+    by_group = max(1, min(groups, count))
+    by_batch = max(1, min(batch, count // by_group))
+    return [Part(b, g) for g in _slices(groups, by_group) for b in _slices(batch, by_batch)]
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    """A forked process has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _workers() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), thread_name_prefix="eager")
+    return _pool
+
+
+def in_turn(steps: Sequence[Work[Any]]) -> Work[None]:
+    """Work that is done step by step."""
+    for step in steps:
+        next(step)
+    yield
+    for step in steps:
+        _finish(step)
+
+
+def _finish(work: Work[Result]) -> Result:
+    try:
+        next(work)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("work yields once")
+
+
+_call = threading.local()
+
+
+def alone(function: Function) -> Function:
+    """A call that keeps PyTorch's operators to one thread each, and may share its work out by ``over_maps``."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        threads = torch.get_num_threads()
+        if threads == 1:  # or inside another such call
+            return function(*arguments, **keywords)
+        torch.set_num_threads(1)
+        _call.threads = threads
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            _call.threads = 1
+            torch.set_num_threads(threads)
+
+    return wrapper  # pyright: ignore[reportReturnType]
+
+
+def over_maps(work: Callable[[Part], Work[Result]], like: Tensor, multiply_adds: int) -> list[tuple[Part, Result]]:
+    """``work`` for parts of all maps of ``like`` [B, G, ...], side by side where it pays: what each part gave.
+
+    Parts write to disjoint outputs; what is summed over them is summed afterwards, in their order.
+    """
+    threads = getattr(_call, "threads", 1) if like.device.type == "cpu" else 1
+    parts = _parts(like.shape[0], like.shape[1], min(threads, multiply_adds // WORTH_A_THREAD))
+    works = [work(part) for part in parts]
+    inference = torch.is_inference_mode_enabled()
+
+    def run(work: Work[Result]) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():
+            return _finish(work)
+
+    others = []
+    for other in works[1:]:
+        next(other)
+        others.append(_workers().submit(run, other))
+    next(works[0])
+    results = [_finish(works[0]), *(other.result() for other in others)]
+    return list(zip(parts, results, strict=True))

@@ -1,0 +1,98 @@
+"""Types of command-line arguments, for ``python -m models`` and ``python -m autotune`` alike."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = [
+    "DTYPES",
+    "FRACTION",
+    "Number",
+    "device",
+    "dtype",
+    "image_size",
+    "natural",
+    "positive",
+    "processes",
+    "seconds",
+    "threads",
+]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGEST = 2**31 - 1  # that a whole number without a bound of its own may be given as
+LONGEST_SIDE = 16384
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a number must be: a type for argparse, and a check of values that come from Python."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    whole: bool = False
+    noun: str = ""
+
+    def holds(self, value: Any) -> bool:
+        kind = isinstance(value, int) if self.whole else isinstance(value, (int, float)) and math.isfinite(value)
+        return kind and self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "of at least": self.at_least, "below": self.below, "of at most": self.at_most}
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if not math.isinf(bound))
+        return f"{self.noun or ('an integer' if self.whole else 'a finite number')} {words}".strip()
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = (int if self.whole else float)(text)
+        except ValueError:
+            value = math.nan
+        if self.whole and math.isinf(self.at_most) and value > LARGEST:
+            raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {text!r}")
+        if not self.holds(value):
+            raise argparse.ArgumentTypeError(f"must be {self}, got {text!r}")
+        return value
+
+
+positive = Number(at_least=1, whole=True)
+natural = Number(at_least=0, whole=True)
+processes = Number(at_least=0, at_most=1024, whole=True)
+threads = Number(at_least=1, at_most=1024, whole=True)
+seconds = Number(above=0, noun="a finite number of seconds")
+FRACTION = Number(at_least=0, at_most=1)
+
+
+def device(text: str) -> torch.device:
+    """A device that is there and computes: cpu, cuda, cuda:1."""
+    try:
+        place = torch.empty(0, device=text).device
+        if place.type == "meta":
+            raise RuntimeError("meta tensors hold no numbers")
+        return place
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be a device present here, got {text!r}: {reason}") from None
+
+
+def dtype(text: str) -> torch.dtype:
+    """fp32, bf16 or fp16, or PyTorch's name for it."""
+    names = DTYPES | {str(kind).removeprefix("torch."): kind for kind in DTYPES.values()}
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}; got {text!r}")
+    return names[text]
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """SIDE or HEIGHTxWIDTH."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and (len(side) > 9 or int(side) >= 32) for side in sides):
+        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got {text!r}")
+    if any(len(side) > 9 or int(side) > LONGEST_SIDE for side in sides):
+        raise argparse.ArgumentTypeError(f"must be at most {LONGEST_SIDE} pixels each, got {text!r}")
+    return int(sides[0]), int(sides[-1])

@@ -1,0 +1,139 @@
+"""What a weight file says of itself: its model, the images it was trained for, the classes it tells apart.
+
+``finetune`` writes it into the header of a .safetensors file, each entry as JSON under its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from models.unpickling import reason_of
+from models.weight_files import is_safetensors
+
+__all__ = ["Metadata", "read_metadata"]
+
+MARK, VERSION = "dynamic_kernels", "1"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """How a model was built and what it was shown.
+
+    Args:
+        model: its name, as for ``create_model``.
+        model_args: what its function was given, but for the number of classes.
+        size: height and width of its images, in pixels.
+        crop_pct: share of an image's shorter side that the test crop takes.
+        interpolation: "bilinear" or "bicubic".
+        mean: of each channel, in 0..1.
+        std: of each channel.
+        classes: a name for every class.
+
+    Raises:
+        ValueError: an entry that cannot be; the message begins with its name.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        channels = len(self.mean) if isinstance(self.mean, tuple) else 0
+        for name, holds in (
+            ("model", isinstance(self.model, str)),
+            ("model_args", isinstance(self.model_args, dict)),
+            ("size", _numbers(self.size, 2, 1, 1 << 15) and all(isinstance(side, int) for side in self.size)),
+            ("crop_pct", _numbers((self.crop_pct,), 1, 0.01, 2)),
+            ("interpolation", self.interpolation in ("bilinear", "bicubic")),
+            ("mean", channels in (1, 3) and _numbers(self.mean, channels, -10, 10)),
+            ("std", _numbers(self.std, channels, 1e-6, 1e3)),
+            ("classes", isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)),
+        ):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot be")
+
+    def header(self) -> dict[str, str]:
+        """Entries of a .safetensors header. TypeError where model_args hold more than plain values."""
+        return {MARK: VERSION, **{name: json.dumps(value) for name, value in asdict(self).items()}}
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments with which ``create_model`` builds the model again."""
+        return {**self.model_args, "num_classes": len(self.classes)}
+
+    def apply_to(self, model: Any) -> None:
+        """Makes this the configuration of one of ``models``, in timm's words; class names where they are as many."""
+        config: dict[str, Any] = dict(model.pretrained_cfg)
+        config |= {
+            "input_size": (model.in_chans, *self.size),
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+        }
+        config["num_classes"] = len(self.classes)
+        config.pop("label_names", None)
+        if model.in_chans in (1, len(self.mean)):
+            config |= {"mean": self.mean, "std": self.std}
+        if model.num_classes == len(self.classes):
+            config["label_names"] = list(self.classes)
+        model.pretrained_cfg = config
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.size[0]}×{self.size[1]} pixels, crop {self.crop_pct}, {self.interpolation}, "
+            f"{len(self.classes)} classes"
+        )
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
+    """What the file says of itself; None where it says nothing, as in any other format, or is none.
+
+    Raises:
+        ValueError: it says what cannot be.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if not is_safetensors(path, start):
+        return None
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as opened:
+            header = opened.metadata() or {}
+    except Exception as error:  # a malformed file can make the reader fail in any way
+        raise ValueError(f"checkpoint: {path} {reason_of(error)}") from error
+    if MARK not in header:
+        return None
+    if header[MARK] != VERSION:
+        raise ValueError(f"checkpoint: the header of {path} is of version {header[MARK]!r}, not {VERSION}")
+    try:
+        return Metadata(**{known.name: _tuples(json.loads(header[known.name])) for known in fields(Metadata)})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"checkpoint: the header of {path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """``value`` as it was before JSON made lists of its tuples."""
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return {name: _tuples(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _numbers(values: Any, count: int, least: float, most: float) -> bool:
+    """Whether these are so many finite numbers between the bounds."""
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(type(v) in (int, float) and math.isfinite(v) and least <= v <= most for v in values)
+    )

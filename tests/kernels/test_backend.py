@@ -1,0 +1,157 @@
+"""Which backend runs: the choice and its scope, and the conditions under which another one is in force."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import kernels
+from kernels.backend import BACKENDS
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend must be one of auto, triton, eager, reference; got 'cuda'"):
+        kernels.set_backend("cuda")
+    with pytest.raises(ValueError, match="got 'natten'"), kernels.use_backend("natten"):
+        pass
+    assert kernels.get_backend() == "auto"
+
+
+def test_backend_is_restored_after_an_error():
+    def fail():
+        assert kernels.get_backend() == "reference"
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), kernels.use_backend("reference"):
+        fail()
+    assert kernels.get_backend() == "auto"
+
+
+def _python(code, **environment):
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_fresh_process():
+    """The environment presets the backend; importing loads no kernel; Triton refuses a CPU without its interpreter.
+
+    PyTorch's own FLOP counter imports triton where it is installed; ours must not be why.
+    """
+    code = (
+        "import sys, torch, kernels\n"
+        "print(kernels.get_backend())\n"
+        "print([m for m in sys.modules if 'triton_' in m and m.startswith('kernels') or m in ('models', 'autotune')])\n"
+        "kernels.set_backend('triton')\n"
+        "kernels.involution2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1, 3, 3))"
+    )
+    refused = _python(code, DYNAMIC_KERNELS_BACKEND="eager")
+    assert refused.stdout.split() == ["eager", "[]"]
+    assert "ValueError: backend 'triton' needs tensors on a GPU, got device cpu" in refused.stderr
+
+
+def test_the_environment_names_no_backend():
+    refused = _python("import kernels", DYNAMIC_KERNELS_BACKEND="fast")
+    assert refused.returncode != 0
+    assert "DYNAMIC_KERNELS_BACKEND must be one of" in refused.stderr
+
+
+def test_works_where_triton_is_not_installed():
+    code = (
+        "import sys, torch, kernels\n"
+        "sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\n"
+        "x = torch.randn(1, 4, 6, 6, requires_grad=True)\n"
+        "kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6)).sum().backward(); print(x.grad.shape)\n"
+        "kernels.set_backend('triton')\n"
+        "try: kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = _python(code)
+    assert "torch.Size([1, 4, 6, 6])" in done.stdout, done.stderr
+    assert "the package triton is not installed" in done.stdout
+
+
+def test_a_block_holds_for_its_own_thread_and_coroutine():
+    """Blocks that end in another order than they began, each in a thread or a coroutine, leave nothing behind."""
+    begun, may_end = threading.Event(), threading.Event()
+    seen = []
+
+    def hold():
+        seen.append(kernels.get_backend())
+        with kernels.use_backend("reference"):
+            begun.set()
+            may_end.wait(10)
+            seen.append(kernels.get_backend())
+
+    thread = threading.Thread(target=hold)
+    with kernels.use_backend("eager"):
+        thread.start()
+        assert begun.wait(10)
+        assert kernels.get_backend() == "eager"
+    assert kernels.get_backend() == "auto"
+    may_end.set()
+    thread.join()
+    assert seen == ["auto", "reference"]
+
+    async def run(name, before, after):
+        await before.wait()
+        with kernels.use_backend(name):
+            after.set()
+            await asyncio.sleep(0)
+            assert kernels.get_backend() == name
+
+    async def together():
+        first, second, third = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        first.set()
+        await asyncio.gather(run("eager", first, second), run("reference", second, third))
+
+    asyncio.run(together())
+    assert kernels.get_backend() == "auto"
+
+
+def test_setting_inside_a_block_ends_with_the_block():
+    with kernels.use_backend("eager"):
+        kernels.set_backend("reference")
+        assert kernels.get_backend() == "reference"
+    assert kernels.get_backend() == "auto"
+
+
+def test_compiled_code_follows_the_choice():
+    """A change of backend compiles again, in a block around the call or inside the compiled function."""
+
+    def name(x):
+        return x + BACKENDS.index(kernels.get_backend())
+
+    def block(x):
+        with kernels.use_backend("eager"):
+            inside = name(x)
+        return inside, name(x)
+
+    torch.compiler.reset()
+    compiled, x = torch.compile(name, fullgraph=True, backend="eager"), torch.zeros(())
+    assert compiled(x) == 0
+    with kernels.use_backend("reference"):
+        assert compiled(x) == 3
+    assert compiled(x) == 0
+    assert torch.compile(block, fullgraph=True, backend="eager")(x) == (2, 0)
+    assert kernels.get_backend() == "auto"
+    assert torch.compile(torch.func.grad(lambda x: x * name(x)), fullgraph=True, backend="eager")(x) == 3
+
+
+def test_forward_mode_differentiation_takes_the_reference():
+    with forward_ad.dual_level():
+        assert kernels.get_backend() == "reference"
+    assert kernels.get_backend() == "auto"

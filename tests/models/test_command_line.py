@@ -1,0 +1,152 @@
+"""What ``python -m models`` and ``python -m autotune`` share: numbers, terminals, and errors as one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import autotune.__main__
+import models.__main__
+from models.commands.dispatch import run_command
+from models.commands.types import LARGEST, Number, device, dtype, image_size, natural, positive
+
+PACKAGES = {"models": models.__main__.main, "autotune": autotune.__main__.main}
+INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000], ["inf", "-inf", "nan", "1e400", "x"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        *((f"models finetune D --model M --output O {option}", option, [*INTEGER, "0"])
+          for option in ("--epochs", "--batch", "--accumulate", "--repeats", "--log-every")),
+        *((f"models finetune D --model M --output O {option}", option, INTEGER)
+          for option in ("--workers", "--save-every")),
+        ("models finetune D --model M --output O --seed", "--seed", ["-1", "nan", str(10**30)]),
+        *((f"models finetune D --model M --output O {option}", option, [*NUMBER, "-1"])
+          for option in ("--lr", "--min-lr", "--warmup-epochs", "--warmup-lr", "--weight-decay", "--aux-weight",
+                         "--clip", "--mixup", "--cutmix")),
+        *((f"models finetune D --model M --output O {option}", option, [*NUMBER, "-0.1", "1.1"])
+          for option in ("--layer-decay", "--label-smoothing", "--ema", "--drop-path", "--least-area", "--flip",
+                         "--erasing")),
+        ("models evaluate D --model M --batch", "--batch", [*INTEGER, "0"]),
+        ("models evaluate D --model M --save-every", "--save-every", [*INTEGER, "0"]),
+        ("models evaluate D --model M --workers", "--workers", [*INTEGER, "5000"]),
+        ("models classify I --model M --crop-pct", "--crop-pct", [*NUMBER, "0", "1e-300", "3"]),
+        ("models classify I --model M --size", "--size", ["31", "x", "64x", "1x1", "-64", "9" * 5000, "20000", "64.5"]),
+        *((f"models {command} --model M --device", "--device", ["meta", "abacus", "cuda:99", ""])
+          for command in ("classify I", "evaluate D", "finetune D --output O")),
+        *((f"autotune {command} --device", "--device", ["meta", "abacus", "cuda:99", ""])
+          for command in ("profile", "bench", "tune --all")),
+        *((f"autotune {command}", command.split()[-1], [*INTEGER, "0"])
+          for command in ("profile --batch", "profile --threads", "bench --batch", "tune --all --batch",
+                          "tune --all --candidates")),
+        *((f"autotune {command}", command.split()[-1], [*NUMBER, "0", "-1"])
+          for command in ("bench --seconds", "tune --all --seconds", "notebooks --timeout")),
+        ("autotune bench --size", "--size", ["31", "9" * 5000, "20000"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith(("models", "autotune")) else "",
+)  # fmt: skip
+def test_every_number_is_bounded_and_refused_by_its_option(capsys, command, option, values):
+    package, *arguments = command.split()
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            PACKAGES[package]([*arguments[:-1], f"{option}={value}"])
+        assert ended.value.code == 2
+        assert f"argument {option}: must be " in capsys.readouterr().err
+
+
+def test_a_number_says_what_it_must_be():
+    assert str(positive) == "an integer of at least 1"
+    assert str(Number(above=0, at_most=2)) == "a finite number above 0 and of at most 2"
+    assert [natural.holds(value) for value in (0, 3, LARGEST, -1, 1.0, "1", None)] == [True] * 3 + [False] * 4
+    assert not Number().holds(float("inf"))
+    assert image_size("64x96") == (64, 96)
+    assert str(device("cpu")) == "cpu"
+    assert dtype("bf16") == dtype("bfloat16")
+
+
+# ---- terminals
+
+SPEECH = "224×224 – ½ µs ≥ café 𝒙 \udce9 λ"
+
+
+class Speaking:
+    """A command's module: prints, or raises."""
+
+    @staticmethod
+    def add_arguments(parser):
+        parser.add_argument("what", nargs="?")
+
+    @staticmethod
+    def run(arguments):
+        if arguments.what == "memory":
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 B")
+        if arguments.what == "disk":
+            raise OSError(28, "No space left on device", "/run/state.pt")
+        if arguments.what == "fault":
+            raise RuntimeError("a fault of ours")
+        print(SPEECH)
+        return 0
+
+
+def speak(monkeypatch, stream, *arguments: str) -> int:
+    monkeypatch.setitem(sys.modules, "speaking", Speaking)
+    monkeypatch.setattr(sys, "stdout", stream)
+    return run_command("models", {"say": ("speaking", "")}, ["say", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", "224x224 - 1/2 us >= cafe x \udce9 ?"),
+        ("latin-1", "224×224 - ½ µs >= café x \udce9 ?"),
+        ("utf-8", "224×224 – ½ µs ≥ café 𝒙 \udce9 λ"),
+    ],
+)
+def test_a_terminal_gets_the_nearest_that_it_can_show(monkeypatch, encoding, expected):
+    written = io.BytesIO()
+    assert speak(monkeypatch, io.TextIOWrapper(written, encoding=encoding)) == 0
+    assert written.getvalue() == (expected + "\n").encode(encoding, "surrogateescape")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
+    stream = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115  (closing it would fail again)
+    assert speak(monkeypatch, stream) == 2
+    stream.close()
+    assert capsys.readouterr().err == (
+        "python -m models say: error: standard output cannot be written: No space left on device\n"
+    )
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as stream:
+        assert speak(monkeypatch, stream) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("what", "told"), [("memory", "not enough memory"), ("disk", "No space left on device: ")])
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, what, told):
+    assert speak(monkeypatch, io.StringIO(), what) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert told in lines[0]
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        speak(monkeypatch, io.StringIO(), "fault")
+
+
+def test_a_wrong_backend_in_the_environment_is_one_line():
+    environment = {**os.environ, "DYNAMIC_KERNELS_BACKEND": "fast", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-m", "models", "list"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m models list: error: DYNAMIC_KERNELS_BACKEND must be one of")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,139 @@
+"""What image files are read as, and which are refused, by the one reader of all commands."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from autotune.workloads import photograph
+from models.commands import classify, images
+from models.commands.folders import ImageFolder
+from models.commands.images import Preprocessing, UnreadableImageError, check_image, read_image
+
+POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+
+
+def slopes(height: int, width: int) -> np.ndarray:
+    """Unlike under each of the eight ways to turn it; [height, width, 3]."""
+    down, right = np.linspace(0, 255, height)[:, None], np.linspace(0, 200, width)[None]
+    return np.stack(np.broadcast_arrays(down, right, 0 * down + 10), axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
+    deep = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(deep).save(path)
+    for channels in (1, 3):
+        read = np.asarray(read_image(path, channels)).reshape(48, 64, channels)
+        assert np.abs(read - deep[..., None] / 257.0).max() <= 0.5
+    assert np.array_equal(np.asarray(photograph(path)), read)
+
+
+def test_a_tiff_says_which_value_is_white(tmp_path):
+    deep = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    path = tmp_path / "deep.tif"
+    Image.fromarray(deep).save(path, tiffinfo={262: 0})  # white is zero
+    assert np.abs(np.asarray(read_image(path, 1)) - (255 - deep / 257.0)).max() <= 0.5
+
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}  # 2 × 1 pixels of 12 bits, at 8
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    pixels = struct.pack(">I", (4095 << 12) | 1024)[1:] + b"\0"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 12) + pixels + struct.pack("<H", len(tags)) + directory + bytes(4))
+    assert np.asarray(read_image(path, 1)).tolist() == [[255, 64]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_without_a_scale_are_refused_by_name(tmp_path, dtype):
+    path = tmp_path / "scan.tif"
+    Image.fromarray(np.ones((9, 9), dtype)).save(path)
+    with pytest.raises(UnreadableImageError, match=r"scan\.tif .*none is known to be white"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_orientation_is_obeyed(tmp_path, suffix):
+    path = tmp_path / f"turned.{suffix}"
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(slopes(24, 40)).save(path, exif=exif)
+        with Image.open(path) as file:
+            expected = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+        assert np.array_equal(np.asarray(read_image(path)), expected)
+
+
+def test_what_is_no_plain_image_file_is_refused_at_once(tmp_path):
+    (tmp_path / "drawing.jpg").write_text(POSTSCRIPT)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "none.png")
+    for name in ("drawing.jpg", "pipe.png", "link.png", "none.png", "."):
+        for refusal in (read_image, check_image):
+            with pytest.raises(UnreadableImageError, match="cannot be read as an image"):
+                refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("sides", [(1, 10_000), (100_000, 1), (3, 50_000)])
+def test_strips_take_little_time_and_memory(sides):
+    image = Image.fromarray(slopes(*sides))
+    began = time.perf_counter()
+    x = Preprocessing((224, 224), 0.875, "bicubic", (0.0,) * 3, (1.0,) * 3)(image)
+    assert x.shape == (3, 224, 224)
+    assert time.perf_counter() - began < 5  # resized whole it takes gigabytes
+    middle = image.getpixel((sides[1] // 2, sides[0] // 2))
+    assert isinstance(middle, tuple)
+    assert torch.allclose(255 * x[:, 112, 112], torch.tensor(middle, dtype=torch.float32), atol=2)
+
+
+def test_a_strip_is_cropped_as_any_image(monkeypatch):
+    image = Image.fromarray(slopes(300, 401))
+    for crop_pct, size in ((0.875, (224, 224)), (1.15, (224, 224)), (0.5, (64, 96))):
+        preprocessing = Preprocessing(size, crop_pct, "bicubic", (0.0,) * 3, (1.0,) * 3)
+        expected = preprocessing(image)
+        monkeypatch.setattr(images, "MOST_RESIZED", 0)
+        assert (255 * (preprocessing(image) - expected)).abs().max() <= 1.01
+        monkeypatch.undo()
+
+
+def test_folders_are_walked_once_whatever_their_links_and_names(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        for file in (tmp_path / name / "a.png", tmp_path / name / "deep" / "b.png"):
+            Image.fromarray(slopes(8, 8)).save(file)
+    elsewhere = tmp_path.parent / "elsewhere"
+    elsewhere.mkdir()
+    Image.fromarray(slopes(8, 8)).save(elsewhere / "c.png")
+    for link, target in (("loop", "bee"), ("up", "."), ("deep/up", "bee"), ("twice", "bee/deep")):
+        (tmp_path / "bee" / link).symlink_to(tmp_path / target)
+    (tmp_path / "bee" / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path / "bee")
+    (tmp_path / "zoo").symlink_to(tmp_path)
+    folder = ImageFolder(tmp_path)
+    assert folder.classes == ["ant", "bee"]
+    assert [label for _, label in folder.samples] == [0, 0, 1, 1, 1]
+    before = folder.digest()
+
+    Image.fromarray(slopes(8, 8)).save(os.fsencode(tmp_path) + b"/ant/caf\xe9.png")
+    assert ImageFolder(tmp_path).digest() != before
+    (tmp_path / "two\nlines").mkdir()
+    with pytest.raises(ValueError, match="line break"):
+        ImageFolder(tmp_path)
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    names = ["$x_{1}$^_\\frac", "caf\udce9", "100 % & #"]
+    rows = [{"image": name, "guesses": [{"name": other, "probability": 1 / 3} for other in names]} for name in names]
+    photographs = [Image.fromarray(slopes(8, 8))] * 3
+    for suffix, start in ((".jpg", b"\xff\xd8"), (".png", b"\x89PNG"), (".pdf", b"%PDF")):
+        path = tmp_path / f"picture{suffix}"
+        classify.draw(photographs, rows, names[0], path, warn=False)
+        assert path.read_bytes().startswith(start)
+    with pytest.raises(ValueError, match=r"--output must end in \.png"):
+        classify.check_picture(Path(tmp_path, "picture.txt"))
