@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.parallel import Work, alone, over_maps
-from kernels.registration import operator
+from kernels.registration import operator, without_autocast
 
 __all__ = ["depthwise_conv2d"]
 
