@@ -35,7 +35,8 @@ class Problem(NamedTuple):
     pixels: int
     rows: int
     taps: int  # rows of the window
-    multiple: int  # of which a tile's rows must be: the stride, where outputs are looked up by input
+    multiple: int  # of which a tile's rows must be: the stride where transposed, else 1
+    transposed: bool  # outputs are looked up by input
     features: int  # that generate the dynamic kernel; 0 where it is read
     channels_fastest: bool  # channels, not pixels, are adjacent in memory
     aligned: bool  # and each pixel's begin at 16 bytes
@@ -71,7 +72,7 @@ class Config:
 CONFIGS = tuple(
     Config(rows, *tile)
     for rows in (8, 7, 4)
-    for tile in ((8, 64), (8, 64, 8), (16, 64, 16, 4), (32, 16, 4), (32, 16, 2, 1))
+    for tile in ((8, 64), (16, 64, 16, 4), (4, 64, 16, 1), (32, 16, 4), (32, 16, 1, 1))
 )
 
 
@@ -91,14 +92,16 @@ def heuristic(problem: Problem) -> Config:
     """
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
-    rows = _rows(problem, 4 if problem.dtype.itemsize > 4 else 8)
+    # Taps that are read need more registers than a product's; more rows than these would not fit.
+    most = 4 if problem.dtype.itemsize > 4 else 8 if problem.features or not problem.transposed else 7
     if not problem.channels_fastest:
-        return Config(rows, 32, min(16, next_power_of_2(problem.channels)), 4, 2 if problem.channels > 4 else 1)
+        columns, warps = 32, 2 if problem.channels > 4 else 1
+        return Config(_rows(problem, most), columns, min(16, next_power_of_2(problem.channels)), 4, warps)
+    most = most if problem.features else min(most, 7)
     whole = problem.channels == next_power_of_2(problem.channels)
     channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
     lane = min(4 if problem.dtype.itemsize > 2 else 8, problem.channels) if problem.aligned and whole else 1
-    # The taps read from memory pass through more registers than a product's.
-    return Config(rows, max(2, 64 * lane // channels), channels, 16 if problem.features else 8)
+    return Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,4 +110,6 @@ def correlate_heuristic(problem: Problem) -> Config:
     config = heuristic(problem)
     if interpreting():
         return config
-    return replace(config, loads=16) if problem.channels_fastest else replace(config, loads=2, num_warps=1)
+    if problem.channels_fastest:
+        return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8))
+    return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 2 else 7), loads=1, num_warps=1)

@@ -117,7 +117,7 @@ def weighted_sum_kernel(
         m_column = m_x[:, None] & tile.m_channel[None, :]
         rows = load_rows(p_column, o_channel, x.h, first, x_height, m_column, FIRST, min(FIRST + LOADS, END))
         # [Q·P, G·S]
-        p_pixel = weight.ptr + across(tile.tap_batch, o_tap_column, weight, WEIGHT_LANES)[:, None]
+        p_pixel = weight.ptr + across(tile.tap_batch, o_tap_column, weight, False)[:, None]
         if FEATURES:
             o_span = ((tile.group + tile.tap_group) * KERNEL_H + tile.step) * KERNEL_W + kw
             p_span = span.ptr + (o_span * span.k)[None, :]
@@ -142,11 +142,10 @@ def weighted_sum_kernel(
                 )  # fmt: skip
         else:
             o_entry = (tile.group + tile.tap_group) * weight.g + tile.step.to(tl.int64) * weight.k + wide(kw) * weight.c
-            b_taps = tl.load(
-                p_pixel + o_tap_row.to(tl.int64) * weight.h + o_entry[None, :],
-                mask=m_tap & m_tap_column & m_step,
-                other=0,
-            )
+            p_tap = p_pixel + o_tap_row.to(tl.int64) * weight.h + o_entry[None, :]
+            # As in ``across``: what lies across lanes.
+            p_tap = tl.max_contiguous(tl.multiple_of(p_tap, [1, 1]), [8, 1] if WEIGHT_LANES else [1, 8])
+            b_taps = tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0)
         taps = unstack(b_taps, COLUMNS, GROUPS, STEPS)
         sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, CHANNELS)
         for source in tl.static_range(FIRST + LOADS, END, LOADS):
@@ -282,7 +281,8 @@ def problem_of(
     last = channels_fastest(x)
     multiple = window.stride[axis] if transposed else 1
     return Problem(
-        x.shape[2], x.shape[1], size[0] * size[1], size[axis], window.kernel_size[axis], multiple, features,
+        x.shape[2], x.shape[1], size[0] * size[1], size[axis], window.kernel_size[axis], multiple, transposed,
+        features,
         last, last and _aligned(x), x.dtype,
     )  # fmt: skip
 

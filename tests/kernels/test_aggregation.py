@@ -140,7 +140,9 @@ def test_rows_heuristic_is_a_valid_config(monkeypatch):
     for channels, groups, length, taps, multiple, last in itertools.product(
         (1, 5, 16, 100), (1, 4, 32), (1, 7, 56), (1, 3, 7, 16), (1, 3, 4), (False, True)
     ):
-        problem = configs.Problem(channels, groups, length**2, length, taps, multiple, 0, last, last, torch.bfloat16)
+        problem = configs.Problem(
+            channels, groups, length**2, length, taps, multiple, multiple > 1, 0, last, last, torch.bfloat16
+        )
         for choose in (configs.heuristic, configs.correlate_heuristic):
             config = choose.__wrapped__(problem)
             assert config.valid(problem), problem
