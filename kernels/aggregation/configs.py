@@ -72,7 +72,7 @@ class Config:
 CONFIGS = tuple(
     Config(rows, *tile)
     for rows in (8, 7, 4)
-    for tile in ((8, 64), (16, 64, 16, 4), (4, 64, 16, 1), (32, 16, 4), (32, 16, 1, 1))
+    for tile in ((8, 64), (16, 64, 16, 4), (8, 64, 8), (32, 16, 4), (32, 16, 1, 1))
 )
 
 
@@ -111,5 +111,5 @@ def correlate_heuristic(problem: Problem) -> Config:
     if interpreting():
         return config
     if problem.channels_fastest:
-        return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8))
+        return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), loads=8)
     return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 2 else 7), loads=1, num_warps=1)
