@@ -51,7 +51,8 @@ def _neighborhood(
     dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
 ) -> Iterator[Callable[[], object]]:
     from kernels.aggregation import triton_kernels as algebra
-    from kernels.neighborhood import triton_kernels as kernels
+    from kernels.neighborhood.backward import softmax_aggregate_backward
+    from kernels.neighborhood.forward import softmax_aggregate
 
     # OverLoCK-T: 16 value channels a head.
     window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
@@ -60,23 +61,22 @@ def _neighborhood(
     rpb = _meta(8, 2 * kernel_size - 1, 2 * kernel_size - 1, dtype=dtype)
     statistics = _meta(128, 8, length, length, dtype=torch.float32)
     heads_last = _meta(128, 8, length, length, 16, dtype=dtype).permute(0, 1, 4, 2, 3)
-    yield lambda: kernels.softmax_aggregate(logits, value, rpb, window)
-    yield lambda: kernels.softmax_aggregate_backward(value, logits, value, rpb, value, statistics, window)
+    yield lambda: softmax_aggregate(logits, value, rpb, window)
+    yield lambda: softmax_aggregate_backward(value, logits, value, rpb, value, statistics, window)
     yield lambda: algebra.aggregate(logits, heads_last, window)
     yield lambda: algebra.correlate(heads_last, heads_last, window)
     yield lambda: algebra.transpose(logits, heads_last, (length, length), window)
 
 
 def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterator[Callable[[], object]]:
-    from kernels.contmix import triton_kernels as kernels
+    from kernels.contmix import passes as kernels
 
     # OverLoCK-T: 8 heads of 16 query and 16 value channels.
     positions = sum(size**2 for size in kernel_sizes)
-    relatives = sum((2 * size - 1) ** 2 for size in kernel_sizes)
     features = _meta(128, 8, 16, length, length, dtype=dtype)
-    projected = _meta(128, 8, 16, positions, dtype=dtype)
+    projected = _meta(positions, 128, 8, 16, dtype=torch.float32).permute(1, 2, 3, 0)
     bias = _meta(positions, dtype=dtype)
-    rpb = _meta(8, relatives, dtype=dtype)
+    rpb = [_meta(8, 2 * size - 1, 2 * size - 1, dtype=dtype) for size in kernel_sizes]
     value = _meta(128, len(kernel_sizes), 8, 16, length, length, dtype=dtype)
     statistics = _meta(128, len(kernel_sizes), 8, length, length, dtype=torch.float32)
     inputs = (features, projected, bias, rpb, value)
@@ -85,26 +85,26 @@ def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterat
 
 
 def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from kernels.outlook import triton_kernels as kernels
+    from kernels.outlook import backward, forward
 
     # VOLO-D1: 6 heads of 32 channels.
     logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
-    yield lambda: kernels.outlook(logits, value, 3, 2, 1, 32**-0.5)
-    yield lambda: kernels.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: forward.outlook(logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: backward.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
 
 
 def _depthwise(
     dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
 ) -> Iterator[Callable[[], object]]:
-    from kernels.depthwise import triton_kernels as kernels
+    from kernels.depthwise import backward, forward
 
     x, weight = (
         _meta(128, channels, length, length, dtype=dtype),
         _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
     )
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    yield lambda: kernels.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
-    yield lambda: kernels.weight_gradient(x, x, kernel_size)
+    yield lambda: forward.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
+    yield lambda: backward.weight_gradient(x, x, kernel_size)
 
 
 def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:

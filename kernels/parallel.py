@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,8 +72,9 @@ def _workers() -> ThreadPoolExecutor:
     return _pool
 
 
-def in_turn(steps: Sequence[Work[Any]]) -> Work[None]:
-    """Work that is done step by step."""
+def in_turn(works: Iterable[Work[Any]]) -> Work[None]:
+    """Work that is done piece by piece."""
+    steps = list(works)
     for step in steps:
         next(step)
     yield

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.aggregation.eager_tiles import Run, Segment, Tiles, cut, tile_size
+from kernels.aggregation.eager_tiles import Run, Tiles, cut, tile_size
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.parallel import Work, alone, in_turn, over_maps
@@ -35,24 +35,24 @@ from kernels.windows import Pair, Window
 
 __all__ = [
     "Bands",
-    "Strip",
+    "Step",
     "aggregate",
     "as_matrices",
     "correlate",
     "multiply",
-    "strips",
-    "tile_of",
+    "steps_of",
     "transpose",
 ]
 
-# Most input elements in a strip: a share of the operator's inputs (lean in memory).
-STRIP_SHARE = 3
-# Most band elements in one step: a share of the kernel's own size, within bounds (at 7x7 the number of steps is what
-# costs). The upper bound is 2 MB in float32 on a CPU, so that a step stays in cache; elsewhere steps should be large.
-STEP_SHARE = 2
-STEP_ELEMENTS = {"cpu": 2**19}
+# Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
+# steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
+STEP_SHARE = 3 / 4
+STEP_ELEMENTS = {"cpu": 2**20}
 STEP_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_STEP_ELEMENTS = 2**15
+
+# The same entries in two tensors, as views.
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Scratch:
@@ -65,111 +65,80 @@ class Scratch:
         return self._memory[: math.prod(shape)].view(shape)
 
 
-class Strip(NamedTuple):
-    """Tiles that share their input positions: n tiles of columns side by side, every tile of rows of a residue class,
-    for a few batch entries and groups. Its tensors begin with ``leading`` = [n, b, g]."""
+class Step(NamedTuple):
+    """A tile of rows and n equal tiles of columns side by side, for a few batch entries and groups: [n, b, g, ...]."""
 
     leading: tuple[int, int, int]
     maps: tuple[slice, slice]
-    output_rows: slice
-    output_columns: slice
-    rows: Segment
-    row_tiles: tuple[Tiles, ...]
-    columns: tuple[Segment, ...]
-    column_tiles: Tiles
+    rows: Tiles
+    columns: Tiles
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its outputs, [n, b, g, R, T]."""
+        return (*self.leading, self.rows.count, self.columns.count)
+
+    @property
     def positions(self) -> int:
-        return math.prod(self.leading) * self.rows.span * self.column_tiles.span
-
-    def tile_shape(self, tile: Tiles) -> tuple[int, ...]:
-        """[n, b, g, R, T]"""
-        return (*self.leading, tile.count, self.column_tiles.count)
+        """Covered by the windows of a tile."""
+        return self.rows.span * self.columns.span
 
     def pixels(self, x: Tensor, scratch: Scratch) -> Tensor:
-        """[n, b, g, C, rows, span] of the scratch, channels innermost in memory where they are so in x."""
-        sizes = (self.rows.span, self.column_tiles.span)
+        """[n, b, g, C, rows, columns] of the scratch, channels innermost in memory where they are so in x."""
+        sizes = (self.rows.span, self.columns.span)
         if channels_fastest(x):
             return scratch.take(*self.leading, *sizes, x.shape[2]).movedim(-1, 3)
         return scratch.take(*self.leading, x.shape[2], *sizes)
 
-    def _parts(self, strip: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same positions in the strip and in x [B, G, C, H, W], tile by tile."""
-        row_part, rows = self.rows.slices()
-        for tile, segment in zip(strip, self.columns, strict=True):
-            column_part, columns = segment.slices()
-            yield tile[..., row_part, column_part], x[(*self.maps, slice(None), rows, columns)]
-
-    def load(self, strip: Tensor, x: Tensor) -> Work[None]:
-        """The strip's positions of x, zero where they are padding."""
-        parts = list(self._parts(strip, x))
-        yield
-        strip.zero_()
-        for part, pixels in parts:
-            part.copy_(pixels)
-
-    def add_to(self, x: Tensor, strip: Tensor) -> Work[None]:
-        """Add the strip to x at its positions; what fell on padding is dropped."""
-        parts = list(self._parts(strip, x))
-        yield
-        for part, pixels in parts:
-            pixels += part
-
-    def covered(self, strip: Tensor, tile: Tiles) -> Tensor:
-        """The positions that a tile's windows cover, out of a strip as matrices [n·b·g, C, rows·span]: a view."""
-        span = self.column_tiles.span
-        return strip.narrow(2, (tile.begins[0] - self.rows.begin) * span, tile.span * span)
+    def pairs(self, pixels: Tensor, x: Tensor) -> Pairs:
+        """The positions that are no padding, in the pixels and in x [B, G, C, H, W], as views."""
+        row_part, rows = self.rows.segments[0].slices()
+        parts = [segment.slices() for segment in self.columns.segments]
+        return [
+            (tile[..., row_part, column_part], x[(*self.maps, slice(None), rows, columns)])
+            for tile, (column_part, columns) in zip(pixels, parts, strict=True)
+        ]
 
     def outputs(self, tensor: Tensor) -> Tensor:
-        """A tensor over the outputs [B, G, ..., H', W'] at the strip's: [n, b, g, ..., rows, T], a view."""
-        columns = tensor[(*self.maps, ..., self.output_rows, self.output_columns)]
-        return columns.unflatten(-1, (self.leading[0], self.column_tiles.count)).movedim(-2, 0)
+        """A tensor over the outputs [B, G, ..., H', W'] at the step's: [n, b, g, ..., R, T], a view."""
+        part = tensor[(*self.maps, ..., self.rows.outputs, self.columns.outputs)]
+        return part.unflatten(-1, (self.leading[0], self.columns.count)).movedim(-2, 0)
 
 
-def tile_of(outputs: Tensor, tile: Tiles) -> Tensor:
-    """A tile of rows [n, b, g, ..., R, T] out of a strip's outputs: a view."""
-    return outputs.narrow(-2, tile.first, tile.count)
+def load(pixels: Tensor, pairs: Pairs) -> None:
+    pixels.zero_()
+    for part, source in pairs:
+        part.copy_(source)
 
 
-def pixel_scratch(found: list[Strip], x: Tensor) -> Scratch:
-    return Scratch(x, (strip.positions() * x.shape[2] for strip in found))
+def add(pairs: Pairs) -> None:
+    """What fell on padding is dropped."""
+    for part, target in pairs:
+        target += part
 
 
-def clear(tensor: Tensor) -> Work[None]:
-    yield
-    tensor.zero_()
-
-
-def strips(window: Window, x: Tensor, input_size: Pair | torch.Size | None = None) -> list[Strip]:
+def steps_of(window: Window, x: Tensor, input_size: Pair | torch.Size | None = None) -> list[Step]:
     """Cut an operator with input x [B, G, C, H, W], of ``input_size`` if x is its output."""
     batch, groups, channels = x.shape[:3]
     height, width = x.shape[3:] if input_size is None else input_size
     kernel_elements = math.prod((batch, groups, *window.kernel_size, *window.output_size(height, width)))
-    most = STEP_ELEMENTS.get(x.device.type, STEP_ELEMENTS_ELSEWHERE)
-    band_limit = min(most, max(FEWEST_STEP_ELEMENTS, kernel_elements // STEP_SHARE))
-    strip_limit = min(most, max(FEWEST_STEP_ELEMENTS, (kernel_elements + x.numel()) // STRIP_SHARE))
-    maps = batch * groups
-    (rows, columns), together = tile_size(window, (height, width), maps, channels, band_limit, strip_limit)
+    most = STEP_ELEMENTS.get(x.device.type, STEP_ELEMENTS_ELSEWHERE) * 4 // accumulator_dtype(x.dtype).itemsize
+    limit = min(most, max(FEWEST_STEP_ELEMENTS, int(kernel_elements * STEP_SHARE)))
+    (rows, columns), together = tile_size(window, (height, width), batch * groups, channels, limit)
     # The whole batch first: what depends on the group alone (a relative position bias) is then read once.
     batch_step = max(1, min(batch, together))
     group_step = max(1, min(groups, together // batch_step))
-    row_classes, column_classes = cut(window, height, 0, rows, False), cut(window, width, 1, columns, True)
+    cuts = product(cut(window, height, 0, rows, False), cut(window, width, 1, columns, True))
     found = []
-    for b, g in product(range(0, batch, batch_step), range(0, groups, group_step)):
+    for (b, g), (row, column) in product(product(range(0, batch, batch_step), range(0, groups, group_step)), cuts):
         maps = slice(b, min(b + batch_step, batch)), slice(g, min(g + group_step, groups))
-        for row_class, column_class in product(row_classes, column_classes):
-            for tiles in column_class.tiles:
-                strip = Strip(
-                    (len(tiles.begins), maps[0].stop - b, maps[1].stop - g),
-                    maps,
-                    row_class.outputs,
-                    column_class.outputs_of(tiles),
-                    row_class.segment,
-                    row_class.tiles,
-                    tuple(column_class.segment._replace(begin=begin, span=tiles.span) for begin in tiles.begins),
-                    tiles,
-                )
-                found.append(strip)
+        leading = len(column.segments), maps[0].stop - b, maps[1].stop - g
+        found.append(Step(leading, maps, row, column))
     return found
+
+
+def pixel_scratch(steps: list[Step], x: Tensor) -> Scratch:
+    return Scratch(x, (math.prod(step.leading) * step.positions * x.shape[2] for step in steps))
 
 
 def as_matrices(pixels: Tensor) -> Tensor:
@@ -201,18 +170,18 @@ class Band(NamedTuple):
     windows: list[tuple[Tensor, Run, Run]]
     clear: bool
 
-    def pairs(self, kernel: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The same entries in the bands and in a tile's kernel [n, b, g, Kh, Kw, R, T], as views."""
+    def pairs(self, kernel: Tensor) -> Pairs:
+        """The same entries in the bands and in a step's kernel [n, b, g, Kh, Kw, R, T]."""
         return [(view, kernel.narrow(-2, r.first, r.count).narrow(-1, c.first, c.count)) for view, r, c in self.windows]
 
-    def lay(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def lay(self, pairs: Pairs) -> None:
         """Put a kernel into the bands."""
         if self.clear:
             self.bands.zero_()
         for view, kernel in pairs:
             view.copy_(kernel)
 
-    def pick(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def pick(self, pairs: Pairs) -> None:
         """Take a kernel out of the bands."""
         for view, kernel in pairs:
             kernel.copy_(view)
@@ -239,28 +208,23 @@ class Bands:
     ``input_major`` says which index of band[j, i] is the slow one.
     """
 
-    def __init__(self, found: list[Strip], like: Tensor, kernel_size: Pair, input_major: bool) -> None:
+    def __init__(self, steps: list[Step], like: Tensor, kernel_size: Pair, input_major: bool) -> None:
         self._kernel_size, self._input_major = kernel_size, input_major
-        sizes = (
-            math.prod(strip.tile_shape(tile)) * tile.span * strip.column_tiles.span
-            for strip in found
-            for tile in strip.row_tiles
-        )
-        self._scratch = Scratch(like, sizes)
+        self._scratch = Scratch(like, (math.prod(step.shape) * step.positions for step in steps))
         self._geometry: object = None
 
-    def select(self, strip: Strip, tile: Tiles) -> Band:
-        columns = strip.column_tiles
-        geometry = (strip.leading, tile.span, tile.runs, columns.span, columns.runs)
+    def select(self, step: Step) -> Band:
+        rows, columns = step.rows, step.columns
+        geometry = (step.leading, rows.span, rows.runs, columns.span, columns.runs)
         same = geometry == self._geometry
         if not same:
             self._geometry = geometry
-            maps, positions, outputs = math.prod(strip.leading), tile.span * columns.span, tile.count * columns.count
+            maps, outputs = math.prod(step.leading), rows.count * columns.count
             if self._input_major:
-                bands = self._scratch.take(maps, positions, outputs)
+                bands = self._scratch.take(maps, step.positions, outputs)
             else:
-                bands = self._scratch.take(maps, outputs, positions).mT
-            views = functools.partial(self._views, leading=strip.leading, rows=tile, columns=columns)
+                bands = self._scratch.take(maps, outputs, step.positions).mT
+            views = functools.partial(self._views, leading=step.leading, rows=rows, columns=columns)
             self._band = Band(bands, views, views(bands), clear=False)
         return self._band if same else self._band._replace(clear=True)
 
@@ -299,25 +263,18 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
 
 
 def _aggregate(weight: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    found, steps = strips(window, x), []
-    scratch, bands = pixel_scratch(found, x), Bands(found, x, window.kernel_size, not channels_fastest(x))
-    for strip in found:
-        pixels, kernel, target = strip.pixels(x, scratch), strip.outputs(weight), strip.outputs(out)
-        steps.append(strip.load(pixels, x))
-        matrices = as_matrices(pixels)
-        for tile in strip.row_tiles:
-            band = bands.select(strip, tile)
-            steps.append(
-                mix(band, band.pairs(tile_of(kernel, tile)), strip.covered(matrices, tile), tile_of(target, tile))
-            )
-    return in_turn(steps)
+    steps = steps_of(window, x)
+    scratch, bands = pixel_scratch(steps, x), Bands(steps, x, window.kernel_size, not channels_fastest(x))
 
+    def work(step: Step) -> Work[None]:
+        pixels, band, target = step.pixels(x, scratch), bands.select(step), step.outputs(out)
+        pairs, sources, matrices = band.pairs(step.outputs(weight)), step.pairs(pixels, x), as_matrices(pixels)
+        yield
+        load(pixels, sources)
+        band.lay(pairs)
+        target.copy_(band.gather(matrices).view(target.shape))
 
-def mix(band: Band, pairs: list[tuple[Tensor, Tensor]], pixels: Tensor, out: Tensor) -> Work[None]:
-    """out = pixels mixed by a kernel that is laid into the band."""
-    yield
-    band.lay(pairs)
-    out.copy_(band.gather(pixels).view(out.shape))
+    return in_turn(map(work, steps))
 
 
 @alone
@@ -329,23 +286,18 @@ def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
 
 
 def _correlate(g: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    found, steps = strips(window, x), []
-    scratch, bands = pixel_scratch(found, x), Bands(found, x, window.kernel_size, input_major=True)
+    steps = steps_of(window, x)
+    scratch, bands = pixel_scratch(steps, x), Bands(steps, x, window.kernel_size, input_major=True)
 
-    def step(band: Band, pixels: Tensor, grad: Tensor, target: Tensor) -> Work[None]:
-        pairs = band.pairs(target)
+    def work(step: Step) -> Work[None]:
+        pixels, band, grad = step.pixels(x, scratch), bands.select(step), step.outputs(g)
+        pairs, sources, matrices = band.pairs(step.outputs(out)), step.pairs(pixels, x), as_matrices(pixels).mT
         yield
-        torch.bmm(pixels, as_matrices(grad.to(pixels.dtype)), out=band.bands)
+        load(pixels, sources)
+        torch.bmm(matrices, as_matrices(grad.to(pixels.dtype)), out=band.bands)
         band.pick(pairs)
 
-    for strip in found:
-        pixels, grad, target = strip.pixels(x, scratch), strip.outputs(g), strip.outputs(out)
-        steps.append(strip.load(pixels, x))
-        matrices = as_matrices(pixels)
-        for tile in strip.row_tiles:
-            covered = strip.covered(matrices, tile).mT
-            steps.append(step(bands.select(strip, tile), covered, tile_of(grad, tile), tile_of(target, tile)))
-    return in_turn(steps)
+    return in_turn(map(work, steps))
 
 
 @alone
@@ -353,28 +305,22 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]:
     [B,G,Kh,Kw,H',W'] and [B,G,C,H',W'] -> [B,G,C,H,W]."""
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
-    # Strips overlap: their sums meet in one tensor as wide as the accumulators.
+    # Steps overlap: their sums meet in one tensor as wide as the accumulators.
     total = (out if out.dtype == accumulator_dtype(g.dtype) else torch.empty_like(out, dtype=torch.float32)).zero_()
     over_maps(lambda part: _transpose(weight[part], g[part], window, total[part]), g, weight.numel() * g.shape[2])
     return out if total is out else out.copy_(total)
 
 
 def _transpose(weight: Tensor, g: Tensor, window: Window, total: Tensor) -> Work[None]:
-    found, steps = strips(window, g, total.shape[3:]), []
-    scratch, bands = pixel_scratch(found, g), Bands(found, g, window.kernel_size, channels_fastest(g))
+    steps = steps_of(window, g, total.shape[3:])
+    scratch, bands = pixel_scratch(steps, g), Bands(steps, g, window.kernel_size, channels_fastest(g))
 
-    def step(band: Band, kernel: Tensor, grad: Tensor, sums: Tensor) -> Work[None]:
-        pairs = band.pairs(kernel)
+    def work(step: Step) -> Work[None]:
+        sums, band, grad = step.pixels(g, scratch), bands.select(step), step.outputs(g)
+        pairs, targets, matrices = band.pairs(step.outputs(weight)), step.pairs(sums, total), as_matrices(sums)
         yield
         band.lay(pairs)
-        sums += band.scatter(as_matrices(grad.to(sums.dtype)))
+        matrices.copy_(band.scatter(as_matrices(grad.to(sums.dtype))))
+        add(targets)
 
-    for strip in found:
-        sums, kernel, grad = strip.pixels(g, scratch), strip.outputs(weight), strip.outputs(g)
-        matrices = as_matrices(sums)
-        steps.append(clear(sums))
-        for tile in strip.row_tiles:
-            band, covered = bands.select(strip, tile), strip.covered(matrices, tile)
-            steps.append(step(band, tile_of(kernel, tile), tile_of(grad, tile), covered))
-        steps.append(strip.add_to(total, sums))
-    return in_turn(steps)
+    return in_turn(map(work, steps))

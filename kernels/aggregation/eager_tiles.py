@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from kernels.windows import Pair, Window
 
-__all__ = ["ResidueClass", "Run", "Segment", "Tiles", "cut", "tile_size"]
+__all__ = ["Run", "Segment", "Tiles", "cut", "tile_size"]
 
 # Costs measured on a CPU in multiply-adds of a matrix product: of a step beyond its arithmetic (a dozen calls), of one
 # element of a product's smaller operand, of one row of a tile when a kernel row is copied.
 STEP_COST = 4_000_000
-ELEMENT_COST = 16
+ELEMENT_COST = 32
 ROW_COST = 400
 # Longest tile worth weighing, in outputs along one axis.
 LONGEST_TILE = 64
@@ -33,17 +33,6 @@ class Run(NamedTuple):
     count: int
     begin: int
     slope: int
-
-
-class Tiles(NamedTuple):
-    """Equal tiles side by side in a residue class: tile n holds ``count`` of its outputs from ``first + n * count`` on,
-    whose windows cover ``span`` positions from ``begins[n]`` on."""
-
-    first: int
-    count: int
-    begins: tuple[int, ...]
-    span: int
-    runs: tuple[Run, ...]
 
 
 class Segment(NamedTuple):
@@ -63,16 +52,15 @@ class Segment(NamedTuple):
         return slice(low - self.begin, high - self.begin), axis
 
 
-class ResidueClass(NamedTuple):
-    """Outputs of an axis whose windows lie in one residue class of positions: all those positions, and the tiles."""
+class Tiles(NamedTuple):
+    """Equal tiles of an axis side by side, in one residue class: ``outputs`` in tiles of ``count``, whose windows cover
+    the positions of ``segments``, ``span`` each."""
 
     outputs: slice
-    segment: Segment
-    tiles: tuple[Tiles, ...]
-
-    def outputs_of(self, tiles: Tiles) -> slice:
-        start = self.outputs.start + tiles.first * self.outputs.step
-        return slice(start, start + len(tiles.begins) * tiles.count * self.outputs.step, self.outputs.step)
+    count: int
+    segments: tuple[Segment, ...]
+    span: int
+    runs: tuple[Run, ...]
 
 
 def _runs(begins: list[int]) -> tuple[Run, ...]:
@@ -89,63 +77,71 @@ def _runs(begins: list[int]) -> tuple[Run, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> tuple[ResidueClass, ...]:
+def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> tuple[Tiles, ...]:
     """An axis in tiles of ``size`` outputs (the last of a class may be smaller), equal neighbours ``joined`` or not."""
     kernel_size, dilation = window.kernel_size[axis], window.dilation[axis]
     starts = window.neighbours(length, axis)[:, 0].tolist()
-    classes, outputs_by_residue = [], {}
+    outputs_by_residue: dict[int, list[int]] = {}
     for i, start in enumerate(starts):
         outputs_by_residue.setdefault(start % dilation, []).append(i)
+    found = []
     for residue, outputs in sorted(outputs_by_residue.items()):
         begins = [starts[i] // dilation for i in outputs]
         step = outputs[1] - outputs[0] if len(outputs) > 1 else 1
-        alike = [(_runs(begins[first : first + size]), first) for first in range(0, len(begins), size)]
-        groups = [list(equal) for _, equal in groupby(alike, lambda tile: tile[0])] if joined else [[t] for t in alike]
-        tiles = []
-        for group in groups:
+        members = (length - residue + dilation - 1) // dilation
+        tiles = [(_runs(begins[first : first + size]), first) for first in range(0, len(begins), size)]
+        for group in (
+            [list(equal) for _, equal in groupby(tiles, lambda tile: tile[0])] if joined else [[t] for t in tiles]
+        ):
             runs, first = group[0]
             count = sum(run.count for run in runs)
             span = runs[-1].begin + (runs[-1].count - 1) * runs[-1].slope + kernel_size
-            tiles.append(Tiles(first, count, tuple(begins[start] for _, start in group), span, runs))
-        members = (length - residue + dilation - 1) // dilation
-        segment = Segment(residue, dilation, members, begins[0], begins[-1] - begins[0] + kernel_size)
-        classes.append(ResidueClass(slice(outputs[0], outputs[-1] + 1, step), segment, tuple(tiles)))
-    return tuple(classes)
+            segments = tuple(Segment(residue, dilation, members, begins[start], span) for _, start in group)
+            start = outputs[first]
+            found.append(Tiles(slice(start, start + len(group) * count * step, step), count, segments, span, runs))
+    return tuple(found)
 
 
-def _weighed_cuts(window: Window, length: int, axis: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """For every even tile length: itself, tiles, steps, and the sums over all tiles of span and of span · outputs.
+class _Cut(NamedTuple):
+    """An axis in tiles of ``size`` outputs, and what a cut costs: sums over all tiles, and the largest step's."""
 
-    A step takes one tile of rows and all equal tiles of columns.
-    """
+    size: int
+    tiles: int
+    steps: int
+    spans: int
+    areas: int
+    largest_span: int
+    largest_area: int
+
+
+def _cuts(window: Window, length: int, axis: int) -> Iterator[_Cut]:
+    """Every even tile length. An area is span · outputs; a step takes one tile of rows, all equal tiles of columns."""
     outputs = -(-window.output_length(length, axis) // window.dilation[axis])
     for size in sorted({-(-outputs // parts) for parts in range(1, outputs + 1)}):
         if size > LONGEST_TILE:
             break
-        steps = [tiles for found in cut(window, length, axis, size, axis == 1) for tiles in found.tiles]
-        tiles = [step for step in steps for _ in step.begins]
-        yield size, len(tiles), len(steps), sum(t.span for t in tiles), sum(t.span * t.count for t in tiles)
+        steps = cut(window, length, axis, size, axis == 1)
+        spans = [len(step.segments) * step.span for step in steps]
+        areas = [span * step.count for span, step in zip(spans, steps, strict=True)]
+        tiles = sum(len(step.segments) for step in steps)
+        yield _Cut(size, tiles, len(steps), sum(spans), sum(areas), max(spans), max(areas))
 
 
 @functools.lru_cache(maxsize=1024)
-def tile_size(
-    window: Window, size: Pair, maps: int, channels: int, band_limit: int, strip_limit: int
-) -> tuple[Pair, int]:
+def tile_size(window: Window, size: Pair, maps: int, channels: int, limit: int) -> tuple[Pair, int]:
     """Outputs per tile (rows, columns), and how many of the ``maps`` (batch · groups) go in one step: the cheapest of
-    all even cuts whose bands (outputs times positions) and input positions keep within the limits, in elements."""
+    all even cuts whose steps (bands of outputs times positions, pixels, a product) keep within a limit, in elements."""
     best, chosen = math.inf, ((1, 1), 1)
-    for by_rows, by_columns in product(*(list(_weighed_cuts(window, size[axis], axis)) for axis in (0, 1))):
-        rows, row_tiles, row_steps, row_spans, row_area = by_rows
-        columns, column_tiles, column_steps, column_spans, column_area = by_columns
-        band = (row_area // row_steps) * (column_area // column_steps)
-        if band > band_limit and (rows, columns) != (1, 1):
+    for rows, columns in product(*(list(_cuts(window, size[axis], axis)) for axis in (0, 1))):
+        pixels = channels * rows.largest_span * columns.largest_span
+        elements = rows.largest_area * columns.largest_area + 2 * pixels
+        if elements > limit and (rows.size, columns.size) != (1, 1):
             continue
-        strip = channels * (size[0] + window.kernel_size[0]) * column_spans
-        together = max(1, min(maps, band_limit // band, strip_limit // strip))
-        steps = row_steps * column_steps * -(-maps // together)
-        products = channels * (row_area * column_area + ELEMENT_COST * row_spans * column_spans)
-        copies = ROW_COST * window.kernel_size[0] * rows * row_tiles * column_tiles
+        together = max(1, min(maps, limit // elements))
+        steps = rows.steps * columns.steps * -(-maps // together)
+        products = channels * (rows.areas * columns.areas + ELEMENT_COST * rows.spans * columns.spans)
+        copies = ROW_COST * window.kernel_size[0] * rows.size * rows.tiles * columns.tiles
         cost = STEP_COST * steps + maps * (products + copies)
         if cost < best:
-            best, chosen = cost, ((rows, columns), together)
+            best, chosen = cost, ((rows.size, columns.size), together)
     return chosen

@@ -9,13 +9,12 @@ there are never more than a tile of them, a few megabytes at most, whatever the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from kernels.aggregation.eager import Strip, as_matrices, tile_of
-from kernels.aggregation.eager_tiles import Tiles
+from kernels.aggregation.eager import Step, as_matrices
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
@@ -39,31 +38,31 @@ class _MadeLogits:
             self.grad_query, self.grad_projected = gradients
             self.grad_bias = torch.zeros_like(self.bias)
 
-    def _queries(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+    def _queries(self, step: Step) -> Callable[[], Tensor]:
         """[n·b·g, Dq, R·T], as wide as an accumulator."""
-        part = tile_of(strip.outputs(self.query), tile)
+        part = step.outputs(self.query)
         return lambda: as_matrices(part.to(self.projected.dtype))
 
-    def _keys(self, strip: Strip) -> Callable[[], Tensor]:
+    def _keys(self, step: Step) -> Callable[[], Tensor]:
         """[n·b·g, Dq, K²]"""
-        keys = self.projected[strip.maps]
-        expanded = keys.expand(strip.leading[0], *keys.shape)
+        keys = self.projected[step.maps]
+        expanded = keys.expand(step.leading[0], *keys.shape)
         return lambda: expanded.flatten(0, 2)
 
-    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+    def reader(self, step: Step) -> Callable[[], Tensor]:
         """[n, b, g, R, T, K, K]"""
-        queries, keys = self._queries(strip, tile), self._keys(strip)
-        shape = (*strip.tile_shape(tile), self.side, self.side)
+        queries, keys = self._queries(step), self._keys(step)
+        shape = (*step.shape, self.side, self.side)
         return lambda: torch.baddbmm(self.bias, queries().mT, keys()).view(shape)
 
-    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
-        queries, keys = self._queries(strip, tile), self._keys(strip)
-        grad_projected = self.grad_projected[strip.maps]
-        grad_query = tile_of(strip.outputs(self.grad_query), tile)
+    def writer(self, step: Step) -> Callable[[Tensor], object]:
+        queries, keys = self._queries(step), self._keys(step)
+        grad_projected = self.grad_projected[step.maps]
+        grad_query = step.outputs(self.grad_query)
 
         def write(grad: Tensor) -> None:
             matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]
-            grad_projected.add_(torch.bmm(queries(), matrices).unflatten(0, strip.leading).sum(0))
+            grad_projected.add_(torch.bmm(queries(), matrices).unflatten(0, step.leading).sum(0))
             self.grad_bias += matrices.sum((0, 1))
             grad_query.add_(torch.bmm(keys(), matrices.mT).view(grad_query.shape))
 
@@ -77,15 +76,11 @@ def empty_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def parts(
-    projected: Tensor, bias: Tensor, rpb: Tensor, kernel_sizes: list[int]
+    projected: Tensor, bias: Tensor, rpb: Sequence[Tensor], kernel_sizes: list[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(projected [B, G, Dq, K²], bias [K²], rpb [G, 2K−1, 2K−1]) of each kernel size; rpb comes as [G, Σ(2K−1)²]."""
-    positions, sides = [size**2 for size in kernel_sizes], [2 * size - 1 for size in kernel_sizes]
-    tables = (
-        table.unflatten(1, (side, side))
-        for table, side in zip(rpb.split([side**2 for side in sides], 1), sides, strict=True)
-    )
-    return zip(projected.split(positions, 3), bias.split(positions), tables, strict=True)
+    """(projected [B, G, Dq, K²], bias [K²], rpb [G, 2K−1, 2K−1]) of each kernel size."""
+    positions = [size**2 for size in kernel_sizes]
+    return zip(projected.split(positions, 3), bias.split(positions), rpb, strict=True)
 
 
 def _heads_last(features: Tensor) -> Tensor:
@@ -95,9 +90,9 @@ def _heads_last(features: Tensor) -> Tensor:
 
 @alone
 def contmix(
-    query: Tensor, projected: Tensor, bias: Tensor, rpb: Tensor, value: Tensor, kernel_sizes: list[int]
+    query: Tensor, projected: Tensor, bias: Tensor, rpb: Sequence[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """(out like value; log Σ_k exp [B, M, G, H, W]); rpb holds all tables side by side, [G, Σ(2K−1)²]."""
+    """(out like value; log Σ_k exp [B, M, G, H, W])"""
     out, statistics = empty_outputs(value)
     query = _heads_last(query)
     for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
@@ -116,12 +111,12 @@ def contmix_backward(
     query: Tensor,
     projected: Tensor,
     bias: Tensor,
-    rpb: Tensor,
+    rpb: Sequence[Tensor],
     value: Tensor,
     out: Tensor,
     statistics: Tensor,
     kernel_sizes: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
     grad_value, _ = empty_outputs(value)
@@ -142,11 +137,11 @@ def contmix_backward(
         )
         grad_bias.append(torch.stack([logits.grad_bias for logits in found]).sum(0))
         assert grad_table is not None
-        grad_rpb.append(grad_table.flatten(1))
+        grad_rpb.append(grad_table)
     return (
         grad_query.to(query.dtype),
         grad_projected.to(projected.dtype),
         torch.cat(grad_bias).to(bias.dtype),
-        torch.cat(grad_rpb, 1),
+        grad_rpb,
         grad_value,
     )

@@ -68,7 +68,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def _convolve(x, weight, bias, flipped):
     """``flipped`` convolves with weight[c, K−1−k]."""
     resolve("triton", x)
-    from kernels.depthwise.triton_kernels import convolve
+    from kernels.depthwise.forward import convolve
 
     return convolve(x, weight, bias, flipped)
 
@@ -80,7 +80,7 @@ def _(x, weight, bias, flipped):
 
 @operator("depthwise_conv2d_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
 def _weight_gradient(grad, x, kernel_size):
-    from kernels.depthwise.triton_kernels import weight_gradient
+    from kernels.depthwise.backward import weight_gradient
 
     return weight_gradient(grad, x, kernel_size)
 

@@ -2,7 +2,7 @@
 
     p = softmax_k(logits[i,k] + rpb[(nbr(i,k) − i)/d + K − 1])     out[i] = Σ_k p[i,k] · value[nbr(i,k)]
 
-No tensor of the size of the logits is made but their gradient: bias, softmax and band exist for one tile at a time. The
+No tensor of the size of the logits is made but their gradient: bias, softmax and band exist for one step at a time. The
 backward pass runs the softmax again, which costs no more than recovering p from log Σ exp and is more accurate.
 """
 
@@ -20,15 +20,14 @@ from torch import Tensor
 from kernels.aggregation.eager import (
     Bands,
     Scratch,
-    Strip,
+    Step,
+    add,
     as_matrices,
-    clear,
+    load,
     multiply,
     pixel_scratch,
-    strips,
-    tile_of,
+    steps_of,
 )
-from kernels.aggregation.eager_tiles import Tiles
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.parallel import Part, Work, alone, in_turn, over_maps
@@ -77,19 +76,19 @@ class _PositionBias:
         self._spread = rpb.to(accumulator_dtype(rpb.dtype))[:, :, self._columns]
         self._gradient = torch.zeros_like(self._spread)
 
-    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
-        """Makes a tile's biases [n, 1, g, R, T, Kh, Kw]."""
-        columns, rows = self._spread[strip.maps[1], :, strip.output_columns], self._rows_of(strip, tile)
-        shape = (-1, tile.count, self._kernel_size[0], strip.leading[0], strip.column_tiles.count, self._kernel_size[1])
+    def reader(self, step: Step) -> Callable[[], Tensor]:
+        """Makes a step's biases [n, 1, g, R, T, Kh, Kw]."""
+        columns, rows = self._spread[step.maps[1], :, step.columns.outputs], self._rows_of(step)
+        shape = (-1, step.rows.count, self._kernel_size[0], step.leading[0], step.columns.count, self._kernel_size[1])
         return lambda: columns.index_select(1, rows).view(shape).permute(3, 0, 1, 4, 2, 5).unsqueeze(1)
 
-    def _rows_of(self, strip: Strip, tile: Tiles) -> Tensor:
+    def _rows_of(self, step: Step) -> Tensor:
         """Row of the table for every row of the tile and of the window, [R·Kh]."""
-        return self._rows[strip.output_rows].narrow(0, tile.first, tile.count).flatten()
+        return self._rows[step.rows.outputs].flatten()
 
-    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
-        """Adds a tile's gradients [n, b, g, R, T, K²], summed over the batch and the tile's rows."""
-        rows, target = self._rows_of(strip, tile), self._gradient[strip.maps[1], :, strip.output_columns]
+    def writer(self, step: Step) -> Callable[[Tensor], object]:
+        """Adds a step's gradients [n, b, g, R, T, K²], summed over the batch and the step's rows."""
+        rows, target = self._rows_of(step), self._gradient[step.maps[1], :, step.columns.outputs]
 
         def write(grad: Tensor) -> None:
             # [g, n, T, Kw, R, Kh]
@@ -104,10 +103,9 @@ class _PositionBias:
         return _sum_by_index(self._gradient.flatten(2), self._columns, 2 * self._kernel_size[1] - 1)
 
 
-def _kernel_scratch(found: list[Strip], value: Tensor, window: Window) -> Scratch:
-    """For a tile's weights."""
-    outputs = (math.prod(strip.tile_shape(tile)) for strip in found for tile in strip.row_tiles)
-    return Scratch(value, (count * math.prod(window.kernel_size) for count in outputs))
+def _kernel_scratch(steps: list[Step], value: Tensor, window: Window) -> Scratch:
+    """For a step's weights."""
+    return Scratch(value, (math.prod((*step.shape, *window.kernel_size)) for step in steps))
 
 
 def _kernel_last(kernel: Tensor) -> Tensor:
@@ -121,16 +119,16 @@ def _kernel_first(kernel: Tensor, window: Window) -> Tensor:
 
 
 class Logits(Protocol):
-    """Logits that are read, and their gradients taken, one tile at a time."""
+    """Logits that are read, and their gradients taken, one step at a time."""
 
     fresh: bool
     """Whether a tile read is memory of its own, to be written over."""
 
-    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
+    def reader(self, step: Step) -> Callable[[], Tensor]:
         """Reads [n, b, g, R, T, Kh, Kw], as wide as an accumulator."""
         ...
 
-    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
+    def writer(self, step: Step) -> Callable[[Tensor], object]:
         """Takes gradients [n, b, g, R, T, Kh·Kw], as wide as an accumulator."""
         ...
 
@@ -146,21 +144,19 @@ class _StoredLogits:
     def __init__(self, logits: Tensor, window: Window, gradient: Tensor | None = None) -> None:
         self._logits, self._window, self._gradient = logits, window, gradient
 
-    def reader(self, strip: Strip, tile: Tiles) -> Callable[[], Tensor]:
-        part = _kernel_last(tile_of(strip.outputs(self._logits), tile))
+    def reader(self, step: Step) -> Callable[[], Tensor]:
+        part = _kernel_last(step.outputs(self._logits))
         return lambda: part.to(accumulator_dtype(part.dtype))
 
-    def writer(self, strip: Strip, tile: Tiles) -> Callable[[Tensor], object]:
+    def writer(self, step: Step) -> Callable[[Tensor], object]:
         assert self._gradient is not None
-        part = _kernel_last(tile_of(strip.outputs(self._gradient), tile))
+        part = _kernel_last(step.outputs(self._gradient))
         return lambda grad: part.copy_(grad.view(part.shape))
 
 
-def _softmax(
-    logits: Logits, bias: _PositionBias | None, strip: Strip, tile: Tiles, weight: Tensor
-) -> Callable[[], Tensor]:
-    """Writes the softmax of a tile's logits + rpb to weight [n, b, g, R, T, K²], and gives these logits."""
-    read, read_bias = logits.reader(strip, tile), None if bias is None else bias.reader(strip, tile)
+def _softmax(logits: Logits, bias: _PositionBias | None, step: Step, weight: Tensor) -> Callable[[], Tensor]:
+    """Writes the softmax of a step's logits + rpb to weight [n, b, g, R, T, K²], and gives these logits."""
+    read, read_bias = logits.reader(step), None if bias is None else bias.reader(step)
 
     def run() -> Tensor:
         biased = read()
@@ -211,29 +207,26 @@ def _softmax_aggregate(
     logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, out: Tensor, log_sum_exp: Tensor
 ) -> Work[None]:
     bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
-    found, steps = strips(window, value), []
-    scratch, weights = pixel_scratch(found, value), _kernel_scratch(found, value, window)
-    bands = Bands(found, value, window.kernel_size, not channels_fastest(value))
+    steps = steps_of(window, value)
+    scratch, weights = pixel_scratch(steps, value), _kernel_scratch(steps, value, window)
+    bands = Bands(steps, value, window.kernel_size, not channels_fastest(value))
 
-    def step(strip: Strip, tile: Tiles, pixels: Tensor) -> Work[None]:
-        weight = weights.take(*strip.tile_shape(tile), math.prod(window.kernel_size))
-        softmax, band = _softmax(logits, bias, strip, tile, weight), bands.select(strip, tile)
-        pairs = band.pairs(_kernel_first(weight, window))
-        target, statistics = (tile_of(strip.outputs(tensor), tile) for tensor in (out, log_sum_exp))
+    def work(step: Step) -> Work[None]:
+        pixels, band = step.pixels(value, scratch), bands.select(step)
+        weight = weights.take(*step.shape, math.prod(window.kernel_size))
+        softmax, pairs = _softmax(logits, bias, step, weight), band.pairs(_kernel_first(weight, window))
+        sources, matrices = step.pairs(pixels, value), as_matrices(pixels)
+        target, statistics = step.outputs(out), step.outputs(log_sum_exp)
         yield
         biased = softmax()
         # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
         statistics.copy_(biased.amax(-1) - weight.amax(-1).log())
         del biased
+        load(pixels, sources)
         band.lay(pairs)
-        target.copy_(band.gather(pixels).view(target.shape))
+        target.copy_(band.gather(matrices).view(target.shape))
 
-    for strip in found:
-        pixels = strip.pixels(value, scratch)
-        steps.append(strip.load(pixels, value))
-        matrices = as_matrices(pixels)
-        steps += (step(strip, tile, strip.covered(matrices, tile)) for tile in strip.row_tiles)
-    return in_turn(steps)
+    return in_turn(map(work, steps))
 
 
 @alone
@@ -286,29 +279,29 @@ def _softmax_aggregate_backward(
 ) -> Work[Tensor | None]:
     """Adds to the gradient of value, and gives that of rpb."""
     bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
-    found, steps = strips(window, value), []
-    scratches = [pixel_scratch(found, value) for _ in range(2)]
-    kernel_scratches = [_kernel_scratch(found, value, window) for _ in range(2)]
-    bands = Bands(found, value, window.kernel_size, channels_fastest(value))
-    grad_bands = Bands(found, value, window.kernel_size, input_major=True)
+    steps = steps_of(window, value)
+    scratch, sum_scratch = (pixel_scratch(steps, value) for _ in range(2))
+    weights, grad_weights = (_kernel_scratch(steps, value, window) for _ in range(2))
+    bands = Bands(steps, value, window.kernel_size, channels_fastest(value))
+    grad_bands = Bands(steps, value, window.kernel_size, input_major=True)
 
-    def step(strip: Strip, tile: Tiles, pixels: Tensor, sums: Tensor) -> Work[None]:
-        shape = (*strip.tile_shape(tile), math.prod(window.kernel_size))
-        weight, grad_biased = (scratch.take(*shape) for scratch in kernel_scratches)
-        softmax, write = _softmax(logits, bias, strip, tile, weight), logits.writer(strip, tile)
-        write_bias = None if bias is None else bias.writer(strip, tile)
-        band, grad_band = bands.select(strip, tile), grad_bands.select(strip, tile)
-        pairs, grad_pairs = (
-            band.pairs(_kernel_first(weight, window)),
-            grad_band.pairs(_kernel_first(grad_biased, window)),
-        )
-        grad_view, pixels = tile_of(strip.outputs(grad_out), tile), pixels.mT
+    def work(step: Step) -> Work[None]:
+        pixels, sums = step.pixels(value, scratch), step.pixels(value, sum_scratch)
+        weight, grad_biased = (w.take(*step.shape, math.prod(window.kernel_size)) for w in (weights, grad_weights))
+        softmax, write = _softmax(logits, bias, step, weight), logits.writer(step)
+        write_bias = None if bias is None else bias.writer(step)
+        band, grad_band = bands.select(step), grad_bands.select(step)
+        pairs, grad_pairs = (b.pairs(_kernel_first(w, window)) for b, w in ((band, weight), (grad_band, grad_biased)))
+        sources, targets = step.pairs(pixels, value), step.pairs(sums, total)
+        matrices, sum_matrices, grad_view = as_matrices(pixels).mT, as_matrices(sums), step.outputs(grad_out)
         yield
         softmax()
         grad = as_matrices(grad_view.to(total.dtype))
         band.lay(pairs)
-        sums += band.scatter(grad)
-        torch.bmm(pixels, grad, out=grad_band.bands)
+        sum_matrices.copy_(band.scatter(grad))
+        add(targets)
+        load(pixels, sources)
+        torch.bmm(matrices, grad, out=grad_band.bands)
         grad_band.pick(grad_pairs)
         grad_biased *= weight
         grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
@@ -316,11 +309,5 @@ def _softmax_aggregate_backward(
         if write_bias is not None:
             write_bias(grad_biased)
 
-    for strip in found:
-        pixels, sums = (strip.pixels(value, scratch) for scratch in scratches)
-        steps += [strip.load(pixels, value), clear(sums)]
-        matrices = as_matrices(pixels), as_matrices(sums)
-        steps += (step(strip, tile, *(strip.covered(m, tile) for m in matrices)) for tile in strip.row_tiles)
-        steps.append(strip.add_to(total, sums))
-    yield from in_turn(steps)
+    yield from in_turn(map(work, steps))
     return None if bias is None else bias.gradient()

@@ -7,39 +7,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.aggregation.examples import GROUPS, features, kernel, near_square
-from kernels.aggregation.triton_kernels import Problem
-from kernels.neighborhood import eager, triton_kernels
+from kernels.layout import empty_like_layout
+from kernels.neighborhood import backward, eager, forward, shared
+from kernels.neighborhood.backward import Saved
+from kernels.neighborhood.configs import Problem, SharedProblem, windows_and_most
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_steps
 
-
-def _inputs(
-    problem: Problem, kernel_size: Pair, size: Pair, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Window]:
-    """logits, value, rpb and the window, on a map that holds it."""
-    size = max(size[0], kernel_size[0]), max(size[1], kernel_size[1])
-    table = (GROUPS, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
-    rpb = torch.randn(table, dtype=problem.dtype, device=device)
-    window = Window.neighborhood(kernel_size)
-    return kernel(problem, kernel_size, size, device), features(problem, size, device), rpb, window
+BATCH, HEADS = 2, 2  # the least that shows a stride mistaken
 
 
-@triton_kernels.softmax_aggregate.example
+def _saved(
+    kernel_size: Pair, size: Pair, channels: int, dtype: torch.dtype, device: torch.device, heads_last: bool = True
+) -> tuple[Saved, Window]:
+    """A gradient, inputs and outputs on a map that holds the window."""
+    height, width = (max(length, kernel) for length, kernel in zip(size, kernel_size, strict=True))
+
+    def draw(*inner: int) -> Tensor:
+        shape = (height, width, *inner) if heads_last else (*inner, height, width)
+        drawn = torch.randn(BATCH, HEADS, *shape, dtype=dtype, device=device)
+        return drawn.permute(0, 1, *range(4, drawn.dim()), 2, 3) if heads_last else drawn
+
+    logits, value = draw(*kernel_size), draw(channels)
+    table = (HEADS, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
+    rpb, window = torch.randn(table, dtype=dtype, device=device), Window.neighborhood(kernel_size)
+    out, statistics = eager.softmax_aggregate(logits, value, rpb, window)
+    return Saved(torch.randn_like(value), logits, value, rpb, out, statistics), window
+
+
+def _near_square(number: int, odd: bool = False) -> Pair:
+    """(rows, columns) of that product, as near a square as its divisors allow."""
+    rows = next(n for n in range(int(number**0.5), 0, -1) if number % n == 0 and not (odd and n % 2 == 0))
+    return rows, number // rows
+
+
+def _shared(problem: SharedProblem, device: torch.device) -> tuple[Saved, Window]:
+    """A map on which as many outputs share the window."""
+    kernel_size = _near_square(problem.positions, odd=True)
+    if problem.outputs == problem.positions:  # the window is the map
+        size = kernel_size
+    else:
+        rest = max(1, problem.pixels // kernel_size[0])
+        size = next(
+            (s for s in (_near_square(problem.pixels), (kernel_size[0], rest), (rest, kernel_size[1]))
+             if min(a - b for a, b in zip(s, kernel_size, strict=True)) >= 0
+             and windows_and_most(Window.neighborhood(kernel_size), *s)[1] == problem.outputs),
+            (kernel_size[0] + 1, kernel_size[1] + 1),
+        )  # fmt: skip
+    return _saved(kernel_size, size, problem.channels, problem.dtype, device)
+
+
+def _own(problem: Problem, kernel_size: Pair, size: Pair, device: torch.device) -> tuple[Saved, Window]:
+    return _saved(kernel_size, size, problem.channels, problem.dtype, device, problem.kernel_fastest)
+
+
+@forward.gather.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    kernel_size = near_square(problem.steps, odd=True)
-    return _inputs(problem, kernel_size, near_square(problem.pixels), device)
+    kernel_size = _near_square(problem.steps, odd=True)
+    saved, window = _own(problem, kernel_size, _near_square(problem.pixels), device)
+    return saved.logits, saved.value, saved.rpb, window
 
 
-@triton_kernels.grad_logits.example
+@backward.grad_logits.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    kernel_size = near_square(problem.steps, odd=True)
-    logits, value, rpb, window = _inputs(problem, kernel_size, near_square(problem.pixels), device)
-    saved = eager.softmax_aggregate(logits, value, rpb, window)
-    return torch.randn_like(value), logits, value, rpb, *saved, window
+    return _own(problem, _near_square(problem.steps, odd=True), _near_square(problem.pixels), device)
 
 
-@triton_kernels.grad_value.example
+@backward.grad_value.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     """Steps here are the outputs that may reach an input: the square window whose number of them is nearest."""
     side = max(3, round(problem.pixels**0.5))
@@ -49,6 +83,29 @@ def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
         return abs(inverse_steps(window, side, 0) ** 2 - problem.steps)
 
     nearest = min(range(1, side + 1, 2), key=distance)
-    logits, value, rpb, window = _inputs(problem, (nearest, nearest), (side, side), device)
-    saved = eager.softmax_aggregate(logits, value, rpb, window)
-    return torch.randn_like(value), logits, value, rpb, *saved, window
+    return _own(problem, (nearest, nearest), (side, side), device)
+
+
+@shared.softmax_mix.example
+def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _shared(problem, device)
+    return saved.logits, saved.value, saved.rpb, window
+
+
+@shared.mix.example
+def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _shared(problem, device)
+    return saved.logits, saved.value, window
+
+
+@shared.correlate.example
+def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _shared(problem, device)
+    target = empty_like_layout(saved.logits, saved.logits.shape)
+    return saved.grad, saved.value, target, window, shared.Softmax(saved.logits, saved.rpb, saved.out, saved.statistics)
+
+
+@shared.transpose.example
+def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _shared(problem, device)
+    return saved.logits, saved.grad, window, shared.Softmax(saved.logits, saved.rpb, saved.out, saved.statistics)

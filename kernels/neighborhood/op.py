@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -175,22 +173,16 @@ def _window_of(logits: Tensor, dilation: list[int]) -> Window:
     return Window.neighborhood((logits.shape[2], logits.shape[3]), (dilation[0], dilation[1]))
 
 
-def _implementation(backend: str, tensor: Tensor) -> ModuleType:
-    """What runs here; Triton is imported at the first use and not before."""
-    if resolve(backend, tensor) == "triton":
-        from kernels.neighborhood import triton_kernels
-
-        return triton_kernels
-    return eager
-
-
 @operator(
     "softmax_aggregate", "(Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend) -> (Tensor, Tensor)"
 )
 def _softmax_aggregate(logits, value, rpb, dilation, backend):
     """The output, and log Σ_k exp(logits + rpb) [B, G, H, W] in float32 (float64 for float64)."""
-    run = _implementation(backend, value)
-    return run.softmax_aggregate(logits, value, rpb, _window_of(logits, dilation))
+    if resolve(backend, value) == "triton":
+        from kernels.neighborhood.forward import softmax_aggregate as run
+    else:
+        run = eager.softmax_aggregate
+    return run(logits, value, rpb, _window_of(logits, dilation))
 
 
 @_softmax_aggregate.register_fake
@@ -207,11 +199,12 @@ def _(logits, value, rpb, dilation, backend):
 )
 def _softmax_aggregate_backward(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
     """Gradients of logits, value and rpb; the last is empty where there is no rpb."""
-    run = _implementation(backend, value)
+    if resolve(backend, value) == "triton":
+        from kernels.neighborhood.backward import softmax_aggregate_backward as run
+    else:
+        run = eager.softmax_aggregate_backward
     window = _window_of(logits, dilation)
-    grad_logits, grad_value, grad_rpb = run.softmax_aggregate_backward(
-        grad, logits, value, rpb, out, log_sum_exp, window
-    )
+    grad_logits, grad_value, grad_rpb = run(grad, logits, value, rpb, out, log_sum_exp, window)
     return grad_logits, grad_value, value.new_empty(0) if grad_rpb is None else grad_rpb
 
 

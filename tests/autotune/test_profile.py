@@ -285,7 +285,7 @@ def test_what_speaks_against_the_times_is_said(capsys):
         "the machine is busy: other processes take 1.5 of its 4 cores",
         "1 of 2 lines vary by more than 20% of their median (p20 to p80)",
     ]
-    profile._print(record, [])
+    profile._print(record)
     shown = capsys.readouterr().out
     for text in ("1.90 to 2.20", "1.90 to 2.40", "warning: the machine is busy", "warning: 1 of 2 lines"):
         assert text in shown

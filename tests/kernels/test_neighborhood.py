@@ -1,10 +1,26 @@
 """na2d_av, na2d_qk and na2d_softmax_av against their float64 definitions, on every backend."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import kernels
-from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, check_operator, random_tensor
+from kernels.aggregation import eager as algebra
+from kernels.neighborhood import configs, eager
+from kernels.windows import Window
+from tests.support import (
+    DEVICE,
+    FORWARD_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    assert_close,
+    check_operator,
+    random_tensor,
+    triton_device,
+)
+
+pytest.importorskip("triton")
+from kernels.neighborhood import backward, forward, shared
 
 # (batch, heads, height, width, channels, kernel size, dilation). At 14x14 with K = 13 nearly every window is clamped,
 # at 7x7 with K = 7 all outputs share one; 13x10 with dilation 3 has residue classes of different sizes.
@@ -77,49 +93,6 @@ def test_softmax_survives_huge_and_masked_logits(backend):
     assert_close(out, expected, FORWARD_TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_derivatives_of_both_orders(backend):
-    def fresh(*shape):
-        return random_tensor(*shape, dtype=torch.float64).requires_grad_()
-
-    query, key, attn, rpb = fresh(1, 1, 3, 4, 2), fresh(1, 1, 3, 4, 2), fresh(1, 1, 3, 4, 9), fresh(1, 5, 5)
-    with kernels.use_backend(backend):
-        for function, inputs in (
-            (lambda a, v: kernels.na2d_av(a, v, 3), (attn, key)),
-            (lambda q, k, r: kernels.na2d_qk(q, k, 3, rpb=r), (query, key, rpb)),
-        ):
-            assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-            assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
-        assert torch.autograd.gradcheck(
-            lambda a, v, r: kernels.na2d_softmax_av(a, v, 3, rpb=r), (attn, key, rpb), fast_mode=True
-        )
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_empty_batch(backend):
-    logits = torch.randn(0, 2, 5, 5, 9, device=DEVICE, requires_grad=True)
-    value = torch.randn(0, 2, 5, 5, 3, device=DEVICE, requires_grad=True)
-    rpb = random_tensor(2, 5, 5).requires_grad_()
-    with kernels.use_backend(backend):
-        out = kernels.na2d_softmax_av(logits, value, 3, rpb=rpb)
-        out.sum().backward()
-    assert out.shape == value.shape
-    assert rpb.grad is not None
-    assert not rpb.grad.any()
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_same_input_same_bits(backend):
-    value, logits, rpb, options = _tensors("interior")
-    inputs = [tensor.float().requires_grad_() for tensor in (logits, value, rpb)]
-    runs = []
-    for _ in range(2):
-        with kernels.use_backend(backend):
-            out = kernels.na2d_softmax_av(inputs[0], inputs[1], rpb=inputs[2], **options)
-            runs.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
-    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 def test_every_output_has_all_its_neighbours(backend):
     """Independent of the reference: uniform weights over constant values give the constant, at the border too."""
@@ -129,16 +102,97 @@ def test_every_output_has_all_its_neighbours(backend):
         torch.testing.assert_close(kernels.na2d_av(attn, value, 5), value)
 
 
-@pytest.mark.parametrize("operator", ["aggregate", "correlate", "transpose", "softmax_aggregate"])
-def test_registration(operator):
-    """Schema, fake implementation and autograd of the registered operators agree with what really runs."""
-    weight = random_tensor(1, 2, 5, 4, 3, 3).permute(0, 1, 4, 5, 2, 3).requires_grad_()
-    x = random_tensor(1, 2, 5, 4, 3).permute(0, 1, 4, 2, 3).requires_grad_()
-    window = ([1, 1], [0, 0], [1, 1], True, "auto")
-    arguments = {
-        "aggregate": (weight, x, *window),
-        "correlate": (x, x.detach().clone(), [3, 3], *window),
-        "transpose": (weight, x, [5, 4], *window),
-        "softmax_aggregate": (weight, x, random_tensor(2, 5, 5).requires_grad_(), [1, 1], "auto"),
-    }[operator]
-    torch.library.opcheck(getattr(torch.ops.dynamic_kernels, operator), arguments)
+# (height, width, K): 3x3 windows of their own, two maps with shared windows, one window that is the map.
+MAPS = {"own": (6, 7, 3), "shared": (9, 8, 7), "one window": (5, 5, 5)}
+
+
+def _saved(name, dtype=torch.float32):
+    height, width, kernel_size = MAPS[name]
+    window = Window.neighborhood((kernel_size, kernel_size))
+    logits = random_tensor(2, 3, height, width, kernel_size**2, dtype=dtype)
+    logits = logits.unflatten(-1, window.kernel_size).permute(0, 1, 4, 5, 2, 3)
+    value = random_tensor(2, 3, height, width, 10, dtype=dtype).permute(0, 1, 4, 2, 3)
+    rpb = random_tensor(3, 2 * kernel_size - 1, 2 * kernel_size - 1, dtype=dtype)
+    exact = (logits.double(), value.double(), rpb.double())
+    out, statistics = eager.softmax_aggregate(*exact, window)
+    grad = torch.randn_like(value)
+    gradients = eager.softmax_aggregate_backward(grad.double(), *exact, out, statistics, window)
+    saved = backward.Saved(grad, logits, value, rpb, out.to(dtype), statistics.float())
+    return saved, window, out, gradients
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_every_config(name):
+    triton_device()
+    saved, window, out, (grad_logits, grad_value, grad_rpb) = _saved(name)
+    assert saved.rpb is not None
+    assert grad_rpb is not None
+    forward_tolerance, gradient_tolerance = FORWARD_TOLERANCE[torch.float32], GRADIENT_TOLERANCE[torch.float32]
+    if name == "own":
+        for config in configs.CONFIGS:
+            ours, _ = forward.gather(saved.logits, saved.value, saved.rpb, window, config=config)
+            assert_close(ours, out, forward_tolerance, str(config))
+            assert_close(backward.grad_value(saved, window, config=config), grad_value, gradient_tolerance, str(config))
+            ours = backward.grad_logits(saved, window, config=config)
+            assert_close(ours, grad_logits, gradient_tolerance, str(config))
+        return
+    softmax = shared.Softmax(saved.logits, saved.rpb, saved.out, saved.statistics)
+    for config in dict.fromkeys(dataclasses.replace(c, num_warps=4) for c in configs.SHARED_CONFIGS):
+        ours, _ = shared.softmax_mix(saved.logits, saved.value, saved.rpb, window, config=config)
+        assert_close(ours, out, forward_tolerance, str(config))
+        target = torch.empty_like(saved.logits)
+        shared.correlate(saved.grad, saved.value, target, window, softmax, config=config)
+        assert_close(target, grad_logits, gradient_tolerance, str(config))
+        ours = shared.transpose(saved.logits, saved.grad, window, softmax, config=config)
+        assert_close(ours, grad_value, gradient_tolerance, str(config))
+    assert_close(backward.grad_rpb(grad_logits.float(), saved.rpb, window), grad_rpb, gradient_tolerance)
+
+
+@pytest.mark.parametrize("name", ["shared", "one window"])
+def test_shared_windows_compute_the_algebra(name):
+    triton_device()
+    saved, window, *_ = _saved(name)
+    weight, x = saved.logits, saved.value
+    exact, size = (weight.double(), x.double()), (x.shape[3], x.shape[4])
+    tolerance = FORWARD_TOLERANCE[torch.float32]
+    assert_close(shared.mix(weight, x, window), algebra.aggregate(*exact, window), tolerance)
+    assert_close(shared.transpose(weight, x, window), algebra.transpose(*exact, size, window), tolerance)
+    expected = algebra.correlate(exact[1], exact[1], window)
+    assert_close(shared.correlate(x, x, torch.empty_like(weight), window), expected, tolerance)
+
+
+def test_a_nan_reaches_only_outputs_whose_windows_hold_it():
+    triton_device()
+    for name, (height, width, kernel_size) in MAPS.items():
+        saved, window, *_ = _saved(name)
+        value = saved.value.contiguous()
+        value[0, 1, :, 0, 0] = float("nan")
+        with kernels.use_backend("triton"):
+            out = kernels.na2d_softmax_av(
+                saved.logits.permute(0, 1, 4, 5, 2, 3).flatten(-2), value.permute(0, 1, 3, 4, 2), kernel_size
+            )
+        reached = out.isnan().any(-1)
+        holds = torch.zeros(height, width, dtype=torch.bool, device=out.device)
+        rows, columns = (window.neighbours(n, axis, out.device)[:, 0] == 0 for axis, n in enumerate((height, width)))
+        holds |= rows[:, None] & columns[None, :]
+        assert torch.equal(reached[0, 1], holds), name
+        assert not reached[1].any()
+        assert not reached[0, [0, 2]].any()
+
+
+def test_heuristics_are_valid_configs(monkeypatch):
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels in (1, 10, 16, 32, 64):
+            for pixels, positions, outputs in ((49, 49, 49), (196, 169, 49), (25, 9, 16), (784, 529, 144)):
+                problem = configs.SharedProblem(channels, pixels, positions, outputs, dtype)
+                for heuristic in (
+                    configs.shared_heuristic.__wrapped__,
+                    configs.shared_gradient_heuristic.__wrapped__,
+                ):
+                    assert heuristic(problem).valid(problem), problem
+            for pixels, steps in ((9, 9), (196, 25), (3136, 49), (64000, 169)):
+                for layouts in ((True, True), (False, False)):
+                    problem = configs.Problem(channels, pixels, steps, *layouts, dtype)
+                    assert configs.heuristic.__wrapped__(problem).valid(problem), problem
+                    assert configs.grad_logits_heuristic(problem).valid(problem), problem

@@ -11,7 +11,7 @@ import kernels
 from kernels import parallel
 from kernels.aggregation import eager as algebra
 from kernels.windows import Window
-from tests.support import DEVICE, check_operator, random_tensor
+from tests.support import DEVICE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the eager path leaves threads alone")
 
@@ -58,7 +58,7 @@ def test_shared_out_contmix_equals_one_thread(threads):
     torch.set_num_threads(1)
     for ours, repeated, alone in zip(shared, again, run(), strict=True):
         assert torch.equal(ours, repeated), "the same bits on every run"
-        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-5)
+        assert_close(ours, alone, GRADIENT_TOLERANCE[torch.float32])
 
 
 def test_parts_hold_every_map_once():

@@ -1,0 +1,202 @@
+"""Which config each neighbourhood kernel runs with: dense products where outputs share windows, gathers elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import interpreting
+from kernels.launch import next_power_of_2
+from kernels.layout import channels_fastest
+from kernels.windows import Pair, Window
+
+__all__ = [
+    "CONFIGS",
+    "SHARED_CONFIGS",
+    "Config",
+    "Problem",
+    "SharedConfig",
+    "SharedProblem",
+    "grad_logits_heuristic",
+    "heuristic",
+    "problem_of",
+    "shared_gradient_heuristic",
+    "shared_heuristic",
+    "shared_transpose_heuristic",
+    "shares_windows",
+    "windows_and_most",
+]
+
+# The least number of outputs that fill the rows of a matrix product.
+OUTPUTS_PER_WINDOW = 16
+
+
+def windows_and_most(window: Window, height: int, width: int) -> tuple[int, int]:
+    """How many clamped windows a map has, and how many outputs share the one that most do."""
+    kernel_h, kernel_w = window.kernel_size
+    rows, columns = (
+        length if length == size else size // 2 + 1 for length, size in ((height, kernel_h), (width, kernel_w))
+    )
+    return (height - kernel_h + 1) * (width - kernel_w + 1), rows * columns
+
+
+def shares_windows(kernel: Tensor, window: Window, height: int, width: int) -> bool:
+    """Whether windows serve at least 16 outputs each on average, and ``kernel`` [B, G, Kh, Kw, H, W] has one stride
+    along them. Triton has no float64 matrix product on every GPU."""
+    if not window.clamped or window.dilation != (1, 1) or (kernel.dtype == torch.float64 and not interpreting()):
+        return False
+    if min(kernel.shape[2:4]) > 1 and kernel.stride(2) != kernel.shape[3] * kernel.stride(3):
+        return False
+    return height * width >= OUTPUTS_PER_WINDOW * windows_and_most(window, height, width)[0]
+
+
+class SharedProblem(NamedTuple):
+    """What the choice of a config depends on where windows are shared."""
+
+    channels: int
+    pixels: int
+    positions: int
+    outputs: int  # that share a window, at most
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class SharedConfig:
+    """Outputs of one window and window positions (or inputs) that a matrix product takes."""
+
+    block_outputs: int
+    block_steps: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def valid(self, problem: SharedProblem) -> bool:
+        """At most 64 elements of the largest block per thread, and no block of more than twice what it covers."""
+        widest = self.block_outputs * max(self.block_steps, 16, next_power_of_2(problem.channels))
+        return (
+            4 <= widest / (32 * self.num_warps) <= (64 if problem.dtype.itemsize == 2 else 32)
+            and self.block_outputs < 2 * max(problem.outputs, 16)
+            and self.block_steps < 2 * max(problem.positions, 16)
+        )
+
+
+SHARED_CONFIGS = tuple(
+    SharedConfig(outputs, steps, warps)
+    for outputs, steps, warps in (
+        (16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 2), (32, 32, 2), (32, 64, 4), (32, 128, 4),
+        (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 32, 4), (128, 64, 8),
+    )
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def shared_heuristic(problem: SharedProblem) -> SharedConfig:
+    """The config where nothing was tuned: 64 outputs of a window by 32 positions, less where there are fewer."""
+    outputs, steps = (max(16, next_power_of_2(n)) for n in (problem.outputs, problem.positions))
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        return SharedConfig(min(outputs, 256), min(steps, 256))
+    channels = max(16, next_power_of_2(problem.channels))
+    outputs = min(outputs, 64 if problem.dtype.itemsize == 2 and channels <= 64 else 32)
+    widest = outputs * max(32, channels)
+    return SharedConfig(outputs, min(steps, 32), max(1, min(8, widest // 512)), 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def shared_gradient_heuristic(problem: SharedProblem) -> SharedConfig:
+    """16 outputs by 32 positions on one warp: gradients keep several blocks of that size, and small ones leave room for
+    many warps."""
+    if interpreting():
+        return shared_heuristic(problem)
+    channels = max(16, next_power_of_2(problem.channels))
+    return SharedConfig(16, min(32, max(16, next_power_of_2(problem.positions))), max(1, min(8, channels // 32)), 1)
+
+
+def shared_transpose_heuristic(problem: SharedProblem) -> SharedConfig:
+    """The same on at least two warps: masks and window positions of every input take up registers."""
+    config = shared_gradient_heuristic(problem)
+    return replace(config, num_warps=max(2, config.num_warps))
+
+
+class Problem(NamedTuple):
+    """What the choice of a config depends on where every output gathers its own window."""
+
+    channels: int
+    pixels: int
+    steps: int
+    kernel_fastest: bool  # window positions, not pixels, are adjacent in the memory of the dynamic kernel
+    channels_fastest: bool  # channels, not pixels, are adjacent in the memory of the features
+    dtype: torch.dtype
+
+
+def problem_of(logits: Tensor, value: Tensor, steps: Pair) -> Problem:
+    """The problem of a launch over every pixel of value and ``steps`` window positions along each axis."""
+    channels, height, width = value.shape[2:]
+    layouts = channels_fastest(logits), channels_fastest(value)
+    return Problem(channels, height * width, steps[0] * steps[1], *layouts, value.dtype)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of one program: pixels and channels, and window positions per step."""
+
+    block_pixels: int
+    block_channels: int
+    block_steps: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def valid(self, problem: Problem) -> bool:
+        """At most 128 elements of the largest block per thread, and no block of more than twice what it covers."""
+        per_thread = self.block_pixels * self.block_channels * self.block_steps / (32 * self.num_warps)
+        return (
+            per_thread <= 128
+            and self.block_pixels < 2 * max(problem.pixels, 16)
+            and self.block_channels < 2 * problem.channels
+            and self.block_steps < 2 * problem.steps
+        )
+
+    def constants(self, window: Window) -> dict[str, int]:
+        """What the compiler knows of a window and of the blocks."""
+        return {
+            "KERNEL_H": window.kernel_size[0],
+            "KERNEL_W": window.kernel_size[1],
+            "DILATION_H": window.dilation[0],
+            "DILATION_W": window.dilation[1],
+            "BLOCK_PIXELS": self.block_pixels,
+            "BLOCK_CHANNELS": self.block_channels,
+            "BLOCK_STEPS": self.block_steps,
+        }
+
+
+CONFIGS = tuple(
+    Config(pixels, channels, steps, warps)
+    for pixels, channels, steps, warps in (
+        (64, 16, 16, 4), (64, 16, 16, 8), (32, 32, 16, 4), (32, 32, 16, 8), (32, 16, 16, 4), (16, 16, 16, 4),
+        (64, 16, 1, 4), (128, 16, 1, 4), (128, 32, 1, 4), (64, 32, 1, 4), (32, 32, 1, 4), (16, 64, 1, 4),
+    )
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic(problem: Problem) -> Config:
+    """The config where nothing was tuned.
+
+    A dynamic kernel with adjacent window positions is read 16 at a time (32 bytes in bf16, a DRAM sector), by 64
+    pixels, so that sums over positions stay inside a thread; one with adjacent pixels plane by plane.
+    """
+    pixels, channels = max(16, next_power_of_2(problem.pixels)), next_power_of_2(problem.channels)
+    steps = next_power_of_2(problem.steps)
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        channels = min(channels, 64)
+        pixels = min(pixels, 2**16 // channels)
+        return Config(pixels, channels, max(1, min(steps, 2**19 // (channels * pixels))))
+    channels, steps = min(channels, 32), min(steps, 16) if problem.kernel_fastest else 1
+    return Config(min(pixels, max(16, min(128, 16384 // (channels * steps)))), channels, steps)
+
+
+def grad_logits_heuristic(problem: Problem) -> Config:
+    """The same on twice the threads: out, gradient, logits and values live at once."""
+    return replace(heuristic(problem), num_warps=8)
