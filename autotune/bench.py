@@ -34,7 +34,7 @@ from kernels.backend import BACKENDS
 
 __all__ = ["add_arguments", "results_folder", "run"]
 
-LIBRARIES = ("torch", "triton", "torchvision", "timm", "numpy", "einops", "matplotlib", "pytest", "pytest-xdist")
+LIBRARIES = ("torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "pytest", "pytest-xdist")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,9 @@
-"""Bring every number of the README in line with the committed results: ``make figures``.
+"""Bring every number of the README and of notebooks/results/README.md in line with the committed results.
 
-The README's tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from
-notebooks/results/models.json (parameters and multiply-adds, counted; --count counts them again), compiled.json
-(kernels built ahead of time; --compile builds them again) and <device>/profile.json. Figures are drawn again from the
-same files.
+Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
+notebooks/results: models.json (parameters and multiply-adds, counted; --count counts them again), compiled.json
+(kernels built ahead of time; --compile builds them again), predicted/*.json (written by predicted/collect.py) and
+<device>/profile.json. Figures are drawn again from the same files.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
-from autotune import plots, report, timing
+from autotune import pictures, plots, report, timing
 from kernels.files import atomic_write
 
-__all__ = ["PUBLISHED", "add_arguments", "count_model", "readme_sections", "run", "updated"]
+__all__ = ["PUBLISHED", "add_arguments", "count_model", "run", "sections", "updated"]
 
 # Parameters in millions, multiply-adds in G at 224x224 (None: not published), as the papers state them. OverLoCK counts
 # its reparameterised form without the auxiliary head.
@@ -59,6 +59,39 @@ def count_model(name: str) -> dict[str, float]:
         p.numel() for key, p in model.named_parameters() if not key.startswith("aux_head.") or "volo" in name
     )
     return {"parameters_m": parameters / 1e6, "multiply_adds_g": counter.get_total_flops() / 2e9}
+
+
+def _published_table(top1: dict[str, float]) -> Iterator[str]:
+    """A line per family: the variants side by side."""
+    yield "| family | variants | parameters, M | multiply-adds at 224², G | ImageNet top-1, % | input |"
+    yield "|---|---|---|---|---|---|"
+    for family, paper, sizes in (
+        ("OverLoCK", "2502.20087", "any, from 32 pixels up"),
+        ("RedNet", "2103.06255", "any, from 32 pixels up"),
+        ("VOLO", "2106.13112", "`img_size` (224), other sizes resized"),
+    ):
+        names = [name for name in PUBLISHED if name.startswith(family.lower())]
+        variants = " · ".join(f"`{name.removesuffix('_reparam')}`" for name in names)
+        parameters = " · ".join(f"{PUBLISHED[name][0]:g}" for name in names)
+        operations = " · ".join("–" if PUBLISHED[name][1] is None else f"{PUBLISHED[name][1]:g}" for name in names)
+        accuracies = " · ".join(f"{top1[name]:g}" for name in names)
+        link = f"[{family}](https://arxiv.org/abs/{paper})"
+        yield f"| {link} | {variants} | {parameters} | {operations} | {accuracies} | {sizes} |"
+
+
+def _predicted_table(records: list[dict[str, Any]]) -> Iterator[str]:
+    """A line per case and pass, a column pair per Triton."""
+    times = " | ".join(f"Triton {record['triton']}, µs" for record in records)
+    yield f"| case | pass | launches | floor, µs | {times} | of floor | bound by |"
+    yield f"|---|---|---:|---:|{'---:|' * len(records)}---:|---|"
+    first = records[0]["rows"] if records else []
+    for index, row in enumerate(first):
+        times = [record["rows"][index]["microseconds"] for record in records]
+        yield (
+            f"| {row['case']} | {row['pass']} | {row['launches']} | {report.number(row['floor_microseconds'])} "
+            f"| {' | '.join(report.number(time) for time in times)} "
+            f"| {row['floor_microseconds'] / times[0]:.0%} | {row['bound_by']} |"
+        )
 
 
 def _models_table(counted: dict[str, dict[str, float]], top1: dict[str, float]) -> Iterator[str]:
@@ -128,15 +161,22 @@ def _compiled() -> dict[str, Any]:
     }
 
 
-def readme_sections(results: Path) -> dict[str, str]:
-    """Section name -> its text, from the committed files alone."""
+def sections(results: Path) -> dict[Path, dict[str, str]]:
+    """Page -> section name -> its text, from the committed files alone."""
     counted = json.loads((results / "models.json").read_text())
     top1 = json.loads((results.parents[1] / "models" / "data" / "imagenet_top1.json").read_text())
-    sections = {"models": "\n".join(_models_table(counted, top1))}
-    sections["compiled"] = "\n".join(_compiled_table(json.loads((results / "compiled.json").read_text())))
-    profiles = sorted(results.glob("*/profile.json"))
-    sections["profile"] = "\n\n".join("\n".join(_profile_table(json.loads(path.read_text()))) for path in profiles)
-    return sections
+    compiled = json.loads((results / "compiled.json").read_text())
+    predicted = [json.loads(path.read_text()) for path in sorted((results / "predicted").glob("*.json"))]
+    profiles = [json.loads(path.read_text()) for path in sorted(results.glob("*/profile.json"))]
+    return {
+        results.parents[1] / "README.md": {"models": "\n".join(_published_table(top1))},
+        results / "README.md": {
+            "models": "\n".join(_models_table(counted, top1)),
+            "profile": "\n\n".join("\n".join(_profile_table(record)) for record in profiles),
+            "predicted": "\n".join(_predicted_table(predicted)),
+            "compiled": "\n".join(_compiled_table(compiled)),
+        },
+    }
 
 
 def updated(text: str, sections: dict[str, str]) -> str:
@@ -145,7 +185,7 @@ def updated(text: str, sections: dict[str, str]) -> str:
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
         if count != 1:
-            raise ValueError(f"the README must hold the markers of section {name!r} once, found {count} times")
+            raise ValueError(f"the page must hold the markers of section {name!r} once, found {count} times")
     return text
 
 
@@ -164,21 +204,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise SystemExit(
             "figures needs a checkout of the repository: its README and notebooks/results are not installed"
         )
-    results, readme = root / "notebooks" / "results", root / "README.md"
+    results = root / "notebooks" / "results"
     if arguments.count:
         counted = {name: count_model(name) for name in track(PUBLISHED, "Counting", console=console, transient=True)}
         timing.write_json(results / "models.json", counted)
     if arguments.compile:
         timing.write_json(results / "compiled.json", _compiled())
-    text = readme.read_text()
-    wanted = updated(text, readme_sections(results))
+    outdated = {}
+    for page, content in sections(results).items():
+        text = page.read_text()
+        if (wanted := updated(text, content)) != text:
+            outdated[page] = wanted
     if arguments.check:
-        return int(text != wanted)
-    atomic_write(readme, wanted)
+        return int(bool(outdated))
+    for page, wanted in outdated.items():
+        atomic_write(page, wanted)
+        console.print(f"updated {page.relative_to(root)}")
+    plots.save(pictures.windows_figure(), results / "windows.png")
+    console.print("drew notebooks/results/windows.png")
     for path in sorted(results.glob("*/profile.json")):
         record = json.loads(path.read_text())
         for file, figure in report.figures(record).items():
             plots.save(figure, path.parent / file, report.fingerprint(record))
             console.print(f"drew {(path.parent / file).relative_to(root)}")
-    console.print("README.md is up to date" if text == wanted else "README.md updated")
     return 0

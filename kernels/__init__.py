@@ -8,6 +8,8 @@ from kernels.involution.op import involution2d, involution2d_generate
 from kernels.neighborhood.op import na2d_av, na2d_qk, na2d_softmax_av
 from kernels.outlook.op import outlook_attention2d
 
+__version__ = "0.1.0"
+
 __all__ = [
     "contmix2d",
     "depthwise_conv2d",

@@ -49,7 +49,7 @@ def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], obj
     """Puts ``content`` at ``path``, with the permissions of the file there or else of any new file.
 
     Missing folders are made. Where ``path`` is a link the file behind it is replaced. What is no regular file, as
-    /dev/null or a pipe, is written into.
+    /dev/null or a pipe, and what is open already, as /dev/stdout, is written into.
 
     Args:
         path: of the file.
@@ -58,12 +58,12 @@ def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], obj
     Raises:
         WriteError: it cannot be written; what was there is still there.
     """
-    target = Path(os.path.realpath(path))
     with writing(path):
-        if target.exists() and not target.is_file():
-            with open(target, "wb") as file:
+        if _is_stream(Path(path)):
+            with open(path, "ab") as file:
                 _fill(file, content)
             return
+        target = Path(os.path.realpath(path))
         with contextlib.suppress(FileExistsError):  # a file: what is opened below it is refused in better words
             target.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{target.name[:50]}."  # short enough to leave room for the ending, in whatever script it is
@@ -113,6 +113,15 @@ def locked(path: PathLike, seconds: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether this is no regular file, or the name of one that a process has open, as /dev/stdout may be."""
+    if path.exists() and not path.is_file():
+        return True
+    return os.path.realpath(path.parent).startswith("/proc/") or (
+        path.is_symlink() and os.readlink(path).startswith("/proc/")
+    )
 
 
 def _fill(file: BinaryIO, content: str | bytes | Callable[[BinaryIO], object]) -> None:

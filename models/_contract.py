@@ -1,27 +1,35 @@
-"""What the three families share: the methods that training scripts written for timm call on a backbone.
+"""What the families share: construction, feature maps, and the methods that training scripts written for timm call.
 
 A family derives from ``BackboneContract`` and provides
 
+* ``stages``: for each feature map, the modules and parameters that it is the first to need; then those of the head;
 * ``classifiers``: module name of each classifier -> its number of input features, the main one first;
-* ``feature_info``: a ``FeatureInfo`` of its feature maps;
 * ``_forward_stages(x, last)`` and ``forward_head(x, pre_logits=False)``;
-* ``group_matcher`` and, where it has any, ``no_weight_decay``;
-* ``adapt_state_dict`` where a published file's entries are not quite the model's.
+* ``group_matcher``, and what it does its own way: ``no_weight_decay``, ``adapt_state_dict``, ``return_plain_logits``,
+  ``folded`` (its inference form), ``global_pools``, ``fixed_input_size``, ``training_only``, ``plain_options``.
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "BackboneContract", "FeatureInfo", "pretrained_config"]
+from models.checkpoints import load_pretrained
+from models.checks import flag, integer, number, one_of
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "BackboneContract", "FeatureInfo", "Stage", "pretrained_config"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_CLASSES = 10_000_000
+
+Model = TypeVar("Model", bound="BackboneContract")
 
 
 def pretrained_config(**overrides: Any) -> dict[str, Any]:
@@ -61,44 +69,131 @@ class FeatureInfo(list[dict[str, Any]]):
         return self.get("num_chs", idx)
 
     def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Pixels of the image per position of the map, a side, as for ``get``."""
+        """Pixels of the image per position of the map and axis, as for ``get``."""
         return self.get("reduction", idx)
 
     def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
         """The module after which the map is taken, as for ``get``."""
         return self.get("module", idx)
 
-    def get_dicts(self, keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The returned maps' dicts, or ``keys`` of them."""
-        return [dict(self[i]) if keys is None else {key: self[i][key] for key in keys} for i in self.out_indices]
+    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
+        """The dicts, or ``keys`` of them, of the returned maps, of the map ``idx``, or of several maps."""
+        if isinstance(idx, int):
+            return dict(self[idx]) if keys is None else {key: self[idx][key] for key in keys}
+        return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
+
+    def from_other(self, out_indices: Sequence[int]) -> FeatureInfo:
+        """The same maps for a model that returns others of them."""
+        return FeatureInfo(map(dict, self), out_indices)
+
+
+class Stage(nn.Sequential):
+    """Blocks one after another; each is computed again in the backward pass where gradient checkpointing is on."""
+
+    grad_checkpointing = False
+
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self:
+            input = self.run(block, input)
+        return input
 
 
 class BackboneContract(nn.Module):
-    """Classifier, features and training switches under the names timm gives them."""
+    """Classifier, features and training switches under the names timm gives them.
+
+    Arguments that every family takes:
+        num_classes: outputs of the classifiers; 0 leaves them out, and pooled features are returned.
+        in_chans: channels of the image.
+        drop_path_rate: stochastic depth of the last block in training, in [0, 1).
+        features_only: return feature maps instead of logits.
+        out_indices: which maps; a number means the last so many, None all. What they do not need is not built.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of range, or ``out_indices`` without
+            ``features_only``; the message names it.
+    """
+
+    minimum_size: ClassVar = 32  # smallest image side, in pixels
+    maximum_size: ClassVar = 16384
+    fixed_input_size: ClassVar = False  # whether ``img_size`` is an argument
+    global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # what forward_head can do, its default first
+    training_only: ClassVar[tuple[str, ...]] = ()  # modules that evaluation does not use
+    plain_options: ClassVar[dict[str, Any]] = {}  # arguments with which training returns what evaluation does
+    stages: ClassVar[tuple[tuple[str, ...], ...]]
 
     num_classes: int
     in_chans: int
     num_features: int  # channels of forward_features' output
     head_hidden_size: int  # features of forward_head(…, pre_logits=True)
     feature_info: FeatureInfo
+    out_indices: list[int]
     classifiers: dict[str, int]
     pretrained_cfg: dict[str, Any]
-    minimum_size: int = 32  # smallest image side, in pixels
 
-    def __init__(self, *, num_classes: int, in_chans: int, drop_path_rate: float) -> None:
-        """Raises ValueError for a negative ``num_classes``, an ``in_chans`` below 1, a rate outside [0, 1)."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be >= 0 (0: no classifier), got {num_classes}")
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be >= 1, got {in_chans}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+    def __init__(
+        self,
+        maps: Sequence[tuple[str, int, int]],
+        *,
+        num_classes: int,
+        in_chans: int,
+        drop_path_rate: float,
+        features_only: bool,
+        out_indices: int | Sequence[int] | None,
+    ) -> None:
+        """``maps``: module, channels and reduction of each feature map, in depth order."""
         super().__init__()
-        self.num_classes = num_classes
-        self.in_chans = in_chans
+        self.num_classes = integer("num_classes", num_classes, 0, MOST_CLASSES)
+        self.in_chans = integer("in_chans", in_chans)
+        self.drop_path_rate = number("drop_path_rate", drop_path_rate, 0, 1)
+        self.features_only = flag("features_only", features_only)
+        self.feature_info = FeatureInfo(
+            {"num_chs": channels, "reduction": reduction, "module": module} for module, channels, reduction in maps
+        )
+        self.out_indices = list(range(len(maps)))
+        if out_indices is not None:
+            if not features_only:
+                raise ValueError(f"out_indices needs features_only=True, got out_indices={out_indices}")
+            self.out_indices = self.resolve_indices(out_indices, "out_indices")
+        self.num_features = self.head_hidden_size = maps[self.out_indices[-1]][1]
         self.classifiers = {}
+        self.left_out: list[str] = []  # modules and parameters of the complete model that this one lacks
+        self.global_pool = self.global_pools[0]
         self.grad_checkpointing = False
         self.pretrained_cfg = pretrained_config()
+
+    def _leave_out_unused(self, last: int | None = None, head: bool = True) -> None:
+        """Removes the stages after feature map ``last`` (None: the last one chosen) and, with ``head``, the head."""
+        last = self.out_indices[-1] if last is None else last
+        for name in [name for stage in self.stages[last + 1 : -1] for name in stage] + list(self.stages[-1]) * head:
+            parent, _, child = name.rpartition(".")
+            if hasattr(self.get_submodule(parent), child):
+                delattr(self.get_submodule(parent), child)
+            self.left_out.append(name)
+        self.feature_info = FeatureInfo(self.feature_info[: last + 1], [i for i in self.out_indices if i <= last])
+        self.num_features = self.feature_info[-1]["num_chs"]
+        if head:
+            self.head_hidden_size = self.num_features
+            self.classifiers = {}
+
+    @classmethod
+    def create(
+        cls: type[Model],
+        config: dict[str, Any] | Callable[[Model], dict[str, Any]],
+        pretrained: bool,
+        options: dict[str, Any],
+    ) -> Model:
+        """``cls(**options)`` with its configuration (or what makes one of the model), and its weights if wanted."""
+        flag("pretrained", pretrained)
+        model = cls(**options)
+        model.pretrained_cfg = {**(config(model) if callable(config) else config)}
+        if pretrained:
+            load_pretrained(model, model.pretrained_cfg["url"])
+        return model
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -109,8 +204,8 @@ class BackboneContract(nn.Module):
     def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
         """Runs up to and including feature map ``last``.
 
-        Returns the features as they stand then (after the last map: what ``forward_features`` returns) and the
-        feature maps 0..last, each [B, C, H, W].
+        Returns the features at that point (after the last map: what ``forward_features`` returns) and the feature
+        maps 0..last, each [B, C, H, W].
         """
         raise NotImplementedError
 
@@ -127,13 +222,24 @@ class BackboneContract(nn.Module):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The entries of a weight file as ``load_checkpoint`` is to compare them with the model's own."""
-        return state
+        absent = tuple(f"{name}." for name in self.left_out)
+        return {name: t for name, t in state.items() if name not in self.left_out and not name.startswith(absent)}
+
+    def return_plain_logits(self) -> None:
+        """Training returns logits alone, as evaluation does: for scripts that know of no other targets."""
 
     @staticmethod
     def make_classifier(in_features: int, num_classes: int) -> nn.Module:
-        return nn.Linear(in_features, num_classes)
+        return nn.Linear(in_features, num_classes) if num_classes else nn.Identity()
 
     # ---- what every family has from here
+
+    def forward(self, x: Tensor) -> Any:
+        if self.features_only:
+            maps = self._forward_stages(x, self.out_indices[-1])[1]
+            return [maps[index] for index in self.out_indices]
+        x = self.forward_features(x)
+        return self.forward_head(x) if self.classifiers else x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image [B, in_chans, H, W] -> the features that ``forward_head`` takes."""
@@ -152,48 +258,52 @@ class BackboneContract(nn.Module):
 
         Args:
             x: image [B, in_chans, H, W].
-            indices: which of ``feature_info``; a number means the last so many, None all.
+            indices: which of the model's maps; a number means the last so many, None all.
             norm: accepted for timm's sake; the maps are as they are.
             stop_early: do not run past the last wanted map.
             output_fmt: "NCHW".
             intermediates_only: return the maps alone.
         """
-        if output_fmt != "NCHW":
-            raise ValueError(f'output_fmt must be "NCHW", got {output_fmt!r}')
+        one_of("output_fmt", output_fmt, ("NCHW",))
+        flag("norm", norm)
         chosen = self.resolve_indices(indices)
-        stop = max(chosen) if stop_early or intermediates_only else len(self.feature_info) - 1
-        features, maps = self._forward_stages(x, stop)
+        early = flag("stop_early", stop_early) | flag("intermediates_only", intermediates_only)
+        features, maps = self._forward_stages(x, chosen[-1] if early else len(self.feature_info) - 1)
         intermediates = [maps[i] for i in chosen]
         return intermediates if intermediates_only else (features, intermediates)
 
     def resolve_indices(self, indices: int | Sequence[int] | None, argument: str = "indices") -> list[int]:
-        """Indices into ``feature_info``, ascending; ValueError names ``argument`` where there is no such map."""
-        count = len(self.feature_info)
+        """Indices of feature maps that the model returns, ascending; an error names ``argument``."""
+        available, count = self.out_indices, len(self.feature_info)
         if indices is None:
-            return list(range(count))
-        if isinstance(indices, int):
-            if not 1 <= indices <= count:
-                raise ValueError(f"{argument} must ask for 1 to {count} feature maps, got {indices}")
-            return list(range(count - indices, count))
-        if not indices or any(not -count <= i < count for i in indices):
-            raise ValueError(f"{argument} must be drawn from {-count}..{count - 1}, got {tuple(indices)}")
-        return sorted({i % count for i in indices})
+            return list(available)
+        if isinstance(indices, numbers.Integral):
+            return available[-integer(argument, indices, 1, len(available)) :]
+        if not isinstance(indices, Sequence | np.ndarray) or isinstance(indices, str | bytes):
+            raise TypeError(f"{argument} must be an int, a sequence of ints or None, got {indices!r}")
+        chosen = sorted({integer(f"{argument}[{n}]", i, -count, count - 1) % count for n, i in enumerate(indices)})
+        if not chosen or not set(chosen) <= set(available):
+            raise ValueError(f"{argument} must be drawn from {available}, got {indices}")
+        return chosen
 
     def get_classifier(self) -> nn.Module:
         """The main classifier; an ``nn.Identity`` where the model has none."""
         return self.get_submodule(next(iter(self.classifiers))) if self.classifiers else nn.Identity()
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Puts fresh classifiers of ``num_classes`` outputs (0: none) in place of all the present ones."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Puts new classifiers of ``num_classes`` outputs (0: none) in place of all the present ones.
+
+        ``global_pool``: one of ``global_pools``; "" returns the features unpooled, and needs ``num_classes`` 0.
+        """
         if not self.classifiers:
-            raise ValueError("a features_only model has no classifier to reset")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be >= 0, got {num_classes}")
+            raise ValueError("a features_only or pruned model has no classifier to reset")
+        num_classes = integer("num_classes", num_classes, 0, MOST_CLASSES)
+        self.set_global_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         for name, in_features in self.classifiers.items():
             old = self.get_submodule(name)
             like = next(old.parameters(), next(self.parameters()))
-            new = self.make_classifier(in_features, num_classes) if num_classes else nn.Identity()
+            new = self.make_classifier(in_features, num_classes)
             for parameter_name, parameter in new.named_parameters():
                 if parameter_name == "bias":
                     nn.init.zeros_(parameter)
@@ -202,24 +312,53 @@ class BackboneContract(nn.Module):
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, new.to(device=like.device, dtype=like.dtype).train(old.training))
 
-    def return_plain_logits(self) -> None:
-        """Training returns logits alone, as evaluation does: for scripts that know of no other targets."""
+    def set_global_pool(self, global_pool: str, num_classes: int | None = None) -> None:
+        """How ``forward_head`` pools, see ``reset_classifier``; the classifiers stay."""
+        self.global_pool, previous = one_of("global_pool", global_pool, self.global_pools), self.global_pool
+        classes = self.num_classes if num_classes is None else num_classes
+        if global_pool == "" and classes and self.classifiers:
+            self.global_pool = previous
+            raise ValueError("global_pool '' leaves features that a classifier does not take: it needs num_classes=0")
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages after the last of the feature maps ``indices``, as timm's models do.
+
+        Args:
+            indices: which maps are still wanted; a number means the last so many.
+            prune_norm: remove the norm before the head, where a family has one.
+            prune_head: remove the head, so that the model returns its last features; it goes with the last stage, too.
+
+        Returns:
+            The indices as non-negative numbers.
+        """
+        if self.features_only:
+            raise ValueError("a features_only model is built without the stages it does not need: choose out_indices")
+        chosen = self.resolve_indices(indices)
+        head = flag("prune_head", prune_head) or chosen[-1] < len(self.feature_info) - 1
+        self.out_indices = self.out_indices[: chosen[-1] + 1]
+        self._leave_out_unused(chosen[-1], head)
+        if flag("prune_norm", prune_norm) and hasattr(self, "norm"):
+            self.norm = nn.Identity()
+        return chosen
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory in training: a block's activations are computed again in the backward pass.
 
         Batch norms then see every batch twice, so their running statistics move at twice the usual pace.
         """
-        self.grad_checkpointing = enable
-
-    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """``block(*inputs)``, checkpointed when that is switched on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        self.grad_checkpointing = flag("enable", enable)
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     def _check_image(self, x: Tensor) -> None:
         """ValueError or TypeError naming ``x`` unless it is a floating-point [B, in_chans, H, W] of sufficient size."""
+        if isinstance(x, fx.Proxy):
+            return
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
+            raise TypeError(f"x must be a dense torch.Tensor, got {getattr(x, 'layout', type(x).__name__)}")
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point image batch, got {x.dtype}")
         if x.ndim != 4 or x.shape[1] != self.in_chans:

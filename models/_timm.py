@@ -1,64 +1,40 @@
-"""timm's registry, where timm is in use: every model of this package under its own name, by ``timm.create_model``.
-
-Importing timm takes seconds and torchvision, so it is left to those who use it: the names enter its registry once
-``timm.models`` has been imported, before this package or after it. A name that timm has itself stays timm's.
-"""
+"""timm's registry: every model of this package under its own name, by ``timm.create_model``."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.machinery
-import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
 
+from models._contract import BackboneContract
 from models.checkpoints import load_checkpoint
 from models.registry import entry_points
 
 __all__ = ["register_with_timm"]
 
-TIMM = "timm.models"
 SOURCES = ("file", "hf_hub_id", "state_dict", "url")  # entries of a configuration that say where weights are
 
 
 def register_with_timm() -> None:
-    """Registers all models with timm: at once where it is imported already, else when that happens."""
-    if TIMM in sys.modules:
-        _register(sys.modules[TIMM])
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    """Enters every model into timm's registry, once: a name that timm has already stays as it is.
 
+    Importing timm takes seconds and needs torchvision, so ``import models`` does not import it. Where timm was imported
+    before, ``import models`` calls this function itself.
 
-class _AfterImport:
-    """Finds ``timm.models`` as Python would, and registers after its code has run."""
+    Raises:
+        ImportError: timm, or what it needs, is not installed.
+    """
+    import timm.models  # pyright: ignore[reportMissingImports]
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name == TIMM else None
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            sys.meta_path.remove(self)
-            _register(module)
-
-        spec.loader.exec_module = execute_and_register
-        return spec
-
-
-def _register(timm_models: ModuleType) -> None:
     for name, entry_point in entry_points().items():
-        if not timm_models.is_model(name):
-            timm_models.register_model(_as_timm_calls_it(timm_models, entry_point))
+        if not timm.models.is_model(name):
+            timm.models.register_model(_as_timm_calls_it(timm.models, entry_point))
 
 
-def _as_timm_calls_it(timm_models: ModuleType, entry_point: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _as_timm_calls_it(timm_models: Any, entry_point: Callable[..., Any]) -> Callable[..., BackboneContract]:
     """``entry_point`` with the keyword arguments that timm's ``create_model`` and its scripts pass to every model."""
     name = entry_point.__name__
 
@@ -67,26 +43,49 @@ def _as_timm_calls_it(timm_models: ModuleType, entry_point: Callable[..., nn.Mod
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
+        pretrained_model_args: dict[str, Any] | None = None,
         cache_dir: Any = None,
         drop_rate: float = 0.0,
-        global_pool: str = "avg",
-        **kwargs: Any,
-    ) -> nn.Module:
+        global_pool: str | None = None,
+        output_stride: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> BackboneContract:
         if drop_rate:
             raise ValueError(f"drop_rate must be 0, got {drop_rate}: {name} has no dropout, only drop_path_rate")
-        if global_pool not in ("", "avg"):
-            raise ValueError(f"global_pool must be 'avg' for {name}, got {global_pool!r}")
         if isinstance(pretrained_cfg, str):
             raise ValueError(f"pretrained_cfg: {name} has no weights tagged {pretrained_cfg!r}, only the official ones")
         overrides = {**_overrides(timm_models, name, pretrained_cfg), **(pretrained_cfg_overlay or {})}
         elsewhere = any(overrides.get(source) for source in SOURCES)
         if pretrained and not elsewhere and cache_dir is not None:
             raise ValueError(f"cache_dir: {name} keeps official weights in torch.hub's folder; set TORCH_HOME instead")
-        model: Any = entry_point(pretrained=pretrained and not elsewhere, **kwargs)
+        # What a configuration says of the model is the default of its arguments, as for timm's own models.
+        if overrides.get("num_classes") is not None:
+            options.setdefault("num_classes", overrides["num_classes"])
+        if overrides.get("input_size") is not None:
+            options.setdefault("in_chans", overrides["input_size"][0])
+            if timm_models.get_pretrained_cfg(name).fixed_input_size:
+                options.setdefault("img_size", tuple(overrides["input_size"][1:]))
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            model = entry_point(pretrained=pretrained and not elsewhere, **options)
+        if dtype is not None:
+            model.to(dtype)
+        if output_stride not in (None, model.feature_info[-1]["reduction"]):
+            stride = model.feature_info[-1]["reduction"]
+            raise ValueError(
+                f"output_stride must be {stride} for {name}, which has no dilated form, got {output_stride}"
+            )
+        pool = overrides.get("global_pool") if global_pool is None else global_pool
+        if pool is not None:
+            model.set_global_pool(pool)
         model.return_plain_logits()  # all that timm's losses take
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": name, **overrides}
-        if pretrained and overrides.get("file"):
+        model.pretrained_model_args = pretrained_model_args or {}
+        file_alone = overrides.get("source") != "local-dir" and not overrides.get("state_dict")
+        if pretrained and overrides.get("file") and file_alone:
             load_checkpoint(model, overrides["file"])
+            model.pretrained_cfg = {**model.pretrained_cfg, **overrides}  # before what the file says of itself
         elif pretrained and elsewhere:
             timm_models.load_pretrained(
                 model,
@@ -100,7 +99,7 @@ def _as_timm_calls_it(timm_models: ModuleType, entry_point: Callable[..., nn.Mod
     return create
 
 
-def _overrides(timm_models: ModuleType, name: str, pretrained_cfg: Any) -> dict[str, Any]:
+def _overrides(timm_models: Any, name: str, pretrained_cfg: Any) -> dict[str, Any]:
     """Entries of a given configuration that are not those registered: scripts pass the registered one back."""
     if pretrained_cfg is None:
         return {}

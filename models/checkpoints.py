@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kernels.files import atomic_write
+from models.checks import flag
 from models.downloads import fetch
 from models.metadata import Metadata, read_metadata
 from models.weight_files import (
@@ -111,6 +112,7 @@ def _load(model: nn.Module, path_or_url: PathLike, sha256: str | None = None, us
     """Loads, and returns what the caller is to be told."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    flag("use_ema", use_ema)
     path = local_file(path_or_url, sha256)
     model = _unwrapped(model)
     names = {unwrapped_name(name): name for name in model.state_dict()}

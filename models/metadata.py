@@ -100,7 +100,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
         ValueError: it says what cannot be.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     with open(path, "rb") as file:
         start = file.read(9)

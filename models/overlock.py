@@ -1,7 +1,7 @@
 """OverLoCK: an overview first, a close look next, with context-mixing dynamic kernels (arXiv 2502.20087, CVPR 2025).
 
 Base-Net encodes the image down to 1/16, Overview-Net glances at it at 1/32, and Focus-Net looks again at 1/16 and
-1/32 under the guidance of that glance: every position's convolution kernels are made from its affinity to the context.
+1/32 under the guidance of that glance: every position's convolution kernels come from its affinity to the context.
 
 State-dict names and shapes are those of the official release (LMMMEng/OverLoCK, Apache-2.0), whose weights load as
 they are. Three defects of that code are not kept: its ``*_reparam`` models drop their keyword arguments and their S
@@ -10,6 +10,7 @@ and B sizes never load weights; a map smaller than the kernel can be enlarged to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models._contract import BackboneContract, FeatureInfo, pretrained_config
-from models.checkpoints import load_pretrained
+from models._contract import BackboneContract, Stage, pretrained_config
+from models.checks import flag, integers
 from models.layers import (
     ContMix,
     DilatedReparamBlock,
@@ -30,7 +31,8 @@ from models.layers import (
     ResidualDepthwiseConv2d,
     SqueezeExcite,
 )
-from models.layers.basic import to_channels_last
+from models.layers.basic import add_scaled, to_channels_last
+from models.layers.fusion import as_built, fold_after, last_convolution, leaf
 from models.registry import register_model
 
 __all__ = [
@@ -118,7 +120,11 @@ class RepConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(x)
-        return self.ls(x) + self.proj(x)
+        return add_scaled(self.ls, x, self.proj(x))
+
+    def folded(self) -> nn.Module:
+        _move_shift(self.ls, self.proj)
+        return self
 
 
 class DynamicConvBlock(ContMix):
@@ -174,17 +180,34 @@ class DynamicConvBlock(ContMix):
         self.ls2 = LayerScale(width)
         self.drop_path = DropPath(drop_path)
 
+    @leaf
     def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
         """x [B, d, H, W], h and h_reference [B, c, H, W] -> new x and h, one above the other: [B, d + c, H, W]."""
         if self.x_scale is not None and self.h_scale is not None:
-            h = self.x_scale(h) + self.h_scale(h_reference)
+            h = add_scaled(self.h_scale, h_reference, self.x_scale(h))
         residual = self.dwconv1(torch.cat((x, h), 1))
         features = self.norm1(residual)
         x = self.fusion(features)
-        mixed = self.dyconv_proj(super().forward(x, features)) + self.lepe(x)
-        x = self.ls1(residual) + self.drop_path(self.proj(self.se_layer(mixed) * self.gate(x)))
+        mixed = self.dyconv_proj(self.mix(x, features)) + self.lepe(x)
+        x = add_scaled(self.ls1, residual, self.drop_path(self.proj(self.se_layer(mixed) * self.gate(x))))
         x = self.dwconv2(x)
-        return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+        return add_scaled(self.ls2, x, self.drop_path(self.mlp(self.norm2(x))))
+
+    def folded(self) -> nn.Module:
+        _move_shift(self.ls1, self.proj)
+        _move_shift(self.ls2, self.mlp)
+        return super().folded()
+
+
+class FocusStage(Stage):
+    """``DynamicConvBlock``s: x [B, d, H, W], h and h_reference [B, c, H, W] -> [B, d + c, H, W]."""
+
+    def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
+        features = None
+        for block in self:
+            features = self.run(block, x, h, h_reference)
+            x, h = features.split((x.shape[1], h.shape[1]), 1)
+        return torch.cat((x, h), 1) if features is None else features
 
 
 class ContextDownsample(nn.Module):
@@ -205,7 +228,12 @@ class OverLoCK(BackboneContract):
     A classifier returns logits [B, num_classes]; while training dict(main=…, aux=…), the second from Overview-Net,
     unless ``return_plain_logits`` was called.
     With ``features_only`` the model is the official dense-prediction backbone and returns the chosen of four maps,
-    [B, C, H, W] at 1/4, 1/8, 1/16 and 1/32 (each size rounded up), layer-normed.
+    [B, C, H, W] at 1/4, 1/8, 1/16 and 1/32 (each size rounded up), layer-normed:
+
+        [LN₀(blocks1), LN₁(blocks2), LN₂(sub_blocks3), LN₃(sub_blocks4) + h_proj(LN₄(blocks4))]
+
+    The third stage takes LN₁'s output there, where the classifier's takes that of blocks2. Official detection
+    backbones are of this form; official segmentation backbones end in LN₃ alone (``context_skip=False``).
 
     Args:
         depth: blocks of the stages 1-3 (Base-Net) and 4 (Overview-Net).
@@ -213,13 +241,19 @@ class OverLoCK(BackboneContract):
         embed_dim: channels of the stages 1-4.
         sub_num_heads: heads of Focus-Net's two stages; each counts for two groups of dynamic kernels.
         kernel_size: of the large kernels of the stages 1-4; Focus-Net uses the last two.
-        num_classes: outputs of the classifiers; 0 leaves them away, and pooled features are returned.
-        in_chans: image channels.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first.
-        features_only: build the dense-prediction backbone.
-        out_indices: which maps that returns; None all four.
+        num_classes, in_chans, drop_path_rate, features_only, out_indices: see ``BackboneContract``.
+        context_skip: with ``features_only``, add the overview to the last map.
         reparam: build the inference form, in which dilated branches are merged (see ``OverLoCK.reparam``).
     """
+
+    training_only = ("aux_head",)
+    stages = (
+        ("patch_embed1", "blocks1"),
+        ("patch_embed2", "blocks2"),
+        ("patch_embed3", "blocks3", "patch_embed4", "blocks4", "high_level_proj", "sub_blocks3"),
+        ("patch_embedx", "sub_blocks4"),
+        ("head", "aux_head"),
+    )
 
     def __init__(
         self,
@@ -233,81 +267,94 @@ class OverLoCK(BackboneContract):
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         features_only: bool = False,
-        out_indices: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
+        context_skip: bool = True,
         reparam: bool = False,
     ) -> None:
-        super().__init__(num_classes=num_classes, in_chans=in_chans, drop_path_rate=drop_path_rate)
-        d0, d1, d2, d3 = embed_dim
+        depth, sub_depth = integers("depth", depth, 4, 0), integers("sub_depth", sub_depth, 2, 0)
+        d0, d1, d2, d3 = embed_dim = integers("embed_dim", embed_dim, 4, 2)
+        sub_num_heads = integers("sub_num_heads", sub_num_heads, 2)
+        kernel_size = integers("kernel_size", kernel_size, 4)
+        for i, heads in enumerate(sub_num_heads):
+            width = embed_dim[2 + i]
+            if width % (4 * heads):
+                raise ValueError(f"embed_dim[{2 + i}] must be a multiple of 4·sub_num_heads[{i}], got {width}, {heads}")
+        reparam = flag("reparam", reparam)
         context = d3 // 4
-        self.num_features = d3 + context
-        self.head_hidden_size = 1024
-        self.features_only = features_only
-        self.return_aux = True
-        maps = (("blocks1", d0), ("blocks2", d1), ("sub_blocks3", d2 + context), ("sub_blocks4", d3 + context))
-        self.feature_info = FeatureInfo(
-            {"num_chs": channels, "reduction": 4 * 2**i, "module": module} for i, (module, channels) in enumerate(maps)
+        widths = (d0, d1, d2 + context, d3 + context)
+        modules = ("blocks1", "blocks2", "sub_blocks3", "sub_blocks4")
+        super().__init__(
+            list(zip(modules, widths, (4, 8, 16, 32), strict=True)),
+            num_classes=num_classes,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            features_only=features_only,
+            out_indices=out_indices,
         )
-        self.out_indices = self.resolve_indices(out_indices, "out_indices")
-        self.feature_info = FeatureInfo(self.feature_info, self.out_indices)
-        if not features_only and out_indices is not None:
-            raise ValueError(f"out_indices needs features_only=True, got out_indices={tuple(out_indices)} without it")
-
+        if not flag("context_skip", context_skip) and not features_only:
+            raise ValueError("context_skip=False needs features_only=True: a classifier returns no maps")
+        self.return_aux = True
         total = sum(depth) + sum(sub_depth)
         rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
 
-        def base_blocks(stage: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                RepConvBlock(
-                    embed_dim[stage],
-                    kernel_size[stage],
-                    drop_path=next(rates),
-                    residual_scale=stage >= 2,
-                    reparam=reparam,
-                )
-                for _ in range(depth[stage])
+        def base_stage(stage: int) -> Stage:
+            options = {"residual_scale": stage >= 2, "reparam": reparam}
+            blocks = range(depth[stage])
+            return Stage(
+                *(RepConvBlock(embed_dim[stage], kernel_size[stage], drop_path=next(rates), **options) for _ in blocks)
             )
 
-        def focus_blocks(stage: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                DynamicConvBlock(
-                    embed_dim[2 + stage],
-                    context,
-                    kernel_size[2 + stage],
-                    2 * sub_num_heads[stage],
-                    drop_path=next(rates),
-                    first=stage == 0 and block == 0,
-                    reparam=reparam,
+        def focus_stage(stage: int) -> FocusStage:
+            return FocusStage(
+                *(
+                    DynamicConvBlock(
+                        embed_dim[2 + stage],
+                        context,
+                        kernel_size[2 + stage],
+                        2 * sub_num_heads[stage],
+                        drop_path=next(rates),
+                        first=stage == 0 and block == 0,
+                        reparam=reparam,
+                    )
+                    for block in range(sub_depth[stage])
                 )
-                for block in range(sub_depth[stage])
             )
 
-        self.patch_embed1 = stem(in_chans, d0)
+        self.patch_embed1 = stem(self.in_chans, d0)
         self.patch_embed2 = downsample(d0, d1)
         self.patch_embed3 = downsample(d1, d2)
         self.patch_embed4 = downsample(d2, d3)
         self.high_level_proj = nn.Conv2d(d3, context, 1)
         self.patch_embedx = ContextDownsample(d2, d3, context)
-        self.blocks1 = base_blocks(0)
-        self.blocks2 = base_blocks(1)
-        self.blocks3 = base_blocks(2)
-        self.blocks4 = base_blocks(3)
-        self.sub_blocks3 = focus_blocks(0)
-        self.sub_blocks4 = focus_blocks(1)
+        self.blocks1, self.blocks2, self.blocks3, self.blocks4 = map(base_stage, range(4))
+        self.sub_blocks3, self.sub_blocks4 = map(focus_stage, range(2))
+        self.extra_norm = nn.ModuleList(nn.Identity() for _ in range(5))
+        self.h_proj: nn.Module | None = None
         if features_only:
-            self.h_proj = nn.Sequential(nn.Conv2d(d3, d3 + context, 1), LayerScale(d3 + context, initial=1e-5))
-            widths = (d0, d1, d2 + context, d3 + context, d3)
-            self.extra_norm = nn.ModuleList(LayerNorm2d(width, eps=1e-6) for width in widths)
+            last = self.out_indices[-1]
+            context_skip = context_skip and last == 3
+            for i, width in enumerate((*widths, d3)):
+                if i in self.out_indices or (i == 1 and last > 1) or (i == 4 and context_skip):
+                    self.extra_norm[i] = LayerNorm2d(width, eps=1e-6)
+                else:
+                    self.left_out.append(f"extra_norm.{i}")
+            if context_skip:
+                self.h_proj = nn.Sequential(nn.Conv2d(d3, d3 + context, 1), LayerScale(d3 + context, initial=1e-5))
+            else:
+                self.left_out.append("h_proj")
+            self._leave_out_unused()
         else:
+            self.head_hidden_size = 1024
             self.classifiers = {"head.4": self.head_hidden_size, "aux_head.2": d3}
             self.aux_head = nn.Sequential(
-                nn.BatchNorm2d(d3), nn.AdaptiveAvgPool2d(1), self.make_classifier(d3, num_classes)
+                nn.BatchNorm2d(d3), nn.AdaptiveAvgPool2d(1), self.make_classifier(d3, self.num_classes)
             )
             self.head = nn.Sequential(
                 nn.Conv2d(d3 + context, self.head_hidden_size, 1, bias=False),
                 nn.BatchNorm2d(self.head_hidden_size),
                 nn.SiLU(),
                 nn.AdaptiveAvgPool2d(1),
-                self.make_classifier(self.head_hidden_size, num_classes),
+                self.make_classifier(self.head_hidden_size, self.num_classes),
             )
         self.apply(_initialise)
 
@@ -315,75 +362,84 @@ class OverLoCK(BackboneContract):
     def make_classifier(in_features: int, num_classes: int) -> nn.Module:
         return nn.Conv2d(in_features, num_classes, 1) if num_classes else nn.Identity()
 
+    # ---- base, overview, focus
+
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor] | list[Tensor]:
-        if self.features_only:
-            maps = self._forward_stages(x, max(self.out_indices))[1]
-            return [maps[i] for i in self.out_indices]
-        features, _, context = self._overview_and_focus(x, 3)
+        if not self.classifiers:
+            return super().forward(x)
+        x = self.forward_base(x)[-1]
+        context = self.forward_overview(x)
+        features = self.forward_focus(x, context)[-1]
+        return self.forward_heads(features, context)
+
+    def forward_base(self, x: Tensor, last: int = 3) -> list[Tensor]:
+        """Base-Net: image -> maps at 1/4, 1/8 and 1/16, as many as feature map ``last`` needs."""
+        self._check_image(x)
+        # Layer norms and 1×1 convolutions read whole pixels; every layer keeps the format it is given. An image of one
+        # channel has both formats at once, hence the second call.
+        x = self.blocks1(to_channels_last(self.patch_embed1(to_channels_last(x))))
+        maps = [self.extra_norm[0](x)]
+        if last > 0:
+            x = self.extra_norm[1](self.blocks2(to_channels_last(self.patch_embed2(x))))
+            maps.append(x)
+        if last > 1:
+            maps.append(self.blocks3(self.patch_embed3(x)))
+        return maps
+
+    def forward_overview(self, x: Tensor) -> Tensor:
+        """Overview-Net: Base-Net's map at 1/16 -> the context [B, d3, H/32, W/32]."""
+        return self.blocks4(self.patch_embed4(x))
+
+    def forward_focus(self, x: Tensor, context: Tensor, last: int = 3) -> list[Tensor]:
+        """Focus-Net: Base-Net's map at 1/16 and the context -> feature maps 2 and, where ``last`` is 3, 3."""
+        reference = self.high_level_proj(context)
+        enlarged = F.interpolate(reference, x.shape[2:], mode="bilinear").to(reference.dtype)
+        features = self.sub_blocks3(x, enlarged, enlarged)
+        maps = [self.extra_norm[2](features)]
+        if last > 2:
+            x, h = features.split((x.shape[1], enlarged.shape[1]), 1)
+            x, h = self.patch_embedx(x, h)
+            x = self.extra_norm[3](self.sub_blocks4(x, h, reference))
+            maps.append(x if self.h_proj is None else x + self.h_proj(self.extra_norm[4](context)))
+        return maps
+
+    def forward_heads(self, features: Tensor, context: Tensor) -> Tensor | dict[str, Tensor]:
         main = self.forward_head(features)
         if self.training and self.return_aux:
-            return {"main": main, "aux": self.aux_head(context).flatten(1)}
+            return {"main": main, "aux": self._flat(self.aux_head(context))}
         return main
 
-    def reset_classifier(self, num_classes: int) -> None:
-        super().reset_classifier(num_classes)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [B, 1.25·d3, h, w] -> logits [B, num_classes], or the pooled [B, 1024] before them."""
+        return self._flat(self.head[:-1](x) if pre_logits else self.head(x))
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if self.global_pool else x
+
+    def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
+        maps = self.forward_base(x, last)
+        if last > 1:
+            x = maps.pop()
+            maps += self.forward_focus(x, self.forward_overview(x), last)
+        return maps[-1], maps
+
+    # ---- what is this family's own
+
+    def set_global_pool(self, global_pool: str, num_classes: int | None = None) -> None:
+        super().set_global_pool(global_pool, num_classes)
+        for name, index in (("head", 3), ("aux_head", 1)):
+            if hasattr(self, name):
+                getattr(self, name)[index] = nn.AdaptiveAvgPool2d(1) if global_pool else nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
         if not self.return_aux:
             self.return_plain_logits()
 
     def return_plain_logits(self) -> None:
         self.return_aux = False
-        if not self.features_only:
+        if self.classifiers:
             self.aux_head.requires_grad_(False)  # DistributedDataParallel waits for every gradient that is required
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features [B, 1.25·d3, h, w] -> logits [B, num_classes], or the pooled [B, 1024] before them."""
-        expand, norm, activation, pool, classifier = self.head
-        x = pool(activation(norm(expand(x))))
-        return (x if pre_logits else classifier(x)).flatten(1)
-
-    def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
-        features, maps, context = self._overview_and_focus(x, last)
-        if self.features_only:
-            maps = [norm(m) for norm, m in zip(self.extra_norm, maps, strict=False)]
-            if last == 3:
-                maps[3] = maps[3] + self.h_proj(self.extra_norm[4](context))
-        return features, maps
-
-    def _overview_and_focus(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Runs up to feature map ``last``: the features by then, the maps 0..last, and Overview-Net's [B, d3, h, w]."""
-        self._check_image(x)
-        # Layer norms and 1×1 convolutions read whole pixels; every layer keeps the format it is given. An image of one
-        # channel has both formats at once, hence the second call.
-        x = to_channels_last(x)
-        maps = []
-        for embed, blocks in ((self.patch_embed1, self.blocks1), (self.patch_embed2, self.blocks2)):
-            x = to_channels_last(embed(x))
-            for block in blocks:
-                x = self._run(block, x)
-            maps.append(x)
-            if last < len(maps):
-                return x, maps, x
-        x = self.patch_embed3(x)
-        for block in self.blocks3:
-            x = self._run(block, x)
-        context = self.patch_embed4(x)
-        for block in self.blocks4:
-            context = self._run(block, context)
-
-        reference = self.high_level_proj(context)
-        h = enlarged = F.interpolate(reference, x.shape[2:], mode="bilinear").to(reference.dtype)
-        for block in self.sub_blocks3:
-            features = self._run(block, x, h, enlarged)
-            x, h = features.split((block.channels, block.context_channels), 1)
-        maps.append(features)
-        if last == 2:
-            return features, maps, context
-        x, h = self.patch_embedx(x, h)
-        for block in self.sub_blocks4:
-            features = self._run(block, x, h, reference)
-            x, h = features.split((block.channels, block.context_channels), 1)
-        maps.append(features)
-        return features, maps, context
 
     def reparam(self) -> OverLoCK:
         """Merges every dilated branch into its large kernel, in place: the ``*_reparam`` form, with the same logits.
@@ -395,17 +451,51 @@ class OverLoCK(BackboneContract):
                 module.merge()
         return self
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Separate branches merged for a ``*_reparam`` model; a classifier's weights for the dense-prediction backbone.
+    def folded(self) -> nn.Module:
+        """Without training's second output, and with Focus-Net's h = x_scale(h) + h_scale(h_ref) as h + s·h_ref.
 
-        What no classifier has keeps its present values in the backbone.
+        Whatever makes h takes the rest over. Nobody else reads that h: it is the context half of the block before,
+        which is not the last of its stage, or of the downsampling.
         """
-        state = dict(state)
+        if self.classifiers.pop("aux_head.2", None):
+            del self.aux_head
+        for stage, first_maker in (("sub_blocks3", None), ("sub_blocks4", "patch_embedx")):
+            blocks: list[Any] = list(getattr(self, stage, ()))
+            for maker, block in zip([getattr(self, first_maker or "", None), *blocks], blocks, strict=False):
+                _fold_context_scale(maker, block)
+        return self
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Separate branches merged for a ``*_reparam`` model, and a file of another form where it serves this one.
+
+        A classifier's file serves either backbone, a segmentation backbone's file serves a detection backbone: norms
+        and projections that the file lacks keep their present values, and a warning names them.
+
+        Raises:
+            ValueError: a backbone's file for a classifier, or a detection backbone's for one of segmentation.
+        """
+        if self.classifiers and any(name.startswith("extra_norm.") for name in state):
+            raise ValueError(
+                "checkpoint: the file is a dense-prediction backbone's (it has extra_norm), whose third stage takes "
+                "normed maps; it does not fit a classifier, but OverLoCK with features_only=True"
+            )
+        if self.features_only and 3 in self.out_indices and self.h_proj is None and "h_proj.0.weight" in state:
+            raise ValueError(
+                "checkpoint: the file is a detection backbone's, whose last map has h_proj(context) added to it; "
+                "it fits OverLoCK with features_only=True and context_skip=True"
+            )
+        state = super().adapt_state_dict(state)
         for prefix, module in self.named_modules():
             if isinstance(module, DilatedReparamBlock) and module.merged:
                 _merge_branches(state, f"{prefix}.", module)
-        dense_only = {name: t for name, t in self.state_dict().items() if name.startswith(("h_proj.", "extra_norm."))}
-        return state if any(name in state for name in dense_only) else state | dense_only
+        skip, norms = ("h_proj.", "extra_norm.4."), tuple(f"extra_norm.{i}." for i in range(4))
+        for part in (norms, skip):
+            own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(part)}
+            if own and not any(name.startswith(part) for name in state):
+                modules = ", ".join(sorted({name.rpartition(".")[0] for name in own}))
+                warnings.warn(f"{modules} keep their initial values: the file has none", stacklevel=2)
+                state.update(own)
+        return state
 
     def no_weight_decay(self) -> set[str]:
         """Relative position biases, and the scales and shifts that are not stored as vectors."""
@@ -424,6 +514,35 @@ class OverLoCK(BackboneContract):
                 (r"^patch_embedx", (4, *first)),
             ],
         }
+
+
+def _move_shift(scale: nn.Module, branch: nn.Module) -> None:
+    """Layer scale and branch are summed, so the branch's last convolution may add the shift."""
+    conv = last_convolution(branch)
+    if conv is None or not isinstance(scale, LayerScale) or scale.bias is None:
+        return
+    if as_built(scale, LayerScale):
+        fold_after(conv, torch.ones_like(scale.bias), scale.bias)
+        scale.bias = None
+
+
+def _fold_context_scale(maker: Any, block: Any) -> None:
+    """x_scale(h) + h_scale(h_ref) = h′ + s·h_ref, where ``maker`` makes h′ instead of h."""
+    scales: tuple[nn.Module | None, ...] = (block.x_scale, block.h_scale)
+    inside = isinstance(maker, DynamicConvBlock)  # then h is ls2(x) + mlp(x), from channel d on
+    conv = None if maker is None else last_convolution(maker.mlp if inside else maker.h_proj)
+    if conv is None or (inside and maker.ls2.bias is not None):
+        return
+    if any(not isinstance(s, LayerScale) or not as_built(s, LayerScale) for s in scales):
+        return
+    scale, shift = block.x_scale.weight.flatten(), block.x_scale.bias + block.h_scale.bias
+    if inside:
+        scale = torch.cat((scale.new_ones(maker.channels), scale))
+        shift = torch.cat((shift.new_zeros(maker.channels), shift))
+        maker.ls2.weight.mul_(scale.view(-1, 1, 1, 1))
+    fold_after(conv, scale, shift)
+    block.x_scale = nn.Identity()
+    block.h_scale.bias = None
 
 
 def _merge_branches(state: dict[str, Tensor], prefix: str, block: DilatedReparamBlock) -> None:
@@ -447,37 +566,16 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+COLUMNS = ("depth", "sub_depth", "embed_dim", "sub_num_heads", "drop_path_rate")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "xt": {
-        "depth": (2, 2, 3, 2),
-        "sub_depth": (6, 2),
-        "embed_dim": (56, 112, 256, 336),
-        "sub_num_heads": (4, 6),
-        "drop_path_rate": 0.1,
-    },
-    "t": {
-        "depth": (4, 4, 6, 2),
-        "sub_depth": (12, 2),
-        "embed_dim": (64, 128, 256, 512),
-        "sub_num_heads": (4, 8),
-        "drop_path_rate": 0.15,
-    },
-    "s": {
-        "depth": (6, 6, 8, 3),
-        "sub_depth": (16, 3),
-        "embed_dim": (64, 128, 320, 512),
-        "sub_num_heads": (8, 16),
-        "drop_path_rate": 0.4,
-    },
-    "b": {
-        "depth": (8, 8, 10, 4),
-        "sub_depth": (20, 4),
-        "embed_dim": (80, 160, 384, 576),
-        "sub_num_heads": (6, 9),
-        "drop_path_rate": 0.5,
-    },
+    variant: dict(zip(COLUMNS, row, strict=True))
+    for variant, row in {
+        "xt": ((2, 2, 3, 2), (6, 2), (56, 112, 256, 336), (4, 6), 0.1),
+        "t": ((4, 4, 6, 2), (12, 2), (64, 128, 256, 512), (4, 8), 0.15),
+        "s": ((6, 6, 8, 3), (16, 3), (64, 128, 320, 512), (8, 16), 0.4),
+        "b": ((8, 8, 10, 4), (20, 4), (80, 160, 384, 576), (6, 9), 0.5),
+    }.items()
 }
-
 RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
 
 
@@ -492,12 +590,9 @@ default_cfgs = {
 }
 
 
-def _overlock(variant: str, pretrained: bool, reparam: bool = False, **kwargs: Any) -> OverLoCK:
-    model = OverLoCK(**{**VARIANTS[variant], **kwargs}, reparam=reparam)
-    model.pretrained_cfg = dict(default_cfgs[f"overlock_{variant}{'_reparam' if reparam else ''}"])
-    if pretrained:
-        load_pretrained(model, model.pretrained_cfg["url"])
-    return model
+def _overlock(variant: str, pretrained: bool, form: str = "", **options: Any) -> OverLoCK:
+    options = {**VARIANTS[variant], "reparam": form == "_reparam", **options}
+    return OverLoCK.create(default_cfgs[f"overlock_{variant}{form}"], pretrained, options)
 
 
 @register_model
@@ -509,7 +604,7 @@ def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
 @register_model
 def overlock_xt_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """``overlock_xt`` with its dilated branches merged, for inference."""
-    return _overlock("xt", pretrained, reparam=True, **kwargs)
+    return _overlock("xt", pretrained, "_reparam", **kwargs)
 
 
 @register_model
@@ -521,7 +616,7 @@ def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
 @register_model
 def overlock_t_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """``overlock_t`` with its dilated branches merged, for inference."""
-    return _overlock("t", pretrained, reparam=True, **kwargs)
+    return _overlock("t", pretrained, "_reparam", **kwargs)
 
 
 @register_model
@@ -533,7 +628,7 @@ def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
 @register_model
 def overlock_s_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """``overlock_s`` with its dilated branches merged, for inference."""
-    return _overlock("s", pretrained, reparam=True, **kwargs)
+    return _overlock("s", pretrained, "_reparam", **kwargs)
 
 
 @register_model
@@ -545,4 +640,4 @@ def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
 @register_model
 def overlock_b_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
     """``overlock_b`` with its dilated branches merged, for inference."""
-    return _overlock("b", pretrained, reparam=True, **kwargs)
+    return _overlock("b", pretrained, "_reparam", **kwargs)

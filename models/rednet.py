@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models._contract import BackboneContract, FeatureInfo, pretrained_config
-from models.checkpoints import load_pretrained
+from models._contract import BackboneContract, Stage, pretrained_config
+from models.checks import integer, integers
 from models.layers import DropPath, Involution2d
 from models.layers.basic import to_channels_last
+from models.layers.fusion import affine, as_built, fold_after
 from models.layers.involution import conv_bn_relu
 from models.registry import register_model
 
@@ -37,7 +38,6 @@ __all__ = [
 PRETRAINED_CFG = pretrained_config(
     crop_pct=0.875, interpolation="bilinear", first_conv="stem.0.conv", classifier="head.fc"
 )
-default_cfgs = {f"rednet{depth}": PRETRAINED_CFG for depth in (26, 38, 50, 101, 152)}
 
 
 class Bottleneck(nn.Module):
@@ -67,10 +67,19 @@ class Bottleneck(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
         out = self.drop_path(self.bn3(self.conv3(out)))
-        return F.relu(out.add_(self.downsample(x)), inplace=True)
+        return F.relu(out + self.downsample(x))
+
+    def folded(self) -> nn.Module:
+        """Batch norms go into the convolutions before them; ``bn2`` follows the involution and stays."""
+        for conv, name in ((self.conv1, "bn1"), (self.conv3, "bn3")):
+            norm = affine(getattr(self, name))
+            if norm is not None and as_built(conv, nn.Conv2d):
+                fold_after(conv, *norm)
+                setattr(self, name, nn.Identity())
+        return self
 
 
 class RedNet(BackboneContract):
@@ -81,6 +90,8 @@ class RedNet(BackboneContract):
 
     A ``features_only`` model has no classifier and ends after its last map.
     """
+
+    stages = (("stem", "layer1"), ("layer2",), ("layer3",), ("layer4",), ("head",))
 
     def __init__(
         self,
@@ -95,50 +106,41 @@ class RedNet(BackboneContract):
         """
         Args:
             depths: blocks in each of the four stages.
-            num_classes: 0 leaves the classifier out: the model then returns the pooled features.
-            in_chans: channels of the image.
-            drop_path_rate: probability of dropping the last block's residual branch in training; earlier ones rise
-                to it linearly from 0.
-            features_only: return feature maps instead of logits.
-            out_indices: which stages' maps, 0..3; a number means the last so many, None all.
-
-        Raises:
-            ValueError: an argument out of range, or ``out_indices`` without ``features_only``.
+            num_classes, in_chans, drop_path_rate, features_only, out_indices: see ``BackboneContract``.
         """
-        super().__init__(num_classes=num_classes, in_chans=in_chans, drop_path_rate=drop_path_rate)
-        if out_indices is not None and not features_only:
-            raise ValueError(f"out_indices needs features_only=True, got out_indices={out_indices}")
-        self.features_only = features_only
-        self.feature_info = FeatureInfo(
-            {"num_chs": 256 * 2**stage, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"} for stage in range(4)
+        depths = integers("depths", depths, 4, 0)
+        super().__init__(
+            [(f"layer{stage + 1}", 256 * 2**stage, 4 * 2**stage) for stage in range(4)],
+            num_classes=num_classes,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            features_only=features_only,
+            out_indices=out_indices,
         )
-        self.out_indices = self.resolve_indices(out_indices, "out_indices")
-        self.feature_info = FeatureInfo(self.feature_info[: self.out_indices[-1] + 1], self.out_indices)
-        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
         self.pretrained_cfg = dict(PRETRAINED_CFG)
-
         stem_channels = 32
         self.stem = nn.Sequential(
-            conv_bn_relu(in_chans, stem_channels, 3, stride=2),
+            conv_bn_relu(self.in_chans, stem_channels, 3, stride=2),
             Involution2d(stem_channels, 3),
             nn.BatchNorm2d(stem_channels),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             conv_bn_relu(stem_channels, 64, 3),
         )
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         channels = 64
-        for stage, info in enumerate(self.feature_info):
+        for stage in range(4):
             blocks = []
             for index in range(depths[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(Bottleneck(channels, 64 * 2**stage, stride, next(drop_path_rates)))
-                channels = info["num_chs"]
-            self.add_module(info["module"], nn.Sequential(*blocks))
-        if not features_only:
+                channels = 256 * 2**stage
+            self.add_module(f"layer{stage + 1}", Stage(*blocks))
+        if features_only:
+            self._leave_out_unused()
+        else:
             self.classifiers = {"head.fc": channels}
-            fc = self.make_classifier(channels, num_classes) if num_classes else nn.Identity()
-            self.head = nn.Sequential(OrderedDict(fc=fc))
+            self.head = nn.Sequential(OrderedDict(fc=self.make_classifier(channels, self.num_classes)))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -157,25 +159,17 @@ class RedNet(BackboneContract):
     def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
         self._check_image(x)
         # Every layer keeps the format it is given; 1×1 convolutions and involutions read whole pixels.
-        x = to_channels_last(x)
-        x = self.maxpool(self.stem(x))
+        x = self.maxpool(self.stem(to_channels_last(x)))
         maps = []
         for info in self.feature_info[: last + 1]:
-            for block in self.get_submodule(info["module"]).children():
-                x = self._run(block, x)
+            x = self.get_submodule(info["module"])(x)
             maps.append(x)
         return x, maps
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, 2048, h, w] -> logits [B, num_classes], or the pooled features [B, 2048]."""
-        x = x.mean((2, 3))
+        x = x.mean((2, 3)) if self.global_pool else x
         return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if self.features_only:
-            maps = self._forward_stages(x, self.out_indices[-1])[1]
-            return [maps[index] for index in self.out_indices]
-        return self.forward_head(self.forward_features(x))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
@@ -221,11 +215,10 @@ class InvolutionFPN(nn.Module):
         Raises:
             ValueError: an option out of its range; in the forward pass, maps that are not those announced.
         """
-        if not in_channels or min(in_channels) < 1:
-            raise ValueError(f"in_channels must be positive numbers, one a map, got {list(in_channels)}")
         super().__init__()
-        self.in_channels = list(in_channels)
-        self.num_outs = len(self.in_channels) if num_outs is None else num_outs
+        self.in_channels = list(integers("in_channels", in_channels))
+        out_channels = integer("out_channels", out_channels)
+        self.num_outs = len(self.in_channels) if num_outs is None else integer("num_outs", num_outs)
         if self.num_outs < len(self.in_channels):
             raise ValueError(f"num_outs must be at least the number of maps, {len(in_channels)}, got {num_outs}")
         self.lateral_convs = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in self.in_channels)
@@ -253,38 +246,39 @@ class InvolutionFPN(nn.Module):
         return outs
 
 
-def _create(depths: Sequence[int], pretrained: bool, **kwargs: Any) -> RedNet:
-    model = RedNet(depths, **kwargs)
-    if pretrained:
-        load_pretrained(model, model.pretrained_cfg["url"])
-    return model
+DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+default_cfgs = {f"rednet{depth}": PRETRAINED_CFG for depth in DEPTHS}
+
+
+def _rednet(depth: int, pretrained: bool, **options: Any) -> RedNet:
+    return RedNet.create(default_cfgs[f"rednet{depth}"], pretrained, {"depths": DEPTHS[depth], **options})
 
 
 @register_model
 def rednet26(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-26: 9.23 M parameters, 1.73 G multiply-adds at 224², 75.96 % top-1 on ImageNet."""
-    return _create((1, 2, 4, 1), pretrained, **kwargs)
+    return _rednet(26, pretrained, **kwargs)
 
 
 @register_model
 def rednet38(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-38: 12.39 M parameters, 2.22 G multiply-adds at 224², 77.48 % top-1 on ImageNet."""
-    return _create((2, 3, 5, 2), pretrained, **kwargs)
+    return _rednet(38, pretrained, **kwargs)
 
 
 @register_model
 def rednet50(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-50: 15.54 M parameters, 2.71 G multiply-adds at 224², 78.35 % top-1 on ImageNet."""
-    return _create((3, 4, 6, 3), pretrained, **kwargs)
+    return _rednet(50, pretrained, **kwargs)
 
 
 @register_model
 def rednet101(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-101: 25.65 M parameters, 4.74 G multiply-adds at 224², 78.92 % top-1 on ImageNet."""
-    return _create((3, 4, 23, 3), pretrained, **kwargs)
+    return _rednet(101, pretrained, **kwargs)
 
 
 @register_model
 def rednet152(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-152: 33.98 M parameters, 6.79 G multiply-adds at 224², 79.12 % top-1 on ImageNet."""
-    return _create((3, 8, 36, 3), pretrained, **kwargs)
+    return _rednet(152, pretrained, **kwargs)

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from models.checkpoints import load_checkpoint, local_file
+from models.checks import flag
+from models.inference import optimize_for_inference
 from models.metadata import read_metadata
 
 __all__ = ["create_model", "entry_points", "list_models", "register_model"]
@@ -85,7 +87,10 @@ def create_model(
         close = difflib.get_close_matches(name, _entry_points, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
         raise ValueError(f"name: no model {name!r}; {hint}")
-    if pretrained and checkpoint is not None:
+    flag("inference", inference)
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"checkpoint must be a str or a path, got {checkpoint!r}")
+    if flag("pretrained", pretrained) and checkpoint is not None:
         raise ValueError(f"pretrained and checkpoint: expected at most one, got pretrained=True and {checkpoint!r}")
     if checkpoint is not None:
         checkpoint = local_file(checkpoint)
@@ -95,11 +100,7 @@ def create_model(
     model = _entry_points[name](pretrained=pretrained, **kwargs)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
-    if inference:
-        from models.inference import optimize_for_inference  # the families, which it imports, import this module
-
-        return optimize_for_inference(model.eval())
-    return model
+    return optimize_for_inference(model.eval()) if inference else model
 
 
 def _natural_key(name: str) -> list[tuple[bool, int, str]]:

@@ -7,14 +7,14 @@ token labelling and mix-token from arXiv 2104.10858. Entry names are those of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from models._contract import BackboneContract, FeatureInfo, pretrained_config
-from models.checkpoints import load_pretrained
+from models._contract import BackboneContract, Stage, pretrained_config
+from models.checks import flag, integer, integers, number
 from models.layers import DropPath, OutlookAttention
 from models.layers.basic import to_channels_last
 from models.layers.outlook import check_heads
@@ -22,8 +22,8 @@ from models.registry import register_model
 
 __all__ = ["VOLO", "OutlookAttention", "volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"]
 
-PATCH_SIZE = 8  # pixels a side of a fine token
-DOWNSAMPLING = 2  # fine tokens a side of a coarse one
+PATCH_SIZE = 8  # pixels per side of a fine token
+DOWNSAMPLING = 2  # fine tokens per side of a coarse one
 
 
 class Attention(nn.Module):
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = _split_heads(self.qkv(x), 3, self.num_heads)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
 class ClassAttention(nn.Module):
@@ -55,7 +55,14 @@ class ClassAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (query,) = _split_heads(self.q(x[:, :1]), 1, self.num_heads)
         key, value = _split_heads(self.kv(x), 2, self.num_heads)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q·kᵀ / √d)·v: [B, heads, N, d] each. PyTorch's fused attention has no forward-mode derivative."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return F.scaled_dot_product_attention(query, key, value)
+    return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
 def _split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -108,7 +115,7 @@ class PatchEmbed(nn.Module):
         layers: list[nn.Module] = []
         for channels, kernel_size, stride in ((in_chans, 7, 2), (hidden, 3, 1), (hidden, 3, 1)):
             conv = nn.Conv2d(channels, hidden, kernel_size, stride, kernel_size // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
+            layers += [conv, nn.BatchNorm2d(hidden), nn.ReLU()]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden, dim, PATCH_SIZE // 2, PATCH_SIZE // 2)
 
@@ -155,6 +162,17 @@ class VOLO(BackboneContract):
     A ``features_only`` model ends after its last map.
     """
 
+    fixed_input_size = True
+    plain_options: ClassVar = {"return_dense": False}
+    global_pools = ("token", "avg", "")
+    stages = (
+        ("patch_embed", "network.0"),
+        ("pos_embed", "network.1", "network.2"),
+        ("network.3",),
+        ("network.4",),
+        ("cls_token", "post_network", "norm", "head", "aux_head"),
+    )
+
     def __init__(
         self,
         layers: Sequence[int],
@@ -179,72 +197,50 @@ class VOLO(BackboneContract):
             num_heads: heads on fine and on coarse tokens.
             mlp_ratio: hidden channels of an MLP over its channels.
             stem_dim: channels of the patch embedding's convolutions.
-            img_size: side in pixels, or (height, width), for which the position embedding is made. Others work too.
-            num_classes: 0 leaves both classifiers out: the model then returns the class token.
-            in_chans: channels of the image.
+            img_size: side in pixels, or (height, width), of the position embedding. Other images work too.
+            num_classes, in_chans, features_only, out_indices: see ``BackboneContract``.
             drop_path_rate: probability of dropping the last transformer block's branches in training. Rates rise
                 linearly with depth from 0 at the first Outlooker, but Outlookers themselves are never dropped.
             return_dense: return the triple above in training.
             mix_token: draw and mix a box in training; only with ``return_dense``.
-            features_only: return feature maps instead of logits.
-            out_indices: which maps, 0..3; a number means the last so many, None all.
-
-        Raises:
-            ValueError: an argument out of range, or ``out_indices`` without ``features_only``.
         """
-        super().__init__(num_classes=num_classes, in_chans=in_chans, drop_path_rate=drop_path_rate)
-        for name, sequence, length in (
-            ("layers", layers, 4),
-            ("embed_dims", embed_dims, 2),
-            ("num_heads", num_heads, 2),
-        ):
-            if len(sequence) != length or min(sequence) < 1:
-                raise ValueError(f"{name} must be {length} positive numbers, got {tuple(sequence)}")
-        if out_indices is not None and not features_only:
-            raise ValueError(f"out_indices needs features_only=True, got out_indices={out_indices}")
-        self.img_size = self._checked_size(img_size)
-        self.features_only = features_only
-        self.return_dense = return_dense
-        self.mix_token = mix_token and return_dense
+        layers = integers("layers", layers, 4)
+        embed_dims, num_heads = integers("embed_dims", embed_dims, 2), integers("num_heads", num_heads, 2)
+        fine, dim = embed_dims
         coarse_patch = PATCH_SIZE * DOWNSAMPLING
-        self.feature_info = FeatureInfo(
-            [
-                {"num_chs": embed_dims[0], "reduction": PATCH_SIZE, "module": "network.0"},
-                *({"num_chs": embed_dims[1], "reduction": coarse_patch, "module": f"network.{i}"} for i in (2, 3, 4)),
-            ]
+        super().__init__(
+            [("network.0", fine, PATCH_SIZE), *((f"network.{i}", dim, coarse_patch) for i in (2, 3, 4))],
+            num_classes=num_classes,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            features_only=features_only,
+            out_indices=out_indices,
         )
-        self.out_indices = self.resolve_indices(out_indices, "out_indices")
-        self.feature_info = FeatureInfo(self.feature_info[: self.out_indices[-1] + 1], self.out_indices)
-        self.num_features = self.head_hidden_size = dim = self.feature_info[-1]["num_chs"]
+        self.img_size = self._checked_size(img_size)
+        self.return_dense = flag("return_dense", return_dense)
+        self.mix_token = flag("mix_token", mix_token) and self.return_dense
+        mlp_ratio, stem_dim = number("mlp_ratio", mlp_ratio, 1 / min(embed_dims), 65), integer("stem_dim", stem_dim)
 
-        if len(self.feature_info) > 1:
-            grid = [-(-side // PATCH_SIZE) // DOWNSAMPLING for side in self.img_size]
-            self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
-        if not features_only:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.patch_embed = PatchEmbed(in_chans, stem_dim, embed_dims[0])
+        self.pos_embed = nn.Parameter(torch.zeros(1, *self._grid(), dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.patch_embed = PatchEmbed(self.in_chans, stem_dim, fine)
         rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist()
-        outlookers = [
-            Block(OutlookAttention(embed_dims[0], num_heads[0]), embed_dims[0], mlp_ratio) for _ in range(layers[0])
-        ]
-        self.network = nn.ModuleList([nn.Sequential(*outlookers)])
-        if len(self.feature_info) > 1:
-            self.network.append(Downsample(embed_dims[0], dim))
-        for stage in range(1, len(self.feature_info)):
+        outlookers = (Block(OutlookAttention(fine, num_heads[0]), fine, mlp_ratio) for _ in range(layers[0]))
+        self.network = nn.ModuleList([Stage(*outlookers), Downsample(fine, dim)])
+        for stage in range(1, 4):
             first = sum(layers[:stage])
-            blocks = [
+            blocks = (
                 Block(Attention(dim, num_heads[1]), dim, mlp_ratio, rate)
                 for rate in rates[first : first + layers[stage]]
-            ]
-            self.network.append(nn.Sequential(*blocks))
-        if not features_only:
-            self.post_network = nn.ModuleList(
-                [ClassBlock(ClassAttention(dim, num_heads[1]), dim, mlp_ratio) for _ in range(2)]
             )
-            self.classifiers = {"head": dim, "aux_head": dim}
-            self.aux_head = self.make_classifier(dim, num_classes) if num_classes else nn.Identity()
-            self.norm = nn.LayerNorm(dim)
-            self.head = self.make_classifier(dim, num_classes) if num_classes else nn.Identity()
+            self.network.append(Stage(*blocks))
+        self.post_network = Stage(*(ClassBlock(ClassAttention(dim, num_heads[1]), dim, mlp_ratio) for _ in range(2)))
+        self.classifiers = {"head": dim, "aux_head": dim}
+        self.aux_head = self.make_classifier(dim, self.num_classes)
+        self.norm = nn.LayerNorm(dim)
+        self.head = self.make_classifier(dim, self.num_classes)
+        if features_only:
+            self._leave_out_unused()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -258,59 +254,68 @@ class VOLO(BackboneContract):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def _checked_size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, int) for side in size):
-            raise TypeError(f"img_size must be an int or a pair of ints, got {img_size!r}")
-        if min(size) < self.minimum_size:
-            raise ValueError(f"img_size must be at least {self.minimum_size} pixels a side, got {img_size}")
-        return size[0], size[1]
+        low, high = self.minimum_size, self.maximum_size
+        if isinstance(img_size, Sequence):
+            height, width = integers("img_size", img_size, 2, low, high)
+            return height, width
+        side = integer("img_size", img_size, low, high)
+        return side, side
+
+    def _grid(self) -> tuple[int, int]:
+        height, width = self.img_size
+        return -(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING
+
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Makes the position embedding for another image size, by resizing it. ``patch_size`` is always 8."""
+        if patch_size not in (None, PATCH_SIZE, (PATCH_SIZE, PATCH_SIZE)):
+            raise ValueError(f"patch_size must be {PATCH_SIZE}, got {patch_size}")
+        if img_size is None:
+            return
+        self.img_size = self._checked_size(img_size)
+        if "pos_embed" in self._parameters:
+            resized = resize_position_embedding(self.pos_embed.detach(), self._grid()).contiguous()
+            self.pos_embed = nn.Parameter(resized, self.pos_embed.requires_grad)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image [B, in_chans, H, W] -> fine tokens [B, ceil(H / 8), ceil(W / 8), C]."""
         self._check_image(x)
-        below, right = -x.shape[2] % PATCH_SIZE, -x.shape[3] % PATCH_SIZE
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-        return self.patch_embed(x)
+        return self.patch_embed(F.pad(x, (0, -x.shape[3] % PATCH_SIZE, 0, -x.shape[2] % PATCH_SIZE)))
 
     def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
         return self._forward_tokens(self._embed(x), last)
 
     def _forward_tokens(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
         """``_forward_stages`` from the fine tokens on; after the last stage of a classifier [B, 1 + h·w, C]."""
-        for block in self.network[0].children():
-            x = self._run(block, x)
+        x = self.network[0](x)
         maps = [x.permute(0, 3, 1, 2)]
         if last == 0:
             return maps[0], maps
         x = self.network[1](x)
-        grid = x.shape[1:3]
-        x = (x + resize_position_embedding(self.pos_embed, (grid[0], grid[1]))).flatten(1, 2)
-        for stage in self.network[2 : last + 2]:
-            for block in stage.children():
-                x = self._run(block, x)
+        grid = (x.shape[1], x.shape[2])
+        x = (x + resize_position_embedding(self.pos_embed, grid)).flatten(1, 2)
+        for index in range(2, last + 2):
+            x = self.network[index](x)
             maps.append(x.transpose(1, 2).unflatten(2, grid))
-        if self.features_only or last < 3:
+        if not self.classifiers or last < len(self.feature_info) - 1:
             return maps[-1], maps
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
-        for block in self.post_network:
-            x = self._run(block, x)
-        return self.norm(x), maps
+        return self.norm(self.post_network(x)), maps
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, 1 + h·w, C], the class token first -> logits [B, num_classes], or the class token [B, C]."""
-        token = x[:, 0]
+        """Tokens [B, 1 + h·w, C], the class token first -> logits [B, num_classes], or what ``global_pool`` makes of
+        them, [B, C]: the class token, the mean, or with "" all tokens.
+        """
+        pooled = {"token": lambda: x[:, 0], "avg": lambda: x.mean(1), "": lambda: x}[self.global_pool]()
         if pre_logits or self.num_classes == 0:
-            return token
-        return self.head(token) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+            return pooled
+        return self.head(pooled) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | tuple[Tensor, Tensor, Tensor]:
-        if self.features_only:
-            maps = self._forward_stages(x, self.out_indices[-1])[1]
-            return [maps[index] for index in self.out_indices]
-        if self.training and self.return_dense:
+        if self.training and self.return_dense and self.classifiers:
             return self._forward_token_labels(x)
-        return self.forward_head(self.forward_features(x))
+        return super().forward(x)
 
     def return_plain_logits(self) -> None:
         self.return_dense = self.mix_token = False
@@ -322,8 +327,8 @@ class VOLO(BackboneContract):
             box = random_box(*grid, x.device)
             x = mix_box(x, box * DOWNSAMPLING)
         else:
-            box = torch.zeros(4, dtype=torch.int64, device=x.device)
-        x = self._forward_tokens(x, 3)[0]
+            box = x.new_zeros(4, dtype=torch.int64)
+        x = self._forward_tokens(x, len(self.feature_info) - 1)[0]
         token_logits = self.aux_head(x[:, 1:])
         if self.mix_token:
             token_logits = mix_box(token_logits.unflatten(1, grid), box).flatten(1, 2)
@@ -340,12 +345,8 @@ class VOLO(BackboneContract):
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters(recurse=False)}
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Leaves out the stages that a ``features_only`` model ends before."""
-        absent = tuple(f"network.{index}." for index in range(len(self.network), 5))
-        return {name: tensor for name, tensor in state.items() if not name.startswith(absent)}
 
-
+@fx.wrap
 def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """[1, h, w, C] -> [1, *grid, C]: bicubic over pixel areas (``align_corners=False``), without antialiasing."""
     if embedding.shape[1:3] == grid:
@@ -353,6 +354,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
     return F.interpolate(embedding.permute(0, 3, 1, 2), grid, mode="bicubic").permute(0, 2, 3, 1)
 
 
+@fx.wrap
 def random_box(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """CutMix's box (arXiv 1905.04899, section 3.1): centre uniform, sides √(1 − λ) of the map's, λ ~ Beta(1, 1).
 
@@ -368,6 +370,7 @@ def random_box(height: int, width: int, device: torch.device | str | None = None
     return torch.stack((*starts, *stops))
 
 
+@fx.wrap
 def mix_box(x: Tensor, box: Tensor) -> Tensor:
     """Inside the box the tokens of the opposite batch entry, outside one's own: [B, H, W, C] -> [B, H, W, C].
 
@@ -401,52 +404,57 @@ def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dic
         crop_pct=crop_pct,
         first_conv="patch_embed.conv.0",
         classifier=("head", "aux_head"),
+        fixed_input_size=True,
     )
 
 
 default_cfgs = {f"volo_{variant}": _pretrained_cfg(variant) for variant in WEIGHTS}
 
 
-def _create(
-    variant: str,
-    layers: Sequence[int],
-    embed_dims: Sequence[int],
-    num_heads: Sequence[int],
-    pretrained: bool,
-    **kwargs: Any,
-) -> VOLO:
-    model = VOLO(layers, embed_dims, num_heads, **kwargs)
-    model.pretrained_cfg = _pretrained_cfg(variant, model.img_size)
-    if pretrained:
-        load_pretrained(model, model.pretrained_cfg["url"])
-    return model
+COLUMNS = ("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim")
+VARIANTS: dict[str, dict[str, Any]] = {
+    variant: dict(zip(COLUMNS, row, strict=True))
+    for variant, row in {
+        "d1": ((4, 4, 8, 2), (192, 384), (6, 12), 3.0, 64),
+        "d2": ((6, 4, 10, 4), (256, 512), (8, 16), 3.0, 64),
+        "d3": ((8, 8, 16, 4), (256, 512), (8, 16), 3.0, 64),
+        "d4": ((8, 8, 16, 4), (384, 768), (12, 16), 3.0, 64),
+        "d5": ((12, 12, 20, 4), (384, 768), (12, 16), 4.0, 128),
+    }.items()
+}
+
+
+def _volo(variant: str, pretrained: bool, **options: Any) -> VOLO:
+    return VOLO.create(
+        lambda model: _pretrained_cfg(variant, model.img_size), pretrained, {**VARIANTS[variant], **options}
+    )
 
 
 @register_model
 def volo_d1(pretrained: bool = False, **kwargs: Any) -> VOLO:
     """VOLO-D1: 26.6 M parameters, 6.8 G multiply-adds at 224², 84.2 % top-1 on ImageNet."""
-    return _create("d1", (4, 4, 8, 2), (192, 384), (6, 12), pretrained, **kwargs)
+    return _volo("d1", pretrained, **kwargs)
 
 
 @register_model
 def volo_d2(pretrained: bool = False, **kwargs: Any) -> VOLO:
     """VOLO-D2: 58.7 M parameters, 85.2 % top-1 on ImageNet at 224²."""
-    return _create("d2", (6, 4, 10, 4), (256, 512), (8, 16), pretrained, **kwargs)
+    return _volo("d2", pretrained, **kwargs)
 
 
 @register_model
 def volo_d3(pretrained: bool = False, **kwargs: Any) -> VOLO:
     """VOLO-D3: 86.3 M parameters, 85.4 % top-1 on ImageNet at 224²."""
-    return _create("d3", (8, 8, 16, 4), (256, 512), (8, 16), pretrained, **kwargs)
+    return _volo("d3", pretrained, **kwargs)
 
 
 @register_model
 def volo_d4(pretrained: bool = False, **kwargs: Any) -> VOLO:
     """VOLO-D4: 193 M parameters, 85.7 % top-1 on ImageNet at 224²."""
-    return _create("d4", (8, 8, 16, 4), (384, 768), (12, 16), pretrained, **kwargs)
+    return _volo("d4", pretrained, **kwargs)
 
 
 @register_model
 def volo_d5(pretrained: bool = False, **kwargs: Any) -> VOLO:
     """VOLO-D5: 295.5 M parameters, 86.1 % top-1 on ImageNet at 224²."""
-    return _create("d5", (12, 12, 20, 4), (384, 768), (12, 16), pretrained, mlp_ratio=4.0, stem_dim=128, **kwargs)
+    return _volo("d5", pretrained, **kwargs)

@@ -68,7 +68,7 @@ def read_weights(path: PathLike) -> Weights:
     path = Path(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"checkpoint: no file {path}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"checkpoint: {path} is not a file")
     with open(path, "rb") as file:
         start = file.read(512)

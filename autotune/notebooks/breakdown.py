@@ -86,7 +86,7 @@ def peers() -> dict[str, Callable[[], nn.Module] | None]:
 def _torchvision(name: str) -> Callable[[], nn.Module] | None:
     try:
         import torchvision  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    except Exception:  # built for another torch it raises RuntimeError
         return None
     return lambda: torchvision.models.get_model(name, weights=None)
 
@@ -94,7 +94,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module] | None:
 def _timm(name: str) -> Callable[[], nn.Module] | None:
     try:
         import timm  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    except Exception:  # as torchvision, which it imports
         return None
     return lambda: timm.create_model(name, pretrained=False)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kernels
 from kernels.checks import as_pair, check_tensors
+from kernels.natten.context import *  # noqa: F403  (NATTEN has them here, too)
 from kernels.windows import Pair
 
 __all__ = ["na2d", "na2d_av", "na2d_qk", "na2d_qk_with_bias", "natten2dav", "natten2dqk", "natten2dqkrpb"]

@@ -76,6 +76,8 @@ def outlook_attention2d(
     heads = logits.shape[3]
     if channels % heads:
         raise ValueError(f"logits have {heads} heads, which must divide the {channels} channels of value")
+    if stride > height and stride > width:  # a single window: a kernel's steps are not to grow with the stride
+        stride = max(height, width)
     scale = float(scale)
     backend = get_backend()
     if backend == "reference":

@@ -1,4 +1,4 @@
-"""Layers from which the families are built, and which stand in networks of your own as they stand in these.
+"""Layers from which the families are built, for networks of your own as well.
 
 Three of them compute kernels from their input, by the operators of ``kernels``:
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import transforming
+from models.checks import integer, number
+from models.layers.fusion import as_built, leaf
 
 __all__ = [
     "DropPath",
@@ -14,12 +16,13 @@ __all__ = [
     "LayerNorm2d",
     "LayerScale",
     "SqueezeExcite",
+    "add_scaled",
     "to_channels_last",
 ]
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """x in channels-last memory; as it is inside ``torch.func``'s transforms, whose vmap knows no memory formats."""
+    """x in channels-last memory; unchanged inside ``torch.func``'s transforms, since vmap rejects memory formats."""
     return x if transforming() else x.contiguous(memory_format=torch.channels_last)
 
 
@@ -31,13 +34,17 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate = rate
+        self.rate = number("rate", rate, 0, 1)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
         return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def folded(self) -> nn.Module:
+        return nn.Identity()
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3g}"
@@ -61,22 +68,34 @@ class GELU2d(nn.GELU):
 
 
 class LayerScale(nn.Module):
-    """out = weight[c]·x + bias[c]; ``weight`` is stored as [C, 1, 1, 1], a 1×1 depthwise kernel."""
+    """out = weight[c]·x + bias[c]; ``weight`` is stored as [C, 1, 1, 1], a 1×1 depthwise kernel.
+
+    Inference folds the bias into a neighbour: then it is None.
+    """
 
     def __init__(self, channels: int, initial: float = 1.0) -> None:
         super().__init__()
+        channels = integer("channels", channels)
         self.initial = initial
         self.weight = nn.Parameter(torch.empty(channels, 1, 1, 1))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, self.initial)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.to(x.dtype).view(-1, 1, 1)
-        return torch.addcmul(bias, x, self.weight.to(x.dtype).view(-1, 1, 1))
+        scale = self.weight.to(x.dtype).view(-1, 1, 1)
+        return x * scale if self.bias is None else torch.addcmul(self.bias.to(x.dtype).view(-1, 1, 1), x, scale)
+
+
+def add_scaled(scale: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
+    """scale(x) + branch, in one pass over them where ``scale`` is a ``LayerScale`` without its bias."""
+    if isinstance(scale, LayerScale) and scale.bias is None and as_built(scale, LayerScale):
+        return torch.addcmul(branch, x, scale.weight.to(x.dtype).view(-1, 1, 1))
+    return scale(x) + branch
 
 
 class GlobalResponseNorm(nn.Module):
@@ -84,10 +103,12 @@ class GlobalResponseNorm(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
+        channels = integer("channels", channels)
         self.eps = eps
         self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
             # PyTorch's CPU vector_norm is not vectorised for channels-last input: four times as slow as these.
@@ -104,7 +125,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 8, minimum: int = 16) -> None:
         super().__init__()
-        hidden = max(minimum, channels // reduction)
+        hidden = max(integer("minimum", minimum), integer("channels", channels) // integer("reduction", reduction))
         self.proj = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(channels, hidden, 1),

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from models.checks import integer
 from models.layers.basic import to_channels_last
+from models.layers.fusion import convolves, fold_after, last_convolution, leaf
 
 __all__ = ["ContMix"]
 
@@ -17,7 +19,7 @@ class ContMix(nn.Module):
 
     With Q = BN(W_q·f) and R = BN(W_k·pool₇ₓ₇(c)), split into G heads of d/(2G) channels, where d = ``channels``:
 
-        affinity = (d/G)^−½ · Qᵀ·R            49 numbers a position and head
+        affinity = (d/G)^−½ · Qᵀ·R            49 numbers per position and head
         logits   = P·affinity + b             25 + K² numbers
         out      = [Σ_k softmax(logits₅ + rpb1)[k] · x₁[nbr₅(k)],  Σ_k softmax(logits_K + rpb2)[k] · x₂[nbr_K(k)]]
 
@@ -45,14 +47,11 @@ class ContMix(nn.Module):
 
     def __init__(self, channels: int, context_channels: int, kernel_size: int, num_heads: int) -> None:
         super().__init__()
-        for name, size in (("context_channels", context_channels), ("kernel_size", kernel_size)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
+        channels, context_channels = integer("channels", channels), integer("context_channels", context_channels)
+        kernel_size, num_heads = integer("kernel_size", kernel_size), integer("num_heads", num_heads)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be >= 1, got {num_heads}")
-        if channels < 1 or channels % (2 * num_heads):
+        if channels % (2 * num_heads):
             raise ValueError(f"channels must be a multiple of 2·num_heads = {2 * num_heads}, got {channels}")
         self.channels = channels
         self.context_channels = context_channels
@@ -71,6 +70,7 @@ class ContMix(nn.Module):
         )
         self.weight_proj = nn.Conv2d(self.CONTEXT_SIZE**2, sum(k * k for k in self.kernel_sizes), 1)
 
+    @leaf
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """Mixes x.
 
@@ -81,6 +81,10 @@ class ContMix(nn.Module):
         Returns:
             [B, d, H, W].
         """
+        return self.mix(x, features)
+
+    def mix(self, x: Tensor, features: Tensor) -> Tensor:
+        """What ``forward`` does, for a layer that is a ``ContMix`` and more."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
         expected = [x.shape[0], self.channels + self.context_channels, x.shape[2], x.shape[3]]
@@ -91,20 +95,43 @@ class ContMix(nn.Module):
         if enlarged != size:
             x = F.interpolate(x, enlarged, mode="bilinear")
             features = F.interpolate(features, enlarged, mode="bilinear")
-        query = self.weight_query(features[:, : self.channels])
+        query = self.weight_query(features[:, : self.channels]).unflatten(1, (self.num_heads, -1))
         key = self.weight_key(features[:, self.channels :]) * self.scale
-        assert self.weight_proj.bias is not None
-        mixed = kernels.contmix2d(
-            query.unflatten(1, (self.num_heads, -1)),
-            key.unflatten(1, (self.num_heads, -1)).flatten(3),
-            x.unflatten(1, (2, self.num_heads, -1)),
-            self.weight_proj.weight.flatten(1),
-            self.weight_proj.bias,
-            (self.rpb1, self.rpb2),
-            kernel_sizes=self.kernel_sizes,
-        )
+        key = key.unflatten(1, (self.num_heads, -1)).flatten(3)
+        value = x.unflatten(1, (2, self.num_heads, -1))
+        proj = self.weight_proj
+        if convolves(proj, 1, x.device) and proj.bias is not None:
+            mixed = kernels.contmix2d(
+                query,
+                key,
+                value,
+                proj.weight.flatten(1),
+                proj.bias,
+                (self.rpb1, self.rpb2),
+                kernel_sizes=self.kernel_sizes,
+            )
+        else:
+            mixed = self._mix_in_steps(query, key, value)
         mixed = to_channels_last(mixed.flatten(1, 3))
         return mixed if enlarged == size else F.adaptive_avg_pool2d(mixed, size)
+
+    def _mix_in_steps(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same with every logit in memory: ``weight_proj`` is called, whatever stands in its place."""
+        affinity = query.flatten(3).transpose(2, 3) @ key  # [B, G, H·W, 49]
+        logits = self.weight_proj(affinity.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, G, H·W, 25 + K²]
+        logits = logits.unflatten(2, query.shape[3:]).split([size**2 for size in self.kernel_sizes], -1)
+        halves = zip(logits, value.movedim(3, -1).unbind(1), self.kernel_sizes, (self.rpb1, self.rpb2), strict=True)
+        mixed = [kernels.na2d_softmax_av(weights, half, size, rpb=rpb) for weights, half, size, rpb in halves]
+        return torch.stack(mixed, 1).movedim(-1, 3)
+
+    def folded(self) -> nn.Module:
+        """The scale (d/G)^−½ goes into the key's convolution."""
+        conv = last_convolution(self.weight_key)
+        if conv is not None:
+            scale = conv.weight.new_full((conv.out_channels,), self.scale)
+            fold_after(conv, scale, torch.zeros_like(scale))
+            self.scale = 1.0
+        return self
 
     def mixing_size(self, height: int, width: int) -> tuple[int, int]:
         """The map's size while it is mixed: as it is, or enlarged until the large kernel just fits."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from models.checks import flag, integer, one_of
+from models.layers.fusion import affine, as_built, convolves, leaf
 
 __all__ = ["DepthwiseConv2d", "DilatedReparamBlock", "ResidualDepthwiseConv2d"]
 
@@ -16,18 +18,30 @@ class ResidualDepthwiseConv2d(nn.Conv2d):
     """x + depthwise 3×3 convolution of x."""
 
     def __init__(self, channels: int) -> None:
+        channels = integer("channels", channels)
         super().__init__(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, input: Tensor) -> Tensor:
         return input + super().forward(input)
+
+    def folded(self) -> nn.Module:
+        """x + W∗x + b = (W + δ)∗x + b, where δ is 1 at the window's centre: an ordinary convolution."""
+        if not as_built(self, ResidualDepthwiseConv2d):
+            return self
+        conv = nn.Conv2d(self.in_channels, self.in_channels, 3, padding=1, groups=self.groups, device="meta")
+        conv.weight, conv.bias = self.weight, self.bias
+        conv.weight[:, :, 1, 1] += 1
+        return conv
 
 
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with "same" padding, computed by ``kernels.depthwise_conv2d``: for kernels beyond 3×3."""
 
     def __init__(self, channels: int, kernel_size: int, bias: bool = True) -> None:
+        channels, kernel_size = integer("channels", channels), integer("kernel_size", kernel_size)
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return kernels.depthwise_conv2d(input, self.weight, self.bias)
 
@@ -35,8 +49,8 @@ class DepthwiseConv2d(nn.Conv2d):
 class DilatedReparamBlock(nn.Module):
     """BN(K×K depthwise of x) + Σ BN(dilated depthwise of x), one K×K kernel with bias once merged (arXiv 2311.15599).
 
-    While batch norms use their running statistics every branch is linear, so the sum is itself one K×K convolution:
-    then it is computed as such, merged or not. ``merge`` makes that permanent.
+    While batch norms use their running statistics every branch is linear, so the sum is itself one K×K convolution.
+    It is computed as such, merged or not, as long as every branch is what was built here. ``merge`` makes it permanent.
 
     Args:
         channels: C of the [B, C, H, W] input and output.
@@ -53,11 +67,9 @@ class DilatedReparamBlock(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, merged: bool = False) -> None:
         super().__init__()
-        if kernel_size not in self.BRANCHES:
-            raise ValueError(f"kernel_size must be one of {sorted(self.BRANCHES)}, got {kernel_size}")
-        self.channels = channels
-        self.kernel_size = kernel_size
-        self.lk_origin = DepthwiseConv2d(channels, kernel_size, bias=merged)
+        self.channels = channels = integer("channels", channels)
+        self.kernel_size = one_of("kernel_size", kernel_size, sorted(self.BRANCHES))
+        self.lk_origin = DepthwiseConv2d(channels, kernel_size, bias=flag("merged", merged))
         if merged:
             return
         self.origin_bn = nn.BatchNorm2d(channels)
@@ -84,43 +96,76 @@ class DilatedReparamBlock(nn.Module):
         dilated = [(getattr(self, f"dil_conv_{name}"), getattr(self, f"dil_bn_{name}")) for name in names]
         return [(self.lk_origin, self.origin_bn), *dilated]
 
-    def merged_parameters(self) -> tuple[Tensor, Tensor]:
-        """Kernel [C, 1, K, K] and bias [C] of the one convolution that equals the sum of all branches."""
-        convs, norms = zip(*self.branches(), strict=True)
-        # [branches, C] at once: a GPU spends longer on starting these operations than on running them.
-        weight, shift, mean, variance = (
-            torch.stack([getattr(norm, name) for norm in norms])
-            for name in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = weight * torch.rsqrt(variance + self.origin_bn.eps)
-        kernel = torch.zeros_like(self.lk_origin.weight)
+    def merged_parameters(self, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
+        """Kernel [C, 1, K, K] and bias [C] of the one convolution that equals the sum of all branches.
+
+        None where there is none: batch statistics are used, or a branch is not what was built. Each branch is added by
+        operations of its own. Stacking them would be quicker, but their gradients would be views of one tensor.
+        """
+        parts = []
         sizes = ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
-        for (size, dilation), conv, factor in zip(sizes, convs, scale.unbind(), strict=True):
+        for (size, dilation), (conv, norm) in zip(sizes, self.branches(), strict=True):
+            kinds = (DepthwiseConv2d,) if dilation == 1 else (nn.Conv2d,)
+            normed = affine(norm, device)
+            if normed is None or conv.bias is not None:
+                return None
+            if not convolves(conv, size, device, kinds=kinds, dilation=dilation, groups=self.channels):
+                return None
+            parts.append((size, dilation, conv.weight, *normed))
+        kernel = torch.zeros_like(self.lk_origin.weight)
+        bias = torch.zeros_like(parts[0][4])
+        for size, dilation, weight, scale, shift in parts:
             first = (self.kernel_size - 1 - dilation * (size - 1)) // 2
             taps = slice(first, self.kernel_size - first, dilation)
-            kernel[:, :, taps, taps] += conv.weight * factor.view(-1, 1, 1, 1)
-        return kernel, (shift - mean * scale).sum(0)
+            kernel[:, :, taps, taps] += weight * scale.view(-1, 1, 1, 1)
+            bias = bias + shift
+        return kernel, bias
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Replaces all branches by their sum, with the batch norms' running statistics; only once."""
+        """Replaces all branches by their sum, with the batch norms' running statistics; only once.
+
+        Raises:
+            ValueError: a branch is not what was built here: wrapped, parametrised, hooked or of another kind.
+        """
         if self.merged:
             return
+        norms = [norm for _, norm in self.branches() if norm.training]
+        for norm in norms:
+            norm.eval()
+        parameters = self.merged_parameters()
+        for norm in norms:
+            norm.train()
+        if parameters is None:
+            raise ValueError(
+                "a branch of this DilatedReparamBlock was replaced, wrapped or hooked: it cannot be merged"
+            )
         merged = DepthwiseConv2d(self.channels, self.kernel_size)
-        kernel, bias = self.merged_parameters()
-        merged.weight = nn.Parameter(kernel, requires_grad=self.lk_origin.weight.requires_grad)
-        merged.bias = nn.Parameter(bias, requires_grad=self.lk_origin.weight.requires_grad)
+        requires_grad = self.lk_origin.weight.requires_grad
+        merged.weight, merged.bias = (nn.Parameter(tensor, requires_grad=requires_grad) for tensor in parameters)
         for name, _ in list(self.named_children()):
             delattr(self, name)
         self.lk_origin = merged.train(self.training)
 
+    def reparameterize(self) -> None:
+        """``merge``, under the name by which timm's ``reparameterize_model`` asks for it."""
+        self.merge()
+
+    def folded(self) -> nn.Module:
+        """Merged; as it is where its branches are not what was built."""
+        if not self.merged and self.merged_parameters() is not None:
+            self.merge()
+        return self
+
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
-        branches = self.branches()
-        if not branches:
+        if self.merged:
             return self.lk_origin(x)
-        if any(norm.training for _, norm in branches):
-            out = self.origin_bn(self.lk_origin(x))
-            for conv, norm in branches[1:]:
-                out = out + norm(conv(x))
-            return out
-        return kernels.depthwise_conv2d(x, *self.merged_parameters())
+        parameters = self.merged_parameters(x.device)
+        if parameters is not None:
+            return kernels.depthwise_conv2d(x, *parameters)
+        branches = self.branches()
+        out = self.origin_bn(self.lk_origin(x))
+        for conv, norm in branches[1:]:
+            out = out + norm(conv(x))
+        return out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from models.checks import integer
+from models.layers.fusion import as_built, convolves, leaf
 
 __all__ = ["Involution2d", "conv_bn_relu"]
 
@@ -16,7 +18,7 @@ __all__ = ["Involution2d", "conv_bn_relu"]
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
     """ReLU(BN(convolution)): [B, in_channels, H, W] -> [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
 
 
 class Involution2d(nn.Module):
@@ -43,7 +45,7 @@ class Involution2d(nn.Module):
         stride: pixels between output positions.
         dilation: pixels between window positions.
         group_channels: channels that share a kernel; divides C.
-        reduction: C over the channels from which kernels are made; divides C.
+        reduction: C over the channels from which kernels are computed; divides C.
 
     Raises:
         ValueError: an option out of its range; in the forward pass, an x that is not [B, C, H, W].
@@ -59,13 +61,12 @@ class Involution2d(nn.Module):
         group_channels: int = 16,
         reduction: int = 4,
     ) -> None:
-        for name, size in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
-            if size < 1:
-                raise ValueError(f"{name} must be >= 1, got {size}")
+        channels, kernel_size = integer("channels", channels), integer("kernel_size", kernel_size)
+        stride, dilation = integer("stride", stride), integer("dilation", dilation)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         for name, divisor in (("group_channels", group_channels), ("reduction", reduction)):
-            if divisor < 1 or channels < divisor or channels % divisor:
+            if channels % integer(name, divisor):
                 raise ValueError(f"{name} must divide channels = {channels}, got {divisor}")
         super().__init__()
         self.channels = channels
@@ -77,22 +78,29 @@ class Involution2d(nn.Module):
         span = nn.Conv2d(channels // reduction, kernel_size**2 * self.groups, 1)
         self.conv2 = nn.Sequential(OrderedDict(conv=span))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
         pooled = F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x
-        # ``span`` is handed over, not called: the kernels it would make outweigh the features, and need not exist.
-        span = cast(nn.Conv2d, self.conv2[0])
-        return kernels.involution2d_generate(
-            x,
-            self.conv1(pooled),
-            span.weight.flatten(1),
-            span.bias,
-            kernel_size=self.kernel_size,
-            groups=self.groups,
-            stride=self.stride,
-            dilation=self.dilation,
+        features = self.conv1(pooled)
+        span: Any = (
+            self.conv2[0] if as_built(self.conv2, nn.Sequential, x.device) and len(self.conv2) == 1 else self.conv2
         )
+        if convolves(span, 1, x.device):
+            # The per-pixel kernels would take more memory than x: the operator makes them tile by tile.
+            return kernels.involution2d_generate(
+                x,
+                features,
+                span.weight.flatten(1),
+                span.bias,
+                kernel_size=self.kernel_size,
+                groups=self.groups,
+                stride=self.stride,
+                dilation=self.dilation,
+            )
+        weight = self.conv2(features).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
+        return kernels.involution2d(x, weight, stride=self.stride, dilation=self.dilation)
 
     def extra_repr(self) -> str:
         return (

@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from models.checks import integer
+from models.layers.fusion import leaf
 
 __all__ = ["OutlookAttention", "check_heads"]
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """ValueError unless ``num_heads`` divides ``dim``."""
-    if num_heads < 1 or dim < 1 or dim % num_heads:
+    """TypeError or ValueError unless ``num_heads`` divides ``dim``."""
+    if integer("dim", dim) % integer("num_heads", num_heads):
         raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
 
 
@@ -42,9 +44,10 @@ class OutlookAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int = 3, stride: int = 2) -> None:
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        kernel_size, stride = integer("kernel_size", kernel_size), integer("stride", stride)
+        if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
-        if not 1 <= stride <= kernel_size:
+        if stride > kernel_size:
             raise ValueError(f"stride must lie in 1..kernel_size = {kernel_size} to reach every token, got {stride}")
         check_heads(dim, num_heads)
         super().__init__()
@@ -57,6 +60,7 @@ class OutlookAttention(nn.Module):
         self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.proj = nn.Linear(dim, dim)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[3] != self.dim:
             raise ValueError(f"x must have shape [B, H, W, {self.dim}], got {list(x.shape)}")

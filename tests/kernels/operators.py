@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,8 +34,9 @@ class Operator(NamedTuple):
     def __call__(self, tensors: dict[str, Tensor], module: ModuleType = kernels) -> Tensor:
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            if entry := re.fullmatch(r"(\w+)\[\d\]", name):
-                arguments.setdefault(entry[1], []).append(tensor)
+            name, bracket, _ = name.partition("[")
+            if bracket:
+                arguments.setdefault(name, []).append(tensor)
             else:
                 arguments[name] = tensor
         return getattr(module, self.name)(**arguments, **self.options)
@@ -59,7 +59,6 @@ OPERATORS = [
         {},
         (6 * 9 * PIXELS, 2 * 6 * 9 * PIXELS),
         twice=True,
-        spreads=("eager",),
     ),
     Operator(
         "involution2d_generate",
@@ -67,7 +66,6 @@ OPERATORS = [
         {"kernel_size": 3, "groups": 2},
         (18 * (4 + 3) * PIXELS, 2 * 18 * (4 + 3) * PIXELS),
         twice=False,
-        spreads=("eager",),
     ),
     Operator(
         "na2d_av",
@@ -75,7 +73,6 @@ OPERATORS = [
         {"kernel_size": 3},
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=True,
-        spreads=("eager",),
     ),
     Operator(
         "na2d_qk",
@@ -83,7 +80,6 @@ OPERATORS = [
         {"kernel_size": 3},
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=True,
-        spreads=("eager",),
     ),
     Operator(
         "na2d_softmax_av",
@@ -92,7 +88,6 @@ OPERATORS = [
         (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         twice=False,
         logits=("logits",),
-        spreads=("eager",),
     ),
     Operator(
         "contmix2d",
@@ -111,7 +106,7 @@ OPERATORS = [
         twice=False,
         logits=("proj_bias",),
         rounding=2,
-        spreads=("eager", "triton"),
+        spreads=("triton",),
     ),
     Operator(
         "outlook_attention2d",

@@ -62,7 +62,7 @@ def test_a_fresh_process():
 
 
 def test_the_environment_names_no_backend():
-    refused = _python("import kernels", DYNAMIC_KERNELS_BACKEND="fast")
+    refused = _python("import kernels; kernels.get_backend()", DYNAMIC_KERNELS_BACKEND="fast")
     assert refused.returncode != 0
     assert "DYNAMIC_KERNELS_BACKEND must be one of" in refused.stderr
 

@@ -198,6 +198,17 @@ def test_maps_with_more_pixels_than_a_kernel_counts(operator):
         getattr(kernels, operator)(**(GOOD[operator] | large))
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
+def test_a_stride_far_beyond_the_map_takes_no_time(backend):
+    logits, value = torch.randn(1, 1, 1, 1, 9, 9), torch.randn(1, 5, 4, 2)
+    x, weight = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 3, 3, 1, 1)
+    with kernels.use_backend(backend):
+        out = kernels.outlook_attention2d(logits, value, stride=2**31 - 1)
+        assert torch.equal(out, kernels.outlook_attention2d(logits, value, stride=5))
+        out = kernels.involution2d(x, weight, stride=2**31 - 1)
+        assert torch.equal(out, kernels.involution2d(x, weight, stride=5))
+
+
 def test_a_grid_that_no_gpu_runs():
     def kernel():
         pass

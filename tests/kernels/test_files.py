@@ -86,6 +86,17 @@ def test_links_are_followed_and_devices_are_no_files(tmp_path):
     atomic_write(tmp_path / "pipe", "into the pipe")
     reader.join()
     assert received == ["into the pipe"]
+    with open(tmp_path / "open", "wb", buffering=0) as file:  # as standard output sent to a file
+        file.write(b"before, ")
+        atomic_write(f"/proc/self/fd/{file.fileno()}", "between, ")
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        atomic_write(tmp_path / "stdout", "after")
+    assert (tmp_path / "open").read_text() == "before, between, after"
+    ours, theirs = os.pipe()
+    atomic_write(f"/proc/self/fd/{theirs}", "into what is open")
+    assert os.read(ours, 100) == b"into what is open"
+    for descriptor in (ours, theirs):
+        os.close(descriptor)
     atomic_write(os.devnull, "nowhere")
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
     with pytest.raises(WriteError, match="cannot write /dev/full: No space left"):

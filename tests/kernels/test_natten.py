@@ -82,11 +82,14 @@ def test_names_of_other_ranks_say_what_exists():
     assert not hasattr(natten, "something else")
 
 
-def test_questions_and_switches():
-    assert natten.has_half()
-    assert not natten.has_fused_na()  # a model that asks takes the unfused operators
-    natten.use_fused_na(False)
-    assert natten.has_cuda() == torch.cuda.is_available()
+@pytest.mark.parametrize("module", [natten, functional, natten.context])
+def test_questions_and_switches(module):
+    assert module.has_half()
+    assert not module.has_fused_na()  # a model that asks takes the unfused operators
+    assert not module.is_fna_enabled()
+    module.use_fused_na(False)
+    module.use_autotuner(True, thorough_mode_forward=True)
+    assert module.has_cuda() == torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("biased", [False, True])

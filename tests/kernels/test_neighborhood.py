@@ -93,49 +93,6 @@ def test_softmax_survives_huge_and_masked_logits(backend):
     assert_close(out, expected, FORWARD_TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_derivatives_of_both_orders(backend):
-    def fresh(*shape):
-        return random_tensor(*shape, dtype=torch.float64).requires_grad_()
-
-    query, key, attn, rpb = fresh(1, 1, 3, 4, 2), fresh(1, 1, 3, 4, 2), fresh(1, 1, 3, 4, 9), fresh(1, 5, 5)
-    with kernels.use_backend(backend):
-        for function, inputs in (
-            (lambda a, v: kernels.na2d_av(a, v, 3), (attn, key)),
-            (lambda q, k, r: kernels.na2d_qk(q, k, 3, rpb=r), (query, key, rpb)),
-        ):
-            assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-            assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
-        assert torch.autograd.gradcheck(
-            lambda a, v, r: kernels.na2d_softmax_av(a, v, 3, rpb=r), (attn, key, rpb), fast_mode=True
-        )
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_empty_batch(backend):
-    logits = torch.randn(0, 2, 5, 5, 9, device=DEVICE, requires_grad=True)
-    value = torch.randn(0, 2, 5, 5, 3, device=DEVICE, requires_grad=True)
-    rpb = random_tensor(2, 5, 5).requires_grad_()
-    with kernels.use_backend(backend):
-        out = kernels.na2d_softmax_av(logits, value, 3, rpb=rpb)
-        out.sum().backward()
-    assert out.shape == value.shape
-    assert rpb.grad is not None
-    assert not rpb.grad.any()
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_same_input_same_bits(backend):
-    value, logits, rpb, options = _tensors("interior")
-    inputs = [tensor.float().requires_grad_() for tensor in (logits, value, rpb)]
-    runs = []
-    for _ in range(2):
-        with kernels.use_backend(backend):
-            out = kernels.na2d_softmax_av(inputs[0], inputs[1], rpb=inputs[2], **options)
-            runs.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
-    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 def test_every_output_has_all_its_neighbours(backend):
     """Independent of the reference: uniform weights over constant values give the constant, at the border too."""
@@ -143,21 +100,6 @@ def test_every_output_has_all_its_neighbours(backend):
     attn = torch.full((1, 1, 6, 7, 25), 1 / 25, device=DEVICE)
     with kernels.use_backend(backend):
         torch.testing.assert_close(kernels.na2d_av(attn, value, 5), value)
-
-
-@pytest.mark.parametrize("operator", ["aggregate", "correlate", "transpose", "softmax_aggregate"])
-def test_registration(operator):
-    """Schema, fake implementation and autograd of the registered operators agree with what really runs."""
-    weight = random_tensor(1, 2, 5, 4, 3, 3).permute(0, 1, 4, 5, 2, 3).requires_grad_()
-    x = random_tensor(1, 2, 5, 4, 3).permute(0, 1, 4, 2, 3).requires_grad_()
-    window = ([1, 1], [0, 0], [1, 1], True, "auto")
-    arguments = {
-        "aggregate": (weight, x, *window),
-        "correlate": (x, x.detach().clone(), [3, 3], *window),
-        "transpose": (weight, x, [5, 4], *window),
-        "softmax_aggregate": (weight, x, random_tensor(2, 5, 5).requires_grad_(), [1, 1], "auto"),
-    }[operator]
-    torch.library.opcheck(getattr(torch.ops.dynamic_kernels, operator), arguments)
 
 
 # (height, width, K): 3x3 windows of their own, two maps with shared windows, one window that is the map.

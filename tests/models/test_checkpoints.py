@@ -456,8 +456,13 @@ def test_a_file_without_a_state_dict_is_refused(content, message, tmp_path):
 def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "absent.pth")):
         models.load_checkpoint(nn.Linear(2, 2), tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match="not a file"):
-        models.load_checkpoint(nn.Linear(2, 2), tmp_path)
+    for path in ("a" * 300, "权" * 200, "a\0b"):
+        with pytest.raises(FileNotFoundError, match="checkpoint: no file"):
+            models.create_model("rednet26", checkpoint=path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="not a file"):
+            models.load_checkpoint(nn.Linear(2, 2), path)
     with pytest.raises(TypeError, match="path_or_url must be a str or a path, got dict"):
         models.load_checkpoint(nn.Linear(2, 2), {})  # pyright: ignore[reportArgumentType]
 

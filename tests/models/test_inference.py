@@ -259,7 +259,7 @@ def test_a_padded_convolution_does_not_take_a_batch_norm_before_it():
     x = random_tensor(2, 4, 5, 5, device="cpu")
     with torch.no_grad():
         expected = layers(x)
-        inference._fold_neighbours(layers)
+        inference.fold_sequence(layers)
         assert_close(layers(x), expected, 1e-6)
     assert [type(layer) for layer in layers] == [nn.BatchNorm2d, nn.Conv2d, nn.Identity, nn.ReLU]
 
@@ -282,6 +282,26 @@ def test_create_model_from_a_checkpoint(tmp_path, name, options):
     assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
     with pytest.raises(ValueError, match="does not fit"):  # too late: there is nowhere for the batch norms to go
         models.load_checkpoint(optimised, tmp_path / "weights.pth")
+
+
+def one_and_a_half(module: nn.Module, inputs: Any, out: Any) -> Tensor:
+    return 1.5 * out
+
+
+def test_layers_that_were_wrapped_or_hooked_stay_as_they_are(family):
+    """Whatever is changed, one layer in three, the copy computes the same and the hooks still act."""
+    for first in range(3):
+        model = family()
+        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
+        for index, module in enumerate(convolutions[first::3]):
+            if index % 2 and isinstance(module, nn.Conv2d):
+                nn.utils.parametrizations.weight_norm(module)
+            else:
+                module.register_forward_hook(one_and_a_half)
+        model.eval()
+        x = image(1, 3, 64, 64)
+        with torch.no_grad():
+            assert_same(models.optimize_for_inference(model)(x), model(x))
 
 
 # ---- refusals

@@ -156,6 +156,50 @@ def test_dilated_reparam_block_adapts_single_batch_norms():
     assert not torch.equal(block.dil_bn_k3_2.running_mean, before)
 
 
+def other_branches(kind: str) -> DilatedReparamBlock:
+    """A block some of whose branches are not what was built, in evaluation mode."""
+    block: Any = randomise(DilatedReparamBlock(4, 7)).eval()
+    if kind == "eps":
+        block.dil_bn_k5_1.eps, block.origin_bn.eps = 1e-2, 0.3
+    elif kind == "fused":
+        block.lk_origin, block.origin_bn = nn.utils.fuse_conv_bn_eval(block.lk_origin, block.origin_bn), nn.Identity()
+        block.dil_conv_k3_2 = nn.utils.fuse_conv_bn_eval(block.dil_conv_k3_2, block.dil_bn_k3_2)
+        block.dil_bn_k3_2 = nn.Identity()
+    elif kind == "dilation":
+        block.dil_conv_k3_2 = nn.Conv2d(4, 4, 3, padding=4, dilation=4, groups=4, bias=False)
+    elif kind == "hook":
+        block.dil_conv_k3_3.register_forward_hook(lambda module, inputs, out: 2 * out)
+    else:
+        norms = {
+            "group": lambda: nn.GroupNorm(2, 4),
+            "instance": lambda: nn.InstanceNorm2d(4),
+            "not affine": lambda: nn.BatchNorm2d(4, affine=False),
+            "not tracked": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+        }
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                setattr(block, name, norms[kind]())
+    return randomise(block).eval()
+
+
+@pytest.mark.parametrize("kind", ["group", "instance", "not affine", "not tracked", "fused", "eps", "dilation", "hook"])
+def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
+    block = other_branches(kind)
+    x = random_tensor(2, 4, 9, 9, dtype=torch.float64, device="cpu")
+    expected = torch.stack([norm(conv(x)) for conv, norm in block.branches()]).sum(0)
+    assert_close(block(x), expected, TOLERANCE)
+    folded: Any = block.folded()
+    with torch.no_grad():
+        assert_close(folded(x), expected, TOLERANCE)
+    if kind in ("eps", "not affine"):
+        block.merge()
+        assert_close(block(x), expected, TOLERANCE)
+    else:
+        assert not block.merged
+        with pytest.raises(ValueError, match=r"replaced, wrapped or hooked: it cannot be merged"):
+            block.merge()
+
+
 def test_dilated_reparam_block_refuses_other_kernels():
     with pytest.raises(ValueError, match=r"kernel_size must be one of .*got 9"):
         DilatedReparamBlock(4, 9)

@@ -1,14 +1,16 @@
 """Names, patterns and the refusals of create_model."""
 
+import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import models
 from models import registry
 from tests.models.families import FAMILIES, narrow
-from tests.support import official_state_dicts, random_tensor
+from tests.support import assert_close, official_state_dicts, random_tensor
 
 
 def test_every_official_variant_is_listed_in_natural_order():
@@ -79,6 +81,158 @@ def test_plain_logits_in_training_leave_no_parameter_waiting(family):
     logits.square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert all(p.requires_grad for p in model.get_classifier().parameters())
+
+
+FUNCTIONS = {"overlock": "overlock_xt", "rednet": "rednet26", "volo": "volo_d1"}
+WRONG = (
+    "x",
+    1.5,
+    -1,
+    10**9,
+    None,
+    [],
+    (1.5,),
+    ("a", "b"),
+    {},
+    object(),
+    float("nan"),
+    True,
+    (1, 2, 3, 4, 5),
+    np.float32(0.5),
+)
+ACCEPTED = {  # what of this fits, argument by argument
+    "out_indices": (None,),
+    "drop_path_rate": (np.float32(0.5),),
+    "mlp_ratio": (1.5, np.float32(0.5)),
+    **dict.fromkeys(("pretrained", "features_only", "reparam", "return_dense", "mix_token", "context_skip"), (True,)),
+}
+
+
+def arguments_of(name: str) -> list[str]:
+    family = {"overlock": models.overlock.OverLoCK, "rednet": models.rednet.RedNet, "volo": models.volo.VOLO}[name]
+    return ["pretrained", *(argument for argument in inspect.signature(family).parameters if argument != "self")]
+
+
+@pytest.mark.parametrize(
+    ("family", "argument"), [(family, argument) for family in FAMILIES for argument in arguments_of(family)]
+)
+def test_every_argument_is_refused_by_name(family, argument):
+    """Values of another type or out of range, before anything is built."""
+    features = {"features_only": True} if argument in ("out_indices", "context_skip") else {}
+    for value in WRONG:
+        if repr(value) in map(repr, ACCEPTED.get(argument, ())):
+            continue
+        with pytest.raises((TypeError, ValueError), match=rf"^{argument}\b"):
+            models.create_model(FUNCTIONS[family], **{**features, argument: value})
+
+
+@pytest.mark.parametrize("name", ["overlock_t", "rednet50", "volo_d1"])
+def test_arguments_that_do_not_go_together(name):
+    create: Any = models.create_model
+    for options in ({"out_indices": (0, 1)}, {"features_only": True, "out_indices": (0, 4)}):
+        with pytest.raises(ValueError, match="out_indices"):
+            create(name, **options)
+    for option in ("img_size", "window") if name != "volo_d1" else ("window",):
+        with pytest.raises(TypeError, match=option):
+            create(name, **{option: 224})
+    if name == "overlock_t":
+        with pytest.raises(ValueError, match="context_skip=False needs features_only=True"):
+            models.create_model(name, context_skip=False)
+        with pytest.raises(ValueError, match=r"embed_dim\[2\] must be a multiple of 4·sub_num_heads\[0\]"):
+            models.create_model(name, sub_num_heads=(5, 8))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_of_other_libraries_are_numbers(family):
+    options: dict[str, Any] = {
+        "features_only": np.bool_(True),
+        "out_indices": np.array([0, 2]),
+        "in_chans": np.int32(1),
+    }
+    if family == "volo":
+        options["img_size"] = np.int64(96)
+    model = narrow(family, **options)
+    assert model.out_indices == [0, 2]
+    assert len(model(torch.zeros(1, 1, 64, 64))) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_refuse_by_name(family):
+    model, x = narrow(family), torch.zeros(1, 3, 64, 64)
+    for wrong in (None, "x", [x], x.to_sparse(), x.to(torch.complex64)):
+        with pytest.raises((TypeError, ValueError), match=r"^x must be"):
+            model(wrong)
+    shapes = ((3, 64, 64), (1, 4, 64, 64), (1, 3, 64, 31))
+    for wrong, kind in [(torch.zeros(s), ValueError) for s in shapes] + [(x.to(torch.uint8), TypeError)]:
+        for training in (False, True):
+            with pytest.raises(kind, match=r"^x must"):
+                model.train(training)(wrong)
+    assert model.eval()(x[:0]).shape == (0, 5)
+    for name, wrong in (("indices", "x"), ("indices", (1.5,)), ("indices", [9]), ("stop_early", "no"), ("norm", 3)):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}\b"):
+            model.forward_intermediates(x, **{name: wrong})
+    for wrong in ("x", 1.5, -1, None, True):
+        with pytest.raises((TypeError, ValueError), match=r"^num_classes must be"):
+            model.reset_classifier(wrong)
+    with pytest.raises(TypeError, match=r"^enable must be True or False"):
+        model.set_grad_checkpointing("yes")
+
+
+# ---- timm's contract; with timm itself: test_timm.py
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_global_pool_is_obeyed_or_refused(family):
+    model, x = narrow(family), random_tensor(2, 3, 64, 96, device="cpu")
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    with pytest.raises(ValueError, match=r"^global_pool '' .* needs num_classes=0"):
+        model.reset_classifier(3, "")
+    with pytest.raises(ValueError, match=r"^global_pool must be one of"):
+        model.reset_classifier(3, "max")
+    assert model.num_classes == 5
+    model.reset_classifier(0, "")
+    unpooled = model(x)
+    if family == "volo":
+        assert torch.equal(unpooled, features)
+        model.reset_classifier(0, "avg")
+        assert_close(model(x), features.mean(1), 1e-6)
+        model.reset_classifier(0, "token")
+    else:
+        assert_close(unpooled.mean((2, 3)), pooled, 1e-6)
+        model.reset_classifier(0, "avg")
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("indices", [1, [0], [1], (0, 2)])
+@torch.no_grad()
+def test_pruned_stages_are_gone_and_the_rest_is_as_before(family, indices):
+    model, x = narrow(family), random_tensor(1, 3, 64, 96, device="cpu")
+    expected = model.forward_intermediates(x, indices, intermediates_only=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    kept = model.prune_intermediate_layers(indices)
+    assert kept == [i % 4 for i in ([-1] if indices == 1 else indices)]
+    assert sum(p.numel() for p in model.parameters()) < parameters
+    assert all(map(torch.equal, model.forward_intermediates(x, kept, intermediates_only=True), expected))
+    assert torch.equal(model(x), model.forward_features(x))
+    assert model.num_features == model.feature_info.channels()[-1]
+
+
+@torch.no_grad()
+def test_a_position_embedding_for_another_input_size():
+    model, x = narrow("volo"), random_tensor(1, 3, 96, 64, device="cpu")
+    expected = model(x)
+    model.set_input_size((96, 64))
+    assert model.pos_embed.shape[1:3] == (6, 4)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match=r"^img_size must be >= 32"):
+        model.set_input_size(16)
+    with pytest.raises(ValueError, match=r"^patch_size must be 8"):
+        model.set_input_size(96, patch_size=16)
 
 
 def test_list_models_wants_a_string():

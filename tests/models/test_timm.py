@@ -1,4 +1,4 @@
-"""timm's registry and scripts, in processes of their own: timm is imported before this package, or after it.
+"""timm's registry and scripts, in processes of their own: timm is imported before this package, or by it.
 
 timm needs torchvision merely to be imported. Where that is not installed, empty classes stand in for what timm imports
 from it; everything of timm that these tests call is timm's own.
@@ -37,6 +37,7 @@ for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", "
 TORCHVISION = STAND_IN if importlib.util.find_spec("torchvision") is None else ""
 
 USE = """
+import importlib.util
 import torch
 from timm.data import resolve_model_data_config
 from timm.models import resolve_model_input_args
@@ -73,7 +74,39 @@ merged = timm.create_model("overlock_xt_reparam", pretrained=True, pretrained_cf
 x = torch.randn(1, 3, 64, 64)
 torch.testing.assert_close(merged(x), model.eval()(x), rtol=0, atol=1e-4)
 
-for arguments, word in (({"drop_rate": 0.1}, "drop_rate"), ({"pretrained_cfg": "a_tag"}, "a_tag")):
+from timm.models import reparameterize_model
+
+again = timm.create_model("overlock_xt", num_classes=4, checkpoint_path=FOLDER + "/weights.pth").eval()
+fused = reparameterize_model(again)
+assert len(list(fused.parameters())) == len(list(merged.parameters())) < len(list(again.parameters()))
+torch.testing.assert_close(fused(x), again(x), rtol=0, atol=1e-4)
+
+unpooled = timm.create_model("rednet26", num_classes=0, global_pool="").eval()
+assert unpooled(x).shape == (1, 2048, 2, 2)
+narrow = {"layers": (1, 1, 1, 1), "img_size": 64}
+mean = timm.create_model("volo_d1", num_classes=0, global_pool="avg", **narrow).eval()
+torch.testing.assert_close(mean(x), mean.forward_features(x).mean(1))
+placed = timm.create_model("volo_d1", device="meta", dtype=torch.bfloat16, output_stride=16, **narrow)
+assert {(p.device.type, p.dtype) for p in placed.parameters()} == {("meta", torch.bfloat16)}
+
+if all(map(importlib.util.find_spec, ("huggingface_hub", "safetensors"))):
+    from timm.models._hub import save_for_hf
+
+    source = timm.create_model("volo_d1", num_classes=7, in_chans=1, **narrow).eval()
+    save_for_hf(source, FOLDER + "/hub", safe_serialization=True)
+    back = timm.create_model("local-dir:" + FOLDER + "/hub", pretrained=True).eval()
+    assert torch.equal(back(x[:, :1]), source(x[:, :1]))
+    other = timm.create_model("local-dir:" + FOLDER + "/hub", pretrained=True, num_classes=3, in_chans=3)
+    assert other.num_classes == 3 and torch.equal(other.network[0][0].attn.v.weight, source.network[0][0].attn.v.weight)
+
+refused = (
+    ("drop_rate", {"drop_rate": 0.1}),
+    ("a_tag", {"pretrained_cfg": "a_tag"}),
+    ("output_stride", {"output_stride": 8}),
+    ("global_pool", {"global_pool": ""}),
+    ("global_pool", {"global_pool": "max", "num_classes": 0}),
+)
+for word, arguments in refused:
     try:
         timm.create_model("rednet26", **arguments)
     except ValueError as error:
@@ -83,11 +116,15 @@ for arguments, word in (({"drop_rate": 0.1}, "drop_rate"), ({"pretrained_cfg": "
 """
 
 
-def test_timm_imported_later_creates_these_models(tmp_path):
+def test_timm_creates_these_models(tmp_path):
     _run(f"""
-import sys, models
-assert "timm" not in sys.modules
+import sys
+finders = list(sys.meta_path)
+import models
+assert "timm" not in sys.modules and sys.meta_path == finders
 {TORCHVISION}
+models.register_with_timm()
+models.register_with_timm()  # a second time changes nothing
 import timm, timm.loss, timm.optim
 FOLDER = {str(tmp_path)!r}
 {USE}
@@ -114,7 +151,7 @@ import sys
 sys.modules["torchvision"] = None
 import models
 try:
-    import timm
+    models.register_with_timm()
 except ImportError:
     pass
 else:
@@ -126,7 +163,8 @@ with __import__("torch").device("meta"):
 
 def _run(script: str) -> None:
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
     result = subprocess.run(
         command, check=False, env=environment, cwd=root, capture_output=True, text=True, timeout=300

@@ -1,7 +1,5 @@
 """VOLO: official numbers and names, the border rules, any size, token labelling, features, contract."""
 
-import copy
-import pickle
 import re
 
 import numpy as np
@@ -302,18 +300,6 @@ def test_initial_weights_are_truncated_normal():
         assert module.bias is None or not module.bias.any()
 
 
-def test_checkpointed_blocks_give_the_same_gradients():
-    gradients = []
-    for enable in (False, True):
-        model = small(drop_path_rate=0.3).train()
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(3)
-        class_logits, token_logits, _ = model(image())
-        (class_logits.sum() + token_logits.square().sum()).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
-
-
 # ---- features
 
 
@@ -406,52 +392,7 @@ def test_default_cfg_names_the_weights_of_the_image_size():
 # ---- PyTorch's own tools
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_as_one_graph(training):
-    model, x = small(drop_path_rate=0.1).train(training), image(40, 72)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    results = []
-    for run in (model, compiled):
-        torch.manual_seed(5)
-        results.append(run(x))
-    for expected, out in zip(*results, strict=True):
-        assert_close(out, expected, FORWARD_TOLERANCE[torch.float32])
-    torch.stack([out.sum() for out in results[1]]).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-@torch.no_grad()
-def test_copies_pickles_and_runs_under_autocast():
-    model, x = small(), image(40, 72)
-    expected = model(x)
-    assert torch.equal(copy.deepcopy(model)(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        out = model(x)
-    assert out.dtype == torch.bfloat16
-    assert_close(out, expected, 0.05)
-    assert_close(model.bfloat16()(x.bfloat16()), expected, 0.05)
-
-
 # ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_classes": -1}, "num_classes"),
-        ({"in_chans": 0}, "in_chans"),
-        ({"img_size": 31}, "img_size"),
-        ({"img_size": (64, 64, 64)}, "img_size"),
-        ({"img_size": 224.0}, "img_size"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate"),
-        ({"out_indices": (0,)}, "out_indices"),
-        ({"features_only": True, "out_indices": (4,)}, "out_indices"),
-    ],
-)
-def test_bad_arguments_are_refused_by_name(arguments, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        small(**arguments)
 
 
 def test_bad_images_and_layers_are_refused_by_name():

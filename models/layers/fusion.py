@@ -1,0 +1,96 @@
+"""Layers as others see them: what a parent may fuse, what inference folds, and what ``torch.fx`` takes as one node."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+__all__ = ["affine", "as_built", "convolves", "fold_after", "last_convolution", "leaf"]
+
+# The last two stand for plain tensors while PyTorch traces a model.
+PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def as_built(module: Any, kinds: type | tuple[type, ...], device: torch.device | None = None) -> bool:
+    """Whether calling ``module`` would compute what a class of ``kinds`` computes with its parameters as they stand.
+
+    Only then may a parent read the parameters and compute something equal in fewer steps. It is not so for a wrapper
+    or a subclass (LoRA, quantisation, FSDP), a parametrisation, hooks (``weight_norm``, ``prune``, offloading), a
+    replaced ``forward``, or parameters that are not plain tensors on ``device`` (None: on any). Hooks that are
+    registered for all modules of a process do not count: they see calls, and a fused child is not called.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if type(module) not in kinds or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is None:
+                continue
+            if type(tensor) not in PLAIN or (device is not None and tensor.device != device):
+                return False
+    return True
+
+
+def convolves(
+    module: Any,
+    kernel_size: int,
+    device: torch.device | None = None,
+    *,
+    kinds: type | tuple[type, ...] = nn.Conv2d,
+    dilation: int = 1,
+    groups: int = 1,
+) -> bool:
+    """Whether ``module`` is, ``as_built``, a convolution of stride 1 with "same" zero padding and these options."""
+    return as_built(module, kinds, device) and (
+        (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+        == ((kernel_size,) * 2, (1, 1), (dilation * (kernel_size // 2),) * 2, (dilation,) * 2, groups, "zeros")
+    )
+
+
+def affine(norm: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift [C] of a batch norm that computes scale[c]·x + shift[c], from its statistics; None of others."""
+    if not as_built(norm, BATCH_NORMS, device) or norm.training or norm.running_mean is None:
+        return None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is None:
+        return scale, -norm.running_mean * scale
+    scale = norm.weight * scale
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+
+
+def fold_after(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
+    """s[o]·(W∗x + b)[o] + t[o] = (s·W)∗x + (s·b + t), in the convolution's own parameters."""
+    bias = shift if conv.bias is None else conv.bias * scale + shift
+    conv.weight = nn.Parameter(conv.weight * scale.view(-1, 1, 1, 1), requires_grad=False)
+    conv.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def last_convolution(layers: nn.Module) -> nn.Conv2d | None:
+    """The last layer in sequence that does anything, where it is a convolution that may be folded into."""
+    if not as_built(layers, nn.Sequential):
+        return None
+    last: Any = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)][-1]
+    return last if as_built(last, nn.Conv2d) else None
+
+
+def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a ``forward`` whose steps depend on its input: ``torch.fx`` records a call of the module instead."""
+
+    @functools.wraps(forward)
+    def traced_as_one(self: nn.Module, *inputs: Any) -> Any:
+        for x in inputs:
+            if isinstance(x, fx.Proxy):
+                tracer: Any = x.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
+        return forward(self, *inputs)
+
+    return traced_as_one
