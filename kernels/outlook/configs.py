@@ -59,7 +59,7 @@ CONFIGS = (
 
 @functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
-    """The config where nothing was tuned: all channels of a head, and the fewest warps: one need not wait for another."""
+    """The config where nothing was tuned: all channels of a head, and the fewest warps, which then wait for none."""
     channels = max(16, min(128, next_power_of_2(problem.channels)))
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(2**16 // channels, 1, channels, 4)
