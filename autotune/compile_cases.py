@@ -56,7 +56,7 @@ def _neighborhood(
     from kernels.neighborhood.backward import softmax_aggregate_backward
     from kernels.neighborhood.forward import softmax_aggregate
 
-    # OverLoCK-T: 16 value channels a head.
+    # OverLoCK-T: 16 value channels per head.
     window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
     logits = _meta(128, 8, length, length, kernel_size, kernel_size, dtype=dtype).permute(0, 1, 4, 5, 2, 3)
     value = _meta(128, 8, 16, length, length, dtype=dtype)

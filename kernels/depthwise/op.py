@@ -40,6 +40,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         [B, C, H, W] in the memory format of x; sums run in float32 (float64 for float64). Differentiable any number of
         times.
 
+        A value of x that is not finite may reach any output of its own image and channel in Triton's products, and the
+        weight's gradient anywhere in its channel; it never reaches another image or channel.
+
     Raises:
         TypeError: an argument is no floating tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit together, or K is even or above 31.

@@ -45,6 +45,7 @@ def outlook_attention2d(
 
     Returns:
         [B, H, W, C], contiguous. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
+        A value reaches the outputs of the windows that hold its pixel, of its own head and channel, and no others.
 
     Raises:
         TypeError: a tensor argument is no floating tensor, the dtypes differ, or an option is not a number of its kind.

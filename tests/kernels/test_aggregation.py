@@ -154,7 +154,7 @@ def test_a_config_that_cannot_pay_is_invalid():
     assert Config(64, 16, 1).valid(problem)
     assert not Config(128, 16, 1).valid(problem)  # twice the map
     assert not Config(64, 32, 1).valid(problem)  # twice the channels
-    assert not Config(64, 16, 16, num_warps=2).valid(problem)  # 256 elements a thread
+    assert not Config(64, 16, 16, num_warps=2).valid(problem)  # 256 elements per thread
 
 
 def test_offsets_are_64_bit_where_32_would_overflow():

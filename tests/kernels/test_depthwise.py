@@ -285,7 +285,7 @@ def test_a_config_that_cannot_pay_is_invalid():
     problem = _problem(weight_gradient=False)
     assert Config(8, 128, 4).valid(problem)
     assert not Config(2, 128, 4).valid(problem)  # a tile of 16 outputs: a fifth of the loads used
-    assert not Config(16, 256, 2).valid(problem)  # 256 sums a thread
+    assert not Config(16, 256, 2).valid(problem)  # 256 sums per thread
     assert not Config(8, 128, 4).valid(problem._replace(images=1, pixels=49))  # one tile
     assert not Config(8, 128, 16).valid(problem)  # more operands than shared memory holds
     assert not Config(8, 128, 4).valid(problem._replace(dtype=torch.float32))

@@ -175,7 +175,7 @@ def test_flops():
     logits, value = (tensor.float().requires_grad_() for tensor in inputs.values())
     with FlopCounterMode(display=False) as counter:
         kernels.outlook_attention2d(logits, value, **options).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * logits.numel() * 2  # two channels a head; backward twice forward
+    assert counter.get_total_flops() == 3 * 2 * logits.numel() * 2  # two channels per head; backward twice forward
 
 
 BAD = {
