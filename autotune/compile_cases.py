@@ -43,6 +43,8 @@ def _generate(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], 
     x, weight = x.unflatten(1, (8, 16)), _meta(8 * 49, 32, dtype=dtype)
     inputs = (x, features, weight, weight[:, 0].contiguous(), window)
     yield lambda: forward.involution_generate(*inputs)
+    if not channels_last:
+        return  # the backward pass lays channels last first
     yield lambda: forward.involution_generate_transpose(x, *inputs)
     yield lambda: correlate(x, x, window, padded=True)
 

@@ -92,15 +92,19 @@ def heuristic(problem: Problem) -> Config:
     """
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
-    # Taps that are read need more registers than a product's; more rows than these would not fit.
-    most = 4 if problem.dtype.itemsize > 4 else 8 if problem.features or not problem.transposed else 7
+    size = problem.dtype.itemsize
+    if problem.features and problem.transposed and size > 2:  # products on CUDA cores, whose operands fill registers
+        most = 2
+    else:
+        most = 4 if size > 4 else 8
     if not problem.channels_fastest:
-        columns, warps = 32, 2 if problem.channels > 4 else 1
-        return Config(_rows(problem, most), columns, min(16, next_power_of_2(problem.channels)), 4, warps)
-    most = most if problem.features else min(most, 7)
+        read = problem.transposed and not problem.features
+        warps = (4 if read else 2) if problem.channels > 4 else 1
+        channels = min(16, next_power_of_2(problem.channels))
+        return Config(_rows(problem, min(most, 7) if read else most), 32, channels, 4, warps)
     whole = problem.channels == next_power_of_2(problem.channels)
     channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
-    lane = min(4 if problem.dtype.itemsize > 2 else 8, problem.channels) if problem.aligned and whole else 1
+    lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
     return Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
 
 

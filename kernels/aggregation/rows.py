@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.aggregation import eager
 from kernels.aggregation.configs import CONFIGS, Config, Problem, correlate_heuristic, heuristic
 from kernels.aggregation.tiles import across, load_rows, pitch, place, slide, sources, stack, tap_of, unstack, wide
-from kernels.dtypes import at_least_float32, upcast
+from kernels.dtypes import at_least_float32, precision, upcast
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.tuning import tunable
@@ -67,7 +67,7 @@ def weighted_sum_kernel(
     batch, groups, channels, x_height, x_width, height, width, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     HAS_BIAS: tl.constexpr, X_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, UPCAST: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
@@ -116,7 +116,7 @@ def weighted_sum_kernel(
         m_column = m_x[:, None] & tile.m_channel[None, :]
         rows = load_rows(p_column, o_channel, x.h, first, x_height, m_column, FIRST, min(FIRST + LOADS, END))
         # [Q·P, G·S]
-        p_pixel = weight.ptr + across(tile.tap_batch, o_tap_column, weight, False)[:, None]
+        p_pixel = weight.ptr + tile.group * weight.g + across(tile.tap_batch, o_tap_column, weight, False)[:, None]
         if FEATURES:
             o_span = ((tile.group + tile.tap_group) * KERNEL_H + tile.step) * KERNEL_W + kw
             p_span = span.ptr + (o_span * span.k)[None, :]
@@ -140,8 +140,9 @@ def weighted_sum_kernel(
                     FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
                 )  # fmt: skip
         else:
-            o_entry = (tile.group + tile.tap_group) * weight.g + tile.step.to(tl.int64) * weight.k + wide(kw) * weight.c
-            p_tap = p_pixel + o_tap_row.to(tl.int64) * weight.h + o_entry[None, :]
+            o_entry = tile.tap_group.to(OFFSET) * weight.g + tile.step.to(OFFSET) * weight.k
+            o_entry += tl.full([], kw, OFFSET) * weight.c
+            p_tap = p_pixel + (o_tap_row.to(OFFSET) * weight.h + o_entry[None, :])
             # As in ``across``: what lies across lanes.
             p_tap = tl.max_contiguous(tl.multiple_of(p_tap, [1, 1]), [8, 1] if WEIGHT_LANES else [1, 8])
             b_taps = tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0)
@@ -336,7 +337,7 @@ def weighted_sum(
         "HAS_BIAS": bias is not None,
         "X_LANES": not channels_fastest(x),
         "WEIGHT_LANES": weight_lanes,
-        "ACCUMULATOR": accumulator(x.dtype),
+        **precision(kernel[:, None]),
         "UPCAST": upcast(x.dtype),
         "ROWS": config.rows,
         "COLUMNS": config.columns,
