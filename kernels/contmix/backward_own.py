@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# ruff: noqa: RUF005 (a kernel has no iterable unpacking)
+
 """ContMix's backward pass where nearly every output has a window of its own.
 
 The first kernel mirrors the forward pass: in pairs of outputs it makes softmax weights p again, and the logits'
@@ -337,9 +337,11 @@ def grad_own(saved: Saved, targets: Targets) -> tuple[Tensor, Tensor]:
 
     found: list[tuple[Tensor, Tensor]] = []
     for i_batch in range(0, batch, images):
-        some = slice(i_batch, i_batch + images)
-        part = Saved(**{name: t if name in ("bias", "rpb") else t[some] for name, t in saved._asdict().items()})
-        into = Targets(*(None if t is None else t[some] for t in targets))
+        part, into = saved, targets
+        if images < batch:
+            some = slice(i_batch, i_batch + images)
+            part = Saved(**{name: t if name in ("bias", "rpb") else t[some] for name, t in saved._asdict().items()})
+            into = Targets(*(None if t is None else t[some] for t in targets))  # pyright: ignore[reportArgumentType]
         value = into.value if count == height else torch.empty_like(into.value, dtype=saved.statistics.dtype)
         for first_row in range(0, height, count):
             last_row = min(first_row + count, height) - 1

@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# ruff: noqa: RUF005 (a kernel has no iterable unpacking)
+
 """ContMix's forward pass where nearly every output has a window of its own.
 
 A program takes pairs of adjacent outputs of several heads, whose channels are adjacent in memory. Logits of a step, all
@@ -138,11 +138,10 @@ def _forward_own_kernel(
         b_first = tl.zeros([PAIRS, HEADS, BLOCK_CHANNELS], ACCUMULATOR)
         b_second = tl.zeros([PAIRS, HEADS, BLOCK_CHANNELS], ACCUMULATOR)
         for i_step in range(KERNEL // ROWS):
-            # Loaded before they are needed, as many as fit registers: the softmax takes as long as they do.
-            AHEAD: tl.constexpr = 1
+            # A row is loaded before it is needed: the softmax takes as long as it does.
             o_value = (first.start_h + i_step * ROWS).to(OFFSET) * value.h + first.start_w.to(OFFSET) * value.w
             seen = values_of_pairs(
-                values, o_value, m_moved, i_head, groups, 0, AHEAD, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
+                values, o_value, m_moved, i_head, groups, 0, 1, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
             )
             if KERNEL > ROWS:
                 b_bias = bias_of_step(bias, rpb, o_base, i_step, KERNEL, ROWS, STEPS, ACCUMULATOR)
@@ -159,7 +158,7 @@ def _forward_own_kernel(
                 b_first, b_second = b_first * rescale[0][:, :, None], b_second * rescale[1][:, :, None]
             weights = weights_of_pairs(b_weight, LEVELS)
             seen = seen + values_of_pairs(
-                values, o_value, m_moved, i_head, groups, AHEAD, ROWS, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
+                values, o_value, m_moved, i_head, groups, 1, ROWS, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
             )
             for row in tl.static_range(ROWS):
                 for i in tl.static_range(KERNEL):

@@ -30,7 +30,7 @@ def contmix(
         return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
     out, statistics = eager.empty_outputs(value)
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes) if value.numel() > 0 else ()):
-        forward = forward_shared if shares_windows(*value.shape[4:], kernel_sizes[m]) else forward_own
+        forward = forward_shared if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]) else forward_own
         forward(Inputs(query, *part, value[:, m]), out[:, m], statistics[:, m])
     return out, statistics
 
@@ -62,7 +62,7 @@ def contmix_backward(
         last = m == len(kernel_sizes) - 1
         grad_of_size = grad_query if last else torch.empty_like(grad_query, dtype=statistics.dtype)
         targets = Targets(grad_of_size, parts_of_projected[m], grad_value[:, m], previous)
-        if shares_windows(*value.shape[4:], kernel_sizes[m]):
+        if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
             delta = torch.empty_like(statistics[:, m])
             grad_inputs_shared(saved, targets, delta)
             bias_part, rpb_part = grad_tables_shared(saved, delta)

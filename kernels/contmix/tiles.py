@@ -1,7 +1,7 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # Triton's constexpr and the values inside a kernel are opaque to a type checker.
-# ruff: noqa: RUF005 (a kernel has no iterable unpacking)
+
 """What ContMix's kernels share: pixels of a tile, products with projected keys, relative biases, tuples of weights.
 
 Logits live in units of log 2, so that a softmax takes ``exp2``, one instruction. Projected keys come in float32, for
