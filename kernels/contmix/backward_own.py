@@ -41,7 +41,7 @@ from kernels.windows_triton import window_start
 
 __all__ = ["grad_logits_own", "grad_own", "rows_of"]
 
-# Numbers of one kind that a backward pass stores at a time, p and ds each: 32 MB of 16 bits.
+# Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24
 
 
@@ -329,7 +329,8 @@ def grad_own(saved: Saved, targets: Targets) -> tuple[Tensor, Tensor]:
     kernel_size = (saved.rpb.shape[1] + 1) // 2
     kernel_rows, steps = step = steps_of_own(kernel_size)
     per_row = groups * width * (kernel_size // kernel_rows * steps)
-    images, count = max(1, min(batch, MOST_STORED // (per_row * height))), max(1, min(height, MOST_STORED // per_row))
+    most = max(MOST_STORED, saved.value.numel())
+    images, count = max(1, min(batch, most // (per_row * height))), max(1, min(height, most // per_row))
 
     def positions(tensor: Tensor) -> Tensor:
         """[..., K / ROWS · S] as [..., K²]"""
