@@ -1,5 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 
 """ContMix's forward pass where nearly every output has a window of its own.
 
@@ -138,10 +139,11 @@ def _forward_own_kernel(
         b_first = tl.zeros([PAIRS, HEADS, BLOCK_CHANNELS], ACCUMULATOR)
         b_second = tl.zeros([PAIRS, HEADS, BLOCK_CHANNELS], ACCUMULATOR)
         for i_step in range(KERNEL // ROWS):
-            # A row is loaded before it is needed: the softmax takes as long as it does.
+            # Two rows are loaded before they are needed: the softmax takes as long as they do.
+            AHEAD: tl.constexpr = 2 if ROWS > 1 else ROWS
             o_value = (first.start_h + i_step * ROWS).to(OFFSET) * value.h + first.start_w.to(OFFSET) * value.w
             seen = values_of_pairs(
-                values, o_value, m_moved, i_head, groups, 0, 1, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
+                values, o_value, m_moved, i_head, groups, 0, AHEAD, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
             )
             if KERNEL > ROWS:
                 b_bias = bias_of_step(bias, rpb, o_base, i_step, KERNEL, ROWS, STEPS, ACCUMULATOR)
@@ -158,7 +160,7 @@ def _forward_own_kernel(
                 b_first, b_second = b_first * rescale[0][:, :, None], b_second * rescale[1][:, :, None]
             weights = weights_of_pairs(b_weight, LEVELS)
             seen = seen + values_of_pairs(
-                values, o_value, m_moved, i_head, groups, 1, ROWS, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
+                values, o_value, m_moved, i_head, groups, AHEAD, ROWS, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
             )
             for row in tl.static_range(ROWS):
                 for i in tl.static_range(KERNEL):
