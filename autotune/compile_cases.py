@@ -52,7 +52,7 @@ def _generate(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], 
 def _neighborhood(
     dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
 ) -> Iterator[Callable[[], object]]:
-    from kernels.aggregation import triton_kernels as algebra
+    from kernels.aggregation import gather as algebra
     from kernels.neighborhood.backward import softmax_aggregate_backward
     from kernels.neighborhood.forward import softmax_aggregate
 

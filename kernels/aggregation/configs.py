@@ -1,18 +1,34 @@
-"""Which tile a program of the rows kernels works on: the one place where it is decided."""
+"""Which tile the algebra's kernels work on, rows that slide or gathers: the one place where it is decided."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kernels.backend import interpreting
 from kernels.launch import ceil_divide, next_power_of_2
-from kernels.windows import Window
+from kernels.layout import channels_fastest
+from kernels.windows import Pair, Window
 
-__all__ = ["CONFIGS", "Config", "Problem", "correlate_heuristic", "heuristic", "slides"]
+__all__ = [
+    "CONFIGS",
+    "GATHERS",
+    "Config",
+    "Gather",
+    "GatherProblem",
+    "Problem",
+    "correlate_heuristic",
+    "gather_heuristic",
+    "gather_problem",
+    "heuristic",
+    "slides",
+    "wide_gather_heuristic",
+]
 
 LARGEST_KERNEL, LARGEST_STRIDE, LARGEST_DILATION = 16, 4, 8
 
@@ -117,3 +133,94 @@ def correlate_heuristic(problem: Problem) -> Config:
     if problem.channels_fastest:
         return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), loads=8)
     return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 2 else 7), loads=1, num_warps=1)
+
+
+class GatherProblem(NamedTuple):
+    """What the choice of a config depends on where every output gathers its own window."""
+
+    channels: int
+    pixels: int
+    steps: int
+    kernel_fastest: bool = False  # window positions, not pixels, are adjacent in the memory of the dynamic kernel
+    channels_fastest: bool = False  # channels, not pixels, are adjacent in the memory of the features
+    dtype: torch.dtype = torch.float32
+
+
+def gather_problem(kernel: Tensor, features: Tensor, size: Sequence[int], steps: Pair) -> GatherProblem:
+    """The problem of a launch over ``size`` = (rows, columns) positions and ``steps`` window steps along each axis."""
+    layouts = channels_fastest(kernel), channels_fastest(features)
+    return GatherProblem(features.shape[2], size[0] * size[1], steps[0] * steps[1], *layouts, features.dtype)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Tile of one program: pixels and channels, and window positions per step."""
+
+    block_pixels: int
+    block_channels: int
+    block_steps: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def valid(self, problem: GatherProblem) -> bool:
+        """At most 128 elements of the largest block per thread, and no block of more than twice what it covers."""
+        per_thread = self.block_pixels * self.block_channels * self.block_steps / (32 * self.num_warps)
+        return (
+            per_thread <= 128
+            and self.block_pixels < 2 * max(problem.pixels, 16)
+            and self.block_channels < 2 * problem.channels
+            and self.block_steps < 2 * problem.steps
+        )
+
+    def constants(self, window: Window) -> dict[str, int]:
+        """What the compiler knows of any window and of the blocks."""
+        return self.clamped(window) | {
+            "STRIDE_H": window.stride[0],
+            "STRIDE_W": window.stride[1],
+            "PADDING_H": window.padding[0],
+            "PADDING_W": window.padding[1],
+            "CLAMPED": window.clamped,
+        }
+
+    def clamped(self, window: Window) -> dict[str, int]:
+        """The same of a window that is known to be clamped."""
+        return {
+            "KERNEL_H": window.kernel_size[0],
+            "KERNEL_W": window.kernel_size[1],
+            "DILATION_H": window.dilation[0],
+            "DILATION_W": window.dilation[1],
+            "BLOCK_PIXELS": self.block_pixels,
+            "BLOCK_CHANNELS": self.block_channels,
+            "BLOCK_STEPS": self.block_steps,
+        }
+
+
+GATHERS = tuple(
+    Gather(pixels, channels, steps, warps)
+    for pixels, channels, steps, warps in (
+        (64, 16, 16, 4), (64, 16, 16, 8), (32, 32, 16, 4), (32, 32, 16, 8), (32, 16, 16, 4), (16, 16, 16, 4),
+        (64, 16, 1, 4), (128, 16, 1, 4), (128, 32, 1, 4), (64, 32, 1, 4), (32, 32, 1, 4), (16, 64, 1, 4),
+    )
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def gather_heuristic(problem: GatherProblem) -> Gather:
+    """The config where nothing was tuned.
+
+    A dynamic kernel with adjacent window positions is read 16 at a time (32 bytes in bf16, a DRAM sector), by 64
+    pixels, so that sums over positions stay inside a thread; one with adjacent pixels plane by plane.
+    """
+    pixels, channels = max(16, next_power_of_2(problem.pixels)), next_power_of_2(problem.channels)
+    steps = next_power_of_2(problem.steps)
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        channels = min(channels, 64)
+        pixels = min(pixels, 2**16 // channels)
+        return Gather(pixels, channels, max(1, min(steps, 2**19 // (channels * pixels))))
+    channels, steps = min(channels, 32), min(steps, 16) if problem.kernel_fastest else 1
+    return Gather(min(pixels, max(16, min(128, 16384 // (channels * steps)))), channels, steps)
+
+
+def wide_gather_heuristic(problem: GatherProblem) -> Gather:
+    """The same on twice the threads, where more blocks live at once."""
+    return replace(gather_heuristic(problem), num_warps=8)

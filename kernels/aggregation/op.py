@@ -35,9 +35,9 @@ def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
         from kernels.aggregation import rows
 
         return rows
-    from kernels.aggregation import triton_kernels
+    from kernels.aggregation import gather
 
-    return triton_kernels
+    return gather
 
 
 @operator("aggregate", f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor")

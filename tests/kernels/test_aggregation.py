@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels import dtypes
-from kernels.aggregation import configs, rows, triton_kernels
-from kernels.aggregation.triton_kernels import CONFIGS, Config, Problem, heuristic
+from kernels.aggregation import configs, gather, rows
+from kernels.aggregation.configs import GATHERS, Gather, GatherProblem, gather_heuristic
 from kernels.launch import fits_int32, next_power_of_2, record_launches
 from kernels.windows import Window
 from kernels.windows_triton import inverse_steps
@@ -35,7 +35,7 @@ def _last(tensor):
 
 # In the interpreter every config is a minute of one core; warps and stages only schedule the same blocks there, so
 # one config of each tile is enough.
-TILES = {(c.block_pixels, c.block_channels, c.block_steps): c for c in CONFIGS}
+TILES = {(c.block_pixels, c.block_channels, c.block_steps): c for c in GATHERS}
 
 
 @pytest.mark.parametrize("rule", WINDOWS)
@@ -47,18 +47,18 @@ def test_every_config(rule):
     aggregated = (flat @ matrix.transpose(2, 3)).view(x.shape)
     transposed = (flat @ matrix).view(x.shape)
     expected_inner = (x.double().cpu() * aggregated).sum()
-    for config in TILES.values() if DEVICE == "cpu" else CONFIGS:
-        out = triton_kernels.aggregate(weight, x, window, config=config)
+    for config in TILES.values() if DEVICE == "cpu" else GATHERS:
+        out = gather.gather_aggregate(weight, x, window, config=config)
         assert_close(out, aggregated, FORWARD_TOLERANCE[x.dtype], str(config))
-        out = triton_kernels.transpose(weight, x, (height, width), window, config=config)
+        out = gather.gather_transpose(weight, x, (height, width), window, config=config)
         assert_close(out, transposed, FORWARD_TOLERANCE[x.dtype], str(config))
         # correlate is the adjoint of aggregate in the weight: <correlate(g, x), w> = <g, aggregate(w, x)>.
-        correlated = triton_kernels.correlate(x, x, window, config=config).double().cpu()
+        correlated = gather.gather_correlate(x, x, window, config=config).double().cpu()
         inner = (correlated * weight.double().cpu()).sum()
         assert abs(inner - expected_inner) <= 1e-5 * flat.norm() * aggregated.norm(), config
 
 
-@pytest.mark.parametrize("module", [rows, triton_kernels], ids=["rows", "blocks"])
+@pytest.mark.parametrize("module", [rows, gather], ids=["rows", "blocks"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
 def test_stride_dilation_and_shrinking_map(module, channels_last):
     window = Window((3, 2), stride=(2, 3), padding=(2, 0), dilation=(2, 1))
@@ -129,10 +129,10 @@ def test_inverse_steps_reach_every_output():
 
 
 def test_heuristic_is_a_valid_config(monkeypatch):
-    monkeypatch.setattr(triton_kernels, "interpreting", lambda: False)
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
     for sizes in itertools.product((1, 10, 14, 16, 64, 200), (1, 49, 196, 3136), (1, 9, 49, 169), (False, True)):
-        problem = Problem(*sizes)
-        assert heuristic.__wrapped__(problem).valid(problem), problem
+        problem = GatherProblem(*sizes)
+        assert gather_heuristic.__wrapped__(problem).valid(problem), problem
 
 
 def test_rows_heuristic_is_a_valid_config(monkeypatch):
@@ -150,11 +150,11 @@ def test_rows_heuristic_is_a_valid_config(monkeypatch):
 
 
 def test_a_config_that_cannot_pay_is_invalid():
-    problem = Problem(channels=16, pixels=49, steps=49, kernel_fastest=True)
-    assert Config(64, 16, 1).valid(problem)
-    assert not Config(128, 16, 1).valid(problem)  # twice the map
-    assert not Config(64, 32, 1).valid(problem)  # twice the channels
-    assert not Config(64, 16, 16, num_warps=2).valid(problem)  # 256 elements per thread
+    problem = GatherProblem(channels=16, pixels=49, steps=49, kernel_fastest=True)
+    assert Gather(64, 16, 1).valid(problem)
+    assert not Gather(128, 16, 1).valid(problem)  # twice the map
+    assert not Gather(64, 32, 1).valid(problem)  # twice the channels
+    assert not Gather(64, 16, 16, num_warps=2).valid(problem)  # 256 elements per thread
 
 
 def test_offsets_are_64_bit_where_32_would_overflow():
@@ -165,14 +165,14 @@ def test_offsets_are_64_bit_where_32_would_overflow():
     huge = torch.empty(1, 1, 2, 2**15, 2**15 + 1, device="meta", dtype=torch.bfloat16)
     weight = torch.empty(1, 1, 1, 1, *huge.shape[3:], device="meta", dtype=torch.bfloat16)
     with record_launches() as launches:
-        triton_kernels.aggregate(weight, huge, Window((1, 1)))
+        gather.gather_aggregate(weight, huge, Window((1, 1)))
     assert str(launches[0].arguments["OFFSET"]) == "int64"
 
 
 def test_wide_offsets_compute_the_same(monkeypatch):
     window, weight, x = WINDOWS["clamped"], random_tensor(1, 2, 3, 3, 5, 4), random_tensor(1, 2, 3, 5, 4)
-    narrow = triton_kernels.aggregate(weight, x, window), triton_kernels.correlate(x, x, window)
+    narrow = gather.gather_aggregate(weight, x, window), gather.gather_correlate(x, x, window)
     monkeypatch.setattr(dtypes, "fits_int32", lambda *tensors: False)
-    wide = triton_kernels.aggregate(weight, x, window), triton_kernels.correlate(x, x, window)
+    wide = gather.gather_aggregate(weight, x, window), gather.gather_correlate(x, x, window)
     assert torch.equal(narrow[0], wide[0])
     assert torch.equal(narrow[1], wide[1])
