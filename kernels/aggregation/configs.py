@@ -93,8 +93,8 @@ def heuristic(problem: Problem) -> Config:
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
     size = problem.dtype.itemsize
-    if problem.features and problem.transposed and size > 2:  # products on CUDA cores, whose operands fill registers
-        most = 2
+    if problem.features and problem.transposed:  # the operands of its products fill registers, float32's twice
+        most = 5 if size == 2 else 2
     else:
         most = 4 if size > 4 else 8
     if not problem.channels_fastest:
