@@ -98,10 +98,10 @@ def heuristic(problem: Problem) -> Config:
     else:
         most = 4 if size > 4 else 8
     if not problem.channels_fastest:
-        read = problem.transposed and not problem.features
-        warps = (4 if read else 2) if problem.channels > 4 else 1
+        if problem.transposed and not problem.features:
+            most = min(most, 6)
         channels = min(16, next_power_of_2(problem.channels))
-        return Config(_rows(problem, min(most, 7) if read else most), 32, channels, 4, warps)
+        return Config(_rows(problem, most), 32, channels, 4, 2 if channels > 4 else 1)
     whole = problem.channels == next_power_of_2(problem.channels)
     channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
     lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
