@@ -41,7 +41,7 @@ from kernels.windows_triton import window_start
 
 __all__ = ["grad_logits_own", "grad_own", "rows_of"]
 
-# Numbers of one kind that a backward pass stores at a time, p and ds each: 32 MB of 16 bits.
+# Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24
 
 
@@ -329,7 +329,8 @@ def grad_own(saved: Saved, targets: Targets) -> tuple[Tensor, Tensor]:
     kernel_size = (saved.rpb.shape[1] + 1) // 2
     kernel_rows, steps = step = steps_of_own(kernel_size)
     per_row = groups * width * (kernel_size // kernel_rows * steps)
-    images, count = max(1, min(batch, MOST_STORED // (per_row * height))), max(1, min(height, MOST_STORED // per_row))
+    most = max(MOST_STORED, saved.value.numel())
+    images, count = max(1, min(batch, most // (per_row * height))), max(1, min(height, most // per_row))
 
     def positions(tensor: Tensor) -> Tensor:
         """[..., K / ROWS · S] as [..., K²]"""
@@ -337,9 +338,11 @@ def grad_own(saved: Saved, targets: Targets) -> tuple[Tensor, Tensor]:
 
     found: list[tuple[Tensor, Tensor]] = []
     for i_batch in range(0, batch, images):
-        some = slice(i_batch, i_batch + images)
-        part = Saved(**{name: t if name in ("bias", "rpb") else t[some] for name, t in saved._asdict().items()})
-        into = Targets(*(None if t is None else t[some] for t in targets))
+        part, into = saved, targets
+        if images < batch:
+            some = slice(i_batch, i_batch + images)
+            part = Saved(**{name: t if name in ("bias", "rpb") else t[some] for name, t in saved._asdict().items()})
+            into = Targets(*(None if t is None else t[some] for t in targets))  # pyright: ignore[reportArgumentType]
         value = into.value if count == height else torch.empty_like(into.value, dtype=saved.statistics.dtype)
         for first_row in range(0, height, count):
             last_row = min(first_row + count, height) - 1

@@ -12,7 +12,7 @@ which a small kernel sums. Another sums ds over images in registers, for bias an
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,19 +20,8 @@ from torch import Tensor
 
 from kernels.contmix import eager
 from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import (
-    SHARED,
-    Saved,
-    Shared,
-    Sizes,
-    block,
-    inputs_heuristic,
-    problem_of,
-    tables_heuristic,
-    tiles_and_windows,
-    types,
-)
-from kernels.contmix.forward_shared import views_of
+from kernels.contmix.configs import SHARED, Saved, Shared, inputs_heuristic, problem_of, tables_heuristic
+from kernels.contmix.forward_shared import shared_arguments
 from kernels.contmix.tiles import (
     LOG2_E,
     dot,
@@ -224,23 +213,6 @@ def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
     return *found[:3], found[3][0], found[4][:, 0]
 
 
-def _arguments(saved: Saved, config: Shared, *others: Tensor) -> dict[str, Any]:
-    batch, groups, channels, height, width = saved.value.shape
-    constants = types(saved, saved.grad, saved.out, *others)
-    tiles, windows = tiles_and_windows(height, width, constants["KERNEL"], config.pixels)
-    return {
-        **views_of(saved),
-        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
-        "tiles": tiles,
-        "windows": windows,
-        **constants,
-        "PIXELS": config.pixels,
-        "STEPS": config.steps,
-        "BLOCKS": ceil_divide(constants["KERNEL"] ** 2, config.steps),
-        "BLOCK_CHANNELS": block(channels),
-    }
-
-
 class Targets(NamedTuple):
     """The gradients that a kernel size's backward pass writes, and the gradient of query that it adds to."""
 
@@ -259,11 +231,9 @@ class Targets(NamedTuple):
 )
 def grad_inputs_shared(saved: Saved, targets: Targets, delta: Tensor, *, config: Shared) -> tuple[Tensor, ...]:
     """Fills the targets, and ``delta`` [B, G, H, W] = Σ_c grad · out."""
-    arguments = _arguments(saved, config, *targets[:3])
+    arguments = shared_arguments(saved, config, saved.grad, saved.out, *targets[:3])
     batch, groups, channels, height, width = saved.value.shape
-    places = arguments["tiles"] * arguments["windows"]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    positions = arguments["KERNEL"] ** 2
+    places, positions = arguments["tiles"] * arguments["windows"], arguments["KERNEL"] ** 2
     if places == 1:
         # The one window is the map, and its part the gradient.
         parts = View(targets.value, *(targets.value.stride(axis) for axis in (0, 1, 2)), 0, 0, targets.value.stride(4))
@@ -278,22 +248,20 @@ def grad_inputs_shared(saved: Saved, targets: Targets, delta: Tensor, *, config:
         "ADD": targets.previous is not None,
     }
     # One program per (group, batch entry).
-    grid = (groups * batch,)
-    launch(_grad_inputs_shared_kernel, grid, delta.device, arguments, **options)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_grad_inputs_shared_kernel, (groups * batch,), delta.device, arguments, **options)
     if places > 1:
-        pixels = 64
-        blocks = ceil_divide(height * width, pixels)
+        blocks = ceil_divide(height * width, 64)
         kept = ("sizes", "tiles", "windows", "KERNEL", "CHANNELS", "ACCUMULATOR", "OFFSET", "BLOCK_CHANNELS")
         arguments = {name: arguments[name] for name in kept} | {
             "parts": parts,
             "grad_value": view(targets.value, "b g c h w"),
             "blocks": blocks,
-            "PIXELS": pixels,
+            "PIXELS": 64,
         }
         # One program per (block of pixels, group, batch entry).
-        launch(
-            _grad_value_shared_kernel, (blocks * groups * batch,), delta.device, arguments, num_warps=4, num_stages=2
-        )
+        grid = (blocks * groups * batch,)
+        launch(_grad_value_shared_kernel, grid, delta.device, arguments, num_warps=4, num_stages=2)
     return targets.query, targets.projected, targets.value
 
 
@@ -306,31 +274,18 @@ def grad_inputs_shared(saved: Saved, targets: Targets, delta: Tensor, *, config:
 )
 def grad_tables_shared(saved: Saved, delta: Tensor, *, config: Shared) -> tuple[Tensor, Tensor]:
     """Gradients of bias [K²] and rpb [G, 2K-1, 2K-1]."""
-    arguments = _arguments(saved, config)
+    arguments = shared_arguments(saved, config, saved.grad)
     batch, groups, _, height, width = saved.value.shape
-    chunks, positions = ceil_divide(batch, config.images), arguments["BLOCKS"] * config.steps
-    partial = delta.new_empty((chunks, groups, height, width, positions))
+    chunks, step = ceil_divide(batch, config.images), (arguments["KERNEL"], arguments["BLOCKS"] * config.steps)
+    partial = delta.new_empty((chunks, groups, height, width, step[1]))
     del arguments["out"]
-    arguments |= {
-        "delta": view(delta, "b g h w"),
-        "partial": view(partial, "b g h w k"),
-        "images": config.images,
-    }
+    arguments |= {"delta": view(delta, "b g h w"), "partial": view(partial, "b g h w k"), "images": config.images}
     # One program per (block of window positions, tile, window, group, chunk of images).
     grid = (arguments["BLOCKS"] * arguments["tiles"] * arguments["windows"] * groups * chunks,)
-    launch(
-        _grad_tables_shared_kernel,
-        grid,
-        delta.device,
-        arguments,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_grad_tables_shared_kernel, grid, delta.device, arguments, **options)
     sums = partial[0] if chunks == 1 else partial.sum(0)
-    kernel_size = arguments["KERNEL"]
-    return sums.sum((0, 1, 2))[: kernel_size**2], fold(
-        sums, saved.rpb, (kernel_size, positions), (0, height - 1, height)
-    )
+    return sums.sum((0, 1, 2))[: step[0] ** 2], fold(sums, saved.rpb, step, (0, height - 1, height))
 
 
 def _added(gradients: tuple[Tensor, ...], targets: Targets) -> tuple[Tensor, ...]:

@@ -218,11 +218,14 @@ def own_heuristic(problem: Problem) -> Own:
 
 
 def grad_own_heuristic(problem: Problem) -> Own:
-    """Half the heads of the forward pass: what is stored leaves less for registers."""
+    """Half the heads of the forward pass, since what is stored leaves less for registers; of a large window all, but no
+    loads ahead, which would pass by L1."""
     config = own_heuristic(problem)
-    if interpreting() or config.heads == 1 or problem.kernel_size > 5:
+    if problem.kernel_size > 5:
+        return replace(config, num_stages=1)
+    if interpreting() or config.heads == 1:
         return config
-    return replace(config, heads=config.heads // 2, num_warps=config.num_warps // 2)
+    return replace(config, heads=config.heads // 2, num_warps=max(1, config.num_warps // 2))
 
 
 def types(inputs: Inputs | Saved, *others: Tensor) -> dict[str, Any]:

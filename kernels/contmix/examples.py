@@ -54,7 +54,7 @@ def _saved(problem: Problem, device: torch.device, shared: bool) -> tuple[Saved,
     query, projected, bias, rpb, value = inputs
     sizes = [problem.kernel_size]
     out, statistics = eager.contmix(query, projected, bias, [rpb], value[:, None], sizes)
-    targets = Targets(*(torch.empty_like(tensor) for tensor in (query, projected, value)), None)
+    targets = Targets(torch.empty_like(query), torch.empty_like(projected), torch.empty_like(value), None)
     return Saved(*inputs, torch.randn_like(value), out[:, 0], statistics[:, 0]), targets
 
 

@@ -1,5 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 
 """ContMix's forward pass where nearly every output has a window of its own.
 
@@ -138,8 +139,8 @@ def _forward_own_kernel(
         b_first = tl.zeros([PAIRS, HEADS, BLOCK_CHANNELS], ACCUMULATOR)
         b_second = tl.zeros([PAIRS, HEADS, BLOCK_CHANNELS], ACCUMULATOR)
         for i_step in range(KERNEL // ROWS):
-            # Loaded before they are needed, as many as fit registers: the softmax takes as long as they do.
-            AHEAD: tl.constexpr = 1
+            # Two rows are loaded before they are needed: the softmax takes as long as they do.
+            AHEAD: tl.constexpr = 2 if ROWS > 1 else ROWS
             o_value = (first.start_h + i_step * ROWS).to(OFFSET) * value.h + first.start_w.to(OFFSET) * value.w
             seen = values_of_pairs(
                 values, o_value, m_moved, i_head, groups, 0, AHEAD, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS

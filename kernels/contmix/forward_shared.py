@@ -11,6 +11,8 @@ and stays in registers, S positions a block:
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,7 +47,7 @@ from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 
-__all__ = ["forward_reference", "forward_shared", "views_of"]
+__all__ = ["forward_reference", "forward_shared", "shared_arguments", "views_of"]
 
 
 @triton.jit
@@ -136,6 +138,24 @@ def views_of(tensors: Inputs | Saved) -> dict[str, View]:
     return {name: view(tensor, AXES[name]) for name, tensor in tensors._asdict().items()}
 
 
+def shared_arguments(inputs: Inputs | Saved, config: Shared, *others: Tensor) -> dict[str, Any]:
+    """What all kernels of shared windows take; ``others`` as for ``types``."""
+    batch, groups, channels, height, width = inputs.value.shape
+    constants = types(inputs, *others)
+    tiles, windows = tiles_and_windows(height, width, constants["KERNEL"], config.pixels)
+    return {
+        **views_of(inputs),
+        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
+        "tiles": tiles,
+        "windows": windows,
+        **constants,
+        "PIXELS": config.pixels,
+        "STEPS": config.steps,
+        "BLOCKS": ceil_divide(constants["KERNEL"] ** 2, config.steps),
+        "BLOCK_CHANNELS": block(channels),
+    }
+
+
 def forward_reference(inputs: Inputs, *_: Tensor) -> Tensor:
     """What the forward pass of one kernel size must return."""
     query, projected, bias, rpb, value = at_least_float32(*inputs)
@@ -145,25 +165,15 @@ def forward_reference(inputs: Inputs, *_: Tensor) -> Tensor:
 @tunable(SHARED, shared_heuristic, problem=problem_of, reference=forward_reference, name="contmix.shared")
 def forward_shared(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Shared) -> Tensor:
     """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
-    batch, groups, channels, height, width = inputs.value.shape
-    constants = types(inputs, out)
-    tiles, windows = tiles_and_windows(height, width, constants["KERNEL"], config.pixels)
+    batch, groups = out.shape[:2]
     arguments = {
-        **views_of(inputs),
+        **shared_arguments(inputs, config, out),
         "out": view(out, "b g c h w"),
         "statistics": view(statistics, "b g h w"),
-        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
-        "tiles": tiles,
-        "windows": windows,
         "images": config.images,
-        **constants,
-        "PIXELS": config.pixels,
-        "STEPS": config.steps,
-        "BLOCKS": ceil_divide(constants["KERNEL"] ** 2, config.steps),
-        "BLOCK_CHANNELS": block(channels),
     }
     # One program per (tile of outputs, window, group, images).
-    grid = (tiles * windows * groups * ceil_divide(batch, config.images),)
+    grid = (arguments["tiles"] * arguments["windows"] * groups * ceil_divide(batch, config.images),)
     launch(
         _forward_shared_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages
     )

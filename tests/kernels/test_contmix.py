@@ -184,7 +184,8 @@ def _check_config(config, size, kernel_size):
         tensor.float() for tensor in _inputs(batch=2, groups=3, size=size, kernel_sizes=(kernel_size,))
     )
     inputs = Inputs(query, key @ proj_weight.t(), bias, table, value[:, 0])
-    wide = *(tensor.double() for tensor in inputs[:3]), [table.double()], value.double()
+    query64, projected64, bias64 = (tensor.double() for tensor in inputs[:3])
+    wide = query64, projected64, bias64, [table.double()], value.double()
     expected, log_sum_exp = eager.contmix(*wide, [kernel_size])
     grad = torch.randn_like(value)
     expected_grads = eager.contmix_backward(grad.double(), *wide, expected, log_sum_exp, [kernel_size])
@@ -195,7 +196,7 @@ def _check_config(config, size, kernel_size):
     assert_close(out, expected, 2 * FORWARD_TOLERANCE[torch.float32])
     assert_close(statistics, log_sum_exp, 2 * FORWARD_TOLERANCE[torch.float32])
     saved = Saved(*inputs, grad[:, 0], out[:, 0], statistics[:, 0])
-    targets = Targets(*(torch.empty_like(tensor) for tensor in (query, inputs.projected, value[:, 0])), query)
+    targets = Targets(torch.empty_like(query), torch.empty_like(inputs.projected), torch.empty_like(saved.value), query)
     if shared:
         delta = torch.empty_like(statistics[:, 0])
         grad_inputs_shared(saved, targets, delta, config=config)
