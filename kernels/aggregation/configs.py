@@ -109,15 +109,15 @@ def heuristic(problem: Problem) -> Config:
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
     size = problem.dtype.itemsize
-    if problem.features and problem.transposed and size > 2:  # products on CUDA cores, whose operands fill registers
-        most = 2
+    if problem.features and problem.transposed:  # the operands of its products fill registers, float32's twice
+        most = 5 if size == 2 else 2
     else:
         most = 4 if size > 4 else 8
     if not problem.channels_fastest:
-        read = problem.transposed and not problem.features
-        warps = (4 if read else 2) if problem.channels > 4 else 1
+        if problem.transposed and not problem.features:
+            most = min(most, 6)
         channels = min(16, next_power_of_2(problem.channels))
-        return Config(_rows(problem, min(most, 7) if read else most), 32, channels, 4, warps)
+        return Config(_rows(problem, most), 32, channels, 4, 2 if channels > 4 else 1)
     whole = problem.channels == next_power_of_2(problem.channels)
     channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
     lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
