@@ -58,7 +58,7 @@ def _transposed_reference(g: Tensor, x: Tensor, *inputs: Any) -> Tensor:
     features, weight, bias, window = inputs
     features, weight, bias = _widened(features, weight, bias)
     kernels = generate.kernels_of(features, weight, bias, g.shape[1], window)
-    return eager.transpose(kernels, at_least_float32(g)[0], x.shape[3:], window)
+    return eager.transpose(kernels, at_least_float32(g)[0], (x.shape[3], x.shape[4]), window)
 
 
 @tunable(CONFIGS, heuristic, problem=_transposed_problem, reference=_transposed_reference)
