@@ -37,7 +37,8 @@ def _problem(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, w
 
 
 def _reference(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    return generate.forward(*at_least_float32(x), *_widened(features, weight, bias), window, eager)
+    features, weight, bias = _widened(features, weight, bias)
+    return generate.forward(at_least_float32(x)[0], features, weight, bias, window, eager)
 
 
 @tunable(CONFIGS, heuristic, problem=_problem, reference=_reference)
@@ -57,7 +58,7 @@ def _transposed_reference(g: Tensor, x: Tensor, *inputs: Any) -> Tensor:
     features, weight, bias, window = inputs
     features, weight, bias = _widened(features, weight, bias)
     kernels = generate.kernels_of(features, weight, bias, g.shape[1], window)
-    return eager.transpose(kernels, *at_least_float32(g), x.shape[3:], window)
+    return eager.transpose(kernels, at_least_float32(g)[0], (x.shape[3], x.shape[4]), window)
 
 
 @tunable(CONFIGS, heuristic, problem=_transposed_problem, reference=_transposed_reference)
