@@ -89,7 +89,7 @@ def _grad_inputs_shared_kernel(
     sums = ()
     for _ in tl.static_range(BLOCKS):
         sums = sums + (tl.zeros([STEPS, BLOCK_QUERY], ACCUMULATOR),)
-    for i_place in range(tiles * windows):
+    for i_place in tl.range(tiles * windows, disable_licm=True):
         pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, PIXELS)
         o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
         # [P, Dq], [P, Dv], [P, Dv]; an output that is not there repeats one that is, but has no gradient
@@ -143,7 +143,7 @@ def _grad_value_shared_kernel(
     o_pixel = i_block * PIXELS + tl.arange(0, PIXELS)
     o_row, o_column = o_pixel // width, o_pixel % width
     b_sum = tl.zeros([PIXELS, BLOCK_CHANNELS], ACCUMULATOR)
-    for i_place in range(tiles * windows):
+    for i_place in tl.range(tiles * windows, disable_licm=True):
         o_kernel_h = o_row - i_place // tiles // (width - KERNEL + 1)
         o_kernel_w = o_column - i_place // tiles % (width - KERNEL + 1)
         m_window = (o_kernel_h >= 0) & (o_kernel_h < KERNEL) & (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
