@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import models
 from autotune import timing
-from autotune.bench_operators import Call, one_line, why_not
+from autotune.bench_operators import Call, why_not
 from autotune.comparison import (
     GRADIENTS_TOLERANCE,
     LOGITS_TOLERANCE,
@@ -30,6 +30,7 @@ from autotune.comparison import (
     joined,
     largest_error,
     on_backend,
+    one_line,
     training_pass,
 )
 from autotune.timing import Timing

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 import kernels
 from autotune import timing, workloads
-from autotune.comparison import OPERATOR_TOLERANCE, DisagreementError, check, largest_error, on_backend, time_and_memory
+from autotune.comparison import OPERATOR_TOLERANCE, check, largest_error, on_backend, one_line, time_and_memory
 from autotune.workloads import Inputs, Size, Workload, generation, operator_workloads
 
-__all__ = ["PASSES", "OperatorBench", "benchmark_workloads", "contmix_chain", "naive_bytes", "one_line", "why_not"]
+__all__ = ["PASSES", "OperatorBench", "benchmark_workloads", "contmix_chain", "naive_bytes", "why_not"]
 
 PASSES = ("forward", "forward+backward")
 # Contenders round at every step of a chain, where ours rounds once.
@@ -244,12 +244,6 @@ class OperatorBench:
         }
         row["speed_up"] = {name: time / best["ours"] for name, time in best.items() if name != "ours"}
         return row
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, for a cell of a table: a disagreement speaks for itself, others with their type."""
-    text = str(error) if isinstance(error, DisagreementError) else f"{type(error).__name__}: {error}"
-    return text.strip().splitlines()[0]
 
 
 def why_not(call: Call, expected: list[Tensor], tolerance: float, what: str) -> str | None:

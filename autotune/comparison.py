@@ -29,6 +29,7 @@ __all__ = [
     "measure_module",
     "measure_operator",
     "on_backend",
+    "one_line",
     "time_and_memory",
     "training_pass",
 ]
@@ -47,6 +48,12 @@ OTHER_PRECISION_FACTOR = 2
 
 class DisagreementError(Exception):
     """The two paths computed different things."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, for a cell of a table: a disagreement speaks for itself, others with their type."""
+    text = str(error) if isinstance(error, DisagreementError) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0]
 
 
 @dataclass(frozen=True)

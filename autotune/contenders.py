@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from autotune import report, timing
-from autotune.bench_operators import one_line
 from autotune.comparison import (
     GRADIENTS_TOLERANCE,
     LOGITS_TOLERANCE,
@@ -26,6 +25,7 @@ from autotune.comparison import (
     check,
     largest_error,
     on_backend,
+    one_line,
     time_and_memory,
 )
 from autotune.contest import NAIVE, Contest

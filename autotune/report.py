@@ -40,7 +40,7 @@ def _group(row: Row) -> str:
 
 
 def _shape(row: Row) -> str:
-    return f"{row['model']} {row['shape']}" if row["kind"] == "operator" else row["shape"]
+    return f"{row['model']} {row['shape']}".strip() if row["kind"] == "operator" else row["shape"]
 
 
 def _peaks(row: Row) -> list[float | None]:
@@ -146,7 +146,7 @@ def _caption(record: Row) -> str:
             "naive: every window unfolded or gathered; for depthwise_conv2d, PyTorch's own convolution.",
             "peak: the most memory that a call holds at once, beyond its inputs and weights.",
             f"of floor: floor / our time; the floor moves each input and output once, at a copy's speed{floor}.",
-            f"Models: {record['settings']['image']}, random weights.",
+            f"Models: {record['settings']['image']}, {record['settings']['weights']} weights.",
         )
     )
 
