@@ -62,7 +62,7 @@ def compare(
         backward: time the gradients as well: of the weights, and of the inputs that require them (where none does, of
             every floating-point input).
         backends: of ``triton``, ``eager`` and ``reference`` (the naive path), by default all that run here. Where two
-            of them run the same operations of PyTorch, the first stands for both.
+            of them run the same operations of PyTorch, the later in this order stands for both.
         compiled: whether what torch.compile makes of the naive path takes part; by default on a GPU only.
         same: False where ``against`` computes something else on purpose: it is then timed without being compared.
         seconds: time to spend on all contenders together.
@@ -103,12 +103,12 @@ def _checked(
         others = {}
         for other in listed:
             name = _name(other)
-            others[f"{name} ({len(others) + 1})" if name in others else name] = other
+            others[f"{name} ({len(others) + 2})" if name in (_name(function), *others) else name] = other
     for name, other in others.items():
         if not callable(other):
             raise TypeError(f"against must hold callables, got {type(other).__name__} for {name!r}")
-        if name in ("triton", "eager", NAIVE, "compiled"):
-            raise ValueError(f"against must not use the name {name!r}, which is that of one of our paths")
+        if name in ("triton", "eager", NAIVE, "compiled", _name(function)):
+            raise ValueError(f"against must not use the name {name!r}, which is that of function or one of its paths")
     known = ("triton", "eager", "reference")
     if backends is not None and (isinstance(backends, str) or not backends or not set(backends) <= set(known)):
         raise ValueError(f"backends must be some of {', '.join(known)}, got {backends!r}")
@@ -237,8 +237,7 @@ def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> 
 
     And how many operations the first of them does, as far as PyTorch's counter knows.
     """
-    found: dict[str, str] = {}
-    seen: dict[tuple[str, ...], int] = {}
+    ran: dict[str, _Operations] = {}
     for backend in ("triton", "eager", "reference"):
         if backends is not None and backend not in backends:
             continue
@@ -253,12 +252,12 @@ def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> 
         operations = _Operations()
         with operations:
             on_backend(backend, run.checked)()
-        if (names := tuple(operations.names)) not in seen:
-            found[NAIVE if backend == "reference" else backend] = backend
-            seen[names] = operations.count
+        ran[NAIVE if backend == "reference" else backend] = operations
+    later = {tuple(operations.names): name for name, operations in ran.items()}  # the last of those that are alike
+    found = {name: "reference" if name == NAIVE else name for name in ran if name in later.values()}
     if backends is None and len(found) == 1:  # nothing of ours inside, or nothing that differs from PyTorch's own
         found = {_name(run.function): "reference"}
-    return found, next(iter(seen.values()))
+    return found, next(iter(ran.values())).count
 
 
 def _exact(run: _Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -289,7 +288,8 @@ def _measure(
     seconds: float,
     min_runs: int,
 ) -> Contest:
-    (paths, operations), naive = _paths(run, device, backends), on_backend("reference", run.checked)()
+    naive = on_backend("reference", run.checked)()
+    paths, operations = _paths(run, device, backends)
     dtype = _least_precise([*run.tensors, *naive])
     what, tolerance = ("outputs and gradients", GRADIENTS_TOLERANCE) if run.backward else ("outputs", LOGITS_TOLERANCE)
     expected = _exact(run, naive, dtype)

@@ -15,6 +15,7 @@ import autotune
 import kernels
 from autotune.comparison import DisagreementError
 from models.rednet import Involution2d
+from tests.support import DEVICE
 
 QUICK = {"seconds": 0.01, "min_runs": 2}
 
@@ -102,6 +103,12 @@ def test_wrong_gradients_of_another_are_seen(layer, x):
     assert "relative error" in both.row("halved")["message"]
 
 
+def test_contenders_of_one_name_are_told_apart(x):
+    functions = [nn.ReLU(), nn.ReLU(), nn.ReLU()]
+    found = autotune.compare(functions[0], x, against=functions[1:], **QUICK)
+    assert [row["name"] for row in found.timed] == ["ReLU", "ReLU (2)", "ReLU (3)"]
+
+
 def test_another_function_is_timed_where_that_is_asked_for(layer, x):
     other = nn.Conv2d(16, 16, 3, padding=1)
     found = autotune.compare(layer, x, against=other, same=False, backends=["eager"], **QUICK)
@@ -115,10 +122,26 @@ def test_half_precision_is_held_against_float32(layer, x):
     assert 1e-4 < found.row("naive")["relative_error"] < found.tolerance < 0.1
 
 
-def test_what_is_not_ours_is_one_line(x):
-    found = autotune.compare(nn.Conv2d(16, 16, 3), x, **QUICK)
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_is_not_ours_is_one_line(x, backward):
+    found = autotune.compare(nn.Conv2d(16, 16, 3), x, backward=backward, **QUICK)
     assert [row["name"] for row in found.rows] == [found.baseline] == ["Conv2d"]
     assert found.row("Conv2d")["speed_up"] == 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="it stands in for a GPU")
+def test_triton_is_a_backend_of_its_own(x, monkeypatch):
+    monkeypatch.setattr("autotune.contenders.interpreting", lambda: False)
+    weight = torch.randn(1, 1, 3, 3, 8, 8)
+    found = autotune.compare(kernels.involution2d, x, weight, seconds=0, min_runs=1, backward=True)
+    assert [(row["name"], row["kind"]) for row in found.timed] == [
+        ("triton", "ours"),
+        ("eager", "ours"),
+        ("naive", "naive"),
+    ]
+    # On a CPU the eager depthwise convolution is PyTorch's own, as the definition is.
+    found = autotune.compare(kernels.depthwise_conv2d, x, torch.randn(16, 1, 3, 3), seconds=0, min_runs=1)
+    assert [row["name"] for row in found.timed] == ["triton", "naive"]
 
 
 def test_compiling_takes_part_where_it_is_asked_for(x, monkeypatch):
@@ -145,6 +168,7 @@ def test_the_module_is_afterwards_as_it_was(layer, x):
         ({"against": "conv"}, "against must be a callable, several, or name -> callable"),
         ({"against": [3]}, "against must be a callable|against must hold callables, got int"),
         ({"against": {"eager": abs}}, "against must not use the name 'eager'"),
+        ({"against": {"ReLU": abs}}, "against must not use the name 'ReLU'"),
         ({"backends": "eager"}, "backends must be some of triton, eager, reference, got 'eager'"),
         ({"seconds": -1}, "seconds must be a number of at least 0, got -1"),
         ({"min_runs": 0}, "min_runs must be an integer of at least 1, got 0"),
