@@ -1,4 +1,4 @@
-"""Operators against what stands in for them: eager unfold, the same compiled, and what the hardware allows.
+"""Each operator against its alternatives: eager unfold, compiled unfold, and the hardware's limit.
 
 Every contender computes the same function of the same inputs and is held against the definition in float32 before
 anything is timed. Contenders take turns, so that the clock of a hot GPU slows them all alike.

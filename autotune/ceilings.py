@@ -67,21 +67,23 @@ def launch_overhead(device: torch.device, *, quick: bool = False) -> dict[str, A
     given, which adds the output's allocation and the arguments; ``tuned`` the same asking the tuner, whose answer is in
     memory; ``operator`` the call through PyTorch's dispatcher.
     """
-    from kernels.aggregation import op, triton_kernels
+    from kernels.aggregation import op
+    from kernels.aggregation.configs import gather_heuristic, gather_problem
+    from kernels.aggregation.gather import gather_aggregate
 
     window = Window((3, 3), padding=(1, 1))
     weight = torch.randn(1, 1, 3, 3, 4, 4, device=device)
     x = torch.randn(1, 1, 16, 4, 4, device=device)
-    config = triton_kernels.heuristic(triton_kernels.problem_of(weight, x, (4, 4), 9))
+    config = gather_heuristic(gather_problem(weight, x, (4, 4), (3, 3)))
     with record_launches() as launches:
-        triton_kernels.aggregate(weight, x, window, config=config)
+        gather_aggregate(weight, x, window, config=config)
     kernel, grid, arguments, options = launches[0]
     backend = "triton"
     found: dict[str, Any] = _host_microseconds(
         {
             "direct": lambda: kernel[grid](**arguments, **options),
-            "configured": lambda: triton_kernels.aggregate(weight, x, window, config=config),
-            "tuned": lambda: triton_kernels.aggregate(weight, x, window),
+            "configured": lambda: gather_aggregate(weight, x, window, config=config),
+            "tuned": lambda: gather_aggregate(weight, x, window),
             "operator": lambda: op.aggregate(weight, x, window, backend),
         },
         device,

@@ -17,7 +17,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _algebra(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], object]]:
-    from kernels.aggregation import triton_kernels as kernels
+    from kernels.aggregation import rows as kernels
 
     # RedNet-50's second stage: 128 channels in 8 groups at 28x28, K = 7.
     window = Window((7, 7), padding=(3, 3))
@@ -31,24 +31,32 @@ def _algebra(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], o
     yield lambda: kernels.transpose(weight, x, (28, 28), window)
 
 
-def _generate(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from kernels.involution import triton_kernels as kernels
+def _generate(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], object]]:
+    from kernels.aggregation.rows import correlate
+    from kernels.involution import forward
 
     # RedNet-50's second stage: kernels of 128 channels from 32 features.
     window = Window((7, 7), padding=(3, 3))
-    x = _meta(128, 8, 16, 28, 28, dtype=dtype)
-    features, weight = _meta(128, 32, 28, 28, dtype=dtype), _meta(8 * 49, 32, dtype=dtype)
-    yield lambda: kernels.involution_generate(x, features, weight, weight[:, 0].contiguous(), window)
+    x, features = _meta(128, 128, 28, 28, dtype=dtype), _meta(128, 32, 28, 28, dtype=dtype)
+    if channels_last:
+        x, features = (t.to(memory_format=torch.channels_last) for t in (x, features))
+    x, weight = x.unflatten(1, (8, 16)), _meta(8 * 49, 32, dtype=dtype)
+    inputs = (x, features, weight, weight[:, 0].contiguous(), window)
+    yield lambda: forward.involution_generate(*inputs)
+    if not channels_last:
+        return  # the backward pass lays channels last first
+    yield lambda: forward.involution_generate_transpose(x, *inputs)
+    yield lambda: correlate(x, x, window, padded=True)
 
 
 def _neighborhood(
     dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
 ) -> Iterator[Callable[[], object]]:
-    from kernels.aggregation import triton_kernels as algebra
+    from kernels.aggregation import gather as algebra
     from kernels.neighborhood.backward import softmax_aggregate_backward
     from kernels.neighborhood.forward import softmax_aggregate
 
-    # OverLoCK-T: 16 value channels a head.
+    # OverLoCK-T: 16 value channels per head.
     window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
     logits = _meta(128, 8, length, length, kernel_size, kernel_size, dtype=dtype).permute(0, 1, 4, 5, 2, 3)
     value = _meta(128, 8, 16, length, length, dtype=dtype)
@@ -63,15 +71,14 @@ def _neighborhood(
 
 
 def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterator[Callable[[], object]]:
-    from kernels.contmix import triton_kernels as kernels
+    from kernels.contmix import passes as kernels
 
     # OverLoCK-T: 8 heads of 16 query and 16 value channels.
     positions = sum(size**2 for size in kernel_sizes)
-    relatives = sum((2 * size - 1) ** 2 for size in kernel_sizes)
     features = _meta(128, 8, 16, length, length, dtype=dtype)
-    projected = _meta(128, 8, 16, positions, dtype=dtype)
+    projected = _meta(positions, 128, 8, 16, dtype=torch.float32).permute(1, 2, 3, 0)
     bias = _meta(positions, dtype=dtype)
-    rpb = _meta(8, relatives, dtype=dtype)
+    rpb = [_meta(8, 2 * size - 1, 2 * size - 1, dtype=dtype) for size in kernel_sizes]
     value = _meta(128, len(kernel_sizes), 8, 16, length, length, dtype=dtype)
     statistics = _meta(128, len(kernel_sizes), 8, length, length, dtype=torch.float32)
     inputs = (features, projected, bias, rpb, value)
@@ -80,26 +87,26 @@ def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterat
 
 
 def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
-    from kernels.outlook import triton_kernels as kernels
+    from kernels.outlook import backward, forward
 
     # VOLO-D1: 6 heads of 32 channels.
     logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
-    yield lambda: kernels.outlook(logits, value, 3, 2, 1, 32**-0.5)
-    yield lambda: kernels.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: forward.outlook(logits, value, 3, 2, 1, 32**-0.5)
+    yield lambda: backward.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
 
 
 def _depthwise(
     dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
 ) -> Iterator[Callable[[], object]]:
-    from kernels.depthwise import triton_kernels as kernels
+    from kernels.depthwise import backward, forward
 
     x, weight = (
         _meta(128, channels, length, length, dtype=dtype),
         _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
     )
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    yield lambda: kernels.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
-    yield lambda: kernels.weight_gradient(x, x, kernel_size)
+    yield lambda: forward.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
+    yield lambda: backward.weight_gradient(x, x, kernel_size)
 
 
 def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
@@ -107,7 +114,8 @@ def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
     return {
         "involution 128@28 K=7, channels first": _algebra(dtype, channels_last=False),
         "involution 128@28 K=7, channels last": _algebra(dtype, channels_last=True),
-        "involution, kernels generated, 128@28 K=7": _generate(dtype),
+        "involution, kernels generated, 128@28 K=7": _generate(dtype, channels_last=False),
+        "involution, kernels generated, 128@28 K=7, channels last": _generate(dtype, channels_last=True),
         "neighborhood 8x16@14 K=13": _neighborhood(dtype, 14, 13),
         "neighborhood 8x16@56 K=7 d=2": _neighborhood(dtype, 56, 7, dilation=2),
         "outlook 6x32@28 K=3 s=2": _outlook(dtype),

@@ -1,8 +1,8 @@
 """Bring every number of the README and of notebooks/results/README.md in line with the committed results.
 
 Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
-notebooks/results: models.json (parameters and multiply-adds, counted; --count counts them again), compiled.json (kernels
-built ahead of time; --compile builds them again), predicted/*.json (written by predicted/collect.py) and
+notebooks/results: models.json (parameters and multiply-adds, counted; --count counts them again), compiled.json
+(kernels built ahead of time; --compile builds them again), predicted/*.json (written by predicted/collect.py) and
 <device>/profile.json. Figures are drawn again from the same files.
 """
 
@@ -68,7 +68,7 @@ def _published_table(top1: dict[str, float]) -> Iterator[str]:
     for family, paper, sizes in (
         ("OverLoCK", "2502.20087", "any, from 32 pixels up"),
         ("RedNet", "2103.06255", "any, from 32 pixels up"),
-        ("VOLO", "2106.13112", "`img_size`, multiples of 16"),
+        ("VOLO", "2106.13112", "`img_size` (224), other sizes resized"),
     ):
         names = [name for name in PUBLISHED if name.startswith(family.lower())]
         variants = " · ".join(f"`{name.removesuffix('_reparam')}`" for name in names)
@@ -81,9 +81,9 @@ def _published_table(top1: dict[str, float]) -> Iterator[str]:
 
 def _predicted_table(records: list[dict[str, Any]]) -> Iterator[str]:
     """A line per case and pass, a column pair per Triton."""
-    versions = [record["triton"] for record in records]
-    yield f"| case | pass | launches | floor, µs | {' | '.join(f'Triton {v}, µs' for v in versions)} | of floor | bound by |"
-    yield f"|---|---|---:|---:|{'---:|' * len(versions)}---:|---|"
+    times = " | ".join(f"Triton {record['triton']}, µs" for record in records)
+    yield f"| case | pass | launches | floor, µs | {times} | of floor | bound by |"
+    yield f"|---|---|---:|---:|{'---:|' * len(records)}---:|---|"
     first = records[0]["rows"] if records else []
     for index, row in enumerate(first):
         times = [record["rows"][index]["microseconds"] for record in records]
@@ -204,21 +204,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise SystemExit(
             "figures needs a checkout of the repository: its README and notebooks/results are not installed"
         )
-    results, readme = root / "notebooks" / "results", root / "README.md"
+    results = root / "notebooks" / "results"
     if arguments.count:
         counted = {name: count_model(name) for name in track(PUBLISHED, "Counting", console=console, transient=True)}
         timing.write_json(results / "models.json", counted)
     if arguments.compile:
         timing.write_json(results / "compiled.json", _compiled())
-    text = readme.read_text()
-    wanted = updated(text, readme_sections(results))
+    outdated = {}
+    for page, content in sections(results).items():
+        text = page.read_text()
+        if (wanted := updated(text, content)) != text:
+            outdated[page] = wanted
     if arguments.check:
-        return int(text != wanted)
-    atomic_write(readme, wanted)
+        return int(bool(outdated))
+    for page, wanted in outdated.items():
+        atomic_write(page, wanted)
+        console.print(f"updated {page.relative_to(root)}")
+    plots.save(pictures.windows_figure(), results / "windows.png")
+    console.print("drew notebooks/results/windows.png")
     for path in sorted(results.glob("*/profile.json")):
         record = json.loads(path.read_text())
         for file, figure in report.figures(record).items():
             plots.save(figure, path.parent / file, report.fingerprint(record))
             console.print(f"drew {(path.parent / file).relative_to(root)}")
-    console.print("README.md is up to date" if text == wanted else "README.md updated")
     return 0

@@ -24,9 +24,8 @@ class Steps(Bar):
         self.name = name
         self.describe(name)
 
-    def end(self, told: str) -> None:
-        """``told`` is what came of it."""
-        self.advance(1, f"{self.name}: {told}")
+    def end(self, outcome: str) -> None:
+        self.advance(1, f"{self.name}: {outcome}")
 
 
 def each(

@@ -176,7 +176,7 @@ def figures(record: Row) -> dict[str, Figure]:
             "Models on a photograph (random weights)",
             [
                 ("time of an image", "time, ms", _times(models, record["settings"]["batch"])),
-                ("peak memory, beyond weights and images", "peak memory, MB", _memories(models)),
+                ("peak memory", "beyond weights and images, MB", _memories(models)),
             ],
         ),
     }

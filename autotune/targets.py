@@ -1,4 +1,4 @@
-"""What was measured, as tables, and next to what it was to reach: made from the suite's files alone."""
+"""Tables of measured values beside their targets, made from the suite's result files."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def tables(folder: Path) -> Iterator[Table]:
             shown.add_row(row["name"], row["pass"], *_operator_cells(row))
         yield shown
     if results.rows("models"):
-        shown = Table(title="Models: images a second, and ratios of time", title_justify="left")
+        shown = Table(title="Models: images per second, and ratios of time", title_justify="left")
         for heading in ("", "pass"):
             shown.add_column(heading, overflow="fold")
         for heading in ("ours", "compiled", "naive / ours", "peer / ours", "both compiled"):

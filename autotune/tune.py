@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     effort.add_argument(
         "--seconds", type=types.seconds, default=float("inf"), metavar="S", help="begin none after that"
     )
-    effort.add_argument("--quick", action="store_true", help="smoke test: tiny shapes, one a operator; any device")
+    effort.add_argument("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
     effort.add_argument(
         "--passing-over",
         type=Path,

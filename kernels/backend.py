@@ -62,7 +62,7 @@ def get_backend() -> str:
     """The name of the backend in force: the selected one (``auto`` is reported as such), with two exceptions.
 
     Both are ``reference``, whatever was selected, because they need operators of PyTorch's own: while
-    ``torch.onnx.export`` records a model, for no runtime of ONNX has those of this package; and inside ``torch.func``'s
+    ``torch.onnx.export`` records a model, because ONNX runtimes lack those of this package; and inside ``torch.func``'s
     transforms and ``torch.autograd.forward_ad``, which do not look into operators registered from Python.
 
     ValueError where the environment variable names no backend: here and not at import, so that a command can say so in

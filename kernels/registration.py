@@ -26,7 +26,7 @@ WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``function`` in the dtypes it is handed: autocast has had its say in ``check_tensors``."""
+    """Run ``function`` in the dtypes of its arguments: ``check_tensors`` has applied autocast already."""
 
     @functools.wraps(function)
     def wrapper(first: Tensor, *arguments: Any, **keywords: Any) -> Any:

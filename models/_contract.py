@@ -6,7 +6,7 @@ A family derives from ``BackboneContract`` and provides
 * ``classifiers``: module name of each classifier -> its number of input features, the main one first;
 * ``_forward_stages(x, last)`` and ``forward_head(x, pre_logits=False)``;
 * ``group_matcher``, and what it does its own way: ``no_weight_decay``, ``adapt_state_dict``, ``return_plain_logits``,
-  ``folded`` (its inference form), ``global_pools``, ``fixed_input_size``, ``training_only``.
+  ``folded`` (its inference form), ``global_pools``, ``fixed_input_size``, ``training_only``, ``plain_options``.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class BackboneContract(nn.Module):
     fixed_input_size: ClassVar = False  # whether ``img_size`` is an argument
     global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # what forward_head can do, its default first
     training_only: ClassVar[tuple[str, ...]] = ()  # modules that evaluation does not use
+    plain_options: ClassVar[dict[str, Any]] = {}  # arguments with which training returns what evaluation does
     stages: ClassVar[tuple[tuple[str, ...], ...]]
 
     num_classes: int

@@ -7,7 +7,7 @@ token labelling and mix-token from arXiv 2104.10858. Entry names are those of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,7 @@ class VOLO(BackboneContract):
     """
 
     fixed_input_size = True
+    plain_options: ClassVar = {"return_dense": False}
     global_pools = ("token", "avg", "")
     stages = (
         ("patch_embed", "network.0"),

@@ -22,7 +22,7 @@ CONTMIX_SIZES, CONTEXT = (5, 13), 49  # as in OverLoCK at 1/16
 
 
 def _heads(channels: int) -> int:
-    """32 channels a head, as in VOLO; ContMix takes as many groups."""
+    """32 channels per head, as in VOLO; ContMix takes as many groups."""
     return channels // 32
 
 

@@ -39,10 +39,9 @@ def tensors(device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 def subject() -> tuple[Launcher, Problem]:
     """The kernel as the tuner knows it, and the problem of that shape."""
-    from kernels.aggregation import triton_kernels
+    from kernels.aggregation.rows import aggregate
 
-    weight, x = tensors("meta")
-    return triton_kernels.aggregate, triton_kernels.problem_of(weight, x, (SIDE, SIDE), 49)
+    return aggregate, aggregate.problem_of(*tensors("meta"), WINDOW)
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,11 @@ def survey(gpu: str, architecture: str | None = None, part: int = 0, parts: int 
 
 def _compiled(config: Any, architecture: str) -> Known:
     from autotune.compile import compile_launch
-    from kernels.aggregation import triton_kernels
+    from kernels.aggregation.rows import aggregate
 
     weight, x = tensors("meta")
     with record_launches() as launches:
-        triton_kernels.aggregate(weight, x, WINDOW, config=config)
+        aggregate(weight, x, WINDOW, config=config)
     built = compile_launch("", launches[0], architecture)
     return Known(built.registers, built.spilled_bytes, built.shared_bytes)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.aggregation import triton_kernels
-from kernels.aggregation.triton_kernels import Problem
+from kernels.aggregation import configs, gather, rows
+from kernels.aggregation.configs import GatherProblem
 from kernels.windows import Pair, Window
 
-__all__ = ["features", "kernel", "near_square"]
+__all__ = ["features", "kernel", "near_square", "random_maps", "rows_geometry"]
 
 BATCH, GROUPS = 2, 2  # the least that shows a stride mistaken
 
@@ -23,7 +23,7 @@ def near_square(number: int, odd: bool = False) -> Pair:
     return rows, number // rows
 
 
-def features(problem: Problem, size: Pair, device: torch.device) -> Tensor:
+def features(problem: GatherProblem, size: Pair, device: torch.device) -> Tensor:
     """[B, G, C, H, W] in the problem's memory order."""
     if problem.channels_fastest:
         shape = (BATCH, *size, GROUPS, problem.channels)
@@ -31,7 +31,7 @@ def features(problem: Problem, size: Pair, device: torch.device) -> Tensor:
     return torch.randn((BATCH, GROUPS, problem.channels, *size), dtype=problem.dtype, device=device)
 
 
-def kernel(problem: Problem, kernel_size: Pair, size: Pair, device: torch.device) -> Tensor:
+def kernel(problem: GatherProblem, kernel_size: Pair, size: Pair, device: torch.device) -> Tensor:
     """[B, G, Kh, Kw, H', W'] in the problem's memory order."""
     if problem.kernel_fastest:
         shape = (BATCH, *size, GROUPS, *kernel_size)
@@ -39,28 +39,69 @@ def kernel(problem: Problem, kernel_size: Pair, size: Pair, device: torch.device
     return torch.randn((BATCH, GROUPS, *kernel_size, *size), dtype=problem.dtype, device=device)
 
 
-def _geometry(problem: Problem) -> tuple[Window, Pair, Pair]:
+def _geometry(problem: GatherProblem) -> tuple[Window, Pair, Pair]:
     """A zero-padded window of that many steps, the map, and the map of its outputs."""
     kernel_size, size = near_square(problem.steps), near_square(problem.pixels)
     window = Window(kernel_size, padding=(kernel_size[0] // 2, kernel_size[1] // 2))
     return window, size, window.output_size(*size)
 
 
-@triton_kernels.aggregate.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+def rows_geometry(problem: configs.Problem) -> tuple[Window, Pair]:
+    """A window with that many rows, and the map whose rows slide."""
+    window = Window((problem.taps, 3), (problem.multiple, 1), (problem.taps // 2, 1))
+    return window, (problem.rows, max(1, problem.pixels // problem.rows))
+
+
+def random_maps(problem: configs.Problem, size: Pair, device: torch.device) -> Tensor:
+    """[B, G, C, H, W] in the problem's memory order."""
+    shape = BATCH, problem.groups * problem.channels, *size
+    maps = torch.randn(shape, dtype=problem.dtype, device=device)
+    if problem.channels_fastest:
+        maps = maps.to(memory_format=torch.channels_last)
+    return maps.unflatten(1, (problem.groups, problem.channels))
+
+
+def _random_kernel(problem: configs.Problem, window: Window, size: Pair, device: torch.device) -> Tensor:
+    """[B, G, Kh, Kw, H', W'], whose rows slide in either memory order of the maps."""
+    shape = BATCH, problem.groups, *window.kernel_size, *size
+    return torch.randn(shape, dtype=problem.dtype, device=device)
+
+
+@rows.aggregate.example
+def _(problem: configs.Problem, device: torch.device) -> tuple[Any, ...]:
+    window, size = rows_geometry(problem)
+    return _random_kernel(problem, window, size, device), random_maps(problem, size, device), window
+
+
+@rows.transpose.example
+def _(problem: configs.Problem, device: torch.device) -> tuple[Any, ...]:
+    window, size = rows_geometry(problem)
+    outputs = window.output_size(*size)
+    kernel = _random_kernel(problem, window, outputs, device)
+    return kernel, random_maps(problem, outputs, device), size, window
+
+
+@rows.correlate.example
+def _(problem: configs.Problem, device: torch.device) -> tuple[Any, ...]:
+    window, size = rows_geometry(problem)
+    return random_maps(problem, size, device), random_maps(problem, size, device), window
+
+
+@gather.gather_aggregate.example
+def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
     window, size, output_size = _geometry(problem)
     weight = kernel(problem, window.kernel_size, output_size, device)
     return weight, features(problem, size, device), window
 
 
-@triton_kernels.transpose.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+@gather.gather_transpose.example
+def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
     window, size, output_size = _geometry(problem)
     weight = kernel(problem, window.kernel_size, output_size, device)
     return weight, features(problem, output_size, device), size, window
 
 
-@triton_kernels.correlate.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+@gather.gather_correlate.example
+def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
     window, size, output_size = _geometry(problem)
     return features(problem, output_size, device), features(problem, size, device), window

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.aggregation import eager
+from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
 from kernels.registration import WINDOW, fields_of, operator, window_of
@@ -26,19 +27,23 @@ from kernels.windows import Pair, Window
 __all__ = ["aggregate", "aggregation_flops", "algebra", "correlate", "transpose"]
 
 
-def algebra(backend: str, *maps: Tensor) -> ModuleType:
+def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
     """The module that computes the three here; Triton is imported at the first use and not before."""
-    if resolve(backend, *maps) == "triton":
-        from kernels.aggregation import triton_kernels
+    if "eager" in [resolve(backend, each) for each in maps]:
+        return eager
+    if slides(window):
+        from kernels.aggregation import rows
 
-        return triton_kernels
-    return eager
+        return rows
+    from kernels.aggregation import gather
+
+    return gather
 
 
 @operator("aggregate", f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor")
 def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, x, weight).aggregate(weight, x, window)
+    return algebra(backend, window, x, weight).aggregate(weight, x, window)
 
 
 @_aggregate.register_fake
@@ -49,7 +54,7 @@ def _(weight, x, *_):
 @operator("correlate", f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor")
 def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return algebra(backend, x, g).correlate(g, x, window)
+    return algebra(backend, window, x, g).correlate(g, x, window)
 
 
 @_correlate.register_fake
@@ -60,7 +65,7 @@ def _(g, x, kernel_size, *_):
 @operator("transpose", f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}) -> Tensor")
 def _transpose(weight, g, input_size, stride, padding, dilation, clamped, backend):
     window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, g).transpose(weight, g, (input_size[0], input_size[1]), window)
+    return algebra(backend, window, g).transpose(weight, g, (input_size[0], input_size[1]), window)
 
 
 @_transpose.register_fake

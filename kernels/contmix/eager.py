@@ -9,7 +9,7 @@ there are never more than a tile of them, a few megabytes at most, whatever the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,15 +76,11 @@ def empty_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def parts(
-    projected: Tensor, bias: Tensor, rpb: Tensor, kernel_sizes: list[int]
+    projected: Tensor, bias: Tensor, rpb: Sequence[Tensor], kernel_sizes: list[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(projected [B, G, Dq, K²], bias [K²], rpb [G, 2K−1, 2K−1]) of each kernel size; rpb comes as [G, Σ(2K−1)²]."""
-    positions, sides = [size**2 for size in kernel_sizes], [2 * size - 1 for size in kernel_sizes]
-    tables = (
-        table.unflatten(1, (side, side))
-        for table, side in zip(rpb.split([side**2 for side in sides], 1), sides, strict=True)
-    )
-    return zip(projected.split(positions, 3), bias.split(positions), tables, strict=True)
+    """(projected [B, G, Dq, K²], bias [K²], rpb [G, 2K−1, 2K−1]) of each kernel size."""
+    positions = [size**2 for size in kernel_sizes]
+    return zip(projected.split(positions, 3), bias.split(positions), rpb, strict=True)
 
 
 def _heads_last(features: Tensor) -> Tensor:
@@ -94,9 +90,9 @@ def _heads_last(features: Tensor) -> Tensor:
 
 @alone
 def contmix(
-    query: Tensor, projected: Tensor, bias: Tensor, rpb: Tensor, value: Tensor, kernel_sizes: list[int]
+    query: Tensor, projected: Tensor, bias: Tensor, rpb: Sequence[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """(out like value; log Σ_k exp [B, M, G, H, W]); rpb holds all tables side by side, [G, Σ(2K−1)²]."""
+    """(out like value; log Σ_k exp [B, M, G, H, W])"""
     out, statistics = empty_outputs(value)
     query = _heads_last(query)
     for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
@@ -115,12 +111,12 @@ def contmix_backward(
     query: Tensor,
     projected: Tensor,
     bias: Tensor,
-    rpb: Tensor,
+    rpb: Sequence[Tensor],
     value: Tensor,
     out: Tensor,
     statistics: Tensor,
     kernel_sizes: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
     grad_value, _ = empty_outputs(value)
@@ -141,11 +137,11 @@ def contmix_backward(
         )
         grad_bias.append(torch.stack([logits.grad_bias for logits in found]).sum(0))
         assert grad_table is not None
-        grad_rpb.append(grad_table.flatten(1))
+        grad_rpb.append(grad_table)
     return (
         grad_query.to(query.dtype),
         grad_projected.to(projected.dtype),
         torch.cat(grad_bias).to(bias.dtype),
-        torch.cat(grad_rpb, 1),
+        grad_rpb,
         grad_value,
     )

@@ -7,77 +7,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.aggregation.examples import BATCH, GROUPS, near_square
-from kernels.contmix import eager, triton_forward, triton_grad_inputs, triton_grad_parameters
-from kernels.contmix.triton_tiles import Problem, Saved, shares_windows
+from kernels.aggregation.examples import near_square
+from kernels.contmix import eager
+from kernels.contmix.backward_own import grad_logits_own, rows_of
+from kernels.contmix.backward_shared import Targets, grad_inputs_shared, grad_tables_shared
+from kernels.contmix.configs import Inputs, Problem, Saved, shares_windows
+from kernels.contmix.forward_own import forward_own
+from kernels.contmix.forward_shared import forward_shared
+from kernels.dtypes import accumulator_dtype
 from kernels.windows import Pair
 
 
-def _size(problem: Problem) -> Pair:
+def _size(problem: Problem, shared: bool) -> Pair:
     """A map of about that many pixels that holds the window, and on which windows are shared or not as asked for."""
     kernel_size = problem.kernel_size
     height, width = (max(length, kernel_size) for length in near_square(problem.pixels))
-    if problem.shared and not shares_windows(height, width, kernel_size):
+    if shared and not shares_windows(height, width, kernel_size):
         return kernel_size, kernel_size
-    while not problem.shared and shares_windows(height, width, kernel_size):
+    while not shared and shares_windows(height, width, kernel_size):
         height, width = height + 1, width + 1
     return height, width
 
 
-def _inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, projected keys, bias, rpb and value of one kernel size."""
+def _inputs(problem: Problem, device: torch.device, shared: bool) -> tuple[Inputs, Tensor, Tensor]:
+    """Inputs of one kernel size, and what the forward pass fills."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=problem.dtype, device=device)
 
-    size, relative = _size(problem), 2 * problem.kernel_size - 1
-    return (
-        random(BATCH, GROUPS, problem.query_channels, *size) / problem.query_channels**0.5,
-        random(BATCH, GROUPS, problem.query_channels, problem.kernel_size**2),
+    (height, width), relative = _size(problem, shared), 2 * problem.kernel_size - 1
+    leading = problem.batch, problem.groups
+    inputs = Inputs(
+        random(*leading, problem.query_channels, height, width) / problem.query_channels**0.5,
+        random(*leading, problem.query_channels, problem.kernel_size**2).to(accumulator_dtype(problem.dtype)),
         random(problem.kernel_size**2),
-        random(GROUPS, relative, relative),
-        random(BATCH, GROUPS, problem.channels, *size),
+        random(problem.groups, relative, relative),
+        random(*leading, problem.channels, height, width),
     )
+    out, statistics = eager.empty_outputs(inputs.value[:, None])
+    return inputs, out[:, 0], statistics[:, 0]
 
 
-def _saved(problem: Problem, device: torch.device) -> Saved:
-    """What a backward kernel reads: a gradient, the inputs, and the outputs of the forward pass."""
-    query, projected, bias, rpb, value = _inputs(problem, device)
+def _saved(problem: Problem, device: torch.device, shared: bool) -> tuple[Saved, Targets]:
+    """What a backward kernel reads, a gradient and the outputs of the forward pass among it, and what it fills."""
+    inputs, *_ = _inputs(problem, device, shared)
+    query, projected, bias, rpb, value = inputs
     sizes = [problem.kernel_size]
-    out, statistics = eager.contmix(query, projected, bias, rpb.flatten(1), value[:, None], sizes)
-    return Saved(torch.randn_like(value), query, projected, bias, rpb, value, out[:, 0], statistics[:, 0])
+    out, statistics = eager.contmix(query, projected, bias, [rpb], value[:, None], sizes)
+    targets = Targets(torch.empty_like(query), torch.empty_like(projected), torch.empty_like(value), None)
+    return Saved(*inputs, torch.randn_like(value), out[:, 0], statistics[:, 0]), targets
 
 
-def _delta(saved: Saved) -> Tensor:
-    return (saved.grad.to(saved.statistics.dtype) * saved.out.to(saved.statistics.dtype)).sum(2)
-
-
-@triton_forward.forward_of_one_size.example
+@forward_shared.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    query, projected, bias, rpb, value = _inputs(problem, device)
-    inputs = triton_forward.Inputs(query, projected, bias, rpb.flatten(1), value[:, None])
-    return inputs, *eager.empty_outputs(inputs.value), [problem.kernel_size], 0
+    return _inputs(problem, device, shared=True)
 
 
-@triton_grad_inputs.grad_query.example
+@forward_own.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    saved = _saved(problem, device)
-    return saved, torch.empty_like(saved.query), torch.empty_like(saved.statistics)
+    return _inputs(problem, device, shared=False)
 
 
-@triton_grad_inputs.grad_value.example
+@grad_inputs_shared.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    saved = _saved(problem, device)
-    return saved, torch.empty_like(saved.value)
+    saved, targets = _saved(problem, device, shared=True)
+    return saved, targets, torch.empty_like(saved.statistics)
 
 
-@triton_grad_parameters.grad_projected.example
+@grad_tables_shared.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    saved = _saved(problem, device)
-    return saved, _delta(saved)
+    saved, _ = _saved(problem, device, shared=True)
+    return saved, (saved.grad.to(saved.statistics.dtype) * saved.out.to(saved.statistics.dtype)).sum(2)
 
 
-@triton_grad_parameters.grad_tables.example
+@grad_logits_own.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    saved = _saved(problem, device)
-    return saved, _delta(saved)
+    saved, targets = _saved(problem, device, shared=False)
+    return saved, targets.query, None, rows_of(saved, 0, saved.value.shape[3] - 1)

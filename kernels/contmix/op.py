@@ -13,6 +13,7 @@ from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors, check_window_fits, odd_int
 from kernels.contmix import eager
+from kernels.dtypes import at_least_float32
 from kernels.layout import empty_like_layout
 from kernels.registration import once_differentiable, operator, without_autocast
 
@@ -82,21 +83,25 @@ def contmix2d(
             query, key, value, proj_weight, proj_bias, biases, kernel_sizes=tuple(sizes)
         )
 
-    projected = key @ proj_weight.t()  # [B, G, Dq, ΣK²]
+    projected = _projected(key, proj_weight)
     return _contmix(query, projected, proj_bias, biases, value, sizes, backend)[0]
 
 
-def _side_by_side(tables: Sequence[Tensor]) -> Tensor:
-    """[G, Σ(2K−1)²]"""
-    return torch.cat([table.flatten(1) for table in tables], 1)
+@without_autocast
+def _projected(key: Tensor, proj_weight: Tensor) -> Tensor:
+    """projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], [B, G, Dq, ΣK²]: in float32 at least, for rounding between two
+    linear steps would reach the logits; channels adjacent in memory, so that each window position is one read."""
+    wide_key, wide_weight = at_least_float32(key, proj_weight)
+    projected = wide_weight @ wide_key.flatten(0, 2).t()
+    return projected.view(proj_weight.shape[0], *key.shape[:3]).permute(1, 2, 3, 0)
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     """What runs here; Triton is imported at the first use and not before."""
     if resolve(backend, tensor) == "triton":
-        from kernels.contmix import triton_kernels
+        from kernels.contmix import passes
 
-        return triton_kernels
+        return passes
     return eager
 
 
@@ -108,7 +113,7 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
 def _contmix(query, projected, bias, rpb, value, kernel_sizes, backend):
     """The output, and log Σ_k exp of every softmax [B, M, G, H, W] in float32 (float64 for float64)."""
     run = _implementation(backend, value)
-    return run.contmix(query, projected, bias, _side_by_side(rpb), value, kernel_sizes)
+    return run.contmix(query, projected, bias, rpb, value, kernel_sizes)
 
 
 @_contmix.register_fake
@@ -124,21 +129,14 @@ def _(query, projected, bias, rpb, value, kernel_sizes, backend):
 def _contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
     """Gradients of query, projected, bias, rpb and value."""
     run = _implementation(backend, value)
-    grads = run.contmix_backward(grad, query, projected, bias, _side_by_side(rpb), value, out, statistics, kernel_sizes)
-    grad_query, grad_projected, grad_bias, grad_rpb, grad_value = grads
-    # Each table's gradient has memory of its own: optimizers scale gradients in place, one after another.
-    parts = grad_rpb.split([table[0].numel() for table in rpb], 1)
-    grad_tables = [
-        part.clone(memory_format=torch.contiguous_format).view_as(t) for part, t in zip(parts, rpb, strict=True)
-    ]
-    return grad_query, grad_projected, grad_bias, grad_tables, grad_value
+    return run.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
 
 
 @_contmix_backward.register_fake
 def _(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
     grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
-    grad_projected, grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (projected, bias, *rpb))
-    return grad_query, grad_projected, grad_bias, grad_tables, grad_value
+    grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (bias, *rpb))
+    return grad_query, torch.empty_like(projected), grad_bias, grad_tables, grad_value
 
 
 def _save(ctx, inputs, output):

@@ -40,6 +40,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         [B, C, H, W] in the memory format of x; sums run in float32 (float64 for float64). Differentiable any number of
         times.
 
+        A value of x that is not finite may reach any output of its own image and channel in Triton's products, and the
+        weight's gradient anywhere in its channel; it never reaches another image or channel.
+
     Raises:
         TypeError: an argument is no floating tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit together, or K is even or above 31.
@@ -68,7 +71,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def _convolve(x, weight, bias, flipped):
     """``flipped`` convolves with weight[c, K−1−k]."""
     resolve("triton", x)
-    from kernels.depthwise.triton_kernels import convolve
+    from kernels.depthwise.forward import convolve
 
     return convolve(x, weight, bias, flipped)
 
@@ -80,7 +83,7 @@ def _(x, weight, bias, flipped):
 
 @operator("depthwise_conv2d_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
 def _weight_gradient(grad, x, kernel_size):
-    from kernels.depthwise.triton_kernels import weight_gradient
+    from kernels.depthwise.backward import weight_gradient
 
     return weight_gradient(grad, x, kernel_size)
 

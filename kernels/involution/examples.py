@@ -1,33 +1,39 @@
-"""Involution's kernel launched on random inputs of a given problem: how stored configs are checked."""
+"""Involution's launchers with random inputs of a given problem: how stored configs are checked."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kernels.aggregation import triton_kernels as algebra
-from kernels.aggregation.examples import BATCH, GROUPS, features, near_square
-from kernels.involution import triton_kernels
-from kernels.involution.triton_kernels import Problem
-from kernels.windows import Window
+from kernels.aggregation.configs import Problem
+from kernels.aggregation.examples import BATCH, random_maps, rows_geometry
+from kernels.involution import forward
+from kernels.windows import Pair
 
 
-@triton_kernels.involution_generate.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    def random(*shape: int) -> torch.Tensor:
+def _parameters(problem: Problem, columns: int, outputs: Pair, device: torch.device) -> tuple[Tensor, ...]:
+    """Features [B, R, H', W'], weight [G·K, R] and bias [G·K]."""
+
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=problem.dtype, device=device)
 
-    kernel_size, size = near_square(problem.steps, odd=True), near_square(problem.pixels)
-    window = Window(kernel_size, padding=(kernel_size[0] // 2, kernel_size[1] // 2))
-    layout = algebra.Problem(
-        problem.channels, problem.pixels, problem.steps, channels_fastest=problem.channels_fastest, dtype=problem.dtype
-    )
-    rows = GROUPS * problem.steps
-    return (
-        features(layout, size, device),
-        random(BATCH, problem.features, *size),
-        random(rows, problem.features) / problem.features**0.5,
-        random(rows),
-        window,
-    )
+    entries = problem.groups * problem.taps * columns
+    weight = random(entries, problem.features) / problem.features**0.5
+    return random(BATCH, problem.features, *outputs), weight, random(entries)
+
+
+@forward.involution_generate.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+    window, size = rows_geometry(problem)
+    outputs = window.output_size(*size)
+    return random_maps(problem, size, device), *_parameters(problem, 3, outputs, device), window
+
+
+@forward.involution_generate_transpose.example
+def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+    window, size = rows_geometry(problem)
+    outputs = window.output_size(*size)
+    x, g = random_maps(problem, size, device), random_maps(problem, outputs, device)
+    return g, x, *_parameters(problem, 3, outputs, device), window

@@ -16,17 +16,17 @@ from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.windows import Window
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "kernels_of", "steps"]
 
 # Bytes of kernels a step may hold: a share of a CPU's last-level cache, half of a data-centre GPU's L2.
 STEP_BYTES = {"cpu": 8 * 2**20}
 STEP_BYTES_ELSEWHERE = 24 * 2**20
 
 
-def _steps(features: Tensor, rows: int) -> Iterator[slice]:
+def steps(features: Tensor, rows: int, budget: int | None = None) -> Iterator[slice]:
     """Images taken together so that a step's kernels fit; at least one."""
     batch, _, height, width = features.shape
-    budget = STEP_BYTES.get(features.device.type, STEP_BYTES_ELSEWHERE)
+    budget = budget or STEP_BYTES.get(features.device.type, STEP_BYTES_ELSEWHERE)
     images = max(1, budget // (rows * height * width * features.element_size()))
     for first in range(0, batch, images):
         yield slice(first, first + images)
@@ -37,7 +37,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return accumulator_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
-def _kernels(features: Tensor, weight: Tensor, bias: Tensor | None, groups: int, window: Window) -> Tensor:
+def kernels_of(features: Tensor, weight: Tensor, bias: Tensor | None, groups: int, window: Window) -> Tensor:
     """[b, G, Kh, Kw, H', W'] of a step, in the memory order of the features."""
     kernels = torch.nn.functional.conv2d(features, weight[:, :, None, None], bias)
     return kernels.unflatten(1, (groups, *window.kernel_size))
@@ -50,8 +50,8 @@ def forward(
     out = empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
     wide = _product_dtype(x)
     weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
-    for images in _steps(features, weight.shape[0]):
-        kernels = _kernels(features[images].to(wide), weight, bias, x.shape[1], window)
+    for images in steps(features, weight.shape[0]):
+        kernels = kernels_of(features[images].to(wide), weight, bias, x.shape[1], window)
         out[images] = algebra.aggregate(kernels, x[images].to(wide), window)
     return out
 
@@ -69,12 +69,12 @@ def backward(
     accumulator, wide = accumulator_dtype(weight.dtype), _product_dtype(x)
     dtype, weight, bias = weight.dtype, weight.to(wide), None if bias is None else bias.to(wide)
     grad_x = empty_like_layout(x, x.shape)
-    grad_features = torch.empty(features.shape, dtype=features.dtype, device=features.device)
+    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
     grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device)
     grad_bias = torch.zeros(weight.shape[0], dtype=accumulator, device=weight.device)
-    for images in _steps(features, weight.shape[0]):
+    for images in steps(features, weight.shape[0]):
         part, pixels, grads = (tensor[images].to(wide) for tensor in (features, x, grad))
-        kernels = _kernels(part, weight, bias, x.shape[1], window)
+        kernels = kernels_of(part, weight, bias, x.shape[1], window)
         grad_x[images] = algebra.transpose(kernels, grads, x.shape[3:], window)
         grad_kernels = algebra.correlate(grads, pixels, window).flatten(1, 3).flatten(2)
         grad_features[images] = (weight.t() @ grad_kernels).unflatten(2, features.shape[2:])

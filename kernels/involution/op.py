@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
+from kernels.aggregation.configs import slides
 from kernels.aggregation.op import aggregate, algebra
-from kernels.backend import get_backend, resolve
+from kernels.backend import get_backend, interpreting, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
@@ -143,17 +144,23 @@ def involution2d_generate(
     return out.flatten(1, 2)
 
 
+def _fused(backend: str, window: Window, *maps: Tensor) -> bool:
+    """Whether one launch generates and uses the kernels: Triton has no float64 matrix product on a GPU."""
+    triton = "eager" not in [resolve(backend, each) for each in maps]
+    return triton and slides(window) and (maps[0].dtype != torch.float64 or interpreting())
+
+
 @operator(
     "involution_generate",
     f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
 )
 def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    if resolve(backend, x, features) == "triton":
-        from kernels.involution.triton_kernels import involution_generate
+    if _fused(backend, window, x, features):
+        from kernels.involution.forward import involution_generate
 
         return involution_generate(x, features, weight, bias, window)
-    return generate.forward(x, features, weight, bias, window, algebra(backend, x))
+    return generate.forward(x, features, weight, bias, window, algebra(backend, window, x))
 
 
 @_generate.register_fake
@@ -169,13 +176,18 @@ def _(x, features, *_):
 def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     """Gradients of x, features, weight and bias."""
     window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return generate.backward(grad, x, features, weight, bias, window, algebra(backend, x))
+    if _fused(backend, window, x, features):
+        from kernels.involution.backward import backward
+
+        return backward(grad, x, features, weight, bias, window)
+    return generate.backward(grad, x, features, weight, bias, window, algebra(backend, window, x))
 
 
 @_generate_backward.register_fake
 def _(grad, x, features, weight, *_):
-    grads = features.new_empty(features.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-    return empty_like_layout(x, x.shape), *grads
+    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
+    grads = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return empty_like_layout(x, x.shape), grad_features, *grads
 
 
 def _save(ctx, inputs, output):

@@ -20,12 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.aggregation.configs import (
+    GATHERS,
+    Gather,
+    GatherProblem,
+    gather_heuristic,
+    gather_problem,
+    wide_gather_heuristic,
+)
 from kernels.backend import interpreting
 from kernels.dtypes import accumulator_dtype, at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import eager, shared
-from kernels.neighborhood.configs import CONFIGS, Config, grad_logits_heuristic, heuristic, problem_of, shares_windows
+from kernels.neighborhood.configs import shares_windows
 from kernels.neighborhood.tiles import LOG2_E, features_view, kernel_view, load_logits, table_view
 from kernels.tuning import tunable
 from kernels.views import View, at, view
@@ -230,19 +238,23 @@ def _reference(saved: Saved, window: Window) -> tuple[Tensor, Tensor, Tensor | N
     return eager.softmax_aggregate_backward(grad, logits, value, rpb, out, saved.statistics, window)
 
 
+def _problem(saved: Saved, steps: Pair) -> GatherProblem:
+    return gather_problem(saved.logits, saved.value, saved.value.shape[3:], steps)
+
+
 def _candidates(window: Window, value: Tensor) -> Pair:
     """Outputs to be tried per input along each axis."""
     return inverse_steps(window, value.shape[3], 0), inverse_steps(window, value.shape[4], 1)
 
 
 @tunable(
-    CONFIGS,
-    heuristic,
-    problem=lambda saved, window: problem_of(saved.logits, saved.value, _candidates(window, saved.value)),
+    GATHERS,
+    gather_heuristic,
+    problem=lambda saved, window: _problem(saved, _candidates(window, saved.value)),
     reference=lambda saved, window: _reference(saved, window)[1],
     name="softmax_aggregate.grad_value",
 )
-def grad_value(saved: Saved, window: Window, *, config: Config) -> Tensor:
+def grad_value(saved: Saved, window: Window, *, config: Gather) -> Tensor:
     """Σ_{(i,k) reaching j} p[i,k] · grad[i], [B,G,C,H,W] in the memory order of value."""
     grad, logits, value, rpb, _out, statistics = saved
     batch, groups, channels, height, width = value.shape
@@ -260,7 +272,7 @@ def grad_value(saved: Saved, window: Window, *, config: Config) -> Tensor:
         "channels": channels,
         "height": height,
         "width": width,
-        **config.constants(window),
+        **config.clamped(window),
         "STEPS_H": steps[0],
         "STEPS_W": steps[1],
         "HAS_RPB": rpb is not None,
@@ -272,13 +284,13 @@ def grad_value(saved: Saved, window: Window, *, config: Config) -> Tensor:
 
 
 @tunable(
-    CONFIGS,
-    grad_logits_heuristic,
-    problem=lambda saved, window: problem_of(saved.logits, saved.value, window.kernel_size),
+    GATHERS,
+    wide_gather_heuristic,
+    problem=lambda saved, window: _problem(saved, window.kernel_size),
     reference=lambda saved, window: _reference(saved, window)[0],
     name="softmax_aggregate.grad_logits",
 )
-def grad_logits(saved: Saved, window: Window, *, config: Config) -> Tensor:
+def grad_logits(saved: Saved, window: Window, *, config: Gather) -> Tensor:
     """p[i,k] · (Σ_c grad[i,c] · value[nbr(i,k),c] − Σ_c grad[i,c] · out[i,c]), in the memory order of logits."""
     grad, logits, value, rpb, out, statistics = saved
     batch, groups, channels, height, width = value.shape
@@ -297,7 +309,7 @@ def grad_logits(saved: Saved, window: Window, *, config: Config) -> Tensor:
         "channels": channels,
         "height": height,
         "width": width,
-        **config.constants(window),
+        **config.clamped(window),
         "HAS_RPB": rpb is not None,
         **precision(logits, value, out, grad, target),
     }

@@ -11,19 +11,12 @@ from torch import Tensor
 
 from kernels.backend import interpreting
 from kernels.launch import next_power_of_2
-from kernels.layout import channels_fastest
-from kernels.windows import Pair, Window
+from kernels.windows import Window
 
 __all__ = [
-    "CONFIGS",
     "SHARED_CONFIGS",
-    "Config",
-    "Problem",
     "SharedConfig",
     "SharedProblem",
-    "grad_logits_heuristic",
-    "heuristic",
-    "problem_of",
     "shared_gradient_heuristic",
     "shared_heuristic",
     "shared_transpose_heuristic",
@@ -118,85 +111,3 @@ def shared_transpose_heuristic(problem: SharedProblem) -> SharedConfig:
     """The same on at least two warps: masks and window positions of every input take up registers."""
     config = shared_gradient_heuristic(problem)
     return replace(config, num_warps=max(2, config.num_warps))
-
-
-class Problem(NamedTuple):
-    """What the choice of a config depends on where every output gathers its own window."""
-
-    channels: int
-    pixels: int
-    steps: int
-    kernel_fastest: bool  # window positions, not pixels, are adjacent in the memory of the dynamic kernel
-    channels_fastest: bool  # channels, not pixels, are adjacent in the memory of the features
-    dtype: torch.dtype
-
-
-def problem_of(logits: Tensor, value: Tensor, steps: Pair) -> Problem:
-    """The problem of a launch over every pixel of value and ``steps`` window positions along each axis."""
-    channels, height, width = value.shape[2:]
-    layouts = channels_fastest(logits), channels_fastest(value)
-    return Problem(channels, height * width, steps[0] * steps[1], *layouts, value.dtype)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile of one program: pixels and channels, and window positions per step."""
-
-    block_pixels: int
-    block_channels: int
-    block_steps: int
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def valid(self, problem: Problem) -> bool:
-        """At most 128 elements of the largest block per thread, and no block of more than twice what it covers."""
-        per_thread = self.block_pixels * self.block_channels * self.block_steps / (32 * self.num_warps)
-        return (
-            per_thread <= 128
-            and self.block_pixels < 2 * max(problem.pixels, 16)
-            and self.block_channels < 2 * problem.channels
-            and self.block_steps < 2 * problem.steps
-        )
-
-    def constants(self, window: Window) -> dict[str, int]:
-        """What the compiler knows of a window and of the blocks."""
-        return {
-            "KERNEL_H": window.kernel_size[0],
-            "KERNEL_W": window.kernel_size[1],
-            "DILATION_H": window.dilation[0],
-            "DILATION_W": window.dilation[1],
-            "BLOCK_PIXELS": self.block_pixels,
-            "BLOCK_CHANNELS": self.block_channels,
-            "BLOCK_STEPS": self.block_steps,
-        }
-
-
-CONFIGS = tuple(
-    Config(pixels, channels, steps, warps)
-    for pixels, channels, steps, warps in (
-        (64, 16, 16, 4), (64, 16, 16, 8), (32, 32, 16, 4), (32, 32, 16, 8), (32, 16, 16, 4), (16, 16, 16, 4),
-        (64, 16, 1, 4), (128, 16, 1, 4), (128, 32, 1, 4), (64, 32, 1, 4), (32, 32, 1, 4), (16, 64, 1, 4),
-    )
-)  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def heuristic(problem: Problem) -> Config:
-    """The config where nothing was tuned.
-
-    A dynamic kernel with adjacent window positions is read 16 at a time (32 bytes in bf16, a DRAM sector), by 64
-    pixels, so that sums over positions stay inside a thread; one with adjacent pixels plane by plane.
-    """
-    pixels, channels = max(16, next_power_of_2(problem.pixels)), next_power_of_2(problem.channels)
-    steps = next_power_of_2(problem.steps)
-    if interpreting():  # cost there is per block operation, whatever the size of the block
-        channels = min(channels, 64)
-        pixels = min(pixels, 2**16 // channels)
-        return Config(pixels, channels, max(1, min(steps, 2**19 // (channels * pixels))))
-    channels, steps = min(channels, 32), min(steps, 16) if problem.kernel_fastest else 1
-    return Config(min(pixels, max(16, min(128, 16384 // (channels * steps)))), channels, steps)
-
-
-def grad_logits_heuristic(problem: Problem) -> Config:
-    """The same on twice the threads: out, gradient, logits and values live at once."""
-    return replace(heuristic(problem), num_warps=8)

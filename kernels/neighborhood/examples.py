@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.aggregation.configs import GatherProblem
+from kernels.aggregation.examples import near_square
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import backward, eager, forward, shared
 from kernels.neighborhood.backward import Saved
-from kernels.neighborhood.configs import Problem, SharedProblem, windows_and_most
+from kernels.neighborhood.configs import SharedProblem, windows_and_most
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_steps
 
@@ -35,21 +37,15 @@ def _saved(
     return Saved(torch.randn_like(value), logits, value, rpb, out, statistics), window
 
 
-def _near_square(number: int, odd: bool = False) -> Pair:
-    """(rows, columns) of that product, as near a square as its divisors allow."""
-    rows = next(n for n in range(int(number**0.5), 0, -1) if number % n == 0 and not (odd and n % 2 == 0))
-    return rows, number // rows
-
-
 def _shared(problem: SharedProblem, device: torch.device) -> tuple[Saved, Window]:
     """A map on which as many outputs share the window."""
-    kernel_size = _near_square(problem.positions, odd=True)
+    kernel_size = near_square(problem.positions, odd=True)
     if problem.outputs == problem.positions:  # the window is the map
         size = kernel_size
     else:
         rest = max(1, problem.pixels // kernel_size[0])
         size = next(
-            (s for s in (_near_square(problem.pixels), (kernel_size[0], rest), (rest, kernel_size[1]))
+            (s for s in (near_square(problem.pixels), (kernel_size[0], rest), (rest, kernel_size[1]))
              if min(a - b for a, b in zip(s, kernel_size, strict=True)) >= 0
              and windows_and_most(Window.neighborhood(kernel_size), *s)[1] == problem.outputs),
             (kernel_size[0] + 1, kernel_size[1] + 1),
@@ -57,24 +53,24 @@ def _shared(problem: SharedProblem, device: torch.device) -> tuple[Saved, Window
     return _saved(kernel_size, size, problem.channels, problem.dtype, device)
 
 
-def _own(problem: Problem, kernel_size: Pair, size: Pair, device: torch.device) -> tuple[Saved, Window]:
+def _own(problem: GatherProblem, kernel_size: Pair, size: Pair, device: torch.device) -> tuple[Saved, Window]:
     return _saved(kernel_size, size, problem.channels, problem.dtype, device, problem.kernel_fastest)
 
 
 @forward.gather.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    kernel_size = _near_square(problem.steps, odd=True)
-    saved, window = _own(problem, kernel_size, _near_square(problem.pixels), device)
+def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
+    kernel_size = near_square(problem.steps, odd=True)
+    saved, window = _own(problem, kernel_size, near_square(problem.pixels), device)
     return saved.logits, saved.value, saved.rpb, window
 
 
 @backward.grad_logits.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    return _own(problem, _near_square(problem.steps, odd=True), _near_square(problem.pixels), device)
+def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
+    return _own(problem, near_square(problem.steps, odd=True), near_square(problem.pixels), device)
 
 
 @backward.grad_value.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
+def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
     """Steps here are the outputs that may reach an input: the square window whose number of them is nearest."""
     side = max(3, round(problem.pixels**0.5))
 

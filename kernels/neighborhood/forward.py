@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.aggregation.configs import GATHERS, Gather, gather_heuristic, gather_problem
 from kernels.dtypes import accumulator_dtype, at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import eager, shared
-from kernels.neighborhood.configs import CONFIGS, Config, heuristic, problem_of, shares_windows
+from kernels.neighborhood.configs import shares_windows
 from kernels.neighborhood.tiles import LOG2_E, features_view, kernel_view, load_logits, table_view
 from kernels.tuning import tunable
 from kernels.views import at, view
@@ -104,14 +105,14 @@ def _reference(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window
 
 
 @tunable(
-    CONFIGS,
-    heuristic,
-    problem=lambda logits, value, _rpb, window: problem_of(logits, value, window.kernel_size),
+    GATHERS,
+    gather_heuristic,
+    problem=lambda logits, value, _rpb, window: gather_problem(logits, value, value.shape[3:], window.kernel_size),
     reference=_reference,
     name="softmax_aggregate",
 )
 def gather(
-    logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, *, config: Config
+    logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, *, config: Gather
 ) -> tuple[Tensor, Tensor]:
     """``softmax_aggregate`` with every output's own window."""
     batch, groups, channels, height, width = value.shape
@@ -130,7 +131,7 @@ def gather(
         "channels": channels,
         "height": height,
         "width": width,
-        **config.constants(window),
+        **config.clamped(window),
         "HAS_RPB": rpb is not None,
         **precision(logits, value, out),
     }

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kernels.aggregation.examples import near_square
 from kernels.dtypes import at_least_float32
-from kernels.outlook import triton_kernels
-from kernels.outlook.triton_kernels import Problem, Windows
+from kernels.outlook import backward, forward
+from kernels.outlook.configs import Problem
+from kernels.outlook.tiles import Windows
 
 BATCH, HEADS = 2, 2  # the least that shows a stride mistaken
 
@@ -25,18 +26,18 @@ def _inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor, Win
     return logits, value, Windows(problem.kernel_size, problem.stride, problem.kernel_size // 2, 0.5)
 
 
-@triton_kernels.forward.example
+@forward.forward.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     return _inputs(problem, device)
 
 
-@triton_kernels.grad_logits.example
+@backward.grad_logits.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     logits, value, windows = _inputs(problem, device)
     return torch.randn_like(value), logits, value, windows
 
 
-@triton_kernels.grad_value.example
+@backward.grad_value.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     logits, value, windows = _inputs(problem, device)
     statistics = torch.logsumexp(at_least_float32(logits)[0] * windows.scale, -1) * math.log2(math.e)

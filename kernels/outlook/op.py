@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_int, check_shape, check_tensors
-from kernels.outlook import eager
 from kernels.registration import once_differentiable, operator, without_autocast
 
 __all__ = ["outlook_attention2d"]
@@ -47,6 +45,7 @@ def outlook_attention2d(
 
     Returns:
         [B, H, W, C], contiguous. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
+        A value reaches the outputs of the windows that hold its pixel, of its own head and channel, and no others.
 
     Raises:
         TypeError: a tensor argument is no floating tensor, the dtypes differ, or an option is not a number of its kind.
@@ -91,19 +90,13 @@ def outlook_attention2d(
 WINDOWS = "int kernel_size, int stride, int padding, float scale, str backend"
 
 
-def _implementation(backend: str, tensor: Tensor) -> ModuleType:
-    """What runs here; Triton is imported at the first use and not before."""
-    if resolve(backend, tensor[..., 0]) == "triton":
-        from kernels.outlook import triton_kernels
-
-        return triton_kernels
-    return eager
-
-
 @operator("outlook", f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor")
 def _outlook(logits, value, kernel_size, stride, padding, scale, backend):
-    run = _implementation(backend, value)
-    return run.outlook(logits, value, kernel_size, stride, padding, scale)
+    if resolve(backend, value[..., 0]) == "triton":
+        from kernels.outlook.forward import outlook
+    else:
+        from kernels.outlook.eager import outlook
+    return outlook(logits, value, kernel_size, stride, padding, scale)
 
 
 @_outlook.register_fake
@@ -114,8 +107,11 @@ def _(logits, value, *_):
 @operator("outlook_backward", f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)")
 def _outlook_backward(grad, logits, value, kernel_size, stride, padding, scale, backend):
     """Gradients of logits and value, contiguous."""
-    run = _implementation(backend, value)
-    return run.outlook_backward(grad, logits, value, kernel_size, stride, padding, scale)
+    if resolve(backend, value[..., 0]) == "triton":
+        from kernels.outlook.backward import outlook_backward
+    else:
+        from kernels.outlook.eager import outlook_backward
+    return outlook_backward(grad, logits, value, kernel_size, stride, padding, scale)
 
 
 @_outlook_backward.register_fake

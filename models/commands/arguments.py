@@ -21,7 +21,6 @@ from models.commands.progress import console
 from models.commands.types import DTYPES, Number, device, image_size, positive, processes
 from models.metadata import read_metadata
 from models.registry import create_model
-from models.volo import VOLO
 
 __all__ = ["add_device_arguments", "add_image_arguments", "add_model_arguments", "build_model", "complete"]
 
@@ -141,10 +140,10 @@ def build_model(
     if not isinstance(outline, BackboneContract) or getattr(outline, "features_only", False):
         raise ValueError(f"--model must be a classifier, got {arguments.model} with {options}")
     size = getattr(arguments, "size", None)
-    if size is not None and isinstance(outline, VOLO) and "img_size" not in given:
+    if size is not None and outline.fixed_input_size and "img_size" not in given:
         options["img_size"] = size  # chooses the position embedding, and among the official weights
-    if training and isinstance(outline, VOLO):
-        options.setdefault("return_dense", False)
+    if training:
+        options = outline.plain_options | options
     if arguments.file is not None and num_classes is None and said is None:
         count = _class_count(read_state_dict(arguments.file), next(iter(outline.classifiers)))
         if count is not None:

@@ -86,7 +86,8 @@ def _images_below(folder: str, root: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In place of an image that cannot be decoded. Loading processes return it: an exception would lose its shape."""
+    """In place of an image that cannot be decoded. A worker cannot raise an error
+    of its own: DataLoader would make it again with other arguments."""
 
     message: str
 

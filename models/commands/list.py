@@ -17,7 +17,6 @@ from rich.table import Table
 
 from models._contract import BackboneContract
 from models.commands.errors import CommandError
-from models.overlock import OverLoCK
 from models.registry import create_model, list_models
 
 __all__ = ["add_arguments", "run"]
@@ -33,10 +32,8 @@ def describe(name: str, top1: dict[str, float]) -> dict[str, Any]:
     with torch.device("meta"):
         model = create_model(name)
     assert isinstance(model, BackboneContract)
-    unused = "aux_head." if isinstance(model, OverLoCK) else None
-    parameters = (
-        tensor.numel() for key, tensor in model.named_parameters() if unused is None or not key.startswith(unused)
-    )
+    unused = tuple(f"{module}." for module in model.training_only)
+    parameters = (tensor.numel() for key, tensor in model.named_parameters() if not key.startswith(unused))
     return {
         "name": name,
         "parameters": sum(parameters),

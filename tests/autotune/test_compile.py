@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from autotune.compile import ARCHITECTURES, _every_config, _signature
-from kernels.aggregation import triton_kernels
+from kernels.aggregation.configs import gather_heuristic, gather_problem
+from kernels.aggregation.gather import gather_aggregate
 from kernels.launch import record_launches
 from kernels.windows import Window
 
@@ -30,7 +31,7 @@ def _compile(*arguments):
 
 def _kernel_names():
     """Every kernel this repository launches, read from the source."""
-    sources = "\n".join(path.read_text() for path in ROOT.glob("kernels/*/triton_*.py"))
+    sources = "\n".join(path.read_text() for path in ROOT.glob("kernels/*/*.py"))
     return {name.strip("_") for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", sources)}
 
 
@@ -51,7 +52,7 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
         by_kernel = {report["kernel"]: report for report in result["reports"]}
         assert by_kernel["convolution_kernel"]["tensor_core"] > 0
         # A sum over 49 positions of a kernel, 16 channels at a time: kernel and features read once, the sum written.
-        sums = [r for r in result["reports"] if r["case"].startswith("involution 128") and "gather" in r["kernel"]]
+        sums = [r for r in result["reports"] if r["case"].startswith("involution 128") and "sum" in r["kernel"]]
         assert {r["bytes_per_output"] for r in sums} == {2 * (49 / 16 + 2)}
 
 
@@ -68,12 +69,12 @@ def test_every_config_is_what_tuning_may_choose():
     window = Window((7, 7), padding=(3, 3))
     weight = torch.empty(2, 4, 7, 7, 14, 14, device="meta", dtype=torch.bfloat16)
     x = torch.empty(2, 4, 16, 14, 14, device="meta", dtype=torch.bfloat16)
-    launches = _every_config(lambda: triton_kernels.aggregate(weight, x, window))
+    launches = _every_config(lambda: gather_aggregate(weight, x, window))
     tried = {(launch.arguments["BLOCK_PIXELS"], launch.options["num_warps"]) for launch in launches}
-    problem = triton_kernels.problem_of(weight, x, (14, 14), 49)
-    valid = [config for config in triton_kernels.aggregate.configs if config.valid(problem)]
+    problem = gather_problem(weight, x, (14, 14), (7, 7))
+    valid = [config for config in gather_aggregate.configs if config.valid(problem)]
     assert len(valid) > 2
-    assert len(launches) == len({triton_kernels.heuristic(problem), *valid})
+    assert len(launches) == len({gather_heuristic(problem), *valid})
     assert {(config.block_pixels, config.num_warps) for config in valid} <= tried
 
 
@@ -83,7 +84,7 @@ def test_signature_specialises_as_triton_does():
     weight = torch.empty(1, 2, 3, 3, 16, 8, device="meta", dtype=torch.bfloat16)
     x = torch.empty(1, 2, 3, 16, 8, device="meta", dtype=torch.bfloat16)
     with record_launches() as launches:
-        triton_kernels.aggregate(weight, x, window)
+        gather_aggregate(weight, x, window)
 
     class Compiled:  # what the compiler would see, without building it
         params = tuple(

@@ -259,14 +259,14 @@ driver.set_active(Driver())
 from pathlib import Path
 from autotune.precompile import build, builds
 from kernels.tuning.choose import observing
-from kernels.aggregation import triton_kernels
+from kernels.aggregation.gather import gather_aggregate
 from kernels.launch import record_launches
 from kernels.windows import Window
 
 found = []
 x, weight = torch.randn(1, 2, 16, 8, 8), torch.randn(1, 2, 3, 3, 8, 8)
 with record_launches() as launches, observing(lambda request: found.extend(builds(request, 1))):
-    triton_kernels.aggregate(weight, x, Window((3, 3), padding=(1, 1)))
+    gather_aggregate(weight, x, Window((3, 3), padding=(1, 1)))
 (described,) = found
 build(described)
 cubins = lambda: sorted(Path(sys.argv[1]).glob("*/*.cubin"))

@@ -11,7 +11,8 @@ import torch
 
 import autotune
 from autotune.tuner import measure_candidates, tune
-from kernels.aggregation import triton_kernels
+from kernels.aggregation.configs import gather_heuristic, gather_problem
+from kernels.aggregation.gather import gather_aggregate
 from kernels.launch import record_launches
 from kernels.tuning import choose, tunable
 from kernels.tuning.choose import Request, bucket, key_of, look_up
@@ -183,8 +184,13 @@ def test_comments_and_docstrings_do_not_void_an_entry(tmp_path):
 
 
 def test_an_entry_depends_on_all_code_that_its_launches_run():
-    found = choose._modules_of("kernels.aggregation.triton_kernels")
-    assert found == {"kernels.aggregation.triton_kernels", "kernels.windows_triton"}
+    found = choose._modules_of("kernels.aggregation.gather")
+    assert found == {
+        "kernels.aggregation.gather",
+        "kernels.launch",
+        "kernels.views",
+        "kernels.windows_triton",
+    }
 
 
 def test_what_a_look_up_would_refuse_is_no_candidate():
@@ -221,14 +227,14 @@ def test_a_tuned_launch_takes_microseconds_more_than_a_configured_one():
     """All that asking the tuner adds to a launch: the problem, the trial it might need, and the look-up."""
     window = Window((3, 3), padding=(1, 1))
     weight, x = torch.randn(1, 1, 3, 3, 4, 4, device="meta"), torch.randn(1, 1, 16, 4, 4, device="meta")
-    config = triton_kernels.heuristic(triton_kernels.problem_of(weight, x, (4, 4), 9))
+    config = gather_heuristic(gather_problem(weight, x, (4, 4), (3, 3)))
     quickest = {None: math.inf, config: math.inf}
     for _ in range(40):  # processor time, the quickest of many: other programs' work does not count
         for given in quickest:
             with record_launches():
                 start = time.thread_time()
                 for _ in range(50):
-                    triton_kernels.aggregate(weight, x, window, config=given)
+                    gather_aggregate(weight, x, window, config=given)
                 quickest[given] = min(quickest[given], (time.thread_time() - start) / 50)
     assert quickest[None] - quickest[config] < 15e-6  # 5 on a quiet machine
 

@@ -106,7 +106,6 @@ OPERATORS = [
         twice=False,
         logits=("proj_bias",),
         rounding=2,
-        spreads=("triton",),
     ),
     Operator(
         "outlook_attention2d",

@@ -8,17 +8,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels.contmix import (
-    eager,
-    triton_forward,
-    triton_grad_inputs,
-    triton_grad_parameters,
-    triton_kernels,
-    triton_tiles,
-)
-from kernels.contmix.triton_tiles import Config
+from kernels.contmix import backward_own, configs, eager, passes
+from kernels.contmix.backward_own import grad_logits_own, rows_of
+from kernels.contmix.backward_shared import Targets, grad_inputs_shared, grad_tables_shared
+from kernels.contmix.configs import Inputs, Saved
+from kernels.contmix.forward_own import forward_own
+from kernels.contmix.forward_shared import forward_shared
 from kernels.launch import record_launches
-from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor
+from tests.support import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor, relative_error
 
 
 def _inputs(batch=1, groups=2, query_channels=3, context=6, value_channels=5, size=(8, 7), kernel_sizes=(3, 5)):
@@ -52,7 +49,6 @@ class _LargestTensor(TorchDispatchMode):
         return result
 
 
-GRADIENTS = ("query", "projected", "bias", "rpb", "value")
 NAMES = ("query", "key", "value", "proj_weight", "proj_bias", "rpb[0]", "rpb[1]", "rpb[2]")
 
 
@@ -64,7 +60,7 @@ NAMES = ("query", "key", "value", "proj_weight", "proj_bias", "rpb[0]", "rpb[1]"
         ((7, 7), (5, 7), torch.float32),  # one window for every pixel
         ((6, 9), (1, 3), torch.float64),
         ((9, 8), (3, 5, 7), torch.float32),
-        ((5, 37), (5,), torch.float32),  # three tiles side by side, windows clamped in the first and the last
+        ((5, 37), (5,), torch.float32),  # three tiles of inputs side by side, windows clamped in the first and the last
     ],
 )
 def test_matches_definition(size, kernel_sizes, dtype, backend):
@@ -82,14 +78,17 @@ def test_matches_definition(size, kernel_sizes, dtype, backend):
         assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[dtype], f"gradient of {name}")
 
 
-def test_spans_of_more_than_two_tiles(monkeypatch):
-    """With K = 19 sixteen adjacent outputs see 34 inputs, and as many outputs see sixteen inputs."""
-    monkeypatch.setattr(triton_tiles, "OUTPUTS_PER_WINDOW", 10**6)
-    ours = [tensor.float().requires_grad_() for tensor in _inputs(groups=1, size=(19, 20), kernel_sizes=(19,))]
+@pytest.mark.parametrize(("threshold", "size"), [(0, 19), (10**6, 11)])
+def test_windows_of_many_blocks(threshold, size, monkeypatch):
+    """Six blocks of a shared window's positions, two tiles of its outputs; as own windows one row after the other."""
+    monkeypatch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
+    ours = [
+        tensor.float().requires_grad_() for tensor in _inputs(groups=1, size=(size, size + 1), kernel_sizes=(size,))
+    ]
     results = {}
     for backend in ("eager", "triton"):
         with kernels.use_backend(backend):
-            out = _contmix(kernels, ours, (19,))
+            out = _contmix(kernels, ours, (size,))
             results[backend] = [out, *torch.autograd.grad(out.square().sum(), ours)]
     for name, result, expected in zip(("out", *NAMES), results["triton"], results["eager"], strict=False):
         assert_close(result, expected, GRADIENT_TOLERANCE[torch.float32], name)
@@ -113,57 +112,110 @@ def test_half_precision(dtype, backend):
         assert_close(ours_grad, expected_grad, 2 * GRADIENT_TOLERANCE[dtype], f"gradient of {name}")
 
 
-@pytest.mark.parametrize(
-    ("threshold", "size", "kernel_size"),
-    [
-        (16, (4, 18), 3),  # own windows: two tiles side by side
-        (0, (6, 5), 5),  # every window counts as shared
-    ],
-)
-def test_every_config(threshold, size, kernel_size, monkeypatch):
-    """Both formulations, forward and backward, with blocks smaller and larger than the map and the window."""
-    monkeypatch.setattr(triton_tiles, "OUTPUTS_PER_WINDOW", threshold)
-    height, width = size
-    assert triton_tiles.shares_windows(height, width, kernel_size) == (threshold == 0)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("norm", "kernel_sizes", "context"), [(1.0, (1, 5), 1), (30.0, (3, 7), 1), (1e3, (1, 7), 6)])
+def test_rounding_is_no_more_than_the_definitions_own(norm, kernel_sizes, context, dtype, backend):
+    """At large logits 16-bit inputs give what they give in float64, as nearly as the definition does in 16 bits."""
+    exact = _inputs(size=(7, 8), context=context, kernel_sizes=kernel_sizes)
+    exact[0], exact[1] = exact[0] * (norm / exact[0].norm()), exact[1] * (norm / exact[1].norm())
+    ours = [tensor.to(dtype) for tensor in exact]
+    expected = _contmix(kernels.reference, [tensor.double() for tensor in ours], kernel_sizes)
+    naive = relative_error(_contmix(kernels.reference, ours, kernel_sizes), expected)
+    with kernels.use_backend(backend):
+        assert_close(_contmix(kernels, ours, kernel_sizes), expected, max(FORWARD_TOLERANCE[dtype], naive))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_outputs_that_fill_a_tile_are_finite(dtype):
+    """Logits of -100 and below everywhere: a filler output, whose softmax is none, must not overflow."""
+    tensors = [torch.ones(1, 1, 1, 4, 4), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, 4, 4)]
+    tensors += [torch.full((9, 1), -100.0), torch.zeros(9), torch.zeros(1, 5, 5)]
+    ours = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    for threshold in (0, 10**6):
+        with pytest.MonkeyPatch.context() as patch, kernels.use_backend("triton"):
+            patch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
+            out = _contmix(kernels, ours, (3,))
+            grads = torch.autograd.grad(1000 * out.sum(), ours)
+        assert_close(out, torch.ones_like(out).double(), FORWARD_TOLERANCE[dtype])
+        for name, grad in zip(NAMES, grads, strict=False):
+            assert grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize(("threshold", "bad"), [(0, math.nan), (10**6, math.nan), (10**6, math.inf)])
+def test_what_a_nan_reaches(threshold, bad, backend, monkeypatch):
+    """In value: the outputs whose windows hold its pixel; in grad: their inputs, and its own pixel's query."""
+    monkeypatch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
+    query, key, value, *rest = (tensor.float() for tensor in _inputs(groups=2, size=(8, 13), kernel_sizes=(3,)))
+    value[0, 0, 1, 2, 3, 6] = bad
+    query, value = query.requires_grad_(), value.requires_grad_()
+    with kernels.use_backend(backend):
+        out = _contmix(kernels, [query, key, value, *rest], (3,))
+        grad = torch.randn_like(out)
+        grad[0, 0, 0, 1, 4, 9] = bad
+        grad_query, grad_value = torch.autograd.grad(out, (query, value), grad)
+    reached = torch.zeros(2, 8, 13, dtype=torch.bool)
+    reached[1, 2:5, 5:8] = True
+    assert out[0, 0].isfinite().logical_not().any(1).equal(reached)
+    assert out[0, 0, :, 3].isfinite().all(), "channels are sums of their own"
+    reached[0, 4, 9] = True
+    assert grad_query[0].isfinite().logical_not().any(1).equal(reached)
+    reached = torch.zeros(2, 8, 13, dtype=torch.bool)
+    reached[0, 3:6, 8:11] = True
+    assert grad_value[0, 0].isfinite().logical_not().any(1).equal(reached)
+
+
+@pytest.mark.parametrize("config", configs.SHARED, ids=str)
+def test_every_config_of_shared_windows(config):
+    _check_config(config, (6, 5), 5)
+
+
+@pytest.mark.parametrize("config", configs.OWN, ids=str)
+def test_every_config_of_own_windows(config):
+    _check_config(config, (4, 18), 3)
+
+
+def _check_config(config, size, kernel_size):
+    """Forward and backward, blocks smaller and larger than map, window and heads, on both sides of float64."""
+    shared = isinstance(config, configs.Shared)
     query, key, value, proj_weight, bias, table = (
-        tensor.float() for tensor in _inputs(groups=1, size=size, kernel_sizes=(kernel_size,))
+        tensor.float() for tensor in _inputs(batch=2, groups=3, size=size, kernel_sizes=(kernel_size,))
     )
-    value, projected = value[:, 0], (key @ proj_weight.t())
-    out, statistics = torch.empty_like(value), torch.empty(1, 1, height, width, device=DEVICE)
-    inputs = triton_forward.Inputs(query, projected, bias, table.flatten(1), value[:, None])
-    grad, delta = torch.randn_like(value), torch.empty_like(statistics)
-    grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
-
-    features, parameters = (query.double(), projected.double(), bias.double()), table.flatten(1).double()
-    wide = (*features, parameters, value[:, None].double())
+    inputs = Inputs(query, key @ proj_weight.t(), bias, table, value[:, 0])
+    query64, projected64, bias64 = (tensor.double() for tensor in inputs[:3])
+    wide = query64, projected64, bias64, [table.double()], value.double()
     expected, log_sum_exp = eager.contmix(*wide, [kernel_size])
-    expected_grads = eager.contmix_backward(grad[:, None].double(), *wide, expected, log_sum_exp, [kernel_size])
+    grad = torch.randn_like(value)
+    expected_grads = eager.contmix_backward(grad.double(), *wide, expected, log_sum_exp, [kernel_size])
+    expected_grads = *expected_grads[:3], expected_grads[3][0], expected_grads[4]
 
-    saved = triton_tiles.Saved(grad, query, projected, bias, table, value, out, statistics)
-    configs = [config for config in triton_tiles.CONFIGS if threshold == 0 or config.block_steps == 16]
-    tiles = {(config.block_pixels, config.block_steps): config for config in configs}
-    for config in tiles.values() if DEVICE == "cpu" else configs:
-        outputs = out.fill_(torch.nan)[:, None], statistics.fill_(torch.nan)[:, None]
-        triton_forward.forward(inputs, *outputs, [kernel_size], {0: config})
-        assert_close(out, expected[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
-        assert_close(statistics, log_sum_exp[:, 0], 2 * FORWARD_TOLERANCE[torch.float32], f"{config}")
-        triton_grad_inputs.grad_query(saved, grad_query.fill_(torch.nan), delta.fill_(torch.nan), config=config)
-        triton_grad_inputs.grad_value(saved, grad_value.fill_(torch.nan), config=config)
-        grad_projected = triton_grad_parameters.grad_projected(saved, delta, config=config)
-        grad_bias, grad_table = triton_grad_parameters.grad_tables(saved, delta, config=config)
-        ours = grad_query, grad_projected, grad_bias, grad_table.flatten(1), grad_value[:, None]
-        for name, ours_grad, expected_grad in zip(GRADIENTS, ours, expected_grads, strict=True):
-            assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[torch.float32], f"{config}: {name}")
+    out, statistics = eager.empty_outputs(value)
+    (forward_shared if shared else forward_own)(inputs, out[:, 0], statistics[:, 0], config=config)
+    assert_close(out, expected, 2 * FORWARD_TOLERANCE[torch.float32])
+    assert_close(statistics, log_sum_exp, 2 * FORWARD_TOLERANCE[torch.float32])
+    saved = Saved(*inputs, grad[:, 0], out[:, 0], statistics[:, 0])
+    targets = Targets(torch.empty_like(query), torch.empty_like(inputs.projected), torch.empty_like(saved.value), query)
+    if shared:
+        delta = torch.empty_like(statistics[:, 0])
+        grad_inputs_shared(saved, targets, delta, config=config)
+        grad_bias, grad_table = grad_tables_shared(saved, delta, config=config)
+        found = targets.query - query, targets.projected, grad_bias, grad_table, targets.value[:, None]
+    else:
+        grad_logits_own(saved, targets.query, query, rows_of(saved, 0, size[0] - 1), config=config)
+        found = (targets.query - query,)
+    for name, ours, expected_grad in zip(
+        ("query", "projected", "bias", "rpb", "value"), found, expected_grads, strict=False
+    ):
+        assert_close(ours, expected_grad, GRADIENT_TOLERANCE[torch.float32], name)
 
 
-@pytest.mark.parametrize(
-    ("size", "folded", "programs"), [((9, 6), 2, 1), ((9, 6), 2, 1024), ((9, 6), 3, 40), ((4, 69), 16, 40)]
-)
-def test_sums_do_not_depend_on_how_they_are_cut(size, folded, programs, monkeypatch):
-    """Rows folded onto few, tiles of columns onto one, terms in one chunk or in many; no side is a multiple."""
-    monkeypatch.setattr(triton_grad_parameters, "FOLDED", folded)
-    monkeypatch.setattr(triton_grad_parameters, "PROGRAMS", programs)
-    exact = [tensor.requires_grad_() for tensor in _inputs(batch=2, groups=1, size=size, kernel_sizes=(3,))]
+@pytest.mark.parametrize("most", [1, 1500, 4000])
+def test_backward_pass_in_parts(most, monkeypatch):
+    """Of own windows no more is stored at a time than memory may take: rows, images, or everything."""
+    monkeypatch.setattr(backward_own, "MOST_STORED", most)
+    exact = [tensor.requires_grad_() for tensor in _inputs(batch=2, groups=1, size=(9, 6), kernel_sizes=(3,))]
     expected = _contmix(kernels.reference, exact, (3,))
     grad = torch.randn_like(expected)
     ours = [tensor.detach().float().requires_grad_() for tensor in exact]
@@ -212,39 +264,32 @@ def test_registered_operators(backend, channels_last):
     torch.library.opcheck(operators.contmix_backward.default, saved, test_utils=checks)
 
 
-def test_never_more_than_a_few_megabytes_of_logits():
-    """A 200x320 map with K = 13 has 43 MB of them a head: no tensor that either path makes comes near that."""
-    shapes = (1, 1, 16, 200, 320), (1, 1, 16, 169), (169,), (1, 625), (1, 1, 1, 16, 200, 320)
-    logits = 200 * 320 * 169
+def test_logits_are_never_stored_whole():
+    """A 200x320 map with K = 13 and eight heads has 86 million: no tensor that either path makes comes near that."""
+    shapes = (1, 8, 16, 200, 320), (1, 8, 16, 169), (169,), (8, 25, 25), (1, 1, 8, 16, 200, 320)
+    logits = 8 * 200 * 320 * 169
 
-    def largest(device, run):
-        query, projected, bias, rpb, value = (torch.randn(shape, device=device) for shape in shapes)
+    def largest(device, run, backward):
+        query, projected, bias, rpb, value = (torch.empty(shape, device=device) for shape in shapes)
         with _LargestTensor() as seen:
-            out, statistics = run.contmix(query, projected, bias, rpb, value, [13])
-            run.contmix_backward(out, query, projected, bias, rpb, value, out, statistics, [13])
+            out, statistics = run.contmix(query, projected, bias, [rpb], value, [13])
+            if backward:
+                run.contmix_backward(out, query, projected, bias, [rpb], value, out, statistics, [13])
         return seen.elements
 
     with record_launches():  # sizes are all that is asked for
-        assert largest("meta", triton_kernels) <= logits / 8
-    assert largest("cpu", eager) <= logits / 4  # the values of overlapping tiles, more than twice the map
+        assert largest("meta", passes, backward=False) == 8 * 16 * 200 * 320  # the output
+        assert largest("meta", passes, backward=True) <= logits / 5
 
 
-def test_one_launch_for_all_kernel_sizes():
-    """Or one for each number of warps and stages that their configs ask for; the same numbers."""
-    query, key, value, proj_weight, bias, *tables = (tensor.float() for tensor in _inputs(kernel_sizes=(3, 5, 7)))
-    tables_side_by_side = torch.cat([table.flatten(1) for table in tables], 1)
-    inputs = triton_forward.Inputs(query, key @ proj_weight.t(), bias, tables_side_by_side, value)
-    results = []
-    for configs, launches in ((None, 1), ({0: Config(16, 16), 1: Config(32, 16, 8), 2: Config(64, 16, 8)}, 2)):
-        out, statistics = eager.empty_outputs(value)
-        arguments = inputs, out.fill_(torch.nan), statistics.fill_(torch.nan), [3, 5, 7], configs
-        with record_launches() as recorded:
-            triton_forward.forward(*arguments)
-        assert len(recorded) == launches
-        triton_forward.forward(*arguments)
-        results.append((out, statistics))
-    for first, second in zip(*results, strict=True):
-        assert_close(first, second.double(), FORWARD_TOLERANCE[torch.float32])
+def test_eager_logits_are_never_stored_whole():
+    """One head of such a map, 10.8 million logits."""
+    query, value = torch.randn(1, 1, 16, 200, 320), torch.randn(1, 1, 1, 16, 200, 320)
+    inputs = query, torch.randn(1, 1, 16, 169), torch.randn(169), [torch.randn(1, 25, 25)], value
+    with _LargestTensor() as seen:
+        out, statistics = eager.contmix(*inputs, [13])
+        eager.contmix_backward(out, *inputs, out, statistics, [13])
+    assert seen.elements <= 200 * 320 * 169 / 4  # the values of overlapping tiles, more than twice the map
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

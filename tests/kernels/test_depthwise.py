@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from autotune.tuner import measure_candidates
 from kernels import dtypes
-from kernels.depthwise import triton_kernels, triton_tiles
-from kernels.depthwise.triton_tiles import CONFIGS, LIBRARY, SMALL, Config, Problem, heuristic, tile_width
+from kernels.depthwise import backward, configs, forward
+from kernels.depthwise.configs import CONFIGS, LIBRARY, SMALL, Config, Problem, heuristic, tile_shape
+from kernels.depthwise.rows import are_rows, in_layout_of, rows_of
 from kernels.launch import record_launches
 from kernels.tuning.choose import forget, observing
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
@@ -19,7 +20,7 @@ from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch):
     """Natively PyTorch would be given all that is tested here; it is our kernels that are to be tested."""
-    monkeypatch.setattr(triton_tiles, "SMALL", 0)
+    monkeypatch.setattr(configs, "SMALL", 0)
     heuristic.cache_clear()
     forget()
     yield
@@ -27,10 +28,11 @@ def _nothing_is_small(monkeypatch):
     forget()
 
 
-# (batch, channels, height, width, K). 9x21 cuts tiles of 4x16 short on both axes; 7x7 is one tile, of which only the
-# input rows inside the map are walked; K = 31 is wider than the map; 70 channels are two blocks of 64.
+# (batch, channels, height, width, K). 9x21 is one tile wide and cuts it short on both axes; 37 columns are five tiles
+# with halos, the last of them cut; K = 31 is wider than the map; 70 channels are two blocks of 64.
 SHAPES = {
     "K=17": (2, 3, 9, 21, 17),
+    "halos": (2, 2, 5, 37, 9),
     "one tile": (2, 2, 7, 7, 7),
     "K=31": (1, 2, 5, 34, 31),
     "pointwise": (2, 3, 3, 9, 1),
@@ -181,39 +183,41 @@ def test_bad_input(message):
         kernels.depthwise_conv2d(**good | BAD[message])
 
 
-def _problem(weight_gradient, dtype=torch.bfloat16, vector=8):
-    return Problem(128, 64, 3136, 5, vector, dtype, weight_gradient)
+def _problem(weight_gradient, dtype=torch.bfloat16, width=56):
+    return Problem(128, 64, width * width, 5, *tile_shape(5, width), dtype, weight_gradient)
 
 
-def _tiles(weight_gradient):
+def _tiles(weight_gradient, width):
     """One config of each tile: warps only schedule the same blocks, which in the interpreter changes nothing."""
-    valid = [c for c in CONFIGS if c.valid(_problem(weight_gradient))]
+    valid = [c for c in CONFIGS if c.valid(_problem(weight_gradient, width=width))]
     assert LIBRARY in valid
     return list({(c.tile_height, c.block_tiles, c.block_rows): c for c in valid}.values())
 
 
-def test_every_config():
-    x, weight, grad = random_tensor(3, 2, 11, 18), random_tensor(2, 1, 5, 5), random_tensor(3, 2, 11, 18)
+@pytest.mark.parametrize("width", [13, 18])
+def test_every_config(width):
+    """Tiles with halos, and one as wide as the map."""
+    x, weight, grad = random_tensor(3, 2, 11, width), random_tensor(2, 1, 5, 5), random_tensor(3, 2, 11, width)
     exact = weight.double().requires_grad_()
     expected = kernels.reference.depthwise_conv2d(x.double(), exact)
     (expected_gradient,) = torch.autograd.grad(expected, exact, grad.double())
-    for config in _tiles(weight_gradient=False):
-        out = triton_kernels.convolve(x, weight, config=config)
+    for config in _tiles(weight_gradient=False, width=width):
+        out = forward.convolve(x, weight, config=config)
         assert_close(out, expected, FORWARD_TOLERANCE[x.dtype], str(config))
-    for config in _tiles(weight_gradient=True):
-        gradient = triton_kernels.weight_gradient(grad, x, 5, config=config)
+    for config in _tiles(weight_gradient=True, width=width):
+        gradient = backward.weight_gradient(grad, x, 5, config=config)
         assert_close(gradient, expected_gradient, GRADIENT_TOLERANCE[x.dtype], str(config))
 
 
 def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
-    monkeypatch.setattr(triton_tiles, "interpreting", lambda: False)
-    monkeypatch.setattr(triton_tiles, "SMALL", SMALL)
-    small = Problem(1, 256, 196, 13, 2, torch.bfloat16)
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    monkeypatch.setattr(configs, "SMALL", SMALL)
+    small = Problem(1, 256, 196, 13, *tile_shape(13, 14), torch.bfloat16)
     assert heuristic.__wrapped__(small) == LIBRARY
     assert heuristic.__wrapped__(small._replace(images=128)) != LIBRARY
-    assert heuristic.__wrapped__(small._replace(channels_last=True)) != LIBRARY  # no thread per output there
-    for problem in (small, small._replace(images=128, weight_gradient=True, channels_last=True)):
-        assert LIBRARY in triton_kernels.convolve.candidates(problem)
+    assert heuristic.__wrapped__(small._replace(copied=True)) != LIBRARY  # no thread per output there
+    for problem in (small, small._replace(images=128, weight_gradient=True, copied=True)):
+        assert LIBRARY in forward.convolve.candidates(problem)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -222,29 +226,29 @@ def test_pytorch_instead(channels_last):
     x, weight, bias = random_tensor(2, 3, 6, 7), random_tensor(3, 1, 5, 5), random_tensor(3)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     with record_launches() as launches:
-        plain, flipped = (triton_kernels.convolve(x, weight, bias, flag, config=LIBRARY) for flag in (False, True))
-        gradient = triton_kernels.weight_gradient(x, x, 5, config=LIBRARY)
+        plain, flipped = (forward.convolve(x, weight, bias, flag, config=LIBRARY) for flag in (False, True))
+        gradient = backward.weight_gradient(x, x, 5, config=LIBRARY)
     assert not launches
     for ours, flag in ((plain, False), (flipped, True)):
-        expected = triton_kernels.convolve(x, weight, bias, flag)
+        expected = forward.convolve(x, weight, bias, flag)
         assert ours.stride() == expected.stride() == x.stride()
         assert_close(ours, expected, FORWARD_TOLERANCE[x.dtype])
-    assert_close(gradient, triton_kernels.weight_gradient(x, x, 5), GRADIENT_TOLERANCE[x.dtype])
+    assert_close(gradient, backward.weight_gradient(x, x, 5), GRADIENT_TOLERANCE[x.dtype])
 
 
 def test_tuning_takes_pytorch_where_it_wins():
     x, weight = random_tensor(1, 2, 8, 16), random_tensor(2, 1, 5, 5)
     requests = []
     with observing(requests.append):
-        triton_kernels.convolve(x, weight)
-        triton_kernels.weight_gradient(x, x, 5)
+        forward.convolve(x, weight)
+        backward.weight_gradient(x, x, 5)
 
     def launches(call):
         with record_launches() as recorded:
             call()
         return float(len(recorded))
 
-    assert [request.launcher for request in requests] == [triton_kernels.convolve, triton_kernels.weight_gradient]
+    assert [request.launcher for request in requests] == [forward.convolve, backward.weight_gradient]
     for request in requests:
         outcomes = measure_candidates(request, launches, most=2)
         assert [(outcome.milliseconds, outcome.config == LIBRARY) for outcome in outcomes] == [(0, True), (1, False)]
@@ -252,7 +256,7 @@ def test_tuning_takes_pytorch_where_it_wins():
 
 def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
     """On a GPU the batch is cut into chunks and maps into blocks of tiles; the interpreter takes both in one."""
-    monkeypatch.setattr(triton_kernels, "interpreting", lambda: False)
+    monkeypatch.setattr(backward, "interpreting", lambda: False)
     x, grad = random_tensor(5, 1, 17, 41), random_tensor(5, 1, 17, 41)
     weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     (expected,) = torch.autograd.grad(kernels.reference.depthwise_conv2d(x.double(), weight), weight, grad.double())
@@ -261,60 +265,79 @@ def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
         Config(8, 64, 2),
     ):  # one image at a time in two blocks of tiles, then two at a time
         with record_launches() as launches:
-            triton_kernels.weight_gradient(grad.to("meta"), x.to("meta"), 3, config=config)
-        assert launches[0].arguments["chunk_images"] < len(x)
-        gradient = triton_kernels.weight_gradient(grad, x, 3, config=config)
+            backward.weight_gradient(grad.to("meta"), x.to("meta"), 3, config=config)
+        assert launches[-1].arguments["chunk_images"] < len(x)
+        gradient = backward.weight_gradient(grad, x, 3, config=config)
         assert_close(gradient, expected, GRADIENT_TOLERANCE[x.dtype], str(config))
 
 
 def test_heuristic_is_a_valid_config(monkeypatch):
-    monkeypatch.setattr(triton_tiles, "interpreting", lambda: False)
-    dtypes = ((torch.bfloat16, (1, 2, 4, 8)), (torch.float32, (1, 2, 4)))
-    for (dtype, vectors), kernel_size, pixels, images in itertools.product(
-        dtypes, (1, 3, 7, 9, 13, 17), (196, 3136), (2, 128)
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
+    for dtype, kernel_size, width, height, images, channels, weight_gradient in itertools.product(
+        (torch.bfloat16, torch.float32), range(1, 32, 2), (1, 7, 9, 17, 33, 65), (1, 14, 200), (1, 128), (1, 64), (0, 1)
     ):
-        for vector, weight_gradient in itertools.product(vectors, (False, True)):
-            problem = Problem(images, 64, pixels, kernel_size, vector, dtype, weight_gradient)
-            assert heuristic.__wrapped__(problem).valid(problem), problem
+        shape = tile_shape(kernel_size, width)
+        problem = Problem(images, channels, height * width, kernel_size, *shape, dtype, bool(weight_gradient))
+        assert heuristic.__wrapped__(problem).valid(problem), problem
 
 
 def test_a_config_that_cannot_pay_is_invalid():
     problem = _problem(weight_gradient=False)
     assert Config(8, 128, 4).valid(problem)
-    assert not Config(4, 128, 4).valid(problem)  # a tile of 32 outputs: less than half of the loads used
-    assert not Config(16, 128, 4).valid(problem)  # 128 sums a thread
+    assert not Config(2, 128, 4).valid(problem)  # a tile of 16 outputs: a fifth of the loads used
+    assert not Config(16, 256, 2).valid(problem)  # 256 sums per thread
     assert not Config(8, 128, 4).valid(problem._replace(images=1, pixels=49))  # one tile
-    assert not Config(8, 128, 4).valid(problem._replace(vector=1))  # 96 loads a thread
+    assert not Config(8, 128, 16).valid(problem)  # more operands than shared memory holds
     assert not Config(8, 128, 4).valid(problem._replace(dtype=torch.float32))
 
 
-def test_loads_are_as_wide_as_rows_are_aligned():
-    """What the kernels are told of alignment, for maps of OverLoCK's widths and for a crop."""
-    weight = torch.empty(4, 1, 7, 7, device="meta", dtype=torch.bfloat16)
-    for width, vector in ((56, 8), (28, 4), (14, 2), (7, 1)):
-        x = torch.empty(2, 4, width, width, device="meta", dtype=torch.bfloat16)
-        for view in (x, x.to(memory_format=torch.channels_last)):  # reordered, then as aligned as channels first
-            with record_launches() as launches:
-                triton_kernels.convolve(view, weight)
-            assert [launch.arguments["VECTOR"] for launch in launches if "VECTOR" in launch.arguments] == [vector]
-    with record_launches() as launches:
-        triton_kernels.convolve(torch.empty(2, 4, 56, 60, device="meta", dtype=torch.bfloat16)[..., :56], weight)
-    assert launches[0].arguments["VECTOR"] == 4
+def test_rows_are_aligned_and_end_in_zeros():
+    """A map whose rows cannot be loaded 16 bytes at a time is copied; one whose rows can be is read as it is."""
+    for width, copied in ((8, False), (7, True), (12, True)):
+        x = random_tensor(2, 3, 5, width, dtype=torch.bfloat16)
+        rows = rows_of(x)
+        assert (rows is not x) == copied == (not are_rows(x))
+        assert are_rows(rows)
+        assert torch.equal(rows[..., :width], x)
+        assert not rows[..., width:].any()
+    crop = random_tensor(2, 3, 5, 16, dtype=torch.bfloat16)[..., 4:12]
+    assert not are_rows(crop)  # begins between two vectors
+    assert are_rows(crop.clone())
+    last = random_tensor(2, 70, 5, 9).to(memory_format=torch.channels_last)
+    assert torch.equal(in_layout_of(last, rows_of(last)), last)
+    assert in_layout_of(last, rows_of(last)).stride() == last.stride()
+
+
+def test_a_value_that_is_not_finite_stays_in_its_image_and_channel():
+    """Products spread it over tiles of its own image and channel; further away nothing changes."""
+    x, weight = random_tensor(2, 3, 9, 40), random_tensor(3, 1, 3, 3)
+    with kernels.use_backend("triton"):
+        clean = kernels.depthwise_conv2d(x, weight)
+        x[1, 2, 4, 20] = float("nan")
+        out = kernels.depthwise_conv2d(x, weight)
+    assert out[1, 2, 3:6, 19:22].isnan().all()
+    out[1, 2] = clean[1, 2]
+    assert torch.equal(out, clean)
+
+
+def test_maps_beyond_32_bits_are_refused():
+    x = torch.empty(1, 1, 2**16, 2**15, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="x must have fewer than 2"):
+        forward.convolve(x, torch.empty(1, 1, 3, 3, device="meta", dtype=torch.bfloat16), config=CONFIGS[1])
 
 
 def test_wide_offsets_compute_the_same(monkeypatch):
     x, weight = random_tensor(2, 3, 9, 10).to(memory_format=torch.channels_last), random_tensor(3, 1, 5, 5)
 
     def run():
-        return triton_kernels.convolve(x, weight), triton_kernels.weight_gradient(x, x, 5)
+        return forward.convolve(x, weight), backward.weight_gradient(x, x, 5)
 
     narrow = run()
     monkeypatch.setattr(dtypes, "fits_int32", lambda *tensors: False)
     assert all(torch.equal(first, second) for first, second in zip(narrow, run(), strict=True))
 
 
-def test_tile_is_as_wide_as_its_halo():
-    for kernel_size in range(1, 32, 2):
-        width = tile_width(kernel_size)
-        assert width + kernel_size - 1 <= 2 * width
-        assert width == 8 or kernel_size - 1 > width // 2
+def test_tile_is_as_wide_as_its_halo_or_the_map():
+    for kernel_size, width in itertools.product(range(1, 32, 2), (1, 7, 8, 9, 16, 31, 65)):
+        tile, span = tile_shape(kernel_size, width)
+        assert tile + kernel_size - 1 <= span or width <= tile == span

@@ -5,9 +5,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels.involution import generate, triton_kernels
+from kernels.aggregation.configs import CONFIGS
+from kernels.involution import forward, generate
 from kernels.windows import Window
-from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, check_operator, random_tensor
+from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
 
 # (x, groups, kernel size, options): odd and non-square maps, strides, dilations, even and per-axis windows, one group
 # of all channels, one channel a group, no padding.
@@ -166,6 +167,7 @@ def test_generate_gradcheck_and_registration(backend):
             fast_mode=True,
         )
     grouped = [t.detach().float().requires_grad_() for t in (inputs[0].unflatten(1, (1, 6)), *inputs[1:])]
+    grouped[1] = grouped[1].detach().to(memory_format=torch.channels_last).requires_grad_()
     operator = torch.ops.dynamic_kernels.involution_generate
     torch.library.opcheck(operator, (*grouped, [3, 3], [1, 1], [1, 1], [1, 1], False, backend))
 
@@ -184,16 +186,66 @@ def test_generate_in_steps_and_in_one(monkeypatch):
 
 def test_every_generate_config():
     inputs = {key: tensor.float() for key, tensor in _generate_inputs(features=20).items()}
-    window = Window((3, 3), padding=(1, 1))
-    x, features, weight, bias = (tensor.double() for tensor in inputs.values())
+    inputs["x"], inputs["features"] = inputs["x"][:1, ..., :5], inputs["features"][:1, ..., :5]
+    x, features, weight, bias = (tensor.double().requires_grad_() for tensor in inputs.values())
     expected = kernels.reference.involution2d_generate(x, features, weight, bias, kernel_size=3, groups=2)
-    tiles = {(c.block_pixels, c.block_channels, c.block_features): c for c in triton_kernels.CONFIGS}
-    for config in tiles.values() if DEVICE == "cpu" else triton_kernels.CONFIGS:
-        x = inputs["x"].unflatten(1, (2, 3))
-        out = triton_kernels.involution_generate(
-            x, inputs["features"], inputs["weight"], inputs["bias"], window, config=config
-        )
+    g = random_tensor(*expected.shape)
+    expected_grad = torch.autograd.grad(expected, x, g.double())[0]
+    rest = (*list(inputs.values())[1:], Window((3, 3), padding=(1, 1)))
+    grouped, grad = inputs["x"].unflatten(1, (2, 3)), g.unflatten(1, (2, 3))
+    # Warps and loads only schedule the same blocks, which the interpreter does not: there one config per tile.
+    tiles = {(c.rows, c.columns, c.channels): c for c in CONFIGS}
+    for config in tiles.values() if DEVICE == "cpu" else CONFIGS:
+        out = forward.involution_generate(grouped, *rest, config=config)
         assert_close(out.flatten(1, 2), expected, FORWARD_TOLERANCE[torch.float32], str(config))
+        out = forward.involution_generate_transpose(grad, grouped, *rest, config=config)
+        assert_close(out.flatten(1, 2), expected_grad, GRADIENT_TOLERANCE[torch.float32], str(config))
+
+
+@pytest.mark.parametrize("operator", ["involution2d", "involution2d_generate"])
+def test_a_nan_pixel_reaches_only_windows_that_hold_it(operator):
+    """Neither the map's border nor a neighbouring row, image or channel block may read it."""
+    x, features = random_tensor(2, 4, 9, 6), random_tensor(2, 3, 9, 6)
+    weight, dynamic = random_tensor(2 * 15, 3), random_tensor(2, 2, 5, 3, 9, 6)
+    x[0, 1, 4, 0] = torch.nan
+    x[1, 2, 8, 5] = torch.inf
+    for tensor in (x, x.to(memory_format=torch.channels_last)):
+        tensor = tensor.clone().requires_grad_()
+        with kernels.use_backend("triton"):
+            if operator == "involution2d":
+                out = kernels.involution2d(tensor, dynamic)
+            else:
+                out = kernels.involution2d_generate(tensor, features, weight, kernel_size=(5, 3), groups=2)
+            grad = torch.zeros_like(out)
+            grad[0, 0, 0, 3] = torch.nan
+            (gradient,) = torch.autograd.grad(out, tensor, grad)
+        reached = torch.zeros_like(out, dtype=torch.bool)
+        reached[0, 1, 2:7, :2] = True
+        reached[1, 2, 6:, 4:] = True
+        assert torch.equal(~out.isfinite(), reached)
+        reached = torch.zeros_like(out, dtype=torch.bool)
+        reached[0, 0, :3, 2:5] = True
+        assert torch.equal(gradient.isnan(), reached)
+
+
+def test_backward_in_chunks_and_in_one(monkeypatch):
+    """The same gradients, twice the same bits, and the features' in the memory order of the features."""
+    inputs = [
+        tensor.float()[..., :4] if tensor.dim() == 4 else tensor.float() for tensor in _generate_inputs().values()
+    ]
+    inputs[1] = inputs[1].to(memory_format=torch.channels_last)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    results = []
+    for budget in (1, 1, 2**30):
+        monkeypatch.setattr(generate, "STEP_BYTES_ELSEWHERE", budget)
+        with kernels.use_backend("triton"):
+            out = kernels.involution2d_generate(*inputs, kernel_size=3, groups=2)
+            results.append(torch.autograd.grad(out.square().sum(), inputs))
+    for first, second, whole in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert_close(first, whole, GRADIENT_TOLERANCE[torch.float32])
+        assert first.stride() == whole.stride()
+    assert results[0][1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_generate_under_gradient_checkpointing():

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import kernels
+from kernels.aggregation import configs as gathers
 from kernels.aggregation import eager as algebra
+from kernels.aggregation.configs import GATHERS, GatherProblem, gather_heuristic, wide_gather_heuristic
 from kernels.neighborhood import configs, eager
 from kernels.windows import Window
 from tests.support import (
@@ -129,7 +131,7 @@ def test_every_config(name):
     assert grad_rpb is not None
     forward_tolerance, gradient_tolerance = FORWARD_TOLERANCE[torch.float32], GRADIENT_TOLERANCE[torch.float32]
     if name == "own":
-        for config in configs.CONFIGS:
+        for config in GATHERS:
             ours, _ = forward.gather(saved.logits, saved.value, saved.rpb, window, config=config)
             assert_close(ours, out, forward_tolerance, str(config))
             assert_close(backward.grad_value(saved, window, config=config), grad_value, gradient_tolerance, str(config))
@@ -182,6 +184,7 @@ def test_a_nan_reaches_only_outputs_whose_windows_hold_it():
 
 def test_heuristics_are_valid_configs(monkeypatch):
     monkeypatch.setattr(configs, "interpreting", lambda: False)
+    monkeypatch.setattr(gathers, "interpreting", lambda: False)
     for dtype in (torch.bfloat16, torch.float32):
         for channels in (1, 10, 16, 32, 64):
             for pixels, positions, outputs in ((49, 49, 49), (196, 169, 49), (25, 9, 16), (784, 529, 144)):
@@ -193,6 +196,6 @@ def test_heuristics_are_valid_configs(monkeypatch):
                     assert heuristic(problem).valid(problem), problem
             for pixels, steps in ((9, 9), (196, 25), (3136, 49), (64000, 169)):
                 for layouts in ((True, True), (False, False)):
-                    problem = configs.Problem(channels, pixels, steps, *layouts, dtype)
-                    assert configs.heuristic.__wrapped__(problem).valid(problem), problem
-                    assert configs.grad_logits_heuristic(problem).valid(problem), problem
+                    problem = GatherProblem(channels, pixels, steps, *layouts, dtype)
+                    assert gather_heuristic.__wrapped__(problem).valid(problem), problem
+                    assert wide_gather_heuristic(problem).valid(problem), problem

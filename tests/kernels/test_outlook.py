@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import dtypes
-from kernels.outlook import triton_kernels
-from kernels.outlook.triton_kernels import CONFIGS, Problem, Windows, heuristic
+from kernels.outlook import backward, configs, forward
+from kernels.outlook.configs import CONFIGS, Problem, heuristic
+from kernels.outlook.tiles import Windows
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
 
 # (batch, height, width, heads, channels of a head, K, stride, padding)
@@ -174,7 +175,7 @@ def test_flops():
     logits, value = (tensor.float().requires_grad_() for tensor in inputs.values())
     with FlopCounterMode(display=False) as counter:
         kernels.outlook_attention2d(logits, value, **options).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * logits.numel() * 2  # two channels a head; backward twice forward
+    assert counter.get_total_flops() == 3 * 2 * logits.numel() * 2  # two channels per head; backward twice forward
 
 
 BAD = {
@@ -209,36 +210,36 @@ def test_bad_input(message):
 
 def test_every_config():
     channels, windows = 33, Windows(2, 2, 1, 0.5)
-    logits, value = random_tensor(1, 5, 5, 3, 4, 4), random_tensor(1, 10, 9, 3 * channels)
+    logits, value = random_tensor(1, 2, 2, 2, 4, 4), random_tensor(1, 4, 3, 2 * channels)
     grad = torch.randn_like(value)
     exact = logits.double().requires_grad_(), value.double().requires_grad_()
     options = windows._asdict()
     expected = kernels.reference.outlook_attention2d(*exact, **options)
     expected_logits, expected_value = torch.autograd.grad(expected, exact, grad.double())
-    gradient, statistics = triton_kernels.grad_logits(grad, logits, value, windows)
+    gradient, statistics = backward.grad_logits(grad, logits, value, windows)
     # Warps only schedule the same blocks, which in the interpreter changes nothing.
-    problem = Problem(channels, 90, 2, 2, value.dtype)
+    problem = Problem(channels, 12, 2, 2, value.dtype)
     tiles = {(c.block_items, c.block_channels): c for c in CONFIGS if c.valid(problem)}
     for config in tiles.values():
-        out = triton_kernels.forward(logits, value, windows, config=config)
+        out = forward.forward(logits, value, windows, config=config)
         assert_close(out, expected, FORWARD_TOLERANCE[value.dtype], str(config))
-        out = triton_kernels.grad_value(grad, logits, statistics, windows, config=config)
+        out = backward.grad_value(grad, logits, statistics, windows, config=config)
         assert_close(out, expected_value, GRADIENT_TOLERANCE[value.dtype], str(config))
     problem = problem._replace(grad_logits=True)
     tiles = {(c.block_items, c.block_channels): c for c in CONFIGS if c.valid(problem)}
     for config in tiles.values():
-        gradient, _ = triton_kernels.grad_logits(grad, logits, value, windows, config=config)
+        gradient, _ = backward.grad_logits(grad, logits, value, windows, config=config)
         assert_close(gradient, expected_logits, GRADIENT_TOLERANCE[value.dtype], str(config))
 
 
 def test_heuristic_is_a_valid_config(monkeypatch):
-    monkeypatch.setattr(triton_kernels, "interpreting", lambda: False)
+    monkeypatch.setattr(configs, "interpreting", lambda: False)
     for channels, kernel_size, dtype, grad_logits in itertools.product(
-        (1, 12, 32, 33, 64, 96), (1, 2, 3, 5, 7), (torch.bfloat16, torch.float32), (False, True)
+        (1, 12, 32, 33, 64, 96, 200), (1, 2, 3, 5, 7), (torch.bfloat16, torch.float64), (False, True)
     ):
         problem = Problem(channels, 784, kernel_size, 2, dtype, grad_logits)
         config = heuristic.__wrapped__(problem)
-        assert config.valid(problem) or config.block_items == 1, problem
+        assert config.valid(problem), problem
 
 
 def test_wide_offsets_compute_the_same(monkeypatch):
@@ -247,9 +248,42 @@ def test_wide_offsets_compute_the_same(monkeypatch):
     windows = Windows(**options)
 
     def run():
-        gradients = triton_kernels.outlook_backward(value, logits, value, *windows)
-        return triton_kernels.outlook(logits, value, *windows), *gradients
+        gradients = backward.outlook_backward(value, logits, value, *windows)
+        return forward.outlook(logits, value, *windows), *gradients
 
     narrow = run()
     monkeypatch.setattr(dtypes, "fits_int32", lambda *tensors: False)
     assert all(torch.equal(first, second) for first, second in zip(narrow, run(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("kernel_size", "stride", "padding"), [(3, 2, 1), (3, 1, 0), (3, 2, 3), (4, 2, 1)])
+def test_a_value_that_is_not_finite_reaches_only_its_windows(kernel_size, stride, padding, backend):
+    height, width, heads = 5, 6, 2
+    windows = -(-height // stride), -(-width // stride)
+    logits = random_tensor(1, *windows, heads, kernel_size**2, kernel_size**2).expand(height * width, *[-1] * 5)
+    value = random_tensor(1, height, width, heads * 3).repeat(height * width, 1, 1, 1)
+    expected = torch.zeros(height, width, height, width, dtype=torch.bool)
+    for row, column in itertools.product(range(height), range(width)):
+        value[row * width + column, row, column, 4] = float("nan")  # another pixel in each batch entry
+        for a, b in itertools.product(*map(range, windows)):
+            top, left = a * stride - padding, b * stride - padding
+            if top <= row < top + kernel_size and left <= column < left + kernel_size:
+                rows, columns = (slice(max(first, 0), max(first + kernel_size, 0)) for first in (top, left))
+                expected[row, column, rows, columns] = True
+    with kernels.use_backend(backend):
+        out = kernels.outlook_attention2d(logits, value, kernel_size=kernel_size, stride=stride, padding=padding).cpu()
+    assert torch.equal(out[..., 4].isnan(), expected.flatten(0, 1))
+    assert not out[..., [0, 1, 2, 3, 5]].isnan().any()
+
+
+def test_rows_far_apart_and_maps_beyond_32_bits():
+    """A row stride near 2^31, as of a crop of a huge map, and more rows than a kernel can count."""
+    values = random_tensor(3 * 4)
+    logits, far = random_tensor(1, 1, 4, 1, 9, 9), values.as_strided((1, 1, 4, 3), (0, 2**31 - 8, 3, 1))
+    with kernels.use_backend("triton"):
+        expected = kernels.outlook_attention2d(logits, far.contiguous())
+        assert torch.equal(kernels.outlook_attention2d(logits, far), expected)
+        huge = torch.empty(1, device=DEVICE).expand(1, 2**31, 1, 1)
+        with pytest.raises(ValueError, match=r"2\^31|too large"):
+            kernels.outlook_attention2d(huge.view(1, 2**31, 1, 1, 1, 1), huge, kernel_size=1, padding=0)

@@ -1,0 +1,226 @@
+"""Which tile the algebra's kernels work on, rows that slide or gathers: the one place where it is decided."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import interpreting
+from kernels.launch import ceil_divide, next_power_of_2
+from kernels.layout import channels_fastest
+from kernels.windows import Pair, Window
+
+__all__ = [
+    "CONFIGS",
+    "GATHERS",
+    "Config",
+    "Gather",
+    "GatherProblem",
+    "Problem",
+    "correlate_heuristic",
+    "gather_heuristic",
+    "gather_problem",
+    "heuristic",
+    "slides",
+    "wide_gather_heuristic",
+]
+
+LARGEST_KERNEL, LARGEST_STRIDE, LARGEST_DILATION = 16, 4, 8
+
+
+def slides(window: Window) -> bool:
+    """Whether rows can slide over registers: a zero-padded window of a size and a stride that registers hold."""
+    return (
+        not window.clamped
+        and max(window.kernel_size) <= LARGEST_KERNEL
+        and max(window.stride) <= LARGEST_STRIDE
+        and max(window.dilation) <= LARGEST_DILATION
+    )
+
+
+class Problem(NamedTuple):
+    """What the choice depends on, "rows" being those that slide: of the map, or its columns. Batch only repeats it."""
+
+    channels: int  # of a group
+    groups: int
+    pixels: int
+    rows: int
+    taps: int  # rows of the window
+    multiple: int  # of which a tile's rows must be: the stride where transposed, else 1
+    transposed: bool  # outputs are looked up by input
+    features: int  # that generate the dynamic kernel; 0 where it is read
+    channels_fastest: bool  # channels, not pixels, are adjacent in memory
+    aligned: bool  # and each pixel's begin at 16 bytes
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Config:
+    """``rows`` by ``columns`` by ``channels``, of several groups where they fit; ``loads`` rows are loaded at once."""
+
+    rows: int
+    columns: int
+    channels: int
+    loads: int = 16
+    num_warps: int = 2
+
+    def block(self, groups: int, channels: int) -> tuple[int, int]:
+        """Groups, and channels of each, in a program: several groups only where whole ones fill a power of two."""
+        if channels == next_power_of_2(channels) <= self.channels:
+            return min(self.channels // channels, next_power_of_2(groups)), channels
+        return 1, min(next_power_of_2(channels), self.channels)
+
+    def valid(self, problem: Problem) -> bool:
+        """Rows that fit the stride, and taps that fit the registers of a thread."""
+        slots, steps = next_power_of_2(self.rows), next_power_of_2(problem.taps)
+        return (
+            self.rows % problem.multiple == 0
+            and (slots * steps <= 64 or self.rows == problem.multiple)
+            and self.channels < 2 * next_power_of_2(problem.channels * problem.groups)
+        )
+
+
+CONFIGS = tuple(
+    Config(rows, *tile)
+    for rows in (8, 7, 4)
+    for tile in ((8, 64), (16, 64, 16, 4), (8, 64, 8), (32, 16, 4), (32, 16, 1, 1))
+)
+
+
+def _rows(problem: Problem, most: int) -> int:
+    """Rows of a tile that waste least at the map's edge, where a tile also loads the rows around it."""
+    most = max(problem.multiple, min(most, 64 // next_power_of_2(problem.taps)))
+    candidates = [n for n in range(most, 0, -1) if n % problem.multiple == 0]
+    return min(candidates, key=lambda n: ceil_divide(problem.rows, n) * (n + problem.taps / 2))
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic(problem: Problem) -> Config:
+    """The config where nothing was tuned.
+
+    Lanes take 8 adjacent channels (16 bytes; 4 of 32 bits) where they are aligned, one otherwise: a lane has the taps
+    of all its groups in registers. Pixels lie across lanes where they are adjacent, 32 at a time.
+    """
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        return Config(_rows(problem, 8), 64, 64)
+    size = problem.dtype.itemsize
+    if problem.features and problem.transposed:  # the operands of its products fill registers, float32's twice
+        most = 5 if size == 2 else 2
+    else:
+        most = 4 if size > 4 else 8
+    if not problem.channels_fastest:
+        if problem.transposed and not problem.features:
+            most = min(most, 6)
+        channels = min(16, next_power_of_2(problem.channels))
+        return Config(_rows(problem, most), 32, channels, 4, 2 if channels > 4 else 1)
+    whole = problem.channels == next_power_of_2(problem.channels)
+    channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
+    lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
+    return Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
+
+
+@functools.lru_cache(maxsize=4096)
+def correlate_heuristic(problem: Problem) -> Config:
+    """As above, with one warp where pixels lie across lanes: a sum over channels must not cross warps."""
+    config = heuristic(problem)
+    if interpreting():
+        return config
+    if problem.channels_fastest:
+        return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), loads=8)
+    return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 2 else 7), loads=1, num_warps=1)
+
+
+class GatherProblem(NamedTuple):
+    """What the choice of a config depends on where every output gathers its own window."""
+
+    channels: int
+    pixels: int
+    steps: int
+    kernel_fastest: bool = False  # window positions, not pixels, are adjacent in the memory of the dynamic kernel
+    channels_fastest: bool = False  # channels, not pixels, are adjacent in the memory of the features
+    dtype: torch.dtype = torch.float32
+
+
+def gather_problem(kernel: Tensor, features: Tensor, size: Sequence[int], steps: Pair) -> GatherProblem:
+    """The problem of a launch over ``size`` = (rows, columns) positions and ``steps`` window steps along each axis."""
+    layouts = channels_fastest(kernel), channels_fastest(features)
+    return GatherProblem(features.shape[2], size[0] * size[1], steps[0] * steps[1], *layouts, features.dtype)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Tile of one program: pixels and channels, and window positions per step."""
+
+    block_pixels: int
+    block_channels: int
+    block_steps: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def valid(self, problem: GatherProblem) -> bool:
+        """At most 128 elements of the largest block per thread, and no block of more than twice what it covers."""
+        per_thread = self.block_pixels * self.block_channels * self.block_steps / (32 * self.num_warps)
+        return (
+            per_thread <= 128
+            and self.block_pixels < 2 * max(problem.pixels, 16)
+            and self.block_channels < 2 * problem.channels
+            and self.block_steps < 2 * problem.steps
+        )
+
+    def constants(self, window: Window) -> dict[str, int]:
+        """What the compiler knows of any window and of the blocks."""
+        return self.clamped(window) | {
+            "STRIDE_H": window.stride[0],
+            "STRIDE_W": window.stride[1],
+            "PADDING_H": window.padding[0],
+            "PADDING_W": window.padding[1],
+            "CLAMPED": window.clamped,
+        }
+
+    def clamped(self, window: Window) -> dict[str, int]:
+        """The same of a window that is known to be clamped."""
+        return {
+            "KERNEL_H": window.kernel_size[0],
+            "KERNEL_W": window.kernel_size[1],
+            "DILATION_H": window.dilation[0],
+            "DILATION_W": window.dilation[1],
+            "BLOCK_PIXELS": self.block_pixels,
+            "BLOCK_CHANNELS": self.block_channels,
+            "BLOCK_STEPS": self.block_steps,
+        }
+
+
+GATHERS = tuple(
+    Gather(pixels, channels, steps, warps)
+    for pixels, channels, steps, warps in (
+        (64, 16, 16, 4), (64, 16, 16, 8), (32, 32, 16, 4), (32, 32, 16, 8), (32, 16, 16, 4), (16, 16, 16, 4),
+        (64, 16, 1, 4), (128, 16, 1, 4), (128, 32, 1, 4), (64, 32, 1, 4), (32, 32, 1, 4), (16, 64, 1, 4),
+    )
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def gather_heuristic(problem: GatherProblem) -> Gather:
+    """The config where nothing was tuned.
+
+    A dynamic kernel with adjacent window positions is read 16 at a time (32 bytes in bf16, a DRAM sector), by 64
+    pixels, so that sums over positions stay inside a thread; one with adjacent pixels plane by plane.
+    """
+    pixels, channels = max(16, next_power_of_2(problem.pixels)), next_power_of_2(problem.channels)
+    steps = next_power_of_2(problem.steps)
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        channels = min(channels, 64)
+        pixels = min(pixels, 2**16 // channels)
+        return Gather(pixels, channels, max(1, min(steps, 2**19 // (channels * pixels))))
+    channels, steps = min(channels, 32), min(steps, 16) if problem.kernel_fastest else 1
+    return Gather(min(pixels, max(16, min(128, 16384 // (channels * steps)))), channels, steps)
+
+
+def wide_gather_heuristic(problem: GatherProblem) -> Gather:
+    """The same on twice the threads, where more blocks live at once."""
+    return replace(gather_heuristic(problem), num_warps=8)

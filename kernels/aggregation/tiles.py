@@ -1,0 +1,175 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker; a tuple takes no star there.
+"""Rows that slide over registers: what the kernels for zero-padded windows share.
+
+A program owns R rows of P columns, all channels of G groups. The columns of all images lie on one axis, so that no
+width wastes lanes. It walks the columns of the window. A step loads every source row once, [P, G·C], 16 bytes per lane
+where channels are adjacent, converts it once, and uses it for each of the up to Kh output rows whose windows hold it.
+
+What weighs them in a step is one block of *taps* [Q·P, G·S]: slots (R, padded to a power of two) times columns, by
+groups times window rows (Kh, padded). Taken apart it is S·Q blocks [P, G, 1]. Slot q holds the taps of output row q.
+*Transposed*, where source row o weighs row r by window row k = (r − o·stride) / dilation, it holds those of row
+(q + k·dilation) mod Q: then its window rows come from two or three source rows only, and so from adjacent addresses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+__all__ = ["Tile", "across", "load_rows", "pitch", "place", "slide", "sources", "stack", "tap_of", "unstack", "wide"]
+
+
+class Tile(NamedTuple):
+    """What a program owns."""
+
+    row: Any  # its first row
+    batch: Any  # [P], as the next two
+    column: Any
+    m_column: Any
+    group: Any  # its first group
+    channel: Any  # [G·C], counted from that group's first
+    m_channel: Any
+    tap_batch: Any  # [Q·P], as the next two: batch entry, column and slot of each row of the taps
+    tap_column: Any
+    slot: Any
+    tap_group: Any  # [G·S], as the next: group, counted from the first, and window row of each column of the taps
+    step: Any
+
+
+@triton.constexpr_function
+def pitch(number):
+    """The power of two that holds ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+@triton.constexpr_function
+def sources(window, rows, transposed):
+    """(first, end) of the source rows of a tile, counted from the one that window row 0 of row 0 holds."""
+    span = (window.kernel_size[0] - 1) * window.dilation[0]
+    if transposed:
+        return -(span // window.stride[0]), (rows - 1) // window.stride[0] + 1
+    return 0, (rows - 1) * window.stride[0] + span + 1
+
+
+@triton.constexpr_function
+def tap_of(source, row, window, slots, transposed):
+    """Which of the blocks of ``unstack`` weighs source row ``source`` in row ``row``, both of the tile; −1: none."""
+    stride, dilation = window.stride[0], window.dilation[0]
+    step, rest = divmod(row - source * stride if transposed else source - row * stride, dilation)
+    if rest or not 0 <= step < window.kernel_size[0]:
+        return -1
+    return step * slots + ((row - step * dilation) % slots if transposed else row)
+
+
+@triton.jit
+def wide(number):
+    """A number, or a constant, in 64 bits: what a stride is multiplied with."""
+    return tl.full([], number, tl.int64)
+
+
+@triton.jit
+def place(
+    batch, groups, channels, width, row_tiles, channel_blocks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The program's tile. Channels and groups are fastest, so that a pixel's are at work together; then rows."""
+    i_program = tl.program_id(0)
+    blocks = tl.cdiv(groups, GROUPS) * channel_blocks
+    i_block, i_rest = i_program % blocks, i_program // blocks
+    i_column = i_rest // row_tiles * COLUMNS
+    i_group = i_block // channel_blocks * GROUPS
+    o_column = i_column + tl.arange(0, COLUMNS)
+    o_inside = tl.minimum(o_column, batch * width - 1)
+    o_channel = i_block % channel_blocks * CHANNELS + tl.arange(0, GROUPS * CHANNELS)
+    o_tap = tl.arange(0, pitch(ROWS) * COLUMNS)
+    o_tap_column = tl.minimum(i_column + o_tap % COLUMNS, batch * width - 1)
+    o_entry = tl.arange(0, GROUPS * STEPS)
+    return Tile(
+        i_rest % row_tiles * ROWS,
+        (o_inside // width).to(tl.int64),
+        o_inside % width,
+        o_column < batch * width,
+        i_group.to(tl.int64),
+        o_channel,
+        o_channel < (channels if GROUPS == 1 else (groups - i_group) * channels),
+        (o_tap_column // width).to(tl.int64),
+        o_tap_column % width,
+        o_tap // COLUMNS,
+        o_entry // STEPS,
+        o_entry % STEPS,
+    )
+
+
+@triton.jit
+def across(o_batch, o_column, tensor, LANES: tl.constexpr):
+    """Offsets of columns. ``LANES``: neighbours lie across lanes, whatever Triton's version makes of a tie."""
+    o_pixel = o_batch * tensor.b + o_column.to(tl.int64) * tensor.w
+    if LANES:
+        # Adjacent, it says, but never aligned: that decides the order of lanes and rules out vectors.
+        o_pixel = tl.max_contiguous(tl.multiple_of(o_pixel, 1), 8)
+    return o_pixel
+
+
+@triton.jit
+def load_rows(p_column, o_channel, stride_h, first, height, m_row, FIRST: tl.constexpr, END: tl.constexpr):
+    """Rows first + FIRST … first + END − 1 of a tensor's columns, [P, G·C] each; 0 outside of it."""
+    rows = ()
+    for o in tl.static_range(FIRST, END):
+        m_inside = m_row & (first + o >= 0) & (first + o < height)
+        p_row = p_column + (first + o).to(tl.int64) * stride_h
+        rows = rows + (tl.load(p_row[:, None] + o_channel, mask=m_inside, other=0),)
+    return rows
+
+
+@triton.jit
+def slide(
+    sums, rows, taps, SOURCE: tl.constexpr, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Add source rows SOURCE … to the sums [P, G, C] of the rows whose windows hold them, weighed by the taps."""
+    for i in tl.static_range(len(rows)):
+        b_row = tl.reshape(rows[i], [rows[i].shape[0], GROUPS, CHANNELS]).to(sums[0].dtype)
+        for r in tl.static_range(len(sums)):
+            if tap_of(SOURCE + i, r, WINDOW, pitch(len(sums)), TRANSPOSED) >= 0:
+                b_tap = taps[tap_of(SOURCE + i, r, WINDOW, pitch(len(sums)), TRANSPOSED)].to(sums[0].dtype)
+                sums = sums[:r] + (sums[r] + b_tap * b_row,) + sums[r + 1 :]
+    return sums
+
+
+@triton.constexpr_function
+def _halves(*shape):
+    return [*shape[:-1], *[2] * (shape[-1].bit_length() - 1)]
+
+
+@triton.jit
+def unstack(b_taps, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr):
+    """Taps [Q·P, G·S] as S·Q blocks [P, G, 1], slots fastest."""
+    SLOTS: tl.constexpr = b_taps.shape[0] // COLUMNS
+    b_taps = tl.permute(tl.reshape(b_taps, [SLOTS, COLUMNS, GROUPS, STEPS]), [1, 2, 3, 0])
+    parts = (tl.reshape(b_taps, _halves(COLUMNS, GROUPS, 1, STEPS * SLOTS)),)
+    for _ in tl.static_range(len(_halves(STEPS * SLOTS))):
+        evens = ()
+        odds = ()
+        for i in tl.static_range(len(parts)):
+            b_even, b_odd = tl.split(parts[i])
+            evens = evens + (b_even,)
+            odds = odds + (b_odd,)
+        parts = evens + odds
+    return parts
+
+
+@triton.jit
+def stack(parts, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr):
+    """The inverse of ``unstack``, from blocks [P, G]."""
+    SLOTS: tl.constexpr = len(parts) // STEPS
+    for _ in tl.static_range(len(_halves(STEPS * SLOTS))):
+        joined = ()
+        for i in tl.static_range(len(parts) // 2):
+            joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
+        parts = joined
+    b_taps = tl.permute(tl.reshape(parts[0], [COLUMNS, GROUPS, STEPS, SLOTS]), [3, 0, 1, 2])
+    return tl.reshape(b_taps, [SLOTS * COLUMNS, GROUPS * STEPS])

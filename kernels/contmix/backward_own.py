@@ -1,0 +1,355 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+"""ContMix's backward pass where nearly every output has a window of its own.
+
+The first kernel mirrors the forward pass: in pairs of outputs it makes softmax weights p again, and the logits'
+gradients ds = p ∘ (Σ_c grad · value − δ), δ = Σ_c grad · out; it ends query's gradient and stores p and ds of as many
+rows at a time as memory may take. From these come the other gradients: value's by the second kernel, a sum over the
+outputs that see an input, row by row as matrix products; projected keys' as one product; bias' and rpb's as sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.contmix.backward_shared import Targets, reference_gradients
+from kernels.contmix.backward_tables import fold
+from kernels.contmix.configs import OWN, Own, Saved, Sizes, block, grad_own_heuristic, problem_of, steps_of_own, types
+from kernels.contmix.forward_own import bias_of_step, logits_of_pairs, own_arguments, values_of_pairs
+from kernels.contmix.forward_shared import views_of
+from kernels.contmix.tiles import (
+    LOG2_E,
+    dot,
+    join,
+    key_scale,
+    load_heads,
+    offsets,
+    pixels_of_pairs,
+    rpb_base,
+    store_heads,
+)
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.tuning import tunable
+from kernels.views import at, view
+from kernels.windows_triton import window_start
+
+__all__ = ["grad_logits_own", "grad_own", "rows_of"]
+
+# Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
+MOST_STORED = 1 << 24
+
+
+@triton.jit
+def _of_outputs(parts, LEVELS: tl.constexpr):
+    """The inverse of ``weights_of_pairs``: 2 · S blocks [P, G] as [G, 2P, S], S = 2^(LEVELS - 1)."""
+    PAIRS: tl.constexpr = parts[0].shape[0]
+    HEADS: tl.constexpr = parts[0].shape[1]
+    b = tl.reshape(join(parts, LEVELS), [PAIRS, HEADS, 2, 1 << (LEVELS - 1)])
+    return tl.permute(tl.reshape(tl.permute(b, [0, 2, 1, 3]), [2 * PAIRS, HEADS, 1 << (LEVELS - 1)]), [1, 0, 2])
+
+
+@triton.jit
+def _grad_logits_own_kernel(
+    query,  # [B, G, Dq, H, W]
+    projected,  # [B, G, Dq, K²]
+    bias,  # [K²]
+    rpb,  # [G, 2K-1, 2K-1]
+    value,  # [B, G, Dv, H, W]
+    grad,  # [B, G, Dv, H, W]
+    out,  # [B, G, Dv, H, W]
+    statistics,  # [B, G, H, W]: log Σ_k exp
+    previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
+    grad_query,  # [B, G, Dq, H, W]: written
+    weights,  # [B, G, rows, W, K / ROWS · S]: p, written; NaN where an output's gradient is not finite
+    grad_logits,  # the same: ds, written
+    sizes, tiles, head_blocks, images,
+    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OFFSET: tl.constexpr, UPCAST: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    STEPS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    batch, groups, height, width, first_row, last_row = sizes
+    i_program = tl.program_id(0)
+    i_tile, i_head = i_program % tiles, i_program // tiles % head_blocks * HEADS
+    i_first = i_program // (tiles * head_blocks) * images
+    o_output, o_pair = tl.arange(0, 2 * PAIRS), i_tile * PAIRS + tl.arange(0, PAIRS)
+    outputs = pixels_of_pairs(i_tile * PAIRS + o_output // 2, o_output % 2, first_row, last_row, height, width, KERNEL)
+    first = pixels_of_pairs(o_pair, 0, first_row, last_row, height, width, KERNEL)
+    second = pixels_of_pairs(o_pair, 1, first_row, last_row, height, width, KERNEL)
+    m_moved = second.start_w > first.start_w
+    o_head = i_head + tl.arange(0, HEADS)
+    m_head = o_head < groups
+    o_head = tl.minimum(o_head, groups - 1)
+    o_base = (o_head * rpb.g)[:, None, None] + rpb_base(rpb, outputs, KERNEL)[None, :, None]
+    o_step = tl.arange(0, STEPS)
+    o_weight = (
+        ((outputs.row - first_row) * width + outputs.column)[None, :, None] * weights.w + o_step[None, None, :]
+    ).to(OFFSET)
+    o_weight += (o_head.to(OFFSET) * weights.g)[:, None, None]
+    m_weight = (m_head[:, None] & outputs.mask[None, :])[:, :, None]
+    b_bias = bias_of_step(bias, rpb, o_base, 0, KERNEL, ROWS, STEPS, ACCUMULATOR)
+    for i_image in range(i_first, tl.minimum(i_first + images, batch)):
+        i_batch = tl.cast(i_image, tl.int64)
+        queries, keys, values = at(query, i_batch, 0), at(projected, i_batch, 0), at(value, i_batch, 0)
+        # [G, 2P, Dq]
+        b_query = load_heads(
+            queries, offsets(query, outputs, OFFSET), o_output >= 0, i_head, groups, QUERY_CHANNELS, HEADS, BLOCK_QUERY
+        )
+        b_query = tl.permute(b_query, [1, 0, 2])
+        grads, outs = at(grad, i_batch, 0), at(out, i_batch, 0)
+        o_first, o_second = offsets(grad, first, OFFSET), offsets(grad, second, OFFSET)
+        # [P, G, Dv]; outputs that are not there have no gradient
+        b_first = load_heads(grads, o_first, first.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS).to(
+            ACCUMULATOR
+        )
+        b_second = load_heads(grads, o_second, second.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS).to(
+            ACCUMULATOR
+        )
+        o_first, o_second = offsets(out, first, OFFSET), offsets(out, second, OFFSET)
+        b_out = load_heads(outs, o_first, first.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
+        delta_first = tl.sum(b_first * b_out.to(ACCUMULATOR), 2)
+        b_out = load_heads(outs, o_second, second.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
+        delta_second = tl.sum(b_second * b_out.to(ACCUMULATOR), 2)
+        # 0, or NaN where a gradient is not finite.
+        b_spoilt = _of_outputs((tl.sum(b_first * 0, 2), tl.sum(b_second * 0, 2)), 1)
+        p_statistics = at(statistics, i_batch, 0).ptr + (o_head * statistics.g)[:, None]
+        b_statistics = tl.load(p_statistics + offsets(statistics, outputs, OFFSET)[None, :]) * LOG2_E
+
+        b_sum = tl.zeros([HEADS, 2 * PAIRS, BLOCK_QUERY], ACCUMULATOR)
+        for i_step in range(KERNEL // ROWS):
+            if KERNEL > ROWS:
+                b_bias = bias_of_step(bias, rpb, o_base, i_step, KERNEL, ROWS, STEPS, ACCUMULATOR)
+            o_value = (first.start_h + i_step * ROWS).to(OFFSET) * value.h + first.start_w.to(OFFSET) * value.w
+            products_first, products_second = (), ()
+            for row in tl.static_range(ROWS):
+                seen = values_of_pairs(
+                    values, o_value, m_moved, i_head, groups, row, row + 1, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
+                )
+                b_before = tl.sum(b_second * seen[0].to(ACCUMULATOR), 2)
+                for i in tl.static_range(KERNEL):
+                    b_after = tl.sum(b_second * seen[i + 1].to(ACCUMULATOR), 2)
+                    b_product = tl.sum(b_first * seen[i].to(ACCUMULATOR), 2)
+                    products_first = products_first + (b_product - delta_first,)
+                    products_second = products_second + (tl.where(m_moved[:, None], b_after, b_before) - delta_second,)
+                    b_before = b_after
+            for _ in tl.static_range(STEPS - ROWS * KERNEL):
+                zero = tl.zeros([PAIRS, HEADS], ACCUMULATOR)
+                products_first, products_second = products_first + (zero,), products_second + (zero,)
+            b_logits, b_keys = logits_of_pairs(
+                b_query, b_bias, keys, i_step, i_head, groups, KERNEL, ROWS, QUERY_CHANNELS, UPCAST
+            )
+            b_weight = tl.exp2(b_logits - b_statistics[:, :, None])
+            b_grad_logits = (b_weight * _of_outputs(products_first + products_second, LEVELS)).to(b_query.dtype)
+            b_sum = dot(b_grad_logits, tl.permute(b_keys, [1, 0, 2]), b_sum, UPCAST)
+            o_stored = o_weight + i_step * STEPS
+            b_weight = (b_weight + b_spoilt).to(b_query.dtype)
+            tl.store(at(weights, i_batch, 0).ptr + o_stored, b_weight, mask=m_weight)
+            tl.store(at(grad_logits, i_batch, 0).ptr + o_stored, b_grad_logits, mask=m_weight)
+
+        b_sum = tl.permute(b_sum, [1, 0, 2]) * key_scale(b_query.dtype)
+        o_target = offsets(grad_query, outputs, OFFSET)
+        if ADD:
+            b_sum += load_heads(
+                at(previous, i_batch, 0), offsets(previous, outputs, OFFSET), outputs.mask, i_head, groups,
+                QUERY_CHANNELS, HEADS, BLOCK_QUERY,
+            )  # fmt: skip
+        store_heads(at(grad_query, i_batch, 0), o_target, outputs.mask, i_head, groups, b_sum, QUERY_CHANNELS)
+
+
+@triton.jit
+def _grad_value_own_kernel(
+    weights,  # [B, G, rows, W, K / ROWS · S]: p of some rows of outputs
+    grad,  # [B, G, Dv, H, W]
+    previous,  # [B, G, Dv, H, W]: what to add to, where ADD
+    grad_value,  # [B, G, Dv, H, W]: written
+    sizes, tiles, head_blocks,
+    KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    UPCAST: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Inputs of a tile are adjacent in a row; a step takes adjacent outputs of a row that sees it."""
+    _batch, groups, height, width, first_row, last_row = sizes
+    i_program = tl.program_id(0)
+    i_tile, i_head = i_program % tiles, i_program // tiles % head_blocks * HEADS
+    i_batch = (i_program // (tiles * head_blocks)).to(tl.int64)
+    tiles_w = tl.cdiv(width, INPUTS)
+    row, i_column = i_tile // tiles_w, i_tile % tiles_w * INPUTS
+    o_input = i_column + tl.arange(0, INPUTS)
+    i_first, _ = _outputs_seeing(i_column, width, KERNEL)
+    _, i_last = _outputs_seeing(tl.minimum(i_column + INPUTS, width) - 1, width, KERNEL)
+    i_first_h, i_last_h = _outputs_seeing(row, height, KERNEL)
+    i_first_h, i_last_h = tl.maximum(i_first_h, first_row), tl.minimum(i_last_h, last_row)
+    o_head = i_head + tl.arange(0, HEADS)
+    p_weights = (
+        weights.ptr + i_batch * weights.b + tl.minimum(o_head, groups - 1).to(tl.int64)[:, None, None] * weights.g
+    )
+    grads = at(grad, i_batch, 0)
+    # [G, I, Dv]
+    b_sum = tl.zeros([HEADS, INPUTS, BLOCK_CHANNELS], ACCUMULATOR)
+    ROWS_OF_STEP: tl.constexpr = OUTPUTS // COLUMNS
+    for i_outputs in range(i_first, i_last + 1, COLUMNS):
+        o_output = tl.arange(0, OUTPUTS)
+        o_row, o_output = o_output // COLUMNS, i_outputs + o_output % COLUMNS
+        # [O, I]: where in an output's window an input is, if it is
+        o_kernel = o_input[None, :] - window_start(o_output, width, KERNEL, 1)[:, None]
+        m_kernel = (o_kernel >= 0) & (o_kernel < KERNEL) & (o_input < width)[None, :] & (o_output <= i_last)[:, None]
+        p_output = p_weights + (o_output[:, None] * weights.w + o_kernel)[None, :, :]
+        for i_row in range(i_first_h, i_last_h + 1, ROWS_OF_STEP):
+            o_step = i_row + o_row
+            m_step = o_step <= i_last_h
+            kernel_h = row - window_start(o_step, height, KERNEL, 1)
+            o_weight = (o_step - first_row).to(OFFSET) * weights.h + (
+                kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
+            )
+            b_weight = tl.load(
+                p_output + o_weight[None, :, None], mask=(m_kernel & m_step[:, None])[None, :, :], other=0
+            )
+            o_grad, m_grad = o_step.to(OFFSET) * grad.h + o_output.to(OFFSET) * grad.w, m_step & (o_output <= i_last)
+            b_grad = load_heads(grads, o_grad, m_grad, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
+            # What is not finite comes with weights that are NaN, to the inputs that it reaches and no others.
+            b_grad = b_grad.to(ACCUMULATOR)
+            b_grad = tl.where(b_grad * 0 == 0, b_grad, 0.0).to(b_weight.dtype)
+            b_sum = dot(tl.permute(b_weight, [0, 2, 1]), tl.permute(b_grad, [1, 0, 2]), b_sum, UPCAST)
+    b_sum = tl.permute(b_sum, [1, 0, 2])
+    if ADD:
+        o_target = row.to(OFFSET) * previous.h + o_input.to(OFFSET) * previous.w
+        b_sum += load_heads(
+            at(previous, i_batch, 0), o_target, o_input < width, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS
+        )
+    o_target = row.to(OFFSET) * grad_value.h + o_input.to(OFFSET) * grad_value.w
+    store_heads(at(grad_value, i_batch, 0), o_target, o_input < width, i_head, groups, b_sum, CHANNELS)
+
+
+@triton.jit
+def _outputs_seeing(o_input, length, KERNEL: tl.constexpr):
+    """(first, last) of the outputs along an axis whose clamped windows hold ``o_input``."""
+    first = tl.where(o_input < KERNEL, 0, o_input - KERNEL // 2)
+    return first, tl.where(o_input >= length - KERNEL, length - 1, o_input + KERNEL // 2)
+
+
+class Rows(NamedTuple):
+    """Some rows of outputs of some batch entries, and what the first kernel leaves of them for the others."""
+
+    sizes: Sizes
+    weights: Tensor  # [B, G, rows, W, K / ROWS · S]: p
+    grad_logits: Tensor  # the same: ds
+
+
+@tunable(
+    OWN,
+    grad_own_heuristic,
+    problem=problem_of,
+    reference=lambda saved, grad_query, previous, _rows: (
+        reference_gradients(saved)[0] if previous is None else reference_gradients(saved)[0] + previous
+    ),
+    name="contmix.own.grad_logits",
+)
+def grad_logits_own(saved: Saved, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Own) -> Tensor:
+    """Fills ``rows``, and its outputs' gradient of query."""
+    arguments = {
+        **views_of(saved),
+        "previous": view(grad_query if previous is None else previous, "b g c h w"),
+        "grad_query": view(grad_query, "b g c h w"),
+        "weights": view(rows.weights, "b g h w k"),
+        "grad_logits": view(rows.grad_logits, "b g h w k"),
+        **types(saved, saved.grad, saved.out, grad_query, rows.weights),
+        **own_arguments(saved, rows.sizes, config),
+        "ADD": previous is not None,
+    }
+    # One program per (tile of pairs, block of heads, images).
+    grid = (arguments["tiles"] * arguments["head_blocks"] * ceil_divide(rows.sizes.batch, config.images),)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_grad_logits_own_kernel, grid, grad_query.device, arguments, **options)
+    return grad_query
+
+
+def _grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tensor | None) -> None:
+    """Fills ``grad_value`` with what ``rows`` give, and what is there already."""
+    sizes, (kernel_rows, steps) = rows.sizes, steps_of_own((saved.rpb.shape[1] + 1) // 2)
+    constants = types(saved, saved.grad, grad_value, rows.weights)
+    del constants["QUERY_CHANNELS"], constants["BLOCK_QUERY"]
+    heads = min(4, next_power_of_2(sizes.groups))
+    tiles, head_blocks = sizes.height * ceil_divide(sizes.width, 16), ceil_divide(sizes.groups, heads)
+    arguments = {
+        "weights": view(rows.weights, "b g h w k"),
+        "grad": view(saved.grad, "b g c h w"),
+        "previous": view(grad_value if previous is None else previous, "b g c h w"),
+        "grad_value": view(grad_value, "b g c h w"),
+        "sizes": sizes,
+        "tiles": tiles,
+        "head_blocks": head_blocks,
+        **constants,
+        "INPUTS": 16,
+        "OUTPUTS": 32,
+        "COLUMNS": min(32, block(min(sizes.width, constants["KERNEL"] + 15))),
+        "HEADS": heads,
+        "ROWS": kernel_rows,
+        "STEPS": steps,
+        "BLOCK_CHANNELS": block(saved.value.shape[2]),
+        "ADD": previous is not None,
+    }
+    # One program per (tile of inputs, block of heads, batch entry).
+    grid = (tiles * head_blocks * sizes.batch,)
+    launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=3)
+
+
+def rows_of(saved: Saved, first_row: int, last_row: int) -> Rows:
+    """Room for what these rows leave."""
+    batch, groups, _, height, width = saved.value.shape
+    kernel_size = (saved.rpb.shape[1] + 1) // 2
+    kernel_rows, steps = steps_of_own(kernel_size)
+    shape = batch, groups, last_row - first_row + 1, width, kernel_size // kernel_rows * steps
+    sizes = Sizes(batch, groups, height, width, first_row, last_row)
+    return Rows(sizes, saved.value.new_empty(shape), saved.value.new_empty(shape))
+
+
+def _rows_backward(
+    saved: Saved, targets: Targets, first_row: int, last_row: int, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What some rows of outputs give: query's gradient of their own, value's in ``value``, onto what those before gave;
+    and Σ over images of ds [G, rows, W, K / ROWS · S]; projected keys' [B, G, Dq, K / ROWS · S]."""
+    rows = rows_of(saved, first_row, last_row)
+    grad_logits_own(saved, targets.query, targets.previous, rows)
+    _grad_value_own(saved, rows, value, value if first_row > 0 else None)
+    # [B·G, Dq, rows·W] @ [B·G, rows·W, K / ROWS · S]
+    query = saved.query[:, :, :, first_row : last_row + 1].flatten(3).flatten(0, 1)
+    product = torch.bmm(query, rows.grad_logits.flatten(2, 3).flatten(0, 1))
+    return rows.grad_logits.sum(0, dtype=saved.statistics.dtype), product.view(*saved.query.shape[:3], -1)
+
+
+def grad_own(saved: Saved, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Fills the targets; gradients of bias [K²] and rpb [G, 2K-1, 2K-1]."""
+    batch, groups, _, height, width = saved.value.shape
+    kernel_size = (saved.rpb.shape[1] + 1) // 2
+    kernel_rows, steps = step = steps_of_own(kernel_size)
+    per_row = groups * width * (kernel_size // kernel_rows * steps)
+    most = max(MOST_STORED, saved.value.numel())
+    images, count = max(1, min(batch, most // (per_row * height))), max(1, min(height, most // per_row))
+
+    def positions(tensor: Tensor) -> Tensor:
+        """[..., K / ROWS · S] as [..., K²]"""
+        return tensor.unflatten(-1, (-1, steps))[..., : kernel_rows * kernel_size].flatten(-2)
+
+    found: list[tuple[Tensor, Tensor]] = []
+    for i_batch in range(0, batch, images):
+        part, into = saved, targets
+        if images < batch:
+            some = slice(i_batch, i_batch + images)
+            part = Saved(**{name: t if name in ("bias", "rpb") else t[some] for name, t in saved._asdict().items()})
+            into = Targets(*(None if t is None else t[some] for t in targets))  # pyright: ignore[reportArgumentType]
+        value = into.value if count == height else torch.empty_like(into.value, dtype=saved.statistics.dtype)
+        for first_row in range(0, height, count):
+            last_row = min(first_row + count, height) - 1
+            sums, product = _rows_backward(part, into, first_row, last_row, value)
+            into.projected.copy_(positions(product)) if first_row == 0 else into.projected.add_(positions(product))
+            found.append((positions(sums.sum((0, 1, 2))), fold(sums, saved.rpb, step, (first_row, last_row, height))))
+        if value is not into.value:
+            into.value.copy_(value)
+    bias, rpb = zip(*found, strict=True)
+    return found[0] if len(found) == 1 else (torch.stack(bias).sum(0), torch.stack(rpb).sum(0))

@@ -1,0 +1,241 @@
+"""Which of ContMix's two forms a kernel size takes, how its kernels cut the work, and what they read.
+
+*Shared windows.* Clamping makes outputs share windows: along an axis of length L there are only L − K + 1 starts, at
+14x14 with K = 13 four windows for 196 outputs, at 7x7 with K = 7 one. A tile holds outputs of one window, and every sum
+over window positions is a matrix product.
+
+*Own windows.* Elsewhere nearly every output has a window of its own. A tile holds pairs of adjacent outputs of several
+heads, whose channels are adjacent in memory, and sums over window positions run in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import interpreting
+from kernels.dtypes import precision, upcast
+from kernels.launch import ceil_divide, next_power_of_2
+
+__all__ = [
+    "OWN",
+    "SHARED",
+    "Inputs",
+    "Own",
+    "Problem",
+    "Saved",
+    "Shared",
+    "Sizes",
+    "block",
+    "grad_own_heuristic",
+    "inputs_heuristic",
+    "own_heuristic",
+    "problem_of",
+    "shared_heuristic",
+    "shares_windows",
+    "steps_of_own",
+    "tables_heuristic",
+    "tiles_and_windows",
+    "types",
+]
+
+OUTPUTS_PER_WINDOW = 16
+
+
+class Inputs(NamedTuple):
+    """What the forward pass of one kernel size reads."""
+
+    query: Tensor  # [B, G, Dq, H, W]
+    projected: Tensor  # [B, G, Dq, K²], in the accumulator's type
+    bias: Tensor  # [K²]
+    rpb: Tensor  # [G, 2K-1, 2K-1]
+    value: Tensor  # [B, G, Dv, H, W]
+
+
+class Saved(NamedTuple):
+    """What its backward pass reads."""
+
+    query: Tensor
+    projected: Tensor
+    bias: Tensor
+    rpb: Tensor
+    value: Tensor
+    grad: Tensor  # [B, G, Dv, H, W]
+    out: Tensor  # [B, G, Dv, H, W]
+    statistics: Tensor  # [B, G, H, W]: log Σ_k exp
+
+
+class Sizes(NamedTuple):
+    """Of a map, and the rows of outputs that a launch is about."""
+
+    batch: int
+    groups: int
+    height: int
+    width: int
+    first_row: int
+    last_row: int
+
+
+class Problem(NamedTuple):
+    """What the choice of a config depends on."""
+
+    batch: int
+    groups: int
+    channels: int
+    query_channels: int
+    pixels: int
+    kernel_size: int
+    dtype: torch.dtype
+
+
+def problem_of(inputs: Inputs | Saved, *_: Any) -> Problem:
+    batch, groups, channels, height, width = inputs.value.shape
+    kernel_size = (inputs.rpb.shape[1] + 1) // 2
+    return Problem(batch, groups, channels, inputs.query.shape[2], height * width, kernel_size, inputs.value.dtype)
+
+
+def block(size: int) -> int:
+    """A block that holds ``size`` elements and is a side of a matrix product."""
+    return max(16, next_power_of_2(size))
+
+
+def shares_windows(height: int, width: int, kernel_size: int) -> bool:
+    """Whether a clamped window serves at least 16 outputs on average, the least that fills a matrix product's rows."""
+    return height * width >= OUTPUTS_PER_WINDOW * (height - kernel_size + 1) * (width - kernel_size + 1)
+
+
+def tiles_and_windows(height: int, width: int, kernel_size: int, pixels: int) -> tuple[int, int]:
+    """How many tiles the outputs of a window fill, and how many windows there are.
+
+    At most K//2 + 1 outputs along an axis share a start, or all of them where the window is as long as the axis.
+    """
+    most = [length if length == kernel_size else kernel_size // 2 + 1 for length in (height, width)]
+    return ceil_divide(most[0] * most[1], pixels), (height - kernel_size + 1) * (width - kernel_size + 1)
+
+
+def steps_of_own(kernel_size: int) -> tuple[int, int]:
+    """(rows of a window in a step, block of their positions): a small window in one step, a large one row by row."""
+    rows = kernel_size if kernel_size <= 5 else 1
+    return rows, block(rows * kernel_size)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Outputs of a tile, window positions of a block, images that a program walks over."""
+
+    pixels: int
+    steps: int
+    images: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def valid(self, problem: Problem) -> bool:
+        """Registers of a thread: at most 64 numbers of a block of logits, 128 of all blocks of a window."""
+        threads = 32 * self.num_warps
+        blocks = ceil_divide(problem.kernel_size**2, self.steps)
+        logits = self.pixels * self.steps / threads
+        wide = problem.dtype.itemsize // 2  # products of wider types keep their operands in registers
+        return 4 <= logits <= 64 // wide and blocks * logits <= 128 and self.steps < 2 * block(problem.kernel_size**2)
+
+
+@dataclass(frozen=True)
+class Own:
+    """Pairs of outputs of a tile, heads side by side, images that a program walks over."""
+
+    pairs: int
+    heads: int
+    images: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def valid(self, problem: Problem) -> bool:
+        """Registers of a thread: at most 16 numbers of one output's channels, and 32 of the logits."""
+        threads = 32 * self.num_warps
+        logits = 2 * self.pairs * self.heads * steps_of_own(problem.kernel_size)[1] / threads
+        channels = self.pairs * self.heads * block(problem.channels) / threads
+        return self.heads < 2 * next_power_of_2(problem.groups) and 1 <= channels <= 16 and logits <= 64
+
+
+SHARED = tuple(
+    Shared(pixels, steps, images, warps, stages)
+    for pixels, steps, images, warps, stages in (
+        (64, 64, 1, 4, 2), (64, 64, 4, 4, 3), (64, 64, 8, 4, 3), (64, 64, 16, 4, 3), (64, 64, 1, 8, 2),
+        (64, 64, 8, 8, 2), (64, 32, 1, 4, 2), (64, 32, 8, 4, 3), (32, 64, 1, 4, 2), (32, 64, 8, 4, 3),
+        (32, 64, 8, 8, 2), (32, 32, 1, 4, 2), (32, 32, 8, 4, 3), (16, 64, 1, 4, 2), (16, 64, 8, 4, 3),
+        (16, 16, 1, 1, 2),
+    )
+)  # fmt: skip
+OWN = tuple(
+    Own(pairs, heads, images, warps, stages)
+    for pairs, heads, images, warps, stages in (
+        (16, 4, 1, 4, 2), (16, 4, 2, 4, 2), (16, 4, 4, 4, 2), (16, 4, 4, 4, 1), (16, 4, 8, 4, 2), (32, 4, 1, 8, 2),
+        (16, 2, 1, 2, 2), (16, 2, 2, 2, 2), (16, 2, 4, 2, 2), (16, 1, 1, 1, 2), (16, 1, 4, 1, 2), (32, 2, 1, 4, 2),
+    )
+)  # fmt: skip
+
+
+def _images(problem: Problem, programs: int, most: int, at_least: int = 264) -> int:
+    """Images that a program walks over, so that enough programs, two for each of a GPU's processors, stay busy."""
+    return max(1, min(most, problem.batch * problem.groups * programs // at_least))
+
+
+def shared_heuristic(problem: Problem) -> Shared:
+    """A window's 64 outputs by 64 positions, of more warps or fewer outputs where its blocks of bias are many."""
+    images = 8 if interpreting() else _images(problem, max(1, problem.pixels // 49), 8)
+    if problem.dtype.itemsize > 2 and not interpreting():
+        small = Shared(32, 32, images)
+        return small if small.valid(problem) else Shared(16, 64, images)
+    blocks, steps = ceil_divide(problem.kernel_size**2, 64), min(64, block(problem.kernel_size**2))
+    if blocks <= 3:
+        return Shared(64, steps, images, num_stages=3)
+    return Shared(64 if blocks <= 8 else 32, steps, images, num_warps=8)
+
+
+def inputs_heuristic(problem: Problem) -> Shared:
+    """As the forward pass, which keeps as much in registers; a program has one image."""
+    return replace(shared_heuristic(problem), images=1, num_stages=2)
+
+
+def tables_heuristic(problem: Problem) -> Shared:
+    """One block of bias and one of sums, and as many images as leave 528 programs."""
+    config = shared_heuristic(problem)
+    programs = ceil_divide(problem.kernel_size**2, config.steps) * max(1, problem.pixels // 49)
+    images = 8 if interpreting() else _images(problem, programs, 16, 528)
+    return replace(config, images=images, num_stages=3)
+
+
+def own_heuristic(problem: Problem) -> Own:
+    """64 channels side by side, 128 bytes of 16-bit numbers, and 16 pairs of outputs."""
+    if interpreting():
+        return Own(64, next_power_of_2(problem.groups), 8)
+    heads = min(max(1, 64 // block(problem.channels)), next_power_of_2(problem.groups))
+    tiles = ceil_divide(problem.pixels, 32)
+    images = _images(problem, ceil_divide(tiles, heads), 4) if problem.kernel_size <= 5 else 1
+    return Own(16, heads, images, max(1, heads * block(problem.channels) // 16))
+
+
+def grad_own_heuristic(problem: Problem) -> Own:
+    """Half the heads of the forward pass, since what is stored leaves less for registers; of a large window all, but no
+    loads ahead, which would pass by L1."""
+    config = own_heuristic(problem)
+    if problem.kernel_size > 5:
+        return replace(config, num_stages=1)
+    if interpreting() or config.heads == 1:
+        return config
+    return replace(config, heads=config.heads // 2, num_warps=max(1, config.num_warps // 2))
+
+
+def types(inputs: Inputs | Saved, *others: Tensor) -> dict[str, Any]:
+    """The compile-time constants that all kernels take; ``others``, too, decide the offsets' type."""
+    query, value = inputs.query, inputs.value
+    return {
+        "KERNEL": (inputs.rpb.shape[1] + 1) // 2,
+        "QUERY_CHANNELS": query.shape[2],
+        "CHANNELS": value.shape[2],
+        **precision(value, query, *others),
+        "UPCAST": upcast(value.dtype),
+        "BLOCK_QUERY": block(query.shape[2]),
+    }

@@ -1,0 +1,180 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+"""ContMix's forward pass where windows are shared: sums over window positions are plain matrix products.
+
+A program keeps one (tile of the outputs of a window, head) and walks over images, so that bias + rpb is gathered once
+and stays in registers, S positions a block:
+
+    l [P, S] = query [P, Dq] @ projected [Dq, S] · log2 e + table,     out [P, Dv] += exp2(l − max) @ value [S, Dv]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.contmix import eager
+from kernels.contmix.configs import (
+    SHARED,
+    Inputs,
+    Saved,
+    Shared,
+    Sizes,
+    block,
+    problem_of,
+    shared_heuristic,
+    tiles_and_windows,
+    types,
+)
+from kernels.contmix.tiles import (
+    LOG2_E,
+    dot,
+    key_scale,
+    load_biases,
+    load_keys,
+    load_pixels,
+    offsets,
+    pixels_of_window,
+    rpb_base,
+    store_pixels,
+)
+from kernels.dtypes import at_least_float32
+from kernels.launch import ceil_divide, launch
+from kernels.tuning import tunable
+from kernels.views import View, at, view
+
+__all__ = ["forward_reference", "forward_shared", "shared_arguments", "views_of"]
+
+
+@triton.jit
+def _tables(
+    bias, rpb, o_base, KERNEL: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, ACCUMULATOR: tl.constexpr
+):
+    """bias + rpb in BLOCKS blocks [P, S]."""
+    tables = ()
+    for i in tl.static_range(BLOCKS):
+        o_position = (i * STEPS + tl.arange(0, STEPS))[None, :]
+        b_bias = load_biases(bias, rpb, o_base[:, None], o_position, o_position < KERNEL * KERNEL, KERNEL, ACCUMULATOR)
+        tables = tables + (b_bias * LOG2_E,)
+    return tables
+
+
+@triton.jit
+def _forward_shared_kernel(
+    query,  # [B, G, Dq, H, W]
+    projected,  # [B, G, Dq, K²]
+    bias,  # [K²]
+    rpb,  # [G, 2K-1, 2K-1]
+    value,  # [B, G, Dv, H, W]
+    out,  # [B, G, Dv, H, W]
+    statistics,  # [B, G, H, W]: log Σ_k exp
+    sizes, tiles, windows, images,
+    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    batch, groups, height, width, _first, _last = sizes
+    i_program = tl.program_id(0)
+    i_tile, i_window = i_program % tiles, i_program // tiles % windows
+    i_group = (i_program // (tiles * windows) % groups).to(tl.int64)
+    i_first = i_program // (tiles * windows) // groups * images
+    pixels = pixels_of_window(i_tile, i_window, height, width, KERNEL, PIXELS)
+    o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
+    tables = _tables(bias, rpb, o_base, KERNEL, STEPS, BLOCKS, ACCUMULATOR)
+
+    for i_batch in range(i_first, tl.minimum(i_first + images, batch)):
+        i_image = tl.cast(i_batch, tl.int64)
+        queries, keys, values = (
+            at(query, i_image, i_group),
+            at(projected, i_image, i_group),
+            at(value, i_image, i_group),
+        )
+        # [P, Dq]; an output that is not there repeats one that is, so that nothing overflows
+        b_query = load_pixels(queries, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
+        # [P], [P], [P, Dv]
+        b_max = tl.full([PIXELS], float("-inf"), ACCUMULATOR)
+        b_total = tl.zeros([PIXELS], ACCUMULATOR)
+        b_sum = tl.zeros([PIXELS, BLOCK_CHANNELS], ACCUMULATOR)
+        for i in tl.static_range(BLOCKS):
+            o_position = i * STEPS + tl.arange(0, STEPS)
+            m_position = o_position < KERNEL * KERNEL
+            b_logits = tl.zeros([PIXELS, STEPS], ACCUMULATOR)
+            b_keys = load_keys(keys, o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, b_query.dtype)
+            for half in tl.static_range(len(b_keys)):
+                b_logits = dot(b_query, tl.trans(b_keys[half]), b_logits, UPCAST)
+            b_logits = b_logits * (LOG2_E * key_scale(b_query.dtype)) + tables[i]
+            b_new_max = tl.maximum(b_max, tl.max(b_logits, axis=1))
+            b_weight = tl.exp2(b_logits - b_new_max[:, None])
+            b_rescale = tl.exp2(b_max - b_new_max)
+            b_total = b_total * b_rescale + tl.sum(b_weight, axis=1)
+            b_max = b_new_max
+            o_row, o_column = pixels.start_h + o_position // KERNEL, pixels.start_w + o_position % KERNEL
+            o_value = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
+            b_value = load_pixels(values, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
+            b_sum = dot(b_weight.to(b_value.dtype), b_value, b_sum * b_rescale[:, None], UPCAST)
+        outs, sums = at(out, i_image, i_group), at(statistics, i_image, i_group)
+        store_pixels(outs, offsets(out, pixels, OFFSET), pixels.mask, b_sum / b_total[:, None], CHANNELS)
+        tl.store(sums.ptr + offsets(statistics, pixels, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=pixels.mask)
+
+
+AXES = {  # of the tensors of one kernel size
+    "query": "b g c h w",
+    "projected": "b g c k",
+    "bias": "k",
+    "rpb": "g h w",
+    "value": "b g c h w",
+    "grad": "b g c h w",
+    "out": "b g c h w",
+    "statistics": "b g h w",
+}
+
+
+def views_of(tensors: Inputs | Saved) -> dict[str, View]:
+    """The arguments that these tensors are, by name."""
+    return {name: view(tensor, AXES[name]) for name, tensor in tensors._asdict().items()}
+
+
+def shared_arguments(inputs: Inputs | Saved, config: Shared, *others: Tensor) -> dict[str, Any]:
+    """What all kernels of shared windows take; ``others`` as for ``types``."""
+    batch, groups, channels, height, width = inputs.value.shape
+    constants = types(inputs, *others)
+    tiles, windows = tiles_and_windows(height, width, constants["KERNEL"], config.pixels)
+    return {
+        **views_of(inputs),
+        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
+        "tiles": tiles,
+        "windows": windows,
+        **constants,
+        "PIXELS": config.pixels,
+        "STEPS": config.steps,
+        "BLOCKS": ceil_divide(constants["KERNEL"] ** 2, config.steps),
+        "BLOCK_CHANNELS": block(channels),
+    }
+
+
+def forward_reference(inputs: Inputs, *_: Tensor) -> Tensor:
+    """What the forward pass of one kernel size must return."""
+    query, projected, bias, rpb, value = at_least_float32(*inputs)
+    return eager.contmix(query, projected, bias, [rpb], value[:, None], [(rpb.shape[1] + 1) // 2])[0][:, 0]
+
+
+@tunable(SHARED, shared_heuristic, problem=problem_of, reference=forward_reference, name="contmix.shared")
+def forward_shared(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Shared) -> Tensor:
+    """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
+    batch, groups = out.shape[:2]
+    arguments = {
+        **shared_arguments(inputs, config, out),
+        "out": view(out, "b g c h w"),
+        "statistics": view(statistics, "b g h w"),
+        "images": config.images,
+    }
+    # One program per (tile of outputs, window, group, images).
+    grid = (arguments["tiles"] * arguments["windows"] * groups * ceil_divide(batch, config.images),)
+    launch(
+        _forward_shared_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages
+    )
+    return out

@@ -1,0 +1,215 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+
+"""What ContMix's kernels share: pixels of a tile, products with projected keys, relative biases, tuples of weights.
+
+Logits live in units of log 2, so that a softmax takes ``exp2``, one instruction. Projected keys come in float32, for
+rounding them between the two exchanged linear steps would cost more than the definition's own rounding; a product of
+16-bit numbers takes each key as the sum of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kernels.windows_triton import window_start
+
+__all__ = [
+    "LOG2_E",
+    "Pixels",
+    "dot",
+    "halves",
+    "join",
+    "key_scale",
+    "load_biases",
+    "load_heads",
+    "load_keys",
+    "load_pixels",
+    "offsets",
+    "pixels_of_pairs",
+    "pixels_of_window",
+    "rpb_base",
+    "split",
+    "store_heads",
+    "store_pixels",
+]
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+class Pixels(NamedTuple):
+    """Outputs of a tile: row, column, which there are (the others repeat one that is), where their windows begin."""
+
+    row: Any
+    column: Any
+    mask: Any
+    start_h: Any
+    start_w: Any
+
+
+@triton.jit
+def _outputs_of_start(o_start, length, KERNEL: tl.constexpr):
+    """(first, number) of the outputs along an axis whose clamped window begins at ``o_start``."""
+    first = tl.where(o_start == 0, 0, o_start + KERNEL // 2)
+    last = tl.where(o_start == length - KERNEL, length - 1, o_start + KERNEL // 2)
+    return first, last - first + 1
+
+
+@triton.jit
+def pixels_of_window(i_tile, i_window, height, width, KERNEL: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+    """A tile of the outputs that share a window; the window's start is two numbers."""
+    windows_w = width - KERNEL + 1
+    start_h, start_w = i_window // windows_w, i_window % windows_w
+    first_h, outputs_h = _outputs_of_start(start_h, height, KERNEL)
+    first_w, outputs_w = _outputs_of_start(start_w, width, KERNEL)
+    o_output = i_tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    o_inside = tl.minimum(o_output, outputs_h * outputs_w - 1)
+    row, column = first_h + o_inside // outputs_w, first_w + o_inside % outputs_w
+    return Pixels(row, column, o_output < outputs_h * outputs_w, start_h, start_w)
+
+
+@triton.jit
+def pixels_of_pairs(o_pair, o_second, first_row, last_row, height, width, KERNEL: tl.constexpr):
+    """Pixel ``o_second`` (0 or 1) of the pairs of adjacent columns that fill rows ``first_row`` to ``last_row``."""
+    pairs_w = (width + 1) // 2
+    pairs = (last_row - first_row + 1) * pairs_w
+    o_inside = tl.minimum(o_pair, pairs - 1)
+    row, column = first_row + o_inside // pairs_w, o_inside % pairs_w * 2 + o_second
+    mask = (o_pair < pairs) & (column < width)
+    column = tl.minimum(column, width - 1)
+    return Pixels(row, column, mask, window_start(row, height, KERNEL, 1), window_start(column, width, KERNEL, 1))
+
+
+@triton.jit
+def offsets(view, pixels, OFFSET: tl.constexpr):
+    """Where a tile's pixels are, from a view's pointer."""
+    return pixels.row.to(OFFSET) * view.h + pixels.column.to(OFFSET) * view.w
+
+
+@triton.jit
+def load_heads(view, o_pixel, m_pixel, i_head, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """[P, heads, C] of a map [G, C, ...]; read as [P, heads · C], one axis for all that is adjacent in memory."""
+    o_flat = tl.arange(0, HEADS * BLOCK)
+    o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
+    m_flat = (o_head < heads) & (o_channel < CHANNELS)
+    p_flat = view.ptr + o_pixel[:, None] + (o_head * view.g + o_channel * view.c)[None, :]
+    b_flat = tl.load(p_flat, mask=m_pixel[:, None] & m_flat[None, :], other=0)
+    return tl.reshape(b_flat, [o_pixel.shape[0], HEADS, BLOCK])
+
+
+@triton.jit
+def store_heads(view, o_pixel, m_pixel, i_head, heads, b_heads, CHANNELS: tl.constexpr):
+    """The inverse of ``load_heads``."""
+    HEADS: tl.constexpr = b_heads.shape[1]
+    BLOCK: tl.constexpr = b_heads.shape[2]
+    o_flat = tl.arange(0, HEADS * BLOCK)
+    o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
+    m_flat = (o_head < heads) & (o_channel < CHANNELS)
+    p_flat = view.ptr + o_pixel[:, None] + (o_head * view.g + o_channel * view.c)[None, :]
+    b_flat = tl.reshape(b_heads, [b_heads.shape[0], HEADS * BLOCK]).to(view.ptr.dtype.element_ty)
+    tl.store(p_flat, b_flat, mask=m_pixel[:, None] & m_flat[None, :])
+
+
+@triton.jit
+def load_pixels(view, o_pixel, m_pixel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """[P, C] of a map [C, ...]."""
+    o_channel = tl.arange(0, BLOCK)
+    p_pixel = view.ptr + o_pixel[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    return tl.load(p_pixel, mask=m_pixel[:, None] & (o_channel < CHANNELS)[None, :], other=0)
+
+
+@triton.jit
+def store_pixels(view, o_pixel, m_pixel, b_pixels, CHANNELS: tl.constexpr):
+    """The inverse of ``load_pixels``."""
+    o_channel = tl.arange(0, b_pixels.shape[1])
+    p_pixel = view.ptr + o_pixel[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    m_pixels = m_pixel[:, None] & (o_channel < CHANNELS)[None, :]
+    tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=m_pixels)
+
+
+@triton.jit
+def dot(a, b, accumulator, UPCAST: tl.constexpr):
+    """accumulator + a @ b; float32 exactly, not in tf32."""
+    if UPCAST:
+        a, b = a.to(accumulator.dtype), b.to(accumulator.dtype)
+    return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=accumulator.dtype)
+
+
+@triton.jit
+def key_scale(dtype: tl.constexpr):
+    """What keys are divided by: float16 ends at 65,504, which projected keys may pass where logits do not."""
+    return 64.0 if dtype == tl.float16 else 1.0
+
+
+@triton.jit
+def halves(b_keys, dtype: tl.constexpr):
+    """Projected keys as a tuple of blocks whose sum they are, but for their scale: two of a 16-bit type, or one of a
+    wider type."""
+    b_keys = b_keys * (1.0 / key_scale(dtype))
+    if dtype.primitive_bitwidth == 16:
+        # Cut off where the 16-bit type ends, not rounded: conversions then go two by two.
+        MANTISSA: tl.constexpr = 0xFFFFE000 if dtype == tl.float16 else 0xFFFF0000
+        b_high = (b_keys.to(tl.uint32, bitcast=True) & MANTISSA).to(b_keys.dtype, bitcast=True)
+        return b_high.to(dtype), (b_keys - b_high).to(dtype)
+    else:
+        return (b_keys.to(dtype),)
+
+
+@triton.jit
+def load_keys(projected, o_position, m_position, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """``halves`` of a head's projected keys, [S, Dq]."""
+    return halves(load_pixels(projected, o_position * projected.k, m_position, CHANNELS, BLOCK), dtype)
+
+
+@triton.jit
+def load_biases(bias, rpb, o_base, o_position, m_position, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """bias + rpb [..., S] of outputs whose windows begin ``o_base`` [..., 1] entries into rpb; -inf where there is no
+    window position."""
+    o_relative = o_position // KERNEL * rpb.h + o_position % KERNEL * rpb.w
+    b_bias = tl.load(bias.ptr + o_position * bias.k, mask=m_position, other=0).to(ACCUMULATOR)
+    b_rpb = tl.load(rpb.ptr + o_base + o_relative, mask=m_position, other=0).to(ACCUMULATOR)
+    return tl.where(m_position, b_rpb + b_bias, float("-inf"))
+
+
+@triton.jit
+def rpb_base(rpb, pixels, KERNEL: tl.constexpr):
+    """Where in rpb the windows of a tile's outputs begin."""
+    o_row = pixels.start_h - pixels.row + KERNEL - 1
+    return o_row * rpb.h + (pixels.start_w - pixels.column + KERNEL - 1) * rpb.w
+
+
+@triton.jit
+def _columns(b, SIZE: tl.constexpr):
+    """The two columns of b as [P, G, SIZE, 2]; without their last axis where it is one entry long."""
+    even, odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1], SIZE, 2]))
+    if SIZE == 1:
+        even, odd = tl.reshape(even, [b.shape[0], b.shape[1]]), tl.reshape(odd, [b.shape[0], b.shape[1]])
+    return even, odd
+
+
+@triton.jit
+def split(b, LEVELS: tl.constexpr):
+    """A block [P, G, ...] as the 2^LEVELS blocks [P, G] that it holds, in their order in memory."""
+    parts = (b,)
+    for level in tl.static_range(LEVELS):
+        low, high = (), ()
+        for i in tl.static_range(len(parts)):
+            even, odd = _columns(parts[i], 1 << (LEVELS - 1 - level))
+            low, high = low + (even,), high + (odd,)
+        parts = low + high
+    return parts
+
+
+@triton.jit
+def join(parts, LEVELS: tl.constexpr):
+    """The inverse of ``split``."""
+    for _ in tl.static_range(LEVELS):
+        pairs = ()
+        for i in tl.static_range(len(parts) // 2):
+            pairs = pairs + (tl.join(parts[i], parts[i + len(parts) // 2]),)
+        parts = pairs
+    return parts[0]

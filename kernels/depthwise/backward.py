@@ -1,0 +1,180 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+"""The weight gradient of a depthwise convolution: the products of ``forward`` transposed.
+
+    gradient[c, k] = Σ_{b,i} grad[b, c, i] · x[b, c, i − K//2 + k]
+
+Gradient tiles are multiplied by the input rows under them, summed over tiles; the gradient's entries are the diagonals
+i − r and j − p of the product. A value may reach every entry of its own channel, whether finite or not.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from kernels.backend import interpreting
+from kernels.depthwise.configs import CONFIGS, Config, heuristic, tile_shape
+from kernels.depthwise.forward import in_vectors, problem_of
+from kernels.depthwise.rows import check_size, rows_of, vector_of
+from kernels.dtypes import accumulator_dtype, at_least_float32, precision
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.tuning import tunable
+
+__all__ = ["weight_gradient"]
+
+GRADIENT_PROGRAMS = 1024  # wanted at least, by cutting the batch into chunks: a few waves on any GPU
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    grad,  # [B, C, H, W] in rows, like x
+    x,  # [B, C, H, W] in rows, its strides but the last divided by VECTOR
+    partial_ptr,  # [chunks, tile blocks, C, ROWS, TILE_HEIGHT, KERNEL], contiguous
+    batch, channels, height, width, tiles_h, tiles_w, chunk_images,
+    KERNEL: tl.constexpr, KERNEL_BLOCK: tl.constexpr, IMAGE_TILES: tl.constexpr, VECTOR: tl.constexpr,
+    UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
+    TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """partial[i, r, kw] = Σ_{tiles, p} grad[tile, r, p] · x[tile, i, p + kw]: what input row i adds to kh = i − r."""
+    MARGIN: tl.constexpr = (SPAN - TILE_WIDTH) // 2
+    ROWS: tl.constexpr = TILE_HEIGHT + KERNEL - 1
+    TILE: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
+    row_blocks = tl.cdiv(ROWS, BLOCK_ROWS)
+    channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
+    tile_blocks = tl.cdiv(tiles_h * tiles_w, IMAGE_TILES)
+    i_row = tl.program_id(0) % row_blocks * BLOCK_ROWS
+    i_rest = tl.program_id(0) // row_blocks
+    i_channel = i_rest % channel_blocks * BLOCK_CHANNELS
+    i_partial = i_rest // channel_blocks
+    b_sum = tl.zeros([TILE, BLOCK_ROWS * SPAN], ACCUMULATOR)
+    o_channel = i_channel.to(tl.int64)
+    if BLOCK_CHANNELS > 1:
+        o_channel += tl.arange(0, BLOCK_CHANNELS)[:, None, None]
+        b_sum = tl.zeros([BLOCK_CHANNELS, TILE, BLOCK_ROWS * SPAN], ACCUMULATOR)
+
+    # A block is IMAGE_TILES tiles of as many images as fit, so that going on to the next images divides nothing.
+    o_block = tl.arange(0, BLOCK_TILES)[:, None]
+    o_tile = i_partial % tile_blocks * IMAGE_TILES + o_block % IMAGE_TILES
+    o_image = o_block // IMAGE_TILES
+    o_top = o_tile // tiles_w * TILE_HEIGHT
+    o_left = o_tile % tiles_w * TILE_WIDTH
+    m_tile = (o_channel < channels) & (o_tile < tiles_h * tiles_w)
+
+    o_span = tl.arange(0, BLOCK_ROWS * SPAN)[None, :]
+    o_x_row = o_top - KERNEL // 2 + i_row + o_span // SPAN
+    o_x_column = o_left - MARGIN + o_span % SPAN
+    m_x = m_tile & (o_x_row >= 0) & (o_x_row < height) & (o_x_column >= 0) & (o_x_column < width * VECTOR)
+    p_x = x.ptr + (o_channel * x.c + o_x_row.to(OFFSET) * x.h) * VECTOR + o_x_column
+    o_output = tl.arange(0, TILE)[None, :]
+    o_row = o_top + o_output // TILE_WIDTH
+    o_column = o_left + o_output % TILE_WIDTH
+    m_grad = m_tile & (o_row < height) & (o_column < width * VECTOR)
+    p_grad = grad.ptr + (o_channel * grad.c + o_row.to(OFFSET) * grad.h) * VECTOR + o_column
+
+    i_first = i_partial // tile_blocks * chunk_images
+    i_last = tl.minimum(i_first + chunk_images, batch)
+    # Input rows that no tile of the map has: the sums are 0.
+    if (i_row + BLOCK_ROWS + (tiles_h - 1) * TILE_HEIGHT <= KERNEL // 2) | (i_row >= KERNEL // 2 + height):
+        i_last = i_first
+    for i_image in range(i_first, i_last, BLOCK_TILES // IMAGE_TILES):
+        o_batch = (o_image + i_image).to(OFFSET)
+        # [T, J], [T, N]
+        b_x = tl.load(p_x + o_batch * x.b * VECTOR, mask=m_x & (o_batch < i_last), other=0)
+        b_grad = tl.load(p_grad + o_batch * grad.b * VECTOR, mask=m_grad & (o_batch < i_last), other=0)
+        if UPCAST:
+            b_x, b_grad = b_x.to(ACCUMULATOR), b_grad.to(ACCUMULATOR)
+        b_sum = tl.dot(tl.trans(b_grad), b_x, b_sum, input_precision="ieee", out_dtype=ACCUMULATOR)
+
+    # [N, BLOCK_ROWS · KERNEL_BLOCK]: every output's sums moved by its column p, which makes diagonals columns.
+    o_tap = tl.arange(0, BLOCK_ROWS * KERNEL_BLOCK)[None, :]
+    o_shifted = tl.arange(0, TILE)[:, None] % TILE_WIDTH + o_tap % KERNEL_BLOCK + (MARGIN - KERNEL // 2)
+    m_shifted = (o_shifted >= 0) & (o_shifted < SPAN) & (o_channel < channels)
+    o_shifted = tl.minimum(tl.maximum(o_shifted, 0), SPAN - 1) + o_tap // KERNEL_BLOCK * SPAN
+    b_sum = tl.gather(b_sum, o_shifted + tl.zeros_like(o_channel).to(tl.int32), len(b_sum.shape) - 1)
+    b_sum = tl.where(m_shifted, b_sum, 0.0)
+    b_sum = tl.reshape(b_sum, [BLOCK_CHANNELS * TILE_HEIGHT, TILE_WIDTH, BLOCK_ROWS * KERNEL_BLOCK])
+    o_channel_row = tl.arange(0, BLOCK_CHANNELS * TILE_HEIGHT)[:, None]
+    o_channel = i_channel + o_channel_row // TILE_HEIGHT
+    o_row = i_row + o_tap // KERNEL_BLOCK
+    o_partial = (i_partial.to(tl.int64) * channels + o_channel) * ROWS + o_row
+    tl.store(
+        partial_ptr + (o_partial * TILE_HEIGHT + o_channel_row % TILE_HEIGHT) * KERNEL + o_tap % KERNEL_BLOCK,
+        tl.sum(b_sum, axis=1),
+        mask=(o_channel < channels) & (o_row < ROWS) & (o_tap % KERNEL_BLOCK < KERNEL),
+    )
+
+
+def _library(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+    shape = (x.shape[1], 1, kernel_size, kernel_size)
+    return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda grad, x, kernel_size: problem_of(x, kernel_size, weight_gradient=True),
+    reference=lambda grad, x, kernel_size: _library(*at_least_float32(grad, x), kernel_size),
+    name="depthwise_weight_gradient",
+)
+def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config) -> Tensor:
+    """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
+    batch, channels, height, width = x.shape
+    if config.library or (x.dtype == torch.float64 and not interpreting()):
+        return _library(grad, x, kernel_size)
+    if x.numel() == 0:
+        return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
+    check_size(x)
+    grad, x = rows_of(grad), rows_of(x)
+    tile_width, span = tile_shape(kernel_size, width)
+    tiles_h, tiles_w = ceil_divide(height, config.tile_height), ceil_divide(width, tile_width)
+    image_tiles = min(config.block_tiles, next_power_of_2(tiles_h * tiles_w))
+    tile_blocks = ceil_divide(tiles_h * tiles_w, image_tiles)
+    rows = config.tile_height + kernel_size - 1
+    programs = ceil_divide(rows, config.block_rows) * ceil_divide(channels, config.block_channels) * tile_blocks
+    block_images = config.block_tiles // image_tiles
+    chunks = 1 if interpreting() else min(ceil_divide(GRADIENT_PROGRAMS, programs), ceil_divide(batch, block_images))
+    chunk_images = ceil_divide(ceil_divide(batch, block_images), chunks) * block_images
+    chunks = ceil_divide(batch, chunk_images)
+    shape = (chunks * tile_blocks, channels, rows, config.tile_height, kernel_size)
+    partial = torch.empty(shape, dtype=accumulator_dtype(x.dtype), device=x.device)
+    vector = vector_of(x)
+    # One program per (block of input rows, block of channels, block of tiles, chunk of images), each in order.
+    grid = (programs * chunks,)
+    arguments = {
+        "grad": in_vectors(grad),
+        "x": in_vectors(x),
+        "partial_ptr": partial,
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": x.shape[3] // vector,
+        "tiles_h": tiles_h,
+        "tiles_w": tiles_w,
+        "chunk_images": chunk_images,
+        "KERNEL": kernel_size,
+        "KERNEL_BLOCK": next_power_of_2(kernel_size),
+        "IMAGE_TILES": image_tiles,
+        "VECTOR": vector,
+        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
+        **precision(*(t.transpose(0, 1)[None] for t in (grad, x))),
+        "TILE_HEIGHT": config.tile_height,
+        "TILE_WIDTH": tile_width,
+        "SPAN": span,
+        "BLOCK_TILES": config.block_tiles,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_CHANNELS": config.block_channels,
+    }
+    launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+    # Row kh of the gradient sums the diagonal i = kh + r, r = 0.. : a step along it is a step along both.
+    stride_part, stride_channel, stride_row, stride_r, _ = partial.stride()
+    diagonals = partial.as_strided(
+        (shape[0], channels, kernel_size, config.tile_height, kernel_size),
+        (stride_part, stride_channel, stride_row, stride_row + stride_r, 1),
+    )
+    return diagonals.sum((0, 3))[:, None].to(x.dtype)

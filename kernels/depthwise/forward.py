@@ -1,0 +1,209 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+"""Depthwise convolution as matrix products with banded weights; ``backward`` transposes them for the weight gradient.
+
+A *tile* is TILE_HEIGHT x TILE_WIDTH outputs of one channel, under which lie TILE_HEIGHT + K − 1 input rows of SPAN
+columns. Input row i adds to all outputs (r, p) of its tile at once:
+
+    out[tile, (r, p)] += Σ_j x[tile, i, j] · w[i − r, j − p],     w[k, l] = 0 outside the kernel
+
+The tiles of all images of a channel share the weights, so they are the rows of a matrix product. Those of step i lie
+side by side, since the *band* holds the kernel's rows in reverse: band[j, q, p] = w[c − q, j − p] with q = c − i + r.
+
+Cost per output at K = 17 (tiles of 8 x 16, a span of 32, 256 tiles a block) against a thread per output:
+
+    elements loaded     24·32/128 = 6 of x, 24·32/256 = 3 of the band     2·289: x and weight
+    multiply-adds       24·32 = 768, 38 % of them with weights            289
+    cycles of an SM     0.4, its tensor cores doing 2,048 a cycle         2.3, its CUDA cores doing 128 a cycle
+
+A map no wider than a span has one tile across and no halo: at 14 x 14 that halves everything. The loads are 16-byte
+vectors which the software pipeline fetches ahead, 8 bytes for the band, so that L1 keeps it. Float32 runs the same
+products on CUDA cores, exactly. Rows must be aligned for this (``rows``): channels-last tensors, and maps with rows of
+another length than a multiple of 16 bytes, are copied before and after, two passes over memory where a thread per
+output would cost ten.
+
+PyTorch's own convolution is a config like the others (``LIBRARY``): tuning always times it, and small problems get it
+untuned.
+
+A value of x that is not finite may reach any output of its own image and channel: it meets the band's zeros. It reaches
+no other image and no other channel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+from kernels.backend import interpreting
+from kernels.depthwise.configs import CONFIGS, Config, Problem, heuristic, tile_shape
+from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows, rows_of, vector_of
+from kernels.dtypes import at_least_float32, precision
+from kernels.launch import ceil_divide, launch
+from kernels.layout import empty_like_layout
+from kernels.tuning import tunable
+from kernels.views import View, view
+
+
+@triton.jit
+def _convolution_kernel(
+    x,  # [B, C, H, W] in rows, strides but the last and the width divided by VECTOR
+    band_ptr,  # [C, SPAN, BAND_ROWS, TILE_WIDTH], contiguous
+    bias,  # [C], not read without HAS_BIAS
+    out,  # like x
+    channels, height, width, tiles, tiles_h, tiles_w,
+    KERNEL: tl.constexpr, BAND_ROWS: tl.constexpr, VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr,
+    UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
+    TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    MARGIN: tl.constexpr = (SPAN - TILE_WIDTH) // 2
+    tile_blocks = tl.cdiv(tiles, BLOCK_TILES)
+    i_tile = tl.program_id(0) % tile_blocks
+    i_channel = tl.program_id(0) // tile_blocks * BLOCK_CHANNELS
+    # Blocks are [T, ...] for one channel and [C, T, ...] for more: a product of two axes is the faster one.
+    b_sum = tl.zeros([BLOCK_TILES, TILE_HEIGHT * TILE_WIDTH], ACCUMULATOR)
+    o_channel = i_channel.to(tl.int64)
+    if BLOCK_CHANNELS > 1:
+        o_channel += tl.arange(0, BLOCK_CHANNELS)[:, None, None]
+        b_sum = tl.zeros([BLOCK_CHANNELS, BLOCK_TILES, TILE_HEIGHT * TILE_WIDTH], ACCUMULATOR)
+    m_channel = o_channel < channels
+
+    o_tile = (i_tile * BLOCK_TILES + tl.arange(0, BLOCK_TILES))[:, None]
+    # Tiles of one height in all images follow each other, so that a program skips the input rows none of its own has.
+    row_tiles = tiles // tiles_h
+    first_top = i_tile * BLOCK_TILES // row_tiles * TILE_HEIGHT
+    last_top = (tl.minimum((i_tile + 1) * BLOCK_TILES, tiles) - 1) // row_tiles * TILE_HEIGHT
+    first_row = tl.maximum(KERNEL // 2 - last_top, 0)
+    last_row = tl.minimum(KERNEL // 2 + height - first_top, TILE_HEIGHT + KERNEL - 1)
+    o_image = (o_tile % row_tiles // tiles_w).to(OFFSET)
+    o_top = o_tile // row_tiles * TILE_HEIGHT
+    o_left = o_tile % tiles_w * TILE_WIDTH
+    m_tile = m_channel & (o_tile < tiles)
+
+    # Columns of the product's left factor are (row, column) of a span, [1, J]; they are its right one's rows, [J, 1].
+    o_span = tl.arange(0, BLOCK_ROWS * SPAN)
+    o_row = o_top - KERNEL // 2 + (o_span // SPAN)[None, :]
+    o_column = o_left - MARGIN + (o_span % SPAN)[None, :]
+    m_span = m_tile & (o_column >= 0) & (o_column < width * VECTOR)
+    p_x = x.ptr + (o_channel * x.c + o_image * x.b + o_row.to(OFFSET) * x.h) * VECTOR + o_column
+    o_output = tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[None, :]
+    o_band_row = BAND_ROWS - TILE_HEIGHT - o_span // SPAN
+    o_band = ((o_span % SPAN) * BAND_ROWS + o_band_row)[:, None] * TILE_WIDTH
+    o_band += o_output // 4 * 4 + o_output % 4  # asynchronous copies of 16 bytes would pass L1 by
+    p_band = band_ptr + o_channel * (SPAN * BAND_ROWS * TILE_WIDTH) + o_band
+    for i_row in range(first_row, last_row, BLOCK_ROWS):
+        m_row = (o_row + i_row >= 0) & (o_row + i_row < height)
+        o_step = tl.cast(i_row, OFFSET) * x.h * VECTOR
+        # [T, J], [J, N]
+        b_x = tl.load(p_x + o_step, mask=m_span & m_row, other=0)
+        b_band = tl.load(p_band - i_row * TILE_WIDTH, mask=m_channel, other=0)
+        if UPCAST:
+            b_x, b_band = b_x.to(ACCUMULATOR), b_band.to(ACCUMULATOR)
+        b_sum = tl.dot(b_x, b_band, b_sum, input_precision="ieee", out_dtype=ACCUMULATOR)
+
+    if HAS_BIAS:
+        b_sum += tl.load(bias.ptr + o_channel * bias.c, mask=m_channel, other=0).to(ACCUMULATOR)
+    o_row = o_top + o_output // TILE_WIDTH
+    o_column = o_left + o_output % TILE_WIDTH
+    o_out = o_channel * out.c + o_image * out.b + o_row.to(OFFSET) * out.h
+    m_out = m_tile & (o_row < height) & (o_column < width * VECTOR)
+    tl.store(out.ptr + o_out * VECTOR + o_column, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
+
+
+def band_of(weight: Tensor, flipped: bool, rows: int, config: Config, tile_width: int, span: int) -> Tensor:
+    """band[c, j, q, p] = weight[c, rows − 1 − q, j − p + K//2 − margin], 0 where there is no such weight."""
+    kernel_size, margin = weight.shape[-1], (span - tile_width) // 2
+    kernel = weight[:, 0].flip(2) if flipped else weight[:, 0].flip(1)
+    left = tile_width - 1 + margin - kernel_size // 2
+    right = span + tile_width - 1 - left - kernel_size
+    padded = F.pad(kernel, (left, right, rows - kernel_size, config.tile_height - 1))
+    return padded.unfold(2, tile_width, 1).transpose(1, 2).flip(3).contiguous()
+
+
+def in_vectors(tensor: Tensor) -> View:
+    """A view of rows whose strides count vectors: multiplying by them in a kernel tells Triton how accesses align."""
+    strides, vector = view(tensor, "b c h w"), vector_of(tensor)
+    return strides._replace(b=strides.b // vector, c=strides.c // vector, h=strides.h // vector)
+
+
+def problem_of(x: Tensor, kernel_size: int, weight_gradient: bool = False) -> Problem:
+    batch, channels, height, width = x.shape
+    tile_width, span = tile_shape(kernel_size, width)
+    copied = not are_rows(x)
+    return Problem(batch, channels, height * width, kernel_size, tile_width, span, x.dtype, weight_gradient, copied)
+
+
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
+    """PyTorch's own convolution, in the memory order of x."""
+    out = reference.depthwise_conv2d(x, weight.flip(2, 3) if flipped else weight, bias)
+    target = empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+    return out if out.stride() == target.stride() else target.copy_(out)
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
+    x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
+    return _library(x, weight, biases[0] if biases else None, flipped)
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda x, weight, *_: problem_of(x, weight.shape[-1]),
+    reference=_reference,
+    name="depthwise",
+)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, *, config: Config) -> Tensor:
+    """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k] (+ bias[c]), [B,C,H,W] in the memory order of x.
+
+    ``flipped`` takes weight[c, K−1−k] instead: the gradient of x is the flipped convolution of the gradient of out.
+    """
+    if config.library or (
+        x.dtype == torch.float64 and not interpreting()
+    ):  # Triton's products in float64 are not everywhere
+        return _library(x, weight, bias, flipped)
+    if x.numel() == 0:
+        return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+    batch, channels, height, width = x.shape
+    kernel_size = weight.shape[-1]
+    check_size(x)
+    source, out = rows_of(x), new_rows(x)
+    tile_width, span = tile_shape(kernel_size, width)
+    tiles_h, tiles_w = ceil_divide(height, config.tile_height), ceil_divide(width, tile_width)
+    tiles = batch * tiles_h * tiles_w
+    rows = config.tile_height + kernel_size - 1 + config.block_rows - 1
+    band = band_of(weight, flipped, rows, config, tile_width, span)
+    # One program per (block of tiles, block of channels), tiles fastest: they share the band.
+    grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(channels, config.block_channels),)
+    vector = vector_of(x)
+    arguments = {
+        "x": in_vectors(source),
+        "band_ptr": band,
+        "bias": View(out) if bias is None else view(bias, "c"),
+        "out": in_vectors(out),
+        "channels": channels,
+        "height": height,
+        "width": out.shape[3] // vector,
+        "tiles": tiles,
+        "tiles_h": tiles_h,
+        "tiles_w": tiles_w,
+        "KERNEL": kernel_size,
+        "BAND_ROWS": band.shape[2],
+        "VECTOR": vector,
+        "HAS_BIAS": bias is not None,
+        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
+        **precision(*(t.transpose(0, 1)[None] for t in (source, out))),
+        "TILE_HEIGHT": config.tile_height,
+        "TILE_WIDTH": tile_width,
+        "SPAN": span,
+        "BLOCK_TILES": config.block_tiles,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_CHANNELS": config.block_channels,
+    }
+    stages = min(config.num_stages, 3) if torch.version.hip else config.num_stages  # 64 KiB of shared memory on AMD's
+    launch(_convolution_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
+    return in_layout_of(x, out)

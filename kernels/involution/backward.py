@@ -1,0 +1,64 @@
+"""Gradients of involution with generated kernels.
+
+dx = transpose(kernel, dout), the kernel generated again in the launch;
+dkernel = correlate(dout, x), a few megabytes of it at a time: [pixels, Kw·G·S] with rows padded to S;
+dfeatures = dkernel @ weight and [dweight, dbias] = dkernelᵀ @ [features, 1], two plain matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.aggregation import rows
+from kernels.dtypes import accumulator_dtype
+from kernels.involution import generate
+from kernels.involution.forward import involution_generate_transpose
+from kernels.launch import next_power_of_2
+from kernels.layout import channels_fastest, empty_like_layout
+from kernels.windows import Window
+
+__all__ = ["backward"]
+
+
+def _channels_last(maps: Tensor) -> Tensor:
+    """[B, G, C, H, W] with a pixel's channels adjacent in memory."""
+    return maps if channels_fastest(maps) else maps.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+
+
+def backward(
+    grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, features, weight and bias (always computed); sums over images run chunk by chunk, in order."""
+    (_, number, height, width), groups = features.shape, x.shape[1]
+    kernel_h, kernel_w = window.kernel_size
+    steps = next_power_of_2(kernel_h)
+    # Where pixels are adjacent, a transposed product or a padded block of sums does not fit the registers: a copy is
+    # the lesser cost.
+    grad, pixels_last = _channels_last(grad), _channels_last(x)
+    grad_x = involution_generate_transpose(grad, pixels_last, features, weight, bias, window)
+    grad_x = grad_x if pixels_last is x else empty_like_layout(x, x.shape).copy_(grad_x)
+    # [Kw·G·S, R], as the entries of a pixel's gradient lie in memory
+    span = weight.reshape(groups, kernel_h, kernel_w, number).permute(2, 0, 1, 3)
+    span = torch.nn.functional.pad(span, (0, 0, 0, steps - kernel_h)).flatten(0, 2)
+    # [B·H'·W', R + 8]: the features and a one, at a pitch of whole vectors
+    pixels = torch.nn.functional.pad(features.movedim(1, 3).flatten(0, 2), (0, 8))
+    pixels[:, number] = 1
+    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
+    by_pixel = grad_features.movedim(1, 3)
+    accumulator = accumulator_dtype(weight.dtype)
+    grad_span = torch.zeros((span.shape[0], number + 8), dtype=accumulator, device=weight.device)
+    for images in generate.steps(features, span.shape[0], generate.STEP_BYTES_ELSEWHERE):
+        entries = rows.correlate(grad[images], pixels_last[images], window, padded=True).permute(0, 4, 5, 3, 1, 2)
+        entries = entries.flatten(3).flatten(0, 2)
+        chunk = slice(images.start * height * width, images.start * height * width + entries.shape[0])
+        if by_pixel.is_contiguous():
+            torch.mm(entries, span, out=by_pixel[images].flatten(0, 2))
+        else:
+            by_pixel[images] = (entries @ span).view(by_pixel[images].shape)
+        grad_span += entries.t() @ pixels[chunk]
+    grad_span = grad_span.view(kernel_w, groups, steps, -1)[:, :, :kernel_h].permute(1, 2, 0, 3).flatten(0, 2)
+    grad_weight, grad_bias = (
+        part.to(weight.dtype, copy=True) for part in (grad_span[:, :number], grad_span[:, number])
+    )
+    return grad_x, grad_features, grad_weight, grad_bias

@@ -1,0 +1,70 @@
+"""Involution with its kernels generated inside: no [B, G, K, K, H', W'] tensor exists.
+
+Per pixel and group of C channels a launch reads R features (shared by all groups) and C channels and writes C; the
+unfused pair of span convolution and aggregate writes and reads K² kernel entries as well: at K = 7, C = 16 and RedNet's
+reduction by 4 some 36 elements instead of 130. Multiply-adds: R·K² on tensor cores and C·K² on CUDA cores.
+
+The kernel is aggregation's (``aggregation.rows``), forward and transposed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kernels.aggregation import eager
+from kernels.aggregation.configs import CONFIGS, Config, Problem, heuristic
+from kernels.aggregation.rows import problem_of, weighted_sum, weighted_sum_kernel
+from kernels.dtypes import at_least_float32
+from kernels.involution import generate
+from kernels.layout import empty_like_layout
+from kernels.tuning import tunable
+from kernels.windows import Window
+
+__all__ = ["KERNEL", "involution_generate", "involution_generate_transpose"]
+
+KERNEL = weighted_sum_kernel  # named here, because what is tuned is good for as long as this code stays
+
+
+def _widened(features: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    features, weight = at_least_float32(features, weight)
+    return features, weight, None if bias is None else at_least_float32(bias)[0]
+
+
+def _problem(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Problem:
+    return problem_of(x, features.shape[2:], window, features=features.shape[1])
+
+
+def _reference(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    features, weight, bias = _widened(features, weight, bias)
+    return generate.forward(at_least_float32(x)[0], features, weight, bias, window, eager)
+
+
+@tunable(CONFIGS, heuristic, problem=_problem, reference=_reference)
+def involution_generate(
+    x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, *, config: Config
+) -> Tensor:
+    """[B, G, C, H', W'] in the memory order of x [B, G, C, H, W]."""
+    out = empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
+    return weighted_sum(x, features, weight, bias, out, window, config, transposed=False)
+
+
+def _transposed_problem(g: Tensor, x: Tensor, features: Tensor, *options: Any) -> Problem:
+    return problem_of(g, x.shape[3:], options[-1], features=features.shape[1], transposed=True)
+
+
+def _transposed_reference(g: Tensor, x: Tensor, *inputs: Any) -> Tensor:
+    features, weight, bias, window = inputs
+    features, weight, bias = _widened(features, weight, bias)
+    kernels = generate.kernels_of(features, weight, bias, g.shape[1], window)
+    return eager.transpose(kernels, at_least_float32(g)[0], (x.shape[3], x.shape[4]), window)
+
+
+@tunable(CONFIGS, heuristic, problem=_transposed_problem, reference=_transposed_reference)
+def involution_generate_transpose(
+    g: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, *, config: Config
+) -> Tensor:
+    """The gradient of x [B, G, C, H, W], in its memory order, from that of the output, g [B, G, C, H', W']."""
+    out = empty_like_layout(x, x.shape)
+    return weighted_sum(g, features, weight, bias, out, window, config, transposed=True)

@@ -1,0 +1,177 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+"""What the kernels of outlook attention share: a program's tile, and rows of weights taken apart into registers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import ceil_divide, next_power_of_2
+from kernels.outlook.configs import Config, Problem
+
+__all__ = [
+    "Sizes",
+    "Tile",
+    "Windows",
+    "blocks",
+    "inside",
+    "load_pixels",
+    "pixel_pointers",
+    "problem_of",
+    "sizes_of",
+    "softmax",
+    "stack",
+    "tile_of",
+    "unstack",
+]
+
+MARGIN = 2**16  # what blocks reach beyond the last window, and windows beyond the last pixel
+
+
+class Windows(NamedTuple):
+    """The operator's numbers, in the order of its schema."""
+
+    kernel_size: int
+    stride: int
+    padding: int
+    scale: float
+
+
+class Sizes(NamedTuple):
+    windows: int  # of all images
+    heads: int
+    channels: int  # of a head
+    height: int
+    width: int
+    windows_h: int
+    windows_w: int
+
+
+class Tile(NamedTuple):
+    """A program's part: P windows of all images in one row, G heads of each, C channels of a head.
+
+    X = G·C is the axis of heads and channels as one: adjacent in memory, it is loaded as one.
+    """
+
+    image: Any  # [P]
+    row: Any  # [P], of windows
+    column: Any  # [P]
+    item: Any  # [P, G]: number among all windows and heads
+    m_item: Any  # [P, G]
+    head: Any  # [1, X]
+    channel: Any  # [1, X]
+    m_x: Any  # [P, X]
+
+
+@triton.jit
+def tile_of(
+    sizes, i_channel, i_item,
+    OFFSET: tl.constexpr, BLOCK_WINDOWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    head_blocks = tl.cdiv(sizes.heads, BLOCK_HEADS)
+    i_head, i_window = i_item % head_blocks, i_item // head_blocks
+    o_window = i_window * BLOCK_WINDOWS + tl.arange(0, BLOCK_WINDOWS)
+    o_head = i_head * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[None, :]
+    o_x = tl.arange(0, BLOCK_HEADS * BLOCK_CHANNELS)[None, :]
+    x_head, x_channel = i_head * BLOCK_HEADS + o_x // BLOCK_CHANNELS, i_channel * BLOCK_CHANNELS + o_x % BLOCK_CHANNELS
+    return Tile(
+        (o_window // sizes.windows_w // sizes.windows_h).to(OFFSET),
+        o_window // sizes.windows_w % sizes.windows_h,
+        o_window % sizes.windows_w,
+        o_window.to(OFFSET)[:, None] * sizes.heads + o_head,
+        (o_window < sizes.windows)[:, None] & (o_head < sizes.heads),
+        x_head.to(OFFSET),
+        x_channel.to(OFFSET),
+        (o_window < sizes.windows)[:, None] & (x_head < sizes.heads) & (x_channel < sizes.channels),
+    )
+
+
+@triton.jit
+def inside(o_position, length):
+    """Whether 0 <= o_position < length."""
+    return (o_position >= 0) & (o_position < length)
+
+
+@triton.jit
+def pixel_pointers(features, tile, o_row, o_column, COLUMN: tl.constexpr, OFFSET: tl.constexpr):
+    """[P, X]: the tile's channels of features [B, H, W, heads, D] at one pixel for each window."""
+    o_pixel = tile.image * features.b + o_row.to(OFFSET) * features.h + o_column.to(OFFSET) * COLUMN
+    return features.ptr + o_pixel[:, None] + (tile.head * features.g + tile.channel * features.c)
+
+
+@triton.jit
+def load_pixels(p_pixels, mask, ACCUMULATOR: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """[P, G, C] from pointers [P, X], 0 outside ``mask``."""
+    b_pixels = tl.load(p_pixels, mask=mask, other=0)
+    return tl.reshape(b_pixels, [p_pixels.shape[0], BLOCK_HEADS, BLOCK_CHANNELS]).to(ACCUMULATOR)
+
+
+@triton.jit
+def unstack(block, COUNT: tl.constexpr):
+    """The first COUNT columns [P, G, 1] of a block [P, G, N]; Triton moves the whole row into a lane for this, once."""
+    parts = (block,)
+    for _ in tl.static_range(8):
+        if parts[0].shape[2] > 1:
+            even, odd = (), ()
+            for i in tl.static_range(len(parts)):
+                b_part = parts[i]
+                b_pairs = tl.reshape(b_part, [b_part.shape[0], b_part.shape[1], b_part.shape[2] // 2, 2])
+                first, second = tl.split(b_pairs)
+                even, odd = even + (first,), odd + (second,)
+            parts = even + odd
+    return parts[:COUNT]
+
+
+@triton.jit
+def stack(parts, COUNT: tl.constexpr):
+    """[P, G, COUNT] of at most COUNT blocks [P, G, 1], zeros beyond them: ``unstack`` reversed."""
+    for _ in tl.static_range(len(parts), COUNT):
+        parts = parts + (tl.zeros_like(parts[0]),)
+    for _ in tl.static_range(8):
+        if len(parts) > 1:
+            pairs = ()
+            for i in tl.static_range(len(parts) // 2):
+                b_pair = tl.join(parts[i], parts[len(parts) // 2 + i])
+                pairs = pairs + (tl.reshape(b_pair, [b_pair.shape[0], b_pair.shape[1], b_pair.shape[2] * 2]),)
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def softmax(logits):
+    """exp2(logits − max) of a tuple of blocks, their sum, and the maximum."""
+    b_max = logits[0]
+    for i in tl.static_range(1, len(logits)):
+        b_max = tl.maximum(b_max, logits[i])
+    weights, b_total = (), tl.zeros_like(b_max)
+    for i in tl.static_range(len(logits)):
+        b_weight = tl.exp2(logits[i] - b_max)
+        weights, b_total = weights + (b_weight,), b_total + b_weight
+    return weights, b_total, b_max
+
+
+def problem_of(logits: Tensor, value: Tensor, windows: Windows, grad_logits: bool = False) -> Problem:
+    _, height, width, channels = value.shape
+    channels //= logits.shape[3]
+    return Problem(channels, height * width, windows.kernel_size, windows.stride, value.dtype, grad_logits)
+
+
+def sizes_of(logits: Tensor, value: Tensor) -> Sizes:
+    """What the kernels count, each below 2^31."""
+    (batch, windows_h, windows_w, heads), (_, height, width, channels) = logits.shape[:4], value.shape
+    sizes = Sizes(batch * windows_h * windows_w, heads, channels // heads, height, width, windows_h, windows_w)
+    if max(sizes.windows, height, width) >= 2**31 - MARGIN:
+        raise ValueError(f"value must have fewer than 2^31 rows, columns and windows, got {list(value.shape)}")
+    return sizes
+
+
+def blocks(sizes: Sizes, config: Config) -> tuple[int, int, int]:
+    """Windows and heads of a program, and how many programs share the channels."""
+    heads = min(config.block_heads, next_power_of_2(sizes.heads))
+    windows = min(config.block_items // heads, next_power_of_2(sizes.windows))
+    return windows, heads, ceil_divide(sizes.windows, windows) * ceil_divide(sizes.heads, heads)

@@ -1,0 +1,48 @@
+"""Write what the emulator predicts for the public operators to a file beside this one, named after the Triton at hand.
+
+    python notebooks/results/predicted/collect.py FOLDER_OF_THE_EMULATOR [CASE ...]
+
+from the repository's root; the folder holds ``predict.py``. Cases that are named replace those of the file, the others
+stay. Takes minutes. Times are sums over a case's launches, in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(folder: str, *wanted: str) -> None:
+    sys.path.insert(0, folder)
+    import predict
+    import triton
+
+    path = Path(__file__).with_name(f"triton_{triton.__version__}.json")
+    rows = {(row["case"], row["pass"]): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    for name in wanted or predict.CASES:
+        for backward in (False, True):
+            found = [predict.predict(launch) for launch in predict.run_case(predict.CASES[name], backward=backward)]
+            if not found:
+                continue
+            longest = max(found, key=lambda launch: launch["predicted"])
+            row = {
+                "case": name,
+                "pass": "backward" if backward else "forward",
+                "launches": len(found),
+                "floor_microseconds": round(sum(launch["floor"] for launch in found), 2),
+                "microseconds": round(sum(launch["predicted"] for launch in found), 2),
+                "bound_by": f"{longest['kernel']}: {longest['bound']}",
+                "spilled_bytes": sum(launch["spilled"] for launch in found),
+            }
+            rows[row["case"], row["pass"]] = row
+            print(row, flush=True)
+    order = list(predict.CASES)
+    ordered = sorted(rows.values(), key=lambda row: (order.index(row["case"]), row["pass"] == "backward"))
+    path.write_text(
+        json.dumps({"triton": triton.__version__, "architecture": "sm_90", "rows": ordered}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
