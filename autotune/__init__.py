@@ -32,6 +32,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 if os.environ.get("DYNAMIC_KERNELS_AUTOTUNE") == "1":
     from autotune import tuner
     from kernels.tuning import choose

@@ -290,7 +290,8 @@ def test_profile_magic(layer, x):
 
 
 def test_the_package_brings_neither_torch_nor_ipython():
-    code = "import sys, autotune\nassert not {'torch', 'IPython', 'triton'} & set(sys.modules)"
+    code = "import sys, autotune\nassert not {'torch', 'IPython', 'triton'} & set(sys.modules)\n"
+    code += "assert set(autotune.__all__) <= set(dir(autotune))"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = autotune.nothing  # pyright: ignore[reportAttributeAccessIssue]
