@@ -1,21 +1,39 @@
-"""Finding tuned configs for the kernels, and measuring them: ``python -m autotune --help``."""
+"""Finding tuned configs for the kernels, and measuring them: ``python -m autotune --help``.
 
+``compare``, ``sweep`` and ``roofline`` profile what they are handed; ``%load_ext autotune`` adds ``%profile layer(x)``.
+"""
+
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autotune.contenders import compare
+    from autotune.magic import load_ipython_extension
+    from autotune.notebooks.roofline import roofline
+    from autotune.sweeps import sweep
     from autotune.tuner import tuning
 
-__all__ = ["tuning"]
+__all__ = ["compare", "load_ipython_extension", "roofline", "sweep", "tuning"]
+
+_MODULES = {
+    "compare": "autotune.contenders",
+    "load_ipython_extension": "autotune.magic",
+    "roofline": "autotune.notebooks.roofline",
+    "sweep": "autotune.sweeps",
+    "tuning": "autotune.tuner",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imported when asked for: the command line explains itself without PyTorch."""
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from autotune import tuner
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-    return getattr(tuner, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if os.environ.get("DYNAMIC_KERNELS_AUTOTUNE") == "1":

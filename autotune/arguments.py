@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
+import functools
+import importlib
+import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from models.commands.types import device, dtype, image_size, positive, seconds, threads
+from torch import nn
 
-__all__ = ["device", "dtype", "image_size", "matching", "positive", "seconds", "threads"]
+from models.commands.types import Number, device, dtype, image_size, positive, seconds, threads
+
+__all__ = ["Number", "device", "dtype", "image_size", "matching", "module", "positive", "seconds", "shape", "threads"]
 
 Item = TypeVar("Item")
 
@@ -27,3 +33,26 @@ def matching(items: Sequence[Item], patterns: Sequence[str], name: Callable[[Ite
             raise ValueError(f"{option} must match a name, {given!r} does not; names begin with {', '.join(known)}")
         chosen |= hits
     return [item for index, item in enumerate(items) if index in chosen]
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes with an x between them, as in 8x64x56x56."""
+    return tuple(int(positive(size)) for size in text.lower().split("x"))
+
+
+def module(text: str) -> nn.Module:
+    """PACKAGE.MODULE:NAME, the working directory's included: a module, or what makes one without arguments."""
+    path, _, name = text.partition(":")
+    if not path or not name:
+        raise argparse.ArgumentTypeError(f"must be PACKAGE.MODULE:NAME, as in mypackage.nets:Net, got {text!r}")
+    if "" not in sys.path:  # that of an installed command
+        sys.path.insert(0, "")
+    try:
+        found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(path))
+        found = found if isinstance(found, nn.Module) else found()
+    except Exception as error:  # of the user's code, which may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be imported and made without arguments: {reason}") from None
+    if not isinstance(found, nn.Module):
+        raise argparse.ArgumentTypeError(f"must name a torch.nn.Module, {text!r} gives {type(found).__name__}")
+    return found

@@ -19,15 +19,19 @@ from torch import Tensor, nn
 
 import models
 from autotune import timing
-from autotune.bench_operators import Call, one_line, why_not
+from autotune.bench_operators import Call, why_not
 from autotune.comparison import (
     GRADIENTS_TOLERANCE,
     LOGITS_TOLERANCE,
     OTHER_PRECISION_FACTOR,
     batch_norms_held,
     check,
+    inference_pass,
+    joined,
     largest_error,
     on_backend,
+    one_line,
+    training_pass,
 )
 from autotune.timing import Timing
 from autotune.workloads import Size, settled_model
@@ -36,11 +40,9 @@ __all__ = [
     "PLANS",
     "ModelBench",
     "Plan",
-    "inference_pass",
     "placed",
     "random_images",
     "random_images_model",
-    "training_pass",
 ]
 
 Placeable = TypeVar("Placeable", nn.Module, Tensor)
@@ -99,45 +101,8 @@ def random_images_model(name: str, **arguments: Any) -> nn.Module:
     return settled_model(name, random_images(2, (128, 128)), **arguments)
 
 
-def _floating(output: Any) -> list[Tensor]:
-    """A model's outputs but for integer ones: logits, a dict of logits, or logits and the box of mixed tokens."""
-    if isinstance(output, Tensor):
-        return [output]
-    return [value for value in (output.values() if isinstance(output, dict) else output) if value.is_floating_point()]
-
-
-def inference_pass(model: nn.Module, images: Tensor) -> Call:
-    """A call that returns the logits."""
-
-    def call() -> list[Tensor]:
-        with torch.no_grad():
-            return _floating(model(images))
-
-    return call
-
-
-def training_pass(model: nn.Module, images: Tensor) -> Call:
-    """Forward and backward, without an optimiser: a call that returns the loss and every parameter's gradient."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def call() -> list[Tensor]:
-        with torch.enable_grad():
-            loss = torch.stack([out.float().square().mean() for out in _floating(model(images))]).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
-
-    return call
-
-
 def _one_pass(plan: Plan) -> Callable[[nn.Module, Tensor], Call]:
     return training_pass if plan.training else inference_pass
-
-
-def _joined(call: Call) -> list[Tensor]:
-    """Outputs as they are, many gradients as one vector: single ones may be all but zero, and their ratio noise."""
-    torch.manual_seed(0)  # drops and mixes the same every time
-    first, *others = call()
-    return [first, torch.cat([gradient.flatten() for gradient in others])] if others else [first]
 
 
 @dataclass(frozen=True)
@@ -212,8 +177,8 @@ class ModelBench:
     def _rounding(self, model: nn.Module, plan: Plan) -> float:
         """How far the timed precision is from float32 on a small batch, on the selected backend."""
         one_pass = _one_pass(plan)
-        exact = _joined(one_pass(model, self.images(torch.float32, CHECKED_BATCH)))
-        return largest_error(_joined(one_pass(self._timed_copy(model), self.images(self.dtype, CHECKED_BATCH))), exact)
+        exact = joined(one_pass(model, self.images(torch.float32, CHECKED_BATCH)))
+        return largest_error(joined(one_pass(self._timed_copy(model), self.images(self.dtype, CHECKED_BATCH))), exact)
 
     def _agreement(self, model: nn.Module, plan: Plan) -> dict[str, float]:
         """Ours against the naive path on a small batch: the same in float32, and no worse rounded in the timed one.
@@ -223,7 +188,7 @@ class ModelBench:
         backends = (self.backend, "reference")
 
         def error() -> float:
-            ours, naive = (_joined(on_backend(backend, call)) for backend in backends)
+            ours, naive = (joined(on_backend(backend, call)) for backend in backends)
             return largest_error(ours, naive)
 
         def rounding(backend: str) -> float:
@@ -233,7 +198,7 @@ class ModelBench:
             if plan.training:  # nor can two paths agree better than either agrees with the exact gradients
                 naive = functools.partial(on_backend, "reference")
                 exact = _one_pass(plan)(copy.deepcopy(model).double(), self.images(torch.float64, CHECKED_BATCH))
-                tolerance = max(tolerance, 4 * largest_error(_joined(naive(call)), _joined(naive(exact))))
+                tolerance = max(tolerance, 4 * largest_error(joined(naive(call)), joined(naive(exact))))
             found = check(error(), tolerance, f"{what} in float32")
             if self.dtype != torch.float32:
                 ours, naive = map(rounding, backends)
@@ -262,7 +227,7 @@ class ModelBench:
                 left_out["peer"] = one_line(error)
         for name in [name for name in calls if name in allowed]:
             original = calls["peer" if name.startswith("peer") else "ours"]
-            reason = why_not(functools.partial(_joined, calls[name]), _joined(original), allowed[name], name)
+            reason = why_not(functools.partial(joined, calls[name]), joined(original), allowed[name], name)
             if reason is not None:
                 left_out[name] = reason
                 del calls[name]

@@ -7,10 +7,8 @@ anything is timed. Contenders take turns, so that the clock of a hot GPU slows t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,10 +18,10 @@ from torch.nn import functional as F
 
 import kernels
 from autotune import timing, workloads
-from autotune.comparison import OPERATOR_TOLERANCE, DisagreementError, check, largest_error, on_backend
-from autotune.workloads import Input, Inputs, Size, Workload, operator_workloads
+from autotune.comparison import OPERATOR_TOLERANCE, check, largest_error, on_backend, one_line, time_and_memory
+from autotune.workloads import Inputs, Size, Workload, generation, operator_workloads
 
-__all__ = ["PASSES", "OperatorBench", "benchmark_workloads", "generation", "naive_bytes", "one_line", "why_not"]
+__all__ = ["PASSES", "OperatorBench", "benchmark_workloads", "contmix_chain", "naive_bytes", "why_not"]
 
 PASSES = ("forward", "forward+backward")
 # Contenders round at every step of a chain, where ours rounds once.
@@ -31,26 +29,6 @@ CHAIN_TOLERANCE = 10
 GRAPH_BELOW_MS = 1.0  # a call shorter than this may be bound by its launches, and is timed in a CUDA graph as well
 
 Call = Callable[[], list[Tensor]]
-
-
-def generation(workload: Workload) -> Workload:
-    """An involution with its kernels generated inside, from RedNet's C/4 features, for one that is handed them."""
-    batch, channels, *size = workload.output
-    groups, kernel_size = workload.inputs["weight"].shape[1:3]  # pyright: ignore[reportAttributeAccessIssue]
-    rows, features = groups * kernel_size**2, channels // 4
-    pixels = batch * math.prod(size)
-    return dataclasses.replace(
-        workload,
-        operator="involution2d_generate",
-        inputs={
-            "x": workload.inputs["x"],
-            "features": Input((batch, features, *size)),
-            "weight": Input((rows, features), std=features**-0.5),
-            "bias": Input((rows,)),
-        },
-        multiply_adds=workload.multiply_adds + pixels * rows * features,
-        options={"kernel_size": kernel_size, "groups": groups},
-    )
 
 
 def _with_generation(found: Iterable[Workload]) -> Iterator[Workload]:
@@ -127,21 +105,27 @@ def _definition(workload: Workload) -> Callable[..., Tensor]:
     return definition
 
 
+def contmix_chain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    rpb: Sequence[Tensor],
+    kernel_sizes: Sequence[int],
+) -> Tensor:
+    """contmix2d as a chain: affinity, projection, then ``na2d_softmax_av`` of each kernel size; all of it is stored."""
+    affinity = torch.einsum("bgchw,bgcl->bghwl", query, key)
+    logits = F.linear(affinity, proj_weight, proj_bias).split([size**2 for size in kernel_sizes], -1)
+    mixed = [
+        kernels.na2d_softmax_av(part, value[:, m].movedim(2, -1), size, rpb=rpb[m]).movedim(-1, 2)
+        for m, (part, size) in enumerate(zip(logits, kernel_sizes, strict=True))
+    ]
+    return torch.stack(mixed, 1)
+
+
 def _contmix_chain(options: dict[str, Any], backend: str) -> Callable[..., Tensor]:
-    """Affinity, projection, then our na2d_softmax_av for each kernel size."""
-    sizes: tuple[int, ...] = options["kernel_sizes"]
-
-    def chain(*, query, key, value, proj_weight, proj_bias, rpb) -> Tensor:
-        affinity = torch.einsum("bgchw,bgcl->bghwl", query, key)
-        logits = F.linear(affinity, proj_weight, proj_bias).split([k * k for k in sizes], -1)
-        with kernels.use_backend(backend):
-            mixed = [
-                kernels.na2d_softmax_av(logits[m], value[:, m].movedim(2, -1), k, rpb=rpb[m]).movedim(-1, 2)
-                for m, k in enumerate(sizes)
-            ]
-        return torch.stack(mixed, 1)
-
-    return chain
+    return lambda **inputs: on_backend(backend, lambda: contmix_chain(**inputs, **options))()
 
 
 def _span_and_involution(options: dict[str, Any], backend: str) -> Callable[..., Tensor]:
@@ -235,12 +219,8 @@ class OperatorBench:
         return None if needed < free else f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
     def _timed(self, workload: Workload, calls: dict[str, Call], *, backward: bool) -> dict[str, Any]:
-        peaks = {name: timing.peak_memory(call, self.device) for name, call in calls.items()}
-        times = timing.measure(calls, self.device, seconds=self.seconds, min_runs=self.min_runs)
-        row: dict[str, Any] = {
-            "contenders": {name: asdict(found) | {"peak_bytes": peaks[name]} for name, found in times.items()},
-        }
-        best = {name: found.p50_ms for name, found in times.items()}
+        row: dict[str, Any] = {"contenders": time_and_memory(calls, self.device, self.seconds, self.min_runs)}
+        best = {name: found["p50_ms"] for name, found in row["contenders"].items()}
         if self.device.type == "cuda" and best["ours"] < GRAPH_BELOW_MS:
             graphs = dict(_graphs(calls))
             if "ours" in graphs:
@@ -264,12 +244,6 @@ class OperatorBench:
         }
         row["speed_up"] = {name: time / best["ours"] for name, time in best.items() if name != "ours"}
         return row
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, for a cell of a table: a disagreement speaks for itself, others with their type."""
-    text = str(error) if isinstance(error, DisagreementError) else f"{type(error).__name__}: {error}"
-    return text.strip().splitlines()[0]
 
 
 def why_not(call: Call, expected: list[Tensor], tolerance: float, what: str) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from autotune import timing
+from autotune.comparison import one_line
 from autotune.progress import Steps
 
 __all__ = ["LOST", "Case", "TimeLimitError", "compile_cases", "device_lost", "run_cases", "time_limit"]
@@ -75,7 +76,7 @@ class Case:
     def name(self) -> str:
         return f"{self.facts['name']} {self.facts['pass']}"
 
-    def run(self, deadline: float) -> dict[str, Any]:
+    def run(self, deadline: float = math.inf) -> dict[str, Any]:
         """The finished row; what ``measure`` raises becomes part of it."""
         try:
             with time_limit(deadline - time.monotonic()):
@@ -83,8 +84,7 @@ class Case:
         except TimeLimitError:
             return self.facts | {"status": "skipped", "message": "there was no time left to finish it"}
         except Exception as error:  # one row's failure must not cost the others
-            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            return self.facts | {"status": "failed", "message": message, "traceback": traceback.format_exc()}
+            return self.facts | {"status": "failed", "message": one_line(error), "traceback": traceback.format_exc()}
 
 
 def _settled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,18 @@ __all__ = [
     "Settings",
     "batch_norms_held",
     "compare_paths",
+    "inference_pass",
+    "joined",
     "measure_model",
+    "measure_module",
     "measure_operator",
     "on_backend",
+    "one_line",
+    "time_and_memory",
+    "training_pass",
 ]
+
+Call = Callable[[], list[Tensor]]
 
 # ‖ours − expected‖ / ‖expected‖ of every output and gradient. An operator is held against the naive path in float32
 # (float64 in float64), so that the bound is on our rounding alone.
@@ -40,6 +48,12 @@ OTHER_PRECISION_FACTOR = 2
 
 class DisagreementError(Exception):
     """The two paths computed different things."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, for a cell of a table: a disagreement speaks for itself, others with their type."""
+    text = str(error) if isinstance(error, DisagreementError) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,20 @@ def check(error: float, tolerance: float, what: str) -> dict[str, float]:
     return {"relative_error": error, "tolerance": tolerance}
 
 
+def time_and_memory(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, min_runs: int
+) -> dict[str, dict[str, Any]]:
+    """Percentiles and runs of each call as ``timing.measure`` takes them, and its ``peak_bytes``."""
+    peaks = {name: timing.peak_memory(call, device) for name, call in calls.items()}
+    times = timing.measure(calls, device, seconds=seconds, min_runs=min_runs)
+    return {name: asdict(found) | {"peak_bytes": peaks[name]} for name, found in times.items()}
+
+
 def compare_paths(call: Callable[[], Any], settings: Settings) -> dict[str, Any]:
     """Times and peak memory of ``call`` on our path and on the naive one, and the ratio of the medians."""
     calls = {"ours": on_backend(settings.backend, call), "naive": on_backend("reference", call)}
-    peaks = {path: timing.peak_memory(on_path, settings.device) for path, on_path in calls.items()}
-    times = timing.measure(calls, settings.device, seconds=settings.seconds, min_runs=settings.min_runs)
-    found: dict[str, Any] = {path: asdict(times[path]) | {"peak_bytes": peaks[path]} for path in calls}
-    return found | {"speed_up": times["naive"].p50_ms / times["ours"].p50_ms}
+    found: dict[str, Any] = {**time_and_memory(calls, settings.device, settings.seconds, settings.min_runs)}
+    return found | {"speed_up": found["naive"]["p50_ms"] / found["ours"]["p50_ms"]}
 
 
 def measure_operator(
@@ -138,29 +159,40 @@ def batch_norms_held(model: nn.Module) -> Iterator[None]:
 
 
 def measure_model(name: str, size: Size, photo: Image.Image, settings: Settings, *, training: bool) -> dict[str, Any]:
-    """Check one model on the photograph, in float32 and in the precision to be timed, then time it.
+    """``measure_module`` of one of our models, with random weights, on the photograph."""
+    model = workloads.photograph_model(name, photo).to(settings.device)
+    images = workloads.image_batch(photo, size, settings.batch, torch.float32, settings.device)
+    return measure_module(model, images, settings, training=training)
+
+
+def measure_module(model: nn.Module, images: Tensor, settings: Settings, *, training: bool) -> dict[str, Any]:
+    """Check a model in float32 and in the precision to be timed, to which it is converted, then time it.
 
     Raises:
         DisagreementError: logits or gradients are not those of the naive path; nothing was timed then.
     """
-    model = workloads.photograph_model(name, photo).to(settings.device).train(training)
-    one_pass = _training_pass if training else _inference
+    one_pass = training_pass if training else inference_pass
     what, tolerance = ("gradients", GRADIENTS_TOLERANCE) if training else ("logits", LOGITS_TOLERANCE)
-    images = workloads.image_batch(photo, size, settings.batch, torch.float32, settings.device)
-    call = one_pass(model, images)
+    call = one_pass(model.train(training), images)
+
+    def results(backend: str) -> list[Tensor]:
+        return on_backend(backend, lambda: joined(call))()
+
     with batch_norms_held(model):
-        exact = on_backend("reference", call)()
-        agreement = check(largest_error(on_backend(settings.backend, call)(), exact), tolerance, f"{what} in float32")
+        exact = results("reference")
+        agreement = check(largest_error(results(settings.backend), exact), tolerance, f"{what} in float32")
         if settings.dtype != torch.float32:
             call = one_pass(model.to(settings.dtype), images.to(settings.dtype))
-            tolerance = OTHER_PRECISION_FACTOR * largest_error(on_backend("reference", call)(), exact)
-            agreement = check(largest_error(on_backend(settings.backend, call)(), exact), tolerance, what)
+            tolerance = OTHER_PRECISION_FACTOR * largest_error(results("reference"), exact)
+            agreement = check(largest_error(results(settings.backend), exact), tolerance, what)
         del exact
     compared = compare_paths(call, settings)
     return {**agreement, **compared, "images_per_second": 1000 * settings.batch / compared["ours"]["p50_ms"]}
 
 
-def _inference(model: nn.Module, images: Tensor) -> Callable[[], list[Tensor]]:
+def inference_pass(model: nn.Module, images: Tensor) -> Call:
+    """A call that returns the logits."""
+
     def call() -> list[Tensor]:
         with torch.no_grad():
             return _floating(model(images))
@@ -168,17 +200,24 @@ def _inference(model: nn.Module, images: Tensor) -> Callable[[], list[Tensor]]:
     return call
 
 
-def _training_pass(model: nn.Module, images: Tensor) -> Callable[[], list[Tensor]]:
-    """Forward and backward, without an optimiser: the loss and the gradients, in one vector."""
-    parameters = list(model.parameters())
+def training_pass(model: nn.Module, images: Tensor) -> Call:
+    """Forward and backward, without an optimiser: a call that returns the loss and every parameter's gradient."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def call() -> list[Tensor]:
-        torch.manual_seed(0)  # drops and mixes the same every time
-        loss = torch.stack([out.square().mean() for out in _floating(model(images))]).sum()
+        with torch.enable_grad():
+            loss = torch.stack([out.float().square().mean() for out in _floating(model(images))]).sum()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return [loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])]
+        return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
     return call
+
+
+def joined(call: Call) -> list[Tensor]:
+    """Outputs as they are, many gradients as one vector: single ones may be all but zero, and their ratio noise."""
+    torch.manual_seed(0)  # drops and mixes the same every time
+    first, *others = call()
+    return [first, torch.cat([gradient.flatten() for gradient in others])] if others else [first]
 
 
 def _floating(output: Any) -> list[Tensor]:

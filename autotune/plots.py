@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,7 +23,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kernels.files import atomic_write
 
-__all__ = ["COLOURS", "MARKERS", "Comparison", "comparison_figure", "describe", "new_figure", "save", "style"]
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "Comparison",
+    "comparison_figure",
+    "describe",
+    "finish",
+    "grid",
+    "new_figure",
+    "save",
+    "style",
+]
 
 COLOURS = {
     "ours": "#0072B2",
@@ -72,6 +84,22 @@ def describe(figure: Figure, title: str, device: str) -> None:
     """The title above, and below it what every figure must tell: the device it was measured on."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
     figure.supxlabel(device, x=0.99, ha="right", fontsize=10, color=COLOURS["floor"])
+
+
+def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of ``width`` × ``height`` inches in the common style, with its rows × columns axes; call inside
+    ``style()``."""
+    figure, _ = new_figure(width, height)
+    figure.clear()
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def finish(figure: Figure, title: str, device: str) -> Figure:
+    """Title and device, and the layout settled once: a notebook would settle it again at every drawing, for seconds."""
+    describe(figure, title, device)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def save(figure: Figure, path: Path, source: str | None = None) -> Path:

@@ -4,7 +4,14 @@ The models see a real photograph, with random weights: what they compute is chec
 Operators run at the shapes RedNet-50, OverLoCK-T and VOLO-D1 give them. On every line both paths must agree before
 either is timed; a line that disagrees or fails is reported, and the exit code is 1.
 
-Prints a table and writes profile.json and plots (PNG).
+``--operator``, ``--model`` and ``--module`` run what they name instead, at a shape of one's own:
+
+    python -m autotune profile --operator involution2d --shape 8x64x56x56 --kernel-size 7 --dtype bf16 --backward
+    python -m autotune profile --model overlock_t --size 320x256 --batch 8
+    python -m autotune profile --module mypackage.nets:Net --input 8x3x224x224
+
+Prints a table and writes profile.json and plots (PNG). With ``--against`` it also says what became faster or slower
+than an earlier profile.json, and the exit code is 1 where anything became slower.
 """
 
 from __future__ import annotations
@@ -13,9 +20,7 @@ import argparse
 import functools
 import json
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +28,14 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
+from rich.table import Table
 
 import kernels
-from autotune import plots, progress, report, timing, workloads
-from autotune.arguments import device, dtype, image_size, matching, positive, threads
-from autotune.comparison import DisagreementError, Settings, measure_model, measure_operator
+from autotune import against, plots, progress, report, timing, workloads
+from autotune.arguments import Number, device, dtype, image_size, module, positive, shape, threads
+from autotune.cases import Case
+from autotune.comparison import Settings
+from autotune.lines import chosen_cases, given_batch
 from autotune.workloads import Size
 from kernels.backend import BACKENDS, interpreting, resolve
 
@@ -35,61 +43,6 @@ __all__ = ["add_arguments", "run"]
 
 # How long to look, before anything is timed, whether the machine is busy with something else.
 LOOK_SECONDS = 0.3
-
-PASSES = ("forward", "forward+backward")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table: what is known beforehand, and the function that measures the rest."""
-
-    facts: dict[str, Any]
-    measure: Callable[[], dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return f"{self.facts['name']} {self.facts['pass']}"
-
-    def run(self) -> dict[str, Any]:
-        """The row for profile.json; what ``measure`` raises becomes part of it."""
-        try:
-            return self.facts | {"status": "ok"} | self.measure()
-        except DisagreementError as error:
-            return self.facts | {"status": "failed", "message": str(error)}
-        except Exception as error:  # one line's failure must not cost the others
-            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            return self.facts | {"status": "failed", "message": message, "traceback": traceback.format_exc()}
-
-
-def operator_cases(settings: Settings, passes: Sequence[str], bytes_per_second: Callable[[], float]) -> Iterator[Case]:
-    """Every operator workload at the settings' batch; the copy's speed is asked for only when a line needs it."""
-    for workload in workloads.operator_workloads(settings.batch):
-        for name in passes:
-            facts = {
-                "kind": "operator",
-                "name": workload.name,
-                "operator": workload.operator,
-                "model": workload.model,
-                "shape": workload.shape,
-                "pass": name,
-            }
-
-            def measure(workload: workloads.Workload = workload, backward: bool = name == PASSES[1]) -> dict[str, Any]:
-                return measure_operator(workload, settings, backward=backward, bytes_per_second=bytes_per_second())
-
-            yield Case(facts, measure)
-
-
-def model_cases(settings: Settings, passes: Sequence[str], sizes: Sequence[Size], image: Path | None) -> Iterator[Case]:
-    """Each family's smallest variant on the photograph at every size."""
-    photo = workloads.photograph(image)
-    for model, title in workloads.MODELS.items():
-        for size in sizes:
-            for name in passes:
-                shape = f"{size[0]}×{size[1]}"
-                facts = {"kind": "model", "name": f"{model} {shape}", "model": title, "shape": shape, "pass": name}
-                measure = functools.partial(measure_model, model, size, photo, settings, training=name == PASSES[1])
-                yield Case(facts, measure)
 
 
 def _image(text: str) -> Path:
@@ -110,10 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)",
     )
     where.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    what = parser.add_argument_group("what it runs")
+    what = parser.add_argument_group("what it runs (default: every operator, and each family's smallest model)")
+    what.add_argument(
+        "--operator",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="operators by name, at the models' shapes or --shape",
+    )
+    what.add_argument("--shape", type=shape, metavar="BxCxHxW", help="of --operator's map, as in: 8x64x56x56")
+    what.add_argument("--kernel-size", type=positive, metavar="K", help="of --operator at --shape (default: 7)")
+    what.add_argument("--model", nargs="+", default=[], metavar="NAME", help="models, as models list names them")
+    what.add_argument("--module", type=module, metavar="MODULE:NAME", help="your own, as in: mypackage.nets:Net")
+    what.add_argument("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
     what.add_argument("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
     what.add_argument(
+        "--size",
         "--sizes",
+        dest="sizes",
         type=image_size,
         nargs="+",
         metavar="HxW",
@@ -124,7 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, metavar="B", help="(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
     )
     what.add_argument("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
-    what.add_argument("--training", action="store_true", help="models forward and backward, as operators always are")
+    what.add_argument(
+        "--training",
+        "--backward",
+        dest="training",
+        action="store_true",
+        help="forward and backward as well, as all operators are where none is named",
+    )
     what.add_argument(
         "--only",
         nargs="+",
@@ -138,8 +111,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for the files (default: notebooks/results/DEVICE; build/results/DEVICE with --quick or --only, "
-        "so that a part never replaces the whole)",
+        help="folder for the files (default: notebooks/results/DEVICE; build/results/DEVICE for a part, "
+        "so that it never replaces the whole)",
+    )
+    output.add_argument(
+        "--against",
+        type=Path,
+        metavar="RESULTS.json",
+        help="an earlier profile.json: say what became faster or slower; 1 is the exit code if anything became slower",
+    )
+    output.add_argument(
+        "--threshold",
+        type=Number(above=0),
+        default=0.1,
+        metavar="X",
+        help="share of a time from which a change counts (default: %(default)s)",
     )
     output.add_argument("--json", action="store_true", help="print the content of profile.json instead of the table")
 
@@ -156,7 +142,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         device=chosen,
         dtype=arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32),
         backend=arguments.backend,
-        batch=arguments.batch or (1 if arguments.quick else batch),
+        batch=given_batch(arguments) or (1 if arguments.quick else batch),
         seconds=0 if arguments.quick else 1.5,
         min_runs=2 if arguments.quick else 3,
     )
@@ -169,11 +155,16 @@ def _implementation(backend: str, where: torch.device) -> str:
 def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
     if arguments.out is not None:
         return arguments.out
-    parent = "build" if arguments.quick or arguments.only else "notebooks"
+    part = arguments.quick or arguments.only or arguments.operator or arguments.model or arguments.module is not None
+    parent = "build" if part or arguments.against else "notebooks"
     return (timing.repository_root() or Path.cwd()) / parent / "results" / timing.device_folder(where)
 
 
 def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequence[Size]) -> dict[str, Any]:
+    image = arguments.image.name if arguments.image else "matplotlib's portrait of Grace Hopper"
+    weights = "random"
+    if arguments.module is not None:
+        image, weights = "random inputs", "the module's own"
     return {
         "schema": 1,
         "complete": False,
@@ -185,8 +176,8 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequen
             "backend": settings.backend,
             "implementation": _implementation(settings.backend, settings.device),
             "sizes": sizes,
-            "image": arguments.image.name if arguments.image else "matplotlib's portrait of Grace Hopper",
-            "weights": "random",
+            "image": image,
+            "weights": weights,
             "only": arguments.only,
             "seconds_per_line": settings.seconds,
             "min_runs": settings.min_runs,
@@ -198,7 +189,11 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequen
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0: all lines agree and are timed; 1: a line failed; 2: bad arguments; 130: interrupted, what is done is kept."""
+    """The exit code.
+
+    0: all lines agree and are timed; 1: a line failed, or became slower; 2: bad arguments; 130: interrupted, and what
+    was done by then is kept.
+    """
     messages = Console(stderr=True, highlight=False)
     quick = arguments.quick
     sizes = list(dict.fromkeys(arguments.sizes))[: 1 if quick else None]
@@ -209,23 +204,22 @@ def run(arguments: argparse.Namespace) -> int:
         record["copy_gigabytes_per_second"] = speed / 1e9
         return speed
 
+    threads = torch.get_num_threads()
     try:
         settings = _settings(arguments)
-        cases = [
-            *operator_cases(settings, PASSES[:1] if quick else PASSES, bytes_per_second),
-            *model_cases(settings, PASSES if arguments.training else PASSES[:1], sizes, arguments.image),
-        ]
-        if arguments.only:
-            cases = matching(cases, arguments.only, lambda case: case.name, "--only")
+        cases = chosen_cases(arguments, settings, sizes, bytes_per_second)
+        torch.set_num_threads(arguments.threads or threads)
+        record = _new_record(arguments, settings, sizes)
+        earlier = {}
+        if arguments.against is not None:
+            earlier = against.earlier_rows(arguments.against, record, (case.name for case in cases))
         folder = _out_folder(arguments, settings.device)
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
+        torch.set_num_threads(threads)
         messages.print(f"[red]error:[/] {escape(str(error))}")
         return 2
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads or threads)
-    record = _new_record(arguments, settings, sizes)
     start, others = time.monotonic(), timing.OtherWork()
     time.sleep(LOOK_SECONDS)
     if (warning := report.busy(others.cores(), record["machine"]["cpu_count"])) is not None:
@@ -241,10 +235,15 @@ def run(arguments: argparse.Namespace) -> int:
         messages.print("[yellow]interrupted[/]; what was done by then is kept")
     finally:
         torch.set_num_threads(threads)
+    changes = against.differences(record["rows"], earlier, arguments.threshold)
+    if arguments.against is not None:
+        record["against"] = {"file": arguments.against.name, "threshold": arguments.threshold, "rows": changes}
     if arguments.json:  # before anything is written: a full disk does not lose what was measured
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
         _print(record)
+        if arguments.against is not None:
+            _show(Console(highlight=False), against.table(changes, str(arguments.against), arguments.threshold))
     timing.write_json(folder / "profile.json", record)
     source = report.fingerprint(record)
     drawn = [plots.save(figure, folder / file, source) for file, figure in report.figures(record).items()]
@@ -253,19 +252,23 @@ def run(arguments: argparse.Namespace) -> int:
         Console(highlight=False).print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)
     if not record["complete"]:
         return 130
-    return int(any(row["status"] != "ok" for row in record["rows"]))
+    slower = any(change["verdict"] == "slower" for change in changes)
+    return int(slower or any(row["status"] != "ok" for row in record["rows"]))
 
 
 def _told(row: dict[str, Any]) -> str:
     return f"{report.number(row['speed_up'])}×" if row["status"] == "ok" else f"failed, {row['message']}"
 
 
-def _print(record: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    table = report.table(record)
+def _show(console: Console, table: Table) -> None:
     # Where the terminal is too narrow, wrapped lines lose less than columns cut short.
     console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
     console.print(table)
+
+
+def _print(record: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    _show(console, report.table(record))
     for warning in report.warnings(record):
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     for row in record["rows"]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from autotune import plots
 
-__all__ = ["busy", "figures", "fingerprint", "number", "table", "warnings"]
+__all__ = ["busy", "figures", "fingerprint", "number", "percent", "table", "unsteady", "warnings"]
 
 Row = dict[str, Any]
 PATHS = ("ours", "naive")
@@ -30,12 +30,17 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
+def percent(fraction: float) -> str:
+    """Whole per cents, and below one of them two more digits."""
+    return f"{fraction:.0%}" if fraction >= 0.01 else f"{fraction:.2%}"
+
+
 def _group(row: Row) -> str:
     return row["operator"] if row["kind"] == "operator" else row["model"]
 
 
 def _shape(row: Row) -> str:
-    return f"{row['model']} {row['shape']}" if row["kind"] == "operator" else row["shape"]
+    return f"{row['model']} {row['shape']}".strip() if row["kind"] == "operator" else row["shape"]
 
 
 def _peaks(row: Row) -> list[float | None]:
@@ -94,7 +99,7 @@ def _cells(row: Row) -> list[str]:
         *(cell for path in PATHS for cell in (number(row[path]["p50_ms"]), _range(row[path]))),
         f"[{colour}]{number(row['speed_up'])}×[/]",
         *(number(peak) for peak in _peaks(row)),
-        f"{row['floor']['fraction']:.0%}" if "floor" in row else "",
+        percent(row["floor"]["fraction"]) if "floor" in row else "",
     ]
 
 
@@ -119,11 +124,17 @@ def busy(cores: float | None, cpu_count: int | None) -> str | None:
 def warnings(record: Row) -> list[str]:
     """What speaks against trusting the record's times."""
     timed = [row for row in record["rows"] if row["status"] == "ok"]
-    wide = sum(any(_spread(row[path]) > WIDE_SPREAD for path in PATHS if path in row) for row in timed)
-    found = [busy(record.get("other_cores"), record["machine"].get("cpu_count"))]
-    if wide:
-        found.append(f"{wide} of {len(timed)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)")
+    paths = [[row[path] for path in PATHS if path in row] for row in timed]
+    found = busy(record.get("other_cores"), record["machine"].get("cpu_count")), unsteady(paths)
     return [warning for warning in found if warning]
+
+
+def unsteady(lines: Sequence[Sequence[Row]]) -> str | None:
+    """A sentence where lines, each of some contenders' times, have one with a wide spread."""
+    wide = sum(any(_spread(times) > WIDE_SPREAD for times in line) for line in lines)
+    if not wide:
+        return None
+    return f"{wide} of {len(lines)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)"
 
 
 def _caption(record: Row) -> str:
@@ -135,7 +146,7 @@ def _caption(record: Row) -> str:
             "naive: every window unfolded or gathered; for depthwise_conv2d, PyTorch's own convolution.",
             "peak: the most memory that a call holds at once, beyond its inputs and weights.",
             f"of floor: floor / our time; the floor moves each input and output once, at a copy's speed{floor}.",
-            f"Models: {record['settings']['image']}, random weights.",
+            f"Models: {record['settings']['image']}, {record['settings']['weights']} weights.",
         )
     )
 

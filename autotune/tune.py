@@ -162,7 +162,8 @@ class Tuning:
 
 def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], object]]:
     if arguments.model is not None:
-        from autotune.bench_models import inference_pass, placed, random_images, random_images_model, training_pass
+        from autotune.bench_models import placed, random_images, random_images_model
+        from autotune.comparison import inference_pass, training_pass
 
         small = arguments.quick
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))

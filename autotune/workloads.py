@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,18 @@ if TYPE_CHECKING:  # a GPU machine measures without a photograph
 
 __all__ = [
     "MODELS",
+    "OPERATORS",
     "Input",
     "Workload",
+    "generation",
     "image_batch",
+    "least_bytes",
     "operator_workloads",
     "photograph",
     "photograph_model",
     "random_model",
     "settled_model",
+    "workload_of",
 ]
 
 MODELS = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's smallest
@@ -75,7 +79,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        return f"{self.operator} {self.model} {self.shape}"
+        return " ".join(filter(None, (self.operator, self.model, self.shape)))
 
     def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Random tensors that require gradients, the same for the same seed on every device."""
@@ -98,17 +102,21 @@ class Workload:
         return [out.detach(), *torch.autograd.grad(out, _tensors(inputs), gradient)]
 
     def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
-        """Fewest bytes to move: each input read once and each output written once, in each of the two passes.
-
-        A backward pass reads the inputs and the output's gradient, and writes the gradient of every input.
-        """
+        """Fewest bytes to move, forward or forward and backward."""
         inputs = sum(math.prod(spec.shape) for spec in _tensors(self.inputs))
-        output = math.prod(self.output)
-        return dtype.itemsize * (3 * inputs + 2 * output if backward else inputs + output)
+        return dtype.itemsize * least_bytes(inputs, math.prod(self.output), backward=backward)
 
     def operations(self, *, backward: bool = False) -> int:
         """Two a multiply-add; a backward pass does the forward's twice, once for each factor's gradient."""
         return 2 * self.multiply_adds * (3 if backward else 1)
+
+
+def least_bytes(inputs: int, output: int, *, backward: bool) -> int:
+    """Fewest bytes to move: each input read once and each output written once, in each of the two passes.
+
+    A backward pass reads the inputs and the output's gradient, and writes the gradient of every input.
+    """
+    return 3 * inputs + 2 * output if backward else inputs + output
 
 
 def _map_tensors(function: Callable[[Any], Any], inputs: Mapping[str, Any]) -> Inputs:
@@ -231,6 +239,67 @@ def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: in
         output=image,
         multiply_adds=math.prod(image) * kernel_size**2,
     )
+
+
+def generation(workload: Workload) -> Workload:
+    """An involution with its kernels generated inside, from RedNet's C/4 features, for one that is handed them."""
+    batch, channels, *size = workload.output
+    groups, kernel_size = workload.inputs["weight"].shape[1:3]  # pyright: ignore[reportAttributeAccessIssue]
+    rows, features = groups * kernel_size**2, channels // 4
+    pixels = batch * math.prod(size)
+    return replace(
+        workload,
+        operator="involution2d_generate",
+        inputs={
+            "x": workload.inputs["x"],
+            "features": Input((batch, features, *size)),
+            "weight": Input((rows, features), std=features**-0.5),
+            "bias": Input((rows,)),
+        },
+        multiply_adds=workload.multiply_adds + pixels * rows * features,
+        options={"kernel_size": kernel_size, "groups": groups},
+    )
+
+
+def workload_of(operator: str, *, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
+    """An operator at a shape of one's own, with as many channels per group or head as its model has.
+
+    These are 16, in VOLO's outlook attention (whose stride is 2) 32. ContMix has a second kernel of 5×5, and half of
+    the channels for each.
+
+    Raises:
+        ValueError: there is no such operator, or it does not take that shape.
+    """
+    for name, value in (("batch", batch), ("channels", channels), ("kernel_size", kernel_size), ("size", min(size))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if operator not in OPERATORS:
+        raise ValueError(f"operator must be one of {', '.join(OPERATORS)}; got {operator!r}")
+    build, multiple = OPERATORS[operator]
+    if channels % multiple:
+        raise ValueError(f"channels must be a multiple of {multiple} for {operator}, got {channels}")
+    workload = build(batch, channels, size, kernel_size)
+    meta = _map_tensors(lambda spec: torch.empty(spec.shape, device="meta"), workload.inputs)
+    try:
+        with kernels.use_backend("eager"):
+            getattr(kernels, operator)(**meta, **workload.options)
+    except ValueError as error:
+        raise ValueError(f"kernel_size {kernel_size} at size {_text(size)} does not suit {operator}: {error}") from None
+    return workload
+
+
+Build = Callable[[int, int, Size, int], Workload]
+# name -> workload from batch, channels, size and kernel size; and what the channels must be a multiple of
+OPERATORS: dict[str, tuple[Build, int]] = {
+    "involution2d": (lambda b, c, s, k: involution("", b, c, s, k, 16), 16),
+    "involution2d_generate": (lambda b, c, s, k: generation(involution("", b, c, s, k, 16)), 16),
+    "na2d_av": (lambda b, c, s, k: neighborhood("na2d_av", "", b, c // 16, 16, s, k), 16),
+    "na2d_qk": (lambda b, c, s, k: neighborhood("na2d_qk", "", b, c // 16, 16, s, k), 16),
+    "na2d_softmax_av": (lambda b, c, s, k: neighborhood("na2d_softmax_av", "", b, c // 16, 16, s, k), 16),
+    "contmix2d": (lambda b, c, s, k: contmix("", b, c // 32, 16, s, (5, k)), 32),
+    "outlook_attention2d": (lambda b, c, s, k: outlook("", b, c // 32, 32, s, k, 2), 32),
+    "depthwise_conv2d": (lambda b, c, s, k: depthwise("", b, c, s, k), 1),
+}
 
 
 def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:

@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import kernels
-from autotune import plots, report, timing, workloads
-from autotune.comparison import Settings, measure_model, on_backend
+from autotune import plots, report, workloads
+from autotune.comparison import Settings, inference_pass, measure_model, on_backend, time_and_memory
 from autotune.notebooks.session import Session, finish, grid, record_label
 
 __all__ = [
@@ -111,19 +110,10 @@ def measure_peers(session: Session) -> tuple[list[Measured], list[str]]:
             missing.append(name)
             continue
         model = build().eval().to(device=session.device, dtype=session.dtype)
-        call = _inference(model, images)
-        times = timing.measure({name: call}, session.device, seconds=settings.seconds, min_runs=settings.min_runs)
-        peak = timing.peak_memory(call, session.device)
-        found.append(Measured(name, "peer", settings.batch, times[name].p50_ms / 1000, peak))
+        call = inference_pass(model, images)
+        peer = time_and_memory({name: call}, session.device, settings.seconds, settings.min_runs)[name]
+        found.append(Measured(name, "peer", settings.batch, peer["p50_ms"] / 1000, peer["peak_bytes"]))
     return found, missing
-
-
-def _inference(model: nn.Module, images: Tensor) -> Callable[[], Any]:
-    def call() -> Any:
-        with torch.no_grad():
-            return model(images)
-
-    return call
 
 
 def from_record(record: Mapping[str, Any]) -> list[Measured]:
@@ -262,7 +252,7 @@ def breakdown(model: nn.Module, title: str, images: Tensor, backend: str, *, run
     """Where the time of inference goes: self time of every operation (of its kernels, on a GPU), the mean over runs."""
     on_gpu = images.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    call = on_backend(backend, _inference(model, images))
+    call = on_backend(backend, inference_pass(model, images))
     call()
     with _named_ranges(), profile(activities=activities) as recorded:
         for _ in range(runs):

@@ -1,4 +1,4 @@
-"""Notebook 02: achieved bandwidth of every operator, fused against unfused, under the measured ceilings."""
+"""``autotune.roofline``, and notebook 02: operators fused and unfused, under the measured ceilings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from torch import Tensor
 
 import kernels
 from autotune import plots, report, timing, workloads
+from autotune.bench_operators import contmix_chain
 from autotune.ceilings import matmul_rate
 from autotune.comparison import OPERATOR_TOLERANCE, Settings, check, largest_error, measure_operator
-from autotune.notebooks.session import Session, finish, grid, record_label
+from autotune.contest import NAIVE, Contest
+from autotune.notebooks.session import Session, finish, grid, record_label, start
+from autotune.sweeps import Sweep
 from kernels.reference import rpb_logits
 from kernels.windows import Window
 
@@ -30,6 +33,7 @@ __all__ = [
     "measure_ceilings",
     "measure_fusion",
     "measure_operators",
+    "roofline",
     "roofline_figure",
 ]
 
@@ -78,12 +82,16 @@ def measure_ceilings(session: Session) -> Ceilings:
     )
 
 
-def measure_operators(session: Session, ceilings: Ceilings, *, image: int = 224) -> list[Measured]:
-    """Every operator at the models' shapes, forward; batch 1 on a CPU, 128 on a GPU."""
+def measure_operators(
+    session: Session, ceilings: Ceilings, *, image: int = 224, operators: Sequence[str] = tuple(workloads.OPERATORS)
+) -> list[Measured]:
+    """Operators at the models' shapes, forward; batch 1 on a CPU, 128 on a GPU."""
     seconds = 0.5 if session.full else 0.05
     settings = Settings(session.device, session.dtype, seconds=seconds, min_runs=3)
     found = []
     for workload in workloads.operator_workloads(128 if session.full else 1, (image, image)):
+        if workload.operator not in operators:
+            continue
         row = measure_operator(workload, settings, backward=False, bytes_per_second=ceilings.bytes_per_second)
         found.append(
             Measured(
@@ -96,6 +104,54 @@ def measure_operators(session: Session, ceilings: Ceilings, *, image: int = 224)
             )
         )
     return found
+
+
+def roofline(*what: Contest | Sweep | str) -> Figure:
+    """Anything under the roof that this device's copies and matrix products make.
+
+    Args:
+        what: results of ``compare`` and ``sweep``, all of one device and precision, and names of operators, which are
+            measured at the models' shapes; without any, every operator that the models call.
+
+    Raises:
+        TypeError, ValueError: one of them is nothing of the kind; nothing was measured then.
+    """
+    known = list(dict.fromkeys(workload.operator for workload in workloads.operator_workloads(1)))
+    results: list[Contest | Sweep] = []
+    for entry in what:
+        if isinstance(entry, (Contest, Sweep)):
+            results.append(entry)
+        elif not isinstance(entry, str):
+            raise TypeError(f"what must be results of compare or sweep, or names, got {type(entry).__name__}")
+        elif entry not in known:
+            raise ValueError(f"what must name some of {', '.join(known)}; got {entry!r}")
+    session = start()
+    if results:
+        if len(places := {(result.device, result.dtype) for result in results}) > 1:
+            raise ValueError(f"what must be of one device and precision, got {sorted(map(' '.join, places))}")
+        ((device, dtype),) = places
+        session = Session(torch.device(device), getattr(torch, dtype), session.full and device == "cuda")
+    measured = [entry for result in results for entry in _of_result(result)]
+    ceilings = measure_ceilings(session)
+    if names := [entry for entry in what if isinstance(entry, str)] or ([] if results else known):
+        measured += measure_operators(session, ceilings, operators=names)
+    return roofline_figure(measured, ceilings, session.label)
+
+
+def _of_result(result: Contest | Sweep) -> list[Measured]:
+    if isinstance(result, Sweep):
+        return [
+            Measured(result.operator, axis, p.floor_bytes, p.operations, p.ours_seconds, p.naive_seconds)
+            for axis, points in result.points.items()
+            for p in points
+        ]
+    if not result.operations:
+        raise ValueError(f"what must do something that PyTorch's counter knows, {result.title} has no operations")
+    seconds = {row["name"]: row["p50_ms"] / 1000 for row in result.timed if row["kind"] in ("ours", NAIVE)}
+    naive = seconds.pop(NAIVE, None)
+    ours = min(seconds.values()) if seconds else naive
+    assert ours is not None
+    return [Measured(result.title, "", result.floor_bytes, result.operations, ours, naive)]
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[list[Measured], Ceilings]:
@@ -260,25 +316,6 @@ def fusions(session: Session) -> Iterator[Fusion]:
             lambda i=inputs, sizes=(5, size): contmix_chain(**i, kernel_sizes=sizes),
             workload.floor_bytes(session.dtype),
         )
-
-
-def contmix_chain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    rpb: Sequence[Tensor],
-    kernel_sizes: Sequence[int],
-) -> Tensor:
-    """contmix2d as a chain: affinity, projection, then ``na2d_softmax_av`` of each kernel size; all of it is stored."""
-    affinity = torch.einsum("bgchw,bgcl->bghwl", query, key)
-    logits = F.linear(affinity, proj_weight, proj_bias).split([size**2 for size in kernel_sizes], -1)
-    mixed = [
-        kernels.na2d_softmax_av(part, value[:, m].movedim(2, -1), size, rpb=rpb[m]).movedim(-1, 2)
-        for m, (part, size) in enumerate(zip(logits, kernel_sizes, strict=True))
-    ]
-    return torch.stack(mixed, 1)
 
 
 def _bytes(*tensors: Tensor) -> int:

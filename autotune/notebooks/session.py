@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from autotune import plots, timing, workloads
+from autotune import timing, workloads
+from autotune.plots import finish, grid
 
 __all__ = [
     "CHECKPOINTS_VARIABLE",
@@ -133,22 +133,6 @@ def committed_gpu_records(file: str, results: Path | None = None) -> list[dict[s
 def record_label(record: Mapping[str, Any]) -> str:
     """What a figure says of a committed record's origin."""
     return f"{record['machine']['device']} · {record['settings']['dtype']} · {record['machine']['date'][:10]}"
-
-
-def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of ``width`` × ``height`` inches in the common style, with its rows × columns axes; call inside
-    ``plots.style()``."""
-    figure, _ = plots.new_figure(width, height)
-    figure.clear()
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def finish(figure: Figure, title: str, device: str) -> Figure:
-    """Title and device, and the layout settled once: a notebook would settle it again at every drawing, for seconds."""
-    plots.describe(figure, title, device)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure
 
 
 def without_ticks(axis: Axes) -> Axes:

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from PIL import ImageOps
 
 import kernels
-from autotune import comparison, profile, report, timing, workloads
+from autotune import against, comparison, lines, profile, report, timing, workloads
 from autotune.__main__ import COMMANDS, main
 from tests.support import DEVICE
 
@@ -178,19 +178,119 @@ def test_json_alone_is_printed(quick, capsys):
 
 
 def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
-    measure = profile.measure_operator
+    measure = lines.measure_operator
 
     def interrupted(workload, *arguments, **options):
         if workload.operator == OUTLOOK:
             raise KeyboardInterrupt
         return measure(workload, *arguments, **options)
 
-    monkeypatch.setattr(profile, "measure_operator", interrupted)
+    monkeypatch.setattr(lines, "measure_operator", interrupted)
     code, record = quick("--only", INVOLUTION, OUTLOOK)
     assert code == 130
     assert record["complete"] is False
     assert [row["operator"] for row in record["rows"]] == ["involution2d"]
     assert (tmp_path / "profile_operators.png").exists()
+
+
+def test_an_operator_at_a_shape_of_ones_own(quick):
+    arguments = ("--operator", "involution2d", "--shape", "2x32x8x6", "--kernel-size", "3", "--dtype", "fp32")
+    code, record = quick(*arguments)
+    assert code == 0
+    assert [(row["name"], row["pass"]) for row in record["rows"]] == [("involution2d 32@8×6 K=3", "forward")]
+    assert record["settings"]["batch"] == 2
+    assert record["rows"][0]["floor"]["bytes"] == 4 * 2 * (2 * 32 + 2 * 9) * 8 * 6
+    code, record = quick(*arguments, "--backward")
+    assert [row["pass"] for row in record["rows"]] == ["forward", "forward+backward"]
+
+
+def test_named_operators_and_models_alone(quick):
+    code, record = quick("--operator", OUTLOOK, "--model", "rednet26", "--size", "32x64")
+    assert code == 0
+    assert [row["name"] for row in record["rows"]] == [f"{OUTLOOK} VOLO-D1 6×32@28² K=3 s=2", "rednet26 32×64"]
+
+
+def test_a_module_of_the_users(quick, tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy_nets.py").write_text(
+        "from torch import nn\nfrom models.rednet import Involution2d\n\n\n"
+        "def net():\n    return nn.Sequential(nn.Conv2d(3, 16, 1), Involution2d(16, 3), nn.BatchNorm2d(16))\n\n\n"
+        "def needs(argument): ...\nnumber = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, record = quick("--module", "toy_nets:net", "--input", "2x3x8x8", "--training")
+    assert code == 0, record["rows"]
+    assert [(row["name"], row["pass"]) for row in record["rows"]] == [
+        ("Sequential 2×3×8×8", "forward"),
+        ("Sequential 2×3×8×8", "forward+backward"),
+    ]
+    assert "Models: random inputs, the module's own weights." in capsys.readouterr().out
+    for name, message in (
+        ("toy_nets", "must be PACKAGE.MODULE:NAME"),
+        ("no_such_nets:Net", "No module named 'no_such_nets'"),
+        ("toy_nets:Net", "has no attribute 'Net'"),
+        ("toy_nets:needs", "missing 1 required positional argument"),
+        ("toy_nets:number", "'int' object is not callable"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["profile", "--quick", "--module", name])
+        assert message in capsys.readouterr().err
+
+
+def test_against_an_earlier_run(quick, tmp_path, capsys):
+    only = ("--only", INVOLUTION, OUTLOOK)
+    _, record = quick(*only)
+    earlier = tmp_path / "earlier.json"
+    for row, factor in zip(record["rows"], (0.01, 100), strict=True):
+        row["ours"] |= {name: factor * row["ours"][name] for name in ("p20_ms", "p50_ms", "p80_ms")}
+    earlier.write_text(json.dumps(record))
+    code, record = quick(*only, "--against", str(earlier))
+    assert code == 1
+    assert [row["verdict"] for row in record["against"]["rows"]] == ["slower", "faster"]
+    shown = capsys.readouterr().out
+    assert "slower" in shown
+    assert "p20 to p80" in shown
+    assert quick("--only", OUTLOOK, "--against", str(earlier))[0] == 0, "nothing became slower"
+    assert quick(*only, "--against", str(earlier), "--threshold", "1e6")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        ((1.9, 2.0, 2.1), "same"),
+        ((2.3, 2.4, 2.5), "slower"),
+        ((2.05, 2.4, 2.5), "same"),  # the ranges overlap
+        ((2.15, 2.19, 2.3), "same"),  # within the threshold
+        ((1.5, 1.6, 1.7), "faster"),
+        ((1.5, 1.6, 1.95), "same"),
+    ],
+)
+def test_a_change_counts_beyond_threshold_and_spread(now, verdict):
+    times = dict(zip(("p20_ms", "p50_ms", "p80_ms"), now, strict=True))
+    before = {"p20_ms": 1.9, "p50_ms": 2.0, "p80_ms": 2.1}
+    (found,) = against.differences([row("a", ours=times)], {"a forward": row("a", ours=before)}, 0.1)
+    assert found["verdict"] == verdict
+    assert found["change"] == pytest.approx(now[1] / 2 - 1)
+    assert found["control"] == 0
+    assert against.differences([row("b", ours=times)], {"a forward": row("a", ours=before)}, 0.1) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record["machine"].update(device="Analytical Engine"), "device was Analytical Engine, and is"),
+        (lambda record: record["settings"].update(batch=64), "batch was 64, and is 1 here"),
+        (lambda record: record["settings"].update(dtype="float16"), "dtype was float16"),
+        (lambda record: record["rows"][0].update(name="another"), "must hold a line that this run measures"),
+        (lambda record: record.pop("settings"), "must be a profile.json that can be read"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(quick, tmp_path, monkeypatch, capsys, change, message):
+    _, record = quick("--only", INVOLUTION)
+    change(record)
+    (tmp_path / "earlier.json").write_text(json.dumps(record))
+    monkeypatch.setattr(lines, "measure_operator", lambda *_, **__: pytest.fail("it was measured"))
+    assert quick("--only", INVOLUTION, "--against", str(tmp_path / "earlier.json"))[0] == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -203,6 +303,21 @@ def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
         (["--batch", "0"], "--batch: must be an integer of at least 1, got '0'"),
         (["--device", "abacus"], "--device: must be a device present here, got 'abacus'"),
         (["--device", "cuda:99"], "--device: must be a device present here, got 'cuda:99'"),
+        (["--shape", "1x16x8x8"], "--shape must be BATCHxCHANNELSxHEIGHTxWIDTH, of an --operator"),
+        (["--operator", "na2d_av", "--shape", "1x16x8"], "--shape must be BATCHxCHANNELSxHEIGHTxWIDTH"),
+        (["--operator", "na2d_av", "--shape", "1x16x0x8"], "--shape: must be an integer of at least 1, got '0'"),
+        (["--operator", "na2d_av", "--shape", "1x16x8x8", "--kernel-size", "4"], "kernel_size must be odd"),
+        (["--operator", "na2d_av", "--shape", "1x20x8x8"], "channels must be a multiple of 16"),
+        (
+            ["--operator", "na2d_av", "--shape", "2x16x8x8", "--batch", "3"],
+            "--batch, --shape and --input must have",
+        ),
+        (["--operator", "nothing"], "--operator must match a name"),
+        (["--kernel-size", "3"], "--kernel-size must come with --shape"),
+        (["--input", "1x3x8x8"], "--input must come with --module"),
+        (["--model", "nothing"], "--model must be one of those"),
+        (["--against", "missing.json"], "--against must be a profile.json that can be read"),
+        (["--threshold", "0"], "--threshold: must be a finite number above 0"),
         (["--backend", "magic"], "--backend: invalid choice: 'magic'"),
         (
             ["--only", "involution2d", "nothing"],
@@ -228,7 +343,7 @@ def test_the_interpreter_is_not_timed(monkeypatch, tmp_path, capsys):
 
 def test_a_part_never_replaces_the_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "repository_root", lambda: tmp_path)
-    monkeypatch.setattr(profile, "measure_operator", lambda *_, **__: {"speed_up": 1.0})
+    monkeypatch.setattr(lines, "measure_operator", lambda *_, **__: {"speed_up": 1.0})
     monkeypatch.setattr(report, "figures", lambda record: {})
     monkeypatch.setattr(report, "table", lambda record: "")
     folder = timing.device_folder(timing.best_device())
@@ -236,7 +351,7 @@ def test_a_part_never_replaces_the_whole(monkeypatch, tmp_path):
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")] == [
         Path("build", "results", folder, "profile.json")
     ]
-    monkeypatch.setattr(profile, "model_cases", lambda *_: [])
+    monkeypatch.setattr(lines, "model_cases", lambda *_: [])
     assert main(["profile"]) == 0
     assert (tmp_path / "notebooks" / "results" / folder / "profile.json").exists()
 
@@ -245,7 +360,8 @@ def record_of(rows):
     return {
         "rows": rows,
         "machine": {"device": "Analytical Engine"},
-        "settings": {"dtype": "float32", "batch": 4, "image": "a photograph", "implementation": "eager"},
+        "settings": {"dtype": "float32", "batch": 4, "image": "a photograph", "implementation": "eager"}
+        | {"weights": "random"},
         "copy_gigabytes_per_second": 10.0,
     }
 
@@ -328,5 +444,23 @@ def test_help_of_the_command(capsys):
     with pytest.raises(SystemExit):
         main(["profile", "--help"])
     shown = capsys.readouterr().out
-    for option in ("--device", "--image", "--sizes", "--only", "--quick", "--out", "--json", "--training", "--threads"):
+    for option in (
+        "--device",
+        "--image",
+        "--sizes",
+        "--only",
+        "--quick",
+        "--out",
+        "--json",
+        "--training",
+        "--threads",
+        "--operator",
+        "--shape",
+        "--kernel-size",
+        "--model",
+        "--module",
+        "--input",
+        "--size",
+        "--against",
+    ):
         assert option in shown

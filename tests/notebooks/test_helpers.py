@@ -11,6 +11,7 @@ from torch import nn
 
 import kernels
 import models
+from autotune import workloads
 from autotune.notebooks import (
     breakdown,
     complexity,
@@ -171,15 +172,15 @@ def test_sources_of_kernels():
 
 
 def test_sweep(monkeypatch):
-    values = {"side": (6, 8), "kernel_size": (3, 5), "channels": (16, 32), "batch": (1, 2)}
+    values = {"size": (6, 8), "kernel_size": (3, 5), "channels": (16, 32), "batch": (1, 2)}
     operator = sweeps.OPERATORS["involution2d"]
-    small = sweeps.Operator(operator.build, sweeps.Shape(8, 3, 16, 1), values, operator.full_base, operator.full_values)
+    small = sweeps.Operator(sweeps.Shape(8, 3, 16, 1), values, operator.full_base, operator.full_values)
     monkeypatch.setitem(sweeps.OPERATORS, "involution2d", small)
     found = sweeps.sweep("involution2d", ON_CPU, seconds=0.001, min_runs=1)
     assert {axis: [getattr(point.shape, axis) for point in points] for axis, points in found.items()} == {
         axis: list(numbers) for axis, numbers in values.items()
     }
-    base = found["side"][1]
+    base = found["size"][1]
     assert base is found["batch"][0]  # measured once
     assert base.pixels == 64
     assert base.output_bytes == 64 * 16 * 4
@@ -197,7 +198,7 @@ def test_sweep(monkeypatch):
 
 
 def test_unfused_chain_is_contmix():
-    workload = sweeps.workloads.contmix("", 2, 2, 4, (7, 8), (3, 5))
+    workload = workloads.contmix("", 2, 2, 4, (7, 8), (3, 5))
     inputs = workload.draw_inputs(torch.float64, torch.device("cpu"))
     chain = roofline.contmix_chain(**inputs, kernel_sizes=(3, 5))
     assert relative_error(chain, workload.forward(inputs)[0]) < 1e-12

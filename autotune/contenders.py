@@ -1,0 +1,357 @@
+"""``autotune.compare``: a function or module of one's own, on every backend that runs here and against any others."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from autotune import report, timing
+from autotune.comparison import (
+    GRADIENTS_TOLERANCE,
+    LOGITS_TOLERANCE,
+    OPERATOR_TOLERANCE,
+    OTHER_PRECISION_FACTOR,
+    batch_norms_held,
+    check,
+    largest_error,
+    on_backend,
+    one_line,
+    time_and_memory,
+)
+from autotune.contest import NAIVE, Contest
+from autotune.workloads import least_bytes
+from kernels.backend import interpreting, resolve
+
+__all__ = ["compare"]
+
+Function = Callable[..., Any]
+FLOAT64_TOLERANCE = 1e-10
+
+
+def compare(
+    function: Function,
+    *inputs: Any,
+    against: Function | Sequence[Function] | Mapping[str, Function] = (),
+    backward: bool = False,
+    backends: Sequence[str] | None = None,
+    compiled: bool | None = None,
+    same: bool = True,
+    seconds: float = 1.0,
+    min_runs: int = 5,
+    **options: Any,
+) -> Contest:
+    """Check and time ``function(*inputs, **options)`` on every backend that runs here, and against other functions.
+
+    Every contender must compute what ``function`` does on the naive path in float32, before anything is timed. A module
+    keeps its mode (train or eval), and its buffers and gradients are as before afterwards.
+
+    Args:
+        function: a module, or any callable that returns tensors or a structure of them.
+        inputs: what it is called with; all tensors on one device, which is where everything runs.
+        against: other functions of the same inputs: one, several, or name -> function.
+        backward: time the gradients as well: of the weights, and of the inputs that require them (where none does, of
+            every floating-point input).
+        backends: of ``triton``, ``eager`` and ``reference`` (the naive path), by default all that run here. Where two
+            of them run the same operations of PyTorch, the later in this order stands for both.
+        compiled: whether what torch.compile makes of the naive path takes part; by default on a GPU only.
+        same: False where ``against`` computes something else on purpose: it is then timed without being compared.
+        seconds: time to spend on all contenders together.
+        min_runs: runs of each that are made even where that takes longer.
+        options: keyword arguments of ``function``.
+
+    Raises:
+        DisagreementError: two backends compute different things; nothing was timed then.
+        TypeError, ValueError: an argument is not what it must be.
+    """
+    others = _checked(function, against, backends, seconds, min_runs)
+    device = _device(function, (inputs, options))
+    inputs, options = _detached((inputs, options), backward)
+    modules = nn.ModuleList(module for module in (function, *others.values()) if isinstance(module, nn.Module))
+    run = _Pass(function, inputs, options, backward, modules)
+    on_gpu = device.type == "cuda"
+    compiled = on_gpu if compiled is None else compiled
+    with (
+        _restored(modules),
+        torch.random.fork_rng(devices=[device] if on_gpu else []),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # float32 means float32, on every path
+    ):
+        return _measure(run, others, device, backends, compiled, same, seconds, min_runs)
+
+
+def _checked(
+    function: Function, against: Any, backends: Sequence[str] | None, seconds: float, min_runs: int
+) -> dict[str, Function]:
+    """The other functions by name. TypeError or ValueError, naming the argument, for what cannot be."""
+    if not callable(function):
+        raise TypeError(f"function must be a module or another callable, got {type(function).__name__}")
+    if isinstance(against, Mapping):
+        others = dict(against)
+    else:
+        listed = [against] if callable(against) else list(against) if isinstance(against, Sequence) else None
+        if listed is None or isinstance(against, str):
+            raise TypeError(f"against must be a callable, several, or name -> callable, got {against!r}")
+        others = {}
+        for other in listed:
+            name = _name(other)
+            others[f"{name} ({len(others) + 2})" if name in (_name(function), *others) else name] = other
+    for name, other in others.items():
+        if not callable(other):
+            raise TypeError(f"against must hold callables, got {type(other).__name__} for {name!r}")
+        if name in ("triton", "eager", NAIVE, "compiled", _name(function)):
+            raise ValueError(f"against must not use the name {name!r}, which is that of function or one of its paths")
+    known = ("triton", "eager", "reference")
+    if backends is not None and (isinstance(backends, str) or not backends or not set(backends) <= set(known)):
+        raise ValueError(f"backends must be some of {', '.join(known)}, got {backends!r}")
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds must be a number of at least 0, got {seconds!r}")
+    if isinstance(min_runs, bool) or not isinstance(min_runs, int) or min_runs < 1:
+        raise ValueError(f"min_runs must be an integer of at least 1, got {min_runs!r}")
+    return others
+
+
+def _name(function: Function) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", type(function).__name__)
+    return "function" if name == "<lambda>" else name
+
+
+def _weights(function: Function) -> list[nn.Parameter]:
+    return list(function.parameters()) if isinstance(function, nn.Module) else []
+
+
+def _tensors(structure: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
+    kinds = [tensor.dtype for tensor in tensors if tensor.dtype in OPERATOR_TOLERANCE]
+    return max(kinds, key=OPERATOR_TOLERANCE.__getitem__)
+
+
+def _device(function: Function, given: Any) -> torch.device:
+    """Where everything runs. ValueError where that is nowhere, or more than one place."""
+    tensors = _tensors(given)
+    if not tensors:
+        raise ValueError("inputs must hold a tensor, there is none")
+    devices = sorted({str(tensor.device) for tensor in (*tensors, *_weights(function))})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(f"inputs and weights must be on one device that computes, they are on {', '.join(devices)}")
+    if not any(tensor.dtype in OPERATOR_TOLERANCE for tensor in (*tensors, *_weights(function))):
+        raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, there is none")
+    return tensors[0].device
+
+
+def _detached(structure: Any, gradients: bool) -> Any:
+    """The same tensors, apart from whatever computed them; ``gradients`` has all require them where none does."""
+    every = gradients and not any(tensor.requires_grad for tensor in _tensors(structure))
+
+    def detached(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().requires_grad_(leaf.requires_grad or (every and leaf.is_floating_point()))
+
+    return tree_map(detached, structure)
+
+
+@contextlib.contextmanager
+def _restored(modules: nn.ModuleList) -> Iterator[None]:
+    """Buffers, of which batch norms change theirs while they are timed, are afterwards what they were."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in modules.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.data.copy_(value)
+
+
+class _Pass:
+    """One function of the inputs, called for its outputs, or for these and the gradients."""
+
+    def __init__(self, function: Function, inputs: Any, options: Any, backward: bool, modules: nn.ModuleList) -> None:
+        self.function, self.inputs, self.options, self.backward = function, inputs, options, backward
+        self.modules = modules  # of all contenders: one may call another
+        given, weights = _tensors((inputs, options)), _weights(function)
+        self.tensors = [*{id(tensor): tensor for tensor in (*given, *weights)}.values()]
+        self.leaves, self.weights = ([t for t in found if t.requires_grad] for found in (given, weights))
+        self.gradients: list[Tensor] = []
+
+    def __call__(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs with the inputs' gradients, and the weights' gradients."""
+        with torch.set_grad_enabled(self.backward):
+            outputs = [t for t in _tensors(self.function(*self.inputs, **self.options)) if t.is_floating_point()]
+        if not outputs:
+            raise ValueError("function must return a floating-point tensor, or a structure that holds one")
+        results = [output.detach() for output in outputs]
+        if not self.backward:
+            return results, []
+        reached = [output for output in outputs if output.requires_grad]
+        wanted = [*self.leaves, *self.weights]
+        if not reached or not wanted:
+            raise ValueError("backward needs an input or a weight that the output's gradient reaches, there is none")
+        if not self.gradients:
+            random = torch.Generator().manual_seed(1)
+            self.gradients = [torch.randn(out.shape, generator=random).to(out) for out in reached]
+        gradients: Any = torch.autograd.grad(reached, wanted, self.gradients, allow_unused=True, materialize_grads=True)
+        return [*results, *gradients[: len(self.leaves)]], list(gradients[len(self.leaves) :])
+
+    def checked(self) -> list[Tensor]:
+        """For comparing: the same random numbers and statistics every time, the weights' gradients as one vector."""
+        torch.manual_seed(0)
+        with batch_norms_held(self.modules):
+            results, gradients = self()
+        return [*results, torch.cat([g.flatten() for g in gradients])] if gradients else results
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that run inside, in order, with the backend that ours are told; and their count.
+
+    ``FlopCounterMode`` counts by the same formulas, but follows modules with hooks that ``autograd.grad`` refuses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(" ".join([str(func), *(argument for argument in args if isinstance(argument, str))]))
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.count += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> tuple[dict[str, str], int]:
+    """Name -> backend of those that run here and differ in what they run; the naive path is the last.
+
+    And how many operations the first of them does, as far as PyTorch's counter knows.
+    """
+    ran: dict[str, _Operations] = {}
+    for backend in ("triton", "eager", "reference"):
+        if backends is not None and backend not in backends:
+            continue
+        try:
+            resolve(backend, torch.empty(0, device=device))
+            if backend == "triton" and interpreting():
+                raise ValueError("TRITON_INTERPRET=1 runs kernels in Python, and timing that means nothing")
+        except ValueError as error:
+            if backends is not None:
+                raise ValueError(f"backends: {error}") from None
+            continue
+        operations = _Operations()
+        with operations:
+            on_backend(backend, run.checked)()
+        ran[NAIVE if backend == "reference" else backend] = operations
+    later = {tuple(operations.names): name for name, operations in ran.items()}  # the last of those that are alike
+    found = {name: "reference" if name == NAIVE else name for name in ran if name in later.values()}
+    if backends is None and len(found) == 1:  # nothing of ours inside, or nothing that differs from PyTorch's own
+        found = {_name(run.function): "reference"}
+    return found, next(iter(ran.values())).count
+
+
+def _exact(run: _Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """On the naive path, in float32 where the precision is less; ``naive`` where the function knows no other."""
+
+    def upcast(leaf: Any) -> Any:
+        half = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 4
+        return leaf.detach().float().requires_grad_(leaf.requires_grad) if half else leaf
+
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        if dtype.itemsize < 4:
+            function, modules = run.function, run.modules
+            if isinstance(function, nn.Module):
+                function = copy.deepcopy(function).float()
+                modules = nn.ModuleList([function])
+            inputs, options = tree_map(upcast, (run.inputs, run.options))
+            return on_backend("reference", _Pass(function, inputs, options, run.backward, modules).checked)()
+    return naive
+
+
+def _measure(
+    run: _Pass,
+    others: dict[str, Function],
+    device: torch.device,
+    backends: Sequence[str] | None,
+    compiled: bool,
+    same: bool,
+    seconds: float,
+    min_runs: int,
+) -> Contest:
+    naive = on_backend("reference", run.checked)()
+    paths, operations = _paths(run, device, backends)
+    dtype = _least_precise([*run.tensors, *naive])
+    what, tolerance = ("outputs and gradients", GRADIENTS_TOLERANCE) if run.backward else ("outputs", LOGITS_TOLERANCE)
+    expected = _exact(run, naive, dtype)
+    if dtype == torch.float64:
+        tolerance = FLOAT64_TOLERANCE
+    elif dtype != torch.float32:  # the function rounds at every step: it says itself how much
+        tolerance = max(OPERATOR_TOLERANCE[dtype], OTHER_PRECISION_FACTOR * largest_error(naive, expected))
+    errors: dict[str, float | None] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, backend in paths.items():
+        error = largest_error(on_backend(backend, run.checked)(), expected)
+        errors[name] = check(error, tolerance, f"{what} on {name}")["relative_error"]
+        calls[name] = on_backend(backend, run)
+    # Another module may have other weights, so that only outputs and the inputs' gradients can be the same.
+    expected = expected[: len(expected) - bool(run.backward and run.weights)]
+    rows: list[dict[str, Any]] = []
+    if compiled:
+        others = {"compiled": torch.compile(run.function, dynamic=False), **others}
+    for name, other in others.items():
+        contender = _Pass(other, run.inputs, run.options, run.backward, run.modules)
+        on_its_own = on_backend("reference" if name == "compiled" else "auto", contender)
+        kind = "compiled" if name == "compiled" else "peer"
+        try:
+            found = on_backend("reference" if name == "compiled" else "auto", contender.checked)()
+            errors[name] = None
+            if same or name == "compiled":
+                error = largest_error(found[: len(expected)], expected)
+                errors[name] = check(error, tolerance, what)["relative_error"]
+            calls[name] = on_its_own
+        except Exception as error:  # another's function, or a compiler that gives up: one contender less
+            rows.append({"name": name, "kind": kind, "status": "left out", "message": one_line(error)})
+    outputs = naive[: len(expected) - (len(run.leaves) if run.backward else 0)]
+    floor_bytes = least_bytes(_nbytes(run.tensors), _nbytes(outputs), backward=run.backward)
+    del expected, naive, outputs
+
+    # A copy of this size, not of a large one: small tensors stay in caches, and so does a copy of them.
+    speed = timing.copy_bandwidth(device, size=max(4, floor_bytes // 2), seconds=seconds / 4)
+    floor_ms, busy = 1000 * floor_bytes / speed, timing.OtherWork()
+    times = time_and_memory(calls, device, seconds, min_runs)
+    baseline = [*paths][-1]
+    timed = []
+    for name, found in times.items():
+        kind = NAIVE if paths.get(name) == "reference" else "ours" if name in paths else "peer"
+        kind = "compiled" if name == "compiled" else kind
+        ratios = {"speed_up": times[baseline]["p50_ms"] / found["p50_ms"], "of_floor": floor_ms / found["p50_ms"]}
+        timed.append({"name": name, "kind": kind, "status": "ok", "relative_error": errors[name], **found, **ratios})
+    machine = timing.describe_machine(device)
+    warnings = report.busy(busy.cores(), machine["cpu_count"]), report.unsteady([[found] for found in times.values()])
+    return Contest(
+        title=_name(run.function),
+        backward=run.backward,
+        baseline=baseline,
+        rows=timed + rows,
+        floor_bytes=floor_bytes,
+        floor_ms=floor_ms,
+        operations=operations,
+        tolerance=tolerance,
+        dtype=str(dtype).removeprefix("torch."),
+        machine=machine,
+        warnings=[warning for warning in warnings if warning],
+    )
+
+
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
