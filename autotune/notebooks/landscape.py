@@ -159,14 +159,13 @@ def landscape_figure(landscape: Landscape, session: Session, architecture: str =
         return finish(figure, "The configs of aggregate; blue is chosen", f"{SHAPE.partition(': ')[2]} · {times}")
 
 
-def tile_waste(side: int, block_pixels: int) -> float:
-    """Share of a launch's pixels that lie past the map's last one."""
-    tiles = math.ceil(side**2 / block_pixels)
-    return 1 - side**2 / (tiles * block_pixels)
+def tile_waste(side: int, rows: int) -> float:
+    """Share of a launch's pixels that lie past the map's last row."""
+    return 1 - side / (math.ceil(side / rows) * rows)
 
 
 def waste_figure(
-    session: Session, sides: Sequence[int] = (7, 14, 28, 56), blocks: Sequence[int] = (16, 32, 64, 128)
+    session: Session, sides: Sequence[int] = (7, 14, 28, 56), blocks: Sequence[int] = (4, 5, 7, 8)
 ) -> Figure:
     """Why the best tile of a small map is the map's own: how much of every launch is thrown away."""
     values = [[tile_waste(side, block) for block in blocks] for side in sides]
@@ -180,7 +179,7 @@ def waste_figure(
                 axis.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontweight="bold")
         axis.set_xticks(range(len(blocks)), [str(block) for block in blocks])
         axis.set_yticks(range(len(sides)), [f"{side}×{side}" for side in sides])
-        axis.set(xlabel="pixels of a tile", ylabel="map, pixels")
+        axis.set(xlabel="rows of a tile", ylabel="map, pixels")
         axis.spines[:].set_visible(False)
         figure.colorbar(image, label="share of the work past the map's edge")
         return finish(figure, "Tile waste", "computed from the sizes alone, on any device")
@@ -196,17 +195,17 @@ def reasons(landscape: Landscape) -> Table:
         "shipped": "measured on such a GPU, shipped in kernels/tuning/configs",
         "heuristic": f"the heuristic: nobody tuned this for {landscape.gpu!r}",
     }[landscape.source]
-    elements = config.block_pixels * config.block_channels * config.block_steps / (32 * config.num_warps)
+    elements = config.rows * config.columns * config.channels / (32 * config.num_warps)
     best = min((c for c in found if c.milliseconds), key=lambda c: c.milliseconds or 0.0, default=None)
     rows = [
         ("looked up as", f"`{landscape.key}`"),
         ("comes from", origin),
         ("config", ", ".join(f"{name} = {value}" for name, value in asdict(config).items())),
-        ("a tile", f"{config.block_pixels} pixels × {config.block_channels} channels × {config.block_steps} positions"),
-        ("work of a thread", f"{elements:g} elements of a tile (16 to 32 keep loads in flight and threads resident)"),
+        ("a tile", f"{config.rows} rows × {config.columns} columns × {config.channels} channels"),
+        ("work of a thread", f"{elements:g} sums, held in registers while the rows of the input slide past"),
         (
             "waste",
-            f"{tile_waste(SIDE, config.block_pixels):.1%} of the pixels of a launch lie past the {SIDE}×{SIDE} map",
+            f"{tile_waste(SIDE, config.rows):.1%} of the pixels of a launch lie past the {SIDE}×{SIDE} map",
         ),
         ("shares its entry", f"with maps of up to {bucket(SIDE**2)} pixels, {SIDE**2} here"),
         ("tuning times", f"{len(found)} configs, the heuristic's first"),

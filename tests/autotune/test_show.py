@@ -10,7 +10,7 @@ from kernels.tuning import choose
 from kernels.tuning.store import Store
 
 GPU = "NVIDIA H200"
-KEY = "aggregate channels=16 pixels=196 steps=49 kernel_fastest=False channels_fastest=False dtype=bfloat16"
+KEY = "gather.aggregate channels=16 pixels=196 steps=49 kernel_fastest=False channels_fastest=False dtype=bfloat16"
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,9 @@ def folders(tmp_path, monkeypatch):
 
 
 def _entry(**changes):
-    aggregate = tunables.find_tunables()["aggregate"]
+    aggregate = tunables.find_tunables()["gather.aggregate"]
     return {
-        "config": {"block_pixels": 32, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2},
+        "config": {"block_pixels": 64, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2},
         "triton": choose.triton_version(),
         "source": aggregate.source,
         "milliseconds": 0.25,
@@ -45,9 +45,9 @@ def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
         KEY.replace("196", "1024"): (_entry(source="0"), "the kernel's code has changed since"),
         KEY.replace("196", "49"): (_entry(config={"block_pixels": 7}), "the kernel offers no such config"),
         KEY.replace("196", "16"): (_entry(config=invalid), "the config is not valid for this problem"),
-        "gather channels=16 pixels=49": (_entry(), "there is no such kernel"),
-        "aggregate channels=many pixels=49": (_entry(), "is no problem of the kernel aggregate"),
-        KEY.replace("196", "1000"): (_entry(), "is not how the kernel aggregate writes this problem"),
+        "scatter channels=16 pixels=49": (_entry(), "there is no such kernel"),
+        "gather.aggregate channels=many pixels=49": (_entry(), "is no problem of the kernel gather.aggregate"),
+        KEY.replace("196", "1000"): (_entry(), "is not how the kernel gather.aggregate writes this problem"),
     }
     Store(folders[0], GPU).update({key: entry for key, (entry, _) in expected.items()})
     shown = _shown(capsys)
@@ -95,7 +95,7 @@ def test_nothing_tuned_and_a_broken_store(folders, capsys):
 def test_absurd_numbers_and_keys_are_shown_not_obeyed(folders, capsys):
     store = Store(folders[0], GPU)
     keys = [KEY.replace("196", "0"), KEY.replace("=16", "=0"), KEY.replace("=16", "=-" + "9" * 3000), "", "a" * 100_000]
-    keys += ["\x1b[2J[red]wiped", "\ud800 lone", "two\nlines", "aggregate pixels=" + "9" * 5000]
+    keys += ["\x1b[2J[red]wiped", "\ud800 lone", "two\nlines", "gather.aggregate pixels=" + "9" * 5000]
     store.update({key: _entry(milliseconds=float("inf"), heuristic_milliseconds=10**400) for key in keys})
     deep: list = []
     for _ in range(900):
@@ -105,7 +105,7 @@ def test_absurd_numbers_and_keys_are_shown_not_obeyed(folders, capsys):
     assert set(rows) == {*keys, "deep", "nan"}
     assert rows[keys[0]]["milliseconds"] == "Infinity"
     assert rows["nan"]["config"] == {"block": "NaN"}
-    assert "no launch can meet this problem" in rows[keys[1]]["unused"]
+    assert "the config is not valid for this problem" in rows[keys[1]]["unused"]
     assert all(row["unused"] for row in rows.values())
     assert main(["show"]) == 0
     table = capsys.readouterr().out

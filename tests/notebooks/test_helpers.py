@@ -290,9 +290,9 @@ def test_breakdown_tells_both_paths_apart_alike(backend):
 
 
 def test_tile_waste():
-    assert landscape.tile_waste(28, 16) == 0  # 784 = 49 tiles of 16
-    assert landscape.tile_waste(14, 128) == pytest.approx(1 - 196 / 256)
-    assert landscape.tile_waste(7, 128) == pytest.approx(79 / 128)
+    assert landscape.tile_waste(28, 7) == 0
+    assert landscape.tile_waste(14, 8) == pytest.approx(1 / 8)
+    assert landscape.tile_waste(7, 4) == pytest.approx(1 / 8)
 
 
 @pytest.mark.parametrize(
