@@ -164,7 +164,7 @@ SHARED = tuple(
     for pixels, steps, images, warps, stages in (
         (64, 64, 1, 4, 2), (64, 64, 4, 4, 3), (64, 64, 8, 4, 3), (64, 64, 16, 4, 3), (64, 64, 1, 8, 2),
         (64, 64, 8, 8, 2), (64, 32, 1, 4, 2), (64, 32, 8, 4, 3), (32, 64, 1, 4, 2), (32, 64, 8, 4, 3),
-        (32, 64, 1, 8, 2), (32, 64, 8, 8, 2), (32, 32, 1, 4, 2), (32, 32, 8, 4, 3), (16, 64, 1, 4, 2), (16, 64, 8, 4, 3),
+        (32, 64, 8, 8, 2), (32, 32, 1, 4, 2), (32, 32, 8, 4, 3), (16, 64, 1, 4, 2), (16, 64, 8, 4, 3),
         (16, 16, 1, 1, 2),
     )
 )  # fmt: skip
@@ -189,13 +189,14 @@ def shared_heuristic(problem: Problem) -> Shared:
         small = Shared(32, 32, images)
         return small if small.valid(problem) else Shared(16, 64, images)
     blocks, steps = ceil_divide(problem.kernel_size**2, 64), min(64, block(problem.kernel_size**2))
-    return Shared(64 if blocks <= 8 else 32, steps, images, num_warps=4 if blocks == 1 else 8)
+    if blocks <= 3:
+        return Shared(64, steps, images, num_stages=3)
+    return Shared(64 if blocks <= 8 else 32, steps, images, num_warps=8)
 
 
 def inputs_heuristic(problem: Problem) -> Shared:
-    """As the forward pass, on half the outputs: gradients keep more in registers. A program has one image."""
-    config = shared_heuristic(problem)
-    return config if interpreting() else replace(config, pixels=32, images=1, num_stages=2)
+    """As the forward pass, which keeps as much in registers; a program has one image."""
+    return replace(shared_heuristic(problem), images=1, num_stages=2)
 
 
 def tables_heuristic(problem: Problem) -> Shared:
@@ -207,12 +208,13 @@ def tables_heuristic(problem: Problem) -> Shared:
 
 
 def own_heuristic(problem: Problem) -> Own:
-    """64 channels side by side, 128 bytes of 16-bit numbers, and 16 pairs of outputs; of a small window, whose values are
-    all on their way at once, one image, and no loads ahead that would take its registers."""
+    """64 channels side by side, 128 bytes of 16-bit numbers, and 16 pairs of outputs."""
     if interpreting():
         return Own(64, next_power_of_2(problem.groups), 8)
     heads = min(max(1, 64 // block(problem.channels)), next_power_of_2(problem.groups))
-    return Own(16, heads, 1, max(1, heads * block(problem.channels) // 16), 1 if problem.kernel_size <= 5 else 2)
+    tiles = ceil_divide(problem.pixels, 32)
+    images = _images(problem, ceil_divide(tiles, heads), 4) if problem.kernel_size <= 5 else 1
+    return Own(16, heads, images, max(1, heads * block(problem.channels) // 16))
 
 
 def grad_own_heuristic(problem: Problem) -> Own:

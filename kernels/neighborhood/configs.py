@@ -92,9 +92,11 @@ def shared_heuristic(problem: SharedProblem) -> SharedConfig:
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return SharedConfig(min(outputs, 256), min(steps, 256))
     channels = max(16, next_power_of_2(problem.channels))
-    outputs = min(outputs, 64 if problem.dtype.itemsize == 2 and channels <= 64 else 32)
-    widest = outputs * max(32, channels)
-    return SharedConfig(outputs, min(steps, 32), max(1, min(8, widest // 512)), 1)
+    half = problem.dtype.itemsize == 2  # wider types keep the operands of products in registers
+    outputs = min(outputs, (64 if channels <= 64 else 32) if half else 16)
+    steps = min(steps, 32)
+    widest = outputs * max(steps, channels)
+    return SharedConfig(outputs, steps, max(1, min(8, widest // (512 if half else 128))), 1)
 
 
 @functools.lru_cache(maxsize=4096)

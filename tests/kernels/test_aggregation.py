@@ -76,6 +76,7 @@ def test_stride_dilation_and_shrinking_map(module, channels_last):
     torch.autograd.backward(
         (_dense(wide, window, 9, 11) @ x.double().cpu().flatten(3).mT).mT, g.double().cpu().flatten(3)
     )
+    assert wide.grad is not None
     assert_close(module.correlate(g, x, window), wide.grad, FORWARD_TOLERANCE[x.dtype])
 
 
