@@ -80,17 +80,18 @@ def _published_table(top1: dict[str, float]) -> Iterator[str]:
 
 
 def _predicted_table(records: list[dict[str, Any]]) -> Iterator[str]:
-    """A line per case and pass, a column pair per Triton."""
-    times = " | ".join(f"Triton {record['triton']}, µs" for record in records)
-    yield f"| case | pass | launches | floor, µs | {times} | of floor | bound by |"
+    """A line for each case and pass, a column of times for each Triton, the newest first."""
+    records = sorted(records, key=lambda record: [int(part) for part in record["triton"].split(".")], reverse=True)
+    times = [{(row["case"], row["pass"]): row["microseconds"] for row in record["rows"]} for record in records]
+    headings = " | ".join(f"Triton {record['triton']}, µs" for record in records)
+    yield f"| case | pass | launches | floor, µs | {headings} | of floor | bound by |"
     yield f"|---|---|---:|---:|{'---:|' * len(records)}---:|---|"
-    first = records[0]["rows"] if records else []
-    for index, row in enumerate(first):
-        times = [record["rows"][index]["microseconds"] for record in records]
+    for row in records[0]["rows"] if records else []:
+        found = " | ".join(report.number(column.get((row["case"], row["pass"]))) for column in times)
+        floor = row["floor_microseconds"]
         yield (
-            f"| {row['case']} | {row['pass']} | {row['launches']} | {report.number(row['floor_microseconds'])} "
-            f"| {' | '.join(report.number(time) for time in times)} "
-            f"| {row['floor_microseconds'] / times[0]:.0%} | {row['bound_by']} |"
+            f"| {row['case']} | {row['pass']} | {row['launches']} | {report.number(floor)} | {found} "
+            f"| {floor / row['microseconds']:.0%} | {row['bound_by']} |"
         )
 
 
