@@ -36,8 +36,8 @@ def _kernel_names():
     return {name.strip("_") for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", sources)}
 
 
-# Bytes on the stack that are known, at most, by dtype and kernel: what holds many sums at once is predicted to be quicker
-# with a few of them there than with smaller tiles. No other kernel, and none of these with more.
+# Bytes on the stack that are known, at most, by dtype and kernel: what holds many sums at once is predicted to be
+# quicker with a few of them there than with smaller tiles. No other kernel, and none of these with more.
 SPILLS = {
     "bf16": {
         "forward_own_kernel": 120,
