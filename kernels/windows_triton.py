@@ -19,12 +19,24 @@ Inverse, the steps of an input run over the outputs that may reach it, at most `
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from kernels.windows import Window
 
-__all__ = ["inverse_neighbour", "inverse_steps", "neighbour", "relative_position", "split_program", "window_start"]
+__all__ = [
+    "Pixels",
+    "inverse_neighbour",
+    "inverse_steps",
+    "neighbour",
+    "offsets",
+    "pixels_of_window",
+    "relative_position",
+    "split_program",
+    "window_start",
+]
 
 
 def inverse_steps(window: Window, length: int, axis: int) -> int:
@@ -128,3 +140,42 @@ def relative_position(o_output, o_input, KERNEL: tl.constexpr, DILATION: tl.cons
     """Index into the relative position bias: (neighbour − query)/dilation + K − 1, in 0..2K−2 for a true neighbour."""
     # Shifted to be non-negative before dividing: Triton's integer division truncates.
     return (o_input - o_output + (KERNEL - 1) * DILATION) // DILATION
+
+
+class Pixels(NamedTuple):
+    """Outputs of a tile: row, column, which there are (the others repeat one that is), where their windows begin."""
+
+    row: Any
+    column: Any
+    mask: Any
+    start_h: Any
+    start_w: Any
+
+
+@triton.jit
+def _outputs_of_start(o_start, length, KERNEL: tl.constexpr):
+    """(first, number) of the outputs along an axis whose clamped window begins at ``o_start``."""
+    first = tl.where(o_start == 0, 0, o_start + KERNEL // 2)
+    last = tl.where(o_start == length - KERNEL, length - 1, o_start + KERNEL // 2)
+    return first, last - first + 1
+
+
+@triton.jit
+def pixels_of_window(
+    i_tile, i_window, height, width, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A tile of the outputs that share a window; the window's start is two numbers."""
+    windows_w = width - KERNEL_W + 1
+    start_h, start_w = i_window // windows_w, i_window % windows_w
+    first_h, outputs_h = _outputs_of_start(start_h, height, KERNEL_H)
+    first_w, outputs_w = _outputs_of_start(start_w, width, KERNEL_W)
+    o_output = i_tile * BLOCK + tl.arange(0, BLOCK)
+    o_inside = tl.minimum(o_output, outputs_h * outputs_w - 1)
+    row, column = first_h + o_inside // outputs_w, first_w + o_inside % outputs_w
+    return Pixels(row, column, o_output < outputs_h * outputs_w, start_h, start_w)
+
+
+@triton.jit
+def offsets(view, pixels, OFFSET: tl.constexpr):
+    """Where a tile's pixels are, from a view's pointer."""
+    return pixels.row.to(OFFSET) * view.h + pixels.column.to(OFFSET) * view.w

@@ -29,7 +29,6 @@ from kernels.contmix.tiles import (
     join,
     key_scale,
     load_heads,
-    offsets,
     pixels_of_pairs,
     rpb_base,
     store_heads,
@@ -37,7 +36,7 @@ from kernels.contmix.tiles import (
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
 from kernels.views import at, view
-from kernels.windows_triton import window_start
+from kernels.windows_triton import offsets, window_start
 
 __all__ = ["grad_logits_own", "grad_own", "rows_of"]
 

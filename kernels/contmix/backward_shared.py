@@ -29,8 +29,6 @@ from kernels.contmix.tiles import (
     load_biases,
     load_keys,
     load_pixels,
-    offsets,
-    pixels_of_window,
     rpb_base,
     store_pixels,
 )
@@ -38,6 +36,7 @@ from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import View, at, view
+from kernels.windows_triton import offsets, pixels_of_window
 
 __all__ = ["Targets", "grad_inputs_shared", "grad_tables_shared", "reference_gradients"]
 
@@ -90,7 +89,7 @@ def _grad_inputs_shared_kernel(
     for _ in tl.static_range(BLOCKS):
         sums = sums + (tl.zeros([STEPS, BLOCK_QUERY], ACCUMULATOR),)
     for i_place in tl.range(tiles * windows, disable_licm=True):
-        pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, PIXELS)
+        pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, KERNEL, PIXELS)
         o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
         # [P, Dq], [P, Dv], [P, Dv]; an output that is not there repeats one that is, but has no gradient
         b_query = load_pixels(query, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
@@ -167,7 +166,7 @@ def _grad_tables_shared_kernel(
     i_block, i_place = i_program % BLOCKS, i_program // BLOCKS % (tiles * windows)
     i_rest = i_program // (BLOCKS * tiles * windows)
     i_group, i_chunk = (i_rest % groups).to(tl.int64), (i_rest // groups).to(tl.int64)
-    pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, PIXELS)
+    pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, KERNEL, PIXELS)
     o_position, m_position, o_row, o_column = _positions(pixels, i_block, KERNEL, STEPS)
     o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
     b_bias = load_biases(bias, rpb, o_base[None, :], o_position[:, None], m_position[:, None], KERNEL, ACCUMULATOR)

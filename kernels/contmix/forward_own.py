@@ -27,7 +27,6 @@ from kernels.contmix.tiles import (
     key_scale,
     load_biases,
     load_heads,
-    offsets,
     pixels_of_pairs,
     rpb_base,
     split,
@@ -36,6 +35,7 @@ from kernels.contmix.tiles import (
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
 from kernels.views import at, view
+from kernels.windows_triton import offsets
 
 __all__ = ["bias_of_step", "forward_own", "logits_of_pairs", "own_arguments", "values_of_pairs", "weights_of_pairs"]
 

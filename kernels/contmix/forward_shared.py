@@ -37,8 +37,6 @@ from kernels.contmix.tiles import (
     load_biases,
     load_keys,
     load_pixels,
-    offsets,
-    pixels_of_window,
     rpb_base,
     store_pixels,
 )
@@ -46,6 +44,7 @@ from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import View, at, view
+from kernels.windows_triton import offsets, pixels_of_window
 
 __all__ = ["forward_reference", "forward_shared", "shared_arguments", "views_of"]
 
@@ -82,7 +81,7 @@ def _forward_shared_kernel(
     i_tile, i_window = i_program % tiles, i_program // tiles % windows
     i_group = (i_program // (tiles * windows) % groups).to(tl.int64)
     i_first = i_program // (tiles * windows) // groups * images
-    pixels = pixels_of_window(i_tile, i_window, height, width, KERNEL, PIXELS)
+    pixels = pixels_of_window(i_tile, i_window, height, width, KERNEL, KERNEL, PIXELS)
     o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
     tables = _tables(bias, rpb, o_base, KERNEL, STEPS, BLOCKS, ACCUMULATOR)
 

@@ -11,16 +11,13 @@ rounding them between the two exchanged linear steps would cost more than the de
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from kernels.windows_triton import window_start
+from kernels.windows_triton import Pixels, window_start
 
 __all__ = [
     "LOG2_E",
-    "Pixels",
     "dot",
     "halves",
     "join",
@@ -29,9 +26,7 @@ __all__ = [
     "load_heads",
     "load_keys",
     "load_pixels",
-    "offsets",
     "pixels_of_pairs",
-    "pixels_of_window",
     "rpb_base",
     "split",
     "store_heads",
@@ -39,37 +34,6 @@ __all__ = [
 ]
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-class Pixels(NamedTuple):
-    """Outputs of a tile: row, column, which there are (the others repeat one that is), where their windows begin."""
-
-    row: Any
-    column: Any
-    mask: Any
-    start_h: Any
-    start_w: Any
-
-
-@triton.jit
-def _outputs_of_start(o_start, length, KERNEL: tl.constexpr):
-    """(first, number) of the outputs along an axis whose clamped window begins at ``o_start``."""
-    first = tl.where(o_start == 0, 0, o_start + KERNEL // 2)
-    last = tl.where(o_start == length - KERNEL, length - 1, o_start + KERNEL // 2)
-    return first, last - first + 1
-
-
-@triton.jit
-def pixels_of_window(i_tile, i_window, height, width, KERNEL: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
-    """A tile of the outputs that share a window; the window's start is two numbers."""
-    windows_w = width - KERNEL + 1
-    start_h, start_w = i_window // windows_w, i_window % windows_w
-    first_h, outputs_h = _outputs_of_start(start_h, height, KERNEL)
-    first_w, outputs_w = _outputs_of_start(start_w, width, KERNEL)
-    o_output = i_tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    o_inside = tl.minimum(o_output, outputs_h * outputs_w - 1)
-    row, column = first_h + o_inside // outputs_w, first_w + o_inside % outputs_w
-    return Pixels(row, column, o_output < outputs_h * outputs_w, start_h, start_w)
 
 
 @triton.jit
@@ -82,12 +46,6 @@ def pixels_of_pairs(o_pair, o_second, first_row, last_row, height, width, KERNEL
     mask = (o_pair < pairs) & (column < width)
     column = tl.minimum(column, width - 1)
     return Pixels(row, column, mask, window_start(row, height, KERNEL, 1), window_start(column, width, KERNEL, 1))
-
-
-@triton.jit
-def offsets(view, pixels, OFFSET: tl.constexpr):
-    """Where a tile's pixels are, from a view's pointer."""
-    return pixels.row.to(OFFSET) * view.h + pixels.column.to(OFFSET) * view.w
 
 
 @triton.jit

@@ -42,48 +42,11 @@ from kernels.neighborhood.tiles import LOG2_E, features_view, kernel_view, table
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 from kernels.windows import Window
-from kernels.windows_triton import split_program
+from kernels.windows_triton import offsets, pixels_of_window, split_program
 
 __all__ = ["Softmax", "correlate", "mix", "softmax_mix", "transpose"]
 
 MOST_STEPS = 6  # held in registers at once
-
-
-class Tile(NamedTuple):
-    """Outputs of one window: their rows and columns [P], which there are, and where the window begins."""
-
-    row: Any
-    column: Any
-    mask: Any
-    start_h: Any
-    start_w: Any
-
-
-@triton.jit
-def _outputs_of_start(start, length, KERNEL: tl.constexpr):
-    """(first output, number of outputs) whose clamped windows begin at ``start``."""
-    first = tl.where(start == 0, 0, start + KERNEL // 2)
-    last = tl.where(start == length - KERNEL, length - 1, start + KERNEL // 2)
-    return first, last - first + 1
-
-
-@triton.jit
-def _tile(i_tile, i_window, height, width, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BLOCK: tl.constexpr):
-    """Outputs past a window's last one repeat it: their weights stay finite, and they are not stored."""
-    windows_w = width - KERNEL_W + 1
-    start_h, start_w = i_window // windows_w, i_window % windows_w
-    first_h, rows = _outputs_of_start(start_h, height, KERNEL_H)
-    first_w, columns = _outputs_of_start(start_w, width, KERNEL_W)
-    o_output = i_tile * BLOCK + tl.arange(0, BLOCK)
-    o_inside = tl.minimum(o_output, rows * columns - 1)
-    return Tile(
-        first_h + o_inside // columns, first_w + o_inside % columns, o_output < rows * columns, start_h, start_w
-    )
-
-
-@triton.jit
-def _pixels(tile, tensor, OFFSET: tl.constexpr):
-    return tile.row.to(OFFSET) * tensor.h + tile.column.to(OFFSET) * tensor.w
 
 
 @triton.jit
@@ -93,7 +56,7 @@ def _logits(
 ):  # fmt: skip
     """logits + rpb of a tile's outputs at window positions, [P, S]; −inf where ``m_weight`` is off."""
     o_position = o_position.to(OFFSET) * logits.k
-    p_logits = (logits.ptr + _pixels(tile, logits, OFFSET))[:, None] + o_position[None, :]
+    p_logits = (logits.ptr + offsets(logits, tile, OFFSET))[:, None] + o_position[None, :]
     b_logits = tl.load(p_logits, mask=m_weight, other=float("-inf")).to(ACCUMULATOR)
     if HAS_RPB:
         o_output = (tile.start_h - tile.row + KERNEL_H - 1) * rpb.h + (
@@ -125,7 +88,7 @@ def _load_weights(
             KERNEL_H, KERNEL_W, HAS_RPB, ACCUMULATOR, OFFSET,
         )  # fmt: skip
     else:
-        p_weight = weight.ptr + (_pixels(tile, weight, OFFSET)[:, None] + (o_step.to(OFFSET) * weight.k)[None, :])
+        p_weight = weight.ptr + (offsets(weight, tile, OFFSET)[:, None] + (o_step.to(OFFSET) * weight.k)[None, :])
         b_weight = tl.load(p_weight, mask=m_step, other=0)
     return b_weight
 
@@ -164,7 +127,7 @@ def _mix_kernel(
     i_tile, i_window, i_group, i_batch = split_program(tiles, windows, groups)
     weight, value, out = at(weight, i_batch, i_group), at(value, i_batch, i_group), at(out, i_batch, i_group)
     statistics, rpb = at(statistics, i_batch, i_group), at(rpb, 0, i_group)
-    tile = _tile(i_tile, i_window, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
+    tile = pixels_of_window(i_tile, i_window, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
     # [P], [P], [P, C]
     b_max = tl.full([BLOCK_OUTPUTS], float("-inf"), ACCUMULATOR)
     b_total = tl.zeros([BLOCK_OUTPUTS], ACCUMULATOR)
@@ -205,7 +168,7 @@ def _mix_kernel(
         tl.store(statistics.ptr + o_pixel, b_max + tl.log2(b_total) / LOG2_E, mask=tile.mask)
     o_channel = tl.arange(0, BLOCK_CHANNELS)
     tl.store(
-        out.ptr + _pixels(tile, out, OFFSET)[:, None] + (o_channel.to(OFFSET) * out.c)[None, :],
+        out.ptr + offsets(out, tile, OFFSET)[:, None] + (o_channel.to(OFFSET) * out.c)[None, :],
         b_sum.to(out.ptr.dtype.element_ty),
         mask=tile.mask[:, None] & (o_channel < channels)[None, :],
     )
@@ -227,12 +190,12 @@ def _correlate_kernel(
 ):  # fmt: skip
     i_tile, i_window, i_group, i_batch = split_program(tiles, windows, groups)
     grad, value, target = at(grad, i_batch, i_group), at(value, i_batch, i_group), at(target, i_batch, i_group)
-    tile = _tile(i_tile, i_window, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
-    b_grad = _load_rows(grad, _pixels(tile, grad, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
+    tile = pixels_of_window(i_tile, i_window, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
+    b_grad = _load_rows(grad, offsets(grad, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
     if SOFTMAX:
         logits, statistics, rpb = at(logits, i_batch, i_group), at(statistics, i_batch, i_group), at(rpb, 0, i_group)
         out = at(out, i_batch, i_group)
-        b_out = _load_rows(out, _pixels(tile, out, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
+        b_out = _load_rows(out, offsets(out, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
         # δ = Σ_c grad · out, which equals Σ_k p · dp, [P]
         b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), axis=1)
         b_statistics = tl.load(statistics.ptr + tile.row * statistics.h + tile.column * statistics.w) * LOG2_E
@@ -250,7 +213,7 @@ def _correlate_kernel(
             )  # fmt: skip
             b_product = tl.exp2(b_logits * LOG2_E - b_statistics[:, None]) * (b_product - b_delta[:, None])
         tl.store(
-            target.ptr + _pixels(tile, target, OFFSET)[:, None] + (o_step.to(OFFSET) * target.k)[None, :],
+            target.ptr + offsets(target, tile, OFFSET)[:, None] + (o_step.to(OFFSET) * target.k)[None, :],
             b_product.to(target.ptr.dtype.element_ty),
             mask=tile.mask[:, None] & m_step[None, :],
         )
@@ -278,11 +241,11 @@ def _transpose_kernel(
     # [J, C]
     b_sum = tl.zeros([BLOCK_STEPS, BLOCK_CHANNELS], ACCUMULATOR)
     for i_part in range(0, windows * tiles):
-        tile = _tile(i_part % tiles, i_part // tiles, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
+        tile = pixels_of_window(i_part % tiles, i_part // tiles, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
         o_kernel_h, o_kernel_w = o_row - tile.start_h, o_column - tile.start_w
         m_held = m_input & (o_kernel_h >= 0) & (o_kernel_h < KERNEL_H) & (o_kernel_w >= 0) & (o_kernel_w < KERNEL_W)
         m_weight = tile.mask[:, None] & m_held[None, :]
-        b_grad = _load_rows(grad, _pixels(tile, grad, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
+        b_grad = _load_rows(grad, offsets(grad, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
         # [P, J]
         if SOFTMAX:
             b_logits = _logits(
@@ -295,7 +258,7 @@ def _transpose_kernel(
             b_weight = tl.where(m_weight, b_weight, 0.0).to(b_grad.dtype)
         else:
             o_position = (o_kernel_h * KERNEL_W + o_kernel_w).to(OFFSET) * weight.k
-            p_weight = weight.ptr + _pixels(tile, weight, OFFSET)[:, None] + o_position[None, :]
+            p_weight = weight.ptr + offsets(weight, tile, OFFSET)[:, None] + o_position[None, :]
             b_weight = tl.load(p_weight, mask=m_weight, other=0)
         b_sum = _dot(tl.trans(b_weight), b_grad, b_sum, UPCAST)
     o_channel = tl.arange(0, BLOCK_CHANNELS)
