@@ -36,7 +36,7 @@ from kernels.neighborhood import eager, shared
 from kernels.neighborhood.configs import shares_windows
 from kernels.neighborhood.tiles import LOG2_E, features_view, kernel_view, load_logits, table_view
 from kernels.tuning import tunable
-from kernels.views import View, at, view
+from kernels.views import at, view
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, split_program, window_start
 
@@ -323,15 +323,13 @@ def grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor:
     _, groups, kernel_h, kernel_w, height, width = gradient_of_logits.shape
     dtype = accumulator_dtype(rpb.dtype)
     total = gradient_of_logits.sum(0, dtype=dtype)
-    _, stride_kh, stride_kw, stride_h, stride_w = total.stride()
-    total_view = View(total, g=total.stride(0), h=stride_h, w=stride_w, k=stride_kw if kernel_w > 1 else stride_kh)
     chunks = min(RPB_CHUNKS, ceil_divide(height * width, RPB_BLOCK_PIXELS))
     partial = torch.empty((chunks, *rpb.shape), dtype=dtype, device=rpb.device)
     # One program per (block of relative positions, chunk of pixels, group); each walks its chunk in order.
     relative = (2 * kernel_h - 1) * (2 * kernel_w - 1)
     grid = (ceil_divide(relative, RPB_BLOCK_RELATIVE) * chunks * groups,)
     arguments = {
-        "grad": total_view,
+        "grad": kernel_view(total[None]),
         "partial_ptr": partial,
         "groups": groups,
         "height": height,
