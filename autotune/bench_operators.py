@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import kernels
 from autotune import timing, workloads
 from autotune.comparison import OPERATOR_TOLERANCE, check, largest_error, on_backend, one_line, time_and_memory
-from autotune.workloads import Inputs, Size, Workload, generation, operator_workloads
+from autotune.workloads import Inputs, Size, Workload, channels_last, generation, operator_workloads
 
 __all__ = ["PASSES", "OperatorBench", "benchmark_workloads", "contmix_chain", "naive_bytes", "why_not"]
 
@@ -32,10 +32,13 @@ Call = Callable[[], list[Tensor]]
 
 
 def _with_generation(found: Iterable[Workload]) -> Iterator[Workload]:
+    """Involutions in the memory format that models are measured in, each also with its kernels generated inside."""
     for workload in found:
-        yield workload
         if workload.operator == "involution2d":
-            yield generation(workload)
+            yield channels_last(workload)
+            yield generation(channels_last(workload))
+        else:
+            yield workload
 
 
 def _tiny_workloads() -> Iterator[Workload]:

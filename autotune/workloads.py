@@ -26,6 +26,7 @@ __all__ = [
     "OPERATORS",
     "Input",
     "Workload",
+    "channels_last",
     "generation",
     "image_batch",
     "least_bytes",
@@ -55,7 +56,7 @@ class Input:
     channels_last: bool = False
 
     def draw(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
-        tensor = self.std * torch.randn(self.shape, generator=generator)
+        tensor = self.std * torch.randn(self.shape, generator=generator, device=generator.device)
         if self.channels_last:
             tensor = tensor.movedim((-2, -1), (1, 2)).contiguous().movedim((1, 2), (-2, -1))
         return tensor.to(device=device, dtype=dtype).requires_grad_()
@@ -82,13 +83,15 @@ class Workload:
         return " ".join(filter(None, (self.operator, self.model, self.shape)))
 
     def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        """Random tensors that require gradients, the same for the same seed on every device."""
-        generator = torch.Generator().manual_seed(seed)
+        """Random tensors that require gradients, the same for the same seed on the same device."""
+        generator = torch.Generator(device).manual_seed(seed)
         return _map_tensors(lambda spec: spec.draw(generator, dtype, device), self.inputs)
 
     def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
-        """A random gradient of the output."""
-        return Input(self.output).draw(torch.Generator().manual_seed(seed), dtype, device).detach()
+        """A random gradient of the output, in the memory format of the first input, as the output is."""
+        first = _tensors(self.inputs)[0]
+        spec = Input(self.output, channels_last=first.channels_last)
+        return spec.draw(torch.Generator(device).manual_seed(seed), dtype, device).detach()
 
     @torch.no_grad()
     def forward(self, inputs: Inputs, _gradient: Tensor | None = None) -> list[Tensor]:
@@ -241,6 +244,12 @@ def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: in
     )
 
 
+def channels_last(workload: Workload) -> Workload:
+    """An involution of the maps that RedNet has in ``torch.channels_last``."""
+    inputs = {name: replace(spec, channels_last=True) for name, spec in workload.inputs.items()}  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return replace(workload, inputs=inputs)
+
+
 def generation(workload: Workload) -> Workload:
     """An involution with its kernels generated inside, from RedNet's C/4 features, for one that is handed them."""
     batch, channels, *size = workload.output
@@ -252,7 +261,7 @@ def generation(workload: Workload) -> Workload:
         operator="involution2d_generate",
         inputs={
             "x": workload.inputs["x"],
-            "features": Input((batch, features, *size)),
+            "features": Input((batch, features, *size), channels_last=workload.inputs["x"].channels_last),  # pyright: ignore[reportAttributeAccessIssue]
             "weight": Input((rows, features), std=features**-0.5),
             "bias": Input((rows,)),
         },

@@ -1,0 +1,108 @@
+"""Measure on this GPU what collect.py predicts: the time of every kernel that a public operator launches.
+
+    python notebooks/results/predicted/measure.py FILE.json [CASE ...]
+
+from the repository's root. Cases carry collect.py's names. Each kernel's time is the median over runs between which the
+GPU's L2 cache is overwritten, as read by PyTorch's profiler; in microseconds, in the order of the launches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from autotune import timing, workloads
+from autotune.workloads import Workload
+
+RUNS = 9
+CACHE = 512 << 20  # bytes; several times any L2
+
+FOCUS = {14: (8, 13), 7: (16, 7)}
+STAGES = {56: (64, 17), 28: (128, 15), 14: (256, 13), 7: (512, 7)}
+
+
+def cases() -> dict[str, Workload]:
+    found: dict[str, Workload] = {}
+    for side, (channels, kernel_size) in STAGES.items():
+        first = workloads.involution("RedNet-50", 128, channels, (side, side), 7, 16)
+        last = workloads.channels_last(first)
+        found[f"involution.{side}"], found[f"involution.{side}.last"] = first, last
+        found[f"generate.{side}"], found[f"generate.{side}.last"] = map(workloads.generation, (first, last))
+        found[f"depthwise.{side}.last"] = workloads.depthwise("OverLoCK-T", 128, channels, (side, side), kernel_size)
+    for side, (heads, kernel_size) in FOCUS.items():
+        size = (side, side)
+        found[f"contmix.{side}"] = workloads.contmix("OverLoCK-T", 128, heads, 16, size, (5, kernel_size))
+        for operator in ("na2d_av", "na2d_qk", "na2d_softmax_av"):
+            name = f"{operator.removeprefix('na2d_')}.{side}"
+            found[name] = workloads.neighborhood(operator, "OverLoCK-T", 128, heads, 16, size, kernel_size)
+    found["contmix.50x80"] = workloads.contmix("OverLoCK-T", 2, 8, 16, (50, 80), (5, 13))
+    found["outlook.28"] = workloads.outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)
+    return found
+
+
+def kernel_times(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
+    """Name and median microseconds of what a call launches, in order."""
+    buffer = torch.ones(CACHE // 4, device=device)
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(RUNS):
+            buffer.sin_()
+            call()
+        torch.cuda.synchronize()
+    runs: list[list[tuple[str, float]]] = []
+    events = [e for e in profiled.events() or [] if e.device_type.name == "CUDA"]
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        if "sin_kernel" in event.name:
+            runs.append([])
+        elif runs:
+            runs[-1].append((event.name, event.time_range.elapsed_us()))
+    whole = [run for run in runs if [n for n, _ in run] == [n for n, _ in runs[-1]]]
+    return [(run[0][0], statistics.median(t for _, t in run)) for run in zip(*whole, strict=True)]
+
+
+def main(file: str, *wanted: str) -> None:
+    device = timing.best_device()
+    rows: list[dict[str, Any]] = []
+    for name, workload in cases().items():
+        if wanted and not name.startswith(wanted):
+            continue
+        try:
+            inputs = workload.draw_inputs(torch.bfloat16, device)
+            gradient = workload.draw_gradient(torch.bfloat16, device)
+            leaves = [t for value in inputs.values() for t in (value if isinstance(value, tuple) else (value,))]
+            forward = lambda: workload.forward(inputs, gradient)  # noqa: B023, E731 - called in this iteration only
+            out = _differentiable(workload, inputs)
+            passes = {
+                "forward": forward,
+                "backward": lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True),  # noqa: B023
+            }
+            for kind, call in passes.items():
+                found = kernel_times(call, device)
+                total = sum(time for _, time in found)
+                kernels = [{"kernel": kernel[:80], "microseconds": round(time, 2)} for kernel, time in found]
+                rows.append({"case": name, "pass": kind, "microseconds": round(total, 2), "kernels": kernels})
+                print(
+                    f"{name:20s} {kind:9s} {total:9.1f}", *(f"{k[:28]} {t:.1f}" for k, t in found), sep="  ", flush=True
+                )
+        except Exception as error:  # the other cases still are worth their time
+            print(f"{name:20s} failed: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            rows.append({"case": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
+        timing.write_json(Path(file), {"schema": 1, "machine": timing.describe_machine(device), "rows": rows})
+
+
+def _differentiable(workload: Workload, inputs: workloads.Inputs) -> torch.Tensor:
+    import kernels
+
+    return getattr(kernels, workload.operator)(**inputs, **workload.options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
