@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
-import json
 import math
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from rich.markup import escape
 import kernels
 from autotune import arguments as types
 from autotune import timing
-from autotune.cases import LOST, Case, compile_cases, run_cases
+from autotune.cases import LOST, Case, compile_cases, read_record, run_cases, settled_rows, written
 from kernels.backend import BACKENDS
 
 __all__ = ["add_arguments", "results_folder", "run"]
@@ -143,7 +142,7 @@ def _known_ceilings(folder: Path, machine: dict[str, Any], device: torch.device,
 
     path = folder / "environment.json"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_record(path, "machine", "ceilings")
         if found["machine"]["device"] == machine["device"]:
             return found["ceilings"]
     return measure_ceilings(device, quick=quick)
@@ -175,13 +174,15 @@ def run(arguments: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.environment or everything:
             record = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
-            timing.write_json(folder / "environment.json", record)
+            codes.append(int(not written(folder / "environment.json", record, "environment")))
         plans: list[tuple[str, list[Case], dict[str, Any]]] = []
         if arguments.operator or everything:
             ceilings = {} if arguments.compile_only else _known_ceilings(folder, machine, device, quick=quick)
             plans.append(("bench.json", _operator_cases(arguments, settings, ceilings), {"ceilings": ceilings}))
         if arguments.model or everything:
             plans.append(("models.json", _model_cases(arguments, settings), {}))
+        for file, _, _ in plans if arguments.resume else ():
+            settled_rows(folder / file)  # a damaged file is refused before anything is measured
     except (ValueError, OSError) as error:
         messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
@@ -213,6 +214,9 @@ def _print(folder: Path) -> None:
 
     console = Console(highlight=False)
     console.width = max(console.width, 130)
-    for table in tables(folder):
-        console.print(table)
+    try:
+        for table in tables(folder):
+            console.print(table)
+    except ValueError as error:  # an earlier run's file
+        console.print(f"[yellow]warning:[/] {escape(f'{folder} holds a damaged file: {error}')}", soft_wrap=True)
     console.print(f"Wrote {escape(str(folder))}", soft_wrap=True)

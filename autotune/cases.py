@@ -11,19 +11,32 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from autotune import timing
 from autotune.comparison import one_line
 from autotune.progress import Steps
+from models.commands.progress import console
 
-__all__ = ["LOST", "Case", "TimeLimitError", "compile_cases", "device_lost", "run_cases", "time_limit"]
+__all__ = [
+    "LOST",
+    "Case",
+    "TimeLimitError",
+    "compile_cases",
+    "device_lost",
+    "read_record",
+    "run_cases",
+    "settled_rows",
+    "time_limit",
+    "written",
+]
 
 LOST = 4  # exit code: the process can use the GPU no more
 
@@ -80,50 +93,80 @@ class Case:
         """The finished row; what ``measure`` raises becomes part of it."""
         try:
             with time_limit(deadline - time.monotonic()):
-                return self.facts | {"status": "ok"} | self.measure()
+                row = self.facts | {"status": "ok"} | self.measure()
+            json.dumps(row, allow_nan=False)  # one number that JSON does not have would keep every row from the disk
+            return row
         except TimeLimitError:
             return self.facts | {"status": "skipped", "message": "there was no time left to finish it"}
         except Exception as error:  # one row's failure must not cost the others
             return self.facts | {"status": "failed", "message": one_line(error), "traceback": traceback.format_exc()}
 
 
-def _settled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an earlier run that need no second try; the one it ended in has failed."""
+def read_record(path: Path, *parts: str) -> dict[str, Any]:
+    """What an earlier run wrote. ValueError, naming the file, where it is damaged or lacks one of ``parts``."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [part for part in parts if part not in record]:
+            raise ValueError(f"it has no {missing[0]!r}")
+        return record
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no result that can be read: {error}") from None
+
+
+def settled_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run that need no second try; the one it ended in has failed. ValueError as above."""
     ended = {"status": "failed", "message": "the process ended while this was measured"}
-    return [row | ended if row["status"] == "running" else row for row in rows if row["status"] != "skipped"]
+    try:
+        rows = read_record(path, "rows")["rows"] if path.exists() else []
+        _ = [f"{row['name']} {row['pass']}" for row in rows]
+        return [row | ended if row["status"] == "running" else row for row in rows if row["status"] != "skipped"]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is no result that can be read: its rows are none") from None
+
+
+def written(path: Path, record: dict[str, Any], what: str) -> bool:
+    """Whether ``record`` is on disk now. Where it cannot be (a full disk), a line says so, and measuring can go on."""
+    try:
+        timing.write_json(path, record)
+    except OSError as error:
+        console.print(f"[red]error:[/] {escape(f'{what}: {error}')}", soft_wrap=True)
+        return False
+    return True
 
 
 def run_cases(cases: Sequence[Case], path: Path, record: dict[str, Any], *, deadline: float, resume: bool) -> int:
     """Measure the cases one by one into ``record["rows"]``, written to ``path`` before and after each; the exit code.
 
     Past ``deadline`` (monotonic) the rest are recorded as skipped. ``resume`` keeps what ``path`` holds already.
+    A row that cannot be written is reported and costs the exit code, not the rows after it.
     """
     rows: list[dict[str, Any]] = record.setdefault("rows", [])
-    if resume and path.exists():
-        rows.extend(_settled(json.loads(path.read_text(encoding="utf-8"))["rows"]))
+    if resume:
+        rows.extend(settled_rows(path))
     done = {f"{row['name']} {row['pass']}" for row in rows}
     todo = [case for case in cases if case.name not in done]
-    code = 0
+    code, on_disk = 0, True
     with Steps(len(todo)) as steps:
         for case in todo:
             steps.begin(case.name)
             rows.append(case.facts | {"status": "running"})
-            timing.write_json(path, record)
+            with suppress(OSError):  # reported below, with what was measured
+                timing.write_json(path, record)
             began = time.monotonic()
             if began < deadline:
                 rows[-1] = case.run(deadline)
             else:
                 rows[-1] = case.facts | {"status": "skipped", "message": "there was no time left"}
             rows[-1]["seconds"] = round(time.monotonic() - began, 2)
-            timing.write_json(path, record)
+            on_disk &= written(path, record, case.name)
             steps.end(rows[-1]["status"])
             _release()
             if rows[-1]["status"] == "failed" and device_lost(torch.device(record["machine"]["device_type"])):
                 code = LOST
                 break
     record["complete"] = code == 0
-    timing.write_json(path, record)
-    return code or int(any(row["status"] == "failed" for row in rows))
+    on_disk &= written(path, record, "all rows")
+    return code or int(not on_disk or any(row["status"] == "failed" for row in rows))
 
 
 def _release() -> None:

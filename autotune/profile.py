@@ -33,7 +33,7 @@ from rich.table import Table
 import kernels
 from autotune import against, plots, progress, report, timing, workloads
 from autotune.arguments import Number, device, dtype, image_size, module, positive, shape, threads
-from autotune.cases import Case
+from autotune.cases import Case, written
 from autotune.comparison import Settings
 from autotune.lines import chosen_cases, given_batch
 from autotune.workloads import Size
@@ -191,8 +191,8 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequen
 def run(arguments: argparse.Namespace) -> int:
     """The exit code.
 
-    0: all lines agree and are timed; 1: a line failed, or became slower; 2: bad arguments; 130: interrupted, and what
-    was done by then is kept.
+    0: all lines agree and are timed; 1: a line failed, became slower or could not be written; 2: bad arguments;
+    130: interrupted, and what was done by then is kept.
     """
     messages = Console(stderr=True, highlight=False)
     quick = arguments.quick
@@ -220,7 +220,7 @@ def run(arguments: argparse.Namespace) -> int:
         messages.print(f"[red]error:[/] {escape(str(error))}")
         return 2
 
-    start, others = time.monotonic(), timing.OtherWork()
+    start, others, on_disk = time.monotonic(), timing.OtherWork(), True
     time.sleep(LOOK_SECONDS)
     if (warning := report.busy(others.cores(), record["machine"]["cpu_count"])) is not None:
         messages.print(f"[yellow]warning:[/] {warning}; times will vary", soft_wrap=True)
@@ -229,7 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
             for row in progress.each(cases, Case.run, lambda case: case.name, _told):
                 record["rows"].append(row)
                 record["seconds"], record["other_cores"] = round(time.monotonic() - start, 1), others.cores()
-                timing.write_json(folder / "profile.json", record)
+                on_disk &= written(folder / "profile.json", record, f"{row['name']} {row['pass']}")
         record["complete"] = True
     except KeyboardInterrupt:
         messages.print("[yellow]interrupted[/]; what was done by then is kept")
@@ -244,16 +244,21 @@ def run(arguments: argparse.Namespace) -> int:
         _print(record)
         if arguments.against is not None:
             _show(Console(highlight=False), against.table(changes, str(arguments.against), arguments.threshold))
-    timing.write_json(folder / "profile.json", record)
-    source = report.fingerprint(record)
-    drawn = [plots.save(figure, folder / file, source) for file, figure in report.figures(record).items()]
-    if not arguments.json:
+    on_disk &= written(folder / "profile.json", record, "all rows")
+    source, drawn = report.fingerprint(record), []
+    for file, figure in report.figures(record).items():
+        try:
+            drawn.append(plots.save(figure, folder / file, source))
+        except OSError as error:
+            on_disk = False
+            messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+    if not arguments.json and on_disk:
         names = ", ".join(str(file) for file in (folder / "profile.json", *drawn))
         Console(highlight=False).print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)
     if not record["complete"]:
         return 130
     slower = any(change["verdict"] == "slower" for change in changes)
-    return int(slower or any(row["status"] != "ok" for row in record["rows"]))
+    return int(slower or not on_disk or any(row["status"] != "ok" for row in record["rows"]))
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,37 @@ def test_resuming_keeps_rows_and_fails_the_one_the_process_ended_in(tmp_path):
     assert code == 1
     assert {name: row.get("value") for name, row in found.items()} == {"done": 1, "skipped": 2, "fatal": None, "new": 2}
     assert found["fatal"]["message"] == "the process ended while this was measured"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to try")
+def test_a_full_disk_costs_the_exit_code_and_no_measurement(tmp_path, capsys):
+    (tmp_path / "rows.json").symlink_to("/dev/full")
+    record = {"machine": {"device_type": "cpu"}}
+    cases = [_case(name, lambda: {"value": 1}) for name in ("first", "second")]
+    assert run_cases(cases, tmp_path / "rows.json", record, deadline=math.inf, resume=False) == 1
+    assert [row["status"] for row in record["rows"]] == ["ok", "ok"]
+    told = capsys.readouterr().err
+    assert "first forward: cannot write" in told
+    assert "second forward: cannot write" in told
+
+
+def test_a_number_that_json_does_not_have_costs_its_own_row_alone(tmp_path):
+    code, rows = _run(tmp_path, [_case("nan", lambda: {"value": math.nan}), _case("next", lambda: {"value": 1})])
+    assert code == 1
+    assert rows["nan"]["message"].startswith("ValueError: Out of range float values")
+    assert rows["next"]["value"] == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": 3}', '{"rows": [{}]}', "\0"])
+@pytest.mark.parametrize("file", ["bench.json", "environment.json"])
+def test_a_damaged_file_is_named_before_anything_is_measured(tmp_path, capsys, content, file):
+    (tmp_path / file).write_text(content)
+    code = main(["bench", "--operator", "na2d_qk", "--quick", "--no-compile", "--resume", "--out", str(tmp_path)])
+    assert code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"{tmp_path / file} is no result that can be read" in told
+    assert (tmp_path / file).read_text() == content
 
 
 def test_a_lost_gpu_ends_the_run_with_a_code_of_its_own(tmp_path, monkeypatch):

@@ -193,6 +193,16 @@ def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
     assert (tmp_path / "profile_operators.png").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to try")
+def test_a_full_disk_costs_the_exit_code_and_no_measurement(tmp_path, capsys):
+    (tmp_path / "profile.json").symlink_to("/dev/full")
+    code = main(["profile", "--quick", "--only", "na2d_qk", "na2d_av", "--json", "--out", str(tmp_path)])
+    assert code == 1
+    printed = capsys.readouterr()
+    assert [row["status"] for row in json.loads(printed.out)["rows"]] == ["ok", "ok"]
+    assert printed.err.count("cannot write") == 3  # each row, and all of them
+
+
 def test_an_operator_at_a_shape_of_ones_own(quick):
     arguments = ("--operator", "involution2d", "--shape", "2x32x8x6", "--kernel-size", "3", "--dtype", "fp32")
     code, record = quick(*arguments)
