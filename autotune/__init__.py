@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autotune.contenders import compare
     from autotune.magic import load_ipython_extension
-    from autotune.notebooks.roofline import roofline
+    from autotune.roofs import roofline
     from autotune.sweeps import sweep
     from autotune.tuner import tuning
 
@@ -19,7 +19,7 @@ __all__ = ["compare", "load_ipython_extension", "roofline", "sweep", "tuning"]
 _MODULES = {
     "compare": "autotune.contenders",
     "load_ipython_extension": "autotune.magic",
-    "roofline": "autotune.notebooks.roofline",
+    "roofline": "autotune.roofs",
     "sweep": "autotune.sweeps",
     "tuning": "autotune.tuner",
 }

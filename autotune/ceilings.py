@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +23,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: fl
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
-        found = timing.measure({"product": lambda: a @ b}, device, seconds=seconds)["product"]
+        rows = a.chunk(torch.get_num_threads() if device.type == "cpu" else 1)
+        return (
+            2 * size**3 / timing.ceiling_seconds([functools.partial(torch.matmul, r, b) for r in rows], device, seconds)
+        )
     finally:
         torch.set_float32_matmul_precision(precision)
-    return 2 * size**3 / (found.p50_ms / 1000)
 
 
 def measure_ceilings(device: torch.device, *, quick: bool = False) -> dict[str, float]:

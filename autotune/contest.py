@@ -50,6 +50,11 @@ class Contest:
         return self.machine["device_type"]
 
     @property
+    def threads(self) -> int:
+        """CPU threads that PyTorch used."""
+        return self.machine["cpu_threads"]
+
+    @property
     def timed(self) -> list[dict[str, Any]]:
         """The rows that were timed."""
         return [row for row in self.rows if row["status"] == "ok"]

@@ -81,9 +81,20 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
 
 
 def describe(figure: Figure, title: str, device: str) -> None:
-    """The title above, and below it what every figure must tell: the device it was measured on."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-    figure.supxlabel(device, x=0.99, ha="right", fontsize=10, color=COLOURS["floor"])
+    """The title above, and below it what every figure must tell: the device it was measured on.
+
+    Either takes a line of its own where a legend needs the place, and smaller letters where it is too long. To be
+    called last.
+    """
+    heading = figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    note = figure.supxlabel(device, x=0.99, ha="right", fontsize=10, color=COLOURS["floor"], linespacing=1.7)
+    figure.draw_without_rendering()
+    legends = [legend.get_window_extent() for legend in figure.legends]
+    for text, apart, size in ((heading, "\n{}", 14), (note, "{}\n", 10)):
+        box = text.get_window_extent()
+        if any(box.overlaps(legend) for legend in legends):
+            text.set_text(apart.format(text.get_text()))
+        text.set_fontsize(min(size, size * 0.98 * figure.bbox.width / box.width))
 
 
 def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:

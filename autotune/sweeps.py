@@ -73,6 +73,7 @@ class Sweep:
     points: dict[str, list[Point]]
     device: str
     dtype: str
+    threads: int
     label: str
 
     @property
@@ -181,7 +182,7 @@ def sweep(
     points = measure_points(operator, base, values, settings, backward=backward)
     precision = str(dtype).removeprefix("torch.")
     label = f"{timing.device_name(place)} · {precision}"
-    return Sweep(operator, backward, points, place.type, precision, label)
+    return Sweep(operator, backward, points, place.type, precision, torch.get_num_threads(), label)
 
 
 def measure_points(
@@ -276,7 +277,8 @@ def _curves(axis: Axes, values: list[int], **curves: list[float]) -> None:
     axis.set(xscale="log", yscale="log")
     axis.set_xticks(values, [str(value) for value in values])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 150 * low else (1,), numticks=8))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.grid(which="major")

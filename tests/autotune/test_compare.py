@@ -1,6 +1,8 @@
 """``autotune.compare``, ``sweep``, ``roofline`` and ``%profile``: what they check, what they refuse, what they show."""
 
 import builtins
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from torch import nn
 
 import autotune
 import kernels
+from autotune import roofs
 from autotune.comparison import DisagreementError
 from models.rednet import Involution2d
 from tests.support import DEVICE
@@ -247,10 +250,12 @@ def test_bad_sweeps_are_refused_before_anything_is_measured(arguments, message, 
 
 
 def test_anything_goes_under_the_roof(layer, x, monkeypatch):
-    from autotune.notebooks import roofline
-
-    ceilings = roofline.Ceilings(1e10, 1e11)
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda session: ceilings)
+    threads = []
+    monkeypatch.setattr(
+        roofs,
+        "measure_ceilings",
+        lambda *_: threads.append(torch.get_num_threads()) or roofs.Ceilings(1e10, 1e11, 2e10),
+    )
     shapes = {"size": 7, "kernel_size": 3, "channels": 16, "device": "cpu"}
     swept = autotune.sweep("involution2d", {"batch": [1, 2]}, **shapes, **QUICK)
     compared = autotune.compare(layer, x, backends=["eager", "reference"], **QUICK)
@@ -267,8 +272,21 @@ def test_anything_goes_under_the_roof(layer, x, monkeypatch):
         autotune.roofline("nothing")
     with pytest.raises(TypeError, match="what must be results"):
         autotune.roofline(3)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="what must be of one device and precision"):
+    with pytest.raises(ValueError, match="what must be of one device, precision and number of threads"):
         autotune.roofline(compared, autotune.compare(nn.ReLU(), x.bfloat16(), **QUICK))
+    # The ceilings are measured with the threads that the results had, whatever PyTorch uses by now.
+    machine = compared.machine | {"cpu_threads": 3}
+    autotune.roofline(dataclasses.replace(compared, machine=machine))
+    assert threads == [torch.get_num_threads(), 3]
+
+
+def test_equal_intensities_are_drawn_side_by_side():
+    values = [4.9, 6.5, 4.9, 60.0, 4.9, 4.9]
+    drawn = roofs._side_by_side(values)
+    assert drawn[3] == pytest.approx(60)
+    ordered = sorted(drawn)
+    assert min(b / a for a, b in itertools.pairwise(ordered)) >= roofs.APART - 1e-9
+    assert sorted(drawn[i] for i in (0, 2, 4, 5)) == [drawn[i] for i in (0, 2, 4, 5)]
 
 
 def test_profile_magic(layer, x):

@@ -75,8 +75,20 @@ def test_peak_memory_sees_temporaries_inside_operators():
 
 
 def test_copy_bandwidth_counts_reading_and_writing(monkeypatch):
-    monkeypatch.setattr(timing, "measure", lambda calls, *_, **__: {name: Timing(1.0, 2.0, 3.0, 5) for name in calls})
+    monkeypatch.setattr(timing, "ceiling_seconds", lambda parts, *_: 0.002)
     assert timing.copy_bandwidth(CPU, size=4096) == 2 * 4096 / 0.002
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_way_to_a_ceiling_does_all_parts(monkeypatch, threads):
+    ran, before = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    parts = [lambda index=index: ran.append(index) for index in range(threads)]
+    assert 0 < timing.ceiling_seconds(parts, CPU, 0.003) < 1
+    monkeypatch.undo()
+    torch.set_num_threads(before)
+    assert len(ran) % threads == 0
+    assert {ran.count(index) for index in range(threads)} == {len(ran) // threads}
 
 
 def test_copy_bandwidth_copies():

@@ -1,0 +1,246 @@
+"""``autotune.roofline``: operators, and results of ``compare`` and ``sweep``, under the ceilings measured here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from autotune import plots, report, timing, workloads
+from autotune.ceilings import matmul_rate
+from autotune.comparison import Settings, measure_operator
+from autotune.contest import NAIVE, Contest
+from autotune.sweeps import Sweep
+
+__all__ = [
+    "Ceilings",
+    "Measured",
+    "from_record",
+    "measure_ceilings",
+    "measure_operators",
+    "roofline",
+    "roofline_figure",
+]
+
+CACHED_BYTES = (2**18, 2**20, 2**22)  # of a tensor
+# Points nearer to each other than this factor are drawn side by side.
+APART = 1.14
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes per second of a large copy, operations per second of a matrix product, bytes per second of a cached copy.
+
+    The last is None where tensors never stay in caches: on a GPU these are overwritten before each run.
+    """
+
+    bytes_per_second: float
+    operations_per_second: float
+    cached_bytes_per_second: float | None = None
+
+    @property
+    def balance(self) -> float:
+        """Operations per byte above which the matrix product's rate limits, not the memory's."""
+        return self.operations_per_second / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One operator at one shape: what it must move and do, and both paths' seconds (None: not measured)."""
+
+    operator: str
+    shape: str
+    floor_bytes: int
+    operations: int
+    ours_seconds: float
+    naive_seconds: float | None
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte that must be moved."""
+        return self.operations / self.floor_bytes
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the paths that were measured."""
+        return {"ours": self.ours_seconds} | ({"naive": self.naive_seconds} if self.naive_seconds else {})
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """All in this run, on this device, with as many CPU threads as the kernels use: PyTorch's."""
+    if device.type != "cpu":
+        return Ceilings(timing.copy_bandwidth(device), matmul_rate(device, dtype, 8192, 1.0))
+    large = timing.copy_bandwidth(device, seconds=0.3)
+    cached = max(timing.copy_bandwidth(device, size=size, seconds=0.1) for size in CACHED_BYTES)
+    return Ceilings(large, matmul_rate(device, dtype, 768, 0.3), cached if cached > 1.2 * large else None)
+
+
+def measure_operators(
+    device: torch.device, dtype: torch.dtype, ceilings: Ceilings, operators: Sequence[str] | None = None
+) -> list[Measured]:
+    """Operators at the models' shapes, forward, by default all; in batches of 4 on a CPU and of 128 on a GPU."""
+    on_gpu = device.type == "cuda"
+    settings = Settings(device, dtype, batch=128 if on_gpu else 4, seconds=0.5 if on_gpu else 0.1, min_runs=3)
+    found = []
+    for workload in workloads.operator_workloads(settings.batch):
+        if operators is None or workload.operator in operators:
+            row = measure_operator(workload, settings, backward=False, bytes_per_second=ceilings.bytes_per_second)
+            seconds = (row[path]["p50_ms"] / 1000 for path in ("ours", "naive"))
+            shape = f"{workload.model} {workload.shape}"
+            found.append(Measured(workload.operator, shape, row["floor"]["bytes"], row["operations"], *seconds))
+    return found
+
+
+def roofline(*what: Contest | Sweep | str) -> Figure:
+    """Anything under the roof that this device's copies and matrix products make.
+
+    Args:
+        what: results of ``compare`` and ``sweep``, all of one device, number of CPU threads and precision, and names of
+            operators, which are measured at the models' shapes; without any, every operator that the models call.
+
+    Raises:
+        TypeError, ValueError: one of them is nothing of the kind; nothing was measured then.
+    """
+    known = list(dict.fromkeys(workload.operator for workload in workloads.operator_workloads(1)))
+    results: list[Contest | Sweep] = []
+    for entry in what:
+        if isinstance(entry, (Contest, Sweep)):
+            results.append(entry)
+        elif not isinstance(entry, str):
+            raise TypeError(f"what must be results of compare or sweep, or names, got {type(entry).__name__}")
+        elif entry not in known:
+            raise ValueError(f"what must name some of {', '.join(known)}; got {entry!r}")
+    place = timing.best_device()
+    dtype, threads = torch.bfloat16 if place.type == "cuda" else torch.float32, torch.get_num_threads()
+    if results:
+        places = {(result.device, result.dtype, result.threads) for result in results}
+        if len(places) > 1:
+            texts = sorted(f"{kind} {name} on {count} threads" for kind, name, count in places)
+            raise ValueError(f"what must be of one device, precision and number of threads, got {', '.join(texts)}")
+        ((kind, name, threads),) = places
+        place, dtype = torch.empty(0, device=kind).device, getattr(torch, name)
+    measured = [entry for result in results for entry in _of_result(result)]
+    with _threads(threads):
+        ceilings = measure_ceilings(place, dtype)
+        if names := [entry for entry in what if isinstance(entry, str)] or ([] if results else known):
+            measured += measure_operators(place, dtype, ceilings, names)
+        label = f"{timing.device_name(place)} · {str(dtype).removeprefix('torch.')}"
+    return roofline_figure(measured, ceilings, label)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _of_result(result: Contest | Sweep) -> list[Measured]:
+    if isinstance(result, Sweep):
+        return [
+            Measured(
+                result.operator,
+                f"{axis} {getattr(p.shape, axis)}",
+                p.floor_bytes,
+                p.operations,
+                p.ours_seconds,
+                p.naive_seconds,
+            )
+            for axis, points in result.points.items()
+            for p in points
+        ]
+    if not result.operations:
+        raise ValueError(f"what must do something that PyTorch's counter knows, {result.title} has no operations")
+    seconds = {row["name"]: row["p50_ms"] / 1000 for row in result.timed if row["kind"] in ("ours", NAIVE)}
+    naive = seconds.pop(NAIVE, None)
+    ours = min(seconds.values()) if seconds else naive
+    assert ours is not None
+    return [Measured(result.title, "", result.floor_bytes, result.operations, ours, naive)]
+
+
+def from_record(record: Mapping[str, Any]) -> tuple[list[Measured], Ceilings]:
+    """The forward rows of a committed bench.json, of its first batch size, and the ceilings of the same run."""
+    rows = [row for row in record["rows"] if row["status"] == "ok" and row["pass"] == "forward"]
+    measured = []
+    for row in (row for row in rows if row["batch"] == rows[0]["batch"]):
+        seconds = {name: found["p50_ms"] / 1000 for name, found in row["contenders"].items()}
+        shape, floor = f"{row['model']} {row['shape']}", row["floor"]
+        times = seconds["ours"], seconds.get("naive")
+        measured.append(Measured(row["operator"], shape, floor["bytes"], floor["operations"], *times))
+    found = record["ceilings"]
+    return measured, Ceilings(found["copy_bytes_per_second"], found["bf16_operations_per_second"])
+
+
+def _side_by_side(values: Sequence[float]) -> list[float]:
+    """The values, with those that would hide each other moved apart around where they are."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    groups: list[list[int]] = []
+
+    def left(group: list[int], step: int) -> float:
+        centre = math.prod(values[index] for index in group) ** (1 / len(group))
+        return centre * APART ** (step - (len(group) - 1) / 2)
+
+    for index in order:
+        groups.append([index])
+        while len(groups) > 1 and left(groups[-1], 0) < APART * left(groups[-2], len(groups[-2]) - 1):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    drawn = {index: left(group, step) for group in groups for step, index in enumerate(group)}
+    return [drawn[index] for index in range(len(values))]
+
+
+def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str) -> Figure:
+    """Operations per second over operations per byte, log-log, under the ceilings; a line joins the two paths.
+
+    The number at each line is that of its shape in the list at the side.
+    """
+    operators = list(dict.fromkeys(entry.operator for entry in measured))
+    markers = dict(zip(operators, cycle(("o", "s", "D", "^", "v", "P", "X")), strict=False))
+    grey, guide, limit = plots.COLOURS["floor"], plots.COLOURS["guide"], ceilings.operations_per_second
+    with plots.style():
+        figure, axes = plots.grid(1, 1, 12, max(5.6, 2.2 + 0.24 * len(measured)))
+        axis = axes[0][0]
+        drawn = _side_by_side([entry.intensity for entry in measured])
+        roofs = {f"copy in memory: {ceilings.bytes_per_second / 1e9:.3g} GB/s": (ceilings.bytes_per_second, "-")}
+        if (cached := ceilings.cached_bytes_per_second) is not None:
+            roofs[f"copy in caches: {cached / 1e9:.3g} GB/s"] = cached, "--"
+        bends = [limit / speed for speed, _ in roofs.values()]
+        low, high = min([*drawn, *bends]) / 2, max([*drawn, *bends]) * 2
+        handles = []
+        for (text, (speed, line)), bend in zip(roofs.items(), bends, strict=True):
+            heights = [min(x * speed, limit) / 1e9 for x in (low, bend, high)]
+            handles += axis.plot((low, bend, high), heights, line, color=grey, linewidth=2.2, label=text)
+        axis.annotate(
+            f"matrix product: {report.number(limit / 1e9)} Gop/s", (high, limit / 1e9), (0, 5),
+            textcoords="offset points", color=grey, ha="right",
+        )  # fmt: skip
+        for number, (entry, x) in enumerate(zip(measured, drawn, strict=True), 1):
+            rates = {name: entry.operations / seconds / 1e9 for name, seconds in entry.seconds.items()}
+            axis.vlines(x, min(rates.values()), max(rates.values()), color=guide, linewidth=2, zorder=1)
+            for name, rate in rates.items():
+                axis.plot(x, rate, markers[entry.operator], color=plots.COLOURS[name], markersize=8)
+            axis.annotate(
+                str(number), (x, max(rates.values())), (0, 7), textcoords="offset points", ha="center", fontsize=9
+            )
+        for name in ("ours", "naive"):
+            handles += axis.plot([], [], "s", color=plots.COLOURS[name], label=name)
+        for number, entry in enumerate(measured, 1):
+            text = f"{number}  {entry.operator}  {entry.shape}".rstrip()
+            handles += axis.plot([], [], markers[entry.operator], color="white", markeredgecolor="black", label=text)
+        figure.legend(handles=handles, loc="outside right center", fontsize=9)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="operations per byte that must move (equal ones are drawn side by side)",
+            ylabel="rate, 10⁹ operations/s  (more is better)",
+        )
+        axis.grid(which="major")
+        return plots.finish(figure, "Under the roofline", label)
