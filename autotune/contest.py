@@ -109,7 +109,7 @@ class Contest:
         return Group(found, *map(Text, self.notes))
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None, highlight=False)
+        console = Console(width=120, color_system=None, highlight=False, force_jupyter=False)
         with console.capture() as captured:
             console.print(self)
         return captured.get()
@@ -130,7 +130,12 @@ class Contest:
                 axes[0].barh(position, row["p50_ms"], xerr=around, height=0.6, color=colour, capsize=3)
                 if panels == 2:
                     axes[1].barh(position, row["peak_bytes"] / 1e6, height=0.6, color=colour)
-            axes[0].axvline(self.floor_ms, color=plots.COLOURS["floor"], linestyle="--", label="floor: a copy as large")
+            axes[0].axvline(
+                self.floor_ms,
+                color=plots.COLOURS["floor"],
+                linestyle="--",
+                label=f"floor: {self.floor_ms:.2g} ms, a copy as large",
+            )
             axes[0].set_xlabel("time of a call, ms; p20 to p80  (less is better)")
             figure.legend(loc="outside lower left")
             if panels == 2:

@@ -270,9 +270,10 @@ def _held(shape: Shape, varied: str) -> str:
 
 def _curves(axis: Axes, values: list[int], **curves: list[float]) -> None:
     for name, heights in curves.items():
-        style: dict[str, Any] = (
-            {"linestyle": "--", "linewidth": 1.6} if name == "floor" else {"marker": plots.MARKERS[name]}
-        )
+        style: dict[str, Any] = {"linestyle": "--", "linewidth": 1.6}
+        if name != "floor":  # ours above naive and smaller: where both are equal, each shows
+            over = name == "ours"
+            style = {"marker": plots.MARKERS[name], "markersize": 6 if over else 9, "zorder": 3 if over else 2}
         axis.plot(values, heights, color=plots.COLOURS[name], label=name, **style)
     axis.set(xscale="log", yscale="log")
     axis.set_xticks(values, [str(value) for value in values])
