@@ -31,8 +31,13 @@ lint: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python -m autotune figures $(ARGS)
 
+# In place. The profiler's warnings would stand in the outputs, and timestamps in the cells' metadata.
+notebooks: NOTEBOOKS ?= notebooks/*.ipynb
+notebooks: export TORCH_CPP_LOG_LEVEL ?= ERROR
 notebooks: $(STAMP)
-	$(BIN)/python -m autotune notebooks $(ARGS)
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec \
+		$(NOTEBOOKS) $(ARGS)
 
 # With the machine's own Python, not .venv: a GPU machine brings the torch and triton that fit its driver.
 gpu:

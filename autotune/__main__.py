@@ -18,7 +18,6 @@ COMMANDS = {  # name -> (module, one line of help)
         "autotune.bench",
         "measure operators and models against naive, compiled and peers; --suite for all of it",
     ),
-    "notebooks": ("autotune.execute", "execute the notebooks again and write their outputs into them"),
     "compile": ("autotune.compile", "compile the Triton kernels ahead of time for a named architecture, without a GPU"),
 }
 

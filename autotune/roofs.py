@@ -164,7 +164,8 @@ def _of_result(result: Contest | Sweep) -> list[Measured]:
     naive = seconds.pop(NAIVE, None)
     ours = min(seconds.values()) if seconds else naive
     assert ours is not None
-    return [Measured(result.title, "", result.floor_bytes, result.operations, ours, naive)]
+    one_pass = "forward+backward" if result.backward else "forward"
+    return [Measured(result.title, one_pass, result.floor_bytes, result.operations, ours, naive)]
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[list[Measured], Ceilings]:
@@ -219,14 +220,15 @@ def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str
             heights = [min(x * speed, limit) / 1e9 for x in (low, bend, high)]
             handles += axis.plot((low, bend, high), heights, line, color=grey, linewidth=2.2, label=text)
         axis.annotate(
-            f"matrix product: {report.number(limit / 1e9)} Gop/s", (high, limit / 1e9), (0, 5),
-            textcoords="offset points", color=grey, ha="right",
+            f"matrix product: {report.number(limit / 1e9)} Gop/s", (min(bends), limit / 1e9), (0, 5),
+            textcoords="offset points", color=grey,
         )  # fmt: skip
         for number, (entry, x) in enumerate(zip(measured, drawn, strict=True), 1):
             rates = {name: entry.operations / seconds / 1e9 for name, seconds in entry.seconds.items()}
             axis.vlines(x, min(rates.values()), max(rates.values()), color=guide, linewidth=2, zorder=1)
-            for name, rate in rates.items():
-                axis.plot(x, rate, markers[entry.operator], color=plots.COLOURS[name], markersize=8)
+            for name, rate in reversed(rates.items()):  # ours above naive and smaller: where both are equal, each shows
+                size = 10 if name == "naive" else 7
+                axis.plot(x, rate, markers[entry.operator], color=plots.COLOURS[name], markersize=size)
             axis.annotate(
                 str(number), (x, max(rates.values())), (0, 7), textcoords="offset points", ha="center", fontsize=9
             )
@@ -242,5 +244,6 @@ def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str
             xlabel="operations per byte that must move (equal ones are drawn side by side)",
             ylabel="rate, 10⁹ operations/s  (more is better)",
         )
+        axis.set_ylim(top=2 * limit / 1e9)
         axis.grid(which="major")
         return plots.finish(figure, "Under the roofline", label)

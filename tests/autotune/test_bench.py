@@ -5,6 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_resuming_keeps_rows_and_fails_the_one_the_process_ended_in(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to try")
 def test_a_full_disk_costs_the_exit_code_and_no_measurement(tmp_path, capsys):
     (tmp_path / "rows.json").symlink_to("/dev/full")
-    record = {"machine": {"device_type": "cpu"}}
+    record: dict[str, Any] = {"machine": {"device_type": "cpu"}}
     cases = [_case(name, lambda: {"value": 1}) for name in ("first", "second")]
     assert run_cases(cases, tmp_path / "rows.json", record, deadline=math.inf, resume=False) == 1
     assert [row["status"] for row in record["rows"]] == ["ok", "ok"]

@@ -46,7 +46,7 @@ INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000],
           for command in ("profile --batch", "profile --threads", "bench --batch", "tune --all --batch",
                           "tune --all --candidates")),
         *((f"autotune {command}", command.split()[-1], [*NUMBER, "0", "-1"])
-          for command in ("bench --seconds", "tune --all --seconds", "notebooks --timeout")),
+          for command in ("bench --seconds", "tune --all --seconds")),
         ("autotune bench --size", "--size", ["31", "9" * 5000, "20000"]),
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith(("models", "autotune")) else "",

@@ -1,0 +1,59 @@
+"""The photograph, models that say what their weights are, tables, committed results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from PIL import ImageOps
+from torch import Tensor, nn
+
+import models
+from autotune import timing, workloads
+from autotune.contest import html_table
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def label(device: torch.device, dtype: torch.dtype) -> str:
+    """What a figure says of its origin: "NVIDIA H200 · bfloat16"."""
+    return f"{timing.device_name(device)} · {str(dtype).removeprefix('torch.')}"
+
+
+def picture(side: int) -> tuple[Tensor, np.ndarray]:
+    """The photograph, twice: ImageNet-normalised [1, 3, side, side], and [side, side, 3] in 0..1 to look at."""
+    photo = workloads.photograph()
+    pixels = np.asarray(ImageOps.fit(photo, (side, side)), dtype=np.float32) / 255
+    return workloads.image_batch(photo, (side, side), 1, torch.float32, torch.device("cpu")), pixels
+
+
+def load(name: str, checkpoint: str | None = None) -> tuple[nn.Module, str]:
+    """A model with the weights of a file or address, or with seeded random ones, and a title that says which."""
+    if checkpoint is None:
+        return workloads.settled_model(name, picture(224)[0]).eval(), f"{name}, random weights"
+    return models.create_model(name, checkpoint=checkpoint).eval(), f"{name}, weights of {os.path.basename(checkpoint)}"
+
+
+def committed(file: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """What was measured on GPUs and committed: results/<GPU>/``file`` of each."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(f"*/{file}"))]
+    return [record for record in records if record["machine"]["device_type"] == "cuda"]
+
+
+def bare(axis: Axes) -> Axes:
+    """For pictures: their axes are the picture's own."""
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    return axis
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> HTML:
+    """Rows of text, the first column to the left, with notes below."""
+    return HTML(html_table(title, headings, rows, notes))

@@ -1,0 +1,244 @@
+"""What the notebooks draw is right: kernels taken from models and put in their place, and committed results."""
+
+import json
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kernels
+import models
+from autotune import plots, roofs
+from autotune.report import percent
+from kernels.windows import Window
+from models.layers import ContMix
+from models.rednet import Involution2d
+from models.volo import OutlookAttention
+from tests.notebooks.test_notebooks import NOTEBOOKS, nbformat
+from tests.support import random_tensor, relative_error
+
+pytest.importorskip("IPython", reason="notebooks need IPython")
+from notebooks import draw
+
+
+def _call(module, *inputs):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad(), draw.recorded() as calls:
+        module.eval()(*inputs)
+    (call,) = calls
+    return call
+
+
+def test_contmix_kernels_are_those_that_mix():
+    call = _call(ContMix(32, 8, 13, 4), random_tensor(2, 32, 15, 16), random_tensor(2, 40, 15, 16))
+    affinity, weights = draw.contmix_kernels(call)
+    assert affinity.shape == (2, 4, 15, 16, 49)
+    assert [weight.shape for weight in weights] == [(2, 4, 15, 16, 5, 5), (2, 4, 15, 16, 13, 13)]
+    value = call.arguments["value"]
+    for index, weight in enumerate(weights):
+        assert weight.std((-2, -1)).min() > 0
+        mixed = kernels.reference.na2d_av(weight.flatten(-2), value[:, index].movedim(2, -1), weight.shape[-1])
+        assert relative_error(call.output[:, index], mixed.movedim(-1, 2)) < 1e-5
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_involution_kernels_are_those_that_mix(stride):
+    call = _call(Involution2d(32, 7, stride), random_tensor(2, 32, 12, 11))
+    weight = draw.involution_kernels(call)
+    assert weight.shape == (2, 2, 7, 7, math.ceil(12 / stride), math.ceil(11 / stride))
+    assert (
+        relative_error(call.output, kernels.reference.involution2d(call.arguments["x"], weight, stride=stride)) < 1e-5
+    )
+
+
+def test_generated_involution_kernels_are_those_that_mix():
+    x, features = random_tensor(2, 32, 9, 9), random_tensor(2, 8, 9, 9)
+    with draw.recorded() as calls:
+        out = kernels.involution2d_generate(
+            x, features, random_tensor(98, 8), random_tensor(98), kernel_size=7, groups=2
+        )
+    assert relative_error(out, kernels.reference.involution2d(x, draw.involution_kernels(calls[0]))) < 1e-5
+
+
+@pytest.mark.parametrize(("position", "count"), [((4, 4), 1), ((4, 5), 2), ((5, 3), 4), ((0, 0), 1), ((8, 9), 1)])
+def test_outlook_kernel_is_what_the_token_takes(position, count):
+    call = _call(OutlookAttention(32, 2), random_tensor(2, 9, 10, 32))
+    kernel, windows = draw.outlook_kernel(call, *position)
+    value = call.arguments["value"].unflatten(-1, (2, 16))
+    taken = torch.einsum("bhij,bijhc->bhc", kernel, value).flatten(1)
+    assert relative_error(taken, call.output[:, position[0], position[1]]) < 1e-5
+    assert windows == count
+    assert (kernel.sum((-2, -1)) <= windows + 1e-5).all()
+
+
+def test_recording_puts_the_operators_back():
+    originals = [getattr(kernels, name) for name in kernels.__all__]
+    with pytest.raises(ValueError, match="x must have shape"), draw.recorded() as calls:
+        kernels.involution2d(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, 3, 2, 3))
+    assert [getattr(kernels, name) for name in kernels.__all__] == originals
+    assert calls == []
+
+
+def test_place_slides_clamped_windows_inward_and_cuts_padded_ones():
+    kernel = torch.arange(9.0).view(3, 3)
+    clamped = draw.place(kernel, Window.neighborhood((3, 3)), (0, 4), (5, 5))
+    np.testing.assert_array_equal(clamped[:3, 2:], kernel.numpy())
+    assert np.ma.count(clamped) == 9
+    padded = draw.place(kernel, Window((3, 3), padding=(1, 1)), (0, 4), (5, 5))
+    np.testing.assert_array_equal(padded[:2, 3:], kernel[1:, :2].numpy())
+    assert np.ma.count(padded) == 4
+
+
+@pytest.mark.parametrize("reach", [None, 2])
+def test_marks_stand_in_the_entry_whose_kernel_is_drawn(reach):
+    pixels, size = np.full((56, 56, 3), 0.5, dtype=np.float32), (7, 7)
+    places = draw.points.positions(size)
+    maps = [draw.place(torch.ones(1, 1), Window((1, 1)), place, size) for place in places]
+    figure = draw.points_figure(pixels, size, [draw.Column("one", maps, "weight")], "title", "note", reach=reach)
+    panels = [axis for axis in figure.axes if axis.images][: 2 * len(places)]
+    assert len(panels) == 2 * len(places)
+    for index, axis in enumerate(panels):
+        right, down = np.asarray(axis.lines[0].get_xydata())[0]
+        assert (int(down * 7 / 56), int(right * 7 / 56)) == places[index // 2]
+    if reach is not None:
+        left, right = panels[1].get_xlim()
+        assert right - left == pytest.approx(5 * 8)
+
+
+def test_a_checkpoint_is_loaded_and_named(tmp_path):
+    torch.manual_seed(1)
+    original = models.create_model("rednet26").state_dict()
+    torch.save(original, tmp_path / "mine.pth")
+    loaded, title = draw.load("rednet26", str(tmp_path / "mine.pth"))
+    assert title == "rednet26, weights of mine.pth"
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in original.items())
+
+
+def _record(kind, rows, **facts):
+    machine = {"device_type": kind, "device": "NVIDIA H200", "date": "2030-01-02T03:04:05"}
+    return {"machine": machine, "settings": {"dtype": "bfloat16"}, "rows": rows, **facts}
+
+
+def test_committed_results_of_gpus(tmp_path):
+    for folder, kind in (("cpu_X", "cpu"), ("NVIDIA_H200", "cuda")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "bench.json").write_text(json.dumps(_record(kind, [])))
+    assert draw.committed("bench.json", tmp_path) == [_record("cuda", [])]
+    assert draw.committed("models.json", tmp_path) == draw.committed("bench.json", tmp_path / "none") == []
+
+
+def _cell(notebook, word):
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if cell.cell_type == "code" and word in cell.source)
+    return source
+
+
+def test_figures_of_a_committed_bench():
+    row = {"status": "ok", "operator": "involution2d", "model": "RedNet-50", "shape": "64@56² K=7", "batch": 128}
+    row |= {"pass": "forward", "floor": {"bytes": 4_000_000, "operations": 8_000_000}}
+    contenders = {"ours": {"p50_ms": 2.0}, "naive": {"p50_ms": 20.0}, "compiled": {"p50_ms": 4.0}}
+    rows = [
+        row | {"contenders": contenders},
+        row | {"contenders": {"ours": {"p50_ms": 1.0}}},  # the naive path did not fit
+        row | {"pass": "forward+backward"},
+        row | {"status": "failed"},
+        row | {"batch": 2},
+    ]
+    ceilings = {"copy_bytes_per_second": 4e9, "bf16_operations_per_second": 8e11}
+    measured, found = roofs.from_record(_record("cuda", rows, ceilings=ceilings))
+    assert [entry.seconds for entry in measured] == [{"ours": 0.002, "naive": 0.02}, {"ours": 0.001}]
+    assert [entry.intensity for entry in measured] == [2, 2]
+    assert found.balance == 200
+    roof = roofs.roofline_figure(measured, found, "NVIDIA H200")
+    assert "NVIDIA H200" in roof.get_supxlabel()
+    names: dict[str, Any] = {"plots": plots, "percent": percent}
+    exec(_cell("02_roofline", "def achieved_figure").rpartition("\n\n")[0], names)
+    achieved = names["achieved_figure"](measured, found, "NVIDIA H200")
+    assert [text.get_text() for text in achieved.axes[0].texts] == ["50%", "100%"]  # 2 and 4 of 4 GB/s
+
+
+def test_figure_of_committed_models():
+    timed = {"p50_ms": 64.0, "peak_bytes": 10**9}
+    row = {"status": "ok", "model": "rednet50", "batch": 128, "pass": "inference"}
+    rows = [row | {"contenders": dict.fromkeys(("ours", "naive", "compiled", "peer"), timed)}]
+    rows += [row | {"pass": "training"}, row | {"status": "failed"}]
+    names: dict[str, Any] = {"plots": plots}
+    source = _cell("03_models", "def models_figure")
+    exec(source[source.index("def models_figure") :].rpartition("\n\n")[0], names)
+    exec(_cell("03_models", "def committed_figure").rpartition("\n\nrecords")[0], names)
+    figure = names["committed_figure"](_record("cuda", rows))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["rednet50"]
+    assert np.asarray(figure.axes[0].collections[1].get_offsets())[0][0] == 0.5  # ms of an image
+    assert figure.get_supxlabel() == "NVIDIA H200 · bfloat16 · 2030-01-02"
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "threads"),
+    [
+        (32, 0, 4, 2048),
+        (64, 0, 4, 1024),
+        (64, 0, 1, 1024),
+        (255, 0, 8, 256),
+        (16, 100 * 1024, 4, 256),
+        (33, 0, 4, 1536),
+    ],
+)
+def test_resident_threads(registers, shared, warps, threads):
+    source = _cell("05_autotune", "def resident_threads")
+    names: dict[str, Any] = {"math": math}
+    exec(source[source.index("def resident_threads") : source.index("fields = ")], names)
+    assert names["resident_threads"](registers, shared, warps) == threads
+
+
+def _sliders(shown):
+    """The cell of notebook 06 that makes them, run with its imports; what it displays is collected in ``shown``."""
+    source = _cell("06_your_own", "timing.best_device()").replace("%matplotlib inline", "")
+    names: dict[str, Any] = {}
+    exec(source, names)
+    names["display"] = lambda *found: shown.extend(found)
+    exec(_cell("06_your_own", "def measure"), names)
+    return names
+
+
+@pytest.fixture
+def notebooks_folder(monkeypatch):
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+
+
+@pytest.mark.usefixtures("notebooks_folder")
+def test_without_ipywidgets_the_notebook_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    shown = []
+    names = _sliders(shown)
+    assert shown == []
+    assert "pip install ipywidgets" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="channels must be a multiple of 16"):
+        names["measure"]("na2d_av", size=8, kernel_size=3, channels=8, batch=1, dtype="float32")
+
+
+@pytest.mark.usefixtures("notebooks_folder")
+def test_a_slider_measures_when_it_is_let_go(monkeypatch):
+    ipywidgets = pytest.importorskip("ipywidgets", reason="sliders need ipywidgets")
+    shown = []
+    names = _sliders(shown)
+    panel = shown[-1]
+    sliders = {child.description: child for child in panel.children if hasattr(child, "description")}
+    assert set(sliders) == {"operator", "size", "kernel_size", "channels", "batch", "dtype", "backward"}
+    assert not any(getattr(slider, "continuous_update", False) for slider in sliders.values())
+    assert isinstance(panel, ipywidgets.interactive)
+    asked = []
+
+    def measure(**shape):
+        asked.append(shape)
+        raise ValueError("that does not fit")
+
+    names["measure"] = measure
+    sliders["size"].value = 14
+    assert asked[-1]["size"] == 14
+    assert asked[-1]["operator"] == "involution2d"
