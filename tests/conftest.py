@@ -6,6 +6,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.backends.cudnn.allow_tf32 = False  # what float32 is compared with has all its digits
 
 import pytest
 from torch.utils._device import _device_constructors
