@@ -6,7 +6,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.backends.cudnn.allow_tf32 = False  # what float32 is compared with has all its digits
 
 import pytest
 from torch.utils._device import _device_constructors
@@ -15,6 +14,8 @@ from tests.quick_interpreter import quicken
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
+
+torch.backends.cudnn.allow_tf32 = False  # a float32 convolution keeps its digits, as on a CPU
 
 # ``with torch.device("meta")`` recognises the constructors it redirects from a list made at its first use: make it now,
 # before a test's poisoned torch.empty stands in for the real one.

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from tests.kernels.operators import OPERATORS, Operator
-from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
+from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, INTERPRETED, assert_close
 
 BACKENDS = ("reference", "eager", "triton")
 OURS = BACKENDS[1:]
