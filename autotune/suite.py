@@ -45,6 +45,9 @@ __all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
 SECONDS = 515.0  # for everything: nine minutes, less what starting, ending and a slow disk may take
 SECONDS_QUICK = 3600.0  # a smoke test is over when it is done, however busy the machine
 GRACE = 12.0  # between the end of a phase's time and the end of its process
+MODEL_TESTS = ("layers", "overlock", "rednet", "volo", "inference", "pytorch_tools")
+# What launches kernels; the commands' own tests are as true on a CPU.
+TESTS = ("tests/kernels", *(f"tests/models/test_{name}.py" for name in MODEL_TESTS))
 RESTARTS = 3  # of a phase whose process lost the GPU or crashed
 MOST_LOG_LINES = 60
 CORES_FOR_BACKGROUND, MEMORY_FOR_BACKGROUND = 8, 64e9
@@ -168,10 +171,10 @@ def read_test_log(log: str) -> dict[str, Any]:
 def _test_command(quick: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "tests.device_guard"]
     if importlib.util.find_spec("xdist") is not None and not quick:
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2))), "--dist", "worksteal"]
+        command += ["-n", str(max(1, min(12, 3 * (os.cpu_count() or 2) // 4))), "--dist", "worksteal"]
     return [
         *command,
-        *(["tests/autotune/test_store.py", "-k", "round_trip"] if quick else ["tests/kernels", "tests/models"]),
+        *(["tests/autotune/test_store.py", "-k", "round_trip"] if quick else TESTS),
     ]
 
 
@@ -189,7 +192,7 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
         return command
 
     def tune(seconds: int, _again: bool) -> list[str]:
-        effort = [] if quick else ["--candidates", "8"]
+        effort = [] if quick else ["--candidates", "14"]
         noted = ["--passing-over", str(scratch / "attempts")]
         which = ["--operator", "involution2d tiny"] if quick else ["--all"]
         return [*autotune, "tune", *which, *where, *effort, *noted, "--seconds", str(seconds)]
@@ -212,9 +215,9 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
         background += [[*autotune, "bench", "--model", name, *fill] for name in ("rednet50", "overlock_xt", "volo_d1")]
     models = ["--model", *(["rednet26"] if quick else ["*"])]
     return [
-        Phase("environment", bench("--environment"), 30),
-        Phase("tests", lambda _seconds, _again: _test_command(quick), 130, tuple(background), keep_tests),
-        Phase("tuning", tune, 85, finish=keep_configs),
+        Phase("environment", bench("--environment"), 25),
+        Phase("tests", lambda _seconds, _again: _test_command(quick), 115, tuple(background), keep_tests),
+        Phase("tuning", tune, 105, finish=keep_configs),
         Phase("operators", bench(*operators), 110),
         Phase("models", bench(*models), 160),
     ]

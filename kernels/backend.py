@@ -109,9 +109,12 @@ def use_backend(name: str) -> Iterator[None]:
             _of_block.set(outer)
 
 
-@functools.cache
+# At import and not when asked for: Dynamo does not trace the search for a module.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def interpreting() -> bool:
@@ -119,8 +122,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo would break the graph to ask for the capability
 def _gpu_supported(device: torch.device) -> bool:
+    return _capable(device)
+
+
+@functools.cache
+def _capable(device: torch.device) -> bool:
     # Triton generates code for compute capability 8.0 and later; every ROCm device PyTorch supports is fine.
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 

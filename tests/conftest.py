@@ -15,6 +15,8 @@ from tests.quick_interpreter import quicken
 if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
 
+torch.backends.cudnn.allow_tf32 = False  # a float32 convolution keeps its digits, as on a CPU
+
 # ``with torch.device("meta")`` recognises the constructors it redirects from a list made at its first use: make it now,
 # before a test's poisoned torch.empty stands in for the real one.
 _device_constructors()

@@ -178,10 +178,10 @@ def _mix_kernel(
                     p_own = logits_ptr + o_window * (POSITIONS * POSITIONS) + (kernel_h * KERNEL + kernel_w) * OWN
                     b_statistics = tl.zeros([BLOCK_WINDOWS, BLOCK_HEADS, 1], ACCUMULATOR)
                     if not TRANSPOSED:
-                        b_logits = tl.load(p_own + o_entry, mask=m_row & (o_entry < POSITIONS), other=0)
-                        b_logits = tl.where(o_entry < POSITIONS, b_logits.to(ACCUMULATOR) * scale, float("-inf"))
-                        b_max = tl.max(b_logits, 2, keep_dims=True)
-                        b_statistics = b_max + tl.log2(tl.sum(tl.exp2(b_logits - b_max), 2, keep_dims=True))
+                        b_own = tl.load(p_own + o_entry, mask=m_row & (o_entry < POSITIONS), other=0)
+                        b_own = tl.where(o_entry < POSITIONS, b_own.to(ACCUMULATOR) * scale, float("-inf"))
+                        b_max = tl.max(b_own, 2, keep_dims=True)
+                        b_statistics = b_max + tl.log2(tl.sum(tl.exp2(b_own - b_max), 2, keep_dims=True))
                     o_row = tile.row * STRIDE + pixel // STRIDE - kernel_h
                     o_column = tile.column * STRIDE + pixel % STRIDE - kernel_w
                     for other_h in range(KERNEL):
@@ -190,8 +190,10 @@ def _mix_kernel(
                         b_logits = tl.load(p_own + o_other * OTHER, mask=m_entry, other=0).to(ACCUMULATOR) * scale
                         if TRANSPOSED:
                             p_statistics = statistics_ptr + o_window * POSITIONS + o_other
-                            b_statistics = tl.load(p_statistics, mask=m_entry, other=0)
-                        weights = unstack(tl.where(m_entry, tl.exp2(b_logits - b_statistics), 0.0), KERNEL)
+                            b_weights = tl.exp2(b_logits - tl.load(p_statistics, mask=m_entry, other=0))
+                        else:
+                            b_weights = tl.exp2(b_logits - b_statistics)
+                        weights = unstack(tl.where(m_entry, b_weights, 0.0), KERNEL)
                         for other_w in tl.static_range(KERNEL):
                             p_pixel = pixel_pointers(
                                 source, tile, o_row + other_h, o_column + other_w, SOURCE_COLUMN, OFFSET

@@ -1,16 +1,20 @@
 """Which backend runs: the choice and its scope, and the conditions under which another one is in force."""
 
 import asyncio
+import operator
 import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import kernels
+from kernels import backend
 from kernels.backend import BACKENDS
 
 
@@ -69,10 +73,11 @@ def test_the_environment_names_no_backend():
 
 def test_works_where_triton_is_not_installed():
     code = (
-        "import sys, torch, kernels\n"
+        "import sys, torch\n"
         "sys.modules['triton'] = None\n"
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\n"
+        "import kernels\n"
         "x = torch.randn(1, 4, 6, 6, requires_grad=True)\n"
         "kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6)).sum().backward(); print(x.grad.shape)\n"
         "kernels.set_backend('triton')\n"
@@ -82,6 +87,21 @@ def test_works_where_triton_is_not_installed():
     done = _python(code)
     assert "torch.Size([1, 4, 6, 6])" in done.stdout, done.stderr
     assert "the package triton is not installed" in done.stdout
+
+
+def test_dynamo_traces_the_choice_of_a_gpu(monkeypatch):
+    """OverLoCK asks inside compiled code: neither the search for Triton nor the capability may break a graph."""
+    capability = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: capability)
+    backend._capable.cache_clear()
+
+    def asks(x):
+        return x + (2 if backend.resolve("auto", x) == "triton" else 1)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        graph, _ = torch._dynamo.export(asks)(torch.empty(2, 3, 4, 4, device="cuda"))
+    backend._capable.cache_clear()
+    assert [node.args[1] for node in graph.graph.nodes if node.target is operator.add] == [2]
 
 
 def test_a_block_holds_for_its_own_thread_and_coroutine():

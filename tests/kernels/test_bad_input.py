@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from kernels.launch import launch, record_launches
+from tests.support import DEVICE, random_tensor
 
 
 def zeros(*shape, **options):
@@ -194,14 +195,19 @@ def test_maps_with_more_pixels_than_a_kernel_counts(operator):
         }
     if operator == "outlook_attention2d":
         large = {"logits": zeros(1).expand(2, 2**15, 2**14, 2, 9, 9), "value": zeros(1).expand(2, *sizes.values(), 6)}
+    inputs = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+        for name, value in (GOOD[operator] | large).items()
+    }
+    inputs |= {name: zeros(1, device=DEVICE).expand(value.shape) for name, value in large.items()}
     with kernels.use_backend("triton"), pytest.raises(ValueError, match=r"65536x32768 pixels is too large"):
-        getattr(kernels, operator)(**(GOOD[operator] | large))
+        getattr(kernels, operator)(**inputs)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 def test_a_stride_far_beyond_the_map_takes_no_time(backend):
-    logits, value = torch.randn(1, 1, 1, 1, 9, 9), torch.randn(1, 5, 4, 2)
-    x, weight = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 3, 3, 1, 1)
+    logits, value = random_tensor(1, 1, 1, 1, 9, 9), random_tensor(1, 5, 4, 2)
+    x, weight = random_tensor(1, 2, 5, 4), random_tensor(1, 1, 3, 3, 1, 1)
     with kernels.use_backend(backend):
         out = kernels.outlook_attention2d(logits, value, stride=2**31 - 1)
         assert torch.equal(out, kernels.outlook_attention2d(logits, value, stride=5))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from tests.kernels.operators import OPERATORS, Operator
-from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
+from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, INTERPRETED, assert_close
 
 BACKENDS = ("reference", "eager", "triton")
 OURS = BACKENDS[1:]
@@ -222,6 +222,8 @@ def test_forward_mode(operator, backend):
 
 @BY_NAME
 def test_forward_mode_through_a_recorded_graph_is_refused(operator):
+    if operator.name == "depthwise_conv2d" and DEVICE != "cpu":
+        pytest.skip("the eager path is PyTorch's convolution there, which has forward-mode derivatives")
     inputs = leaves(operator.tensors())
     with kernels.use_backend("eager"):
         out = operator(inputs)
@@ -268,8 +270,10 @@ def _definition(operator: Operator, tensors: dict[str, Tensor]) -> list[Tensor]:
 def test_reach_of_a_nan(operator, backend, request):
     """One NaN reaches every output and gradient that depends on the number in its place, and besides only what the
     definition makes NaN by multiplying it with the zeros around a map."""
-    if backend in operator.spreads:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="a NaN spreads over a tile"))
+    if backend == "eager" and DEVICE != "cpu":
+        pytest.skip("off the CPU the eager path does not look for a NaN: it would have to wait for the device")
+    if backend in operator.spreads:  # on a GPU only where a problem is too large for PyTorch's convolution
+        request.applymarker(pytest.mark.xfail(strict=INTERPRETED, reason="a NaN spreads over a tile"))
     tensors = operator.tensors()
     before = _definition(operator, tensors)
     for name, tensor in tensors.items():

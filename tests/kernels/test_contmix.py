@@ -15,7 +15,7 @@ from kernels.contmix.configs import Inputs, Saved
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.launch import record_launches
-from tests.support import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor, relative_error
+from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor, relative_error
 
 
 def _inputs(batch=1, groups=2, query_channels=3, context=6, value_channels=5, size=(8, 7), kernel_sizes=(3, 5)):
@@ -131,7 +131,7 @@ def test_outputs_that_fill_a_tile_are_finite(dtype):
     """Logits of -100 and below everywhere: a filler output, whose softmax is none, must not overflow."""
     tensors = [torch.ones(1, 1, 1, 4, 4), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, 4, 4)]
     tensors += [torch.full((9, 1), -100.0), torch.zeros(9), torch.zeros(1, 5, 5)]
-    ours = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    ours = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in tensors]
     for threshold in (0, 10**6):
         with pytest.MonkeyPatch.context() as patch, kernels.use_backend("triton"):
             patch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
@@ -158,13 +158,13 @@ def test_what_a_nan_reaches(threshold, bad, backend, monkeypatch):
         grad_query, grad_value = torch.autograd.grad(out, (query, value), grad)
     reached = torch.zeros(2, 8, 13, dtype=torch.bool)
     reached[1, 2:5, 5:8] = True
-    assert out[0, 0].isfinite().logical_not().any(1).equal(reached)
+    assert out[0, 0].isfinite().logical_not().any(1).cpu().equal(reached)
     assert out[0, 0, :, 3].isfinite().all(), "channels are sums of their own"
     reached[0, 4, 9] = True
-    assert grad_query[0].isfinite().logical_not().any(1).equal(reached)
+    assert grad_query[0].isfinite().logical_not().any(1).cpu().equal(reached)
     reached = torch.zeros(2, 8, 13, dtype=torch.bool)
     reached[0, 3:6, 8:11] = True
-    assert grad_value[0, 0].isfinite().logical_not().any(1).equal(reached)
+    assert grad_value[0, 0].isfinite().logical_not().any(1).cpu().equal(reached)
 
 
 @pytest.mark.parametrize("config", configs.SHARED, ids=str)
