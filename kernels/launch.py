@@ -7,14 +7,26 @@ compiled ahead, for any architecture, from the very arguments its launcher compu
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Launch", "ceil_divide", "fits_int32", "launch", "next_power_of_2", "record_launches"]
+__all__ = [
+    "Launch",
+    "ceil_divide",
+    "fits_int32",
+    "launch",
+    "launch_again",
+    "next_power_of_2",
+    "record_launches",
+    "recording",
+    "watched_launches",
+]
 
 
 class Launch(NamedTuple):
@@ -40,6 +52,25 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
+def recording() -> bool:
+    """Whether launches are recorded instead of made."""
+    return _recorded is not None
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def watched_launches() -> Iterator[list[tuple[Launch, Any]]]:
+    """Collect this thread's launches as they are made, each with what Triton compiled (None in the interpreter)."""
+    previous = getattr(_thread, "watched", None)
+    _thread.watched = made = []
+    try:
+        yield made
+    finally:
+        _thread.watched = previous
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], **options: int) -> None:
     """Run ``kernel`` over ``grid`` on ``device``; Triton itself would take the current device.
 
@@ -52,11 +83,49 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
         )
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
-    elif device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](**arguments, **options)
+        return
+    watched = getattr(_thread, "watched", None)
+    if watched is not None:
+        _thread.watched = None
+        with _disable_current_modes():  # what the interpreter does with tensors is none of a watcher's business
+            watched.append((Launch(kernel, grid, arguments, options), _run(kernel, grid, device, arguments, options)))
+        _thread.watched = watched
     else:
+        _run(kernel, grid, device, arguments, options)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: Any, options: dict[str, int]) -> Any:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return kernel[grid](**arguments, **options)
+    with torch.cuda.device(device):
+        return kernel[grid](**arguments, **options)
+
+
+def launch_again(launched: Launch, compiled: Any, values: list[Any], device: torch.device) -> None:
+    """A launch with other values of the same types: what Triton's own ``kernel[grid](...)`` ends with.
+
+    ``values`` are those of all parameters in their order.
+    """
+    kernel, grid, _, options = launched
+    if compiled is None or kernel.pre_run_hooks:  # the interpreter, or somebody wants to see the arguments
+        return launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=True)), **options)
+    if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**arguments, **options)
+            return launch_again(launched, compiled, values, device)
+    runtime, driver = _runtime()
+    stream = driver.active.get_current_stream(device.index)
+    compiled.run(
+        *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata,
+        compiled.launch_metadata(grid, stream, *values), runtime.launch_enter_hook, runtime.launch_exit_hook, *values,
+    )  # fmt: skip
+
+
+@functools.cache
+def _runtime() -> tuple[Any, Any]:
+    from triton import knobs
+    from triton.runtime import driver
+
+    return knobs.runtime, driver
 
 
 def ceil_divide(dividend: int, divisor: int) -> int:

@@ -1,0 +1,130 @@
+"""Launches made again with the arguments of an earlier one: other pointers, and what is not repeated."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels.tuning import choose, repeat
+from tests.kernels.operators import OPERATORS
+from tests.support import assert_close, random_tensor, triton_device
+
+# What repeats of a forward and a backward pass answer, and what does more than one launch and never is one.
+NEVER = {"depthwise", "depthwise_weight_gradient"}
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Repeats begin empty; the poison that tests fill outputs with is no reason to make none."""
+    triton_device()
+    monkeypatch.setattr(repeat, "HARMLESS", repeat.HARMLESS | {torch.ops.aten.fill_.Scalar})
+    monkeypatch.setattr(choose, "_repeats", {})
+    return choose._repeats
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_other_tensors_in_the_places_of_the_first(operator, watched):
+    for _ in range(3):
+        tensors = {name: tensor.requires_grad_() for name, tensor in operator.tensors(batch=2).items()}
+        with kernels.use_backend("triton"):
+            out = operator(tensors)
+            grads = torch.autograd.grad(out.sum(), tuple(tensors.values()))
+        exact, inputs = operator.exact(tensors)
+        expected = torch.autograd.grad(exact.sum(), tuple(inputs.values()))
+        assert_close(out, exact, 1e-5)
+        for name, grad, wanted in zip(tensors, grads, expected, strict=True):
+            assert_close(grad, wanted, 1e-4, f"gradient of {name}")
+    assert {key[0] for key, made in watched.items() if made is None} <= NEVER
+    assert operator.name == "depthwise_conv2d" or any(watched.values())
+
+
+def test_shapes_strides_types_and_alignment_are_told_apart(watched):
+    x, weight = random_tensor(1, 2, 5, 4), random_tensor(1, 1, 3, 3, 5, 4)
+    shifted = torch.cat([x.flatten(), x.flatten()])[1 : 1 + x.numel()].view(x.shape)
+    calls = [
+        (x, weight),
+        (x, weight),
+        (x.to(memory_format=torch.channels_last), weight),
+        (x.double(), weight.double()),
+        (x[..., :3], weight[..., :3]),
+        (shifted, weight),
+    ]
+    with kernels.use_backend("triton"):
+        for features, kernel in calls:
+            expected = kernels.reference.involution2d(features.double(), kernel.double())
+            assert_close(kernels.involution2d(features, kernel), expected, 2e-6)
+    assert len(watched) == len(calls) - 1
+
+
+def test_overlapping_tensors_are_not_repeated(watched):
+    """Of two arguments that begin at one address nobody knows which is which the next time."""
+    x = random_tensor(1, 1, 4, 5, 8)
+    with kernels.use_backend("triton"):
+        kernels.na2d_qk(x, x, 3)
+        assert list(watched.values()) == [None]
+        other = random_tensor(1, 1, 4, 5, 8)
+        expected = kernels.reference.na2d_qk(x.double(), other.double(), 3)
+        assert_close(kernels.na2d_qk(x, other, 3), expected, 2e-6)
+
+
+def test_nothing_is_remembered_while_tuning(watched):
+    x, weight = random_tensor(1, 2, 5, 4), random_tensor(1, 1, 3, 3, 5, 4)
+    with kernels.use_backend("triton"):
+        kernels.involution2d(x, weight)
+        assert watched
+        with choose.observing(lambda request: None):
+            kernels.involution2d(x, weight)
+            assert not watched
+
+
+def test_triton_is_given_what_it_gives_itself():
+    """Without a GPU: the driver is a stand-in, and what would reach the compiled code is compared."""
+    code = """
+        import torch, triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler.compiler import CompiledKernel
+        from triton.runtime import driver
+        from kernels.aggregation.rows import aggregate
+        from kernels.tuning import choose
+        from kernels.windows import Window
+        import kernels.launch
+
+        class Driver:
+            def get_current_device(self): return 0
+            def get_current_stream(self, device): return 7
+            def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+        calls = []
+        driver.set_active(Driver())
+        CompiledKernel._init_handles = lambda self: None
+        CompiledKernel.function, CompiledKernel.packed_metadata = 11, (4, 1)
+        CompiledKernel.run = property(lambda self: lambda *arguments: calls.append(arguments))
+        torch.cuda.current_device = lambda: None  # the index of a CPU's device
+
+        def call():
+            weight, x = torch.randn(2, 1, 3, 3, 8, 8), torch.randn(2, 1, 16, 8, 8)
+            return aggregate(weight, x, Window((3, 3), padding=(1, 1))), weight, x
+
+        first, second = call(), call()
+        assert any(choose._repeats.values()) and len(calls) == 2
+        address = {t.data_ptr(): i for made in (first, second) for i, t in enumerate(made)}
+        def told(value):
+            if isinstance(value, torch.Tensor): return "tensor", address[value.data_ptr()], value.dtype
+            if type(value).__name__ == "LazyDict": return value.data
+            return type(value)(*map(told, value)) if hasattr(value, "_fields") else value
+        ours, theirs = ([told(value) for value in made] for made in calls)
+        assert ours == theirs, [(a, b) for a, b in zip(ours, theirs) if a != b]
+        print("same", len(ours))
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("same"), done.stderr
