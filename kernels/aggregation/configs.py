@@ -117,9 +117,9 @@ def heuristic(problem: Problem) -> Config:
     """
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
-    size = problem.dtype.itemsize
-    if problem.features and problem.transposed:  # the operands of its products fill registers, float32's twice
-        most = 5 if size == 2 else 2
+    size, products = problem.dtype.itemsize, problem.features and problem.transposed
+    if products:  # whose operands fill registers, float32's twice
+        most = 7 if size == 2 else 2
     else:
         most = 4 if size > 4 else 8
     if not problem.channels_fastest:
@@ -130,7 +130,15 @@ def heuristic(problem: Problem) -> Config:
     whole = problem.channels == next_power_of_2(problem.channels)
     channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
     lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
-    return Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
+    config = Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
+    if products:
+        return replace(config, num_warps=2 if problem.features < 64 else 4)
+    if problem.features or lane < 8:
+        return config
+    # Half the registers and twice the warps hide more of the loads' latency: 7 to 18 % quicker on an H200.
+    if not problem.transposed and problem.rows > 16:
+        return replace(config, rows=_rows(problem, 4))
+    return replace(config, columns=max(2, config.columns // 2))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,7 +148,9 @@ def correlate_heuristic(problem: Problem) -> Config:
     if interpreting():
         return config
     if problem.channels_fastest:
-        return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), loads=8)
+        columns = 4 if config.channels == 64 and problem.aligned and problem.dtype.itemsize == 2 else config.columns
+        rows = _rows(problem, 4 if problem.dtype.itemsize > 4 else 8)
+        return replace(config, rows=rows, columns=columns, loads=8)
     return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 2 else 7), loads=1, num_warps=1)
 
 

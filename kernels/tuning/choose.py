@@ -12,13 +12,14 @@ Look-up order for a problem, exact at every step and never "close enough":
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import sys
+import tokenize
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,10 +127,11 @@ class Launcher(Generic[Outputs]):
 
     @functools.cached_property
     def source(self) -> str:
-        """Hash of the code that its outputs and times come from; comments and docstrings do not count."""
+        """Hash of the jit functions that it may launch, comments and docstrings left out: what its times come from."""
         digest = hashlib.sha256()
         for name in sorted(_modules_of(self.launch.__module__)):
-            digest.update(_code(Path(str(sys.modules[name].__file__))).encode())
+            for line in _jit_code(name):
+                digest.update(line.encode())
         return digest.hexdigest()[:16]
 
     def candidates(self, problem: Problem, most: int | None = None) -> list[Config]:
@@ -186,12 +188,19 @@ def _modules_of(name: str) -> set[str]:
     return found
 
 
-def _code(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.dump(tree)
+IGNORED_TOKENS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+
+
+def _jit_code(module: str) -> Iterator[str]:
+    """The tokens of a module's jit functions, and the constants that they see: the same in every version of Python."""
+    for name, value in sorted(vars(sys.modules[module]).items()):
+        function = getattr(value, "fn", None)
+        if type(value).__name__ == "constexpr":
+            yield f"{name} = {value.value!r}"
+        elif getattr(function, "__module__", None) == module:
+            for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline):
+                if token.type not in IGNORED_TOKENS and not token.string.startswith('"""'):
+                    yield token.string
 
 
 def bucket(pixels: int) -> int:

@@ -1,6 +1,7 @@
 """Choosing configs: look-up order, exact keys, staleness, and candidates that must agree before they are timed."""
 
 import dataclasses
+import importlib
 import math
 import time
 import warnings
@@ -173,14 +174,24 @@ def test_the_heuristic_comes_first_and_no_more_candidates_than_asked_for():
     assert [c.block for c in TOY.candidates(Problem(100), most=2)] == [16, 8]
 
 
-def test_comments_and_docstrings_do_not_void_an_entry(tmp_path):
-    path = tmp_path / "module.py"
-    path.write_text('"""One."""\ndef f():\n    """Two."""\n    return 1\n')
-    code = choose._code(path)
-    path.write_text('"""Other."""\n\n\ndef f():\n    """Words."""  # and more\n    return 1\n')
-    assert choose._code(path) == code
-    path.write_text("def f():\n    return 2\n")
-    assert choose._code(path) != code
+def test_comments_and_docstrings_do_not_void_an_entry(tmp_path, monkeypatch):
+    """Nor does code that runs on the host, whose outputs every use checks anew."""
+    pytest.importorskip("triton")
+    head = "import triton\nimport triton.language as tl\nSIZE = tl.constexpr({size})\n\n\n"
+    kernel = '@triton.jit\ndef f(x):\n    """{words}"""{comment}\n    return x + {number}\n\n\n'
+    host_code = "def launch():\n    return {host}\n"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def code(module, size=8, words="One.", comment="", number=1, host=0):
+        values = {"words": words, "comment": comment, "number": number, "host": host}
+        (tmp_path / f"{module}.py").write_text((head + kernel + host_code).format(size=size, **values))
+        importlib.import_module(module)
+        return list(choose._jit_code(module))
+
+    first = code("kernels_a")
+    assert code("kernels_b", words="Other\n    words.", comment="  # and more", host=3) == first
+    assert code("kernels_c", number=2) != first
+    assert code("kernels_d", size=9) != first
 
 
 def test_an_entry_depends_on_all_code_that_its_launches_run():
