@@ -115,12 +115,8 @@ def _reached(folder: Folder) -> Iterator[str]:
         rows = folder.rows(kind)
         parts.append(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} {what}")
     text = f"The session measured {' and '.join(parts)}"
-    measured = {row["operator"] for row in folder.rows("operators") if row["status"] == "ok"}
-    missing = list(
-        dict.fromkeys(f"`{r['operator']}`" for r in folder.rows("operators") if r["operator"] not in measured)
-    )
-    if missing:
-        text += f"; it reached no row of {_listed(missing)}"
+    if missing := _unreached(folder):
+        text += f"; it had no time to compare {_listed(missing)} with anything"
     yield f"{text}."
     if folder.tests:
         counts = folder.tests["counts"]
@@ -129,6 +125,13 @@ def _reached(folder: Folder) -> Iterator[str]:
         yield f"Of the tests {told}{ended}."
     summary = f"{folder.path.name}/summary.md"
     yield f"[{summary}]({summary}) names every row and test that was skipped or failed."
+
+
+def _unreached(folder: Folder) -> list[str]:
+    """Operators of which no row was measured."""
+    measured = {row["operator"] for row in timed(folder)}
+    names = dict.fromkeys(row["operator"] for row in folder.rows("operators"))
+    return [f"`{name}`" for name in names if name not in measured]
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -253,6 +256,8 @@ def _readme(folder: Folder) -> Iterator[str]:
         if told:
             ranges.append(f"{kind} {told}")
     yield f"Over all {len(timed(folder))} rows that there was time for (of {len(rows)}): {', '.join(ranges)}."
+    if missing := _unreached(folder):
+        yield f"There was no time to compare {_listed(missing)} with anything."
     both = timed(folder, PASSES[1])
     slower = [row for row in both if row["speed_up"].get("compiled", 1) < 1]
     if slower:
