@@ -2,8 +2,9 @@
 
 Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
 notebooks/results: models.json (parameters and multiply-adds, counted; --count counts them again), compiled.json
-(kernels built ahead of time; --compile builds them again), predicted/*.json (written by predicted/collect.py) and
-<device>/profile.json. Figures are drawn again from the same files.
+(kernels built ahead of time; --compile builds them again), predicted/*.json (written by predicted/collect.py),
+<device>/profile.json, and what a GPU's folder holds (autotune/measured.py says what). The tuned configs are those of
+kernels/tuning/configs. Figures are drawn again from the same files.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
-from autotune import pictures, plots, report, timing
+from autotune import kernel_tables, measured, measured_figures, pictures, plots, report, timing
 from kernels.files import atomic_write
+from kernels.tuning.store import shipped_folder
 
-__all__ = ["PUBLISHED", "add_arguments", "count_model", "run", "sections", "updated"]
+__all__ = ["PUBLISHED", "add_arguments", "count_model", "drawings", "run", "sections", "updated"]
 
 # Parameters in millions, multiply-adds in G at 224x224 (None: not published), as the papers state them. OverLoCK counts
 # its reparameterised form without the auxiliary head.
@@ -77,22 +80,6 @@ def _published_table(top1: dict[str, float]) -> Iterator[str]:
         accuracies = " · ".join(f"{top1[name]:g}" for name in names)
         link = f"[{family}](https://arxiv.org/abs/{paper})"
         yield f"| {link} | {variants} | {parameters} | {operations} | {accuracies} | {sizes} |"
-
-
-def _predicted_table(records: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each case and pass, a column of times for each Triton, the newest first."""
-    records = sorted(records, key=lambda record: [int(part) for part in record["triton"].split(".")], reverse=True)
-    times = [{(row["case"], row["pass"]): row["microseconds"] for row in record["rows"]} for record in records]
-    headings = " | ".join(f"Triton {record['triton']}, µs" for record in records)
-    yield f"| case | pass | launches | floor, µs | {headings} | of floor | bound by |"
-    yield f"|---|---|---:|---:|{'---:|' * len(records)}---:|---|"
-    for row in records[0]["rows"] if records else []:
-        found = " | ".join(report.number(column.get((row["case"], row["pass"]))) for column in times)
-        floor = row["floor_microseconds"]
-        yield (
-            f"| {row['case']} | {row['pass']} | {row['launches']} | {report.number(floor)} | {found} "
-            f"| {floor / row['microseconds']:.0%} | {row['bound_by']} |"
-        )
 
 
 def _models_table(counted: dict[str, dict[str, float]], top1: dict[str, float]) -> Iterator[str]:
@@ -167,17 +154,32 @@ def sections(results: Path) -> dict[Path, dict[str, str]]:
     counted = json.loads((results / "models.json").read_text())
     top1 = json.loads((results.parents[1] / "models" / "data" / "imagenet_top1.json").read_text())
     compiled = json.loads((results / "compiled.json").read_text())
-    predicted = [json.loads(path.read_text()) for path in sorted((results / "predicted").glob("*.json"))]
+    shipped = [json.loads(path.read_text()) for path in sorted(shipped_folder().glob("*.json"))]
+    gpus, predicted = measured.folders(results), kernel_tables.predicted_records(results)
     profiles = [json.loads(path.read_text()) for path in sorted(results.glob("*/profile.json"))]
     return {
-        results.parents[1] / "README.md": {"models": "\n".join(_published_table(top1))},
+        results.parents[1] / "README.md": {"models": "\n".join(_published_table(top1))}
+        | {"gpu": measured.readme(gpus)},
         results / "README.md": {
             "models": "\n".join(_models_table(counted, top1)),
             "profile": "\n\n".join("\n".join(_profile_table(record)) for record in profiles),
-            "predicted": "\n".join(_predicted_table(predicted)),
             "compiled": "\n".join(_compiled_table(compiled)),
-        },
+        }
+        | measured.sections(gpus)
+        | kernel_tables.sections(gpus, predicted, shipped),
     }
+
+
+def drawings(results: Path) -> Iterator[tuple[Path, Figure, str]]:
+    """Every figure that shows numbers of committed files: its path, and the fingerprint of those numbers."""
+    for path in sorted(results.glob("*/profile.json")):
+        record = json.loads(path.read_text())
+        for file, figure in report.figures(record).items():
+            yield path.parent / file, figure, report.fingerprint(record)
+    predicted = kernel_tables.predicted_records(results)
+    for folder in measured.folders(results):
+        for file, (figure, source) in measured_figures.figures(folder, predicted).items():
+            yield folder.path / file, figure, source
 
 
 def updated(text: str, sections: dict[str, str]) -> str:
@@ -223,9 +225,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"updated {page.relative_to(root)}")
     plots.save(pictures.windows_figure(), results / "windows.png")
     console.print("drew notebooks/results/windows.png")
-    for path in sorted(results.glob("*/profile.json")):
-        record = json.loads(path.read_text())
-        for file, figure in report.figures(record).items():
-            plots.save(figure, path.parent / file, report.fingerprint(record))
-            console.print(f"drew {(path.parent / file).relative_to(root)}")
+    for path, figure, source in drawings(results):
+        plots.save(figure, path, source)
+        console.print(f"drew {path.relative_to(root)}")
     return 0

@@ -123,19 +123,25 @@ def save(figure: Figure, path: Path, source: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of a comparison: what two contenders needed, and perhaps the least that anyone could need."""
+    """One line of a comparison: what the contenders needed, and perhaps the least that anyone could need."""
 
     group: str
     label: str
     ours: float
     naive: float
     floor: float | None = None
+    compiled: float | None = None
 
 
 def comparison_figure(
-    panels: Sequence[tuple[str, str, Sequence[Comparison]]], *, title: str, contender: str, device: str
+    panels: Sequence[tuple[str, str, Sequence[Comparison]]],
+    *,
+    title: str,
+    contender: str = "naive",
+    device: str,
+    ours: str = "ours",
 ) -> Figure:
-    """Dumbbells on a logarithmic axis: how far ours lies left of naive is the ratio, written beside each.
+    """Dumbbells on a logarithmic axis: how far ours lies left of the nearest other is the ratio, written beside each.
 
     Args:
         panels: of each panel, side by side: heading, what is compared (with its unit; less is better), and lines.
@@ -143,11 +149,12 @@ def comparison_figure(
         title: of the figure.
         contender: what ours is compared with.
         device: where it was measured.
+        ours: how the legend calls it.
     """
     lines = panels[0][2]
     positions, group_starts = _positions(lines)
     with style():
-        figure, axes = new_figure(3.6 + 3.2 * len(panels), 1.7 + 0.27 * (positions[-1] + 1), len(panels))
+        figure, axes = new_figure(max(9.0, 3.6 + 3.2 * len(panels)), 1.7 + 0.27 * (positions[-1] + 1), len(panels))
         for axis, (heading, quantity, comparisons) in zip(axes, panels, strict=True):
             _draw_panel(axis, positions, comparisons)
             axis.set_title(heading)
@@ -167,7 +174,8 @@ def comparison_figure(
                 fontweight="bold",
             )
         handles, labels = axes[0].get_legend_handles_labels()
-        labels = [contender if label == "naive" else label for label in labels]
+        names = {"naive": contender, "ours": ours}
+        labels = [names.get(label, label) for label in map(str, labels)]
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
         describe(figure, title, device)
     return figure
@@ -188,6 +196,7 @@ def _positions(lines: Sequence[Comparison]) -> tuple[list[float], dict[str, floa
 def _draw_panel(axis: Axes, positions: Sequence[float], comparisons: Sequence[Comparison]) -> None:
     ours, naive = ([getattr(line, name) for line in comparisons] for name in ("ours", "naive"))
     axis.set_xscale("log")
+    compiled = [(line.compiled, y) for line, y in zip(comparisons, positions, strict=True) if line.compiled is not None]
     axis.hlines(positions, ours, naive, color=COLOURS["guide"], linewidth=2.5, zorder=1)
     floors = [(line.floor, y) for line, y in zip(comparisons, positions, strict=True) if line.floor is not None]
     if floors:
@@ -203,13 +212,22 @@ def _draw_panel(axis: Axes, positions: Sequence[float], comparisons: Sequence[Co
     # Ours above naive and smaller: where both are equal, each still shows.
     axis.scatter(ours, positions, marker=MARKERS["ours"], s=40, color=COLOURS["ours"], label="ours", zorder=4)
     axis.scatter(naive, positions, marker=MARKERS["naive"], s=62, color=COLOURS["naive"], label="naive", zorder=3)
+    if compiled:
+        axis.scatter(
+            *zip(*compiled, strict=True),
+            marker=MARKERS["compiled"],
+            s=46,
+            color=COLOURS["compiled"],
+            label="naive, compiled",
+            zorder=3,
+        )
     for line, position in zip(comparisons, positions, strict=True):
-        ratio = line.naive / line.ours
+        ratio = min(line.naive, line.compiled or line.naive) / line.ours
         text = f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:.0f}×"
         winner = "floor" if text == "1.0×" else "ours" if ratio > 1 else "naive"
         axis.annotate(
             text,
-            (max(line.ours, line.naive), position),
+            (max(line.ours, line.naive, line.compiled or 0), position),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",

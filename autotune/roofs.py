@@ -169,11 +169,14 @@ def _of_result(result: Contest | Sweep) -> list[Measured]:
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[list[Measured], Ceilings]:
-    """The forward rows of a committed bench.json, of its first batch size, and the ceilings of the same run."""
+    """The forward rows of a committed bench.json, of its first batch size, and the ceilings of the same run.
+
+    A call that was captured as a CUDA graph has the graph's time: the host that launches it has no part in a roofline.
+    """
     rows = [row for row in record["rows"] if row["status"] == "ok" and row["pass"] == "forward"]
     measured = []
     for row in (row for row in rows if row["batch"] == rows[0]["batch"]):
-        seconds = {name: found["p50_ms"] / 1000 for name, found in row["contenders"].items()}
+        seconds = {name: found["p50_ms"] / 1000 for name, found in row.get("graph", row["contenders"]).items()}
         shape, floor = f"{row['model']} {row['shape']}", row["floor"]
         times = seconds["ours"], seconds.get("naive")
         measured.append(Measured(row["operator"], shape, floor["bytes"], floor["operations"], *times))

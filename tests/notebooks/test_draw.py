@@ -146,21 +146,26 @@ def test_figures_of_a_committed_bench():
     rows = [
         row | {"contenders": contenders},
         row | {"contenders": {"ours": {"p50_ms": 1.0}}},  # the naive path did not fit
+        row | {"contenders": contenders, "graph": {"ours": {"p50_ms": 0.5}, "naive": {"p50_ms": 16.0}}},
         row | {"pass": "forward+backward"},
         row | {"status": "failed"},
         row | {"batch": 2},
     ]
     ceilings = {"copy_bytes_per_second": 4e9, "bf16_operations_per_second": 8e11}
     measured, found = roofs.from_record(_record("cuda", rows, ceilings=ceilings))
-    assert [entry.seconds for entry in measured] == [{"ours": 0.002, "naive": 0.02}, {"ours": 0.001}]
-    assert [entry.intensity for entry in measured] == [2, 2]
+    assert [entry.seconds for entry in measured] == [
+        {"ours": 0.002, "naive": 0.02},
+        {"ours": 0.001},
+        {"ours": 0.0005, "naive": 0.016},
+    ]
+    assert [entry.intensity for entry in measured] == [2, 2, 2]
     assert found.balance == 200
     roof = roofs.roofline_figure(measured, found, "NVIDIA H200")
     assert "NVIDIA H200" in roof.get_supxlabel()
     names: dict[str, Any] = {"plots": plots, "percent": percent}
     exec(_cell("02_roofline", "def achieved_figure").rpartition("\n\n")[0], names)
     achieved = names["achieved_figure"](measured, found, "NVIDIA H200")
-    assert [text.get_text() for text in achieved.axes[0].texts] == ["50%", "100%"]  # 2 and 4 of 4 GB/s
+    assert [text.get_text() for text in achieved.axes[0].texts] == ["50%", "100%", "200%"]  # of 4 GB/s
 
 
 def test_figure_of_committed_models():

@@ -1,0 +1,267 @@
+"""What the pages show of a GPU, from a small folder of results whose numbers are easy to follow."""
+
+import json
+
+import pytest
+
+from autotune import kernel_tables, measured, measured_figures, report
+
+MACHINE = {
+    "device": "NVIDIA H200",
+    "device_type": "cuda",
+    "driver": "580.1",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "commit": "0123456789abcdef",
+    "date": "2030-01-02T03:04:05+00:00",
+}
+
+
+def times(**milliseconds):
+    return {name: {"p50_ms": value} for name, value in milliseconds.items()}
+
+
+def operator_row(kind, contenders, graph=None, **changes):
+    """A row of na2d_av at 14², whose floor is 10 µs."""
+    compared = graph or contenders
+    ours = compared["ours"]
+    row = {
+        "name": "na2d_av M 14",
+        "operator": "na2d_av",
+        "model": "M",
+        "shape": "8×16@14² K=13",
+        "batch": 128,
+        "pass": kind,
+        "status": "ok",
+        "contenders": times(**contenders),
+        "floor": {"ms": 0.01, "fraction": 0.01 / ours},
+        "speed_up": {name: time / ours for name, time in compared.items() if name != "ours"},
+    }
+    return row | ({"graph": times(**graph)} if graph else {}) | changes
+
+
+SKIPPED = {"name": "x", "operator": "depthwise_conv2d", "pass": "forward", "status": "skipped", "message": "late"}
+LAUNCHED = {
+    "forward": {"_mix_kernel": 40.0},
+    "backward": {
+        "_correlate_kernel": 60.0,
+        "void at::native::reduce_kernel": 7.0,
+        "sm80_xmma_gemm_kernel": 2.0,
+        "nvjet_sm90_tst_kernel": 3.0,
+        "Memset (Device)": 1.0,
+    },
+}
+RECORDS = {
+    "environment.json": {
+        "machine": MACHINE,
+        "ceilings": {
+            "copy_bytes_per_second": 4.2e12,
+            "bf16_operations_per_second": 680e12,
+            "fp32_operations_per_second": 51e12,
+        },
+        "launch_microseconds": {"direct": 20.0, "configured": 40.0, "tuned": 45.0, "operator": 90.0},
+    },
+    "bench.json": {
+        "machine": MACHINE,
+        "rows": [
+            operator_row("forward", {"ours": 0.3, "naive": 5.0}, {"ours": 0.05, "naive": 4.0, "compiled": 0.5}),
+            operator_row("forward+backward", {"ours": 2.0, "naive": 16.0, "compiled": 1.0}),
+            SKIPPED,
+        ],
+    },
+    "models.json": {
+        "rows": [
+            {
+                "name": "net",
+                "size": [224, 192],
+                "batch": 64,
+                "pass": "inference",
+                "status": "ok",
+                "contenders": {
+                    "ours": {"images_per_second": 1500.4, "peak_bytes": 100},
+                    "naive": {"images_per_second": 500.0, "peak_bytes": 250},
+                },
+                "speed_up": {"naive": 3.0008},
+            },
+            {"name": "net", "pass": "training", "status": "skipped"},
+        ]
+    },
+    "tests.json": {"complete": False, "counts": {"passed": 7, "failed": 1, "skipped": 2}, "failures": ["a"]},
+    "kernels.json": {
+        "rows": [
+            {
+                "case": case,
+                "pass": kind,
+                "kernels": [{"kernel": name, "microseconds": time} for name, time in found.items()],
+            }
+            for case in ("av.14", "qk.14")
+            for kind, found in LAUNCHED.items()
+        ]
+        + [{"case": "contmix.7", "failed": "out of memory"}]
+    },
+    "ncu.json": {
+        "machine": MACHINE | {"date": "2030-01-01T01:02:03+00:00"},
+        "launch_microseconds": {"direct": 10.0, "configured": 20.0, "tuned": 25.0, "operator": 70.0},
+        "rows": [
+            {
+                "case": "av.14",
+                "pass": "forward",
+                "kernel": "_mix_kernel",
+                "microseconds": time,
+                "registers": 254,
+                "warps_per_scheduler": 1.9,
+                "occupancy_percent": 11.9,
+                "issue_slots_percent": share,
+                "l1_percent": 40.0,
+                "l2_percent": 30.0,
+                "dram_percent": 10.0,
+            }
+            for time, share in ((39.0, 55.0), (41.0, 60.0))
+        ],
+    },
+}
+PREDICTED = {
+    "triton": "3.7.1",
+    "rows": [
+        {
+            "case": "av.14",
+            "pass": kind,
+            "launches": 1,
+            "floor_microseconds": 10.0,
+            "microseconds": time,
+            "bound_by": "mix_kernel: issue",
+        }
+        for kind, time in (("forward", 20.0), ("backward", 50.0))
+    ],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, record in RECORDS.items():
+        path = tmp_path / "NVIDIA_H200" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record))
+    cpu = tmp_path / "cpu" / "environment.json"
+    cpu.parent.mkdir()
+    cpu.write_text(json.dumps({"machine": {"device_type": "cpu"}}))
+    (found,) = measured.folders(tmp_path)
+    return found
+
+
+def test_a_row_shows_the_gpus_time_where_it_was_captured_and_compares_like_with_like(folder):
+    text = measured.sections([folder])["gpu operators"]
+    assert "| forward | 50.0 | 40.0 | 300 | 10.0 | 20% | 4,000 (80.0×) | 500 (10.0×) | – |" in text
+    assert "| forward+backward | – | 113 | 2,000 | 10.0 | 0.50% | 16,000 (8.00×) | 1,000 (0.50×) | – |" in text
+    assert "skipped" not in text
+
+
+def test_calls_that_wait_for_the_host_are_named(folder):
+    text = measured.sections([folder])["gpu operators"]
+    for kind in ("forward", "forward+backward"):
+        assert f"The host bounds 1 of 1 eager {kind} calls" in text
+    assert text.count(": `na2d_av` 8×16@14² K=13.") == 2
+    busy = operator_row("forward", {"ours": 0.09, "naive": 5.0}, {"ours": 0.05, "naive": 4.0})
+    folder.operators["rows"] = [busy]
+    assert "The host bounds" not in measured.sections([folder])["gpu operators"]
+
+
+def test_only_a_batch_of_128_has_the_kernels_times_beside_it(folder):
+    assert folder.beside(operator_row("forward", {"ours": 1.0})) == 40
+    assert folder.beside(operator_row("forward", {"ours": 1.0}, batch=2)) is None
+    assert folder.beside(operator_row("forward", {"ours": 1.0}, shape="8×16@50×80 K=13")) is None
+
+
+def test_the_machine_and_what_was_not_reached_are_told(folder):
+    text = measured.sections([folder])["gpu"]
+    assert "**NVIDIA H200**, driver 580.1, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2030-01-02" in text
+    assert "a copy moves 4.20 TB/s, a bfloat16 matrix product reaches 680 TFLOP/s and float32 arithmetic 51.0" in text
+    assert "2 of 3 rows of operators and 1 of 2 rows of models" in text
+    assert "it had no time to compare `depthwise_conv2d` with anything." in text
+    assert "7 passed, 1 failed, 2 skipped before their time was over" in text
+
+
+def test_models_and_the_hosts_time(folder):
+    sections = measured.sections([folder])
+    assert "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 3.00× | 2.50× |" in sections["gpu models"]
+    assert "training" not in sections["gpu models"]
+    assert sections["gpu host"].splitlines()[2:] == [
+        "| 2030-01-01 01:02 | 10 | 20 | 25 | 70 |",
+        "| 2030-01-02 03:04 | 20 | 40 | 45 | 90 |",
+    ]
+
+
+def test_the_readmes_table_and_where_ours_loses(folder):
+    text = measured.readme([folder])
+    assert "| `na2d_av` | M 8×16@14² K=13 | 50.0 | 80.0× | 10.0× | 2.00 | 8.00× | 0.50× |" in text
+    assert "At 1 of 1 shapes the eager forward+backward call is slower than the compiled form" in text
+    assert "Over all 2 rows that there was time for (of 3)" in text
+    assert "There was no time to compare `depthwise_conv2d` with anything." in text
+    assert "`net`, inference at batch 64: 1,500 images per second, 500 on the naive path (3.00×)." in text
+
+
+def test_predictions_stand_beside_our_kernels_and_everything(folder):
+    sections = kernel_tables.sections([folder], [PREDICTED], [])
+    lines = sections["predicted"].splitlines()
+    assert lines[0].startswith(
+        "Our kernels take 1.20 to 2.00 times as long as predicted, 1.60 times in the median; 1 of"
+    )
+    assert lines[-2:] == [
+        "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | 40.0 | 2.00 | 40.0 |",
+        "| av.14 | backward | mix: issue | 1 | 10.0 | 50.0 | 60.0 | 1.20 | 73.0 |",
+    ]
+    assert sections["gpu kernels"].splitlines()[2:] == ["| qk.14 | 40.0 | 40.0 | 60.0 | 73.0 |"]
+
+
+def test_predictions_stand_alone_where_nothing_was_measured():
+    sections = kernel_tables.sections([], [PREDICTED], [])
+    assert "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | – | – | – |" in sections["predicted"]
+    assert "times as long" not in sections["predicted"]
+
+
+def test_counters_show_the_longest_launch(folder):
+    text = kernel_tables.sections([folder], [], [])["gpu counters"]
+    assert text.count("| av.14 |") == 1
+    assert "| av.14 | forward | mix | 41.0 | 254 | 1.9 | 12% | 60% | 40% | 30% | 10% |" in text
+    assert "with at least 200 registers per thread have 1.9 warps per scheduler" in text
+    assert "issue in 55 to 60 % (av) of the cycles" in text
+
+
+def test_tuned_configs_beside_the_heuristics():
+    def entry(heuristic, tuned):
+        return {"config": {"rows": 4, "num_warps": 2}, "heuristic_milliseconds": heuristic, "milliseconds": tuned}
+
+    record = {
+        "gpu": "G",
+        "entries": {
+            "sum rows=7 dtype=bfloat16": entry(0.03, 0.02),
+            "sum rows=14 dtype=bfloat16": entry(0.05, 0.05),
+            "mix rows=7 dtype=bfloat16": entry(0.04, 0.02),
+        },
+    }
+    text = kernel_tables.sections([], [], [record])["tuned"]
+    assert (
+        "G: 3 problems; tuning gains 1.50× in the median and 2.00× at most, and keeps the heuristic's config in 1."
+        in text
+    )
+    assert "| `sum` | rows=7 | rows=4 num_warps=2 | 30.0 | 20.0 | 1.50× |" in text
+    assert "| `mix` | rows=7 dtype=bfloat16 | rows=4 num_warps=2 | 40.0 | 20.0 | 2.00× |" in text
+
+
+def test_figures_show_every_contender_and_name_their_numbers(folder):
+    drawn = measured_figures.figures(folder, [PREDICTED])
+    assert set(drawn) == {"operators.png", "predicted.png"}
+    figure, source = drawn["operators.png"]
+    assert source == report.fingerprint(RECORDS["bench.json"])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["memory floor", "ours", "naive", "naive, compiled"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["10×", "na2d_av"]  # 500 µs compiled against 50
+    figure, _ = drawn["predicted.png"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["memory floor", "predicted", "measured"]
+    assert [axis.texts[0].get_text() for axis in figure.axes] == ["2.0×", "1.2×"]
+
+
+def test_there_is_no_figure_of_what_was_not_measured(folder):
+    folder.operators["rows"] = [SKIPPED]
+    folder.launched.clear()
+    assert measured_figures.figures(folder, [PREDICTED]) == {}
