@@ -110,6 +110,30 @@ def _weight_gradient_kernel(
     )
 
 
+@triton.jit
+def _diagonals_kernel(
+    partial_ptr,  # [parts, C, ROWS, TILE_HEIGHT, KERNEL], contiguous
+    gradient_ptr,  # [C, KERNEL, KERNEL], contiguous
+    parts, channels,
+    KERNEL: tl.constexpr, TILE_HEIGHT: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row kh of the gradient sums the diagonal i = kh + r, r = 0.. of every part."""
+    ROWS: tl.constexpr = TILE_HEIGHT + KERNEL - 1
+    blocks = tl.cdiv(KERNEL * KERNEL, BLOCK)
+    i_channel = (tl.program_id(0) // blocks).to(tl.int64)
+    o_entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    o_r = tl.arange(0, TILE_HEIGHT)[:, None]
+    o_diagonal = ((o_entry // KERNEL + o_r) * TILE_HEIGHT + o_r) * KERNEL + o_entry % KERNEL
+    m_entry = o_entry < KERNEL * KERNEL
+    p_partial = partial_ptr + i_channel * (ROWS * TILE_HEIGHT * KERNEL) + o_diagonal
+    b_sum = tl.zeros([TILE_HEIGHT, BLOCK], ACCUMULATOR)
+    for _ in range(parts):
+        b_sum += tl.load(p_partial, mask=m_entry[None, :] & (o_r < TILE_HEIGHT), other=0)
+        p_partial += tl.cast(channels, tl.int64) * (ROWS * TILE_HEIGHT * KERNEL)
+    b_gradient = tl.sum(b_sum, axis=0).to(gradient_ptr.dtype.element_ty)
+    tl.store(gradient_ptr + i_channel * (KERNEL * KERNEL) + o_entry, b_gradient, mask=m_entry)
+
+
 def _library(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     shape = (x.shape[1], 1, kernel_size, kernel_size)
     return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
@@ -171,10 +195,18 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
         "BLOCK_CHANNELS": config.block_channels,
     }
     launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
-    # Row kh of the gradient sums the diagonal i = kh + r, r = 0.. : a step along it is a step along both.
-    stride_part, stride_channel, stride_row, stride_r, _ = partial.stride()
-    diagonals = partial.as_strided(
-        (shape[0], channels, kernel_size, config.tile_height, kernel_size),
-        (stride_part, stride_channel, stride_row, stride_row + stride_r, 1),
-    )
-    return diagonals.sum((0, 3))[:, None].to(x.dtype)
+    gradient = torch.empty((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
+    block = next_power_of_2(kernel_size**2) if interpreting() else 128
+    arguments = {
+        "partial_ptr": partial,
+        "gradient_ptr": gradient,
+        "parts": shape[0],
+        "channels": channels,
+        "KERNEL": kernel_size,
+        "TILE_HEIGHT": config.tile_height,
+        "ACCUMULATOR": precision(partial)["ACCUMULATOR"],
+        "BLOCK": block,
+    }
+    grid = (ceil_divide(kernel_size**2, block) * channels,)
+    launch(_diagonals_kernel, grid, x.device, arguments, num_warps=4, num_stages=1)
+    return gradient

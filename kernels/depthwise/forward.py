@@ -33,7 +33,6 @@ no other image and no other channel.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -115,14 +114,49 @@ def _convolution_kernel(
     tl.store(out.ptr + o_out * VECTOR + o_column, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
 
 
+@triton.jit
+def _band_kernel(
+    weight,  # [C, K, K]
+    band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
+    elements, band_rows, rows,
+    KERNEL: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o_element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_column = o_element % TILE_WIDTH
+    o_row = o_element // TILE_WIDTH % band_rows
+    o_span = o_element // TILE_WIDTH // band_rows % SPAN
+    o_kernel_h = rows - 1 - o_row
+    o_kernel_w = o_span - o_column + (KERNEL // 2 - (SPAN - TILE_WIDTH) // 2)
+    m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h < KERNEL)
+    m_weight &= (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
+    if FLIPPED:
+        o_kernel_h, o_kernel_w = KERNEL - 1 - o_kernel_h, KERNEL - 1 - o_kernel_w
+    p_weight = weight.ptr + o_element // TILE_WIDTH // band_rows // SPAN * weight.c
+    b_weight = tl.load(p_weight + o_kernel_h * weight.h + o_kernel_w * weight.w, mask=m_weight, other=0)
+    tl.store(band_ptr + o_element, b_weight, mask=o_element < elements)
+
+
 def band_of(weight: Tensor, flipped: bool, rows: int, config: Config, tile_width: int, span: int) -> Tensor:
     """band[c, j, q, p] = weight[c, rows − 1 − q, j − p + K//2 − margin], 0 where there is no such weight."""
-    kernel_size, margin = weight.shape[-1], (span - tile_width) // 2
-    kernel = weight[:, 0].flip(2) if flipped else weight[:, 0].flip(1)
-    left = tile_width - 1 + margin - kernel_size // 2
-    right = span + tile_width - 1 - left - kernel_size
-    padded = F.pad(kernel, (left, right, rows - kernel_size, config.tile_height - 1))
-    return padded.unfold(2, tile_width, 1).transpose(1, 2).flip(3).contiguous()
+    band_rows = rows + config.tile_height - 1
+    shape = (weight.shape[0], span, band_rows, tile_width)
+    band = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    block = 2**16 if interpreting() else 1024
+    arguments = {
+        "weight": view(weight[:, 0], "c h w"),
+        "band_ptr": band,
+        "elements": band.numel(),
+        "band_rows": band_rows,
+        "rows": rows,
+        "KERNEL": weight.shape[-1],
+        "FLIPPED": flipped,
+        "SPAN": span,
+        "TILE_WIDTH": tile_width,
+        "BLOCK": block,
+    }
+    grid = (ceil_divide(band.numel(), block),)
+    launch(_band_kernel, grid, band.device, arguments, num_warps=4, num_stages=1)
+    return band
 
 
 def in_vectors(tensor: Tensor) -> View:
