@@ -1,4 +1,4 @@
-"""What every test compares with: one tolerance table, one error measure, fresh inputs, the official golden outputs."""
+"""What every test compares with: the shared tolerances, one error measure, fresh inputs, official golden outputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.tolerances import GRADIENT as GRADIENT_TOLERANCE
+from kernels.tolerances import OUTPUT as FORWARD_TOLERANCE
+
+__all__ = [
+    "DEVICE", "FORWARD_TOLERANCE", "GRADIENT_TOLERANCE", "INTERPRETED", "assert_close", "golden", "golden_fill",
+    "official_state_dicts", "random_tensor", "relative_error", "triton_device",
+]  # fmt: skip
+
 GOLDEN = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# ‖out − reference‖ / ‖reference‖ against the float64 definition. Never loosened for one test, device or machine.
-FORWARD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:

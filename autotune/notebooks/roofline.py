@@ -16,10 +16,11 @@ import kernels
 from autotune import plots, report, timing, workloads
 from autotune.bench_operators import contmix_chain
 from autotune.ceilings import matmul_rate
-from autotune.comparison import OPERATOR_TOLERANCE, Settings, check, largest_error, measure_operator
+from autotune.comparison import Settings, check, largest_error, measure_operator
 from autotune.contest import NAIVE, Contest
 from autotune.notebooks.session import Session, finish, grid, record_label, start
 from autotune.sweeps import Sweep
+from kernels import tolerances
 from kernels.reference import rpb_logits
 from kernels.windows import Window
 
@@ -329,7 +330,7 @@ def measure_fusion(session: Session, ceilings: Ceilings) -> dict[str, list[plots
     for pair in fusions(session):
         calls = {"fused": pair.fused, "unfused": pair.unfused}
         # Each rounds once more than it would in float32, which is what the bound is made for.
-        check(largest_error([pair.fused()], [pair.unfused()]), 4 * OPERATOR_TOLERANCE[session.dtype], pair.name)
+        check(largest_error([pair.fused()], [pair.unfused()]), 4 * tolerances.GRADIENT[session.dtype], pair.name)
         times = timing.measure(calls, session.device, seconds=0.5 if session.full else 0.1, min_runs=3)
         floor = 1000 * pair.floor_bytes / ceilings.bytes_per_second
         found["time"].append(

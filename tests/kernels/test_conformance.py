@@ -318,6 +318,7 @@ def test_every_launcher_is_met():
     assert {name for name, _ in _first_met()} == set(find_tunables())
 
 
+@pytest.mark.slow
 @BY_NAME
 def test_every_config(operator):
     """Of each kernel, where the operator is the first that launches it: right wherever tuning may choose it."""
