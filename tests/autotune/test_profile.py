@@ -309,10 +309,7 @@ def test_runs_that_cannot_be_compared_are_refused(quick, tmp_path, monkeypatch, 
         (["--operator", "na2d_av", "--shape", "1x16x0x8"], "--shape: must be an integer of at least 1, got '0'"),
         (["--operator", "na2d_av", "--shape", "1x16x8x8", "--kernel-size", "4"], "kernel_size must be odd"),
         (["--operator", "na2d_av", "--shape", "1x20x8x8"], "channels must be a multiple of 16"),
-        (
-            ["--operator", "na2d_av", "--shape", "2x16x8x8", "--batch", "3"],
-            "--batch, --shape and --input must have",
-        ),
+        (["--operator", "na2d_av", "--shape", "2x16x8x8", "--batch", "3"], "--batch, --shape and --input must have"),
         (["--operator", "nothing"], "--operator must match a name"),
         (["--kernel-size", "3"], "--kernel-size must come with --shape"),
         (["--input", "1x3x8x8"], "--input must come with --module"),
@@ -320,10 +317,7 @@ def test_runs_that_cannot_be_compared_are_refused(quick, tmp_path, monkeypatch, 
         (["--against", "missing.json"], "--against must be a profile.json that can be read"),
         (["--threshold", "0"], "--threshold: must be a finite number above 0"),
         (["--backend", "magic"], "--backend: invalid choice: 'magic'"),
-        (
-            ["--only", "involution2d", "nothing"],
-            "--only must match a name, 'nothing' does not; names begin with",
-        ),
+        (["--only", "involution2d", "nothing"], "--only must match a name, 'nothing' does not; names begin with"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):

@@ -36,8 +36,7 @@ BACKENDS = ("reference", "eager", "triton")
 OURS = BACKENDS[1:]
 BY_NAME = pytest.mark.parametrize("operator", OPERATORS, ids=[operator.name for operator in OPERATORS])
 EVERY_CASE = pytest.mark.parametrize(
-    "operator",
-    [pytest.param(o.at(case), id=f"{o.name}, {name}") for o in OPERATORS for name, case in o.cases.items()],
+    "operator", [pytest.param(o.at(case), id=f"{o.name}, {name}") for o in OPERATORS for name, case in o.cases.items()]
 )
 ON_ALL = pytest.mark.parametrize("backend", BACKENDS)
 ON_OURS = pytest.mark.parametrize("backend", OURS)

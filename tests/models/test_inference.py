@@ -94,10 +94,7 @@ def test_overlock(variant, options):
 
 @pytest.mark.parametrize(
     ("layers", "heads", "options"),
-    [
-        ((4, 4, 8, 2), (6, 12), {}),
-        ((12, 12, 20, 4), (12, 16), {"mlp_ratio": 4.0, "stem_dim": 32}),
-    ],
+    [((4, 4, 8, 2), (6, 12), {}), ((12, 12, 20, 4), (12, 16), {"mlp_ratio": 4.0, "stem_dim": 32})],
     ids=["d1", "d5"],
 )
 def test_volo(layers, heads, options):

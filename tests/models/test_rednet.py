@@ -10,13 +10,7 @@ import torch.nn.functional as F
 import kernels
 from models.rednet import Bottleneck, Involution2d, InvolutionFPN, RedNet, rednet26
 from tests.models.families import narrow
-from tests.support import (
-    DEVICE,
-    GRADIENT_TOLERANCE,
-    assert_close,
-    golden_fill,
-    random_tensor,
-)
+from tests.support import DEVICE, GRADIENT_TOLERANCE, assert_close, golden_fill, random_tensor
 
 # ---- the neck
 

@@ -13,13 +13,7 @@ from models.volo import (
     random_box,
     resize_position_embedding,
 )
-from tests.support import (
-    DEVICE,
-    FORWARD_TOLERANCE,
-    assert_close,
-    golden_fill,
-    random_tensor,
-)
+from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, golden_fill, random_tensor
 
 
 def small(**kwargs) -> VOLO:
@@ -240,11 +234,7 @@ def test_bad_images_and_layers_are_refused_by_name():
             small().train()(x)
     with pytest.raises(TypeError, match=r"^x must"):
         small()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=DEVICE))
-    for name, arguments in {
-        "kernel_size": (8, 2, 4),
-        "stride": (8, 2, 3, 4),
-        "num_heads": (8, 3),
-    }.items():
+    for name, arguments in {"kernel_size": (8, 2, 4), "stride": (8, 2, 3, 4), "num_heads": (8, 3)}.items():
         with pytest.raises(ValueError, match=name):
             OutlookAttention(*arguments)
     with pytest.raises(ValueError, match="layers"):
