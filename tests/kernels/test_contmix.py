@@ -10,25 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels.contmix import configs, eager, passes
 from kernels.launch import record_launches
-from tests.support import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor, relative_error
+from tests.kernels.operators import OPERATORS, contmix
+from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, relative_error
+
+ROW = next(operator for operator in OPERATORS if operator.name == "contmix2d")
 
 
-def _inputs(batch=1, groups=2, query_channels=3, context=6, value_channels=5, size=(8, 7), kernel_sizes=(3, 5)):
-    height, width = size
-    positions = sum(k * k for k in kernel_sizes)
-    shapes = [
-        (batch, groups, query_channels, height, width),
-        (batch, groups, query_channels, context),
-        (batch, len(kernel_sizes), groups, value_channels, height, width),
-        (positions, context),
-        (positions,),
-        *[(groups, 2 * k - 1, 2 * k - 1) for k in kernel_sizes],
-    ]
-    return [random_tensor(*shape, dtype=torch.float64) for shape in shapes]
-
-
-def _contmix(module, tensors, kernel_sizes):
-    return module.contmix2d(*tensors[:5], tensors[5:], kernel_sizes=kernel_sizes)
+def _contmix(size=(8, 7), groups=2, context=6, kernel_sizes=(3, 5)):
+    """The operator at that shape, and float32 tensors for it."""
+    operator = ROW.at(contmix(size, groups, 3, 5, context, kernel_sizes))
+    return operator, operator.tensors()
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -44,22 +35,18 @@ class _LargestTensor(TorchDispatchMode):
         return result
 
 
-NAMES = ("query", "key", "value", "proj_weight", "proj_bias", "rpb[0]", "rpb[1]", "rpb[2]")
-
-
 @pytest.mark.parametrize(("threshold", "size"), [(0, 19), (10**6, 11)])
 def test_windows_of_many_blocks(threshold, size, monkeypatch):
     """Six blocks of a shared window's positions, two tiles of its outputs; as own windows one row after the other."""
     monkeypatch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
-    ours = [
-        tensor.float().requires_grad_() for tensor in _inputs(groups=1, size=(size, size + 1), kernel_sizes=(size,))
-    ]
+    operator, tensors = _contmix((size, size + 1), groups=1, kernel_sizes=(size,))
+    ours = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     results = {}
     for backend in ("eager", "triton"):
         with kernels.use_backend(backend):
-            out = _contmix(kernels, ours, (size,))
-            results[backend] = [out, *torch.autograd.grad(out.square().sum(), ours)]
-    for name, result, expected in zip(("out", *NAMES), results["triton"], results["eager"], strict=False):
+            out = operator(ours)
+            results[backend] = [out, *torch.autograd.grad(out.square().sum(), tuple(ours.values()))]
+    for name, result, expected in zip(("out", *ours), results["triton"], results["eager"], strict=True):
         assert_close(result, expected, GRADIENT_TOLERANCE[torch.float32], name)
 
 
@@ -68,28 +55,34 @@ def test_windows_of_many_blocks(threshold, size, monkeypatch):
 @pytest.mark.parametrize(("norm", "kernel_sizes", "context"), [(1.0, (1, 5), 1), (30.0, (3, 7), 1), (1e3, (1, 7), 6)])
 def test_rounding_is_no_more_than_the_definitions_own(norm, kernel_sizes, context, dtype, backend):
     """At large logits 16-bit inputs give what they give in float64, as nearly as the definition does in 16 bits."""
-    exact = _inputs(size=(7, 8), context=context, kernel_sizes=kernel_sizes)
-    exact[0], exact[1] = exact[0] * (norm / exact[0].norm()), exact[1] * (norm / exact[1].norm())
-    ours = [tensor.to(dtype) for tensor in exact]
-    expected = _contmix(kernels.reference, [tensor.double() for tensor in ours], kernel_sizes)
-    naive = relative_error(_contmix(kernels.reference, ours, kernel_sizes), expected)
+    operator, tensors = _contmix((7, 8), context=context, kernel_sizes=kernel_sizes)
+    for name in ("query", "key"):
+        tensors[name] *= norm / tensors[name].norm()
+    ours = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    expected, _ = operator.exact(ours)
+    naive = relative_error(operator(ours, kernels.reference), expected)
     with kernels.use_backend(backend):
-        assert_close(_contmix(kernels, ours, kernel_sizes), expected, max(FORWARD_TOLERANCE[dtype], naive))
+        assert_close(operator(ours), expected, max(FORWARD_TOLERANCE[dtype], naive))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_outputs_that_fill_a_tile_are_finite(dtype):
     """Logits of -100 and below everywhere: a filler output, whose softmax is none, must not overflow."""
-    tensors = [torch.ones(1, 1, 1, 4, 4), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, 4, 4)]
-    tensors += [torch.full((9, 1), -100.0), torch.zeros(9), torch.zeros(1, 5, 5)]
-    ours = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    operator = ROW.at(contmix((4, 4), 1, 1, 1, 1, (3,)))
+    ours = {name: torch.ones_like(tensor) for name, tensor in operator.tensors(dtype=dtype).items()}
+    ours |= {
+        "proj_weight": -100 * ours["proj_weight"],
+        "proj_bias": 0 * ours["proj_bias"],
+        "rpb[0]": 0 * ours["rpb[0]"],
+    }
+    ours = {name: tensor.requires_grad_() for name, tensor in ours.items()}
     for threshold in (0, 10**6):
         with pytest.MonkeyPatch.context() as patch, kernels.use_backend("triton"):
             patch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
-            out = _contmix(kernels, ours, (3,))
-            grads = torch.autograd.grad(1000 * out.sum(), ours)
+            out = operator(ours)
+            grads = torch.autograd.grad(1000 * out.sum(), tuple(ours.values()))
         assert_close(out, torch.ones_like(out).double(), FORWARD_TOLERANCE[dtype])
-        for name, grad in zip(NAMES, grads, strict=False):
+        for name, grad in zip(ours, grads, strict=True):
             assert grad.isfinite().all(), name
 
 
@@ -99,21 +92,22 @@ def test_outputs_that_fill_a_tile_are_finite(dtype):
 def test_what_a_nan_reaches(threshold, bad, backend, monkeypatch):
     """In value: the outputs whose windows hold its pixel; in grad: their inputs, and its own pixel's query."""
     monkeypatch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
-    query, key, value, *rest = (tensor.float() for tensor in _inputs(groups=2, size=(8, 13), kernel_sizes=(3,)))
+    operator, tensors = _contmix((8, 13), kernel_sizes=(3,))
+    query, value = tensors["query"].requires_grad_(), tensors["value"]
     value[0, 0, 1, 2, 3, 6] = bad
-    query, value = query.requires_grad_(), value.requires_grad_()
+    value.requires_grad_()
     with kernels.use_backend(backend):
-        out = _contmix(kernels, [query, key, value, *rest], (3,))
+        out = operator(tensors)
         grad = torch.randn_like(out)
         grad[0, 0, 0, 1, 4, 9] = bad
         grad_query, grad_value = torch.autograd.grad(out, (query, value), grad)
-    reached = torch.zeros(2, 8, 13, dtype=torch.bool)
+    reached = torch.zeros(2, 8, 13, dtype=torch.bool, device=DEVICE)
     reached[1, 2:5, 5:8] = True
     assert out[0, 0].isfinite().logical_not().any(1).equal(reached)
     assert out[0, 0, :, 3].isfinite().all(), "channels are sums of their own"
     reached[0, 4, 9] = True
     assert grad_query[0].isfinite().logical_not().any(1).equal(reached)
-    reached = torch.zeros(2, 8, 13, dtype=torch.bool)
+    reached = torch.zeros(2, 8, 13, dtype=torch.bool, device=DEVICE)
     reached[0, 3:6, 8:11] = True
     assert grad_value[0, 0].isfinite().logical_not().any(1).equal(reached)
 

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models import create_model
 from models.overlock import OverLoCK
 from models.rednet import RedNet
 from models.volo import VOLO
 from tests.support import DEVICE, golden_fill, random_tensor
-
-__all__ = ["FAMILIES", "FAMILY", "Family", "Published", "fill", "images", "loss_of", "narrow", "official_name"]
 
 
 class Published(NamedTuple):
@@ -131,6 +130,17 @@ def fill(model: Any) -> Any:
 def narrow(family: str, **options: Any) -> Any:
     """A narrow member of the family with every kind of block that the family has."""
     return fill(FAMILY[family].build(**{"num_classes": 5, **options}))
+
+
+def on_meta(name: str, **options: Any) -> Any:
+    """Shapes only: no memory, no random numbers."""
+    with torch.device("meta"):
+        return create_model(name, **options)
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Of every entry, by its official name."""
+    return {official_name(model, name): list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def images(*size: int, device: str = DEVICE, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -20,7 +20,7 @@ from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers import DropPath
 from models.registry import create_model, list_models
 from tests.models import families
-from tests.models.families import FAMILIES, FAMILY, fill, images, loss_of, official_name
+from tests.models.families import FAMILIES, FAMILY, fill, images, loss_of, official_name, on_meta, shapes
 from tests.support import DEVICE, GRADIENT_TOLERANCE, assert_close, golden, golden_fill, official_state_dicts
 from tests.support import triton_device as device_of_triton
 
@@ -29,25 +29,9 @@ PUBLISHED = {variant: numbers for family in FAMILY.values() for variant, numbers
 SMALLEST = {"overlock": "overlock_xt", "rednet": "rednet26", "volo": "volo_d1"}
 
 
-@pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    """Convolutions on a GPU round their operands to TF32 unless told not to."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 def narrow(family: str, **options: Any) -> Any:
     """With all four stages."""
     return families.narrow(family, **({"depths": (1, 1, 1, 1)} if family == "rednet" else {}), **options)
-
-
-def on_meta(name: str, **options: Any) -> Any:
-    """Shapes only: no memory, no random numbers."""
-    with torch.device("meta"):
-        return create_model(name, **options)
-
-
-def shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {official_name(model, name): list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 # ---- the official facts

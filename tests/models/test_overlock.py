@@ -11,55 +11,18 @@ import torch
 from torch import nn
 
 import kernels
-from models import overlock
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers import DropPath
 from models.overlock import OverLoCK
 from models.registry import create_model
-from tests.support import assert_close, golden, golden_fill, official_state_dicts, random_tensor
+from tests.models.families import fill, images, on_meta, shapes
+from tests.support import assert_close, golden, golden_fill, official_state_dicts
 
 
 def small(**overrides) -> Any:
-    """Every kind of block, at a few thousand parameters."""
-    structure = {
-        "depth": (1, 1, 1, 1),
-        "sub_depth": (2, 1),
-        "embed_dim": (8, 8, 16, 16),
-        "sub_num_heads": (1, 2),
-        "num_classes": 5,
-    }
-    return OverLoCK(**{**structure, **overrides})
-
-
-with torch.device("meta"):  # PyTorch remembers here what creates tensors: before the tests' own torch.empty is in place
-    torch.empty(0)
-
-
-def on_meta(name: str, **kwargs) -> Any:
-    """Shapes only: no memory, no random numbers."""
-    with torch.device("meta"):
-        return getattr(overlock, name)(**kwargs)
-
-
-def shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def fill(model: nn.Module) -> Any:
-    return golden_fill().fill_(model).eval()
-
-
-def image(*size: int) -> torch.Tensor:
-    return random_tensor(*size, device="cpu")
-
-
-@pytest.fixture
-def full_float32(monkeypatch):
-    """Convolutions on a GPU round their operands to TF32 unless told not to."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-# ---- the official facts
+    """Every kind of block, at a few thousand parameters, as they are initialised."""
+    structure = {"depth": (1, 1, 1, 1), "sub_depth": (2, 1), "embed_dim": (8, 8, 16, 16), "sub_num_heads": (1, 2)}
+    return OverLoCK(**{**structure, "num_classes": 5, **overrides})
 
 
 def test_dense_state_dict_names_and_shapes():
@@ -100,7 +63,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("form", "backend"), [("detection", "eager"), ("segmentation", "reference")])
 @torch.no_grad()
-def test_dense_golden(form, backend, full_float32):
+def test_dense_golden(form, backend):
     expected = golden(f"dense/{form}_overlock_xt_256x320")
     model = fill(create_model("overlock_xt", **FORMS[form]))
     sizes = {name: json.loads(shape) for name, shape in zip(expected["names"], expected["shapes"], strict=True)}
@@ -154,13 +117,13 @@ def test_a_damaged_dense_file_is_refused(tmp_path):
 
 def test_training_returns_both_logits_and_reaches_every_parameter():
     model = small(drop_path_rate=0.2, in_chans=1).train()
-    out = model(image(4, 1, 64, 48))
+    out = model(images(4, 1, 64, 48, device="cpu"))
     assert {name: tuple(logits.shape) for name, logits in out.items()} == {"main": (4, 5), "aux": (4, 5)}
     (out["main"].square().mean() + out["aux"].square().mean()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    pooled = small(num_classes=0)(image(2, 3, 64, 64))
+    pooled = small(num_classes=0)(images(2, 3, 64, 64, device="cpu"))
     assert (pooled["main"].shape, pooled["aux"].shape) == ((2, 1024), (2, 16))
 
 
@@ -173,7 +136,7 @@ def test_auxiliary_logits():
     contexts = []
     model.blocks4[-1].register_forward_hook(lambda *call: contexts.append(call[2]))
     with torch.no_grad():
-        out = model(image(2, 1, 64, 96))["aux"]
+        out = model(images(2, 1, 64, 96, device="cpu"))["aux"]
     norm, _, classifier = model.aux_head
     expected = norm(contexts[0]).mean((2, 3)) @ classifier.weight.flatten(1).t() + classifier.bias
     assert_close(out, expected, 1e-6)
@@ -183,7 +146,7 @@ def test_auxiliary_logits():
 
 
 def test_reparam_keeps_the_logits():
-    model, x = fill(small(drop_path_rate=0.5)), image(2, 3, 65, 96)
+    model, x = fill(small(drop_path_rate=0.5)), images(2, 3, 65, 96, device="cpu")
     with torch.no_grad():
         expected = model(x)
         assert any(isinstance(m, nn.Conv2d) and max(m.dilation) > 1 for m in model.modules())
@@ -199,7 +162,7 @@ def test_reparam_keeps_the_logits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_full_checkpoint_loads_into_the_merged_form(tmp_path, dtype):
-    full, x = fill(small()), image(2, 3, 65, 96)
+    full, x = fill(small()), images(2, 3, 65, 96, device="cpu")
     save_checkpoint(full.to(dtype), tmp_path / "full.pth")
     merged = small(reparam=True).eval()
     load_checkpoint(merged, tmp_path / "full.pth")
