@@ -117,7 +117,7 @@ def test_layouts(operator, layout, backend):
     tensors = {name: LAYOUTS[layout](tensor) for name, tensor in operator.tensors(batch=2).items()}
     check(operator, tensors, backend)
     out, grads = run(operator, tensors, backend, torch.ones_like(operator(tensors)))
-    if layout == "pixels first":
+    if layout == "pixels first" and (backend == "triton" or DEVICE == "cpu"):  # elsewhere PyTorch chooses
         if out.shape == tensors[operator.like].shape:
             assert out.stride() == tensors[operator.like].stride()
         for (name, tensor), grad in zip(tensors.items(), grads, strict=True):
@@ -330,7 +330,13 @@ def test_every_config(operator):
         checked.append(_kind(request))
         reference = request.reference()
         for config in _tiles(request):
-            wrong = disagreement(request.run(config), reference, request.problem)
+            try:
+                found = request.run(config)
+            except Exception as error:  # a GPU's shared memory may be too small for what is not valid here
+                if config.valid(request.problem) or type(error).__name__ != "OutOfResources":
+                    raise
+                continue
+            wrong = disagreement(found, reference, request.problem)
             assert wrong is None, f"{request.launcher.name}, {config}: {wrong}"
 
     for case in _first_cases(operator):
