@@ -117,6 +117,8 @@ def test_layouts(operator, layout, backend):
     tensors = {name: LAYOUTS[layout](tensor) for name, tensor in operator.tensors(batch=2).items()}
     check(operator, tensors, backend)
     out, grads = run(operator, tensors, backend, torch.ones_like(operator(tensors)))
+    if layout == "a crop":
+        assert out.is_contiguous()
     if layout == "pixels first" and (backend == "triton" or DEVICE == "cpu"):  # elsewhere PyTorch chooses
         if out.shape == tensors[operator.like].shape:
             assert out.stride() == tensors[operator.like].stride()
@@ -403,13 +405,16 @@ class _Recorded(TorchDispatchMode):
 @ON_OURS
 @BY_NAME
 def test_registration(operator, backend):
-    """Schema and fake implementation, strides too, of all that the forward and the backward pass call."""
+    """Schema and fake implementation, strides too, of all that both passes call; autograd of what the first does."""
     for layout in (Tensor.detach, _pixels_first):
         with _Recorded() as recorded:
             run(operator, {name: layout(tensor) for name, tensor in operator.tensors().items()}, backend)
         assert recorded.calls
         for overload, arguments in {call[0]: call for call in recorded.calls}.values():
             torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
+    overload, arguments = recorded.calls[0]
+    arguments = _pytree.tree_map_only(Tensor, Tensor.requires_grad_, arguments)
+    torch.library.opcheck(overload, arguments, test_utils=("test_autograd_registration", "test_aot_dispatch_dynamic"))
 
 
 @ON_OURS
@@ -460,6 +465,22 @@ def test_forward_mode(operator, backend):
         found = forward_ad.unpack_dual(operator(dict(zip(tensors, duals, strict=True)))).tangent
     assert found is not None
     assert_close(found, expected, FORWARD_TOLERANCE[torch.float64])
+
+
+@BY_NAME
+def test_gradients_under_vmap(operator):
+    """Of every argument, for several sets of arguments at once."""
+    sets = [operator.tensors(dtype=torch.float64) for _ in range(3)]
+
+    def loss(tensors):
+        return operator(tensors).sin().sum()
+
+    with kernels.use_backend("eager"):
+        together = torch.vmap(torch.func.grad(loss))({name: torch.stack([s[name] for s in sets]) for name in sets[0]})
+        for index, tensors in enumerate(map(leaves, sets)):
+            alone = torch.autograd.grad(loss(tensors), tuple(tensors.values()))
+            for name, expected in zip(tensors, alone, strict=True):
+                assert_close(together[name][index], expected, GRADIENT_TOLERANCE[torch.float64], name)
 
 
 @BY_NAME

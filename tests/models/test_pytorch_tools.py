@@ -19,7 +19,6 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, prune
 
-import kernels
 import models
 from tests.models.families import FAMILIES, images, loss_of, narrow
 from tests.support import DEVICE, assert_close, random_tensor
@@ -162,23 +161,6 @@ def test_functional_call_and_gradients_per_image(family):
             [per_image[n][index].flatten() for n, g in zip(parameters, expected, strict=True) if g is not None]
         )
         assert_close(ours, total, 1e-4)
-
-
-def test_operators_under_vmap():
-    def operators(x: Tensor, kernel: Tensor, table: Tensor) -> Tensor:
-        heads = x.unflatten(1, (2, -1)).movedim(2, -1)
-        logits = kernels.na2d_qk(heads, heads, 3, rpb=table)
-        mixed = kernels.na2d_softmax_av(logits, heads, 3) + kernels.na2d_av(logits, heads, 3)
-        involved = kernels.depthwise_conv2d(kernels.involution2d(x, kernel), kernel[0, :, :, :, 0, :1].movedim(-1, 1))
-        return involved.square().sum() + mixed.square().sum()
-
-    x, kernel = random_tensor(3, 2, 4, 5, 6), random_tensor(3, 2, 4, 3, 3, 5, 6)
-    table = random_tensor(3, 2, 5, 5)
-    ours = torch.vmap(torch.func.grad(operators, argnums=(0, 1, 2)))(x, kernel, table)
-    for index in range(3):
-        inputs = [t[index].clone().requires_grad_() for t in (x, kernel, table)]
-        for grad, expected in zip(ours, torch.autograd.grad(operators(*inputs), inputs), strict=True):
-            assert_close(grad[index], expected, 1e-5)
 
 
 # ---- children that others change: hooks, wrappers, parametrisations
