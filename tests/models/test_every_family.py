@@ -171,7 +171,12 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
     assert len(maps) == len(model.out_indices)
     assert all(torch.equal(ours, expected[index]) for index, ours in zip(model.out_indices, maps, strict=True))
     assert model.feature_info.channels() == [m.shape[1] for m in maps]
-    assert model.feature_info.reduction() == [64 // m.shape[2] for m in maps]
+    info = model.feature_info
+    assert info.reduction() == [64 // m.shape[2] for m in maps]
+    assert [type(model.get_submodule(module)) for module in info.module_name()]
+    last = model.out_indices[-1]
+    assert (info.channels(last), info.reduction([last])) == (info[last]["num_chs"], [info[last]["reduction"]])
+    assert info.get_dicts(["num_chs"]) == [{"num_chs": channels} for channels in info.channels()]
     loss_of(model.train(), x).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     if family != "overlock":  # whose backbone has norms of its own for its maps
