@@ -28,7 +28,7 @@ class Family(NamedTuple):
 
     build: Callable[..., Any]
     published: dict[str, Published]
-    goldens: tuple[tuple[str, str], ...]  # file, backend
+    goldens: tuple[tuple[str, str], ...]  # file, and backend or "inference" for that form
     groups: tuple[str, ...]  # beginnings of parameters' names
     group_counts: tuple[int, int]  # of coarse and of fine groups, the classifier's not counted
     undecayed: tuple[str, ...]
@@ -61,6 +61,7 @@ FAMILY = {
             ("overlock_xt_224x224", "eager"),
             ("overlock_xt_256x192", "eager"),
             ("overlock_xt_256x192", "triton"),
+            ("overlock_xt_256x192", "inference"),
             ("overlock_xt_reparam_224x224", "eager"),
             ("overlock_xt_reparam_224x224", "reference"),
         ),
@@ -85,7 +86,7 @@ FAMILY = {
             "rednet101": Published(25.65, 0.005, 4.74),
             "rednet152": Published(33.98, 0.005, 6.79),
         },
-        tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "triton")),
+        tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         ("stem.0.conv.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer2.1.conv1.weight", "head."),
         (5, 9),
         (),
@@ -100,7 +101,7 @@ FAMILY = {
             "volo_d4": Published(193.0, 0.05),
             "volo_d5": Published(295.5, 0.05),
         },
-        tuple(("volo_d1_224x224", backend) for backend in ("auto", "reference", "triton")),
+        tuple(("volo_d1_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         (
             "patch_embed.", "network.0.0.", "network.0.1.", "network.1.", "network.2.0.", "network.3.0.",
             "network.4.0.", "post_network.0.", "post_network.1.", "norm.", "head.",
