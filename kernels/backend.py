@@ -110,8 +110,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @functools.cache
+def _found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@torch.compiler.assume_constant_result  # PyTorch 2.11 would trace into what is cached, and cannot
 def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _found("triton")
 
 
 def interpreting() -> bool:
