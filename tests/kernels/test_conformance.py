@@ -238,6 +238,9 @@ def test_wide_offsets(operator, monkeypatch):
     assert all(map(torch.equal, grads, wide_grads))
 
 
+Kind = tuple[str, bool, str]
+
+
 class _OnMeta(TorchDispatchMode):
     """This package's operators themselves on meta tensors, where otherwise their fake implementations stand in."""
 
@@ -293,15 +296,17 @@ def test_heuristic(operator):
     assert len(met) > 100
 
 
-def _kind(request: Request) -> tuple[str, bool]:
-    """Its kernel, and which of the two window rules it follows."""
-    return request.launcher.name, any(getattr(argument, "clamped", False) for argument in request.arguments)
+def _kind(request: Request) -> Kind:
+    """Its kernel, which of the two window rules it follows, and what else tells its forms apart: a softmax, padding."""
+    clamped = any(getattr(argument, "clamped", False) for argument in request.arguments)
+    others = {type(argument).__name__ for argument in request.arguments} - {"Tensor", "NoneType"}
+    return request.launcher.name, clamped, str([*sorted(others), request.keywords])
 
 
 @functools.cache
-def _first_met() -> dict[tuple[str, bool], tuple[str, Any]]:
-    """Kernel and window rule -> the operator that meets them first, and the first case there after the smallest."""
-    found: dict[tuple[str, bool], tuple[str, Any]] = {}
+def _first_met() -> dict[Kind, tuple[str, Any]]:
+    """Kernel -> the operator that meets them first, and the first case there after the smallest."""
+    found: dict[Kind, tuple[str, Any]] = {}
     for operator in OPERATORS:
         smallest, *others = operator.cases.values()
         for case in (*others, smallest):
@@ -316,7 +321,7 @@ def _first_cases(operator: Operator) -> list[Any]:
 
 
 def test_every_launcher_is_met():
-    assert {name for name, _ in _first_met()} == set(find_tunables())
+    assert {kind[0] for kind in _first_met()} == set(find_tunables())
 
 
 @pytest.mark.slow
