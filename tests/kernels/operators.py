@@ -38,7 +38,7 @@ class Operator(NamedTuple):
     logits: tuple[str, ...] = ()  # arguments that enter a softmax
     masked: bool = False  # whether the first of them may be -inf where a caller wants no weight
     spreads: tuple[str, ...] = ()  # where a NaN may go too far in Triton's kernels, through a tile's product
-    rounding: int = 1  # times the forward tolerance: products before a softmax round, and it amplifies that
+    rounding: int = 1  # times the output's tolerance, and 16-bit gradients': products round, a softmax amplifies it
 
     @property
     def inputs(self) -> dict[str, tuple[Any, ...]]:
