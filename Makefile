@@ -21,7 +21,7 @@ profile: $(STAMP)
 # Each worker computes on one thread: threads of two workers that share two cores wait for each other.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

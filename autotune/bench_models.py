@@ -21,9 +21,6 @@ import models
 from autotune import timing
 from autotune.bench_operators import Call, why_not
 from autotune.comparison import (
-    GRADIENTS_TOLERANCE,
-    LOGITS_TOLERANCE,
-    OTHER_PRECISION_FACTOR,
     batch_norms_held,
     check,
     inference_pass,
@@ -35,6 +32,7 @@ from autotune.comparison import (
 )
 from autotune.timing import Timing
 from autotune.workloads import Size, settled_model
+from kernels import tolerances
 
 __all__ = [
     "PLANS",
@@ -183,7 +181,9 @@ class ModelBench:
     def _agreement(self, model: nn.Module, plan: Plan) -> dict[str, float]:
         """Ours against the naive path on a small batch: the same in float32, and no worse rounded in the timed one.
         ``rounding`` is how far two paths may be from each other as they are timed."""
-        what, tolerance = ("loss and gradients", GRADIENTS_TOLERANCE) if plan.training else ("logits", LOGITS_TOLERANCE)
+        what, tolerance = (
+            ("loss and gradients", tolerances.MODEL_GRADIENT) if plan.training else ("logits", tolerances.LOGITS)
+        )
         call = _one_pass(plan)(model, self.images(torch.float32, CHECKED_BATCH))
         backends = (self.backend, "reference")
 
@@ -202,7 +202,7 @@ class ModelBench:
             found = check(error(), tolerance, f"{what} in float32")
             if self.dtype != torch.float32:
                 ours, naive = map(rounding, backends)
-                check(ours, OTHER_PRECISION_FACTOR * naive, f"{what} in {self.dtype}")
+                check(ours, tolerances.OTHER_PRECISION * naive, f"{what} in {self.dtype}")
         return found | {"rounding": error() if self.dtype == torch.float32 else rounding(self.backend)}
 
     def measure(self, plan: Plan) -> dict[str, Any]:
@@ -216,12 +216,12 @@ class ModelBench:
             agreement = self._agreement(model, plan)
         calls, left_out = self._with_compiled("ours", model, plan), {}
         # Two results in the timed precision, each that far from the exact one, and some room for another batch.
-        bound = 4 * max(agreement["rounding"], LOGITS_TOLERANCE)
+        bound = 4 * max(agreement["rounding"], tolerances.LOGITS)
         allowed: dict[str, float] = {"naive": bound, "compiled": bound}
         if plan.peer is not None:
             try:
                 peer = self.peer(plan)
-                allowed["peer_compiled"] = 4 * max(self._rounding(peer, plan), LOGITS_TOLERANCE)
+                allowed["peer_compiled"] = 4 * max(self._rounding(peer, plan), tolerances.LOGITS)
                 calls |= self._with_compiled("peer", peer, plan)
             except Exception as error:  # not installed, or another version: ours is still worth its time
                 left_out["peer"] = one_line(error)

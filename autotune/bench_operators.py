@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 import kernels
 from autotune import timing, workloads
-from autotune.comparison import OPERATOR_TOLERANCE, check, largest_error, on_backend, one_line, time_and_memory
+from autotune.comparison import check, largest_error, on_backend, one_line, time_and_memory
 from autotune.workloads import Inputs, Size, Workload, channels_last, generation, operator_workloads
+from kernels import tolerances
 
 __all__ = ["PASSES", "OperatorBench", "benchmark_workloads", "contmix_chain", "naive_bytes", "why_not"]
 
 PASSES = ("forward", "forward+backward")
-# Contenders round at every step of a chain, where ours rounds once.
-CHAIN_TOLERANCE = 10
 GRAPH_BELOW_MS = 1.0  # a call shorter than this may be bound by its launches, and is timed in a CUDA graph as well
 
 Call = Callable[[], list[Tensor]]
@@ -203,11 +202,11 @@ class OperatorBench:
         gradient = gradient.to(torch.promote_types(self.dtype, torch.float32))
         expected = on_backend(against, functools.partial(run, workloads.upcast(inputs), gradient))()
 
-        tolerance, what = OPERATOR_TOLERANCE[self.dtype], "output and gradients" if backward else "output"
+        tolerance, what = tolerances.GRADIENT[self.dtype], "output and gradients" if backward else "output"
         agreement = {"against": against, **check(largest_error(calls["ours"](), expected), tolerance, what)}
         left_out = {name: too_large for name in ("naive", "compiled") if name in calls and too_large is not None}
         for name in [name for name in calls if name != "ours" and name not in left_out]:
-            reason = why_not(calls[name], expected, CHAIN_TOLERANCE * tolerance, what)
+            reason = why_not(calls[name], expected, tolerances.CHAIN * tolerance, what)
             if reason is not None:
                 left_out[name] = reason
         del expected

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import kernels
 from autotune import timing, workloads
 from autotune.workloads import Size, Workload
+from kernels import tolerances
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,14 +37,9 @@ __all__ = [
 
 Call = Callable[[], list[Tensor]]
 
-# ‖ours − expected‖ / ‖expected‖ of every output and gradient. An operator is held against the naive path in float32
-# (float64 in float64), so that the bound is on our rounding alone.
-OPERATOR_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-# A model is held against itself on the naive path in float32; gradients pass through all its layers twice.
-LOGITS_TOLERANCE, GRADIENTS_TOLERANCE = 1e-4, 1e-3
-# In any other precision both paths round at every layer, and a bound has to come from the model itself: our path may
-# be this many times as far from the float32 result as the naive path is.
-OTHER_PRECISION_FACTOR = 2
+# An operator is held against the naive path in float32 (float64 in float64), so that the bound is on our rounding
+# alone, a model against itself on the naive path in float32. In any other precision both paths round at every layer,
+# and a bound has to come from the model itself.
 
 
 class DisagreementError(Exception):
@@ -127,7 +123,7 @@ def measure_operator(
             on_backend(settings.backend, lambda: run(inputs, gradient))(),
             on_backend("reference", lambda: run(exact, exact_gradient))(),
         ),
-        OPERATOR_TOLERANCE[settings.dtype],
+        tolerances.GRADIENT[settings.dtype],
         "output and gradients" if backward else "output",
     )
     compared = compare_paths(lambda: run(inputs, gradient), settings)
@@ -172,7 +168,7 @@ def measure_module(model: nn.Module, images: Tensor, settings: Settings, *, trai
         DisagreementError: logits or gradients are not those of the naive path; nothing was timed then.
     """
     one_pass = training_pass if training else inference_pass
-    what, tolerance = ("gradients", GRADIENTS_TOLERANCE) if training else ("logits", LOGITS_TOLERANCE)
+    what, tolerance = ("gradients", tolerances.MODEL_GRADIENT) if training else ("logits", tolerances.LOGITS)
     call = one_pass(model.train(training), images)
 
     def results(backend: str) -> list[Tensor]:
@@ -183,7 +179,7 @@ def measure_module(model: nn.Module, images: Tensor, settings: Settings, *, trai
         agreement = check(largest_error(results(settings.backend), exact), tolerance, f"{what} in float32")
         if settings.dtype != torch.float32:
             call = one_pass(model.to(settings.dtype), images.to(settings.dtype))
-            tolerance = OTHER_PRECISION_FACTOR * largest_error(results("reference"), exact)
+            tolerance = tolerances.OTHER_PRECISION * largest_error(results("reference"), exact)
             agreement = check(largest_error(results(settings.backend), exact), tolerance, what)
         del exact
     compared = compare_paths(call, settings)

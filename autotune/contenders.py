@@ -17,10 +17,6 @@ from torch.utils.flop_counter import flop_registry
 
 from autotune import report, timing
 from autotune.comparison import (
-    GRADIENTS_TOLERANCE,
-    LOGITS_TOLERANCE,
-    OPERATOR_TOLERANCE,
-    OTHER_PRECISION_FACTOR,
     batch_norms_held,
     check,
     largest_error,
@@ -30,12 +26,12 @@ from autotune.comparison import (
 )
 from autotune.contest import NAIVE, Contest
 from autotune.workloads import least_bytes
+from kernels import tolerances
 from kernels.backend import interpreting, resolve
 
 __all__ = ["compare"]
 
 Function = Callable[..., Any]
-FLOAT64_TOLERANCE = 1e-10
 
 
 def compare(
@@ -135,8 +131,8 @@ def _tensors(structure: Any) -> list[Tensor]:
 
 
 def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
-    kinds = [tensor.dtype for tensor in tensors if tensor.dtype in OPERATOR_TOLERANCE]
-    return max(kinds, key=OPERATOR_TOLERANCE.__getitem__)
+    kinds = [tensor.dtype for tensor in tensors if tensor.dtype in tolerances.GRADIENT]
+    return max(kinds, key=tolerances.GRADIENT.__getitem__)
 
 
 def _device(function: Function, given: Any) -> torch.device:
@@ -147,7 +143,7 @@ def _device(function: Function, given: Any) -> torch.device:
     devices = sorted({str(tensor.device) for tensor in (*tensors, *_weights(function))})
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"inputs and weights must be on one device that computes, they are on {', '.join(devices)}")
-    if not any(tensor.dtype in OPERATOR_TOLERANCE for tensor in (*tensors, *_weights(function))):
+    if not any(tensor.dtype in tolerances.GRADIENT for tensor in (*tensors, *_weights(function))):
         raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, there is none")
     return tensors[0].device
 
@@ -291,12 +287,14 @@ def _measure(
     naive = on_backend("reference", run.checked)()
     paths, operations = _paths(run, device, backends)
     dtype = _least_precise([*run.tensors, *naive])
-    what, tolerance = ("outputs and gradients", GRADIENTS_TOLERANCE) if run.backward else ("outputs", LOGITS_TOLERANCE)
+    what, tolerance = (
+        ("outputs and gradients", tolerances.MODEL_GRADIENT) if run.backward else ("outputs", tolerances.LOGITS)
+    )
     expected = _exact(run, naive, dtype)
     if dtype == torch.float64:
-        tolerance = FLOAT64_TOLERANCE
+        tolerance = tolerances.FOREIGN_FLOAT64
     elif dtype != torch.float32:  # the function rounds at every step: it says itself how much
-        tolerance = max(OPERATOR_TOLERANCE[dtype], OTHER_PRECISION_FACTOR * largest_error(naive, expected))
+        tolerance = max(tolerances.GRADIENT[dtype], tolerances.OTHER_PRECISION * largest_error(naive, expected))
     errors: dict[str, float | None] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name, backend in paths.items():

@@ -45,7 +45,7 @@ __all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
 SECONDS = 515.0  # for everything: nine minutes, less what starting, ending and a slow disk may take
 SECONDS_QUICK = 3600.0  # a smoke test is over when it is done, however busy the machine
 GRACE = 12.0  # between the end of a phase's time and the end of its process
-MODEL_TESTS = ("layers", "overlock", "rednet", "volo", "inference", "pytorch_tools")
+MODEL_TESTS = ("every_family", "layers", "overlock", "rednet", "volo", "inference", "pytorch_tools")
 # What launches kernels; the commands' own tests are as true on a CPU.
 TESTS = ("tests/kernels", *(f"tests/models/test_{name}.py" for name in MODEL_TESTS))
 RESTARTS = 3  # of a phase whose process lost the GPU or crashed

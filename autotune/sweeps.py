@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from autotune import plots, timing
-from autotune.comparison import OPERATOR_TOLERANCE, Settings, measure_operator
+from autotune.comparison import Settings, measure_operator
 from autotune.contest import data_frame, html_table
 from autotune.report import number, percent
 from autotune.workloads import Workload, workload_of
+from kernels import tolerances
 from kernels.backend import BACKENDS, resolve
 
 __all__ = ["AXES", "Point", "Shape", "Sweep", "measure_points", "sweep", "sweep_figure"]
@@ -172,7 +173,7 @@ def sweep(
         raise ValueError(f"over must have a value for {empty[0]}, there is none")
     place = timing.best_device() if device is None else torch.empty(0, device=device).device
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    if dtype not in OPERATOR_TOLERANCE:
+    if dtype not in tolerances.GRADIENT:
         raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import tolerances
 from kernels.tuning import choose
 from kernels.tuning.choose import Config, Problem, Request, gpu_name, key_of, remember, triton_version
 
 __all__ = ["Outcome", "best_config", "disagreement", "measure_candidates", "median_milliseconds", "tune", "tuning"]
 
 MOST_CANDIDATES = 20
-# ‖candidate − eager‖ / ‖eager‖ above which a candidate is wrong, whatever its speed: rounding of outputs and gradients.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 Outputs = Tensor | Sequence[Tensor]
 
@@ -57,11 +56,11 @@ def disagreement(outputs: Outputs, reference: Outputs, problem: Problem = None) 
     The bound is that of the coarser of an output's and the problem's dtypes: a float32 gradient may be computed from a
     bfloat16 output.
     """
-    coarsest = TOLERANCE[getattr(problem, "dtype", torch.float64)]
+    coarsest = tolerances.GRADIENT[getattr(problem, "dtype", torch.float64)]
     for index, (out, expected) in enumerate(zip(_tensors(outputs), _tensors(reference), strict=True)):
         norm = expected.double().norm().item()
         error = (out.double() - expected.double()).norm().item() / (norm or 1.0)
-        if not error <= max(TOLERANCE[out.dtype], coarsest):
+        if not error <= max(tolerances.GRADIENT[out.dtype], coarsest):
             return f"output {index} is off by {error:.1e} (relative norm)"
     return None
 

@@ -1,4 +1,4 @@
-"""What every test compares with: one tolerance table, one error measure, fresh inputs, the official golden outputs."""
+"""What every test compares with: the shared tolerances, one error measure, fresh inputs, official golden outputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
+from kernels.tolerances import GRADIENT as GRADIENT_TOLERANCE
+from kernels.tolerances import OUTPUT as FORWARD_TOLERANCE
+
+__all__ = [
+    "DEVICE", "FORWARD_TOLERANCE", "GRADIENT_TOLERANCE", "INTERPRETED", "assert_close", "golden", "golden_fill",
+    "official_state_dicts", "random_tensor", "relative_error", "triton_device",
+]  # fmt: skip
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# ‖out − reference‖ / ‖reference‖ against the float64 definition. Never loosened for one test, device or machine.
-FORWARD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -65,36 +67,6 @@ def golden_fill():
 def golden(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"{name}.npz") as archive:
         return dict(archive)
-
-
-def check_operator(
-    name: str,
-    inputs: dict[str, Tensor],
-    *,
-    backend: str,
-    dtype: torch.dtype = torch.float32,
-    device: str = DEVICE,
-    **options,
-) -> None:
-    """``kernels.<name>`` on a backend against the float64 definition: output and every gradient, by relative norm.
-
-    ``inputs`` are float64; both sides get the same values, rounded to ``dtype``. Memory formats are kept.
-    """
-    rounded = {key: tensor.to(dtype) for key, tensor in inputs.items()}
-    exact = {key: tensor.double().requires_grad_() for key, tensor in rounded.items()}
-    expected = getattr(kernels.reference, name)(**exact, **options)
-    grad = torch.randn_like(expected).to(dtype)
-    expected_grads = torch.autograd.grad(expected, tuple(exact.values()), grad.double())
-
-    ours = {key: tensor.to(device).requires_grad_() for key, tensor in rounded.items()}
-    with kernels.use_backend(backend):
-        out = getattr(kernels, name)(**ours, **options)
-        grads = torch.autograd.grad(out, tuple(ours.values()), grad.to(device))
-    assert out.dtype == dtype
-    what = f"{name} ({backend}, {dtype})"
-    assert_close(out, expected, FORWARD_TOLERANCE[dtype], what)
-    for key, ours_grad, expected_grad in zip(ours, grads, expected_grads, strict=True):
-        assert_close(ours_grad, expected_grad, GRADIENT_TOLERANCE[dtype], f"{what}, gradient of {key}")
 
 
 def triton_device() -> str:

@@ -55,6 +55,7 @@ SPILLS = {
 ON_AMD = {"weighted_sum_kernel": 692}  # of generated kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "dtype"), [*((name, "bf16") for name in ARCHITECTURES), ("sm_90", "fp32")])
 def test_every_kernel_builds_and_none_spills(architecture, dtype):
     counted = (architecture, dtype) == ("sm_90", "bf16")

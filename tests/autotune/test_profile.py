@@ -15,6 +15,7 @@ from PIL import ImageOps
 import kernels
 from autotune import against, comparison, lines, profile, report, timing, workloads
 from autotune.__main__ import COMMANDS, main
+from kernels import tolerances
 from tests.support import DEVICE
 
 INVOLUTION = "involution2d RedNet-50 512@7"
@@ -104,7 +105,7 @@ def test_models_see_the_photograph_and_their_weights_matter():
         with kernels.use_backend("reference"):
             changed = model(workloads.image_batch(photo, (64, 64), 1, torch.float32, settings.device))
     assert timing.relative_error(out["mirrored"], out["photo"]) > 1e-3
-    assert timing.relative_error(changed, out["photo"]) > 5 * comparison.LOGITS_TOLERANCE
+    assert timing.relative_error(changed, out["photo"]) > 5 * tolerances.LOGITS
 
 
 @pytest.mark.parametrize(
@@ -310,18 +311,12 @@ def test_runs_that_cannot_be_compared_are_refused(quick, tmp_path, monkeypatch, 
         (["--image", __file__], "--image: image must be a photograph that Pillow can read"),
         (["--sizes", "16"], "--sizes: must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got '16'"),
         (["--sizes", "64x64x64"], "--sizes: must be SIDE or HEIGHTxWIDTH"),
-        (["--batch", "0"], "--batch: must be an integer of at least 1, got '0'"),
-        (["--device", "abacus"], "--device: must be a device present here, got 'abacus'"),
-        (["--device", "cuda:99"], "--device: must be a device present here, got 'cuda:99'"),
         (["--shape", "1x16x8x8"], "--shape must be BATCHxCHANNELSxHEIGHTxWIDTH, of an --operator"),
         (["--operator", "na2d_av", "--shape", "1x16x8"], "--shape must be BATCHxCHANNELSxHEIGHTxWIDTH"),
         (["--operator", "na2d_av", "--shape", "1x16x0x8"], "--shape: must be an integer of at least 1, got '0'"),
         (["--operator", "na2d_av", "--shape", "1x16x8x8", "--kernel-size", "4"], "kernel_size must be odd"),
         (["--operator", "na2d_av", "--shape", "1x20x8x8"], "channels must be a multiple of 16"),
-        (
-            ["--operator", "na2d_av", "--shape", "2x16x8x8", "--batch", "3"],
-            "--batch, --shape and --input must have",
-        ),
+        (["--operator", "na2d_av", "--shape", "2x16x8x8", "--batch", "3"], "--batch, --shape and --input must have"),
         (["--operator", "nothing"], "--operator must match a name"),
         (["--kernel-size", "3"], "--kernel-size must come with --shape"),
         (["--input", "1x3x8x8"], "--input must come with --module"),
@@ -329,10 +324,7 @@ def test_runs_that_cannot_be_compared_are_refused(quick, tmp_path, monkeypatch, 
         (["--against", "missing.json"], "--against must be a profile.json that can be read"),
         (["--threshold", "0"], "--threshold: must be a finite number above 0"),
         (["--backend", "magic"], "--backend: invalid choice: 'magic'"),
-        (
-            ["--only", "involution2d", "nothing"],
-            "--only must match a name, 'nothing' does not; names begin with",
-        ),
+        (["--only", "involution2d", "nothing"], "--only must match a name, 'nothing' does not; names begin with"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, capsys, arguments, message):
@@ -351,6 +343,7 @@ def test_the_interpreter_is_not_timed(monkeypatch, tmp_path, capsys):
     assert "TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_part_never_replaces_the_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "repository_root", lambda: tmp_path)
     monkeypatch.setattr(lines, "measure_operator", lambda *_, **__: {"speed_up": 1.0})
@@ -448,29 +441,3 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(COMMANDS, "toy", ("toy_command", "what this machine cannot run"))
     assert main(["toy"]) == 2
     assert "toy needs the package no_such_package, which is not installed here" in capsys.readouterr().err
-
-
-def test_help_of_the_command(capsys):
-    with pytest.raises(SystemExit):
-        main(["profile", "--help"])
-    shown = capsys.readouterr().out
-    for option in (
-        "--device",
-        "--image",
-        "--sizes",
-        "--only",
-        "--quick",
-        "--out",
-        "--json",
-        "--training",
-        "--threads",
-        "--operator",
-        "--shape",
-        "--kernel-size",
-        "--model",
-        "--module",
-        "--input",
-        "--size",
-        "--against",
-    ):
-        assert option in shown

@@ -104,15 +104,6 @@ def _writer(folder, worker, count):
     return writer
 
 
-def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
-    store = Store(tmp_path, "GPU")
-    store.update({"a": {"config": {}}})
-    (tmp_path / ".GPU.json.abc.tmp").write_text('{"schema": 1, "entr')
-    store.update({"b": {"config": {}}})
-    assert set(store.read()) == {"a", "b"}
-    assert not list(tmp_path.glob(".*.tmp"))
-
-
 def test_eight_processes_lose_nothing(tmp_path):
     writers = [_writer(tmp_path, worker, 6) for worker in range(8)]
     for writer in writers:

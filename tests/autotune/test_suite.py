@@ -26,6 +26,7 @@ def _phases(folder, *phases, seconds=60.0):
     return {found["name"]: found for found in run_phases(phases, folder, ENVIRONMENT, seconds)}
 
 
+@pytest.mark.slow
 def test_no_phase_takes_another_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "GRACE", 0.5)
     logs = {}
@@ -125,6 +126,7 @@ class _HereProcess:
         return self.code
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tries the suite on a CPU, in the interpreter")
 def test_the_whole_suite_on_tiny_shapes(tmp_path, monkeypatch, capsys):
     start, end = suite._start, suite._end

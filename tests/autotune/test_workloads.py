@@ -63,12 +63,7 @@ def test_shapes_follow_the_image():
         ("na2d_softmax_av OverLoCK-T 16×16@7² K=7", 76832 + 25088 + 2704, 25088, 76832 * 16),
         # query 2·8·16·14², key 2·8·16·49, value twice the query, projection 194·49 + 194, rpb 8·(9² + 25²);
         # keys projected 2·8·16·49·194, logits and mixing 2·8·16·14²·194 each
-        (
-            "contmix2d OverLoCK-T 8×16@14² K=5,13",
-            50176 + 12544 + 100352 + 9700 + 5648,
-            100352,
-            2433536 + 2 * 9734144,
-        ),
+        ("contmix2d OverLoCK-T 8×16@14² K=5,13", 50176 + 12544 + 100352 + 9700 + 5648, 100352, 2433536 + 2 * 9734144),
         # logits 2·14²·6·81, value 2·28²·192
         ("outlook_attention2d VOLO-D1 6×32@28² K=3 s=2", 190512 + 301056, 301056, 190512 * 32),
         # x 2·64·56², weight 64·17², bias 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,25 +11,47 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.windows import Pair, Window
 from tests.support import DEVICE, random_tensor
 
 
+class Case(NamedTuple):
+    """Shapes of an operator's tensors, with "B" for the batch, and its other arguments."""
+
+    inputs: dict[str, tuple[Any, ...]]
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
 class Operator(NamedTuple):
-    """``kernels.<name>`` at one small shape. ``rpb[0]``, ``rpb[1]`` are the entries of a list argument ``rpb``."""
+    """``kernels.<name>``; ``rpb[0]``, ``rpb[1]`` are the entries of a list argument ``rpb``.
+
+    Every rule looks at the first of ``cases``, some at all of them; every config of a kernel runs on the first of the
+    others that reaches it. ``scales`` are shapes for which configs are chosen and nothing is computed.
+    """
 
     name: str
-    inputs: dict[str, tuple[Any, ...]]  # shapes, with "B" for the batch
-    options: dict[str, Any]
-    multiply_adds: tuple[int, int]  # of one image: forward, backward
+    cases: dict[str, Case]
+    scales: tuple[Case, ...]
+    multiply_adds: tuple[int, int]  # of one image of the first case: forward, backward
     twice: bool  # whether a second derivative exists
+    like: str = ""  # the argument whose memory order the output takes
     logits: tuple[str, ...] = ()  # arguments that enter a softmax
-    spreads: tuple[
-        str, ...
-    ] = ()  # backends on which a NaN reaches outputs that it should not, through a tile's product
-    rounding: int = 1  # times the forward tolerance: products before a softmax round, and it amplifies that
+    masked: bool = False  # whether the first of them may be -inf where a caller wants no weight
+    spreads: tuple[str, ...] = ()  # where a NaN may go too far in Triton's kernels, through a tile's product
+    rounding: int = 1  # times the output's tolerance, and 16-bit gradients': products round, a softmax amplifies it
+
+    @property
+    def inputs(self) -> dict[str, tuple[Any, ...]]:
+        return next(iter(self.cases.values())).inputs
+
+    def at(self, case: Case) -> Operator:
+        """The same operator with another first case."""
+        return self._replace(cases={"": case})
 
     def tensors(self, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> dict[str, Tensor]:
         shapes = {name: [batch if size == "B" else size for size in shape] for name, shape in self.inputs.items()}
+        if device == "meta":
+            return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         return {name: random_tensor(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
     def __call__(self, tensors: dict[str, Tensor], module: ModuleType = kernels) -> Tensor:
@@ -39,7 +62,7 @@ class Operator(NamedTuple):
                 arguments.setdefault(name, []).append(tensor)
             else:
                 arguments[name] = tensor
-        return getattr(module, self.name)(**arguments, **self.options)
+        return getattr(module, self.name)(**arguments, **next(iter(self.cases.values())).options)
 
     def exact(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The float64 definition of the same values: output, and the inputs that its gradients belong to."""
@@ -47,80 +70,248 @@ class Operator(NamedTuple):
         return self(inputs, kernels.reference), inputs
 
 
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _outputs(size: Pair, kernel_size: int | Pair, stride: int | Pair = 1, padding=None, dilation: int | Pair = 1):
+    rows, columns = _pair(kernel_size)
+    dilation = _pair(dilation)
+    same = (rows - 1) * dilation[0] // 2, (columns - 1) * dilation[1] // 2
+    window = Window((rows, columns), _pair(stride), same if padding is None else _pair(padding), dilation)
+    return window.output_size(*size)
+
+
+def involution(size: Pair, channels: int, groups: int, kernel_size: int | Pair, **options: Any) -> Case:
+    outputs = _outputs(size, kernel_size, **options)
+    return Case({"x": ("B", channels, *size), "weight": ("B", groups, *_pair(kernel_size), *outputs)}, options)
+
+
+def generated(
+    size: Pair, channels: int, groups: int, kernel_size: int, features: int, bias: bool = True, **options: Any
+) -> Case:
+    entries = groups * math.prod(_pair(kernel_size))
+    inputs: dict[str, tuple[Any, ...]] = {
+        "x": ("B", channels, *size),
+        "features": ("B", features, *_outputs(size, kernel_size, **options)),
+        "weight": (entries, features),
+    }
+    inputs |= {"bias": (entries,)} if bias else {}
+    return Case(inputs, {"kernel_size": kernel_size, "groups": groups, **options})
+
+
+def neighborhood(
+    arguments: tuple[str, str],
+    size: Pair,
+    heads: int,
+    channels: int,
+    kernel_size: int | Pair,
+    dilation: int | Pair = 1,
+    bias: bool = True,
+) -> Case:
+    """Of ``arguments`` attn and logits are kernels, others features; attn takes no table of biases."""
+    rows, columns = _pair(kernel_size)
+    shapes = {name: rows * columns if name in ("attn", "logits") else channels for name in arguments}
+    inputs: dict[str, tuple[Any, ...]] = {name: ("B", heads, *size, last) for name, last in shapes.items()}
+    if bias and "attn" not in arguments:
+        inputs["rpb"] = (heads, 2 * rows - 1, 2 * columns - 1)
+    return Case(inputs, {"kernel_size": kernel_size, "dilation": dilation})
+
+
+def contmix(
+    size: Pair, groups: int, query_channels: int, channels: int, context: int, kernel_sizes: tuple[int, ...]
+) -> Case:
+    positions = sum(kernel_size**2 for kernel_size in kernel_sizes)
+    inputs: dict[str, tuple[Any, ...]] = {
+        "query": ("B", groups, query_channels, *size),
+        "key": ("B", groups, query_channels, context),
+        "value": ("B", len(kernel_sizes), groups, channels, *size),
+        "proj_weight": (positions, context),
+        "proj_bias": (positions,),
+    }
+    inputs |= {f"rpb[{m}]": (groups, 2 * k - 1, 2 * k - 1) for m, k in enumerate(kernel_sizes)}
+    return Case(inputs, {"kernel_sizes": kernel_sizes})
+
+
+def outlook(
+    size: Pair, heads: int, channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1, **options: Any
+) -> Case:
+    windows = [-(-length // stride) for length in size]
+    options |= {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    shape = ("B", *windows, heads, kernel_size**2, kernel_size**2)
+    return Case({"logits": shape, "value": ("B", *size, heads * channels)}, options)
+
+
+def depthwise(size: Pair, channels: int, kernel_size: int, bias: bool = True) -> Case:
+    inputs: dict[str, tuple[Any, ...]] = {
+        "x": ("B", channels, *size),
+        "weight": (channels, 1, kernel_size, kernel_size),
+    }
+    return Case(inputs | ({"bias": (channels,)} if bias else {}))
+
+
 MAP = (5, 4)
+SCALES = ((7, 7), (14, 14), (56, 56), (200, 320))
+MAPS = (MAP, *SCALES)
 PIXELS = math.prod(MAP)
-HEADS = ("B", 2, *MAP)
-ALIGNED, KERNEL, TABLE = (*HEADS, 3), (*HEADS, 9), (2, 5, 5)
+
+# At 14x14 with K = 13 nearly every window is clamped, at 7x7 with K = 7 all outputs share one, at 9x8 with K = 7 some
+# do; 13x10 with dilation 3 has residue classes of different sizes. Of these maps some share windows, others do not.
+NEIGHBORHOODS: dict[str, tuple[Any, ...]] = {
+    "plain": (MAP, 2, 3, 3),
+    "interior": ((12, 9), 2, 5, 3),
+    "shared windows": ((9, 8), 3, 10, 7),
+    "one window": ((7, 7), 1, 4, 7),
+    "four windows": ((6, 6), 2, 3, 5),
+    "border": ((14, 14), 2, 3, 13, 1, False),
+    "dilated": ((13, 10), 1, 3, 3, 3),
+    "per axis": ((9, 8), 1, 2, (3, 5), (2, 1)),
+}
+
+
+def neighborhoods(*arguments: str) -> dict[str, Any]:
+    first, second = arguments
+    scales = itertools.product(SCALES, (1, 4), (1, 10, 16, 32, 64), (3, 7, 13))
+    return {
+        "cases": {name: neighborhood((first, second), *sizes) for name, sizes in NEIGHBORHOODS.items()},
+        "scales": tuple(neighborhood((first, second), *s) for s in scales if s[3] <= s[0][0]),
+        "multiply_adds": (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
+        "like": second,
+    }
+
 
 OPERATORS = [
     Operator(
         "involution2d",
-        {"x": ("B", 6, *MAP), "weight": ("B", 2, 3, 3, *MAP)},
-        {},
+        {
+            "plain": involution(MAP, 6, 2, 3),
+            "tiles": involution((9, 10), 10, 2, (4, 3), stride=(1, 2), padding=(2, 1)),
+            "stride 2": involution((9, 8), 4, 1, 3, stride=2),
+            "stride 3, dilation 2": involution((11, 10), 3, 3, 3, stride=3, dilation=2),
+            "each axis": involution((11, 10), 4, 2, (3, 2), stride=(2, 3), padding=(2, 1), dilation=(3, 2)),
+            "a row": involution((8, 9), 2, 1, (1, 5), stride=(2, 1), padding=(0, 3), dilation=(1, 2)),
+            "even window": involution((6, 7), 4, 2, 4, padding=1),
+            "unpadded": involution((7, 7), 5, 5, 7, padding=0),
+            "more padding than window": involution((4, 3), 2, 1, (2, 3), padding=(4, 5)),
+            "too large for registers": involution((12, 11), 6, 2, 3, stride=5, padding=9, dilation=9),
+            "one pixel": involution((1, 1), 2, 2, 1),
+        },
+        tuple(
+            involution(size, groups * channels, groups, kernel_size, stride=stride)
+            for size, groups, channels, kernel_size, stride in itertools.product(
+                SCALES, (1, 4, 32), (1, 5, 16, 100), (1, 3, 7, 16), (1, 3, 4)
+            )
+        ),
         (6 * 9 * PIXELS, 2 * 6 * 9 * PIXELS),
         twice=True,
+        like="x",
     ),
     Operator(
         "involution2d_generate",
-        {"x": ("B", 6, *MAP), "features": ("B", 4, *MAP), "weight": (18, 4), "bias": (18,)},
-        {"kernel_size": 3, "groups": 2},
+        {
+            "plain": generated(MAP, 6, 2, 3, 4),
+            "tiles": generated((9, 5), 6, 2, 3, 20),
+            "strided": generated((9, 7), 6, 2, 3, 70, bias=False, stride=2, dilation=2),
+        },
+        tuple(
+            generated(size, groups * channels, groups, kernel_size, 32, stride=stride)
+            for size, groups, channels, kernel_size, stride in itertools.product(
+                SCALES, (1, 4, 32), (1, 5, 16), (3, 7, 16), (1, 2)
+            )
+        ),
         (18 * (4 + 3) * PIXELS, 2 * 18 * (4 + 3) * PIXELS),
         twice=False,
+        like="x",
     ),
-    Operator(
-        "na2d_av",
-        {"attn": KERNEL, "value": ALIGNED},
-        {"kernel_size": 3},
-        (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
-        twice=True,
-    ),
-    Operator(
-        "na2d_qk",
-        {"query": ALIGNED, "key": ALIGNED, "rpb": TABLE},
-        {"kernel_size": 3},
-        (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
-        twice=True,
-    ),
+    Operator("na2d_av", **neighborhoods("attn", "value"), twice=True, spreads=("gradient",)),
+    Operator("na2d_qk", **neighborhoods("query", "key"), twice=True),
     Operator(
         "na2d_softmax_av",
-        {"logits": KERNEL, "value": ALIGNED, "rpb": TABLE},
-        {"kernel_size": 3},
-        (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
+        **neighborhoods("logits", "value"),
         twice=False,
         logits=("logits",),
+        masked=True,
+        spreads=("gradient",),
     ),
     Operator(
         "contmix2d",
         {
-            "query": ("B", 2, 3, *MAP),
-            "key": ("B", 2, 3, 5),
-            "value": ("B", 2, 2, 4, *MAP),
-            "proj_weight": (10, 5),
-            "proj_bias": (10,),
-            "rpb[0]": (2, 1, 1),
-            "rpb[1]": TABLE,
+            "plain": contmix(MAP, 2, 3, 4, 5, (1, 3)),
+            "own windows": contmix((8, 7), 3, 3, 5, 6, (3, 5)),
+            "shared windows": contmix((8, 7), 2, 3, 5, 6, (7,)),
+            "one window": contmix((7, 7), 2, 3, 5, 6, (5, 7)),
+            "three sizes": contmix((9, 8), 2, 3, 5, 6, (3, 5, 7)),
+            # Three tiles of inputs side by side, windows clamped in the first and the last.
+            "wide": contmix((5, 37), 2, 3, 5, 6, (5,)),
         },
-        {"kernel_sizes": (1, 3)},
+        tuple(
+            contmix(size, groups, 16, channels, 49, (kernel_size,))
+            for size, groups, channels, kernel_size in itertools.product(
+                SCALES, (1, 4, 8), (3, 16, 32, 64), (3, 5, 7, 13)
+            )
+            if kernel_size <= size[0]
+        ),
         # The keys are projected once, 2·3·5 by 10; logits, and values, for every pixel.
         (2 * 10 * (3 + 4) * PIXELS + 2 * 3 * 5 * 10, 2 * 10 * (3 * 3 + 2 * 4) * PIXELS + 2 * 2 * 3 * 5 * 10),
         twice=False,
+        like="value",
         logits=("proj_bias",),
         rounding=2,
+        spreads=("gradient",),
     ),
     Operator(
         "outlook_attention2d",
-        {"logits": ("B", 3, 2, 2, 9, 9), "value": ("B", *MAP, 6)},
-        {"stride": 2},
+        {
+            "plain": outlook(MAP, 2, 3, stride=2),
+            "tiles": outlook((4, 3), 2, 33, 2, 2, 1, scale=0.5),
+            "VOLO": outlook((7, 6), 2, 5, stride=2, scale=0.6),
+            "every pixel": outlook((4, 5), 1, 3, scale=-0.5),
+            "uniform": outlook((4, 5), 1, 3, scale=0),
+            "touching": outlook((5, 4), 2, 3, stride=3, padding=2),
+            "even": outlook((3, 5), 3, 2, 2, 1, 0),
+            "gaps": outlook((7, 6), 1, 4, 2, 3, 1),
+            "large windows": outlook((4, 5), 1, 3, 5, 3, 2),
+            # Windows hold a pixel once, twice or four times, some none at all.
+            "wide overlap": outlook((4, 3), 1, 2, 4, 3, 3),
+            "pointwise": outlook((2, 3), 2, 2, 1, 1, 0),
+        },
+        tuple(
+            outlook(size, heads, channels, kernel_size, stride, kernel_size // 2)
+            for size, heads, channels, kernel_size, stride in itertools.product(
+                ((14, 14), (28, 28)), (1, 6), (1, 12, 32, 33, 64, 96, 200), (1, 2, 3, 5, 7), (1, 2)
+            )
+        ),
         (3 * 2 * 9 * 9 * 6, 2 * 3 * 2 * 9 * 9 * 6),
         twice=False,
+        like="value",
         logits=("logits",),
+        masked=True,
     ),
     Operator(
         "depthwise_conv2d",
-        {"x": ("B", 6, *MAP), "weight": (6, 1, 5, 5), "bias": (6,)},
-        {},
+        {
+            "plain": depthwise(MAP, 6, 5),
+            "tiles": depthwise((11, 18), 2, 5),
+            # One tile wide, which both axes cut short; five tiles with halos, the last of them cut; a kernel wider than
+            # the map; two blocks of 64 channels. On a CPU K chooses between several of PyTorch's convolutions.
+            "K=17": depthwise((9, 21), 3, 17),
+            "halos": depthwise((5, 37), 2, 9),
+            "one tile": depthwise((7, 7), 2, 7),
+            "K=31": depthwise((5, 34), 2, 31),
+            "pointwise": depthwise((3, 9), 3, 1, bias=False),
+            "two channel blocks": depthwise((6, 5), 70, 5),
+            "K=13": depthwise((9, 12), 20, 13),
+            "K=15": depthwise((9, 12), 20, 15),
+        },
+        tuple(
+            depthwise(size, channels, kernel_size)
+            for size, channels, kernel_size in itertools.product(
+                (*SCALES, (200, 9), (14, 17), (14, 33), (14, 65), (1, 1)), (1, 64), range(1, 32, 2)
+            )
+        ),
         (6 * 25 * PIXELS, 2 * 6 * 25 * PIXELS),
         twice=True,
-        spreads=("triton",),
+        like="x",
+        spreads=("x", "weight", "gradient"),
     ),
 ]

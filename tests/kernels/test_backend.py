@@ -56,7 +56,8 @@ def test_a_fresh_process():
     code = (
         "import sys, torch, kernels\n"
         "print(kernels.get_backend())\n"
-        "print([m for m in sys.modules if 'triton_' in m and m.startswith('kernels') or m in ('models', 'autotune')])\n"
+        "loaded = [name for name, m in sys.modules.items() if name.startswith('kernels.') and hasattr(m, 'tl')]\n"
+        "print(loaded + [name for name in ('models', 'autotune') if name in sys.modules])\n"
         "kernels.set_backend('triton')\n"
         "kernels.involution2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1, 3, 3))"
     )

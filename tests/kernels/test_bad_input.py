@@ -89,11 +89,23 @@ BAD = [
     ("contmix2d", {"proj_bias": zeros(33)}, ValueError, "proj_bias must have shape"),
     ("contmix2d", {"key": zeros(2, 3, 5, 8)}, ValueError, "key must have shape"),
     ("contmix2d", {"value": zeros(2, 1, 3, 7, 6, 5)}, ValueError, "value must have shape"),
-    ("outlook_attention2d", {"logits": zeros(2, 2, 2, 2, 9, 9)}, ValueError, "logits must have shape"),
-    ("outlook_attention2d", {"logits": zeros(2, 3, 2, 4, 9, 9)}, ValueError, "heads"),
+    ("outlook_attention2d", {"logits": zeros(2, 2, 2, 2, 9, 9)}, ValueError, r"logits must have shape \[B=2, h=3, w=2"),
+    ("outlook_attention2d", {"logits": zeros(2, 3, 2, 2, 81)}, ValueError, "logits must have shape"),
+    ("outlook_attention2d", {"logits": zeros(2, 3, 2, 4, 9, 9)}, ValueError, "logits have 4 heads"),
+    ("outlook_attention2d", {"logits": zeros(2, 3, 2, 2, 9, 9).int()}, TypeError, "logits must be float16"),
+    ("outlook_attention2d", {"value": zeros(2, 5, 6)}, ValueError, "value must have shape"),
+    ("outlook_attention2d", {"value": zeros(2, 5, 4, 6).bfloat16()}, TypeError, "value must have the dtype of logits"),
+    ("outlook_attention2d", {"value": zeros(2, 5, 4, 6, device="meta")}, ValueError, "value must be on the device of"),
+    ("outlook_attention2d", {"kernel_size": 2}, ValueError, r"logits must have shape .*, targets=4, sources=4\]"),
+    ("outlook_attention2d", {"kernel_size": 3.0}, TypeError, "kernel_size must be an int"),
     ("outlook_attention2d", {"kernel_size": 0}, ValueError, "kernel_size must be at least 1"),
-    ("outlook_attention2d", {"stride": 0}, ValueError, "stride must be at least 1"),
-    ("outlook_attention2d", {"scale": "1"}, TypeError, "scale must be"),
+    ("outlook_attention2d", {"stride": (2, 2)}, TypeError, "stride must be an int"),
+    ("outlook_attention2d", {"stride": -2}, ValueError, "stride must be at least 1"),
+    ("outlook_attention2d", {"padding": True}, TypeError, "padding must be an int"),
+    ("outlook_attention2d", {"padding": -1}, ValueError, "padding must be at least 0"),
+    ("outlook_attention2d", {"scale": "1"}, TypeError, "scale must be a real number"),
+    ("outlook_attention2d", {"scale": torch.ones(())}, TypeError, "scale must be a real number"),
+    ("outlook_attention2d", {"scale": float("nan")}, ValueError, "scale must be finite"),
     ("involution2d", {"dilation": 2**40}, ValueError, r"dilation must be at least 1 and below 2\^31"),
     ("involution2d", {"dilation": 2**30}, ValueError, r"padding must keep x .* below 2\^31"),
     ("involution2d", {"stride": 2**31}, ValueError, r"stride must be at least 1 and below 2\^31"),
@@ -107,9 +119,14 @@ BAD = [
     ("depthwise_conv2d", {"weight": zeros(6, 1, 3, 5)}, ValueError, r"weight must have shape \[C=6, 1, K, K\]"),
     ("outlook_attention2d", {"padding": 1.0}, TypeError, "padding must be an int"),
     ("outlook_attention2d", {"logits": zeros(2, 3, 2, 0, 9, 9)}, ValueError, "logits must have shape"),
-    ("depthwise_conv2d", {"weight": zeros(6, 1, 4, 4)}, ValueError, "odd"),
+    ("depthwise_conv2d", {"x": zeros(6, 5, 4)}, ValueError, "x must have shape"),
+    ("depthwise_conv2d", {"weight": 3}, TypeError, "weight must be a torch.Tensor"),
+    ("depthwise_conv2d", {"weight": zeros(6, 1, 3, 3).half()}, TypeError, "weight must have the dtype of x"),
+    ("depthwise_conv2d", {"weight": zeros(6, 1, 4, 4)}, ValueError, "weight must have an odd kernel size"),
+    ("depthwise_conv2d", {"weight": zeros(6, 1, 33, 33)}, ValueError, "weight must have a kernel size of at most 31"),
     ("depthwise_conv2d", {"weight": zeros(6, 2, 3, 3)}, ValueError, "weight must have shape"),
-    ("depthwise_conv2d", {"bias": zeros(5)}, ValueError, "bias must have shape"),
+    ("depthwise_conv2d", {"bias": zeros(6, 1)}, ValueError, r"bias must have shape \[C=6\]"),
+    ("depthwise_conv2d", {"bias": zeros(6, device="meta")}, ValueError, "bias must be on the device of x"),
 ]
 
 
@@ -174,8 +191,13 @@ def test_numpy_ints_are_ints():
 def test_a_dilation_far_beyond_the_map_takes_no_time():
     """Only the windows' centres lie inside the map; the time does not grow with the dilation."""
     x, weight = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 3, 3, 5, 4)
-    out = kernels.involution2d(x, weight, dilation=2**29)
-    torch.testing.assert_close(out, x * weight[:, :, 1, 1])
+    x.requires_grad_()
+    for backend in ("reference", "eager"):
+        with kernels.use_backend(backend):
+            out = kernels.involution2d(x, weight, dilation=2**29)
+            torch.testing.assert_close(out, x * weight[:, :, 1, 1])
+            (grad,) = torch.autograd.grad(out.sum(), x)
+            torch.testing.assert_close(grad, weight[:, :, 1, 1].expand_as(x))
 
 
 @pytest.mark.parametrize("operator", GOOD)

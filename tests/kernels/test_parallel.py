@@ -7,21 +7,12 @@ import threading
 import pytest
 import torch
 
-import kernels
 from kernels import parallel
 from kernels.aggregation import eager as algebra
 from kernels.windows import Window
-from tests.support import DEVICE, GRADIENT_TOLERANCE, assert_close, check_operator, random_tensor
+from tests.support import DEVICE, random_tensor
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the eager path leaves threads alone")
-
-OPERATORS = {
-    "involution2d": ({"x": (2, 6, 8, 9), "weight": (2, 2, 3, 3, 8, 9)}, {}),
-    "na2d_qk": ({"query": (2, 3, 8, 9, 4), "key": (2, 3, 8, 9, 4), "rpb": (3, 5, 5)}, {"kernel_size": 3}),
-    "na2d_softmax_av": ({"logits": (2, 3, 8, 9, 9), "value": (2, 3, 8, 9, 4), "rpb": (3, 5, 5)}, {"kernel_size": 3}),
-    "outlook_attention2d": ({"logits": (3, 4, 5, 2, 9, 9), "value": (3, 8, 9, 6)}, {"stride": 2}),
-    "depthwise_conv2d": ({"x": (2, 40, 8, 9), "weight": (40, 1, 5, 5), "bias": (40,)}, {}),
-}
 
 
 @pytest.fixture(params=[2, 5])
@@ -32,33 +23,6 @@ def threads(request, monkeypatch):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_shared_out_calls_equal_their_definition(name, threads):
-    shapes, options = OPERATORS[name]
-    dtype = torch.float32 if name == "depthwise_conv2d" else torch.float64
-    inputs = {key: random_tensor(*shape, dtype=torch.float64) for key, shape in shapes.items()}
-    check_operator(name, inputs, backend="eager", dtype=dtype, **options)
-    assert torch.get_num_threads() == threads
-
-
-def test_shared_out_contmix_equals_one_thread(threads):
-    query, key, value, weight, bias, *rpb = inputs = [
-        random_tensor(*shape).requires_grad_()
-        for shape in ((2, 3, 4, 8, 9), (2, 3, 4, 5), (2, 2, 3, 4, 8, 9), (34, 5), (34,), (3, 5, 5), (3, 9, 9))
-    ]
-
-    def run() -> list[torch.Tensor]:
-        with kernels.use_backend("eager"):
-            out = kernels.contmix2d(query, key, value, weight, bias, rpb, kernel_sizes=(3, 5))
-        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
-
-    shared, again = run(), run()
-    torch.set_num_threads(1)
-    for ours, repeated, alone in zip(shared, again, run(), strict=True):
-        assert torch.equal(ours, repeated), "the same bits on every run"
-        assert_close(ours, alone, GRADIENT_TOLERANCE[torch.float32])
 
 
 def test_parts_hold_every_map_once():

@@ -1,27 +1,156 @@
-"""One narrow member of each family, with every kind of block that the family has."""
+"""The table of families: a narrow member of each, and what is known of the published ones. A new family is one row."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from models import create_model
 from models.overlock import OverLoCK
 from models.rednet import RedNet
 from models.volo import VOLO
-from tests.support import golden_fill
+from tests.support import DEVICE, golden_fill, random_tensor
 
-__all__ = ["FAMILIES", "narrow"]
 
-FAMILIES = ("overlock", "rednet", "volo")
+class Published(NamedTuple):
+    """Parameters in millions, known to ``within``, and multiply-adds of a 224² image in billions, to 5 %."""
+
+    parameters: float
+    within: float
+    multiply_adds: float | None = None
+
+
+class Family(NamedTuple):
+    """``build`` makes a member with one block of every kind; ``groups`` are named in order of depth."""
+
+    build: Callable[..., Any]
+    published: dict[str, Published]
+    goldens: tuple[tuple[str, str], ...]  # file, and backend or "inference" for that form
+    groups: tuple[str, ...]  # beginnings of parameters' names
+    group_counts: tuple[int, int]  # of coarse and of fine groups, the classifier's not counted
+    undecayed: tuple[str, ...]
+    addresses: dict[tuple[str, Any], str]  # variant, image size -> address of the weights
+
+
+def _overlock(**options: Any) -> OverLoCK:
+    structure = {"depth": (1, 0, 0, 1), "sub_depth": (1, 1), "embed_dim": (8, 8, 16, 16), "sub_num_heads": (1, 2)}
+    return OverLoCK(**{**structure, **options})
+
+
+def _volo(**options: Any) -> VOLO:
+    return VOLO((1, 1, 1, 1), (12, 24), (3, 4), **{"stem_dim": 8, "img_size": 64, "mix_token": False, **options})
+
+
+OVERLOCK = "https://github.com/LMMMEng/OverLoCK/releases/download/v1/"
+VOLOS = "https://github.com/sail-sg/volo/releases/download/volo_1/"
+
+FAMILY = {
+    "overlock": Family(
+        _overlock,
+        # Without the auxiliary head; published for the merged form only.
+        {
+            "overlock_xt_reparam": Published(16, 0.8, 2.6),
+            "overlock_t_reparam": Published(33, 1.6, 5.5),
+            "overlock_s_reparam": Published(56, 2.8, 9.7),
+            "overlock_b_reparam": Published(95, 4.7, 16.7),
+        },
+        (
+            ("overlock_xt_224x224", "eager"),
+            ("overlock_xt_256x192", "eager"),
+            ("overlock_xt_256x192", "triton"),
+            ("overlock_xt_256x192", "inference"),
+            ("overlock_xt_reparam_224x224", "eager"),
+            ("overlock_xt_reparam_224x224", "reference"),
+        ),
+        (
+            "patch_embed1.0.weight", "patch_embed2.0.weight", "blocks2.1.dwconv.weight", "patch_embed3.0.weight",
+            "blocks3.2.ls.bias", "patch_embed4.0.weight", "high_level_proj.weight", "sub_blocks3.5.rpb1",
+            "patch_embedx.x_proj.0.weight", "sub_blocks4.1.rpb2", "head.0.weight",
+        ),
+        (7, 18),
+        ("sub_blocks3.0.rpb1", "blocks3.0.ls.weight", "blocks1.0.proj.7.gamma", "sub_blocks4.1.ls2.weight"),
+        {
+            ("overlock_xt", None): OVERLOCK + "overlock_xt_in1k_224.pth",
+            ("overlock_s_reparam", None): OVERLOCK + "overlock_s_in1k_224_reparam.pth",
+        },
+    ),
+    "rednet": Family(
+        lambda **options: RedNet(**{"depths": (1, 1, 0, 0), **options}),
+        {
+            "rednet26": Published(9.23, 0.005, 1.73),
+            "rednet38": Published(12.39, 0.005, 2.22),
+            "rednet50": Published(15.54, 0.005, 2.71),
+            "rednet101": Published(25.65, 0.005, 4.74),
+            "rednet152": Published(33.98, 0.005, 6.79),
+        },
+        tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
+        ("stem.0.conv.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer2.1.conv1.weight", "head."),
+        (5, 9),
+        (),
+        {},
+    ),
+    "volo": Family(
+        _volo,
+        {
+            "volo_d1": Published(26.6, 0.05, 6.8),
+            "volo_d2": Published(58.7, 0.05),
+            "volo_d3": Published(86.3, 0.05),
+            "volo_d4": Published(193.0, 0.05),
+            "volo_d5": Published(295.5, 0.05),
+        },
+        tuple(("volo_d1_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
+        (
+            "patch_embed.", "network.0.0.", "network.0.1.", "network.1.", "network.2.0.", "network.3.0.",
+            "network.4.0.", "post_network.0.", "post_network.1.", "norm.", "head.",
+        ),
+        (8, 23),
+        ("pos_embed", "cls_token"),
+        {
+            ("volo_d1", None): VOLOS + "d1_224_84.2.pth.tar",
+            ("volo_d5", 512): VOLOS + "d5_512_87.07.pth.tar",
+            ("volo_d4", (448, 320)): VOLOS + "d4_224_85.7.pth.tar",
+        },
+    ),
+}  # fmt: skip
+FAMILIES = tuple(FAMILY)
+
+
+def official_name(model: object, name: str) -> str:
+    """An entry's name in the official files, by which the golden parameters are made."""
+    return f"backbone.{name}" if isinstance(model, RedNet) and not name.startswith("head.") else name
+
+
+def fill(model: Any) -> Any:
+    """Trained-like parameters, so that nothing is symmetric by accident; evaluation mode."""
+    return golden_fill().fill_(model, lambda name: official_name(model, name)).eval()
 
 
 def narrow(family: str, **options: Any) -> Any:
-    """In evaluation mode, with trained-like parameters, so that nothing is symmetric by accident."""
-    options = {"num_classes": 5, **options}
-    if family == "overlock":
-        structure = {"depth": (1, 0, 0, 1), "sub_depth": (1, 1), "embed_dim": (8, 8, 16, 16), "sub_num_heads": (1, 2)}
-        model = OverLoCK(**{**structure, **options})
-    elif family == "rednet":
-        model = RedNet((1, 1, 0, 0), **options)
-    else:
-        model = VOLO((1, 1, 1, 1), (12, 24), (3, 4), **{"stem_dim": 8, "img_size": 64, "mix_token": False, **options})
-    return golden_fill().fill_(model).eval()
+    """A narrow member of the family with every kind of block that the family has."""
+    return fill(FAMILY[family].build(**{"num_classes": 5, **options}))
+
+
+def on_meta(name: str, **options: Any) -> Any:
+    """Shapes only: no memory, no random numbers."""
+    with torch.device("meta"):
+        return create_model(name, **options)
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Of every entry, by its official name."""
+    return {official_name(model, name): list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def images(*size: int, device: str = DEVICE, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers for the same size."""
+    return random_tensor(*size, seed=sum(size), device=device, dtype=dtype)
+
+
+def loss_of(model: Any, x: Tensor) -> Tensor:
+    """One number that depends on everything that a model returns, in training or not."""
+    out = model(x)
+    outputs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, tuple | list) else [out]
+    return torch.stack([o.square().mean() for o in outputs if o.is_floating_point()]).sum()

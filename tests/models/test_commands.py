@@ -241,6 +241,7 @@ def evaluate(*arguments: object) -> list[str]:
     return [*map(str, ["evaluate", *arguments, "--model", "tiny_volo", "--device", "cpu", "--batch", 2])]
 
 
+@pytest.mark.slow
 def test_evaluate_counts_and_continues_after_a_kill(tmp_path, images, weights, capsys):
     model = tiny_volo(num_classes=3).eval()
     models.load_checkpoint(model, weights)
@@ -336,6 +337,7 @@ def log_of(output: Path) -> list[dict[str, float]]:
 
 # Files are put in place in this order: settings and classes; states of the steps 2 and 4; last and best weights and
 # state of 6; states of 8 and 10; weights and state of 12.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill_at", [4, 9], ids=["while writing the state of step 4", "while writing the state of step 10"]
 )
@@ -368,6 +370,7 @@ def test_finetune_takes_the_same_path_after_a_kill(tmp_path, images, weights, ki
     assert log_of(broken) == log
 
 
+@pytest.mark.slow
 def test_finetune_under_torchrun_equals_one_process_with_as_many_images(tmp_path, images):
     """Without batch norms, whose statistics are each process's own, and without dropped paths."""
     options = ["--epochs", 1, "--log-every", 2, "--ema", 0.9, "--drop-path", 0, "--model-kwargs", "batch_norm=False"]

@@ -98,6 +98,7 @@ def digits() -> tuple[Keyed, TensorDataset]:
     return Keyed(images[learn], labels[learn]), TensorDataset(images[judge], labels[judge])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reaches_95_percent_on_images_it_has_not_seen(digits, family):
     build, recipe = FAMILIES[family]

@@ -41,6 +41,7 @@ def test_torch_export(family):
         assert_close(program.module()(image(batch)), model(image(batch)), 1e-6)
 
 
+@pytest.mark.slow
 @by_family
 @torch.no_grad()
 def test_onnx_export(family, tmp_path):
@@ -87,6 +88,7 @@ class OneOfEach(nn.Module):
         return [self.involution(x), mixed, self.outlook(x.permute(0, 2, 3, 1))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @torch.no_grad()
 def test_aot_inductor_package(tmp_path):

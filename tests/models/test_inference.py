@@ -17,15 +17,10 @@ from models.layers import DropPath, LayerScale, ResidualDepthwiseConv2d
 from models.overlock import VARIANTS, OverLoCK
 from models.rednet import Bottleneck, RedNet
 from models.volo import VOLO
-from tests.support import DEVICE, assert_close, golden, golden_fill, random_tensor
+from tests.models.families import FAMILIES, fill, images, narrow
+from tests.support import DEVICE, assert_close, random_tensor
 
 EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings differs
-
-
-def filled(model: nn.Module) -> Any:
-    """Every entry at random, the batch norms' statistics too, by its official name; evaluation mode."""
-    prefix = "backbone." if isinstance(model, RedNet) else ""
-    return golden_fill().fill_(model, lambda name: name if name.startswith("head.") else prefix + name).eval()
 
 
 def small_overlock(variant: str = "xt", **overrides) -> Any:
@@ -33,33 +28,22 @@ def small_overlock(variant: str = "xt", **overrides) -> Any:
     structure = VARIANTS[variant]
     heads = structure["sub_num_heads"]
     widths = {"embed_dim": (8, 8, 4 * heads[0], 4 * heads[1]), "num_classes": 7}
-    return filled(OverLoCK(**{**structure, **widths, **overrides})).double().to(DEVICE)
-
-
-def small_volo(**overrides) -> Any:
-    structure = {"layers": (1, 1, 1, 1), "embed_dims": (8, 16), "num_heads": (2, 4), "num_classes": 7, "img_size": 64}
-    return filled(VOLO(**{**structure, **overrides})).double().to(DEVICE)
-
-
-def small_rednet(**overrides) -> Any:
-    return filled(RedNet(**{"depths": (1, 2, 1, 1), "num_classes": 7, **overrides})).double().to(DEVICE)
+    return fill(OverLoCK(**{**structure, **widths, **overrides})).double().to(DEVICE)
 
 
 SHALLOW = {"depth": (1, 1, 1, 1), "sub_depth": (2, 2)}
-FAMILIES = {
-    "overlock": lambda **options: small_overlock(**SHALLOW, **options),
-    "rednet": small_rednet,
-    "volo": small_volo,
-}
+DEPTHS = {"overlock": SHALLOW, "rednet": {"depths": (1, 2, 1, 1)}, "volo": {}}
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    return FAMILIES[request.param]
+    """Builds a member in float64."""
+    name = request.param
+    return lambda **options: narrow(name, **{"num_classes": 7, **DEPTHS[name], **options}).double().to(DEVICE)
 
 
 def image(*size: int) -> Tensor:
-    return random_tensor(*size, dtype=torch.float64)
+    return images(*size, dtype=torch.float64)
 
 
 def assert_same(out: Any, expected: Any) -> None:
@@ -74,17 +58,6 @@ def assert_same(out: Any, expected: Any) -> None:
 # ---- the same numbers
 
 
-@pytest.mark.parametrize("name", ["overlock_xt_256x192", "rednet26_224x224", "volo_d1_224x224"])
-def test_golden(name):
-    variant, size = name.rsplit("_", 1)
-    height, width = map(int, size.split("x"))
-    optimised = models.optimize_for_inference(filled(models.create_model(variant)))
-    expected = torch.from_numpy(golden(name)["logits"])
-    with torch.inference_mode():
-        logits = optimised(golden_fill().image(2, height, width))
-    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
 @pytest.mark.parametrize(("variant", "options"), [("t", {"reparam": True}), ("b", {})])
 def test_overlock(variant, options):
     model, x = small_overlock(variant, **options), image(1, 3, 32, 40)
@@ -94,14 +67,12 @@ def test_overlock(variant, options):
 
 @pytest.mark.parametrize(
     ("layers", "heads", "options"),
-    [
-        ((4, 4, 8, 2), (6, 12), {}),
-        ((12, 12, 20, 4), (12, 16), {"mlp_ratio": 4.0, "stem_dim": 32}),
-    ],
+    [((4, 4, 8, 2), (6, 12), {}), ((12, 12, 20, 4), (12, 16), {"mlp_ratio": 4.0, "stem_dim": 32})],
     ids=["d1", "d5"],
 )
 def test_volo(layers, heads, options):
-    model = small_volo(layers=layers, embed_dims=(2 * heads[0], 2 * heads[1]), num_heads=heads, **options)
+    model = VOLO(layers, (2 * heads[0], 2 * heads[1]), heads, num_classes=7, img_size=64, **options)
+    model = fill(model).double().to(DEVICE)
     x = image(2, 3, 64, 72)
     with torch.no_grad():
         assert_same(models.optimize_for_inference(model)(x), model(x))
@@ -255,7 +226,7 @@ def test_layer_scale_after_a_convolution_is_folded():
 
 def test_a_padded_convolution_does_not_take_a_batch_norm_before_it():
     """Padding reads 0 behind the batch norm, where the folded weights would make the shift of it."""
-    layers = filled(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
+    layers = fill(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
     x = random_tensor(2, 4, 5, 5, device="cpu")
     with torch.no_grad():
         expected = layers(x)
@@ -273,7 +244,7 @@ def test_a_padded_convolution_does_not_take_a_batch_norm_before_it():
     ],
 )
 def test_create_model_from_a_checkpoint(tmp_path, name, options):
-    model = filled(models.create_model(name, **options))
+    model = fill(models.create_model(name, **options))
     models.save_checkpoint(model, tmp_path / "weights.pth")
     optimised = models.create_model(name, checkpoint=tmp_path / "weights.pth", inference=True, **options)
     x = random_tensor(1, 3, 64, 64, device="cpu")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-import models
 from models.layers import (
     ContMix,
     DilatedReparamBlock,
@@ -320,8 +319,3 @@ def test_reused_layers_name_bad_images():
         mixer(x[:, :4], x)
     with pytest.raises(ValueError, match=r"features must have shape \[2, 12, 16, 16\].*got \[2, 8, 16, 16\]"):
         mixer(x, x)
-
-
-def test_the_families_use_these_layers():
-    assert models.rednet.Involution2d is Involution2d
-    assert models.volo.OutlookAttention is OutlookAttention

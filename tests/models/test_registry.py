@@ -56,20 +56,6 @@ def test_create_model_refuses(arguments, error, message):
         models.create_model(**arguments)
 
 
-@pytest.mark.parametrize("name", ["overlock_xt", "rednet26", "volo_d1"])
-def test_feature_info_answers_for_the_returned_maps(name):
-    with torch.device("meta"):
-        backbone: Any = models.create_model(name, features_only=True, out_indices=(0, 2)).eval()
-        maps = backbone(torch.empty(1, 3, 224, 224))
-    info = backbone.feature_info
-    assert info.channels() == [m.shape[1] for m in maps]
-    assert info.reduction() == [224 // m.shape[2] for m in maps]
-    assert [type(backbone.get_submodule(module)) for module in info.module_name()]
-    assert info.channels(1) == info[1]["num_chs"]
-    assert info.reduction([1, 0]) == [info[1]["reduction"], info[0]["reduction"]]
-    assert info.get_dicts(["num_chs"]) == [{"num_chs": channels} for channels in info.channels()]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_logits_in_training_leave_no_parameter_waiting(family):
     """What scripts that know only logits need: one tensor, and a gradient wherever one is required."""

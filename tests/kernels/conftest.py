@@ -1,0 +1,17 @@
+"""Every test of the kernels runs them, on a GPU too."""
+
+import pytest
+
+from kernels.depthwise import configs
+from kernels.tuning.choose import forget
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch):
+    """Natively PyTorch's convolution would be given all that is tested here."""
+    monkeypatch.setattr(configs, "SMALL", 0)
+    configs.heuristic.cache_clear()
+    forget()
+    yield
+    configs.heuristic.cache_clear()
+    forget()

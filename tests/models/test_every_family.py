@@ -1,0 +1,328 @@
+"""What every family keeps to: one test per rule, run over the table in ``families``.
+
+What a family does beyond that its own file tests; PyTorch's tools, timm's calls and refusals have files of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from models import _contract, optimize_for_inference
+from models.checkpoints import load_checkpoint, save_checkpoint
+from models.layers import DropPath
+from models.registry import create_model, list_models
+from tests.models import families
+from tests.models.families import FAMILIES, FAMILY, fill, images, loss_of, official_name, on_meta, shapes
+from tests.support import (
+    DEVICE,
+    FORWARD_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    assert_close,
+    golden,
+    golden_fill,
+    official_state_dicts,
+)
+from tests.support import triton_device as device_of_triton
+
+by_family = pytest.mark.parametrize("family", FAMILIES)
+PUBLISHED = {variant: numbers for family in FAMILY.values() for variant, numbers in family.published.items()}
+SMALLEST = {"overlock": "overlock_xt", "rednet": "rednet26", "volo": "volo_d1"}
+
+
+def narrow(family: str, **options: Any) -> Any:
+    """With all four stages."""
+    return families.narrow(family, **({"depths": (1, 1, 1, 1)} if family == "rednet" else {}), **options)
+
+
+# ---- the official facts
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_state_dict_names_and_shapes(name):
+    model = on_meta(name)
+    assert shapes(model) == official_state_dicts()[name]
+    if f"{name}_reparam" in list_models():
+        assert shapes(model.reparam()) == official_state_dicts()[f"{name}_reparam"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameters_and_multiply_adds(name):
+    model, published = on_meta(name).eval(), PUBLISHED[name]
+    auxiliary = "aux_head" if name.startswith("overlock") else "none"
+    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(auxiliary))
+    assert count / 1e6 == pytest.approx(published.parameters, abs=published.within)
+    if published.multiply_adds is not None:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, 3, 224, 224, device="meta"))
+        assert counter.get_total_flops() / 2e9 == pytest.approx(published.multiply_adds, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "backend"), [golden for family in FAMILY.values() for golden in family.goldens])
+def test_golden_logits_and_gradient_norms(name, backend):
+    device = device_of_triton() if backend == "triton" else DEVICE
+    expected = golden(name)
+    variant, size = name.rsplit("_", 1)
+    model = fill(create_model(variant)).to(device)
+    x = golden_fill().image(2, *map(int, size.split("x"))).to(device)
+    with_gradients = "grad_names" in expected and backend != "inference"
+    if backend == "inference":
+        model, backend = optimize_for_inference(model), "auto"
+    if backend == "triton" and not with_gradients:
+        x = x[:1]  # the interpreter takes its time
+    with kernels.use_backend(backend), torch.set_grad_enabled(with_gradients):
+        logits = model(x.requires_grad_(with_gradients))
+        reference = torch.from_numpy(expected["logits"])[: len(x)]
+        assert (logits.cpu() - reference).abs().max() <= 1e-4 * reference.abs().max()
+        if not with_gradients:
+            return
+        logits.square().mean().backward()
+    norms = {official_name(model, n): p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+    assert norms.keys() == set(expected["grad_names"])
+    for parameter, norm in zip(expected["grad_names"], expected["grad_norms"], strict=True):
+        assert norms[parameter] == pytest.approx(norm, rel=1e-3), parameter
+    assert x.grad is not None
+    assert x.grad.norm().item() == pytest.approx(float(expected["input_grad_norm"]), rel=1e-3)
+
+
+# ---- every backend, every size
+
+
+def assert_gradients(gradients: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:
+    """Each by relative norm; those that cancel, as of a bias before a batch norm, beside the largest."""
+    expected = list(expected)
+    largest = max(float(gradient.norm()) for gradient in expected)
+    for ours, right in zip(gradients, expected, strict=True):
+        assert float((ours - right).norm()) <= tolerance * max(float(right.norm()), 1e-6 * largest)
+
+
+@by_family
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_backends_compute_the_definition(family, backend):
+    """Logits, and the gradient of the image and of every parameter."""
+    device = device_of_triton() if backend == "triton" else DEVICE
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        model, x = (
+            families.narrow(family).to(device, dtype),
+            images(1, 3, 33, 40, device=device).to(dtype).requires_grad_(),
+        )
+        with kernels.use_backend(name):
+            logits = model(x)
+            logits.square().mean().backward()
+        results.append((logits, {"x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (logits, gradients), (expected_logits, expected) = results
+    assert_close(logits, expected_logits, 1e-5)
+    assert gradients.keys() == expected.keys()
+    assert_gradients(gradients.values(), expected.values(), 10 * GRADIENT_TOLERANCE[torch.float32])
+
+
+@by_family
+def test_training_in_float64_computes_the_definition(family):
+    """Batch statistics, auxiliary outputs and all."""
+    results = []
+    for backend in ("auto", "reference"):
+        model = narrow(family).double().to(DEVICE).train()
+        with kernels.use_backend(backend):
+            loss = loss_of(model, images(2, 3, 33, 47, dtype=torch.float64))
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append((loss, gradients, [b for b in model.buffers() if b.is_floating_point()]))
+    (loss, gradients, statistics), (expected_loss, expected, expected_statistics) = results
+    assert_close(loss, expected_loss, 1e-12)
+    assert_gradients(gradients, expected, 1e-8)
+    for ours, right in zip(statistics, expected_statistics, strict=True):
+        assert_close(ours, right, 1e-12)
+
+
+@by_family
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (72, 40), (65, 129), (97, 224), (32, 320)])
+@torch.no_grad()
+def test_any_size_from_32_pixels(family, size):
+    """Odd maps round up; VOLO pads the image to whole patches of 8."""
+    classifier, backbone = narrow(family).to(DEVICE), narrow(family, features_only=True).to(DEVICE)
+    x = images(2, 3, *size)
+    logits, maps = classifier(x), backbone(x)
+    with kernels.use_backend("reference"):
+        expected, expected_maps = classifier(x), backbone(x)
+    assert logits.shape == (2, 5)
+    assert_close(logits, expected, 1e-5)
+    if family == "volo":
+        size = [-(-side // 8) * 8 for side in size]
+    for info, ours, right in zip(backbone.feature_info, maps, expected_maps, strict=True):
+        rounded = (lambda side, by: side // by) if family == "volo" else (lambda side, by: -(-side // by))
+        assert ours.shape == (2, info["num_chs"], *(rounded(side, info["reduction"]) for side in size))
+        assert_close(ours, right, 1e-5)
+
+
+# ---- features
+
+
+@by_family
+@pytest.mark.parametrize("indices", [None, (0,), (1,), (3,), (0, 2), (1, 2), 2, (-1, 0)])
+def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path):
+    """The same maps as of all four, from a file with all, and every parameter has a gradient (DDP waits for it)."""
+    complete = narrow(family, features_only=True)
+    save_checkpoint(complete, tmp_path / "complete.pth")
+    model = narrow(family, features_only=True, out_indices=indices)
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    load_checkpoint(model, tmp_path / "complete.pth")
+    x = images(2, 3, 64, 80, device="cpu")
+    with torch.no_grad():
+        expected, maps = complete(x), model(x)
+    assert len(maps) == len(model.out_indices)
+    assert all(torch.equal(ours, expected[index]) for index, ours in zip(model.out_indices, maps, strict=True))
+    assert model.feature_info.channels() == [m.shape[1] for m in maps]
+    info = model.feature_info
+    assert info.reduction() == [64 // m.shape[2] for m in maps]
+    assert [type(model.get_submodule(module)) for module in info.module_name()]
+    last = model.out_indices[-1]
+    assert (info.channels(last), info.reduction([last])) == (info[last]["num_chs"], [info[last]["reduction"]])
+    assert info.get_dicts(["num_chs"]) == [{"num_chs": channels} for channels in info.channels()]
+    loss_of(model.train(), x).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    if family != "overlock":  # whose backbone has norms of its own for its maps
+        classifier = narrow(family)
+        of_classifier = classifier.forward_intermediates(x, indices=indices, intermediates_only=True)
+        save_checkpoint(classifier, tmp_path / "classifier.pth")
+        load_checkpoint(model.eval(), tmp_path / "classifier.pth")
+        with torch.no_grad():
+            assert all(map(torch.equal, model(x), of_classifier))
+    missing = [i for i in range(4) if i not in model.out_indices]
+    if missing and (family == "overlock" or missing[-1] > max(model.out_indices)):
+        with pytest.raises(ValueError, match="indices"):  # it was not built
+            model.forward_intermediates(x, indices=missing[-1:])
+
+
+@by_family
+@torch.no_grad()
+def test_intermediates(family):
+    """The last map is the features; later stages do not run where they are not asked for."""
+    model, x = narrow(family), images(2, 3, 64, 64, device="cpu")
+    stages, last = (
+        [],
+        model.get_submodule({"overlock": "blocks4.0", "rednet": "layer2.0", "volo": "network.4.0"}[family]),
+    )
+    last.register_forward_hook(lambda *_: stages.append(True))
+    features, maps = model.forward_intermediates(x)
+    assert len(maps) == 4
+    assert stages
+    if family == "volo":  # features are tokens there, behind the class token
+        assert torch.equal(model.forward_head(features), model(x))
+    else:
+        assert torch.equal(features, maps[-1])
+    assert all(map(torch.equal, model.forward_intermediates(x, indices=2)[1], maps[-2:]))
+    stages.clear()
+    early = model.forward_intermediates(x, indices=[0], intermediates_only=True, stop_early=True)
+    assert torch.equal(early[0], maps[0])
+    assert not stages
+    for options, message in (({"indices": [4]}, "indices"), ({"output_fmt": "NLC"}, "output_fmt")):
+        with pytest.raises(ValueError, match=message):
+            model.forward_intermediates(x, **options)
+
+
+# ---- the classifier
+
+
+@by_family
+@torch.no_grad()
+def test_features_head_and_classifier(family):
+    model, x = narrow(family), images(3, 3, 64, 64, device="cpu")
+    features = model.forward_features(x)
+    logits = model(x)
+    assert torch.equal(model.forward_head(features), logits)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (3, model.head_hidden_size)
+    classifier = model.get_classifier()
+    by_hand = pooled @ classifier.weight.flatten(1).t() + classifier.bias
+    if family == "volo":
+        by_hand = by_hand + 0.5 * model.aux_head(features[:, 1:]).max(1).values
+    assert_close(logits, by_hand, FORWARD_TOLERANCE[torch.float32])
+    assert torch.equal(narrow(family, num_classes=0)(x), pooled)
+    for num_classes in (7, 0, 9):
+        model.reset_classifier(num_classes)
+        assert model(x).shape == (3, num_classes or model.head_hidden_size)
+        assert model.num_classes == num_classes
+        if not num_classes:
+            assert torch.equal(model(x), pooled)
+    assert model.get_classifier().weight.std() > 0.001
+    with pytest.raises(ValueError, match="features_only"):
+        FAMILY[family].build(features_only=True).reset_classifier(3)
+
+
+@by_family
+def test_keyword_arguments(family):
+    model, x = narrow(family, num_classes=7, in_chans=1, drop_path_rate=0.5), images(8, 1, 64, 64, device="cpu")
+    assert max(module.rate for module in model.modules() if isinstance(module, DropPath)) == 0.5
+    with torch.no_grad():  # which only acts in training
+        expected = narrow(family, num_classes=7, in_chans=1)(x)
+        assert expected.shape == (8, 7)
+        assert torch.equal(model(x), expected)
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.train()
+        assert not torch.equal(model(x), expected)
+
+
+# ---- what scripts written for timm look up
+
+
+@by_family
+@pytest.mark.parametrize("coarse", [True, False])
+def test_group_matcher_orders_all_parameters_by_depth(family, coarse):
+    """By timm's rules: the first match decides; its key is (position in the dict, captured numbers, suffix)."""
+    model = on_meta(SMALLEST[family])
+    rules = []
+    for ordinal, specification in enumerate(model.group_matcher(coarse).values()):
+        if isinstance(specification, str):
+            specification = [(specification, None)]
+        rules += [(re.compile(pattern), ordinal, suffix or ()) for pattern, suffix in specification]
+
+    def key(name: str) -> tuple[float, ...]:
+        for pattern, ordinal, suffix in rules:
+            if match := pattern.match(name):
+                return (ordinal, *map(float, match.groups()), *suffix)
+        return (float("inf"),)
+
+    keys = {name: key(name) for name, _ in model.named_parameters()}
+    assert {name.split(".")[0] for name, k in keys.items() if k[0] == float("inf")} <= {"head", "aux_head"}
+    depths = [next(k for name, k in keys.items() if name.startswith(prefix)) for prefix in FAMILY[family].groups]
+    assert depths == sorted(depths)
+    assert len(set(keys.values())) == FAMILY[family].group_counts[0 if coarse else 1] + 1
+
+
+@by_family
+def test_no_weight_decay(family):
+    model = on_meta(SMALLEST[family])
+    kept, names = model.no_weight_decay(), {name for name, _ in model.named_parameters()}
+    assert set(FAMILY[family].undecayed) <= kept <= names
+    assert not any(model.get_parameter(name).dim() == 2 for name in kept)
+    assert family == "overlock" or kept == set(FAMILY[family].undecayed)
+    assert not any(name.endswith("lk_origin.weight") for name in kept)
+
+
+@by_family
+def test_pretrained_configuration(family, monkeypatch):
+    model, config = on_meta(SMALLEST[family]), on_meta(SMALLEST[family]).pretrained_cfg
+    assert config == model.default_cfg
+    assert config["input_size"] == (3, 224, 224)
+    assert model.get_submodule(config["first_conv"]).in_channels == 3
+    classifiers = config["classifier"]
+    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        assert model.get_submodule(name).weight.shape[0] == 1000
+    loaded = []
+    monkeypatch.setattr(_contract, "load_pretrained", lambda model, url: loaded.append(url))
+    for (variant, size), address in FAMILY[family].addresses.items():
+        options = {} if size is None else {"img_size": size}
+        assert on_meta(variant, **options).default_cfg["url"] == address
+        if size is None:
+            on_meta(variant, pretrained=True)
+            assert loaded.pop() == address
