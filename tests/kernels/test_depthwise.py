@@ -61,7 +61,7 @@ def test_tuning_takes_pytorch_where_it_wins():
     assert [request.launcher for request in requests] == [forward.convolve, backward.weight_gradient]
     for request in requests:
         outcomes = measure_candidates(request, launches, most=2)
-        assert [(outcome.milliseconds, outcome.config == LIBRARY) for outcome in outcomes] == [(0, True), (1, False)]
+        assert [(outcome.milliseconds, outcome.config == LIBRARY) for outcome in outcomes] == [(0, True), (2, False)]
 
 
 def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
@@ -76,7 +76,7 @@ def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
     ):  # one image at a time in two blocks of tiles, then two at a time
         with record_launches() as launches:
             backward.weight_gradient(grad.to("meta"), x.to("meta"), 3, config=config)
-        assert launches[-1].arguments["chunk_images"] < len(x)
+        assert launches[0].arguments["chunk_images"] < len(x)
         gradient = backward.weight_gradient(grad, x, 3, config=config)
         assert_close(gradient, expected, GRADIENT_TOLERANCE[x.dtype], str(config))
 
