@@ -7,6 +7,7 @@ batch in float32 must be those of the naive path, and what a compiler made of a 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -21,6 +22,7 @@ import models
 from autotune import timing
 from autotune.bench_operators import Call, why_not
 from autotune.comparison import (
+    DisagreementError,
     batch_norms_held,
     check,
     inference_pass,
@@ -165,7 +167,12 @@ class ModelBench:
         return calls
 
     def compile_only(self, plan: Plan) -> None:
-        """Run the compiled contenders once, which leaves their code in the caches on disk."""
+        """Run the check and the compiled contenders once, which leaves all code in the caches on disk.
+
+        The check's kernels, of float32 and of the timed type, took longer to compile than a model to measure.
+        """
+        with contextlib.suppress(DisagreementError):  # it will be said where it is measured
+            self._agreement(self.model(plan), plan)
         sides = {"ours": self.model} | ({} if plan.peer is None else {"peer": self.peer})
         for side, build in sides.items():
             for name, call in self._with_compiled(side, build(plan), plan).items():
