@@ -1,7 +1,7 @@
 """Gradients of involution with generated kernels.
 
 dx = transpose(kernel, dout), the kernel generated again in the launch;
-dkernel = correlate(dout, x), a few megabytes of it at a time: [pixels, Kw·G·S] with rows padded to S;
+dkernel = correlate(dout, x), at most 96 MB of it at a time: [pixels, Kw·G·S] with rows padded to S;
 dfeatures = dkernel @ weight and [dweight, dbias] = dkernelᵀ @ [features, 1], two plain matrix products.
 """
 
