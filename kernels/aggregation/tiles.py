@@ -49,20 +49,21 @@ def pitch(number):
 @triton.constexpr_function
 def sources(window, rows, transposed):
     """(first, end) of the source rows of a tile, counted from the one that window row 0 of row 0 holds."""
-    span = (window.kernel_size[0] - 1) * window.dilation[0]
+    kernel_size, stride, _, dilation, _ = window  # by place: Triton 3.6's interpreter hands over a plain tuple
+    span = (kernel_size[0] - 1) * dilation[0]
     if transposed:
-        return -(span // window.stride[0]), (rows - 1) // window.stride[0] + 1
-    return 0, (rows - 1) * window.stride[0] + span + 1
+        return -(span // stride[0]), (rows - 1) // stride[0] + 1
+    return 0, (rows - 1) * stride[0] + span + 1
 
 
 @triton.constexpr_function
 def tap_of(source, row, window, slots, transposed):
     """Which of the blocks of ``unstack`` weighs source row ``source`` in row ``row``, both of the tile; −1: none."""
-    stride, dilation = window.stride[0], window.dilation[0]
-    step, rest = divmod(row - source * stride if transposed else source - row * stride, dilation)
-    if rest or not 0 <= step < window.kernel_size[0]:
+    kernel_size, stride, _, dilation, _ = window
+    step, rest = divmod(row - source * stride[0] if transposed else source - row * stride[0], dilation[0])
+    if rest or not 0 <= step < kernel_size[0]:
         return -1
-    return step * slots + ((row - step * dilation) % slots if transposed else row)
+    return step * slots + ((row - step * dilation[0]) % slots if transposed else row)
 
 
 @triton.jit

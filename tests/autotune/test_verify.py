@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +14,8 @@ from autotune.__main__ import main
 from autotune.bench_operators import benchmark_workloads
 from autotune.tunables import StoredEntry, find_tunables, problem_of
 from kernels.launch import record_launches
-from kernels.tuning import tunable
-from kernels.tuning.choose import gpu_name, key_of, observing, triton_version
+from kernels.tuning import choose, tunable
+from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
 from kernels.tuning.store import Store
 from tests.support import DEVICE
 
@@ -156,3 +157,16 @@ def test_without_gpu_and_interpreter_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(verify, "interpreting", lambda: False)
     assert main(["verify"]) == 2
     assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+def test_shipped_configs_hold_for_the_kernels_as_they_stand():
+    """Whoever changes a kernel tunes its entries again, or takes them out: nothing would use them."""
+    known = find_tunables()
+    for path in Path(choose.__file__).with_name("configs").glob("*.json"):
+        for key, entry in json.loads(path.read_text())["entries"].items():
+            launcher = known[key.partition(" ")[0]]
+            assert entry["source"] == launcher.source, key
+            problem = problem_of(launcher, key)
+            config = config_of(entry, launcher, problem)
+            assert config is not None, key
+            assert config.valid(problem), key
