@@ -5,6 +5,7 @@ An argument is checked by its own name before it is used to judge another.
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,8 @@ LIMIT = 2**31
 
 
 def _is_int(value: object) -> bool:
+    if type(value) is int:  # the others are asked for a microsecond
+        return True
     return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -95,19 +98,33 @@ def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
 
     ``check_shape("weight", weight, "B G K K H' W'", B=2)`` reads: weight must be [B=2, G, K, K, H', W'].
     """
-    words = axes.split()
-    wanted = {word: int(word) for word in words if word.isdigit()} | sizes
-    shape = tuple(tensor.shape)
-    known = dict(wanted)
-    # Two inequalities: of an equation between sizes a compiler concludes that the one is to be written as the other, an
-    # output's height as H + 2, and Inductor fails to order strides that are products of such sums.
-    if len(shape) == len(words) and all(
-        size <= known.setdefault(word, size) and size >= known[word] and (size > 0 or word == "B" or word in wanted)
-        for word, size in zip(words, shape, strict=True)
-    ):
-        return
+    words, given = _words(axes) if torch.compiler.is_compiling() else _known_words(axes)
+    shape = tensor.shape
+    if len(shape) == len(words):
+        known = {**given, **sizes}
+        for word, size in zip(words, shape, strict=True):
+            wanted = known.get(word)
+            if wanted is None:
+                known[word] = size
+                if not (size > 0 or word == "B"):
+                    break
+            # Two inequalities: of an equation between sizes a compiler concludes that the one is to be written as the
+            # other, an output's height as H + 2, and Inductor fails to order strides that are products of such sums.
+            elif not (size <= wanted and size >= wanted):
+                break
+        else:
+            return
     expected = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
     raise ValueError(f"{name} must have shape [{expected}], got {list(shape)}")
+
+
+def _words(axes: str) -> tuple[list[str], dict[str, int]]:
+    """The words of a shape, and the sizes of those that are numbers."""
+    words = axes.split()
+    return words, {word: int(word) for word in words if word.isdigit()}
+
+
+_known_words = functools.lru_cache(maxsize=256)(_words)  # Dynamo warns of a cache
 
 
 def check_window_fits(kernel_size: Pair, dilation: Pair, height: int, width: int) -> None:
