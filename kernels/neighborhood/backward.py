@@ -43,7 +43,7 @@ from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, 
 __all__ = ["grad_rpb", "softmax_aggregate_backward"]
 
 # Tile of the bias gradient; in the interpreter, where every operation costs the same, one that holds a whole small map.
-RPB_BLOCK_PIXELS, RPB_BLOCK_RELATIVE = (256, 1024) if interpreting() else (64, 32)
+RPB_BLOCK_PIXELS, RPB_BLOCK_RELATIVE = (256, 1024) if interpreting() else (32, 32)
 BATCH_PARTS, BATCH_BLOCK = (1, 2**16) if interpreting() else (4, 1024)
 RPB_CHUNKS = 64  # partial tables per head: enough programs to fill a GPU, few enough to sum in one small reduction
 

@@ -25,6 +25,7 @@ from tests.support import (
     DEVICE,
     FORWARD_TOLERANCE,
     GRADIENT_TOLERANCE,
+    INTERPRETED,
     assert_close,
     golden,
     golden_fill,
@@ -73,11 +74,14 @@ def test_golden_logits_and_gradient_norms(name, backend):
     variant, size = name.rsplit("_", 1)
     model = fill(create_model(variant)).to(device)
     x = golden_fill().image(2, *map(int, size.split("x"))).to(device)
-    with_gradients = "grad_names" in expected and backend != "inference"
+    interpreted = (
+        backend == "triton" and INTERPRETED
+    )  # takes its time; test_backends_compute_the_definition has gradients
+    with_gradients = "grad_names" in expected and backend != "inference" and not interpreted
     if backend == "inference":
         model, backend = optimize_for_inference(model), "auto"
-    if backend == "triton" and not with_gradients:
-        x = x[:1]  # the interpreter takes its time
+    if interpreted:
+        x = x[:1]
     with kernels.use_backend(backend), torch.set_grad_enabled(with_gradients):
         logits = model(x.requires_grad_(with_gradients))
         reference = torch.from_numpy(expected["logits"])[: len(x)]
