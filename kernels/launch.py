@@ -107,7 +107,8 @@ def launch_again(launched: Launch, compiled: Any, values: list[Any], device: tor
     ``values`` are those of all parameters in their order.
     """
     kernel, grid, _, options = launched
-    if compiled is None or kernel.pre_run_hooks:  # the interpreter, or somebody wants to see the arguments
+    # In the interpreter, where somebody wants to see the arguments, and in a Triton that may end otherwise:
+    if compiled is None or kernel.pre_run_hooks or not _ends_as_known():
         return launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=True)), **options)
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -118,6 +119,13 @@ def launch_again(launched: Launch, compiled: Any, values: list[Any], device: tor
         *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata,
         compiled.launch_metadata(grid, stream, *values), runtime.launch_enter_hook, runtime.launch_exit_hook, *values,
     )  # fmt: skip
+
+
+@functools.cache
+def _ends_as_known() -> bool:
+    import triton
+
+    return triton.__version__.startswith(("3.6.", "3.7."))
 
 
 @functools.cache
