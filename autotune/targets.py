@@ -227,34 +227,44 @@ def tables(folder: Path) -> Iterator[Table]:
         shown = Table(title="Operators: ours, and how many times as long the others take", title_justify="left")
         for heading in ("", "pass"):
             shown.add_column(heading, overflow="fold")
-        for heading in ("ours", "of floor", "naive", "compiled", "unfused"):
+        for heading in ("ours, ms", "p20 to p80", "as a graph", "of floor", "naive", "compiled", "unfused"):
             shown.add_column(heading, justify="right", no_wrap=True)
         for row in results.rows("operators"):
-            shown.add_row(row["name"], row["pass"], *_operator_cells(row))
+            shown.add_row(_named(row), row["pass"], *_operator_cells(row))
         yield shown
     if results.rows("models"):
         shown = Table(title="Models: images per second, and ratios of time", title_justify="left")
         for heading in ("", "pass"):
             shown.add_column(heading, overflow="fold")
-        for heading in ("ours", "compiled", "naive / ours", "peer / ours", "both compiled"):
+        for heading in ("ours", "ms, p20 to p80", "compiled", "naive / ours", "peer / ours", "both compiled"):
             shown.add_column(heading, justify="right", no_wrap=True)
         for row in results.rows("models"):
-            shown.add_row(row["name"], row["pass"], *_model_cells(row))
+            shown.add_row(_named(row), row["pass"], *_model_cells(row))
         yield shown
 
 
+def _named(row: Row) -> str:
+    """A row's name, and below it why there are no numbers."""
+    return escape("\n".join(filter(None, (row["name"], row.get("message")))))
+
+
 def _state(row: Row) -> list[str]:
-    return [
-        f"[{'red' if row['status'] == 'failed' else 'yellow'}]{row['status']}[/] {escape(row.get('message', ''))[:60]}"
-    ]
+    return [f"[{'red' if row['status'] == 'failed' else 'yellow'}]{row['status']}[/]"]
+
+
+def _spread(times: Row) -> str:
+    return f"{number(times['p20_ms'])} to {number(times['p80_ms'])}"
 
 
 def _operator_cells(row: Row) -> list[str]:
     if row["status"] != "ok":
         return _state(row)
     ratios = (row["speed_up"].get(name) for name in ("naive", "compiled", "unfused"))
+    ours, graph = row["contenders"]["ours"], row.get("graph", {}).get("ours")
     return [
-        f"{number(row['contenders']['ours']['p50_ms'])} ms",
+        number(ours["p50_ms"]),
+        _spread(ours),
+        number(None if graph is None else graph["p50_ms"]),
         f"{row['floor']['fraction']:.0%}",
         *("–" if ratio is None else f"{number(ratio)}×" for ratio in ratios),
     ]
@@ -263,6 +273,7 @@ def _operator_cells(row: Row) -> list[str]:
 def _model_cells(row: Row) -> list[str]:
     if row["status"] != "ok":
         return _state(row)
-    speeds = (row["contenders"].get(name, {}).get("images_per_second") for name in ("ours", "compiled"))
+    ours, compiled = (row["contenders"].get(name, {}) for name in ("ours", "compiled"))
     ratios = (row["speed_up"].get(name) for name in ("naive", "peer", "peer_compiled"))
-    return [*map(number, speeds), *("–" if ratio is None else f"{number(ratio)}×" for ratio in ratios)]
+    speeds = number(ours["images_per_second"]), _spread(ours), number(compiled.get("images_per_second"))
+    return [*speeds, *("–" if ratio is None else f"{number(ratio)}×" for ratio in ratios)]
