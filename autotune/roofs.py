@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from autotune import plots, report, timing, workloads
+from autotune import plots, timing, workloads
 from autotune.ceilings import matmul_rate
 from autotune.comparison import Settings, measure_operator
 from autotune.contest import NAIVE, Contest
@@ -201,6 +201,11 @@ def _side_by_side(values: Sequence[float]) -> list[float]:
     return [drawn[index] for index in range(len(values))]
 
 
+def _with_unit(value: float, unit: str) -> str:
+    """Three digits and a prefix: 30.5 GB/s, 678 Top/s."""
+    return f"{value / 1e12:.3g} T{unit}" if value >= 1e12 else f"{value / 1e9:.3g} G{unit}"
+
+
 def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str) -> Figure:
     """Operations per second over operations per byte, log-log, under the ceilings; a line joins the two paths.
 
@@ -213,18 +218,19 @@ def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str
         figure, axes = plots.grid(1, 1, 12, max(5.6, 2.2 + 0.24 * len(measured)))
         axis = axes[0][0]
         drawn = _side_by_side([entry.intensity for entry in measured])
-        roofs = {f"copy in memory: {ceilings.bytes_per_second / 1e9:.3g} GB/s": (ceilings.bytes_per_second, "-")}
+        roofs = {f"copy in memory: {_with_unit(ceilings.bytes_per_second, 'B/s')}": (ceilings.bytes_per_second, "-")}
         if (cached := ceilings.cached_bytes_per_second) is not None:
-            roofs[f"copy in caches: {cached / 1e9:.3g} GB/s"] = cached, "--"
+            roofs[f"copy in caches: {_with_unit(cached, 'B/s')}"] = cached, "--"
         bends = [limit / speed for speed, _ in roofs.values()]
         low, high = min([*drawn, *bends]) / 2, max([*drawn, *bends]) * 2
         handles = []
         for (text, (speed, line)), bend in zip(roofs.items(), bends, strict=True):
             heights = [min(x * speed, limit) / 1e9 for x in (low, bend, high)]
             handles += axis.plot((low, bend, high), heights, line, color=grey, linewidth=2.2, label=text)
+        roomy = min(bends) < math.sqrt(low * high)  # for a text that begins where the roof does
         axis.annotate(
-            f"matrix product: {report.number(limit / 1e9)} Gop/s", (min(bends), limit / 1e9), (0, 5),
-            textcoords="offset points", color=grey,
+            f"matrix product: {_with_unit(limit, 'op/s')}", (min(bends) if roomy else high, limit / 1e9), (0, 5),
+            textcoords="offset points", color=grey, ha="left" if roomy else "right",
         )  # fmt: skip
         for number, (entry, x) in enumerate(zip(measured, drawn, strict=True), 1):
             rates = {name: entry.operations / seconds / 1e9 for name, seconds in entry.seconds.items()}
