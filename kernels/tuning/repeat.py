@@ -1,8 +1,9 @@
 """A launch made again: where shapes, strides and types are those of an earlier one, only its pointers are new.
 
-What Python does for a launch (the problem, the config, thirty arguments, Triton's own look at each of them) took the host
-of an H200 65 to 112 µs, longer than many a kernel runs. All of it follows from the tensors' shapes, strides, types and
-alignment, so that the second time the finished arguments of the first are taken, with other tensors in their places.
+What Python does for a launch (the problem, the config, thirty arguments, Triton's own look at each of them) took the
+host of an H200 65 to 112 µs, longer than many a kernel runs. All of it follows from the tensors' shapes, strides, types
+and alignment, so that the second time the finished arguments of the first are taken, with other tensors in their
+places.
 
 That holds for a launcher that allocates its outputs and launches one kernel; the first call is watched for it. One that
 does more, such as copying a tensor or zeroing an output, runs as it is written every time.
