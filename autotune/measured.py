@@ -114,7 +114,7 @@ def _reached(folder: Folder) -> Iterator[str]:
     for kind, what in (("operators", "rows of operators"), ("models", "rows of models")):
         rows = folder.rows(kind)
         parts.append(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} {what}")
-    text = f"The session measured {' and '.join(parts)}"
+    text = f"The run measured {' and '.join(parts)}"
     if missing := _unreached(folder):
         text += f"; it had no time to compare {_listed(missing)} with anything"
     yield f"{text}."
@@ -202,8 +202,8 @@ def _models_table(folder: Folder) -> Iterator[str]:
 
 
 def _host_table(folder: Folder) -> Iterator[str]:
-    """Of every session that timed a launch."""
-    headings = ["session", "Triton's own launch", "our launcher, config given", "config looked up", "operator's call"]
+    """Of every run that timed a launch."""
+    headings = ["run", "Triton's own launch", "our launcher, config given", "config looked up", "operator's call"]
 
     def cells(record: Row) -> list[str]:
         times = record["launch_microseconds"]
