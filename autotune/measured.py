@@ -7,7 +7,6 @@ may be missing.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,8 +39,7 @@ class Folder(Results):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.path = path
-        self.kernels, self.counters = (_load(path / name) for name in ("kernels.json", "ncu.json"))
+        self.kernels, self.counters = self._load("kernels.json"), self._load("ncu.json")
         timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
         self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
 
@@ -59,10 +57,6 @@ class Folder(Results):
         side = re.search(r"@(\d+)²", row["shape"])
         known = side is not None and row["batch"] == 128
         return self.microseconds(CASES[row["operator"]].format(side[1]), row["pass"]) if side and known else None
-
-
-def _load(path: Path) -> Row:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _is_ours(kernel: str) -> bool:

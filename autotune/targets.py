@@ -29,12 +29,13 @@ class Results:
     """The content of a results folder; what is missing is empty."""
 
     def __init__(self, folder: Path) -> None:
-        def load(name: str) -> Row:
-            path = folder / name
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.path = folder
+        self.environment, self.tests = self._load("environment.json"), self._load("tests.json")
+        self.operators, self.models = self._load("bench.json"), self._load("models.json")
 
-        self.environment, self.tests = load("environment.json"), load("tests.json")
-        self.operators, self.models = load("bench.json"), load("models.json")
+    def _load(self, name: str) -> Row:
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def rows(self, kind: str) -> list[Row]:
         return getattr(self, kind).get("rows", [])

@@ -10,12 +10,19 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.launch import fits_int32
 
-__all__ = ["accumulator_dtype", "at_least_float32", "precision", "upcast"]
+__all__ = ["accumulator", "accumulator_dtype", "at_least_float32", "precision", "upcast"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of sums: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """The same as a kernel knows it."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def at_least_float32(*tensors: Tensor) -> list[Tensor]:
@@ -30,8 +37,7 @@ def precision(*tensors: Tensor) -> dict[str, Any]:
     """
     import triton.language as tl
 
-    accumulator = tl.float64 if tensors[0].dtype == torch.float64 else tl.float32
-    return {"ACCUMULATOR": accumulator, "OFFSET": tl.int32 if fits_int32(*tensors) else tl.int64}
+    return {"ACCUMULATOR": accumulator(tensors[0].dtype), "OFFSET": tl.int32 if fits_int32(*tensors) else tl.int64}
 
 
 def upcast(dtype: torch.dtype) -> bool:

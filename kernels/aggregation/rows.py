@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.aggregation import eager
 from kernels.aggregation.configs import CONFIGS, Config, Problem, correlate_heuristic, heuristic
 from kernels.aggregation.tiles import across, load_rows, pitch, place, slide, sources, stack, tap_of, unstack, wide
-from kernels.dtypes import at_least_float32, precision, upcast
+from kernels.dtypes import accumulator, at_least_float32, precision, upcast
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.tuning import tunable
@@ -30,10 +30,6 @@ from kernels.windows import Pair, Window
 __all__ = ["aggregate", "correlate", "problem_of", "transpose", "weighted_sum", "weighted_sum_kernel"]
 
 FEATURES = 128  # in one product; more are summed over several
-
-
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 @triton.jit

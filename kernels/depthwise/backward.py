@@ -21,7 +21,7 @@ from kernels.backend import interpreting
 from kernels.depthwise.configs import CONFIGS, Config, heuristic, tile_shape
 from kernels.depthwise.forward import in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of, vector_of
-from kernels.dtypes import accumulator_dtype, at_least_float32, precision
+from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32, precision
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
 
@@ -128,7 +128,7 @@ def _diagonals_kernel(
     p_partial = partial_ptr + i_channel * (ROWS * TILE_HEIGHT * KERNEL) + o_diagonal
     b_sum = tl.zeros([TILE_HEIGHT, BLOCK], ACCUMULATOR)
     for _ in range(parts):
-        b_sum += tl.load(p_partial, mask=m_entry[None, :] & (o_r < TILE_HEIGHT), other=0)
+        b_sum += tl.load(p_partial, mask=m_entry[None, :], other=0)
         p_partial += tl.cast(channels, tl.int64) * (ROWS * TILE_HEIGHT * KERNEL)
     b_gradient = tl.sum(b_sum, axis=0).to(gradient_ptr.dtype.element_ty)
     tl.store(gradient_ptr + i_channel * (KERNEL * KERNEL) + o_entry, b_gradient, mask=m_entry)
@@ -204,7 +204,7 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
         "channels": channels,
         "KERNEL": kernel_size,
         "TILE_HEIGHT": config.tile_height,
-        "ACCUMULATOR": precision(partial)["ACCUMULATOR"],
+        "ACCUMULATOR": accumulator(x.dtype),
         "BLOCK": block,
     }
     grid = (ceil_divide(kernel_size**2, block) * channels,)

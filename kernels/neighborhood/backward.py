@@ -29,7 +29,7 @@ from kernels.aggregation.configs import (
     wide_gather_heuristic,
 )
 from kernels.backend import interpreting
-from kernels.dtypes import accumulator_dtype, at_least_float32, precision
+from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import eager, shared
@@ -355,7 +355,7 @@ def _batch_parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         "batch": batch,
         "elements": elements,
         "part_images": part_images,
-        "ACCUMULATOR": precision(target)["ACCUMULATOR"],
+        "ACCUMULATOR": accumulator(dtype),
         "BLOCK": BATCH_BLOCK,
     }
     grid = (ceil_divide(elements, BATCH_BLOCK) * parts,)

@@ -111,17 +111,17 @@ class Launcher(Generic[Outputs]):
         if recording() or _observer is not None or on_miss is not None:
             return self.launch(*arguments, **keywords, config=self.choose(*arguments, **keywords))
         key, tensors = key_of_call(self.name, arguments, keywords)
-        repeat = _repeats.get(key, self)
-        if repeat is self:
-            config = self.choose(*arguments, **keywords)
-            returned, repeat = repeat_of(lambda: self.launch(*arguments, **keywords, config=config), tensors)
-            if len(_repeats) >= MOST_REPEATS:
-                _repeats.clear()
-            _repeats[key] = repeat
-            return returned
-        if repeat is None:
-            return self.launch(*arguments, **keywords, config=self.choose(*arguments, **keywords))
-        return repeat(tensors)
+        repeat = _repeats.get(key)
+        if repeat is not None:
+            return repeat(tensors)
+        config = self.choose(*arguments, **keywords)
+        if key in _repeats:
+            return self.launch(*arguments, **keywords, config=config)
+        returned, repeat = repeat_of(lambda: self.launch(*arguments, **keywords, config=config), tensors)
+        if len(_repeats) >= MOST_REPEATS:
+            _repeats.clear()
+        _repeats[key] = repeat
+        return returned
 
     def choose(self, *arguments: Any, **keywords: Any) -> Config:
         """The config for a launch with these arguments: after the first time one dictionary look-up."""
