@@ -138,7 +138,7 @@ def heuristic(problem: Problem) -> Config:
     # Half the registers and twice the warps hide more of the loads' latency: 7 to 18 % quicker on an H200.
     if not problem.transposed and problem.rows > 16:
         return replace(config, rows=_rows(problem, 4))
-    return replace(config, columns=max(2, config.columns // 2))
+    return replace(config, rows=_rows(problem, 7), columns=max(2, config.columns // 2))
 
 
 @functools.lru_cache(maxsize=4096)
