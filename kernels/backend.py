@@ -28,8 +28,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "get_backend", "resolve", "set_backend", "transforming", "use_backend"]
-
 BACKENDS = ("auto", "triton", "eager", "reference")
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from kernels.windows import Pair
 
-__all__ = ["as_int", "as_pair", "check_shape", "check_tensors", "check_window_fits", "odd_int", "odd_pair"]
-
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Kernels count positions in 32 bits.
 LIMIT = 2**31

@@ -10,8 +10,6 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.launch import fits_int32
 
-__all__ = ["accumulator", "accumulator_dtype", "at_least_float32", "precision", "upcast"]
-
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of sums: float64 for float64, float32 for everything else."""

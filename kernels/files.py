@@ -20,8 +20,6 @@ try:
 except ImportError:  # Windows, where nobody can delete a file that a writer has open
     fcntl = None
 
-__all__ = ["WriteError", "atomic_write", "locked", "write_json", "writing"]
-
 PathLike = str | os.PathLike[str]
 
 

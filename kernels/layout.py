@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["channels_fastest", "empty_kernel_layout", "empty_like_layout", "settled"]
-
 
 def channels_fastest(view: Tensor) -> bool:
     """Whether neighbouring addresses hold neighbouring channels (or window positions), not neighbouring pixels."""

@@ -24,8 +24,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "Work", "alone", "in_turn", "over_maps"]
-
 # Multiply-adds that a thread should have to do: one to two milliseconds.
 WORTH_A_THREAD = 2**22
 

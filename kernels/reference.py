@@ -14,17 +14,6 @@ from torch import Tensor
 from kernels.dtypes import accumulator_dtype
 from kernels.windows import Pair, Window
 
-__all__ = [
-    "contmix2d",
-    "depthwise_conv2d",
-    "involution2d",
-    "involution2d_generate",
-    "na2d_av",
-    "na2d_qk",
-    "na2d_softmax_av",
-    "outlook_attention2d",
-]
-
 
 def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])

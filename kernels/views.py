@@ -8,8 +8,6 @@ import triton
 import triton.language as tl  # noqa: F401  (the interpreter looks for it in every module that holds a kernel)
 from torch import Tensor
 
-__all__ = ["View", "at", "view"]
-
 
 class View(NamedTuple):
     """Axes: batch entry, group, channel, row, column, window position; 0 where a tensor has no such axis."""

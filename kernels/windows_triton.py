@@ -26,18 +26,6 @@ import triton.language as tl
 
 from kernels.windows import Window
 
-__all__ = [
-    "Pixels",
-    "inverse_neighbour",
-    "inverse_steps",
-    "neighbour",
-    "offsets",
-    "pixels_of_window",
-    "relative_position",
-    "split_program",
-    "window_start",
-]
-
 
 def inverse_steps(window: Window, length: int, axis: int) -> int:
     """Upper bound on the outputs to be tried per input along ``axis``.

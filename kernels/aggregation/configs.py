@@ -15,21 +15,6 @@ from kernels.launch import ceil_divide, next_power_of_2
 from kernels.layout import channels_fastest
 from kernels.windows import Pair, Window
 
-__all__ = [
-    "CONFIGS",
-    "GATHERS",
-    "Config",
-    "Gather",
-    "GatherProblem",
-    "Problem",
-    "correlate_heuristic",
-    "gather_heuristic",
-    "gather_problem",
-    "heuristic",
-    "slides",
-    "wide_gather_heuristic",
-]
-
 LARGEST_KERNEL, LARGEST_STRIDE, LARGEST_DILATION = 16, 4, 8
 
 

@@ -33,17 +33,6 @@ from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_lay
 from kernels.parallel import Work, alone, in_turn, over_maps
 from kernels.windows import Pair, Window
 
-__all__ = [
-    "Bands",
-    "Step",
-    "aggregate",
-    "as_matrices",
-    "correlate",
-    "multiply",
-    "steps_of",
-    "transpose",
-]
-
 # Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
 # steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
 STEP_SHARE = 3 / 4

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 from kernels.windows import Pair, Window
 
-__all__ = ["Run", "Segment", "Tiles", "cut", "tile_size"]
-
 # Costs measured on a CPU in multiply-adds of a matrix product: of a step beyond its arithmetic (a dozen calls), of one
 # element of a product's smaller operand, of one row of a tile when a kernel row is copied.
 STEP_COST = 4_000_000

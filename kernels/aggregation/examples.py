@@ -12,8 +12,6 @@ from kernels.aggregation import configs, gather, rows
 from kernels.aggregation.configs import GatherProblem
 from kernels.windows import Pair, Window
 
-__all__ = ["features", "kernel", "near_square", "random_maps", "rows_geometry"]
-
 BATCH, GROUPS = 2, 2  # the least that shows a stride mistaken
 
 

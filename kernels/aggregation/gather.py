@@ -33,8 +33,6 @@ from kernels.views import at, view
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, split_program
 
-__all__ = ["aggregate", "correlate", "transpose"]
-
 KERNEL_AXES = "b g c k h w"
 
 

@@ -24,8 +24,6 @@ from kernels.layout import empty_kernel_layout, empty_like_layout
 from kernels.registration import WINDOW, fields_of, operator, window_of
 from kernels.windows import Pair, Window
 
-__all__ = ["aggregate", "aggregation_flops", "algebra", "correlate", "transpose"]
-
 
 def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
     """The module that computes the three here; Triton is imported at the first use and not before."""

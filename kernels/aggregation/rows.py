@@ -27,8 +27,6 @@ from kernels.tuning import tunable
 from kernels.views import View, view
 from kernels.windows import Pair, Window
 
-__all__ = ["aggregate", "correlate", "problem_of", "transpose", "weighted_sum", "weighted_sum_kernel"]
-
 FEATURES = 128  # in one product; more are summed over several
 
 

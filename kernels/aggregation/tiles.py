@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["Tile", "across", "load_rows", "pitch", "place", "slide", "sources", "stack", "tap_of", "unstack", "wide"]
-
 
 class Tile(NamedTuple):
     """What a program owns."""

@@ -25,8 +25,6 @@ from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32, pre
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
 
-__all__ = ["weight_gradient"]
-
 GRADIENT_PROGRAMS = 1024  # wanted at least, by cutting the batch into chunks: a few waves on any GPU
 
 

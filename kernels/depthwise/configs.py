@@ -11,8 +11,6 @@ import torch
 from kernels.backend import interpreting
 from kernels.launch import ceil_divide, next_power_of_2
 
-__all__ = ["CONFIGS", "LIBRARY", "SMALL", "Config", "Problem", "heuristic", "tile_shape"]
-
 
 def tile_shape(kernel_size: int, width: int) -> tuple[int, int]:
     """Outputs a tile is wide, and columns under it: as many again for the halo, or the whole map where that is less.

@@ -28,8 +28,6 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.parallel import Work, alone, over_maps
 from kernels.registration import operator, without_autocast
 
-__all__ = ["depthwise_conv2d"]
-
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Smallest kernel for which channels-first has no quick kernel and channels-last has the good one.
 BLOCKED_KERNEL = 15

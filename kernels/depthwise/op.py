@@ -20,8 +20,6 @@ from kernels.depthwise import eager
 from kernels.layout import empty_like_layout
 from kernels.registration import operator, without_autocast
 
-__all__ = ["depthwise_conv2d"]
-
 LARGEST_KERNEL = 31
 
 

@@ -20,8 +20,6 @@ from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_layout
 from kernels.views import view
 
-__all__ = ["are_rows", "check_size", "in_layout_of", "new_rows", "rows_of", "vector_of"]
-
 BLOCK_PIXELS, BLOCK_CHANNELS = (1024, 64) if interpreting() else (64, 64)
 
 

@@ -18,8 +18,6 @@ from kernels.launch import next_power_of_2
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.windows import Window
 
-__all__ = ["backward"]
-
 
 def _channels_last(maps: Tensor) -> Tensor:
     """[B, G, C, H, W] with a pixel's channels adjacent in memory."""

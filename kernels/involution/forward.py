@@ -22,8 +22,6 @@ from kernels.layout import empty_like_layout
 from kernels.tuning import tunable
 from kernels.windows import Window
 
-__all__ = ["KERNEL", "involution_generate", "involution_generate_transpose"]
-
 KERNEL = weighted_sum_kernel  # named here, because what is tuned is good for as long as this code stays
 
 

@@ -16,8 +16,6 @@ from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.windows import Window
 
-__all__ = ["backward", "forward", "kernels_of", "steps"]
-
 # Bytes of kernels a step may hold: a share of a CPU's last-level cache. On a GPU more than its L2 holds: a step's five
 # launches take the host longer than the memory takes for what passes L2 by (measured on an H200 with steps of 24 MiB).
 STEP_BYTES = {"cpu": 8 * 2**20}

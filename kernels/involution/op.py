@@ -16,8 +16,6 @@ from kernels.layout import empty_like_layout
 from kernels.registration import WINDOW, fields_of, once_differentiable, operator, window_of, without_autocast
 from kernels.windows import Pair, Window
 
-__all__ = ["involution2d", "involution2d_generate"]
-
 
 def _checked_window(
     x: Tensor, kernel_size: Pair, stride: int | Pair, padding: int | Pair | None, dilation: int | Pair

@@ -9,8 +9,6 @@ from kernels.checks import as_pair, odd_pair
 from kernels.natten.functional import Causal, na2d_av, na2d_qk, refuse
 from kernels.windows import Pair
 
-__all__ = ["NeighborhoodAttention2D"]
-
 
 class NeighborhoodAttention2D(nn.Module):
     """proj(softmax(scale · query·key + rpb) · value) over every pixel's neighbourhood: [B, H, W, dim] -> the same.

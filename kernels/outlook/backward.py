@@ -39,8 +39,6 @@ from kernels.outlook.tiles import (
 from kernels.tuning import tunable
 from kernels.views import view
 
-__all__ = ["grad_logits", "grad_value", "outlook_backward"]
-
 
 @triton.jit
 def _grad_logits_kernel(

@@ -11,8 +11,6 @@ import torch
 from kernels.backend import interpreting
 from kernels.launch import next_power_of_2
 
-__all__ = ["CONFIGS", "Config", "Problem", "heuristic"]
-
 
 class Problem(NamedTuple):
     """What the choice of a config depends on. Batch and heads only repeat it."""

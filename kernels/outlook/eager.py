@@ -19,8 +19,6 @@ from kernels.aggregation.eager import Scratch
 from kernels.dtypes import accumulator_dtype
 from kernels.parallel import Part, Work, alone, in_turn, over_maps
 
-__all__ = ["outlook", "outlook_backward"]
-
 # Most elements of one block's copied windows: a share of the arguments' own size (lean in memory), within bounds. The
 # upper bound is 2 MB in float32 on a CPU, so that they stay in cache.
 BLOCK_SHARE = 2

@@ -48,8 +48,6 @@ from kernels.outlook.tiles import (
 from kernels.tuning import tunable
 from kernels.views import view
 
-__all__ = ["mix", "outlook"]
-
 
 @triton.jit
 def _weight(

@@ -14,8 +14,6 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import as_int, check_shape, check_tensors
 from kernels.registration import once_differentiable, operator, without_autocast
 
-__all__ = ["outlook_attention2d"]
-
 
 def outlook_attention2d(
     logits: Tensor,

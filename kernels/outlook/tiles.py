@@ -14,22 +14,6 @@ from torch import Tensor
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.outlook.configs import Config, Problem
 
-__all__ = [
-    "Sizes",
-    "Tile",
-    "Windows",
-    "blocks",
-    "inside",
-    "load_pixels",
-    "pixel_pointers",
-    "problem_of",
-    "sizes_of",
-    "softmax",
-    "stack",
-    "tile_of",
-    "unstack",
-]
-
 MARGIN = 2**16  # what blocks reach beyond the last window, and windows beyond the last pixel
 
 

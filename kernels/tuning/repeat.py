@@ -20,8 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.launch import Launch, launch_again, watched_launches
 
-__all__ = ["Repeat", "key_of_call", "repeat_of", "tensors_of"]
-
 # What may happen beside a launch, besides views: nothing that writes.
 HARMLESS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 

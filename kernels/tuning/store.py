@@ -18,8 +18,6 @@ from typing import Any
 
 from kernels.files import atomic_write, locked
 
-__all__ = ["SCHEMA", "Store", "shipped_folder", "user_folder"]
-
 SCHEMA = 1
 NOWHERE = Path(os.devnull, "dynamic-kernels")  # no file can lie there
 LOCK_SECONDS = 60  # how long to wait for other processes' writes, each of which takes milliseconds
