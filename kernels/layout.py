@@ -42,6 +42,11 @@ def empty_like_layout(template: Tensor, shape: Sequence[int]) -> Tensor:
     return _empty(template, shape, _memory_order(template))
 
 
+def empty_like_map(x: Tensor) -> Tensor:
+    """Dense, uninitialised tensor like x [B, C, H, W], in its memory order."""
+    return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+
+
 def empty_kernel_layout(g: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     """Uninitialised [B, G, Kh, Kw, H', W'] in the memory order of g [B, G, C, H', W'], (Kh, Kw) in place of C."""
     batch, groups, _, height, width = g.shape

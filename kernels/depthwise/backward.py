@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from kernels.backend import interpreting
+from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, heuristic, tile_shape
 from kernels.depthwise.forward import in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of, vector_of
@@ -132,23 +132,18 @@ def _diagonals_kernel(
     tl.store(gradient_ptr + i_channel * (KERNEL * KERNEL) + o_entry, b_gradient, mask=m_entry)
 
 
-def _library(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
-    shape = (x.shape[1], 1, kernel_size, kernel_size)
-    return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
-
-
 @tunable(
     CONFIGS,
     heuristic,
     problem=lambda grad, x, kernel_size: problem_of(x, kernel_size, weight_gradient=True),
-    reference=lambda grad, x, kernel_size: _library(*at_least_float32(grad, x), kernel_size),
+    reference=lambda grad, x, kernel_size: eager.weight_gradient(*at_least_float32(grad, x), kernel_size),
     name="depthwise_weight_gradient",
 )
 def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config) -> Tensor:
     """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
     batch, channels, height, width = x.shape
     if config.library or (x.dtype == torch.float64 and not interpreting()):
-        return _library(grad, x, kernel_size)
+        return eager.weight_gradient(grad, x, kernel_size)
     if x.numel() == 0:
         return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
     check_size(x)

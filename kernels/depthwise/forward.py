@@ -37,13 +37,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
 from kernels.backend import interpreting
+from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, Problem, heuristic, tile_shape
 from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows, rows_of, vector_of
 from kernels.dtypes import at_least_float32, precision
 from kernels.launch import ceil_divide, launch
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_map
 from kernels.tuning import tunable
 from kernels.views import View, view
 
@@ -172,16 +172,9 @@ def problem_of(x: Tensor, kernel_size: int, weight_gradient: bool = False) -> Pr
     return Problem(batch, channels, height * width, kernel_size, tile_width, span, x.dtype, weight_gradient, copied)
 
 
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
-    """PyTorch's own convolution, in the memory order of x."""
-    out = reference.depthwise_conv2d(x, weight.flip(2, 3) if flipped else weight, bias)
-    target = empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
-    return out if out.stride() == target.stride() else target.copy_(out)
-
-
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
     x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
-    return _library(x, weight, biases[0] if biases else None, flipped)
+    return eager.convolve(x, weight, biases[0] if biases else None, flipped)
 
 
 @tunable(
@@ -196,12 +189,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
 
     ``flipped`` takes weight[c, K−1−k] instead: the gradient of x is the flipped convolution of the gradient of out.
     """
-    if config.library or (
-        x.dtype == torch.float64 and not interpreting()
-    ):  # Triton's products in float64 are not everywhere
-        return _library(x, weight, bias, flipped)
+    if config.library or (x.dtype == torch.float64 and not interpreting()):  # not every GPU has products in float64
+        return eager.convolve(x, weight, bias, flipped)
     if x.numel() == 0:
-        return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+        return empty_like_map(x)
     batch, channels, height, width = x.shape
     kernel_size = weight.shape[-1]
     check_size(x)

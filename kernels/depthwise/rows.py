@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_map
 from kernels.views import view
 
 BLOCK_PIXELS, BLOCK_CHANNELS = (1024, 64) if interpreting() else (64, 64)
@@ -107,7 +107,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def in_layout_of(x: Tensor, rows: Tensor) -> Tensor:
     """Rows in the shape and memory order of x: themselves, or a copy."""
-    target = empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+    target = empty_like_map(x)
     if (target.shape, target.stride()) == (rows.shape, rows.stride()):
         return rows
     _copy(rows, target, to_rows=False)

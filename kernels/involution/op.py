@@ -12,7 +12,7 @@ from kernels.aggregation.op import aggregate, algebra
 from kernels.backend import get_backend, interpreting, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
 from kernels.involution import generate
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, empty_like_map
 from kernels.registration import WINDOW, fields_of, once_differentiable, operator, window_of, without_autocast
 from kernels.windows import Pair, Window
 
@@ -183,7 +183,7 @@ def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, pad
 
 @_generate_backward.register_fake
 def _(grad, x, features, weight, *_):
-    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
+    grad_features = empty_like_map(features)
     grads = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
     return empty_like_layout(x, x.shape), grad_features, *grads
 
