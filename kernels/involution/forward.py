@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kernels.aggregation import eager
 from kernels.aggregation.configs import CONFIGS, Config, Problem, heuristic
-from kernels.aggregation.rows import problem_of, weighted_sum, weighted_sum_kernel
+from kernels.aggregation.rows import weighted_sum, weighted_sum_kernel
+from kernels.aggregation.tiles import problem_of
 from kernels.dtypes import at_least_float32
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
