@@ -72,6 +72,13 @@ def once_differentiable(backward: CustomOpDef, name: str) -> None:
     backward.register_autograd(refuse)
 
 
+def gradients(ctx: Any, *functions: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+    """The first arguments' gradients, each computed if somebody wants it, and None for all other arguments."""
+    wanted = ctx.needs_input_grad
+    found = [function() if wants else None for function, wants in zip(functions, wanted, strict=False)]
+    return *found, *[None] * (len(wanted) - len(found))
+
+
 def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:
     """The window of a schema's arguments."""
     stride, padding, dilation, clamped = fields[:4]

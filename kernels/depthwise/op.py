@@ -20,7 +20,7 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
 from kernels.depthwise import eager
 from kernels.layout import empty_like_map
-from kernels.registration import operator, without_autocast
+from kernels.registration import gradients, operator, without_autocast
 
 LARGEST_KERNEL = 31
 
@@ -101,25 +101,24 @@ def _save(ctx, inputs, output):
 
 
 def _convolution_backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    flipped, backend = ctx.option, ctx.backend
+    (x, weight), flipped, backend = ctx.saved_tensors, ctx.option, ctx.backend
     # Flipped, output i meets weight k at i + K//2 − k: input and output change places.
     factors = (x, grad) if flipped else (grad, x)
-    wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-    return (
-        _convolve(grad, weight, None, not flipped, backend) if wants_x else None,
-        _weight_gradient(*factors, weight.shape[-1], backend) if wants_weight else None,
-        grad.sum((0, 2, 3)) if wants_bias else None,
-        None,
-        None,
+    return gradients(
+        ctx,
+        lambda: _convolve(grad, weight, None, not flipped, backend),
+        lambda: _weight_gradient(*factors, weight.shape[-1], backend),
+        lambda: grad.sum((0, 2, 3)),
     )
 
 
 def _weight_gradient_backward(ctx, grad_weight):
-    grad, x = ctx.saved_tensors
-    grad_grad = _convolve(x, grad_weight, None, False, ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_x = _convolve(grad, grad_weight, None, True, ctx.backend) if ctx.needs_input_grad[1] else None
-    return grad_grad, grad_x, None, None
+    (grad, x), backend = ctx.saved_tensors, ctx.backend
+    return gradients(
+        ctx,
+        lambda: _convolve(x, grad_weight, None, False, backend),
+        lambda: _convolve(grad, grad_weight, None, True, backend),
+    )
 
 
 _convolve.register_autograd(_convolution_backward, setup_context=_save)
