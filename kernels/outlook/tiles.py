@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dtypes import precision
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.outlook.configs import Config, Problem
 
@@ -154,8 +156,26 @@ def sizes_of(logits: Tensor, value: Tensor) -> Sizes:
     return sizes
 
 
-def blocks(sizes: Sizes, config: Config) -> tuple[int, int, int]:
-    """Windows and heads of a program, and how many programs share the channels."""
+def by_head(image: Tensor, heads: int) -> Tensor:
+    """[B, H, W, C] as [B, H, W, heads, C/heads]."""
+    return image.unflatten(3, (heads, -1))
+
+
+def common_arguments(logits: Tensor, windows: Windows, config: Config, *images: Tensor) -> tuple[dict[str, Any], int]:
+    """What the kernels take of logits and images [B, H, W, heads, D], and how many programs share the channels."""
+    sizes = sizes_of(logits, images[0].flatten(3))
     heads = min(config.block_heads, next_power_of_2(sizes.heads))
-    windows = min(config.block_items // heads, next_power_of_2(sizes.windows))
-    return windows, heads, ceil_divide(sizes.windows, windows) * ceil_divide(sizes.heads, heads)
+    block = min(config.block_items // heads, next_power_of_2(sizes.windows))
+    arguments = {
+        "logits_ptr": logits,
+        "sizes": sizes,
+        "scale": windows.scale * math.log2(math.e),
+        "KERNEL": windows.kernel_size,
+        "STRIDE": windows.stride,
+        "PADDING": windows.padding,
+        **precision(*(tensor[None, None] for tensor in (logits, *images))),
+        "BLOCK_WINDOWS": block,
+        "BLOCK_HEADS": heads,
+        "BLOCK_CHANNELS": config.block_channels,
+    }
+    return arguments, ceil_divide(sizes.windows, block) * ceil_divide(sizes.heads, heads)
