@@ -77,15 +77,9 @@ def window_start(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr)
 
 @triton.jit
 def neighbour(
-    o_output,
-    o_step,
-    length,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    CLAMPED: tl.constexpr,
-):
+    o_output, o_step, length,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, CLAMPED: tl.constexpr,
+):  # fmt: skip
     """Window position ``o_step`` of output ``o_output``: (input position, whether it is inside the input)."""
     if CLAMPED:
         o_input = window_start(o_output, length, KERNEL, DILATION) + o_step * DILATION
@@ -96,16 +90,9 @@ def neighbour(
 
 @triton.jit
 def inverse_neighbour(
-    o_input,
-    o_step,
-    length,
-    output_length,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    CLAMPED: tl.constexpr,
-):
+    o_input, o_step, length, output_length,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, CLAMPED: tl.constexpr,
+):  # fmt: skip
     """Candidate ``o_step`` for an output whose window holds ``o_input``: (output, window position, whether it does)."""
     if CLAMPED:
         residue = o_input % DILATION
