@@ -32,6 +32,9 @@ no other image and no other channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -172,6 +175,29 @@ def problem_of(x: Tensor, kernel_size: int, weight_gradient: bool = False) -> Pr
     return Problem(batch, channels, height * width, kernel_size, tile_width, span, x.dtype, weight_gradient, copied)
 
 
+def common_arguments(x: Tensor, rows: Sequence[Tensor], kernel_size: int, config: Config) -> dict[str, Any]:
+    """What the kernels of both passes take of a map x and two maps in rows."""
+    (height, width), vector = x.shape[2:], vector_of(x)
+    tile_width, span = tile_shape(kernel_size, width)
+    return {
+        "channels": x.shape[1],
+        "height": height,
+        "width": rows[0].shape[3] // vector,
+        "tiles_h": ceil_divide(height, config.tile_height),
+        "tiles_w": ceil_divide(width, tile_width),
+        "KERNEL": kernel_size,
+        "VECTOR": vector,
+        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
+        **precision(*(tensor.transpose(0, 1)[None] for tensor in rows)),
+        "TILE_HEIGHT": config.tile_height,
+        "TILE_WIDTH": tile_width,
+        "SPAN": span,
+        "BLOCK_TILES": config.block_tiles,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_CHANNELS": config.block_channels,
+    }
+
+
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
     x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
     return eager.convolve(x, weight, biases[0] if biases else None, flipped)
@@ -193,41 +219,23 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
         return eager.convolve(x, weight, bias, flipped)
     if x.numel() == 0:
         return empty_like_map(x)
-    batch, channels, height, width = x.shape
-    kernel_size = weight.shape[-1]
     check_size(x)
     source, out = rows_of(x), new_rows(x)
-    tile_width, span = tile_shape(kernel_size, width)
-    tiles_h, tiles_w = ceil_divide(height, config.tile_height), ceil_divide(width, tile_width)
-    tiles = batch * tiles_h * tiles_w
-    rows = config.tile_height + kernel_size - 1 + config.block_rows - 1
-    band = band_of(weight, flipped, rows, config, tile_width, span)
+    common = common_arguments(x, (out, source), weight.shape[-1], config)
+    tiles = x.shape[0] * common["tiles_h"] * common["tiles_w"]
+    rows = config.tile_height + weight.shape[-1] - 1 + config.block_rows - 1
+    band = band_of(weight, flipped, rows, config, common["TILE_WIDTH"], common["SPAN"])
     # One program per (block of tiles, block of channels), tiles fastest: they share the band.
-    grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(channels, config.block_channels),)
-    vector = vector_of(x)
+    grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(x.shape[1], config.block_channels),)
     arguments = {
         "x": in_vectors(source),
         "band_ptr": band,
         "bias": View(out) if bias is None else view(bias, "c"),
         "out": in_vectors(out),
-        "channels": channels,
-        "height": height,
-        "width": out.shape[3] // vector,
+        **common,
         "tiles": tiles,
-        "tiles_h": tiles_h,
-        "tiles_w": tiles_w,
-        "KERNEL": kernel_size,
         "BAND_ROWS": band.shape[2],
-        "VECTOR": vector,
         "HAS_BIAS": bias is not None,
-        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
-        **precision(*(t.transpose(0, 1)[None] for t in (source, out))),
-        "TILE_HEIGHT": config.tile_height,
-        "TILE_WIDTH": tile_width,
-        "SPAN": span,
-        "BLOCK_TILES": config.block_tiles,
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_CHANNELS": config.block_channels,
     }
     stages = min(config.num_stages, 3) if torch.version.hip else config.num_stages  # 64 KiB of shared memory on AMD's
     launch(_convolution_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
