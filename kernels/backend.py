@@ -13,8 +13,6 @@ process's choice. An operator records the backend that its forward pass saw, and
 threads of PyTorch's own, uses that one.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import math

@@ -3,8 +3,6 @@
 An argument is checked by its own name before it is used to judge another.
 """
 
-from __future__ import annotations
-
 import functools
 import numbers
 from collections.abc import Sequence

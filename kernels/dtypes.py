@@ -1,7 +1,5 @@
 """Which types a kernel computes in, one rule for all operators."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

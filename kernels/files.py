@@ -1,7 +1,5 @@
 """Writing files: at any moment, also after a kill, a reader finds the old content or the new, never half of one."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import json

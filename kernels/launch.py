@@ -4,8 +4,6 @@
 compiled ahead, for any architecture, from the very arguments its launcher computes.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Iterator

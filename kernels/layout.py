@@ -6,8 +6,6 @@ image last (B, H, W, G, channels: ``torch.channels_last``). An output takes the 
 that a permuted view handed in comes back as the same permuted view, without a copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -12,8 +12,6 @@ that would have threads fight for the interpreter's lock; after it, it computes.
 PyTorch for the first time: one that does so during another's eager call runs on one thread from then on.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import threading

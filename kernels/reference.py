@@ -5,8 +5,6 @@ They are also what people run today where no kernel installs: unfold (or gather)
 at K*K times the memory of the input. They check nothing; the public functions of ``kernels`` do.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -6,8 +6,6 @@ because the backward pass must run what the forward pass ran, and it comes when 
 thread of PyTorch's own.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

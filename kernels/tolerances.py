@@ -3,8 +3,6 @@
 Tests hold every operator against its float64 definition by it, the tuner every config, a benchmark what it times.
 """
 
-from __future__ import annotations
-
 import torch
 
 # Of an operator, by dtype: outputs, whose sums run in float32 at least, and gradients or both together.

@@ -1,7 +1,5 @@
 """A tensor as a kernel sees it: one argument that holds a pointer and a stride for each axis it names."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

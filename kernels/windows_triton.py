@@ -17,8 +17,6 @@ A *step* enumerates what one position exchanges values with. Forward, step k is 
 Inverse, the steps of an input run over the outputs that may reach it, at most ``inverse_steps`` of them.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

@@ -1,7 +1,5 @@
 """Which tile the algebra's kernels work on, rows that slide or gathers: the one place where it is decided."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

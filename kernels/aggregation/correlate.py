@@ -3,8 +3,6 @@
 # Triton's constexpr and the values inside a kernel are opaque to a type checker; a tuple takes no star there.
 """correlate for zero-padded windows: rows that slide over registers (see ``tiles``)."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

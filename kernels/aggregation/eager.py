@@ -16,8 +16,6 @@ several times quicker on small ones, whose rows are too short for vector loops; 
 every memory layout alike; and the bands of a step, its only large buffer, stay in the processor's cache.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable

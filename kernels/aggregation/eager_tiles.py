@@ -5,8 +5,6 @@ three (clamped rule: both borders stand still, the middle moves). A dilated wind
 class of positions, so below the dilation is 1 and positions are counted within their class.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The algebra's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -13,8 +13,6 @@ their neighbours, which L1 and L2 serve; the dynamic kernel itself is read exact
 windows that many outputs share are dense matrix products instead (``neighborhood.shared``).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -8,8 +8,6 @@ Shapes: w [B, G, Kh, Kw, H', W'], x [B, G, C, H, W], g [B, G, C, H', W']; any st
 differentiation, so every higher derivative exists and runs on the same kernels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from types import ModuleType

@@ -10,8 +10,6 @@ Per output pixel and group aggregate reads K² weights and C values and writes C
 issues C·K²/32 multiply-adds for it and half as many conversions, loads and moves, which bind where memory does not.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -13,8 +13,6 @@ groups times window rows (Kh, padded). Taken apart it is S·Q blocks [P, G, 1]. 
 (q + k·dilation) mod Q: then its window rows come from two or three source rows only, and so from adjacent addresses.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

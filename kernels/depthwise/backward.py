@@ -9,8 +9,6 @@ Gradient tiles are multiplied by the input rows under them, summed over tiles; t
 i − r and j − p of the product. A value may reach every entry of its own channel, whether finite or not.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Configs of the depthwise kernels, and which one a problem gets where nothing was tuned."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -15,8 +15,6 @@ to one small matrix product per channel for the others, 10 to 100 times slower. 
 Every other device, dtype or build takes PyTorch's convolution as it is.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

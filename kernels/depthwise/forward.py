@@ -30,8 +30,6 @@ A value of x that is not finite may reach any output of its own image and channe
 no other image and no other channel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ The two registered operators run the Triton kernels, or PyTorch's convolution wh
 is quick, and are closed under differentiation; where it needs no steering the eager path is PyTorch's operator itself.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

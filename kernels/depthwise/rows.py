@@ -7,8 +7,6 @@
 copy between channels last and channels first reads, or writes, one element per 32-byte sector.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

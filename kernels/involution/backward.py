@@ -5,8 +5,6 @@ dkernel = correlate(dout, x), at most 96 MB of it at a time: [pixels, Kw·G·S] 
 dfeatures = dkernel @ weight and [dweight, dbias] = dkernelᵀ @ [features, 1], two plain matrix products.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

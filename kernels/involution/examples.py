@@ -1,7 +1,5 @@
 """Involution's launchers with random inputs of a given problem: how stored configs are checked."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

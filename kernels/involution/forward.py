@@ -7,8 +7,6 @@ reduction by 4 some 36 elements instead of 130. Multiply-adds: R·K² on tensor 
 The kernel is aggregation's (``aggregation.rows``), forward and transposed.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -4,8 +4,6 @@ kernel[b, :, i] = weight @ features[b, :, i] + bias is a matrix product of one i
 computes the kernels of a few images, uses them and forgets them; the backward pass computes them again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Involution: a convolution whose kernel belongs to the pixel and is shared by the channels of a group."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula

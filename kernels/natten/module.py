@@ -1,7 +1,5 @@
 """NATTEN 0.17's ``NeighborhoodAttention2D``: the same arguments, state-dict names and numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -9,8 +9,6 @@ It leaves log2 Σ_s exp2 of every row, by which the gradient of value knows p fr
 a window's sources stay in registers while its targets are taken one after the other.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

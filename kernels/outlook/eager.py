@@ -5,8 +5,6 @@
 A step takes as many windows as a cache holds copied out: K²/stride² times their part of the map.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from typing import NamedTuple

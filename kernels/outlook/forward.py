@@ -20,8 +20,6 @@ A value reaches the outputs of the windows that hold its pixel, of its own head 
 one that is not finite.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

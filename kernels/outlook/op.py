@@ -1,7 +1,5 @@
 """Outlook attention: every window's values mixed by weights computed from its centre, overlapping windows summed."""
 
-from __future__ import annotations
-
 import math
 import numbers
 

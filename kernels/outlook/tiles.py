@@ -3,8 +3,6 @@
 # Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """What the kernels of outlook attention share: a program's tile, and rows of weights taken apart into registers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

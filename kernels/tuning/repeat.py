@@ -9,8 +9,6 @@ That holds for a launcher that allocates its outputs and launches one kernel; th
 does more, such as copying a tensor or zeroing an output, runs as it is written every time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

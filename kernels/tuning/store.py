@@ -6,8 +6,6 @@ version and the kernel's code it was tuned with. Nothing a file can contain stop
 costs one warning, and the heuristics serve instead.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
