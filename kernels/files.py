@@ -33,12 +33,10 @@ def writing(path: PathLike) -> Iterator[None]:
     """Around writes to ``path``: the system's refusals become a ``WriteError`` that names it."""
     try:
         yield
+    except filelock.Timeout:  # somebody else writes there
+        raise
     except OSError as error:
-        raise _write_error(error, path) from error
-
-
-def _write_error(error: OSError, path: PathLike) -> WriteError:
-    return WriteError(error.errno, error.strerror or str(error), os.fspath(path))
+        raise WriteError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
 def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], object]) -> None:
@@ -97,14 +95,11 @@ def locked(path: PathLike, seconds: float) -> Iterator[None]:
         WriteError: the lock file cannot be made.
     """
     lock = filelock.FileLock(path, timeout=seconds)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise
-    except NotImplementedError:
-        warnings.warn(f"the file system of {path} knows no locks: other processes are not kept out", stacklevel=3)
-    except OSError as error:
-        raise _write_error(error, path) from error
+    with writing(path):
+        try:
+            lock.acquire()
+        except NotImplementedError:
+            warnings.warn(f"the file system of {path} knows no locks: other processes are not kept out", stacklevel=3)
     try:
         yield
     finally:

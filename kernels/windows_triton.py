@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+# Triton's constexpr and the values inside a kernel are opaque to a type checker, here and in every file with kernels.
 """The two window rules of ``windows`` as Triton helpers, along one axis and in both directions.
 
 Vocabulary of every kernel in this repository:

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """The algebra for windows that do not slide: clamped ones, and those too large for ``rows``. Two kernels.
 
 A gather that sums (aggregate, transpose) and one that multiplies (correlate). ``transpose`` is ``aggregate`` read from

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker; a tuple takes no star there.
 """aggregate and transpose for zero-padded windows: rows that slide over registers (see ``tiles``).
 
 They are one kernel. The dynamic kernel is read from memory, or generated (``involution.forward``):

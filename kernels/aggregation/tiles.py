@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker; a tuple takes no star there.
 """Rows that slide over registers: what the kernels for zero-padded windows share.
 
 A program owns R rows of P columns, all channels of G groups. The columns of all images lie on one axis, so that no

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """The weight gradient of a depthwise convolution: the products of ``forward`` transposed.
 
     gradient[c, k] = Σ_{b,i} grad[b, c, i] · x[b, c, i − K//2 + k]

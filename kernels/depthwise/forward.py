@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Depthwise convolution as matrix products with banded weights; ``backward`` transposes them for the weight gradient.
 
 A *tile* is TILE_HEIGHT x TILE_WIDTH outputs of one channel, under which lie TILE_HEIGHT + K − 1 input rows of SPAN

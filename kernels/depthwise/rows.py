@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Maps copied into aligned rows and back, tile by tile, so that reads and writes are both contiguous.
 
 *Rows* are channels first, [B, C, H, pitch]: every row begins at a multiple of 16 bytes and ends in zeros. PyTorch's own
