@@ -149,7 +149,7 @@ def grad_logits(
     statistics = torch.empty(logits.shape[:5], dtype=accumulator_dtype(value.dtype), device=value.device)
     target = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     images = by_head(value, logits.shape[3]), by_head(grad_out, logits.shape[3])
-    common, programs = common_arguments(logits, windows, config, *images)
+    common, programs = common_arguments(logits, value, windows, config, *images)
     arguments = {
         **common,
         "value": view(images[0], "b h w g c"),

@@ -219,7 +219,7 @@ def mix(logits: Tensor, source: Tensor, statistics: Tensor | None, windows: Wind
     """Sums over windows of p times source, or of p transposed where the logits' statistics are given."""
     target = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     images = by_head(source, logits.shape[3]), by_head(target, logits.shape[3])
-    common, programs = common_arguments(logits, windows, config, *images)
+    common, programs = common_arguments(logits, source, windows, config, *images)
     (kernel_size, stride, padding, _), sizes = windows, common["sizes"]
     arguments = {
         **common,

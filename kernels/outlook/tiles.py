@@ -158,9 +158,11 @@ def by_head(image: Tensor, heads: int) -> Tensor:
     return image.unflatten(3, (heads, -1))
 
 
-def common_arguments(logits: Tensor, windows: Windows, config: Config, *images: Tensor) -> tuple[dict[str, Any], int]:
+def common_arguments(
+    logits: Tensor, value: Tensor, windows: Windows, config: Config, *images: Tensor
+) -> tuple[dict[str, Any], int]:
     """What the kernels take of logits and images [B, H, W, heads, D], and how many programs share the channels."""
-    sizes = sizes_of(logits, images[0].flatten(3))
+    sizes = sizes_of(logits, value)
     heads = min(config.block_heads, next_power_of_2(sizes.heads))
     block = min(config.block_items // heads, next_power_of_2(sizes.windows))
     arguments = {
