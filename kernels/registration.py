@@ -70,6 +70,24 @@ def once_differentiable(backward: CustomOpDef, name: str) -> None:
     backward.register_autograd(refuse)
 
 
+def derivative(forward: CustomOpDef, backward: CustomOpDef, tensors: int, name: str) -> None:
+    """Make ``backward(grad, *arguments)``, one gradient per tensor, the only derivative of ``forward(*arguments)``,
+    whose first arguments are so many tensors or None."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
+        grads = backward(grad, *saved, *ctx.options)
+        found = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=True)]
+        return *found, *[None] * len(ctx.options)
+
+    forward.register_autograd(differentiate, setup_context=save)
+    once_differentiable(backward, name)
+
+
 def gradients(ctx: Any, *functions: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
     """The first arguments' gradients, each computed if somebody wants it, and None for all other arguments."""
     wanted = ctx.needs_input_grad
