@@ -6,7 +6,8 @@ to one small matrix product per channel for the others, 10 to 100 times slower. 
 - Channels-first input has a quick forward kernel up to K = 13 only, channels-last input for every K. So from K = 15 on
   the input goes through channels-last.
 - Channels-last with K = 11 or 13 runs an unrolled kernel two to nine times slower than the one for K = 15: zeros around
-  the weight make it 15. Where these carry a NaN or infinity too far, the convolution is repeated without them.
+  the weight make it 15. Where these carry a NaN or infinity too far, the convolution is repeated without them;
+  inference in compiled code cannot look, and there one reaches as far as K = 15 does.
 - There is no quick weight gradient. But image by image it is a depthwise convolution too, of the input with the
   output's gradient as a kernel as large as the map, and that one is quick.
 - float16 and bfloat16 have no quick kernels without hardware support, and sums in them would be rounded: they are
@@ -49,20 +50,21 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
     ``flipped`` takes weight[c, K−1−k] instead.
     """
     weight = weight.flip(2, 3) if flipped else weight
-    steered = is_steered(x, weight.shape[-1])
-    out = (_steered if steered else reference.depthwise_conv2d)(x, weight, bias)
+    out = (steered if is_steered(x, weight.shape[-1]) else reference.depthwise_conv2d)(x, weight, bias)
     target = empty_like_map(x)
     return out if out.stride() == target.stride() else target.copy_(out)
 
 
-def _steered(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def steered(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution by the quickest route."""
     if x.dtype != torch.float32:
-        return _steered(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return steered(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     kernel_size = weight.shape[-1]
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if channels_last and kernel_size in (11, 13):
-        out = reference.depthwise_conv2d(x, alone(F.pad)(weight, ((BLOCKED_KERNEL - kernel_size) // 2,) * 4), bias)
-        if math.isfinite(alone(out.sum)().item()):
+        margins, compiling = ((BLOCKED_KERNEL - kernel_size) // 2,) * 4, torch.compiler.is_compiling()
+        out = reference.depthwise_conv2d(x, (F.pad if compiling else alone(F.pad))(weight, margins), bias)
+        if compiling or type(out) is not Tensor or math.isfinite(alone(out.sum)().item()):
             return out
     if not channels_last and kernel_size >= BLOCKED_KERNEL:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -58,8 +58,12 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if bias is not None:
         check_shape("bias", bias, "C", C=x.shape[1])
     backend = get_backend()
-    if backend == "reference" or (resolve(backend, x) == "eager" and not eager.is_steered(x, kernel_size)):
+    on_eager = backend != "reference" and resolve(backend, x) == "eager"
+    if backend == "reference" or (on_eager and not eager.is_steered(x, kernel_size)):
         return without_autocast(reference.depthwise_conv2d)(x, weight, bias)
+    differentiated = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    if on_eager and not (differentiated and torch.is_grad_enabled()):  # exported, these are PyTorch's operators alone
+        return without_autocast(eager.steered)(x, weight, bias)
     return _convolve(x, weight, bias, False, backend)
 
 
