@@ -162,7 +162,9 @@ def _correlate_kernel(
         )
 
 
-def _arguments(source: Tensor, outputs: Tensor, window: Window, config: Gather, *others: Tensor) -> dict[str, Any]:
+def _common_arguments(
+    source: Tensor, outputs: Tensor, window: Window, config: Gather, *others: Tensor
+) -> dict[str, Any]:
     """What both kernels take alike, of maps [B, G, C, H, W]."""
     _, groups, channels, height, width = outputs.shape
     return {
@@ -188,7 +190,7 @@ def _gather_sum(
         "weight": view(weight, KERNEL_AXES),
         "source": view(source, "b g c h w"),
         "out": view(out, "b g c h w"),
-        **_arguments(source, out, window, config, weight),
+        **_common_arguments(source, out, window, config, weight),
         "TRANSPOSED": transposed,
         "STEPS_H": steps[0],
         "STEPS_W": steps[1],
@@ -251,7 +253,7 @@ def gather_correlate(g: Tensor, x: Tensor, window: Window, *, config: Gather) ->
         "g": view(g, "b g c h w"),
         "x": view(x, "b g c h w"),
         "out": view(out, KERNEL_AXES),
-        **_arguments(x, g, window, config, out),
+        **_common_arguments(x, g, window, config, out),
     }
     launch(_correlate_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return out
