@@ -22,7 +22,7 @@ from kernels.aggregation.tiles import (
     tap_of,
     turned,
     wide,
-)  # fmt: skip
+)
 from kernels.dtypes import at_least_float32
 from kernels.launch import launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_kernel_layout

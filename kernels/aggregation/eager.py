@@ -219,26 +219,14 @@ class Bands:
         self, bands: Tensor, leading: tuple[int, int, int], rows: Tiles, columns: Tiles
     ) -> list[tuple[Tensor, Run, Run]]:
         """[n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs."""
-        each, j, i = bands.stride()
-        _, batch, groups = leading
-        return [
-            (
-                bands.as_strided(
-                    (*leading, *self._kernel_size, r.count, c.count),
-                    (
-                        *(batch * groups * each, groups * each, each),
-                        *(columns.span * j, j),
-                        *(r.slope * columns.span * j + columns.count * i, c.slope * j + i),
-                    ),
-                    bands.storage_offset()
-                    + (r.begin * columns.span + c.begin) * j
-                    + (r.first * columns.count + c.first) * i,
-                ),
-                r,
-                c,
-            )
-            for r, c in product(rows.runs, columns.runs)
-        ]
+        (each, j, i), (_, batch, groups), found = bands.stride(), leading, []
+        for r, c in product(rows.runs, columns.runs):
+            size = *leading, *self._kernel_size, r.count, c.count
+            steps = r.slope * columns.span * j + columns.count * i, c.slope * j + i
+            strides = batch * groups * each, groups * each, each, columns.span * j, j, *steps
+            begin = (r.begin * columns.span + c.begin) * j + (r.first * columns.count + c.first) * i
+            found.append((bands.as_strided(size, strides, bands.storage_offset() + begin), r, c))
+        return found
 
 
 @alone

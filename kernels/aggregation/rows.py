@@ -2,8 +2,8 @@
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """aggregate and transpose for zero-padded windows: rows that slide over registers (see ``tiles``).
 
-They are one kernel. The dynamic kernel is read from memory, or generated (``involution.forward``):
-the taps of a step are then a matrix product of features [Q·P, R] with one column of the windows' weights [R, G·S].
+They are one kernel. The dynamic kernel is read from memory, or generated (``involution.forward``): the taps of a step
+are then a matrix product of features [Q·P, R] with one column of the windows' weights [R, G·S].
 
 Per output pixel and group aggregate reads K² weights and C values and writes C, generated R/G and C values; a warp
 issues C·K²/32 multiply-adds for it and half as many conversions, loads and moves, which bind where memory does not.
@@ -28,7 +28,7 @@ from kernels.aggregation.tiles import (
     sources,
     turned,
     unstack,
-)  # fmt: skip
+)
 from kernels.dtypes import at_least_float32, precision, upcast
 from kernels.launch import launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_like_layout

@@ -32,7 +32,7 @@ from kernels.outlook.tiles import (
     stack,
     tile_of,
     unstack,
-)  # fmt: skip
+)
 from kernels.tuning import tunable
 from kernels.views import view
 

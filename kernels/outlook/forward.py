@@ -40,7 +40,7 @@ from kernels.outlook.tiles import (
     softmax,
     tile_of,
     unstack,
-)  # fmt: skip
+)
 from kernels.tuning import tunable
 from kernels.views import view
 
