@@ -89,10 +89,9 @@ def derivative(forward: CustomOpDef, backward: CustomOpDef, tensors: int, name: 
 
 
 def gradients(ctx: Any, *functions: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
-    """The first arguments' gradients, each computed if somebody wants it, and None for all other arguments."""
-    wanted = ctx.needs_input_grad
-    found = [function() if wants else None for function, wants in zip(functions, wanted, strict=False)]
-    return *found, *[None] * (len(wanted) - len(found))
+    """The first arguments' gradients, each computed if somebody wants it, and None for the rest of ``ctx.number``."""
+    found = [function() if wants else None for function, wants in zip(functions, ctx.needs_input_grad, strict=False)]
+    return *found, *[None] * (ctx.number - len(found))
 
 
 def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:

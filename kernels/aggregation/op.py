@@ -73,7 +73,7 @@ def _(weight, g, input_size, *_):
 def _save(ctx, inputs, output):
     """Both tensor arguments come first, the window's fields and the backend last."""
     ctx.save_for_backward(*inputs[:2])
-    ctx.fields = inputs[-5:]
+    ctx.fields, ctx.number = inputs[-5:], len(inputs)
 
 
 def _aggregate_backward(ctx, grad):

@@ -99,7 +99,7 @@ def _(grad, x, kernel_size, backend):
 def _save(ctx, inputs, output):
     """Both tensor arguments that a derivative needs come first, the backend last."""
     ctx.save_for_backward(*inputs[:2])
-    *_, ctx.option, ctx.backend = inputs
+    (*_, ctx.option, ctx.backend), ctx.number = inputs, len(inputs)
 
 
 def _convolution_backward(ctx, grad):
