@@ -13,8 +13,6 @@ process's choice. An operator records the backend that its forward pass saw, and
 threads of PyTorch's own, uses that one.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import math
@@ -27,8 +25,6 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-__all__ = ["BACKENDS", "get_backend", "resolve", "set_backend", "transforming", "use_backend"]
 
 BACKENDS = ("auto", "triton", "eager", "reference")
 

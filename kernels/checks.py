@@ -3,8 +3,6 @@
 An argument is checked by its own name before it is used to judge another.
 """
 
-from __future__ import annotations
-
 import functools
 import numbers
 from collections.abc import Sequence
@@ -14,8 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels.windows import Pair
-
-__all__ = ["as_int", "as_pair", "check_shape", "check_tensors", "check_window_fits", "odd_int", "odd_pair"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Kernels count positions in 32 bits.

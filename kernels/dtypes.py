@@ -1,7 +1,5 @@
 """Which types a kernel computes in, one rule for all operators."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,8 +7,6 @@ from torch import Tensor
 
 from kernels.backend import interpreting
 from kernels.launch import fits_int32
-
-__all__ = ["accumulator", "accumulator_dtype", "at_least_float32", "precision", "upcast"]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

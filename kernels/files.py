@@ -1,7 +1,5 @@
 """Writing files: at any moment, also after a kill, a reader finds the old content or the new, never half of one."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import json
@@ -20,8 +18,6 @@ try:
 except ImportError:  # Windows, where nobody can delete a file that a writer has open
     fcntl = None
 
-__all__ = ["WriteError", "atomic_write", "locked", "write_json", "writing"]
-
 PathLike = str | os.PathLike[str]
 
 
@@ -37,12 +33,10 @@ def writing(path: PathLike) -> Iterator[None]:
     """Around writes to ``path``: the system's refusals become a ``WriteError`` that names it."""
     try:
         yield
+    except filelock.Timeout:  # somebody else writes there
+        raise
     except OSError as error:
-        raise _write_error(error, path) from error
-
-
-def _write_error(error: OSError, path: PathLike) -> WriteError:
-    return WriteError(error.errno, error.strerror or str(error), os.fspath(path))
+        raise WriteError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
 def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], object]) -> None:
@@ -101,14 +95,11 @@ def locked(path: PathLike, seconds: float) -> Iterator[None]:
         WriteError: the lock file cannot be made.
     """
     lock = filelock.FileLock(path, timeout=seconds)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise
-    except NotImplementedError:
-        warnings.warn(f"the file system of {path} knows no locks: other processes are not kept out", stacklevel=3)
-    except OSError as error:
-        raise _write_error(error, path) from error
+    with writing(path):
+        try:
+            lock.acquire()
+        except NotImplementedError:
+            warnings.warn(f"the file system of {path} knows no locks: other processes are not kept out", stacklevel=3)
     try:
         yield
     finally:

@@ -4,8 +4,6 @@
 compiled ahead, for any architecture, from the very arguments its launcher computes.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Iterator
@@ -15,18 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-
-__all__ = [
-    "Launch",
-    "ceil_divide",
-    "fits_int32",
-    "launch",
-    "launch_again",
-    "next_power_of_2",
-    "record_launches",
-    "recording",
-    "watched_launches",
-]
 
 
 class Launch(NamedTuple):

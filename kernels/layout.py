@@ -6,14 +6,10 @@ image last (B, H, W, G, channels: ``torch.channels_last``). An output takes the 
 that a permuted view handed in comes back as the same permuted view, without a copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-__all__ = ["channels_fastest", "empty_kernel_layout", "empty_like_layout", "settled"]
 
 
 def channels_fastest(view: Tensor) -> bool:
@@ -42,6 +38,11 @@ def _empty(template: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Te
 def empty_like_layout(template: Tensor, shape: Sequence[int]) -> Tensor:
     """Dense, uninitialised tensor of ``shape`` in the memory order of ``template`` (of the same rank)."""
     return _empty(template, shape, _memory_order(template))
+
+
+def empty_like_map(x: Tensor) -> Tensor:
+    """Dense, uninitialised tensor like x [B, C, H, W], in its memory order."""
+    return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
 
 
 def empty_kernel_layout(g: Tensor, kernel_size: tuple[int, int]) -> Tensor:

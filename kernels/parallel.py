@@ -12,8 +12,6 @@ that would have threads fight for the interpreter's lock; after it, it computes.
 PyTorch for the first time: one that does so during another's eager call runs on one thread from then on.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import threading
@@ -23,8 +21,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-
-__all__ = ["Part", "Work", "alone", "in_turn", "over_maps"]
 
 # Multiply-adds that a thread should have to do: one to two milliseconds.
 WORTH_A_THREAD = 2**22

@@ -5,25 +5,12 @@ They are also what people run today where no kernel installs: unfold (or gather)
 at K*K times the memory of the input. They check nothing; the public functions of ``kernels`` do.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dtypes import accumulator_dtype
 from kernels.windows import Pair, Window
-
-__all__ = [
-    "contmix2d",
-    "depthwise_conv2d",
-    "involution2d",
-    "involution2d_generate",
-    "na2d_av",
-    "na2d_qk",
-    "na2d_softmax_av",
-    "outlook_attention2d",
-]
 
 
 def _pair(value: int | Pair) -> Pair:

@@ -6,8 +6,6 @@ because the backward pass must run what the forward pass ran, and it comes when 
 thread of PyTorch's own.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +17,6 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 from kernels.windows import Window
-
-__all__ = ["WINDOW", "fields_of", "once_differentiable", "operator", "window_of", "without_autocast"]
 
 WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
 
@@ -72,6 +68,30 @@ def once_differentiable(backward: CustomOpDef, name: str) -> None:
         )
 
     backward.register_autograd(refuse)
+
+
+def derivative(forward: CustomOpDef, backward: CustomOpDef, tensors: int, name: str) -> None:
+    """Make ``backward(grad, *arguments)``, one gradient per tensor, the only derivative of ``forward(*arguments)``,
+    whose first arguments are so many tensors or None."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
+        grads = backward(grad, *saved, *ctx.options)
+        found = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=True)]
+        return *found, *[None] * len(ctx.options)
+
+    forward.register_autograd(differentiate, setup_context=save)
+    once_differentiable(backward, name)
+
+
+def gradients(ctx: Any, *functions: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
+    """The first arguments' gradients, each computed if somebody wants it, and None for the rest of ``ctx.number``."""
+    found = [function() if wants else None for function, wants in zip(functions, ctx.needs_input_grad, strict=False)]
+    return *found, *[None] * (ctx.number - len(found))
 
 
 def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:

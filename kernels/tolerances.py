@@ -3,11 +3,7 @@
 Tests hold every operator against its float64 definition by it, the tuner every config, a benchmark what it times.
 """
 
-from __future__ import annotations
-
 import torch
-
-__all__ = ["CHAIN", "FOREIGN_FLOAT64", "GRADIENT", "LOGITS", "MODEL_GRADIENT", "OTHER_PRECISION", "OUTPUT"]
 
 # Of an operator, by dtype: outputs, whose sums run in float32 at least, and gradients or both together.
 OUTPUT = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -1,14 +1,10 @@
 """A tensor as a kernel sees it: one argument that holds a pointer and a stride for each axis it names."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl  # noqa: F401  (the interpreter looks for it in every module that holds a kernel)
 from torch import Tensor
-
-__all__ = ["View", "at", "view"]
 
 
 class View(NamedTuple):

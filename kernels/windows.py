@@ -22,8 +22,6 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Pair", "Window"]
-
 Pair = tuple[int, int]
 
 

@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+# Triton's constexpr and the values inside a kernel are opaque to a type checker, here and in every file with kernels.
 """The two window rules of ``windows`` as Triton helpers, along one axis and in both directions.
 
 Vocabulary of every kernel in this repository:
@@ -17,26 +17,12 @@ A *step* enumerates what one position exchanges values with. Forward, step k is 
 Inverse, the steps of an input run over the outputs that may reach it, at most ``inverse_steps`` of them.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from kernels.windows import Window
-
-__all__ = [
-    "Pixels",
-    "inverse_neighbour",
-    "inverse_steps",
-    "neighbour",
-    "offsets",
-    "pixels_of_window",
-    "relative_position",
-    "split_program",
-    "window_start",
-]
 
 
 def inverse_steps(window: Window, length: int, axis: int) -> int:
@@ -89,15 +75,9 @@ def window_start(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr)
 
 @triton.jit
 def neighbour(
-    o_output,
-    o_step,
-    length,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    CLAMPED: tl.constexpr,
-):
+    o_output, o_step, length,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, CLAMPED: tl.constexpr,
+):  # fmt: skip
     """Window position ``o_step`` of output ``o_output``: (input position, whether it is inside the input)."""
     if CLAMPED:
         o_input = window_start(o_output, length, KERNEL, DILATION) + o_step * DILATION
@@ -108,16 +88,9 @@ def neighbour(
 
 @triton.jit
 def inverse_neighbour(
-    o_input,
-    o_step,
-    length,
-    output_length,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    CLAMPED: tl.constexpr,
-):
+    o_input, o_step, length, output_length,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, CLAMPED: tl.constexpr,
+):  # fmt: skip
     """Candidate ``o_step`` for an output whose window holds ``o_input``: (output, window position, whether it does)."""
     if CLAMPED:
         residue = o_input % DILATION

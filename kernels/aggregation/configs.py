@@ -1,7 +1,5 @@
 """Which tile the algebra's kernels work on, rows that slide or gathers: the one place where it is decided."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,21 +12,6 @@ from kernels.backend import interpreting
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.layout import channels_fastest
 from kernels.windows import Pair, Window
-
-__all__ = [
-    "CONFIGS",
-    "GATHERS",
-    "Config",
-    "Gather",
-    "GatherProblem",
-    "Problem",
-    "correlate_heuristic",
-    "gather_heuristic",
-    "gather_problem",
-    "heuristic",
-    "slides",
-    "wide_gather_heuristic",
-]
 
 LARGEST_KERNEL, LARGEST_STRIDE, LARGEST_DILATION = 16, 4, 8
 

@@ -16,8 +16,6 @@ several times quicker on small ones, whose rows are too short for vector loops; 
 every memory layout alike; and the bands of a step, its only large buffer, stay in the processor's cache.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -32,17 +30,6 @@ from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.parallel import Work, alone, in_turn, over_maps
 from kernels.windows import Pair, Window
-
-__all__ = [
-    "Bands",
-    "Step",
-    "aggregate",
-    "as_matrices",
-    "correlate",
-    "multiply",
-    "steps_of",
-    "transpose",
-]
 
 # Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
 # steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
@@ -232,26 +219,14 @@ class Bands:
         self, bands: Tensor, leading: tuple[int, int, int], rows: Tiles, columns: Tiles
     ) -> list[tuple[Tensor, Run, Run]]:
         """[n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs."""
-        each, j, i = bands.stride()
-        _, batch, groups = leading
-        return [
-            (
-                bands.as_strided(
-                    (*leading, *self._kernel_size, r.count, c.count),
-                    (
-                        *(batch * groups * each, groups * each, each),
-                        *(columns.span * j, j),
-                        *(r.slope * columns.span * j + columns.count * i, c.slope * j + i),
-                    ),
-                    bands.storage_offset()
-                    + (r.begin * columns.span + c.begin) * j
-                    + (r.first * columns.count + c.first) * i,
-                ),
-                r,
-                c,
-            )
-            for r, c in product(rows.runs, columns.runs)
-        ]
+        (each, j, i), (_, batch, groups), found = bands.stride(), leading, []
+        for r, c in product(rows.runs, columns.runs):
+            size = *leading, *self._kernel_size, r.count, c.count
+            steps = r.slope * columns.span * j + columns.count * i, c.slope * j + i
+            strides = batch * groups * each, groups * each, each, columns.span * j, j, *steps
+            begin = (r.begin * columns.span + c.begin) * j + (r.first * columns.count + c.first) * i
+            found.append((bands.as_strided(size, strides, bands.storage_offset() + begin), r, c))
+        return found
 
 
 @alone

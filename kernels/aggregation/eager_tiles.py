@@ -5,8 +5,6 @@ three (clamped rule: both borders stand still, the middle moves). A dilated wind
 class of positions, so below the dilation is 1 and positions are counted within their class.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator
@@ -14,8 +12,6 @@ from itertools import groupby, product
 from typing import NamedTuple
 
 from kernels.windows import Pair, Window
-
-__all__ = ["Run", "Segment", "Tiles", "cut", "tile_size"]
 
 # Costs measured on a CPU in multiply-adds of a matrix product: of a step beyond its arithmetic (a dozen calls), of one
 # element of a product's smaller operand, of one row of a tile when a kernel row is copied.

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """The algebra for windows that do not slide: clamped ones, and those too large for ``rows``. Two kernels.
 
 A gather that sums (aggregate, transpose) and one that multiplies (correlate). ``transpose`` is ``aggregate`` read from
@@ -13,9 +12,8 @@ their neighbours, which L1 and L2 serve; the dynamic kernel itself is read exact
 windows that many outputs share are dense matrix products instead (``neighborhood.shared``).
 """
 
-from __future__ import annotations
-
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -33,17 +31,15 @@ from kernels.views import at, view
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, split_program
 
-__all__ = ["aggregate", "correlate", "transpose"]
-
 KERNEL_AXES = "b g c k h w"
 
 
 @triton.jit
 def _gather_sum_kernel(
     weight,  # [B, G, Kh, Kw, H', W'], Kh under ``c`` and Kw under ``k``
-    source,  # [B, G, C, source_height, source_width]: x, or the gradient of the output when TRANSPOSED
-    target,  # [B, G, C, target_height, target_width]
-    groups, channels, source_height, source_width, target_height, target_width,
+    source,  # [B, G, C, source_height, source_width]; the gradient of the output if TRANSPOSED
+    out,  # [B, G, C, height, width]
+    groups, channels, source_height, source_width, height, width,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     CLAMPED: tl.constexpr, TRANSPOSED: tl.constexpr, STEPS_H: tl.constexpr, STEPS_W: tl.constexpr,
@@ -51,14 +47,14 @@ def _gather_sum_kernel(
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
     i_pixel, i_channel, i_group, i_batch = split_program(
-        tl.cdiv(target_height * target_width, BLOCK_PIXELS), tl.cdiv(channels, BLOCK_CHANNELS), groups
+        tl.cdiv(height * width, BLOCK_PIXELS), tl.cdiv(channels, BLOCK_CHANNELS), groups
     )
-    weight, source, target = at(weight, i_batch, i_group), at(source, i_batch, i_group), at(target, i_batch, i_group)
+    weight, source, out = at(weight, i_batch, i_group), at(source, i_batch, i_group), at(out, i_batch, i_group)
     o_pixel = i_pixel * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
     o_channel = (i_channel * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(OFFSET)
-    o_row = (o_pixel // target_width)[None, :]
-    o_column = (o_pixel % target_width)[None, :]
-    m_pixel = (o_pixel < target_height * target_width)[None, :]
+    o_row = (o_pixel // width)[None, :]
+    o_column = (o_pixel % width)[None, :]
+    m_pixel = (o_pixel < height * width)[None, :]
     m_channel = o_channel < channels
     p_channel = source.ptr + (o_channel * source.c)[None, :, None]
 
@@ -70,26 +66,10 @@ def _gather_sum_kernel(
         # Both [S, P]: where the source is, and the dynamic kernel's entry that weighs it.
         if TRANSPOSED:
             o_source_h, o_kernel_h, m_row = inverse_neighbour(
-                o_row,
-                o_step // STEPS_W,
-                target_height,
-                source_height,
-                KERNEL_H,
-                STRIDE_H,
-                PADDING_H,
-                DILATION_H,
-                CLAMPED,
+                o_row, o_step // STEPS_W, height, source_height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED
             )
             o_source_w, o_kernel_w, m_column = inverse_neighbour(
-                o_column,
-                o_step % STEPS_W,
-                target_width,
-                source_width,
-                KERNEL_W,
-                STRIDE_W,
-                PADDING_W,
-                DILATION_W,
-                CLAMPED,
+                o_column, o_step % STEPS_W, width, source_width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
             )
             o_output_h, o_output_w = o_source_h, o_source_w
         else:
@@ -120,38 +100,40 @@ def _gather_sum_kernel(
         b_sum += tl.sum(b_weight[:, None, :].to(ACCUMULATOR) * b_source.to(ACCUMULATOR), axis=0)
 
     tl.store(
-        target.ptr + (o_channel * target.c)[:, None] + o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w,
-        b_sum.to(target.ptr.dtype.element_ty),
+        out.ptr + (o_channel * out.c)[:, None] + o_row.to(OFFSET) * out.h + o_column.to(OFFSET) * out.w,
+        b_sum.to(out.ptr.dtype.element_ty),
         mask=m_channel[:, None] & m_pixel,
     )
 
 
 @triton.jit
 def _correlate_kernel(
-    g,  # [B, G, C, H', W']
-    x,  # [B, G, C, H, W]
-    out,  # [B, G, Kh, Kw, H', W'], Kh under ``c`` and Kw under ``k``
-    groups, channels, height, width, output_height, output_width,
+    g,  # [B, G, C, height, width]
+    x,  # [B, G, C, source_height, source_width]
+    out,  # [B, G, Kh, Kw, height, width], Kh under ``c`` and Kw under ``k``
+    groups, channels, source_height, source_width, height, width,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     CLAMPED: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
-    i_pixel, _i_channel, i_group, i_batch = split_program(
-        tl.cdiv(output_height * output_width, BLOCK_PIXELS), 1, groups
-    )
+    i_pixel, _i_channel, i_group, i_batch = split_program(tl.cdiv(height * width, BLOCK_PIXELS), 1, groups)
     g, x, out = at(g, i_batch, i_group), at(x, i_batch, i_group), at(out, i_batch, i_group)
     o_pixel = i_pixel * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    o_row = (o_pixel // output_width)[None, :]
-    o_column = (o_pixel % output_width)[None, :]
-    m_pixel = (o_pixel < output_height * output_width)[None, :]
+    o_row = (o_pixel // width)[None, :]
+    o_column = (o_pixel % width)[None, :]
+    m_pixel = (o_pixel < height * width)[None, :]
     o_pixel_g = o_row.to(OFFSET) * g.h + o_column.to(OFFSET) * g.w
 
     for first_step in range(0, KERNEL_H * KERNEL_W, BLOCK_STEPS):
         o_step = (first_step + tl.arange(0, BLOCK_STEPS))[:, None]
         o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
-        o_input_h, m_row = neighbour(o_row, o_kernel_h, height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED)
-        o_input_w, m_column = neighbour(o_column, o_kernel_w, width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED)
+        o_input_h, m_row = neighbour(
+            o_row, o_kernel_h, source_height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED
+        )
+        o_input_w, m_column = neighbour(
+            o_column, o_kernel_w, source_width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
+        )
         m_step = m_pixel & (o_step < KERNEL_H * KERNEL_W)
         m_input = m_step & m_row & m_column
         o_input = o_input_h.to(OFFSET) * x.h + o_input_w.to(OFFSET) * x.w
@@ -180,31 +162,41 @@ def _correlate_kernel(
         )
 
 
+def _common_arguments(
+    source: Tensor, outputs: Tensor, window: Window, config: Gather, *others: Tensor
+) -> dict[str, Any]:
+    """What both kernels take alike, of maps [B, G, C, H, W]."""
+    _, groups, channels, height, width = outputs.shape
+    return {
+        "groups": groups,
+        "channels": channels,
+        "source_height": source.shape[3],
+        "source_width": source.shape[4],
+        "height": height,
+        "width": width,
+        **config.constants(window),
+        **precision(source, outputs, *others),
+    }
+
+
 def _gather_sum(
-    weight: Tensor, source: Tensor, target: Tensor, window: Window, steps: Pair, transposed: bool, config: Gather
+    weight: Tensor, source: Tensor, out: Tensor, window: Window, steps: Pair, transposed: bool, config: Gather
 ) -> Tensor:
-    batch, groups, channels, height, width = target.shape
+    batch, groups, channels, height, width = out.shape
     # One program per (pixel tile, channel block, group, batch entry), on one axis: the others end at 65,535.
     pixel_blocks = ceil_divide(height * width, config.block_pixels)
     grid = (pixel_blocks * ceil_divide(channels, config.block_channels) * groups * batch,)
     arguments = {
         "weight": view(weight, KERNEL_AXES),
         "source": view(source, "b g c h w"),
-        "target": view(target, "b g c h w"),
-        "groups": groups,
-        "channels": channels,
-        "source_height": source.shape[3],
-        "source_width": source.shape[4],
-        "target_height": height,
-        "target_width": width,
-        **config.constants(window),
+        "out": view(out, "b g c h w"),
+        **_common_arguments(source, out, window, config, weight),
         "TRANSPOSED": transposed,
         "STEPS_H": steps[0],
         "STEPS_W": steps[1],
-        **precision(weight, source, target),
     }
-    launch(_gather_sum_kernel, grid, target.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
-    return target
+    launch(_gather_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+    return out
 
 
 def _candidates(window: Window, size: Pair) -> Pair:
@@ -254,21 +246,14 @@ def _correlation_problem(g: Tensor, x: Tensor, window: Window) -> GatherProblem:
 def gather_correlate(g: Tensor, x: Tensor, window: Window, *, config: Gather) -> Tensor:
     """``correlate`` with every output's own window."""
     out = empty_kernel_layout(g, window.kernel_size)
-    batch, groups, channels, height, width = g.shape
+    batch, groups, _, height, width = g.shape
     # One program per (pixel tile, group, batch entry); it walks the whole window.
     grid = (ceil_divide(height * width, config.block_pixels) * groups * batch,)
     arguments = {
         "g": view(g, "b g c h w"),
         "x": view(x, "b g c h w"),
         "out": view(out, KERNEL_AXES),
-        "groups": groups,
-        "channels": channels,
-        "height": x.shape[3],
-        "width": x.shape[4],
-        "output_height": height,
-        "output_width": width,
-        **config.constants(window),
-        **precision(g, x, out),
+        **_common_arguments(x, g, window, config, out),
     }
     launch(_correlate_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return out

@@ -8,8 +8,7 @@ Shapes: w [B, G, Kh, Kw, H', W'], x [B, G, C, H, W], g [B, G, C, H', W']; any st
 differentiation, so every higher derivative exists and runs on the same kernels.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -21,10 +20,8 @@ from kernels.aggregation import eager
 from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
-from kernels.registration import WINDOW, fields_of, operator, window_of
+from kernels.registration import WINDOW, fields_of, gradients, operator, window_of
 from kernels.windows import Pair, Window
-
-__all__ = ["aggregate", "aggregation_flops", "algebra", "correlate", "transpose"]
 
 
 def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
@@ -74,36 +71,30 @@ def _(weight, g, input_size, *_):
 
 
 def _save(ctx, inputs, output):
-    """Both tensor arguments come first, the backend last; integers between them need no saving as tensors."""
+    """Both tensor arguments come first, the window's fields and the backend last."""
     ctx.save_for_backward(*inputs[:2])
-    ctx.integers = inputs[2:]
+    ctx.fields, ctx.number = inputs[-5:], len(inputs)
 
 
 def _aggregate_backward(ctx, grad):
-    weight, x = ctx.saved_tensors
-    *fields, backend = ctx.integers
-    window = window_of(weight.shape[2:4], *fields)
-    grad_weight = correlate(grad, x, window, backend) if ctx.needs_input_grad[0] else None
-    grad_x = transpose(weight, grad, x.shape[3:], window, backend) if ctx.needs_input_grad[1] else None
-    return grad_weight, grad_x, *[None] * len(ctx.integers)
+    (weight, x), fields = ctx.saved_tensors, ctx.fields
+    return gradients(
+        ctx,
+        lambda: _correlate(grad, x, list(weight.shape[2:4]), *fields),
+        lambda: _transpose(weight, grad, list(x.shape[3:]), *fields),
+    )
 
 
 def _correlate_backward(ctx, grad):
-    g, x = ctx.saved_tensors
-    kernel_size, *fields, backend = ctx.integers
-    window = window_of(kernel_size, *fields)
-    grad_g = aggregate(grad, x, window, backend) if ctx.needs_input_grad[0] else None
-    grad_x = transpose(grad, g, x.shape[3:], window, backend) if ctx.needs_input_grad[1] else None
-    return grad_g, grad_x, *[None] * len(ctx.integers)
+    (g, x), fields = ctx.saved_tensors, ctx.fields
+    return gradients(ctx, lambda: _aggregate(grad, x, *fields), lambda: _transpose(grad, g, list(x.shape[3:]), *fields))
 
 
 def _transpose_backward(ctx, grad):
-    weight, g = ctx.saved_tensors
-    _input_size, *fields, backend = ctx.integers
-    window = window_of(weight.shape[2:4], *fields)
-    grad_weight = correlate(g, grad, window, backend) if ctx.needs_input_grad[0] else None
-    grad_g = aggregate(weight, grad, window, backend) if ctx.needs_input_grad[1] else None
-    return grad_weight, grad_g, *[None] * len(ctx.integers)
+    (weight, g), fields = ctx.saved_tensors, ctx.fields
+    return gradients(
+        ctx, lambda: _correlate(g, grad, list(weight.shape[2:4]), *fields), lambda: _aggregate(weight, grad, *fields)
+    )
 
 
 _aggregate.register_autograd(_aggregate_backward, setup_context=_save)
@@ -128,10 +119,7 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair | torch.Size, window: 
 
 def aggregation_flops(channels_shape: Sequence[int], kernel_shape: Sequence[int]) -> int:
     """Two operations per multiply-add: every entry [B, G, K², H', W'] of the kernel meets each channel of its group."""
-    operations = 2 * channels_shape[2]
-    for size in kernel_shape:
-        operations *= size
-    return operations
+    return 2 * channels_shape[2] * math.prod(kernel_shape)
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.aggregate)

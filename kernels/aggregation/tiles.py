@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker; a tuple takes no star there.
 """Rows that slide over registers: what the kernels for zero-padded windows share.
 
 A program owns R rows of P columns, all channels of G groups. The columns of all images lie on one axis, so that no
@@ -13,14 +12,18 @@ groups times window rows (Kh, padded). Taken apart it is S·Q blocks [P, G, 1]. 
 (q + k·dilation) mod Q: then its window rows come from two or three source rows only, and so from adjacent addresses.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["Tile", "across", "load_rows", "pitch", "place", "slide", "sources", "stack", "tap_of", "unstack", "wide"]
+from kernels.aggregation.configs import Config, Problem
+from kernels.dtypes import accumulator
+from kernels.launch import ceil_divide
+from kernels.layout import channels_fastest
+from kernels.windows import Pair, Window
 
 
 class Tile(NamedTuple):
@@ -174,3 +177,63 @@ def stack(parts, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexp
         parts = joined
     b_taps = tl.permute(tl.reshape(parts[0], [COLUMNS, GROUPS, STEPS, SLOTS]), [3, 0, 1, 2])
     return tl.reshape(b_taps, [SLOTS * COLUMNS, GROUPS * STEPS])
+
+
+def by_columns(kernel: Tensor, x: Tensor) -> bool:
+    """Whether columns slide and rows lie side by side: then the taps of a step are adjacent in memory."""
+    return channels_fastest(kernel) and channels_fastest(x)
+
+
+def turned(window: Window, *tensors: Tensor) -> tuple[Window, tuple[Tensor, ...]]:
+    """Rows and columns exchanged: of a window, of maps and of dynamic kernels."""
+    size, stride, padding, dilation = (pair[::-1] for pair in window[:4])
+    maps = (tensor.transpose(-2, -1) for tensor in tensors)
+    return Window(size, stride, padding, dilation), tuple(m if m.dim() == 5 else m.transpose(2, 3) for m in maps)
+
+
+def problem_of(
+    x: Tensor, size: Pair | torch.Size, window: Window, *, kernel: Tensor | None = None, features: int = 0,
+    transposed: bool = False,
+) -> Problem:  # fmt: skip
+    """The problem of a launch over ``size`` = (rows, columns) positions."""
+    axis = int(kernel is not None and by_columns(kernel, x))
+    last, strides = channels_fastest(x), x.stride()
+    # Each pixel's channels begin at 16 bytes, as a compiler sees it.
+    aligned = strides[0] % 16 == strides[3] % 16 == strides[4] % 16 == 0 and x.data_ptr() % 16 == 0
+    return Problem(
+        x.shape[2], x.shape[1], size[0] * size[1], size[axis], window.kernel_size[axis],
+        window.stride[axis] if transposed else 1, transposed, features, last, last and aligned, x.dtype,
+    )  # fmt: skip
+
+
+def common_arguments(
+    x: Tensor, outputs: Tensor, window: Window, config: Config, rows_before: int = 0
+) -> tuple[dict[str, Any], int]:
+    """What a kernel takes of maps x and ``outputs`` [B, G, C, H, W]; and how many programs share a block of channels.
+
+    A program has several groups only where a group's channels follow the last one's.
+    """
+    batch, groups, channels, height, width = outputs.shape
+    joined = all(tensor.stride(1) == channels * tensor.stride(2) for tensor in (x, outputs))
+    block_groups, block_channels = config.block(groups if joined else 1, channels)
+    row_tiles = ceil_divide(height + rows_before, config.rows)
+    arguments = {
+        "batch": batch,
+        "groups": groups,
+        "channels": channels,
+        "x_height": x.shape[3],
+        "x_width": x.shape[4],
+        "height": height,
+        "width": width,
+        "row_tiles": row_tiles,
+        "channel_blocks": ceil_divide(channels, block_channels) if block_groups == 1 else 1,
+        "WINDOW": window,
+        "X_LANES": not channels_fastest(x),
+        "ACCUMULATOR": accumulator(x.dtype),
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "GROUPS": block_groups,
+        "CHANNELS": block_channels,
+        "LOADS": config.loads,
+    }
+    return arguments, ceil_divide(groups, block_groups) * row_tiles * ceil_divide(batch * width, config.columns)

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """The weight gradient of a depthwise convolution: the products of ``forward`` transposed.
 
     gradient[c, k] = Σ_{b,i} grad[b, c, i] · x[b, c, i − K//2 + k]
@@ -9,23 +8,19 @@ Gradient tiles are multiplied by the input rows under them, summed over tiles; t
 i − r and j − p of the product. A value may reach every entry of its own channel, whether finite or not.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from kernels.backend import interpreting
-from kernels.depthwise.configs import CONFIGS, Config, heuristic, tile_shape
-from kernels.depthwise.forward import in_vectors, problem_of
-from kernels.depthwise.rows import check_size, rows_of, vector_of
-from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32, precision
+from kernels.depthwise import eager
+from kernels.depthwise.configs import CONFIGS, Config, heuristic
+from kernels.depthwise.forward import common_arguments, in_vectors, problem_of
+from kernels.depthwise.rows import check_size, rows_of
+from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
-
-__all__ = ["weight_gradient"]
 
 GRADIENT_PROGRAMS = 1024  # wanted at least, by cutting the batch into chunks: a few waves on any GPU
 
@@ -134,31 +129,26 @@ def _diagonals_kernel(
     tl.store(gradient_ptr + i_channel * (KERNEL * KERNEL) + o_entry, b_gradient, mask=m_entry)
 
 
-def _library(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
-    shape = (x.shape[1], 1, kernel_size, kernel_size)
-    return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
-
-
 @tunable(
     CONFIGS,
     heuristic,
     problem=lambda grad, x, kernel_size: problem_of(x, kernel_size, weight_gradient=True),
-    reference=lambda grad, x, kernel_size: _library(*at_least_float32(grad, x), kernel_size),
+    reference=lambda grad, x, kernel_size: eager.weight_gradient(*at_least_float32(grad, x), kernel_size),
     name="depthwise_weight_gradient",
 )
 def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config) -> Tensor:
     """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     if config.library or (x.dtype == torch.float64 and not interpreting()):
-        return _library(grad, x, kernel_size)
+        return eager.weight_gradient(grad, x, kernel_size)
     if x.numel() == 0:
         return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
     check_size(x)
-    grad, x = rows_of(grad), rows_of(x)
-    tile_width, span = tile_shape(kernel_size, width)
-    tiles_h, tiles_w = ceil_divide(height, config.tile_height), ceil_divide(width, tile_width)
-    image_tiles = min(config.block_tiles, next_power_of_2(tiles_h * tiles_w))
-    tile_blocks = ceil_divide(tiles_h * tiles_w, image_tiles)
+    grad_rows, x_rows = rows_of(grad), rows_of(x)
+    common = common_arguments(x, (x_rows, grad_rows), kernel_size, config)
+    tiles = common["tiles_h"] * common["tiles_w"]
+    image_tiles = min(config.block_tiles, next_power_of_2(tiles))
+    tile_blocks = ceil_divide(tiles, image_tiles)
     rows = config.tile_height + kernel_size - 1
     programs = ceil_divide(rows, config.block_rows) * ceil_divide(channels, config.block_channels) * tile_blocks
     block_images = config.block_tiles // image_tiles
@@ -167,32 +157,17 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
     chunks = ceil_divide(batch, chunk_images)
     shape = (chunks * tile_blocks, channels, rows, config.tile_height, kernel_size)
     partial = torch.empty(shape, dtype=accumulator_dtype(x.dtype), device=x.device)
-    vector = vector_of(x)
     # One program per (block of input rows, block of channels, block of tiles, chunk of images), each in order.
     grid = (programs * chunks,)
     arguments = {
-        "grad": in_vectors(grad),
-        "x": in_vectors(x),
+        "grad": in_vectors(grad_rows),
+        "x": in_vectors(x_rows),
         "partial_ptr": partial,
+        **common,
         "batch": batch,
-        "channels": channels,
-        "height": height,
-        "width": x.shape[3] // vector,
-        "tiles_h": tiles_h,
-        "tiles_w": tiles_w,
         "chunk_images": chunk_images,
-        "KERNEL": kernel_size,
         "KERNEL_BLOCK": next_power_of_2(kernel_size),
         "IMAGE_TILES": image_tiles,
-        "VECTOR": vector,
-        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
-        **precision(*(t.transpose(0, 1)[None] for t in (grad, x))),
-        "TILE_HEIGHT": config.tile_height,
-        "TILE_WIDTH": tile_width,
-        "SPAN": span,
-        "BLOCK_TILES": config.block_tiles,
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_CHANNELS": config.block_channels,
     }
     launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     gradient = torch.empty((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)

@@ -1,7 +1,5 @@
 """Configs of the depthwise kernels, and which one a problem gets where nothing was tuned."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +8,6 @@ import torch
 
 from kernels.backend import interpreting
 from kernels.launch import ceil_divide, next_power_of_2
-
-__all__ = ["CONFIGS", "LIBRARY", "SMALL", "Config", "Problem", "heuristic", "tile_shape"]
 
 
 def tile_shape(kernel_size: int, width: int) -> tuple[int, int]:

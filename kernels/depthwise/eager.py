@@ -6,31 +6,28 @@ to one small matrix product per channel for the others, 10 to 100 times slower. 
 - Channels-first input has a quick forward kernel up to K = 13 only, channels-last input for every K. So from K = 15 on
   the input goes through channels-last.
 - Channels-last with K = 11 or 13 runs an unrolled kernel two to nine times slower than the one for K = 15: zeros around
-  the weight make it 15. Where these carry a NaN or infinity too far, the convolution is repeated without them; compiled
-  code cannot look, and there one reaches as far as K = 15 does.
+  the weight make it 15. Where these carry a NaN or infinity too far, the convolution is repeated without them;
+  inference in compiled code cannot look, and there one reaches as far as K = 15 does.
 - There is no quick weight gradient. But image by image it is a depthwise convolution too, of the input with the
   output's gradient as a kernel as large as the map, and that one is quick.
 - float16 and bfloat16 have no quick kernels without hardware support, and sums in them would be rounded: they are
-  computed in float32, under autocast too.
+  computed in float32.
 
-Every other device, dtype or build takes ``torch.nn.functional.conv2d`` as it is.
+Every other device, dtype or build takes PyTorch's convolution as it is.
 """
-
-from __future__ import annotations
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.nn.grad import conv2d_weight
 
+from kernels import reference
+from kernels.layout import empty_like_map
 from kernels.parallel import Work, alone, over_maps
-from kernels.registration import operator, without_autocast
 
-__all__ = ["depthwise_conv2d"]
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # at import: Dynamo does not trace the question
 # Smallest kernel for which channels-first has no quick kernel and channels-last has the good one.
 BLOCKED_KERNEL = 15
 # Smallest kernel whose weight gradient is worth the detour.
@@ -41,36 +38,46 @@ GRADIENT_ELEMENTS = 2**16
 LANES = 16
 
 
-@without_autocast
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution by the quickest route, in the memory format of x."""
+def is_steered(x: Tensor, kernel_size: int) -> bool:
+    """Whether PyTorch's convolution, or its gradient, would be slow or inexact if it were left to itself."""
+    plain = x.dtype == torch.float64 or (x.dtype == torch.float32 and kernel_size < LARGE_KERNEL)
+    return HAS_ONEDNN and x.device.type == "cpu" and not plain
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
+    """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k] (+ bias[c]), [B,C,H,W] in the memory order of x.
+
+    ``flipped`` takes weight[c, K−1−k] instead.
+    """
+    weight = weight.flip(2, 3) if flipped else weight
+    out = (steered if is_steered(x, weight.shape[-1]) else reference.depthwise_conv2d)(x, weight, bias)
+    target = empty_like_map(x)
+    return out if out.stride() == target.stride() else target.copy_(out)
+
+
+def steered(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution by the quickest route."""
     if x.dtype != torch.float32:
-        wide_bias = None if bias is None else bias.float()
-        return _convolve(x.float(), weight.float(), wide_bias).to(x.dtype)
+        return steered(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     kernel_size = weight.shape[-1]
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    padding, groups = kernel_size // 2, x.shape[1]
     if channels_last and kernel_size in (11, 13):
-        margin = (BLOCKED_KERNEL - kernel_size) // 2
-        compiling = torch.compiler.is_compiling()
-        wider = (F.pad if compiling else alone(F.pad))(weight, (margin, margin, margin, margin))
-        out = F.conv2d(x, wider, bias, padding=BLOCKED_KERNEL // 2, groups=groups)
+        margins, compiling = ((BLOCKED_KERNEL - kernel_size) // 2,) * 4, torch.compiler.is_compiling()
+        out = reference.depthwise_conv2d(x, (F.pad if compiling else alone(F.pad))(weight, margins), bias)
         if compiling or type(out) is not Tensor or math.isfinite(alone(out.sum)().item()):
             return out
-    if channels_last or kernel_size < BLOCKED_KERNEL:
-        return F.conv2d(x, weight, bias, padding=padding, groups=groups)
-    out = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding=padding, groups=groups)
-    return out.contiguous()
+    if not channels_last and kernel_size >= BLOCKED_KERNEL:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return reference.depthwise_conv2d(x, weight, bias)
 
 
-@operator("depthwise_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
 @alone
-def _weight_gradient(grad, x, kernel_size):
-    """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c,i − K//2 + k]: grad, x [B,C,H,W] -> [C,1,K,K].
-
-    An operator of its own, so that torch.compile does not unroll its loops.
-    """
-    out = grad.new_zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=torch.float32)
+def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+    """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k]: grad, x [B,C,H,W] -> [C,1,K,K]."""
+    shape = (x.shape[1], 1, kernel_size, kernel_size)
+    if not is_steered(x, kernel_size):
+        return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])
+    out = grad.new_zeros(shape, dtype=torch.float32)
     found = over_maps(lambda part: _image_by_image(grad[part], x[part], kernel_size), x, x.numel() * kernel_size**2)
     for part, sums in found:
         out[part.groups, 0] += sums
@@ -92,62 +99,3 @@ def _image_by_image(grad: Tensor, x: Tensor, kernel_size: int) -> Work[Tensor]:
         image = image.to(torch.float32, memory_format=torch.channels_last)
         total += F.conv2d(image, kernel.float(), padding=kernel_size // 2, groups=image.shape[1])[0]
     return sums
-
-
-@_weight_gradient.register_fake
-def _(grad, x, kernel_size):
-    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size))
-
-
-def _save(ctx, inputs, output):
-    grad, x, _kernel_size = inputs
-    ctx.save_for_backward(grad, x)
-
-
-def _weight_gradient_backward(ctx, grad_weight):
-    grad, x = ctx.saved_tensors
-    return depthwise_conv2d(x, grad_weight, None), depthwise_conv2d(grad, grad_weight.flip(-1, -2), None), None
-
-
-_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.depthwise_weight_gradient)
-def _(grad_shape, x_shape, kernel_size, *_, **__) -> int:
-    batch, channels, height, width = x_shape
-    return 2 * batch * channels * height * width * kernel_size**2
-
-
-class _DepthwiseConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _convolve(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _bias = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_x = depthwise_conv2d(grad, weight.flip(-1, -2), None) if wants_x else None
-        grad_weight = _weight_gradient(grad, x, weight.shape[-1]) if wants_weight else None
-        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(grad.dtype) if wants_bias else None
-        return grad_x, grad_weight, grad_bias
-
-
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """out[b,c,i] = Σ_k weight[c,k] · x[b,c,i − K//2 + k] + bias[c]: x [B,C,H,W], weight [C,1,K,K], K odd -> [B,C,H,W].
-
-    Differentiable any number of times.
-    """
-    kernel_size = weight.shape[-1]
-    plain = x.dtype == torch.float64 or (x.dtype == torch.float32 and kernel_size < LARGE_KERNEL)
-    if plain or not HAS_ONEDNN or x.device.type != "cpu":
-        return F.conv2d(x, weight, bias, padding=kernel_size // 2, groups=x.shape[1])
-    arguments = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments):
-        return _DepthwiseConv2d.apply(x, weight, bias)
-    return _convolve(x, weight, bias)

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Depthwise convolution as matrix products with banded weights; ``backward`` transposes them for the weight gradient.
 
 A *tile* is TILE_HEIGHT x TILE_WIDTH outputs of one channel, under which lie TILE_HEIGHT + K − 1 input rows of SPAN
@@ -30,20 +29,21 @@ A value of x that is not finite may reach any output of its own image and channe
 no other image and no other channel.
 """
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
 from kernels.backend import interpreting
+from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, Problem, heuristic, tile_shape
 from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows, rows_of, vector_of
 from kernels.dtypes import at_least_float32, precision
 from kernels.launch import ceil_divide, launch
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_map
 from kernels.tuning import tunable
 from kernels.views import View, view
 
@@ -172,16 +172,32 @@ def problem_of(x: Tensor, kernel_size: int, weight_gradient: bool = False) -> Pr
     return Problem(batch, channels, height * width, kernel_size, tile_width, span, x.dtype, weight_gradient, copied)
 
 
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool) -> Tensor:
-    """PyTorch's own convolution, in the memory order of x."""
-    out = reference.depthwise_conv2d(x, weight.flip(2, 3) if flipped else weight, bias)
-    target = empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
-    return out if out.stride() == target.stride() else target.copy_(out)
+def common_arguments(x: Tensor, rows: Sequence[Tensor], kernel_size: int, config: Config) -> dict[str, Any]:
+    """What the kernels of both passes take of a map x and two maps in rows."""
+    (height, width), vector = x.shape[2:], vector_of(x)
+    tile_width, span = tile_shape(kernel_size, width)
+    return {
+        "channels": x.shape[1],
+        "height": height,
+        "width": rows[0].shape[3] // vector,
+        "tiles_h": ceil_divide(height, config.tile_height),
+        "tiles_w": ceil_divide(width, tile_width),
+        "KERNEL": kernel_size,
+        "VECTOR": vector,
+        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
+        **precision(*(tensor.transpose(0, 1)[None] for tensor in rows)),
+        "TILE_HEIGHT": config.tile_height,
+        "TILE_WIDTH": tile_width,
+        "SPAN": span,
+        "BLOCK_TILES": config.block_tiles,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_CHANNELS": config.block_channels,
+    }
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
     x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
-    return _library(x, weight, biases[0] if biases else None, flipped)
+    return eager.convolve(x, weight, biases[0] if biases else None, flipped)
 
 
 @tunable(
@@ -196,47 +212,27 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
 
     ``flipped`` takes weight[c, K−1−k] instead: the gradient of x is the flipped convolution of the gradient of out.
     """
-    if config.library or (
-        x.dtype == torch.float64 and not interpreting()
-    ):  # Triton's products in float64 are not everywhere
-        return _library(x, weight, bias, flipped)
+    if config.library or (x.dtype == torch.float64 and not interpreting()):  # not every GPU has products in float64
+        return eager.convolve(x, weight, bias, flipped)
     if x.numel() == 0:
-        return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
-    batch, channels, height, width = x.shape
-    kernel_size = weight.shape[-1]
+        return empty_like_map(x)
     check_size(x)
     source, out = rows_of(x), new_rows(x)
-    tile_width, span = tile_shape(kernel_size, width)
-    tiles_h, tiles_w = ceil_divide(height, config.tile_height), ceil_divide(width, tile_width)
-    tiles = batch * tiles_h * tiles_w
-    rows = config.tile_height + kernel_size - 1 + config.block_rows - 1
-    band = band_of(weight, flipped, rows, config, tile_width, span)
+    common = common_arguments(x, (out, source), weight.shape[-1], config)
+    tiles = x.shape[0] * common["tiles_h"] * common["tiles_w"]
+    rows = config.tile_height + weight.shape[-1] - 1 + config.block_rows - 1
+    band = band_of(weight, flipped, rows, config, common["TILE_WIDTH"], common["SPAN"])
     # One program per (block of tiles, block of channels), tiles fastest: they share the band.
-    grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(channels, config.block_channels),)
-    vector = vector_of(x)
+    grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(x.shape[1], config.block_channels),)
     arguments = {
         "x": in_vectors(source),
         "band_ptr": band,
         "bias": View(out) if bias is None else view(bias, "c"),
         "out": in_vectors(out),
-        "channels": channels,
-        "height": height,
-        "width": out.shape[3] // vector,
+        **common,
         "tiles": tiles,
-        "tiles_h": tiles_h,
-        "tiles_w": tiles_w,
-        "KERNEL": kernel_size,
         "BAND_ROWS": band.shape[2],
-        "VECTOR": vector,
         "HAS_BIAS": bias is not None,
-        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
-        **precision(*(t.transpose(0, 1)[None] for t in (source, out))),
-        "TILE_HEIGHT": config.tile_height,
-        "TILE_WIDTH": tile_width,
-        "SPAN": span,
-        "BLOCK_TILES": config.block_tiles,
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_CHANNELS": config.block_channels,
     }
     stages = min(config.num_stages, 3) if torch.version.hip else config.num_stages  # 64 KiB of shared memory on AMD's
     launch(_convolution_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)

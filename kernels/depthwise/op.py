@@ -3,11 +3,11 @@
     convolve(x, w)[i]        = Σ_k w[k] · x[i − K//2 + k]   d/dw = weight_gradient(dy, x)   d/dx = convolve(dy, flip w)
     weight_gradient(g, x)[k] = Σ_i g[i] · x[i − K//2 + k]   d/dg = convolve(x, dv)         d/dx = convolve(g, flip dv)
 
-The two registered operators run the Triton kernels, or PyTorch's convolution where that is quicker, and are closed
-under differentiation; elsewhere PyTorch's own operators, and their derivatives, do the work.
+The two registered operators run the Triton kernels, or PyTorch's convolution where that is quicker or steered to what
+is quick, and are closed under differentiation; where it needs no steering the eager path is PyTorch's operator itself.
 """
 
-from __future__ import annotations
+import math
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
 from kernels.depthwise import eager
-from kernels.layout import empty_like_layout
-from kernels.registration import operator, without_autocast
-
-__all__ = ["depthwise_conv2d"]
+from kernels.layout import empty_like_map
+from kernels.registration import gradients, operator, without_autocast
 
 LARGEST_KERNEL = 31
 
@@ -60,82 +58,81 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if bias is not None:
         check_shape("bias", bias, "C", C=x.shape[1])
     backend = get_backend()
-    if backend == "reference":
+    on_eager = backend != "reference" and resolve(backend, x) == "eager"
+    if backend == "reference" or (on_eager and not eager.is_steered(x, kernel_size)):
         return without_autocast(reference.depthwise_conv2d)(x, weight, bias)
-    if resolve(backend, x) == "triton":
-        return _convolve(x, weight, bias, False)
-    return eager.depthwise_conv2d(x, weight, bias)
+    differentiated = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    if on_eager and not (differentiated and torch.is_grad_enabled()):  # exported, these are PyTorch's operators alone
+        return without_autocast(eager.steered)(x, weight, bias)
+    return _convolve(x, weight, bias, False, backend)
 
 
-@operator("depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, bool flipped) -> Tensor")
-def _convolve(x, weight, bias, flipped):
+@operator("depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, bool flipped, str backend) -> Tensor")
+def _convolve(x, weight, bias, flipped, backend):
     """``flipped`` convolves with weight[c, K−1−k]."""
-    resolve("triton", x)
-    from kernels.depthwise.forward import convolve
-
+    if resolve(backend, x) == "triton":
+        from kernels.depthwise.forward import convolve
+    else:
+        from kernels.depthwise.eager import convolve
     return convolve(x, weight, bias, flipped)
 
 
 @_convolve.register_fake
-def _(x, weight, bias, flipped):
-    return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+def _(x, *_):
+    return empty_like_map(x)
 
 
-@operator("depthwise_conv2d_weight_gradient", "(Tensor grad, Tensor x, int kernel_size) -> Tensor")
-def _weight_gradient(grad, x, kernel_size):
-    from kernels.depthwise.backward import weight_gradient
-
+@operator("depthwise_conv2d_weight_gradient", "(Tensor grad, Tensor x, int kernel_size, str backend) -> Tensor")
+def _weight_gradient(grad, x, kernel_size, backend):
+    if resolve(backend, x) == "triton":
+        from kernels.depthwise.backward import weight_gradient
+    else:
+        from kernels.depthwise.eager import weight_gradient
     return weight_gradient(grad, x, kernel_size)
 
 
 @_weight_gradient.register_fake
-def _(grad, x, kernel_size):
+def _(grad, x, kernel_size, backend):
     return x.new_empty((x.shape[1], 1, kernel_size, kernel_size))
 
 
-def _save_convolution(ctx, inputs, output):
-    x, weight, _bias, ctx.flipped = inputs
-    ctx.save_for_backward(x, weight)
+def _save(ctx, inputs, output):
+    """Both tensor arguments that a derivative needs come first, the backend last."""
+    ctx.save_for_backward(*inputs[:2])
+    (*_, ctx.option, ctx.backend), ctx.number = inputs, len(inputs)
 
 
 def _convolution_backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _convolve(grad, weight, None, not ctx.flipped)
-    if ctx.needs_input_grad[1]:
-        # Flipped, output i meets weight k at i + K//2 − k: input and output change places.
-        factors = (x, grad) if ctx.flipped else (grad, x)
-        grad_weight = _weight_gradient(*factors, weight.shape[-1])
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_x, grad_weight, grad_bias, None
-
-
-def _save_weight_gradient(ctx, inputs, output):
-    grad, x, _kernel_size = inputs
-    ctx.save_for_backward(grad, x)
+    (x, weight), flipped, backend = ctx.saved_tensors, ctx.option, ctx.backend
+    # Flipped, output i meets weight k at i + K//2 − k: input and output change places.
+    factors = (x, grad) if flipped else (grad, x)
+    return gradients(
+        ctx,
+        lambda: _convolve(grad, weight, None, not flipped, backend),
+        lambda: _weight_gradient(*factors, weight.shape[-1], backend),
+        lambda: grad.sum((0, 2, 3)),
+    )
 
 
 def _weight_gradient_backward(ctx, grad_weight):
-    grad, x = ctx.saved_tensors
-    grad_grad = _convolve(x, grad_weight, None, False) if ctx.needs_input_grad[0] else None
-    grad_x = _convolve(grad, grad_weight, None, True) if ctx.needs_input_grad[1] else None
-    return grad_grad, grad_x, None
+    (grad, x), backend = ctx.saved_tensors, ctx.backend
+    return gradients(
+        ctx,
+        lambda: _convolve(x, grad_weight, None, False, backend),
+        lambda: _convolve(grad, grad_weight, None, True, backend),
+    )
 
 
-_convolve.register_autograd(_convolution_backward, setup_context=_save_convolution)
-_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save_weight_gradient)
+_convolve.register_autograd(_convolution_backward, setup_context=_save)
+_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.depthwise_conv2d)
 def _(x_shape, weight_shape, *_, **__) -> int:
     """Two operations per multiply-add: every pixel of every channel meets K² weights."""
-    batch, channels, height, width = x_shape
-    return 2 * batch * channels * height * width * weight_shape[-1] ** 2
+    return 2 * math.prod(x_shape) * weight_shape[-1] ** 2
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.depthwise_conv2d_weight_gradient)
 def _(grad_shape, x_shape, kernel_size, *_, **__) -> int:
-    batch, channels, height, width = x_shape
-    return 2 * batch * channels * height * width * kernel_size**2
+    return 2 * math.prod(x_shape) * kernel_size**2

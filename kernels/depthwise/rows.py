@@ -1,13 +1,10 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Maps copied into aligned rows and back, tile by tile, so that reads and writes are both contiguous.
 
 *Rows* are channels first, [B, C, H, pitch]: every row begins at a multiple of 16 bytes and ends in zeros. PyTorch's own
 copy between channels last and channels first reads, or writes, one element per 32-byte sector.
 """
-
-from __future__ import annotations
 
 import torch
 import triton
@@ -17,10 +14,8 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_map
 from kernels.views import view
-
-__all__ = ["are_rows", "check_size", "in_layout_of", "new_rows", "rows_of", "vector_of"]
 
 BLOCK_PIXELS, BLOCK_CHANNELS = (1024, 64) if interpreting() else (64, 64)
 
@@ -109,7 +104,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def in_layout_of(x: Tensor, rows: Tensor) -> Tensor:
     """Rows in the shape and memory order of x: themselves, or a copy."""
-    target = empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+    target = empty_like_map(x)
     if (target.shape, target.stride()) == (rows.shape, rows.stride()):
         return rows
     _copy(rows, target, to_rows=False)

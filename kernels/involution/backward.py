@@ -5,8 +5,6 @@ dkernel = correlate(dout, x), at most 96 MB of it at a time: [pixels, Kw·G·S] 
 dfeatures = dkernel @ weight and [dweight, dbias] = dkernelᵀ @ [features, 1], two plain matrix products.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,8 @@ from kernels.dtypes import accumulator_dtype
 from kernels.involution import generate
 from kernels.involution.forward import involution_generate_transpose
 from kernels.launch import next_power_of_2
-from kernels.layout import channels_fastest, empty_like_layout
+from kernels.layout import channels_fastest, empty_like_layout, empty_like_map
 from kernels.windows import Window
-
-__all__ = ["backward"]
 
 
 def _channels_last(maps: Tensor) -> Tensor:
@@ -44,7 +40,7 @@ def backward(
     # [B·H'·W', R + 8]: the features and a one, at a pitch of whole vectors
     pixels = torch.nn.functional.pad(features.movedim(1, 3).flatten(0, 2), (0, 8))
     pixels[:, number] = 1
-    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
+    grad_features = empty_like_map(features)
     by_pixel = grad_features.movedim(1, 3)
     accumulator = accumulator_dtype(weight.dtype)
     grad_span = torch.zeros((span.shape[0], number + 8), dtype=accumulator, device=weight.device)

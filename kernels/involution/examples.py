@@ -1,39 +1,31 @@
 """Involution's launchers with random inputs of a given problem: how stored configs are checked."""
 
-from __future__ import annotations
-
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernels.aggregation.configs import Problem
-from kernels.aggregation.examples import BATCH, random_maps, rows_geometry
+from kernels.aggregation.examples import BATCH, Drawn, draw
 from kernels.involution import forward
-from kernels.windows import Pair
 
 
-def _parameters(problem: Problem, columns: int, outputs: Pair, device: torch.device) -> tuple[Tensor, ...]:
-    """Features [B, R, H', W'], weight [G·K, R] and bias [G·K]."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=problem.dtype, device=device)
-
-    entries = problem.groups * problem.taps * columns
-    weight = random(entries, problem.features) / problem.features**0.5
-    return random(BATCH, problem.features, *outputs), weight, random(entries)
+def _inputs(problem: Problem, device: torch.device) -> tuple[Drawn, tuple[Any, ...]]:
+    """What the algebra takes; features [B, R, H', W'], weight [G·K², R], bias [G·K²] and the window."""
+    drawn = draw(problem, device)
+    entries = problem.groups * math.prod(drawn.window.kernel_size)
+    shapes = (BATCH, problem.features, *drawn.g.shape[3:]), (entries, problem.features), (entries,)
+    features, weight, bias = (torch.randn(shape, dtype=problem.dtype, device=device) for shape in shapes)
+    return drawn, (features, weight / problem.features**0.5, bias, drawn.window)
 
 
 @forward.involution_generate.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    window, size = rows_geometry(problem)
-    outputs = window.output_size(*size)
-    return random_maps(problem, size, device), *_parameters(problem, 3, outputs, device), window
+    drawn, inputs = _inputs(problem, device)
+    return drawn.x, *inputs
 
 
 @forward.involution_generate_transpose.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    window, size = rows_geometry(problem)
-    outputs = window.output_size(*size)
-    x, g = random_maps(problem, size, device), random_maps(problem, outputs, device)
-    return g, x, *_parameters(problem, 3, outputs, device), window
+    drawn, inputs = _inputs(problem, device)
+    return drawn.g, drawn.x, *inputs

@@ -7,22 +7,19 @@ reduction by 4 some 36 elements instead of 130. Multiply-adds: R·K² on tensor 
 The kernel is aggregation's (``aggregation.rows``), forward and transposed.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
 
 from kernels.aggregation import eager
 from kernels.aggregation.configs import CONFIGS, Config, Problem, heuristic
-from kernels.aggregation.rows import problem_of, weighted_sum, weighted_sum_kernel
+from kernels.aggregation.rows import weighted_sum, weighted_sum_kernel
+from kernels.aggregation.tiles import problem_of
 from kernels.dtypes import at_least_float32
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
 from kernels.tuning import tunable
 from kernels.windows import Window
-
-__all__ = ["KERNEL", "involution_generate", "involution_generate_transpose"]
 
 KERNEL = weighted_sum_kernel  # named here, because what is tuned is good for as long as this code stays
 

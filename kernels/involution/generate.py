@@ -4,8 +4,6 @@ kernel[b, :, i] = weight @ features[b, :, i] + bias is a matrix product of one i
 computes the kernels of a few images, uses them and forgets them; the backward pass computes them again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -13,10 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, empty_like_map
 from kernels.windows import Window
-
-__all__ = ["backward", "forward", "kernels_of", "steps"]
 
 # Bytes of kernels a step may hold: a share of a CPU's last-level cache. On a GPU more than its L2 holds: a step's five
 # launches take the host longer than the memory takes for what passes L2 by (measured on an H200 with steps of 24 MiB).
@@ -70,7 +66,7 @@ def backward(
     accumulator, wide = accumulator_dtype(weight.dtype), _product_dtype(x)
     dtype, weight, bias = weight.dtype, weight.to(wide), None if bias is None else bias.to(wide)
     grad_x = empty_like_layout(x, x.shape)
-    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
+    grad_features = empty_like_map(features)
     grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device)
     grad_bias = torch.zeros(weight.shape[0], dtype=accumulator, device=weight.device)
     for images in steps(features, weight.shape[0]):

@@ -1,7 +1,5 @@
 """Involution: a convolution whose kernel belongs to the pixel and is shared by the channels of a group."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -12,11 +10,9 @@ from kernels.aggregation.op import aggregate, algebra
 from kernels.backend import get_backend, interpreting, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
 from kernels.involution import generate
-from kernels.layout import empty_like_layout
-from kernels.registration import WINDOW, fields_of, once_differentiable, operator, window_of, without_autocast
+from kernels.layout import empty_like_layout, empty_like_map
+from kernels.registration import WINDOW, derivative, fields_of, operator, window_of, without_autocast
 from kernels.windows import Pair, Window
-
-__all__ = ["involution2d", "involution2d_generate"]
 
 
 def _checked_window(
@@ -185,26 +181,12 @@ def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, pad
 
 @_generate_backward.register_fake
 def _(grad, x, features, weight, *_):
-    grad_features = empty_like_layout(features[:, None], features[:, None].shape)[:, 0]
+    grad_features = empty_like_map(features)
     grads = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
     return empty_like_layout(x, x.shape), grad_features, *grads
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _backward(ctx, grad):
-    saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
-    grads = list(_generate_backward(grad, *saved, *ctx.options))
-    if saved[3] is None:
-        grads[3] = None
-    return *grads, *[None] * len(ctx.options)
-
-
-_generate.register_autograd(_backward, setup_context=_save)
-once_differentiable(_generate_backward, "involution2d_generate")
+derivative(_generate, _generate_backward, 4, "involution2d_generate")
 
 
 def _generate_flops(x_shape, features_shape, weight_shape) -> int:

@@ -7,8 +7,6 @@ key's. Causal masks and additional keys or values are refused: none of the model
 dimensions.
 """
 
-from __future__ import annotations
-
 import re
 
 from torch import Tensor

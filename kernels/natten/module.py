@@ -1,15 +1,11 @@
 """NATTEN 0.17's ``NeighborhoodAttention2D``: the same arguments, state-dict names and numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from kernels.checks import as_pair, odd_pair
 from kernels.natten.functional import Causal, na2d_av, na2d_qk, refuse
 from kernels.windows import Pair
-
-__all__ = ["NeighborhoodAttention2D"]
 
 
 class NeighborhoodAttention2D(nn.Module):

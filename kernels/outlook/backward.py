@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Gradients of outlook attention: that of value by the forward's kernel transposed, that of the logits by this one.
 
     dlogits_w = scale · p_w ∘ (dp_w − Σ_s p_w ∘ dp_w),    dp_w[t, s] = Σ_c dout[pixel(w, t), c] · value[pixel(w, s), c]
@@ -9,8 +8,6 @@ It leaves log2 Σ_s exp2 of every row, by which the gradient of value knows p fr
 a window's sources stay in registers while its targets are taken one after the other.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -18,19 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dtypes import accumulator_dtype, at_least_float32, precision
+from kernels.dtypes import accumulator_dtype, at_least_float32
 from kernels.launch import launch
 from kernels.outlook import eager
 from kernels.outlook.configs import CONFIGS, Config, heuristic
 from kernels.outlook.forward import mix
 from kernels.outlook.tiles import (
     Windows,
-    blocks,
+    by_head,
+    common_arguments,
     inside,
     load_pixels,
     pixel_pointers,
     problem_of,
-    sizes_of,
     softmax,
     stack,
     tile_of,
@@ -38,8 +35,6 @@ from kernels.outlook.tiles import (
 )
 from kernels.tuning import tunable
 from kernels.views import view
-
-__all__ = ["grad_logits", "grad_value", "outlook_backward"]
 
 
 @triton.jit
@@ -151,35 +146,23 @@ def grad_logits(
     grad_out: Tensor, logits: Tensor, value: Tensor, windows: Windows, *, config: Config
 ) -> tuple[Tensor, Tensor]:
     """scale · p ∘ (dp − Σ_s p ∘ dp) like logits, and log2 Σ_s exp2(scale · log2(e) · logits) [B,h,w,heads,K²]."""
-    sizes = sizes_of(logits, value)
     statistics = torch.empty(logits.shape[:5], dtype=accumulator_dtype(value.dtype), device=value.device)
     target = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    split_value, split_grad = (tensor.unflatten(3, (sizes.heads, -1)) for tensor in (value, grad_out))
-    block_windows, block_heads, programs = blocks(sizes, config)
+    images = by_head(value, logits.shape[3]), by_head(grad_out, logits.shape[3])
+    common, programs = common_arguments(logits, value, windows, config, *images)
     arguments = {
-        "logits_ptr": logits,
-        "value": view(split_value, "b h w g c"),
-        "grad": view(split_grad, "b h w g c"),
+        **common,
+        "value": view(images[0], "b h w g c"),
+        "grad": view(images[1], "b h w g c"),
         "statistics_ptr": statistics,
         "target_ptr": target,
-        "sizes": sizes,
-        "scale": windows.scale * math.log2(math.e),
         "VALUE_COLUMN": value.stride(2),
         "GRAD_COLUMN": grad_out.stride(2),
-        "KERNEL": windows.kernel_size,
-        "STRIDE": windows.stride,
-        "PADDING": windows.padding,
-        "UNROLLED": problem_of(logits, value, windows).unrolled and sizes.channels <= config.block_channels,
-        **precision(*(tensor[None, None] for tensor in (logits, split_value, split_grad))),
-        "BLOCK_WINDOWS": block_windows,
-        "BLOCK_HEADS": block_heads,
-        "BLOCK_CHANNELS": config.block_channels,
+        "UNROLLED": problem_of(logits, value, windows).unrolled and images[0].shape[4] <= config.block_channels,
     }
     # One program per (block of heads, block of windows).
-    launch(
-        _grad_logits_kernel, (programs,), value.device, arguments,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_grad_logits_kernel, (programs,), value.device, arguments, **options)
     return target, statistics
 
 

@@ -1,7 +1,5 @@
 """Configs of outlook attention's kernels, and which one a problem gets where nothing was tuned."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,8 +8,6 @@ import torch
 
 from kernels.backend import interpreting
 from kernels.launch import next_power_of_2
-
-__all__ = ["CONFIGS", "Config", "Problem", "heuristic"]
 
 
 class Problem(NamedTuple):

@@ -2,13 +2,10 @@
 
     p = softmax_source(scale · logits)      out[j] = Σ_{windows, targets t at j} Σ_s p[t, s] · value[source s]
 
-A block of window rows and batch entries keeps the copied windows (K²/stride² times the map, if whole) in cache.
+A step takes as many windows as a cache holds copied out: K²/stride² times their part of the map.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -19,75 +16,38 @@ from kernels.aggregation.eager import Scratch
 from kernels.dtypes import accumulator_dtype
 from kernels.parallel import Part, Work, alone, in_turn, over_maps
 
-__all__ = ["outlook", "outlook_backward"]
-
-# Most elements of one block's copied windows: a share of the arguments' own size (lean in memory), within bounds. The
-# upper bound is 2 MB in float32 on a CPU, so that they stay in cache.
+# Most elements of the windows that a step copies: a share of the arguments' own size (lean in memory), within bounds.
+# The upper bound is 2 MB in float32 on a CPU, so that they stay in cache.
 BLOCK_SHARE = 2
 BLOCK_ELEMENTS = {"cpu": 2**19}
 BLOCK_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_BLOCK_ELEMENTS = 2**16
 
 
-class _Block(NamedTuple):
-    """Some batch entries and rows of windows, and the pixels they cover: ``size`` of them from ``corner`` on."""
+class _Step(NamedTuple):
+    """Some batch entries and rows of windows."""
 
-    batch: slice
-    window_rows: slice
-    corner: tuple[int, int]
-    size: tuple[int, int]
-    grid: tuple[int, int]
+    entries: slice
+    rows: slice
+    columns: int  # of windows
     kernel_size: int
     stride: int
+    padding: int
 
-    def _covered(self, image: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Memory for the covered area; its pixels that exist, there and in the image [B, heads, H, W, D], as
-        [b, rows, columns, heads, D]; its overlapping windows [b, h, w, heads, K, K, D], a view."""
-        batch, heads, height, width, depth = image[self.batch].shape
-        covered = scratch.take(batch, *self.size, heads, depth)
-        inside, outside = [], []
-        for corner, size, length in zip(self.corner, self.size, (height, width), strict=True):
-            low = min(max(corner, 0), length)
-            high = max(low, min(corner + size, length))
-            inside.append(slice(low - corner, high - corner))
-            outside.append(slice(low, high))
-        pixels = image[(self.batch, slice(None), *outside)].permute(0, 2, 3, 1, 4)
-        entry, row, column, head, channel = covered.stride()
-        windows = covered.as_strided(
-            (batch, *self.grid, heads, self.kernel_size, self.kernel_size, depth),
-            (entry, row * self.stride, column * self.stride, head, row, column, channel),
-        )
-        return covered, covered[(slice(None), *inside)], pixels, windows
+    def area(self, image: Tensor) -> tuple[int, ...]:
+        """Of the pixels under its windows, [b, rows, columns, heads, D], for an image [B, heads, H, W, D]."""
+        _, heads, _, width, channels = image.shape
+        rows, columns = self.rows.stop - self.rows.start, self.columns
+        height, least = ((count - 1) * self.stride + self.kernel_size for count in (rows, columns))
+        return self.entries.stop - self.entries.start, height, max(least, self.padding + width), heads, channels
 
-    def reader(self, image: Tensor, scratch: Scratch) -> Callable[[], Tensor]:
-        """Copies every window's pixels of image [B, heads, H, W, D], zero outside: [b·h·w·heads, K², D]."""
-        covered, part, pixels, windows = self._covered(image, scratch)
-
-        def read() -> Tensor:
-            covered.zero_()
-            part.copy_(pixels)
-            return windows.clone(memory_format=torch.contiguous_format).flatten(4, 5).flatten(0, 3)
-
-        return read
-
-    def writer(self, image: Tensor, scratch: Scratch, windows: Tensor) -> Callable[[], None]:
-        """Sums windows [b·h·w·heads, K², D] into image where they overlap; what falls outside is dropped."""
-        covered, part, pixels, targets = self._covered(image, scratch)
-        windows = windows.view(targets.shape)
-        # One position of every window: these never overlap.
-        positions = list(product(range(self.kernel_size), repeat=2))
-        pairs = [(targets[..., row, column, :], windows[..., row, column, :]) for row, column in positions]
-
-        def write() -> None:
-            covered.zero_()
-            for target, window in pairs:
-                target += window
-            pixels.add_(part)
-
-        return write
+    def matrices(self, image: Tensor) -> tuple[int, int, int]:
+        """Of its windows, [b·h·w·heads, K², D]."""
+        entries, rows = self.entries.stop - self.entries.start, self.rows.stop - self.rows.start
+        return entries * rows * self.columns * image.shape[1], self.kernel_size**2, image.shape[4]
 
 
-def _blocks(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int) -> Iterator[_Block]:
+def _steps(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int) -> list[_Step]:
     """Of logits [B, heads, h, w, K², K²] and value [B, heads, H, W, D]."""
     batch, heads, height, width = logits.shape[:4]
     most = BLOCK_ELEMENTS.get(value.device.type, BLOCK_ELEMENTS_ELSEWHERE)
@@ -95,30 +55,46 @@ def _blocks(logits: Tensor, value: Tensor, kernel_size: int, stride: int, paddin
     row_elements = max(1, width * kernel_size**2 * heads * value.shape[4])
     batch_step = max(1, min(batch, limit // row_elements))
     row_step = max(1, limit // (row_elements * batch_step))
-    for first in range(0, batch, batch_step):
-        for row in range(0, height, row_step):
-            rows = min(row_step, height - row)
-            yield _Block(
-                slice(first, first + batch_step),
-                slice(row, row + rows),
-                (row * stride - padding, -padding),
-                ((rows - 1) * stride + kernel_size, (width - 1) * stride + kernel_size),
-                (rows, width),
-                kernel_size,
-                stride,
-            )
+    padding = min(padding, max(height, width) * stride + kernel_size)  # further away no window holds a pixel either
+    return [
+        _Step(
+            slice(first, min(first + batch_step, batch)), slice(row, min(row + row_step, height)),
+            width, kernel_size, stride, padding,
+        )
+        for first in range(0, batch, batch_step)
+        for row in range(0, height, row_step)
+    ]  # fmt: skip
 
 
-class _Memory:
-    """For one block after the other: the areas that windows cover, and the windows' values one by one."""
+class _Area:
+    """The pixels of an image [B, heads, H, W, D] that lie under a step's windows, and zeros beside the image.
 
-    def __init__(self, blocks: list[_Block], image: Tensor) -> None:
-        heads, depth = image.shape[1], image.shape[4]
-        maps = [image[block.batch].shape[0] * heads * depth for block in blocks]
-        areas = [count * math.prod(block.size) for count, block in zip(maps, blocks, strict=True)]
-        self.loaded, self.sums = Scratch(image, areas), Scratch(image, areas)
-        windows = [n * math.prod(block.grid) * block.kernel_size**2 for n, block in zip(maps, blocks, strict=True)]
-        self.windows = Scratch(image, windows)
+    Attributes:
+        windows: [b, h, w, heads, K, K, D], a view in which they overlap.
+    """
+
+    def __init__(self, image: Tensor, step: _Step, scratch: Scratch) -> None:
+        self._all = scratch.take(*step.area(image))
+        top, (length, width) = step.rows.start * step.stride - step.padding, image.shape[2:4]
+        first, last = (min(max(row, 0), length) for row in (top, top + self._all.shape[1]))
+        self._inside = self._all[:, first - top : last - top, step.padding : step.padding + width]
+        self._pixels = image[step.entries, :, first:last].permute(0, 2, 3, 1, 4)
+        windows = self._all.unfold(1, step.kernel_size, step.stride).unfold(2, step.kernel_size, step.stride)
+        self.windows = windows[:, :, : step.columns].permute(0, 1, 2, 3, 5, 6, 4)
+
+    def load(self) -> Tensor:
+        """A copy of every window, [b·h·w·heads, K², D]."""
+        self._all.zero_()
+        self._inside.copy_(self._pixels)
+        return self.windows.clone(memory_format=torch.contiguous_format).flatten(4, 5).flatten(0, 3)
+
+    def add(self, windows: Tensor) -> None:
+        """Sum windows [b·h·w·heads, K², D] into the image where they overlap; what falls beside it is dropped."""
+        self._all.zero_()
+        windows = windows.view(self.windows.shape)
+        for row, column in product(*map(range, windows.shape[4:6])):  # of which no two overlap
+            self.windows[..., row, column, :] += windows[..., row, column, :]
+        self._pixels += self._inside
 
 
 def _by_head(image: Tensor, heads: int) -> Tensor:
@@ -135,6 +111,12 @@ def _weights(logits: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return sources_first.softmax(1).permute(2, 3, 4, 5, 0, 1).contiguous().flatten(0, 3)
 
 
+def _memory(steps: list[_Step], image: Tensor) -> tuple[Scratch, Scratch, Scratch]:
+    """For one step after the other: an area that is loaded, one that is summed into, and its windows."""
+    areas = [math.prod(step.area(image)) for step in steps]
+    return Scratch(image, areas), Scratch(image, areas), Scratch(image, (math.prod(s.matrices(image)) for s in steps))
+
+
 @alone
 def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
     """logits [B,h,w,heads,K²,K²] (target, source), value [B,H,W,C] -> [B,H,W,C], contiguous."""
@@ -142,29 +124,21 @@ def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, paddin
     maps = logits.movedim(3, 1), *(_by_head(image, logits.shape[3]) for image in (value, out))
 
     def work(part: Part) -> Work[None]:
-        tensors = [tensor[part] for tensor in maps]
-        return _outlook(*tensors, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale)
+        logits, value, out = (tensor[part] for tensor in maps)
+        steps = _steps(logits, value, kernel_size, stride, padding)
+        loaded, sums, windows = _memory(steps, value)
+
+        def one(step: _Step) -> Work[None]:
+            part = logits[step.entries, :, step.rows]
+            source, target = _Area(value, step, loaded), _Area(out, step, sums)
+            mixed = windows.take(*step.matrices(value))
+            yield
+            target.add(torch.bmm(_weights(part, scale, out.dtype), source.load(), out=mixed))
+
+        return in_turn(map(one, steps))
 
     over_maps(work, maps[0], logits.numel() * maps[1].shape[4])
     return out.to(value.dtype)
-
-
-def _outlook(
-    logits: Tensor, value: Tensor, out: Tensor, kernel_size: int, stride: int, padding: int, scale: float
-) -> Work[None]:
-    blocks = list(_blocks(logits, value, kernel_size, stride, padding))
-    memory = _Memory(blocks, value)
-
-    def step(block: _Block) -> Work[None]:
-        part = logits[block.batch, :, block.window_rows]
-        read = block.reader(value, memory.loaded)
-        mixed = memory.windows.take(part[..., 0, 0].numel(), kernel_size**2, value.shape[4])
-        write = block.writer(out, memory.sums, mixed)
-        yield
-        torch.bmm(_weights(part, scale, out.dtype), read(), out=mixed)
-        write()
-
-    return in_turn([step(block) for block in blocks])
 
 
 @alone
@@ -179,40 +153,24 @@ def outlook_backward(
     maps = logits.movedim(3, 1), grad_logits.movedim(3, 1), *(_by_head(t, heads) for t in (grad_out, value, grad_value))
 
     def work(part: Part) -> Work[None]:
-        tensors = [tensor[part] for tensor in maps]
-        return _outlook_backward(*tensors, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale)
+        logits, grad_logits, grad_out, value, grad_value = (tensor[part] for tensor in maps)
+        steps = _steps(logits, value, kernel_size, stride, padding)
+        loaded, sums, windows = _memory(steps, value)
+
+        def one(step: _Step) -> Work[None]:
+            part, target = (tensor[step.entries, :, step.rows] for tensor in (logits, grad_logits))
+            target = target.permute(0, 2, 3, 1, 4, 5)
+            grads, values = _Area(grad_out, step, loaded), _Area(value, step, loaded)
+            sources = _Area(grad_value, step, sums)
+            mixed = windows.take(*step.matrices(value))
+            yield
+            weights, grad = _weights(part, scale, grad_value.dtype), grads.load()
+            sources.add(torch.bmm(weights.mT, grad, out=mixed))
+            products = torch.bmm(grad, values.load().mT.contiguous()).mul_(weights)  # bmm is slow on a transpose
+            products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1)
+            target.copy_(products.mul_(scale).view(target.shape))
+
+        return in_turn(map(one, steps))
 
     over_maps(work, maps[0], logits.numel() * maps[3].shape[4])
     return grad_logits, grad_value.to(value.dtype)
-
-
-def _outlook_backward(
-    logits: Tensor,
-    grad_logits: Tensor,
-    grad_out: Tensor,
-    value: Tensor,
-    grad_value: Tensor,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    scale: float,
-) -> Work[None]:
-    blocks = list(_blocks(logits, value, kernel_size, stride, padding))
-    memory = _Memory(blocks, value)
-
-    def step(block: _Block) -> Work[None]:
-        part, target = (tensor[block.batch, :, block.window_rows] for tensor in (logits, grad_logits))
-        read_grads, read_values = (block.reader(tensor, memory.loaded) for tensor in (grad_out, value))
-        mixed = memory.windows.take(part[..., 0, 0].numel(), kernel_size**2, value.shape[4])
-        write = block.writer(grad_value, memory.sums, mixed)
-        target = target.permute(0, 2, 3, 1, 4, 5)
-        yield
-        weights, grads = _weights(part, scale, grad_value.dtype), read_grads()
-        torch.bmm(weights.mT, grads, out=mixed)
-        write()
-        sources = read_values().mT.contiguous()  # pays: bmm is slow on a transpose
-        products = torch.bmm(grads, sources).mul_(weights)
-        products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1)
-        target.copy_(products.mul_(scale).view(target.shape))
-
-    return in_turn([step(block) for block in blocks])

@@ -1,7 +1,5 @@
 """Outlook's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Outlook attention in one Triton kernel, softmax and overlap-add inside.
 
 A window w holds K² positions; p_w[t, s] = softmax_s(scale · logits_w[t, s]) mixes its sources s into its targets t.
@@ -20,22 +19,19 @@ A value reaches the outputs of the windows that hold its pixel, of its own head 
 one that is not finite.
 """
 
-from __future__ import annotations
-
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dtypes import at_least_float32, precision
+from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
 from kernels.outlook import eager
 from kernels.outlook.configs import CONFIGS, Config, heuristic
 from kernels.outlook.tiles import (
     Windows,
-    blocks,
+    by_head,
+    common_arguments,
     inside,
     load_pixels,
     pixel_pointers,
@@ -47,8 +43,6 @@ from kernels.outlook.tiles import (
 )
 from kernels.tuning import tunable
 from kernels.views import view
-
-__all__ = ["mix", "outlook"]
 
 
 @triton.jit
@@ -223,33 +217,23 @@ def _store_pixel(
 
 def mix(logits: Tensor, source: Tensor, statistics: Tensor | None, windows: Windows, config: Config) -> Tensor:
     """Sums over windows of p times source, or of p transposed where the logits' statistics are given."""
-    sizes = sizes_of(logits, source)
     target = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    split_source, split_target = (tensor.unflatten(3, (sizes.heads, -1)) for tensor in (source, target))
-    kernel_size, stride, padding, scale = windows
-    block_windows, block_heads, programs = blocks(sizes, config)
-    # One program per (block of channels, block of heads, block of cells).
-    grid = (programs * ceil_divide(sizes.channels, config.block_channels),)
+    images = by_head(source, logits.shape[3]), by_head(target, logits.shape[3])
+    common, programs = common_arguments(logits, source, windows, config, *images)
+    (kernel_size, stride, padding, _), sizes = windows, common["sizes"]
     arguments = {
-        "logits_ptr": logits,
+        **common,
         "statistics_ptr": source if statistics is None else statistics,
-        "source": view(split_source, "b h w g c"),
-        "target": view(split_target, "b h w g c"),
-        "sizes": sizes,
+        "source": view(images[0], "b h w g c"),
+        "target": view(images[1], "b h w g c"),
         "reach_h": min(sizes.height, (sizes.windows_h - 1) * stride - padding + kernel_size),
         "reach_w": min(sizes.width, (sizes.windows_w - 1) * stride - padding + kernel_size),
-        "scale": scale * math.log2(math.e),
         "SOURCE_COLUMN": source.stride(2),
-        "KERNEL": kernel_size,
-        "STRIDE": stride,
-        "PADDING": padding,
         "TRANSPOSED": statistics is not None,
         "UNROLLED": problem_of(logits, source, windows).unrolled,
-        **precision(*(tensor[None, None] for tensor in (logits, split_source, split_target))),
-        "BLOCK_WINDOWS": block_windows,
-        "BLOCK_HEADS": block_heads,
-        "BLOCK_CHANNELS": config.block_channels,
     }
+    # One program per (block of channels, block of heads, block of cells).
+    grid = (programs * ceil_divide(sizes.channels, config.block_channels),)
     launch(_mix_kernel, grid, target.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return target
 

@@ -1,7 +1,5 @@
 """Outlook attention: every window's values mixed by weights computed from its centre, overlapping windows summed."""
 
-from __future__ import annotations
-
 import math
 import numbers
 
@@ -12,9 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_int, check_shape, check_tensors
-from kernels.registration import once_differentiable, operator, without_autocast
-
-__all__ = ["outlook_attention2d"]
+from kernels.registration import derivative, operator, without_autocast
 
 
 def outlook_attention2d(
@@ -119,18 +115,7 @@ def _(grad, logits, value, *_):
     return logits.new_empty(logits.shape), value.new_empty(value.shape)
 
 
-def _save(ctx, inputs, output):
-    logits, value, *ctx.windows = inputs
-    ctx.save_for_backward(logits, value)
-
-
-def _backward(ctx, grad):
-    grads = _outlook_backward(grad, *ctx.saved_tensors, *ctx.windows)
-    return *grads, *[None] * len(ctx.windows)
-
-
-_outlook.register_autograd(_backward, setup_context=_save)
-once_differentiable(_outlook_backward, "outlook_attention2d")
+derivative(_outlook, _outlook_backward, 2, "outlook_attention2d")
 
 
 def _mixing_flops(logits_shape, value_shape) -> int:

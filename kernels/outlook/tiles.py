@@ -1,34 +1,17 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """What the kernels of outlook attention share: a program's tile, and rows of weights taken apart into registers."""
 
-from __future__ import annotations
-
+import math
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dtypes import precision
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.outlook.configs import Config, Problem
-
-__all__ = [
-    "Sizes",
-    "Tile",
-    "Windows",
-    "blocks",
-    "inside",
-    "load_pixels",
-    "pixel_pointers",
-    "problem_of",
-    "sizes_of",
-    "softmax",
-    "stack",
-    "tile_of",
-    "unstack",
-]
 
 MARGIN = 2**16  # what blocks reach beyond the last window, and windows beyond the last pixel
 
@@ -170,8 +153,28 @@ def sizes_of(logits: Tensor, value: Tensor) -> Sizes:
     return sizes
 
 
-def blocks(sizes: Sizes, config: Config) -> tuple[int, int, int]:
-    """Windows and heads of a program, and how many programs share the channels."""
+def by_head(image: Tensor, heads: int) -> Tensor:
+    """[B, H, W, C] as [B, H, W, heads, C/heads]."""
+    return image.unflatten(3, (heads, -1))
+
+
+def common_arguments(
+    logits: Tensor, value: Tensor, windows: Windows, config: Config, *images: Tensor
+) -> tuple[dict[str, Any], int]:
+    """What the kernels take of logits and images [B, H, W, heads, D], and how many programs share the channels."""
+    sizes = sizes_of(logits, value)
     heads = min(config.block_heads, next_power_of_2(sizes.heads))
-    windows = min(config.block_items // heads, next_power_of_2(sizes.windows))
-    return windows, heads, ceil_divide(sizes.windows, windows) * ceil_divide(sizes.heads, heads)
+    block = min(config.block_items // heads, next_power_of_2(sizes.windows))
+    arguments = {
+        "logits_ptr": logits,
+        "sizes": sizes,
+        "scale": windows.scale * math.log2(math.e),
+        "KERNEL": windows.kernel_size,
+        "STRIDE": windows.stride,
+        "PADDING": windows.padding,
+        **precision(*(tensor[None, None] for tensor in (logits, *images))),
+        "BLOCK_WINDOWS": block,
+        "BLOCK_HEADS": heads,
+        "BLOCK_CHANNELS": config.block_channels,
+    }
+    return arguments, ceil_divide(sizes.windows, block) * ceil_divide(sizes.heads, heads)

@@ -33,23 +33,6 @@ from kernels.launch import recording
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
-__all__ = [
-    "Choice",
-    "Launcher",
-    "Request",
-    "bucket",
-    "config_of",
-    "forget",
-    "gpu_name",
-    "key_of",
-    "look_up",
-    "observing",
-    "remember",
-    "stale",
-    "triton_version",
-    "tunable",
-]
-
 Config = Any  # a frozen dataclass with ``valid(problem)``
 Problem = Any  # a NamedTuple of what the choice depends on, with a field ``pixels``
 Outputs = TypeVar("Outputs")
@@ -79,17 +62,7 @@ class Choice(NamedTuple):
 
 
 class Launcher(Generic[Outputs]):
-    """A function that launches a kernel with a config, and everything by which its config is chosen.
-
-    Attributes:
-        name: the first word of its keys.
-        launch: the decorated function; takes its arguments and ``config``.
-        configs: all configs that tuning tries.
-        heuristic: problem -> the config where nothing was tuned.
-        problem_of: the launcher's arguments -> problem.
-        reference: the launcher's arguments -> the right outputs, in at least float32.
-        make_example: (problem, device) -> arguments with random inputs of that problem; set by ``example``.
-    """
+    """A function ``launch(*arguments, config)`` that, called without a config, looks one up; made by ``tunable``."""
 
     def __init__(
         self,
@@ -175,11 +148,7 @@ def tunable(
         reference: the launcher's arguments -> the right outputs, in at least float32.
         name: the first word of its keys, where the function's own name is not telling enough.
     """
-
-    def decorate(launch: Callable[..., Outputs]) -> Launcher[Outputs]:
-        return Launcher(launch, name or launch.__name__, configs, heuristic, problem, reference)
-
-    return decorate
+    return lambda launch: Launcher(launch, name or launch.__name__, configs, heuristic, problem, reference)
 
 
 def _device_of(arguments: Sequence[Any]) -> torch.device:
@@ -263,21 +232,17 @@ def config_of(entry: dict[str, Any], launcher: Launcher, problem: Problem) -> Co
 
 
 @functools.cache
-def _stores(gpu: str, user: Path) -> tuple[tuple[str, Store], ...]:
-    return ("store", Store(user, gpu)), ("shipped", Store(shipped_folder(), gpu))
-
-
-@functools.cache
-def _entries(gpu: str, user: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Both files, read once per process; ``remember`` refreshes the user's."""
-    return {name: store.read() for name, store in _stores(gpu, user)}
+def _store(folder: Path, gpu: str) -> tuple[Store, dict[str, dict[str, Any]]]:
+    """A file and its entries, read once per process; ``remember`` adds to the user's."""
+    store = Store(folder, gpu)
+    return store, store.read()
 
 
 def look_up(launcher: Launcher, problem: Problem, gpu: str) -> Choice:
     """The config of a problem by the order above."""
     key = key_of(launcher, problem)
-    for name, entries in _entries(gpu, user_folder()).items():
-        entry = entries.get(key)
+    for name, folder in (("store", user_folder()), ("shipped", shipped_folder())):
+        entry = _store(folder, gpu)[1].get(key)
         if entry is not None and stale(entry, launcher) is None:
             config = config_of(entry, launcher, problem)
             if config is not None and config.valid(problem):
@@ -287,11 +252,9 @@ def look_up(launcher: Launcher, problem: Problem, gpu: str) -> Choice:
 
 def remember(key: str, entry: dict[str, Any], gpu: str) -> bool:
     """Write an entry to the user's store, and use it in this process from now on; False where it cannot be written."""
-    folder = user_folder()
-    (_, store), _ = _stores(gpu, folder)
-    written = store.update({key: entry})
-    _entries(gpu, folder)["store"][key] = entry
-    return written
+    store, entries = _store(user_folder(), gpu)
+    entries[key] = entry
+    return store.update({key: entry})
 
 
 _chosen: dict[tuple[str, Problem, torch.device], Config] = {}
@@ -339,8 +302,7 @@ def observing(observer: Callable[[Request], object]) -> Iterator[None]:
 def forget() -> None:
     """Drop what this process remembers, so that the files are read again."""
     _choose_again()
-    _entries.cache_clear()
-    _stores.cache_clear()
+    _store.cache_clear()
 
 
 def _decide(request: Request) -> Config:

@@ -9,8 +9,6 @@ That holds for a launcher that allocates its outputs and launches one kernel; th
 does more, such as copying a tensor or zeroing an output, runs as it is written every time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.launch import Launch, launch_again, watched_launches
-
-__all__ = ["Repeat", "key_of_call", "repeat_of", "tensors_of"]
 
 # What may happen beside a launch, besides views: nothing that writes.
 HARMLESS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}

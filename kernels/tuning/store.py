@@ -6,8 +6,6 @@ version and the kernel's code it was tuned with. Nothing a file can contain stop
 costs one warning, and the heuristics serve instead.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -18,9 +16,8 @@ from typing import Any
 
 from kernels.files import atomic_write, locked
 
-__all__ = ["SCHEMA", "Store", "shipped_folder", "user_folder"]
-
 SCHEMA = 1
+UNREADABLE = (OSError, ValueError, RecursionError)
 NOWHERE = Path(os.devnull, "dynamic-kernels")  # no file can lie there
 LOCK_SECONDS = 60  # how long to wait for other processes' writes, each of which takes milliseconds
 
@@ -71,20 +68,23 @@ class Store:
     def read(self) -> dict[str, dict[str, Any]]:
         """All entries; none where the file is missing, and none with one warning where it is not what it should be."""
         try:
-            if self.path.exists() and not self.path.is_file():
-                raise ValueError("not a file")  # a pipe would be waited for
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-                raise ValueError(f"not a store of schema {SCHEMA}")
-            entries = content.get("entries")
-            if not isinstance(entries, dict):
-                raise ValueError("no table of entries")
-            return {key: entry for key, entry in entries.items() if isinstance(entry, dict)}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
+            return self._load()
+        except UNREADABLE as error:
             self._warn("read", error)
             return {}
+
+    def _load(self) -> dict[str, dict[str, Any]]:
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError("not a file")  # a pipe would be waited for
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise ValueError(f"not a store of schema {SCHEMA}")
+        if not isinstance(content.get("entries"), dict):
+            raise ValueError("no table of entries")
+        return {key: entry for key, entry in content["entries"].items() if isinstance(entry, dict)}
 
     def update(self, entries: Mapping[str, Mapping[str, Any]]) -> bool:
         """Merge ``entries`` into the file under its lock; False, with one warning, where that cannot be done.
@@ -96,7 +96,11 @@ class Store:
                 raise OSError("this user has no home directory; set DYNAMIC_KERNELS_STORE to a folder")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with locked(f"{self.path}.lock", LOCK_SECONDS):
-                merged = self._read_or_set_aside()
+                try:
+                    merged = self._load()
+                except UNREADABLE:
+                    os.replace(self.path, self.path.with_suffix(".json.broken"))
+                    merged = {}
                 merged.update({key: dict(entry) for key, entry in entries.items()})
                 content = {"schema": SCHEMA, "gpu": self.gpu, "entries": dict(sorted(merged.items()))}
                 atomic_write(self.path, json.dumps(content, indent=1) + "\n")
@@ -104,12 +108,3 @@ class Store:
         except OSError as error:
             self._warn("write", error)
             return False
-
-    def _read_or_set_aside(self) -> dict[str, dict[str, Any]]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            self._warned = False
-            entries = self.read()
-        if caught:
-            os.replace(self.path, self.path.with_suffix(".json.broken"))
-        return entries

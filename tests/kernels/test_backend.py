@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 
 import kernels
 from kernels import backend
@@ -170,9 +169,3 @@ def test_compiled_code_follows_the_choice():
     assert torch.compile(block, fullgraph=True, backend="eager")(x) == (2, 0)
     assert kernels.get_backend() == "auto"
     assert torch.compile(torch.func.grad(lambda x: x * name(x)), fullgraph=True, backend="eager")(x) == 3
-
-
-def test_forward_mode_differentiation_takes_the_reference():
-    with forward_ad.dual_level():
-        assert kernels.get_backend() == "reference"
-    assert kernels.get_backend() == "auto"

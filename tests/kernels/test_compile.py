@@ -73,18 +73,3 @@ def test_dynamic_sizes_in_inductor(monkeypatch):
     for batch, height, width in ((2, 5, 6), (3, 7, 9)):
         x, weight = random_tensor(batch, 4, height, width), random_tensor(batch, 2, 1, 1, height + 2, width + 2)
         torch.testing.assert_close(compiled(x, weight), function(x, weight))
-
-
-def test_a_dynamic_batch_and_size_compile_once():
-    """torch.compile(fullgraph=True) traces forward and backward, and a new size does not recompile for ever."""
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda x, w: kernels.involution2d(x, w).sin(), fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for batch, height, width in ((2, 6, 5), (3, 7, 8), (4, 9, 6)):
-        x = random_tensor(batch, 4, height, width).requires_grad_()
-        weight = random_tensor(batch, 2, 3, 3, height, width).requires_grad_()
-        grads = torch.autograd.grad(compiled(x, weight).sum(), (x, weight))
-        expected = torch.autograd.grad(kernels.reference.involution2d(x, weight).sin().sum(), (x, weight))
-        for ours, reference in zip(grads, expected, strict=True):
-            torch.testing.assert_close(ours, reference)
