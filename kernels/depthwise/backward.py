@@ -8,6 +8,9 @@ Gradient tiles are multiplied by the input rows under them, summed over tiles; t
 i − r and j − p of the product. A value may reach every entry of its own channel, whether finite or not.
 """
 
+import functools
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -22,15 +25,16 @@ from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
 
-GRADIENT_PROGRAMS = 1024  # wanted at least, by cutting the batch into chunks: a few waves on any GPU
+SLOTS = 528  # programs that run at once: four on each of an H200's 132 processors
+EPILOGUE = 22  # what a program does once, in steps of its loop
 
 
 @triton.jit
 def _weight_gradient_kernel(
     grad,  # [B, C, H, W] in rows, like x
     x,  # [B, C, H, W] in rows, its strides but the last divided by VECTOR
-    partial_ptr,  # [chunks, tile blocks, C, ROWS, TILE_HEIGHT, KERNEL], contiguous
-    batch, channels, height, width, tiles_h, tiles_w, chunk_images,
+    partial_ptr,  # [image chunks, tile chunks, C, ROWS, TILE_HEIGHT, KERNEL], contiguous
+    batch, channels, height, width, tiles_h, tiles_w, chunk_images, tile_chunks,
     KERNEL: tl.constexpr, KERNEL_BLOCK: tl.constexpr, IMAGE_TILES: tl.constexpr, VECTOR: tl.constexpr,
     UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
     TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
@@ -42,7 +46,6 @@ def _weight_gradient_kernel(
     TILE: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
     row_blocks = tl.cdiv(ROWS, BLOCK_ROWS)
     channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
-    tile_blocks = tl.cdiv(tiles_h * tiles_w, IMAGE_TILES)
     i_row = tl.program_id(0) % row_blocks * BLOCK_ROWS
     i_rest = tl.program_id(0) // row_blocks
     i_channel = i_rest % channel_blocks * BLOCK_CHANNELS
@@ -53,38 +56,36 @@ def _weight_gradient_kernel(
         o_channel += tl.arange(0, BLOCK_CHANNELS)[:, None, None]
         b_sum = tl.zeros([BLOCK_CHANNELS, TILE, BLOCK_ROWS * SPAN], ACCUMULATOR)
 
-    # A block is IMAGE_TILES tiles of as many images as fit, so that going on to the next images divides nothing.
-    o_block = tl.arange(0, BLOCK_TILES)[:, None]
-    o_tile = i_partial % tile_blocks * IMAGE_TILES + o_block % IMAGE_TILES
-    o_image = o_block // IMAGE_TILES
-    o_top = o_tile // tiles_w * TILE_HEIGHT
-    o_left = o_tile % tiles_w * TILE_WIDTH
-    m_tile = (o_channel < channels) & (o_tile < tiles_h * tiles_w)
-
-    o_span = tl.arange(0, BLOCK_ROWS * SPAN)[None, :]
-    o_x_row = o_top - KERNEL // 2 + i_row + o_span // SPAN
-    o_x_column = o_left - MARGIN + o_span % SPAN
-    m_x = m_tile & (o_x_row >= 0) & (o_x_row < height) & (o_x_column >= 0) & (o_x_column < width * VECTOR)
-    p_x = x.ptr + (o_channel * x.c + o_x_row.to(OFFSET) * x.h) * VECTOR + o_x_column
-    o_output = tl.arange(0, TILE)[None, :]
-    o_row = o_top + o_output // TILE_WIDTH
-    o_column = o_left + o_output % TILE_WIDTH
-    m_grad = m_tile & (o_row < height) & (o_column < width * VECTOR)
-    p_grad = grad.ptr + (o_channel * grad.c + o_row.to(OFFSET) * grad.h) * VECTOR + o_column
-
-    i_first = i_partial // tile_blocks * chunk_images
+    i_first = i_partial // tile_chunks * chunk_images
     i_last = tl.minimum(i_first + chunk_images, batch)
     # Input rows that no tile of the map has: the sums are 0.
     if (i_row + BLOCK_ROWS + (tiles_h - 1) * TILE_HEIGHT <= KERNEL // 2) | (i_row >= KERNEL // 2 + height):
         i_last = i_first
-    for i_image in range(i_first, i_last, BLOCK_TILES // IMAGE_TILES):
-        o_batch = (o_image + i_image).to(OFFSET)
-        # [T, J], [T, N]
-        b_x = tl.load(p_x + o_batch * x.b * VECTOR, mask=m_x & (o_batch < i_last), other=0)
-        b_grad = tl.load(p_grad + o_batch * grad.b * VECTOR, mask=m_grad & (o_batch < i_last), other=0)
-        if UPCAST:
-            b_x, b_grad = b_x.to(ACCUMULATOR), b_grad.to(ACCUMULATOR)
-        b_sum = tl.dot(tl.trans(b_grad), b_x, b_sum, input_precision="ieee", out_dtype=ACCUMULATOR)
+    o_block = tl.arange(0, BLOCK_TILES)[:, None]
+    o_span = tl.arange(0, BLOCK_ROWS * SPAN)[None, :]
+    o_output = tl.arange(0, TILE)[None, :]
+    # A block is IMAGE_TILES tiles of as many images as fit, so that going on to the next images divides nothing.
+    for i_tile in range(i_partial % tile_chunks * IMAGE_TILES, tiles_h * tiles_w, tile_chunks * IMAGE_TILES):
+        o_tile = i_tile + o_block % IMAGE_TILES
+        o_top = o_tile // tiles_w * TILE_HEIGHT
+        o_left = o_tile % tiles_w * TILE_WIDTH
+        m_tile = (o_channel < channels) & (o_tile < tiles_h * tiles_w)
+        o_x_row = o_top - KERNEL // 2 + i_row + o_span // SPAN
+        o_x_column = o_left - MARGIN + o_span % SPAN
+        m_x = m_tile & (o_x_row >= 0) & (o_x_row < height) & (o_x_column >= 0) & (o_x_column < width * VECTOR)
+        p_x = x.ptr + (o_channel * x.c + o_x_row.to(OFFSET) * x.h) * VECTOR + o_x_column
+        o_row = o_top + o_output // TILE_WIDTH
+        o_column = o_left + o_output % TILE_WIDTH
+        m_grad = m_tile & (o_row < height) & (o_column < width * VECTOR)
+        p_grad = grad.ptr + (o_channel * grad.c + o_row.to(OFFSET) * grad.h) * VECTOR + o_column
+        for i_image in range(i_first, i_last, BLOCK_TILES // IMAGE_TILES):
+            o_batch = (i_image + o_block // IMAGE_TILES).to(OFFSET)
+            # [T, J], [T, N]
+            b_x = tl.load(p_x + o_batch * x.b * VECTOR, mask=m_x & (o_batch < i_last), other=0)
+            b_grad = tl.load(p_grad + o_batch * grad.b * VECTOR, mask=m_grad & (o_batch < i_last), other=0)
+            if UPCAST:
+                b_x, b_grad = b_x.to(ACCUMULATOR), b_grad.to(ACCUMULATOR)
+            b_sum = tl.dot(tl.trans(b_grad), b_x, b_sum, input_precision="ieee", out_dtype=ACCUMULATOR)
 
     # [N, BLOCK_ROWS · KERNEL_BLOCK]: every output's sums moved by its column p, which makes diagonals columns.
     o_tap = tl.arange(0, BLOCK_ROWS * KERNEL_BLOCK)[None, :]
@@ -129,6 +130,23 @@ def _diagonals_kernel(
     tl.store(gradient_ptr + i_channel * (KERNEL * KERNEL) + o_entry, b_gradient, mask=m_entry)
 
 
+@functools.lru_cache(maxsize=4096)
+def _chunks(programs: int, image_blocks: int, tile_blocks: int) -> tuple[int, int]:
+    """Into how many chunks the images, and the tiles of an image, are cut: what ends soonest if waves of SLOTS programs
+    follow each other, each as long as its steps and EPILOGUE."""
+    if interpreting():
+        return 1, 1
+
+    def waves(chunks: tuple[int, int]) -> float:
+        images, tiles = chunks
+        steps = ceil_divide(image_blocks, images) * ceil_divide(tile_blocks, tiles)
+        return max(1, programs * images * tiles / SLOTS) * (steps + EPILOGUE)
+
+    images = [ceil_divide(image_blocks, steps) for steps in range(1, image_blocks + 1)]
+    tiles = [ceil_divide(tile_blocks, steps) for steps in range(1, tile_blocks + 1)]
+    return min(itertools.product(sorted(set(images)), sorted(set(tiles))), key=waves)
+
+
 @tunable(
     CONFIGS,
     heuristic,
@@ -150,15 +168,15 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
     image_tiles = min(config.block_tiles, next_power_of_2(tiles))
     tile_blocks = ceil_divide(tiles, image_tiles)
     rows = config.tile_height + kernel_size - 1
-    programs = ceil_divide(rows, config.block_rows) * ceil_divide(channels, config.block_channels) * tile_blocks
+    programs = ceil_divide(rows, config.block_rows) * ceil_divide(channels, config.block_channels)
     block_images = config.block_tiles // image_tiles
-    chunks = 1 if interpreting() else min(ceil_divide(GRADIENT_PROGRAMS, programs), ceil_divide(batch, block_images))
-    chunk_images = ceil_divide(ceil_divide(batch, block_images), chunks) * block_images
-    chunks = ceil_divide(batch, chunk_images)
-    shape = (chunks * tile_blocks, channels, rows, config.tile_height, kernel_size)
+    image_chunks, tile_chunks = _chunks(programs, ceil_divide(batch, block_images), tile_blocks)
+    chunk_images = ceil_divide(ceil_divide(batch, block_images), image_chunks) * block_images
+    image_chunks = ceil_divide(batch, chunk_images)
+    shape = (image_chunks * tile_chunks, channels, rows, config.tile_height, kernel_size)
     partial = torch.empty(shape, dtype=accumulator_dtype(x.dtype), device=x.device)
-    # One program per (block of input rows, block of channels, block of tiles, chunk of images), each in order.
-    grid = (programs * chunks,)
+    # One program per (block of input rows, block of channels, chunk of tile blocks, chunk of images), each in order.
+    grid = (programs * tile_chunks * image_chunks,)
     arguments = {
         "grad": in_vectors(grad_rows),
         "x": in_vectors(x_rows),
@@ -166,6 +184,7 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
         **common,
         "batch": batch,
         "chunk_images": chunk_images,
+        "tile_chunks": tile_chunks,
         "KERNEL_BLOCK": next_power_of_2(kernel_size),
         "IMAGE_TILES": image_tiles,
     }

@@ -573,9 +573,11 @@ def test_reach_of_a_nan(operator, backend):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @EVERY_CASE
 def test_what_is_not_finite(operator, bad):
-    """On the eager path it reaches exactly what it reaches in the definition."""
-    if operator.inputs.get("weight", ())[-1:] == (15,):
-        pytest.skip("PyTorch's own gradient of this weight leaves out the zeros around the map")
+    """On the eager path it reaches exactly what it reaches in the definition.
+
+    But for a depthwise convolution's weight: whether its gradient in PyTorch multiplies by the zeros around the map
+    depends on the CPU.
+    """
     drawn = operator.tensors(batch=2)
     if operator.name == "depthwise_conv2d":  # where zeros around the weight make the kernel larger
         drawn["x"] = drawn["x"].contiguous(memory_format=torch.channels_last)
@@ -589,4 +591,5 @@ def test_what_is_not_finite(operator, bad):
         out, grads = run(operator, tensors, "eager", grad)
         right, right_grads = run(operator, tensors, "reference", grad)
         for what, ours, expected in zip(("output", *drawn), (out, *grads), (right, *right_grads), strict=True):
-            assert torch.equal(ours.isfinite(), expected.isfinite()), f"{bad} in {place}: {what}"
+            if (operator.name, what) != ("depthwise_conv2d", "weight"):
+                assert torch.equal(ours.isfinite(), expected.isfinite()), f"{bad} in {place}: {what}"

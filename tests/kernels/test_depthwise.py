@@ -64,22 +64,31 @@ def test_tuning_takes_pytorch_where_it_wins():
         assert [(outcome.milliseconds, outcome.config == LIBRARY) for outcome in outcomes] == [(0, True), (2, False)]
 
 
-def test_weight_gradient_in_chunks_of_the_batch(monkeypatch):
-    """On a GPU the batch is cut into chunks and maps into blocks of tiles; the interpreter takes both in one."""
-    monkeypatch.setattr(backward, "interpreting", lambda: False)
+@pytest.mark.parametrize("chunks", [(5, 1), (2, 2), (1, 3), (1, 1)])
+def test_weight_gradient_in_chunks(chunks, monkeypatch):
+    """On a GPU images and the tiles of an image are cut into chunks; the interpreter takes both in one."""
+    monkeypatch.setattr(backward, "_chunks", lambda programs, image_blocks, tile_blocks: chunks)
     x, grad = random_tensor(5, 1, 17, 41), random_tensor(5, 1, 17, 41)
     weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     (expected,) = torch.autograd.grad(kernels.reference.depthwise_conv2d(x.double(), weight), weight, grad.double())
-    for config in (
-        Config(8, 16, 2),
-        Config(8, 64, 2),
-    ):  # one image at a time in two blocks of tiles, then two at a time
-        with record_launches() as launches:
-            backward.weight_gradient(grad.to("meta"), x.to("meta"), 3, config=config)
-        (arguments,) = (made.arguments for made in launches if "chunk_images" in made.arguments)
-        assert arguments["chunk_images"] < len(x)
-        gradient = backward.weight_gradient(grad, x, 3, config=config)
-        assert_close(gradient, expected, GRADIENT_TOLERANCE[x.dtype], str(config))
+    config = Config(8, 4, 2)  # five blocks of tiles: chunks of one to five, the last shorter
+    with record_launches() as launches:
+        backward.weight_gradient(grad.to("meta"), x.to("meta"), 3, config=config)
+    (arguments,) = (made.arguments for made in launches if "chunk_images" in made.arguments)
+    assert (-(-len(x) // arguments["chunk_images"]), arguments["tile_chunks"]) == chunks
+    assert_close(backward.weight_gradient(grad, x, 3, config=config), expected, GRADIENT_TOLERANCE[x.dtype])
+
+
+def test_chunks_fill_a_gpu_and_no_more(monkeypatch):
+    """Enough programs where there is work for them; each with enough steps to pay for what it does once."""
+    monkeypatch.setattr(backward, "interpreting", lambda: False)
+    chunks = backward._chunks.__wrapped__
+    assert chunks(320, 128, 1) == (2, 1)  # OverLoCK's first stage at batch 128
+    assert chunks(320, 2, 16) == (1, 2)  # its dense form, two images of 200x320 pixels
+    assert chunks(2048, 8, 4) == (1, 1)
+    assert chunks(1, 1, 1) == (1, 1)
+    images, tiles = chunks(4, 16, 64)
+    assert 264 <= 4 * images * tiles <= 1056
 
 
 def test_a_config_that_cannot_pay_is_invalid():
