@@ -26,20 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from autotune.compile_cases import cases
+from autotune.tables import Table
 from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
 from models.commands.types import DTYPES
-
-__all__ = ["ARCHITECTURES", "Report", "add_arguments", "compile_launch", "run"]
 
 ARCHITECTURES = {
     "sm_80": ("cuda", 80, 32),
@@ -47,12 +44,7 @@ ARCHITECTURES = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-TYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -274,10 +266,7 @@ def build(
 
 def run(arguments: argparse.Namespace) -> int:
     """Compile, report, and return 1 if a kernel does not build or spills."""
-    console = Console(stderr=arguments.json)
-    console.width = max(
-        console.width, 230 if arguments.every_config else 170
-    )  # a table cut short says less than one a narrow terminal wraps
+    console = Console(stderr=arguments.json, highlight=False)
     known = list(cases(torch.float16))
     reason = None
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -298,7 +287,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:
-        console.print(_table(reports, configs=arguments.every_config))
+        _table(reports, configs=arguments.every_config).show(console)
         for failure in failures:
             console.print(f"[red]failed[/] {escape(failure)}")
     spills = any(report.spilled_bytes for report in reports)
@@ -339,18 +328,21 @@ def _compared(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def _table(reports: list[Report], *, configs: bool) -> Table:
     """A line for each build; what sets the lines of one kernel apart is its config with ``configs``."""
-    table = Table(title="Kernels compiled ahead of time", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("case", "kernel", "arch", "dtype", *(["config"] if configs else [])):
-        table.add_column(column, no_wrap=True, vertical="bottom")
-    counted = ("warps", "registers", "spilled\nB", "shared\nB", "load\nbits", "MMA", "FMA", "shuffles")
-    for column in (*counted, "shuffles\n/out", "bytes\n/out"):
-        table.add_column(column, justify="right", no_wrap=True)
+    words = ["case", "kernel", "arch", "dtype", *(["config"] if configs else [])]
+    rows = []
     for r in reports:
-        spilled = f"[red]{r.spilled_bytes}[/]" if r.spilled_bytes else "0"
-        counts = (r.load_bits, r.tensor_core, r.fma, r.shuffles, r.shuffles_per_output, r.bytes_per_output)
-        table.add_row(
-            *(r.case, r.kernel, r.architecture, r.dtype, *([r.config] if configs else [])),
-            *(str(r.num_warps), str(r.registers), spilled, str(r.shared_bytes)),
-            *("–" if count is None else str(count) if isinstance(count, int) else f"{count:.3g}" for count in counts),
+        counts = (
+            r.num_warps,
+            r.registers,
+            r.spilled_bytes,
+            r.shared_bytes,
+            r.load_bits,
+            r.tensor_core,
+            r.fma,
+            r.shuffles,
         )
-    return table
+        counts += (r.shuffles_per_output, r.bytes_per_output)
+        cells = ["–" if n is None else str(n) if isinstance(n, int) else f"{n:.3g}" for n in counts]
+        rows.append([r.case, r.kernel, r.architecture, r.dtype, *([r.config] if configs else []), *cells])
+    headings = ["warps", "registers", "spilled B", "shared B", "load bits", "MMA", "FMA", "shuffles", "shuffles/out"]
+    return Table([*words, *headings, "bytes/out"], rows, len(words), "Kernels compiled ahead of time")

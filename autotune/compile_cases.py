@@ -9,8 +9,6 @@ from torch import Tensor
 
 from kernels.windows import Window
 
-__all__ = ["cases"]
-
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -7,8 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-__all__ = ["windows_figure"]
-
 SIDE, KERNEL = 11, 5
 OUTPUTS = {(7, 8): "#0072b2", (0, 1): "#d55e00"}  # one inside the map, one near its corner
 PANELS = (

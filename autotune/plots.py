@@ -23,19 +23,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kernels.files import atomic_write
 
-__all__ = [
-    "COLOURS",
-    "MARKERS",
-    "Comparison",
-    "comparison_figure",
-    "describe",
-    "finish",
-    "grid",
-    "new_figure",
-    "save",
-    "style",
-]
-
 COLOURS = {
     "ours": "#0072B2",
     "naive": "#D55E00",

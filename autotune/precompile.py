@@ -24,8 +24,6 @@ from torch import Tensor
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request
 
-__all__ = ["Build", "build", "builds", "precompile"]
-
 
 @dataclass(frozen=True)
 class Pointer:

@@ -6,8 +6,9 @@ follow from the image's size, so 224² gives the classification shapes and 800×
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +21,6 @@ import kernels
 
 if TYPE_CHECKING:  # a GPU machine measures without a photograph
     from PIL import Image
-
-__all__ = [
-    "MODELS",
-    "OPERATORS",
-    "Input",
-    "Workload",
-    "channels_last",
-    "generation",
-    "image_batch",
-    "least_bytes",
-    "operator_workloads",
-    "photograph",
-    "photograph_model",
-    "random_model",
-    "settled_model",
-    "workload_of",
-]
 
 MODELS = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's smallest
 
@@ -82,6 +66,11 @@ class Workload:
     def name(self) -> str:
         return " ".join(filter(None, (self.operator, self.model, self.shape)))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row of results says of it."""
+        return {"name": self.name, "operator": self.operator, "model": self.model, "shape": self.shape}
+
     def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Random tensors that require gradients, the same for the same seed on the same device."""
         generator = torch.Generator(device).manual_seed(seed)
@@ -89,24 +78,27 @@ class Workload:
 
     def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
         """A random gradient of the output, in the memory format of the first input, as the output is."""
-        first = _tensors(self.inputs)[0]
+        first = tensors_of(self.inputs)[0]
         spec = Input(self.output, channels_last=first.channels_last)
         return spec.draw(torch.Generator(device).manual_seed(seed), dtype, device).detach()
 
-    @torch.no_grad()
-    def forward(self, inputs: Inputs, _gradient: Tensor | None = None) -> list[Tensor]:
-        """The output, on the selected backend; called like ``forward_backward``."""
-        return [getattr(kernels, self.operator)(**inputs, **self.options)]
+    def run(
+        self, inputs: Inputs, gradient: Tensor | None = None, function: Callable[..., Tensor] | None = None
+    ) -> list[Tensor]:
+        """The output on the selected backend; given its gradient, also the gradient of every tensor argument.
 
-    def forward_backward(self, inputs: Inputs, gradient: Tensor) -> list[Tensor]:
-        """The output and the gradient of every tensor argument, on the selected backend."""
-        with torch.enable_grad():
-            out = getattr(kernels, self.operator)(**inputs, **self.options)
-        return [out.detach(), *torch.autograd.grad(out, _tensors(inputs), gradient)]
+        ``function`` of the same inputs stands in for the operator.
+        """
+        function = function or functools.partial(getattr(kernels, self.operator), **self.options)
+        with torch.set_grad_enabled(gradient is not None):
+            out = function(**inputs)
+        if gradient is None:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, tensors_of(inputs), gradient)]
 
     def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
         """Fewest bytes to move, forward or forward and backward."""
-        inputs = sum(math.prod(spec.shape) for spec in _tensors(self.inputs))
+        inputs = sum(math.prod(spec.shape) for spec in tensors_of(self.inputs))
         return dtype.itemsize * least_bytes(inputs, math.prod(self.output), backward=backward)
 
     def operations(self, *, backward: bool = False) -> int:
@@ -129,7 +121,7 @@ def _map_tensors(function: Callable[[Any], Any], inputs: Mapping[str, Any]) -> I
     }
 
 
-def _tensors(inputs: Mapping[str, Any]) -> list[Any]:
+def tensors_of(inputs: Mapping[str, Any]) -> list[Any]:
     return [tensor for value in inputs.values() for tensor in (value if isinstance(value, tuple) else (value,))]
 
 
@@ -334,6 +326,38 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     ]
 
 
+def _tiny_workloads() -> Iterator[Workload]:
+    size = (6, 5)
+    yield involution("tiny", 1, 32, size, 3, 16)
+    for operator in ("na2d_av", "na2d_qk", "na2d_softmax_av"):
+        yield neighborhood(operator, "tiny", 1, 2, 16, size, 3)
+    yield contmix("tiny", 1, 2, 16, size, (3, 5), context=9)
+    yield outlook("tiny", 1, 2, 16, size, 3, 2)
+    yield depthwise("tiny", 1, 16, size, 5)
+
+
+def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, quick: bool = False) -> list[Workload]:
+    """The operators at the models' own shapes: batch 128 at 224², then batch 2 at 800×1280; or at the shape given.
+
+    Involutions are in the memory format that models are measured in, each also with its kernels generated inside.
+    ``quick`` takes one tiny shape of each operator instead.
+    """
+    if quick:
+        found = list(_tiny_workloads())
+    elif size is not None:
+        found = operator_workloads(batch or 128, size)
+    else:
+        found = [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]
+    chosen: list[Workload] = []
+    for workload in found:
+        if workload.operator == "involution2d":
+            workload = channels_last(workload)
+            chosen.append(workload)
+            workload = generation(workload)
+        chosen.append(workload)
+    return chosen
+
+
 def photograph(path: str | Path | None = None) -> Image.Image:
     """A photograph in RGB, upright; by default the portrait of Grace Hopper that matplotlib ships.
 
@@ -399,6 +423,11 @@ def settled_model(name: str, images: Tensor, seed: int = 0, **arguments: Any) ->
         norm.momentum = momentum
         norm.eval()
     return model
+
+
+def random_images(batch: int, size: Size, seed: int = 0) -> Tensor:
+    """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def photograph_model(name: str, photo: Image.Image) -> nn.Module:

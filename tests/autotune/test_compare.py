@@ -15,8 +15,8 @@ from torch import nn
 
 import autotune
 import kernels
-from autotune import roofs
-from autotune.comparison import DisagreementError
+from autotune import roofs, sweeps
+from autotune.measure import DisagreementError
 from models.rednet import Involution2d
 from tests.support import DEVICE
 
@@ -212,17 +212,25 @@ def test_records_leave_as_json_and_as_a_data_frame(x, tmp_path, monkeypatch):
         found.to_pandas()
 
 
-def test_a_sweep_along_any_axis():
+def test_a_sweep_along_any_axis(monkeypatch):
+    measured, measure = [], sweeps.measure_operator
+
+    def counted(workload, *given, **options):
+        measured.append(workload.shape)
+        return measure(workload, *given, **options)
+
+    monkeypatch.setattr(sweeps, "measure_operator", counted)
     found = autotune.sweep("na2d_av", {"size": [5, 7], "kernel_size": [3]}, size=7, kernel_size=3, channels=16, **QUICK)
-    assert {axis: [p.shape.size for p in points] for axis, points in found.points.items()} == {
-        "size": [5, 7],
-        "kernel_size": [7],
-    }
-    assert found.points["size"][1] is found.points["kernel_size"][0], "measured once"
+    assert [(row["axis"], row["size"]) for row in found.rows] == [("size", 5), ("size", 7), ("kernel_size", 7)]
+    assert measured == ["1×16@5² K=3", "1×16@7² K=3"], "each shape once"
     figure = found.plot()
     assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["side of the map, pixels", "kernel size K, pixels"]
+    assert [axis.get_title("left") for axis in figure.axes[:2]] == [
+        "K = 3, 16 channels, batch 1",
+        "7², 16 channels, batch 1",
+    ]
     assert all(axis.get_xscale() == axis.get_yscale() == "log" for axis in figure.axes)
-    assert [row["axis"] for row in json.loads(found.to_json())["rows"]] == ["size", "size", "kernel_size"]
+    assert json.loads(found.to_json())["rows"] == found.rows
     for shown in ("size = 5", "kernel_size = 3", "of floor"):
         assert shown in found._repr_html_()
         assert shown in repr(found)

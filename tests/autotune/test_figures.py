@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autotune import kernel_tables, report
-from autotune.figures import PUBLISHED, count_model, sections, updated
+from autotune import report
+from autotune.figures import PUBLISHED, _predicted, count_model, sections, updated
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ def test_the_pages_are_up_to_date():
 def shown_numbers(figure):
     """What a figure of the pages was drawn from."""
     if figure.name == "predicted.png":
-        predicted = kernel_tables.predicted_records(ROOT / "notebooks" / "results")[0]
+        predicted = _predicted(ROOT / "notebooks" / "results")[0]
         return {"measured": json.loads(figure.with_name("kernels.json").read_text()), "predicted": predicted}
     return json.loads(figure.with_name("bench.json" if figure.name == "operators.png" else "profile.json").read_text())
 

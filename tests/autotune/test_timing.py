@@ -129,17 +129,6 @@ def test_machine_is_described_in_json():
         assert machine["commit"] is None
 
 
-def test_a_record_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "record.json"
-    timing.write_json(path, {"value": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        timing.write_json(path, {"value": float("nan")})
-    with pytest.raises(TypeError):
-        timing.write_json(path, {"value": object()})
-    assert json.loads(path.read_text()) == {"value": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
-
-
 def test_other_work_is_what_this_process_did_not_do(monkeypatch):
     clocks = iter([(10.0, 100.0, 5.0), (14.0, 109.0, 6.0)])  # by the clock, of all cores, of our own
     monkeypatch.setattr(timing, "_cpu_seconds", lambda: next(clocks))

@@ -223,8 +223,8 @@ def test_the_table_names_problem_times_gain_and_config(monkeypatch, capsys):
     monkeypatch.setattr(tune, "interpreting", lambda: True)
     assert main(["tune", "--all", "--quick", "--device", "cpu"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "toy pixels=1 │ 16.0000 │ 8.0000 │ 2.00× │ block=8" in shown
-    assert "toy pixels=2 │ – │ – │ – │ none: output 0 is off by" in shown
+    assert "toy pixels=1 │ block=8 │ 16.0000 │ 8.0000 │ 2.00×" in shown
+    assert "toy pixels=2 │ none: output 0 is off by" in shown
     monkeypatch.setattr(tune, "_launching", lambda *_: iter([_launch(1)]))
     assert main(["tune", "--all", "--quick", "--device", "cpu"]) == 0
     assert "Everything is tuned already" in capsys.readouterr().out

@@ -11,7 +11,6 @@ import torch
 import kernels
 from autotune import tunables, verify, workloads
 from autotune.__main__ import main
-from autotune.bench_operators import benchmark_workloads
 from autotune.tunables import StoredEntry, find_tunables, problem_of
 from kernels.launch import record_launches
 from kernels.tuning import choose, tunable
@@ -79,9 +78,9 @@ def _problems():
     shared = [workloads.neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
     shared.append(workloads.contmix("tiny", 1, 2, 16, (5, 5), (3, 5), context=9))
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
-        for workload in (*benchmark_workloads(quick=True), *shared):
+        for workload in (*workloads.benchmark_workloads(quick=True), *shared):
             inputs = workload.draw_inputs(torch.float32, HERE)
-            workload.forward_backward(inputs, workload.draw_gradient(torch.float32, HERE))
+            workload.run(inputs, workload.draw_gradient(torch.float32, HERE))
     return found
 
 

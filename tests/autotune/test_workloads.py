@@ -86,7 +86,7 @@ def test_operations_are_those_pytorch_counts(operator):
     workload = next(w for w in by_name(2, (64, 32)).values() if w.operator == operator)
     inputs = workload.draw_inputs(torch.float32, CPU)
     with FlopCounterMode(display=False) as counter, kernels.use_backend("reference"):
-        workload.forward(inputs)
+        workload.run(inputs)
     assert counter.get_total_flops() == workload.operations()
 
 
@@ -96,8 +96,8 @@ def test_workloads_are_valid_calls(name):
     inputs = workload.draw_inputs(torch.float64, CPU, seed=3)
     gradient = workload.draw_gradient(torch.float64, CPU)
     with kernels.use_backend("reference"):
-        (out,) = workload.forward(inputs)
-        out_again, *gradients = workload.forward_backward(inputs, gradient)
+        (out,) = workload.run(inputs)
+        out_again, *gradients = workload.run(inputs, gradient)
     assert out.shape == workload.output
     assert not out.requires_grad
     assert torch.equal(out, out_again)
