@@ -127,10 +127,10 @@ def _compiled_table(record: dict[str, Any]) -> str:
 
 def _compiled() -> dict[str, Any]:
     """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
-    from autotune.compile import build
+    from autotune.compile import reports_of
     from kernels.tuning.choose import triton_version
 
-    reports, failures = build(["sm_90"], ["bf16"], Console())
+    reports, failures = reports_of(["sm_90"], ["bf16"], Console())
     if failures:
         raise RuntimeError("\n".join(failures))
     return {

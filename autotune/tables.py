@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kernels.files import write_json
 
-WIDEST = 170  # characters of a table in a terminal
+WIDEST = 180  # characters of a table in a terminal
 COLOURS = {"failed": "red", "slower": "red", "none": "red", "skipped": "yellow", "unchecked": "yellow", "not": "yellow"}
 COLOURS |= {"faster": "green", "used": "green", "ok": "green"}
 

@@ -244,25 +244,19 @@ def test_a_model_is_collected_without_running_a_kernel():
     assert {build.name for build in tuning.work} == {"_correlate_kernel", "weighted_sum_kernel"}
 
 
-FAKE_DRIVER = """
+AHEAD = """
 import sys
-import torch, triton
+import torch
+from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Driver())
-from pathlib import Path
-from autotune.precompile import build, builds
+from autotune.precompile import AbsentDevice, build, builds
 from kernels.tuning.choose import observing
 from kernels.aggregation.gather import gather_aggregate
 from kernels.launch import record_launches
 from kernels.windows import Window
 
+driver.set_active(AbsentDevice(GPUTarget("cuda", 90, 32)))
 found = []
 x, weight = torch.randn(1, 2, 16, 8, 8), torch.randn(1, 2, 3, 3, 8, 8)
 with record_launches() as launches, observing(lambda request: found.extend(builds(request, 1))):
@@ -276,6 +270,9 @@ kernel, grid, arguments, options = launches[0]
 kernel.device_caches.clear()  # as another process would find it
 kernel.warmup(grid=grid, **arguments, **options)
 assert cubins() == built, "a launch compiles something else than was built for it"
+build(described, GPUTarget("cuda", 80, 32))
+assert len(cubins()) == 2, "another architecture's code is its own"
+assert driver.active.get_current_target().arch == 90
 """
 
 
@@ -283,7 +280,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_asks_for(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", FAKE_DRIVER, str(tmp_path)],
+        [sys.executable, "-c", AHEAD, str(tmp_path)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
