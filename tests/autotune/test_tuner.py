@@ -57,7 +57,7 @@ GPU = "cpu"  # the name configs of a CPU tensor are kept under
 
 
 @pytest.fixture(autouse=True)
-def _own_store(tmp_path, monkeypatch):
+def own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "user"))
     monkeypatch.setattr(choose, "shipped_folder", lambda: tmp_path / "shipped")
     choose.forget()
