@@ -50,80 +50,38 @@ def _image(text: str) -> Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    where = parser.add_argument_group("where it runs")
-    where.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    where.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default=kernels.get_backend(),
-        help="our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)",
-    )
-    where.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    what = parser.add_argument_group("what it runs (default: every operator, and each family's smallest model)")
-    what.add_argument(
-        "--operator",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="operators by name, at the models' shapes or --shape",
-    )
-    what.add_argument("--shape", type=shape, metavar="BxCxHxW", help="of --operator's map, as in: 8x64x56x56")
-    what.add_argument("--kernel-size", type=positive, metavar="K", help="of --operator at --shape (default: 7)")
-    what.add_argument("--model", nargs="+", default=[], metavar="NAME", help="models, as models list names them")
-    what.add_argument("--module", type=module, metavar="MODULE:NAME", help="your own, as in: mypackage.nets:Net")
-    what.add_argument("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
-    what.add_argument("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
-    what.add_argument(
-        "--size",
-        "--sizes",
-        dest="sizes",
-        type=image_size,
-        nargs="+",
-        metavar="HxW",
-        default=[(224, 224), (320, 256)],
-        help="of the image (default: 224 320x256)",
-    )
-    what.add_argument(
-        "--batch", type=positive, metavar="B", help="(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
-    )
-    what.add_argument("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
-    what.add_argument(
-        "--training",
-        "--backward",
-        dest="training",
-        action="store_true",
-        help="forward and backward as well, as all operators are where none is named",
-    )
-    what.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="lines whose name contains this (or matches it, with * or ?), as in: --only involution2d volo_d1",
-    )
-    what.add_argument("--quick", action="store_true", help="smoke test: batch 1, forward only, one size, two runs each")
-    output = parser.add_argument_group("what it leaves")
-    output.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the files (default: notebooks/results/DEVICE; build/results/DEVICE for a part, "
-        "so that it never replaces the whole)",
-    )
-    output.add_argument(
-        "--against",
-        type=Path,
-        metavar="RESULTS.json",
-        help="an earlier profile.json: say what became faster or slower; 1 is the exit code if anything became slower",
-    )
-    output.add_argument(
-        "--threshold",
-        type=Number(above=0),
-        default=0.1,
-        metavar="X",
-        help="share of a time from which a change counts (default: %(default)s)",
-    )
-    output.add_argument("--json", action="store_true", help="print the content of profile.json instead of the table")
+    where = parser.add_argument_group("where it runs").add_argument
+    where("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    text = "our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)"
+    where("--backend", choices=BACKENDS, default=kernels.get_backend(), help=text)
+    where("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    what = parser.add_argument_group("what it runs (default: all operators, each family's smallest model)").add_argument
+    several: dict[str, Any] = {"nargs": "+", "default": []}
+    what("--operator", metavar="PATTERN", help="operators by name, at the models' shapes or --shape", **several)
+    what("--shape", type=shape, metavar="BxCxHxW", help="of --operator's map, as in: 8x64x56x56")
+    what("--kernel-size", type=positive, metavar="K", help="of --operator at --shape (default: 7)")
+    what("--model", metavar="NAME", help="models, as models list names them", **several)
+    what("--module", type=module, metavar="MODULE:NAME", help="your own, as in: mypackage.nets:Net")
+    what("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
+    what("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
+    sizes: dict[str, Any] = {"dest": "sizes", "nargs": "+", "default": [(224, 224), (320, 256)]}
+    what("--size", "--sizes", type=image_size, metavar="HxW", help="of the image (default: 224 320x256)", **sizes)
+    text = "(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
+    what("--batch", type=positive, metavar="B", help=text)
+    what("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
+    text = "forward and backward as well, as all operators are where none is named"
+    what("--training", "--backward", dest="training", action="store_true", help=text)
+    text = "lines whose name contains this (or matches it, with * or ?), as in: --only involution2d volo_d1"
+    what("--only", metavar="PATTERN", help=text, **several)
+    what("--quick", action="store_true", help="smoke test: batch 1, forward only, one size, two runs each")
+    leaves = parser.add_argument_group("what it leaves").add_argument
+    text = "(default: notebooks/results/DEVICE; build/results/DEVICE for a part, which must not replace the whole)"
+    leaves("--out", type=Path, metavar="DIR", help=text)
+    text = "an earlier profile.json: say what became faster or slower; the exit code is 1 if anything became slower"
+    leaves("--against", type=Path, metavar="RESULTS.json", help=text)
+    text = "share of a time from which a change counts (default: %(default)s)"
+    leaves("--threshold", type=Number(above=0), default=0.1, metavar="X", help=text)
+    leaves("--json", action="store_true", help="print the content of profile.json instead of the table")
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[Settings, int]:

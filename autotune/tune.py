@@ -47,32 +47,25 @@ from models.commands.progress import Bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is tuned").add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="NAME", help="what one pass of this model launches")
-    what.add_argument("--operator", nargs="+", metavar="PATTERN", help="operators at the models' own shapes, by name")
-    what.add_argument("--all", action="store_true", help="every operator at the models' own shapes")
-    how = parser.add_argument_group("for which inputs")
-    how.add_argument("--batch", type=types.positive, metavar="B", help="(default: 128; 2 at 800x1280)")
-    how.add_argument("--size", type=types.image_size, metavar="HxW", help="(default: 224, for operators 800x1280 too)")
-    how.add_argument("--dtype", type=types.dtype, default=torch.bfloat16, metavar="NAME", help="(default: bf16)")
-    how.add_argument("--training", action="store_true", help="the model's backward pass too, as for operators always")
-    how.add_argument("--contiguous", action="store_true", help="the model channels-first instead of channels-last")
-    how.add_argument("--device", type=types.device, help="(default: the GPU)")
-    effort = parser.add_argument_group("effort")
-    effort.add_argument("--force", action="store_true", help="tune again what is tuned")
-    effort.add_argument(
-        "--candidates", type=types.positive, default=tuner.MOST_CANDIDATES, metavar="N", help="(default: %(default)s)"
-    )
-    effort.add_argument(
-        "--seconds", type=types.seconds, default=float("inf"), metavar="S", help="begin none after that"
-    )
-    effort.add_argument("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
-    effort.add_argument(
-        "--passing-over",
-        type=Path,
-        metavar="FILE",
-        help="note there what is being tuned, and pass over what ended earlier runs with this file",
-    )
+    what = parser.add_argument_group("what is tuned").add_mutually_exclusive_group(required=True).add_argument
+    what("--model", metavar="NAME", help="what one pass of this model launches")
+    what("--operator", nargs="+", metavar="PATTERN", help="operators at the models' own shapes, by name")
+    what("--all", action="store_true", help="every operator at the models' own shapes")
+    how = parser.add_argument_group("for which inputs").add_argument
+    how("--batch", type=types.positive, metavar="B", help="(default: 128; 2 at 800x1280)")
+    how("--size", type=types.image_size, metavar="HxW", help="(default: 224, for operators 800x1280 too)")
+    how("--dtype", type=types.dtype, default=torch.bfloat16, metavar="NAME", help="(default: bf16)")
+    how("--training", action="store_true", help="the model's backward pass too, as for operators always")
+    how("--contiguous", action="store_true", help="the model channels-first instead of channels-last")
+    how("--device", type=types.device, help="(default: the GPU)")
+    effort = parser.add_argument_group("effort").add_argument
+    effort("--force", action="store_true", help="tune again what is tuned")
+    most: dict[str, Any] = {"type": types.positive, "default": tuner.MOST_CANDIDATES}
+    effort("--candidates", metavar="N", help="(default: %(default)s)", **most)
+    effort("--seconds", type=types.seconds, default=math.inf, metavar="S", help="begin none after that")
+    effort("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
+    text = "note there what is being tuned, and pass over what ended earlier runs with this file"
+    effort("--passing-over", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 

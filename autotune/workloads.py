@@ -142,43 +142,25 @@ def _text(size: Size) -> str:
 
 
 def involution(model: str, batch: int, channels: int, size: Size, kernel_size: int, group_channels: int) -> Workload:
-    height, width = size
-    image = (batch, channels, height, width)
-    return Workload(
-        operator="involution2d",
-        model=model,
-        shape=f"{channels}@{_text(size)} K={kernel_size}",
-        inputs={
-            "x": Input(image),
-            "weight": Input((batch, channels // group_channels, kernel_size, kernel_size, height, width)),
-        },
-        output=image,
-        multiply_adds=math.prod(image) * kernel_size**2,
-    )
+    image = (batch, channels, *size)
+    weight = (batch, channels // group_channels, kernel_size, kernel_size, *size)
+    inputs = {"x": Input(image), "weight": Input(weight)}
+    shape = f"{channels}@{_text(size)} K={kernel_size}"
+    return Workload("involution2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
 
 
 def neighborhood(operator: str, model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int) -> Workload:
     """``na2d_av``, ``na2d_qk`` or ``na2d_softmax_av``: all three do one multiply-add per weight and channel."""
-    features = Input((batch, heads, *size, dim))
-    weights = Input((batch, heads, *size, kernel_size**2))
+    features, weights = Input((batch, heads, *size, dim)), Input((batch, heads, *size, kernel_size**2))
+    rpb = Input((heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
     inputs: dict[str, Input] = {
         "na2d_av": {"attn": weights, "value": features},
         "na2d_qk": {"query": features, "key": features},
-        "na2d_softmax_av": {
-            "logits": weights,
-            "value": features,
-            "rpb": Input((heads, 2 * kernel_size - 1, 2 * kernel_size - 1)),
-        },
+        "na2d_softmax_av": {"logits": weights, "value": features, "rpb": rpb},
     }[operator]
-    return Workload(
-        operator=operator,
-        model=model,
-        shape=f"{heads}×{dim}@{_text(size)} K={kernel_size}",
-        inputs=inputs,
-        output=(weights if operator == "na2d_qk" else features).shape,
-        multiply_adds=math.prod(weights.shape) * dim,
-        options={"kernel_size": kernel_size},
-    )
+    shape, output = f"{heads}×{dim}@{_text(size)} K={kernel_size}", weights if operator == "na2d_qk" else features
+    multiply_adds, options = math.prod(weights.shape) * dim, {"kernel_size": kernel_size}
+    return Workload(operator, model, shape, inputs, output.shape, multiply_adds, options)
 
 
 def contmix(
@@ -187,53 +169,37 @@ def contmix(
     """Multiply-adds of the cheapest order: keys through the projection first, then query times projected key."""
     pixels, positions = math.prod(size), sum(k * k for k in kernel_sizes)
     value = (batch, len(kernel_sizes), heads, dim, *size)
-    return Workload(
-        operator="contmix2d",
-        model=model,
-        shape=f"{heads}×{dim}@{_text(size)} K={','.join(map(str, kernel_sizes))}",
-        inputs={
-            # Deviations that leave logits of deviation 1, as far from a one-hot softmax as from a flat one.
-            "query": Input((batch, heads, dim, *size), std=dim**-0.5, channels_last=True),
-            "key": Input((batch, heads, dim, context)),
-            "value": Input(value, channels_last=True),
-            "proj_weight": Input((positions, context), std=context**-0.5),
-            "proj_bias": Input((positions,)),
-            "rpb": tuple(Input((heads, 2 * k - 1, 2 * k - 1)) for k in kernel_sizes),
-        },
-        output=value,
-        multiply_adds=batch * heads * dim * positions * (context + 2 * pixels),
-        options={"kernel_sizes": kernel_sizes},
-    )
+    inputs = {
+        # Deviations that leave logits of deviation 1, as far from a one-hot softmax as from a flat one.
+        "query": Input((batch, heads, dim, *size), std=dim**-0.5, channels_last=True),
+        "key": Input((batch, heads, dim, context)),
+        "value": Input(value, channels_last=True),
+        "proj_weight": Input((positions, context), std=context**-0.5),
+        "proj_bias": Input((positions,)),
+        "rpb": tuple(Input((heads, 2 * k - 1, 2 * k - 1)) for k in kernel_sizes),
+    }
+    shape = f"{heads}×{dim}@{_text(size)} K={','.join(map(str, kernel_sizes))}"
+    multiply_adds = batch * heads * dim * positions * (context + 2 * pixels)
+    return Workload("contmix2d", model, shape, inputs, value, multiply_adds, {"kernel_sizes": kernel_sizes})
 
 
 def outlook(model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int, stride: int) -> Workload:
     windows = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
     image = (batch, *size, heads * dim)
-    return Workload(
-        operator="outlook_attention2d",
-        model=model,
-        shape=f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}",
-        inputs={"logits": Input((batch, *windows, heads, kernel_size**2, kernel_size**2)), "value": Input(image)},
-        output=image,
-        multiply_adds=batch * math.prod(windows) * heads * dim * kernel_size**4,
-        options={"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "scale": 1.0},
+    inputs = {"logits": Input((batch, *windows, heads, kernel_size**2, kernel_size**2)), "value": Input(image)}
+    shape, multiply_adds = (
+        f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}",
+        math.prod(windows) * kernel_size**4,
     )
+    options = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "scale": 1.0}
+    return Workload("outlook_attention2d", model, shape, inputs, image, batch * multiply_adds * heads * dim, options)
 
 
 def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
-    image = (batch, channels, *size)
-    return Workload(
-        operator="depthwise_conv2d",
-        model=model,
-        shape=f"{channels}@{_text(size)} K={kernel_size}",
-        inputs={
-            "x": Input(image, channels_last=True),
-            "weight": Input((channels, 1, kernel_size, kernel_size)),
-            "bias": Input((channels,)),
-        },
-        output=image,
-        multiply_adds=math.prod(image) * kernel_size**2,
-    )
+    image, weight = (batch, channels, *size), (channels, 1, kernel_size, kernel_size)
+    inputs = {"x": Input(image, channels_last=True), "weight": Input(weight), "bias": Input((channels,))}
+    shape = f"{channels}@{_text(size)} K={kernel_size}"
+    return Workload("depthwise_conv2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
 
 
 def channels_last(workload: Workload) -> Workload:
@@ -245,20 +211,21 @@ def channels_last(workload: Workload) -> Workload:
 def generation(workload: Workload) -> Workload:
     """An involution with its kernels generated inside, from RedNet's C/4 features, for one that is handed them."""
     batch, channels, *size = workload.output
-    groups, kernel_size = workload.inputs["weight"].shape[1:3]  # pyright: ignore[reportAttributeAccessIssue]
+    x, weight = workload.inputs["x"], workload.inputs["weight"]
+    assert isinstance(x, Input)
+    assert isinstance(weight, Input)
+    groups, kernel_size = weight.shape[1:3]
     rows, features = groups * kernel_size**2, channels // 4
-    pixels = batch * math.prod(size)
-    return replace(
-        workload,
-        operator="involution2d_generate",
-        inputs={
-            "x": workload.inputs["x"],
-            "features": Input((batch, features, *size), channels_last=workload.inputs["x"].channels_last),  # pyright: ignore[reportAttributeAccessIssue]
-            "weight": Input((rows, features), std=features**-0.5),
-            "bias": Input((rows,)),
-        },
-        multiply_adds=workload.multiply_adds + pixels * rows * features,
-        options={"kernel_size": kernel_size, "groups": groups},
+    inputs = {
+        "x": x,
+        "features": Input((batch, features, *size), channels_last=x.channels_last),
+        "weight": Input((rows, features), std=features**-0.5),
+        "bias": Input((rows,)),
+    }
+    multiply_adds = workload.multiply_adds + batch * math.prod(size) * rows * features
+    options = {"kernel_size": kernel_size, "groups": groups}
+    return Workload(
+        "involution2d_generate", workload.model, workload.shape, inputs, workload.output, multiply_adds, options
     )
 
 
