@@ -32,7 +32,9 @@ from autotune import suite, timing, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
 from autotune.ceilings import launch_overhead, measure_ceilings
-from autotune.measure import PASSES, Settings, measure_model, measure_operator
+from autotune.measure import Settings
+from autotune.networks import measure_model
+from autotune.operators import PASSES, measure_operator
 from autotune.results import Results, tables
 from kernels.backend import BACKENDS, interpreting, triton_installed
 from models.commands import types

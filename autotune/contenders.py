@@ -17,7 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from autotune import report, timing
 from autotune.contest import NAIVE, Contest
-from autotune.measure import Settings, batch_norms_held, check, largest_error, on_backend, one_line, time_and_memory
+from autotune.measure import Settings, check, largest_error, on_backend, one_line, time_and_memory
+from autotune.networks import batch_norms_held
 from autotune.workloads import least_bytes
 from kernels import tolerances
 from kernels.backend import interpreting, resolve

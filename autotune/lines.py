@@ -14,7 +14,9 @@ import models
 from autotune import workloads
 from autotune.arguments import matching
 from autotune.cases import Case
-from autotune.measure import PASSES, Settings, measure_model, measure_operator
+from autotune.measure import Settings
+from autotune.networks import measure_model
+from autotune.operators import PASSES, measure_operator
 from autotune.workloads import Size, Workload
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from autotune import plots, report
-from autotune.measure import PASSES
+from autotune.operators import PASSES
 from autotune.results import Results, ceilings_told
 from autotune.tables import Table, number, percent, times
 

@@ -183,8 +183,8 @@ SERIES = {
 def _draw_panel(axis: Axes, positions: Sequence[float], comparisons: Sequence[Comparison]) -> None:
     lines = list(zip(comparisons, positions, strict=True))
     axis.set_xscale("log")
-    ends = ([getattr(line, name) for line in comparisons] for name in ("ours", "naive"))
-    axis.hlines(positions, *ends, color=COLOURS["guide"], linewidth=2.5, zorder=1)
+    ours, naive = ([getattr(line, name) for line in comparisons] for name in ("ours", "naive"))
+    axis.hlines(positions, ours, naive, color=COLOURS["guide"], linewidth=2.5, zorder=1)
     for name, (label, size, depth) in SERIES.items():
         known = [(getattr(line, name), y) for line, y in lines if getattr(line, name) is not None]
         if known:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from autotune import plots, timing, workloads
 from autotune.ceilings import matmul_rate
 from autotune.contest import NAIVE, Contest
-from autotune.measure import Settings, measure_operator
+from autotune.measure import Settings
+from autotune.operators import measure_operator
 from autotune.sweeps import Sweep
 
 CACHED_BYTES = (2**18, 2**20, 2**22)  # of a tensor

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from autotune import plots, timing
-from autotune.measure import Settings, measure_operator
+from autotune.measure import Settings
+from autotune.operators import measure_operator
 from autotune.tables import Found, Table, number, percent
 from autotune.tables import times as ratio
 from autotune.workloads import Workload, workload_of

@@ -33,7 +33,7 @@ import kernels
 from autotune import timing, tuner, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, device_lost
-from autotune.measure import model_pass
+from autotune.networks import model_pass
 from autotune.precompile import Build, builds, precompile
 from autotune.tables import Table, times
 from autotune.tuner import Outcome

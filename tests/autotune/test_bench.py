@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import kernels
-from autotune import bench, measure, timing, workloads
+from autotune import bench, operators, timing, workloads
 from autotune.__main__ import main
 from autotune.cases import LOST, Case, run_cases
-from autotune.measure import DisagreementError, Settings, measure_model, measure_operator, naive_bytes
+from autotune.measure import DisagreementError, Settings
+from autotune.networks import measure_model
+from autotune.operators import measure_operator, naive_bytes
 from kernels import tolerances
 from tests.support import DEVICE
 
@@ -179,12 +181,12 @@ def test_a_contender_that_cannot_run_is_left_out_with_the_reason(monkeypatch):
     def raising(**_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(measure, "UNFUSED", {"contmix2d": raising})
+    monkeypatch.setattr(operators, "UNFUSED", {"contmix2d": raising})
     row = measure_operator(TINY["contmix2d"], SETTINGS)
     assert row["left_out"] == {"unfused": "OutOfMemoryError: CUDA out of memory"}
     assert "naive" in row["speed_up"]
 
-    monkeypatch.setattr(measure, "too_large", lambda *_, **__: "needs about 300 GB, 130 GB are free")
+    monkeypatch.setattr(operators, "too_large", lambda *_, **__: "needs about 300 GB, 130 GB are free")
     row = measure_operator(TINY["na2d_qk"], SETTINGS, backward=True)
     assert row["against"] == "eager"
     assert list(row["contenders"]) == ["ours"]
@@ -200,7 +202,7 @@ def test_the_naive_paths_memory_is_not_underestimated(backward):
     ):
         inputs = workload.draw_inputs(torch.float32, HERE)
         gradient = workload.draw_gradient(torch.float32, HERE) if backward else None
-        peak = timing.peak_memory(measure.contenders(workload, inputs, gradient, SETTINGS)["naive"], HERE)
+        peak = timing.peak_memory(operators.contenders(workload, inputs, gradient, SETTINGS)["naive"], HERE)
         assert peak is not None
         assert peak <= naive_bytes(workload, torch.float32, backward=backward) <= 6 * peak, workload.name
 
