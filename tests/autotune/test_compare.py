@@ -18,6 +18,7 @@ import kernels
 from autotune import roofs, sweeps
 from autotune.measure import DisagreementError
 from models.rednet import Involution2d
+from tests.autotune.test_bench import Halved, damaged
 from tests.support import DEVICE
 
 QUICK = {"seconds": 0.01, "min_runs": 2}
@@ -31,16 +32,6 @@ def x():
 @pytest.fixture
 def layer():
     return Involution2d(16, 3)
-
-
-def naive_only(damage):
-    """An involution whose naive path is right and whose others ``damage``."""
-
-    def function(x, weight):
-        out = kernels.involution2d(x, weight)
-        return out if kernels.get_backend() == "reference" else damage(out)
-
-    return function
 
 
 def test_a_layer_on_every_backend_beside_others(layer, x):
@@ -82,22 +73,15 @@ def test_operations_are_those_of_the_formula(x):
 
 
 @pytest.mark.parametrize("damage", [lambda out: out * 1.001, lambda out: out * float("nan")])
-def test_a_backend_that_disagrees_is_not_timed(x, damage, monkeypatch):
+def test_a_backend_that_disagrees_is_not_timed(damage, monkeypatch):
     monkeypatch.setattr("autotune.contenders.time_and_memory", lambda *_: pytest.fail("it was timed"))
+    damaged(monkeypatch, "na2d_av", damage)
+    inputs = torch.randn(1, 2, 8, 8, 9), torch.randn(1, 2, 8, 8, 4)
     with pytest.raises(DisagreementError, match="outputs on eager: relative error"):
-        autotune.compare(naive_only(damage), x, torch.randn(1, 1, 3, 3, 8, 8), backends=["eager", "reference"], **QUICK)
+        autotune.compare(kernels.na2d_av, *inputs, 3, backends=["eager", "reference"], **QUICK)
 
 
 def test_wrong_gradients_of_another_are_seen(layer, x):
-    class Halved(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, out):
-            return out.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient / 2
-
     x.requires_grad_()
     others = {"halved": lambda x: Halved.apply(layer(x))}
     forward = autotune.compare(layer, x, against=others, backends=["eager"], **QUICK)
