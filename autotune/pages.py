@@ -7,6 +7,7 @@ may be missing.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -55,10 +56,10 @@ class Folder(Results):
         """Sum of what a case launches in a pass; ``own``: of this project's kernels alone."""
         if kind == "forward+backward":
             parts = [self.microseconds(case, name, own=own) for name in ("forward", "backward")]
-            return None if None in parts else sum(part for part in parts if part is not None)
+            return None if None in parts else math.fsum(part for part in parts if part is not None)
         if (case, kind) not in self.launched:
             return None
-        return sum(k["microseconds"] for k in self.launched[case, kind] if not own or _is_ours(k["kernel"]))
+        return math.fsum(k["microseconds"] for k in self.launched[case, kind] if not own or _is_ours(k["kernel"]))
 
     def beside(self, row: Row) -> float | None:
         """Of a row of bench.json: the sum of the kernels, where kernels.json has its shape."""
