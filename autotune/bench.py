@@ -35,7 +35,7 @@ from autotune.ceilings import launch_overhead, measure_ceilings
 from autotune.measure import Settings
 from autotune.networks import measure_model
 from autotune.operators import PASSES, measure_operator
-from autotune.results import Results, tables
+from autotune.results import Folder, incidents, tables
 from kernels.backend import BACKENDS, interpreting, triton_installed
 from models.commands import types
 
@@ -209,8 +209,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _print(folder: Path) -> None:
     console = Console(highlight=False)
     try:
-        for table in tables(Results(folder)):
+        found = Folder(folder)
+        for table in tables(found):
             table.show(console)
+        for told in incidents(found):
+            console.print(told, markup=False, soft_wrap=True)
     except ValueError as error:  # an earlier run's file
         console.print(f"[yellow]warning:[/] {escape(f'{folder} holds a damaged file: {error}')}", soft_wrap=True)
     console.print(f"Wrote {escape(str(folder))}", soft_wrap=True)

@@ -1,16 +1,9 @@
-"""What the pages show of a GPU's folder of notebooks/results: tables, sentences and figures from its files alone.
-
-A folder holds what ``make gpu`` leaves (environment.json, tests.json, bench.json, models.json), kernels.json (the time
-of every kernel by itself, written by predicted/measure.py) and ncu.json (counters of Nsight Compute); all but the first
-may be missing.
-"""
+"""What the pages show of a GPU's folder of notebooks/results: tables, sentences and figures from its files alone."""
 
 from __future__ import annotations
 
-import math
-import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,87 +11,29 @@ from matplotlib.figure import Figure
 
 from autotune import plots, report
 from autotune.operators import PASSES
-from autotune.results import Results, ceilings_told
-from autotune.tables import Table, number, percent, times
+from autotune.results import (
+    OTHERS,
+    Folder,
+    ceilings_told,
+    gpu_milliseconds,
+    listed,
+    microseconds,
+    models_table,
+    operators_table,
+)
+from autotune.tables import Table, number, times
 
 Row = dict[str, Any]
-OTHERS = ("naive", "compiled", "unfused")
-# Names of cases in kernels.json and in the predictions, by operator.
-CASES = {
-    "involution2d": "involution.{}.last",
-    "involution2d_generate": "generate.{}.last",
-    "na2d_av": "av.{}",
-    "na2d_qk": "qk.{}",
-    "na2d_softmax_av": "softmax_av.{}",
-    "contmix2d": "contmix.{}",
-    "outlook_attention2d": "outlook.{}",
-    "depthwise_conv2d": "depthwise.{}.last",
-}
 HOST_BOUND = 2.0  # a call that takes this many times as long as its work on the GPU waits for the host
 PREDICTED_FOR = "NVIDIA_H200"
 TELLING = 20.0  # microseconds from which a kernel's counters say more of the kernel than of its start
 MANY, FEW = 200, 100  # registers per thread
 
 
-class Folder(Results):
-    """The content of a results folder, with the times of kernels by case and pass, in microseconds."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.kernels, self.counters = self.load("kernels.json"), self.load("ncu.json")
-        timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
-        self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
-
-    def timed(self, kind: str | None = None) -> list[Row]:
-        return [row for row in self.operators if row["status"] == "ok" and kind in (None, row["pass"])]
-
-    def microseconds(self, case: str, kind: str, *, own: bool = False) -> float | None:
-        """Sum of what a case launches in a pass; ``own``: of this project's kernels alone."""
-        if kind == "forward+backward":
-            parts = [self.microseconds(case, name, own=own) for name in ("forward", "backward")]
-            return None if None in parts else math.fsum(part for part in parts if part is not None)
-        if (case, kind) not in self.launched:
-            return None
-        return math.fsum(k["microseconds"] for k in self.launched[case, kind] if not own or _is_ours(k["kernel"]))
-
-    def beside(self, row: Row) -> float | None:
-        """Of a row of bench.json: the sum of the kernels, where kernels.json has its shape."""
-        side = re.search(r"@(\d+)²", row["shape"])
-        if side is None or row["batch"] != 128:
-            return None
-        return self.microseconds(CASES[row["operator"]].format(side[1]), row["pass"])
-
-    def unreached(self) -> str:
-        """The operators of which no row was measured, as words."""
-        measured = {row["operator"] for row in self.timed()}
-        return _listed(
-            [f"`{name}`" for name in dict.fromkeys(r["operator"] for r in self.operators) if name not in measured]
-        )
-
-
-def _is_ours(kernel: str) -> bool:
-    """Triton's kernels have plain names; those of PyTorch and of its libraries are C++ or name their machine code."""
-    return re.fullmatch(r"\w+_kernel", kernel) is not None and not re.search("cutlass|nvjet|xmma", kernel)
-
-
 def folders(results: Path) -> list[Folder]:
     """Of the GPUs that were measured."""
     found = [Folder(path.parent) for path in sorted(results.glob("*/environment.json"))]
     return [folder for folder in found if folder.environment["machine"]["device_type"] == "cuda"]
-
-
-def _milliseconds(row: Row, contender: str) -> float | None:
-    """Of a contender of bench.json, in a CUDA graph where the row has one, as the row's speed-ups compare them."""
-    return row.get("graph", row["contenders"]).get(contender, {}).get("p50_ms")
-
-
-def _microseconds(milliseconds: float | None) -> str:
-    value = None if milliseconds is None else 1000 * milliseconds
-    return f"{value:,.0f}" if value and value >= 1000 else number(value)
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 # ---- what was measured where, operators, models
@@ -119,7 +54,7 @@ def _reached(folder: Folder) -> Iterator[str]:
         for what, rows in (("operators", folder.operators), ("models", folder.models))
     ]
     missing = folder.unreached()
-    yield f"The run measured {_listed(parts)}" + (
+    yield f"The run measured {listed(parts)}" + (
         f"; it had no time to compare {missing} with anything." if missing else "."
     )
     if folder.tests:
@@ -128,21 +63,6 @@ def _reached(folder: Folder) -> Iterator[str]:
         yield f"Of the tests {told}{'' if folder.tests['complete'] else ' before their time was over'}."
     summary = f"{folder.path.name}/summary.md"
     yield f"[{summary}]({summary}) names every row and test that was skipped or failed."
-
-
-def _operators_table(folder: Folder) -> Iterator[str]:
-    rows = []
-    for row in folder.timed():
-        graph, eager = row.get("graph", {}).get("ours", {}).get("p50_ms"), row["contenders"]["ours"]["p50_ms"]
-        cells = [f"`{row['operator']}`", f"{row['model']} {row['shape']}", row["pass"], _microseconds(graph)]
-        cells += [number(folder.beside(row)), _microseconds(eager)]
-        cells += [_microseconds(row["floor"]["ms"]), percent(row["floor"]["fraction"])]
-        for name in OTHERS:
-            time = _milliseconds(row, name)
-            cells.append("–" if time is None else f"{_microseconds(time)} ({times(row['speed_up'][name])})")
-        rows.append(cells)
-    headings = ["operator", "shape", "pass", "GPU, µs", "kernels, µs", "call, µs", "floor, µs", "of floor"]
-    yield Table([*headings, *(f"{name}, µs" for name in OTHERS)], rows, 3).markdown()
 
 
 def _host_bound(folder: Folder) -> Iterator[str]:
@@ -154,24 +74,11 @@ def _host_bound(folder: Folder) -> Iterator[str]:
             if device and 1000 * row["contenders"]["ours"]["p50_ms"] >= HOST_BOUND * device:
                 found.setdefault(f"`{row['operator']}`", []).append(row["shape"])
         if found:
-            told = "; ".join(f"{operator} {_listed(shapes)}" for operator, shapes in found.items())
+            told = "; ".join(f"{operator} {listed(shapes)}" for operator, shapes in found.items())
             yield (
                 f"The host bounds {sum(map(len, found.values()))} of {len(rows)} eager {kind} calls, which take at "
                 f"least {HOST_BOUND:g} times as long as their work on the GPU: {told}."
             )
-
-
-def _models_table(folder: Folder) -> Iterator[str]:
-    rows = []
-    for row in (row for row in folder.models if row["status"] == "ok"):
-        ours, naive = (row["contenders"].get(name, {}) for name in ("ours", "naive"))
-        peaks = naive.get("peak_bytes"), ours.get("peak_bytes")
-        speeds = [f"{found['images_per_second']:,.0f}" if found else "–" for found in (ours, naive)]
-        where = [f"`{row['name']}`", "×".join(map(str, row["size"])), row["pass"], str(row["batch"])]
-        memory = times(peaks[0] / peaks[1] if peaks[0] and peaks[1] else None)
-        rows.append([*where, *speeds, times(row["speed_up"].get("naive")), memory])
-    headings = ["model", "size", "pass", "batch", "ours, images/s", "naive, images/s", "speed-up"]
-    yield Table([*headings, "peak memory, naive / ours"], rows, 3).markdown()
 
 
 def _host_table(folder: Folder) -> Iterator[str]:
@@ -199,7 +106,7 @@ def _readme(folder: Folder) -> Iterator[str]:
         forward, backward = ([times(r.get("speed_up", {}).get(n)) for n in OTHERS[:2]] for r in (row, both))
         call = number(both["contenders"]["ours"]["p50_ms"] if both else None)
         where = [f"`{row['operator']}`", f"{row['model']} {row['shape']}"]
-        rows.append([*where, _microseconds(_milliseconds(row, "ours")), *forward, call, *backward])
+        rows.append([*where, microseconds(gpu_milliseconds(row, "ours")), *forward, call, *backward])
     headings = ["operator", "shape", "forward, GPU, µs", "naive", "compiled", "forward+backward, call, ms"]
     yield Table([*headings, "naive", "compiled"], rows, 2).markdown()
     machine = folder.environment["machine"]
@@ -213,7 +120,7 @@ def _readme(folder: Folder) -> Iterator[str]:
     for kind in PASSES:
         ratios = {n: [r["speed_up"][n] for r in folder.timed(kind) if n in r["speed_up"]] for n in OTHERS[:2]}
         told = [f"{number(min(v))} to {number(max(v))} times ({name})" for name, v in ratios.items() if v]
-        ranges += [f"{kind} {_listed(told)}"] if told else []
+        ranges += [f"{kind} {listed(told)}"] if told else []
     all_rows = len(folder.operators)
     yield f"Over all {len(folder.timed())} rows that there was time for (of {all_rows}): {', '.join(ranges)}."
     if missing := folder.unreached():
@@ -328,7 +235,7 @@ def _tuned(record: Row) -> str:
         if heuristic := entry.get("heuristic_milliseconds"):
             tuned = entry["milliseconds"]
             ratios.append(heuristic / tuned)
-            found = [_microseconds(heuristic), _microseconds(tuned), f"{ratios[-1]:.2f}×"]
+            found = [microseconds(heuristic), microseconds(tuned), f"{ratios[-1]:.2f}×"]
             rows.append([f"`{kernel}`", " ".join(telling), config, *found])
     headings = ["kernel", "problem", "tuned config", "heuristic, µs", "tuned, µs", "speed-up"]
     table = Table(headings, rows, 3).markdown()
@@ -343,7 +250,7 @@ def _tuned(record: Row) -> str:
 # ---- what a page is made of
 
 
-def _joined(measured: Sequence[Folder], *makers: Callable[[Folder], Iterator[str]]) -> str:
+def _joined(measured: Sequence[Folder], *makers: Callable[[Folder], Iterable[str]]) -> str:
     """What every maker tells of every folder, with an empty line between."""
     return "\n\n".join("\n".join(make(folder)) for folder in measured for make in makers)
 
@@ -357,8 +264,8 @@ def sections(measured: Sequence[Folder], predicted: Sequence[Row], shipped: Sequ
     same = next((folder for folder in measured if folder.path.name == PREDICTED_FOR), None)
     return {
         "gpu": _joined(measured, _machine, _reached),
-        "gpu operators": _joined(measured, _operators_table, _host_bound),
-        "gpu models": _joined(measured, _models_table),
+        "gpu operators": _joined(measured, lambda folder: [operators_table(folder).markdown()], _host_bound),
+        "gpu models": _joined(measured, lambda folder: [models_table(folder).markdown()]),
         "gpu host": _joined(measured, _host_table),
         "predicted": _predicted(predicted, same),
         "gpu kernels": _unpredicted(predicted, same) if same else "",

@@ -300,7 +300,7 @@ def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
         ("rednet26", "training", ["naive"]),
     ]
     shown = capsys.readouterr().out
-    assert "na2d_qk tiny 2×16@6×5 K=3" in shown
+    assert "tiny 2×16@6×5 K=3" in shown
     assert "rednet26" in shown
 
 

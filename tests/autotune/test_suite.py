@@ -12,8 +12,9 @@ import torch
 from autotune import bench, ceilings, suite
 from autotune.__main__ import main
 from autotune.cases import LOST
-from autotune.results import Results, summary
+from autotune.results import Folder, summary
 from autotune.suite import Phase, phases_of, read_test_log, run_phases
+from tests.autotune.test_pages import model_row, operator_row
 
 ENVIRONMENT = dict(os.environ)
 
@@ -139,7 +140,7 @@ def test_the_whole_suite_on_tiny_shapes(tmp_path, monkeypatch, capsys):
     assert main(["bench", "--suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     names = {"environment.json", "tests.json", "cpu.json", "bench.json", "models.json", "summary.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    found = Results(tmp_path)
+    found = Folder(tmp_path)
     assert [phase["status"] for phase in found.environment["phases"]] == ["ok"] * 5
     assert found.environment["ceilings"]["copy_bytes_per_second"] > 0
     assert found.environment["launch_microseconds"]["direct"] > 0
@@ -181,13 +182,9 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
-    times = {"p20_ms": 1.9, "p50_ms": 2.0, "p80_ms": 2.1}
-    operator = {"name": "na2d_av M 14", "pass": "forward", "status": "ok", "floor": {"fraction": 0.4}}
-    operator |= {"contenders": {"ours": times}, "graph": {"ours": times | {"p50_ms": 0.5}}}
-    operator |= {"speed_up": {"naive": 12.0}, "left_out": {"unfused": "OutOfMemoryError: no memory"}}
-    failed = {"name": "na2d_qk", "pass": "forward", "status": "failed", "message": "it broke"}
-    model = {"name": "rednet50", "pass": "inference", "status": "ok", "speed_up": {"naive": 3.5}}
-    model |= {"contenders": {"ours": times | {"images_per_second": 1500.0}}}
+    row = operator_row("forward", {"ours": 2.0, "naive": 24.0}, left_out={"unfused": "OutOfMemoryError: no memory"})
+    failed = {"name": "na2d_qk", "operator": "na2d_qk", "pass": "forward", "status": "failed", "message": "it broke"}
+    model = model_row(ours=(1500.0, 100), naive=(500.0, 250), compiled=(1600.0, 90))
     environment = {
         "machine": {"device": "NVIDIA H200", "device_type": "cuda", "torch": "2.11", "commit": "abc", "date": "today"},
         "ceilings": {
@@ -198,7 +195,7 @@ def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
         "launch_microseconds": {"added": 4.2},
     }
     tests = {"counts": {"passed": 7, "failed": 1}, "complete": False, "failures": ["tests/a.py::test_b: it broke"]}
-    files = {"bench": {"rows": [operator, failed]}, "models": {"rows": [model]}, "tests": tests}
+    files = {"bench": {"rows": [row, failed]}, "models": {"rows": [model]}, "tests": tests}
     for name, content in (files | {"environment": environment}).items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     text = summary(tmp_path, [{"name": "tests", "status": "failed", "seconds": 12.0, "message": "lost the GPU"}])
@@ -208,9 +205,9 @@ def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
         "A tuned launch takes the host 4.20 µs more than Triton's own.",
         "| tests | failed | 12 | lost the GPU |",
         "Tests: 7 passed, 1 failed (cut short).\n- tests/a.py::test_b: it broke",
-        "| na2d_av M 14 | forward | 2.00 | 1.90 to 2.10 | 0.50 | 40% | 12.0× | – | – |",
-        "| na2d_qk: it broke | forward | failed |",
-        "| rednet50 | inference | 1500 | 1.90 to 2.10 | – | 3.50× |",
+        "| `na2d_av` | M 8×16@14² K=13 | forward | – | – | 2,000 | 10.0 | 0.50% | 24,000 (12.0×) | – | – |",
+        "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 1,600 | 3.00× | 2.50× |",
+        "- failed: na2d_qk forward: it broke",
         "- left out: na2d_av M 14 forward, unfused: OutOfMemoryError: no memory",
     ):
         assert line in text
