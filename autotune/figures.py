@@ -24,7 +24,7 @@ from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
 from autotune import pages, pictures, plots, report, timing
-from autotune.tables import Table, number, times
+from autotune.tables import Table, number
 from kernels.files import atomic_write, write_json
 from kernels.tuning.store import shipped_folder
 
@@ -95,22 +95,13 @@ def _models_table(counted: dict[str, dict[str, float]], top1: dict[str, float]) 
 
 def _profile_table(record: dict[str, Any]) -> str:
     machine, settings = record["machine"], record["settings"]
-    rows = []
-    for row in record["rows"]:
-        if row["status"] != "ok":
-            name = f"{row['name']} {row['pass']}"
-            raise ValueError(f"profile.json holds a failed line, {name}: it is no result to publish")
-        what = row["operator"] if row["kind"] == "operator" else row["name"].split()[0]
-        where = f"{row['model']} {row['shape']}" if row["kind"] == "operator" else row["shape"]
-        peaks = row["naive"]["peak_bytes"], row["ours"]["peak_bytes"]
-        medians = (number(row[path]["p50_ms"]) for path in ("ours", "naive"))
-        memory = times(peaks[0] / peaks[1] if peaks[0] and peaks[1] else None)
-        rows.append([f"`{what}`", where, row["pass"], *medians, times(row["speed_up"]), memory])
-    headings = ["what", "shape", "pass", "ours, ms", "naive, ms", "speed-up", "peak memory, naive / ours"]
+    if failed := [f"{row['name']} {row['pass']}" for row in record["rows"] if row["status"] != "ok"]:
+        raise ValueError(f"profile.json holds a failed line, {failed[0]}: it is no result to publish")
+    table = report.table(record)
     return (
         f"{machine['device']}, torch {machine['torch']}, {settings['dtype']}, batch {settings['batch']}; "
-        f"our path here: {settings['implementation']}. Medians; both paths agree before either is timed.\n\n"
-    ) + Table(headings, rows, 3).markdown()
+        f"our path here: {settings['implementation']}. {' '.join(table.notes)}\n\n{table.markdown()}"
+    )
 
 
 def _compiled_table(record: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def _model_cases(
         chosen = workloads.MODELS
 
     def family(name: str, size: Size, training: bool) -> dict[str, Any]:
-        photo = workloads.photograph(arguments.image)
+        photo = workloads.photograph()
         model = workloads.photograph_model(name, photo).to(settings.device)
         images = workloads.image_batch(photo, size, batch, torch.float32, settings.device)
         return measure_model(model, images, settings, training=training)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import kernels
-from autotune import plots, report, timing, workloads
+from autotune import plots, report, timing
 from autotune.arguments import module, shape
 from autotune.cases import run_cases, written
 from autotune.lines import chosen_cases, given_batch
@@ -39,14 +39,6 @@ from models.commands.types import Number, device, dtype, image_size, positive, t
 
 # How long to look, before anything is timed, whether the machine is busy with something else.
 LOOK_SECONDS = 0.3
-
-
-def _image(text: str) -> Path:
-    try:
-        workloads.photograph(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what("--model", metavar="NAME", help="models, as models list names them", **several)
     what("--module", type=module, metavar="MODULE:NAME", help="your own, as in: mypackage.nets:Net")
     what("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
-    what("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
     sizes: dict[str, Any] = {"dest": "sizes", "nargs": "+", "default": [(224, 224), (320, 256)]}
     what("--size", "--sizes", type=image_size, metavar="HxW", help="of the image (default: 224 320x256)", **sizes)
     text = "(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
@@ -108,8 +99,7 @@ def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
 
 
 def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> dict[str, Any]:
-    image = arguments.image.name if arguments.image else "matplotlib's portrait of Grace Hopper"
-    weights = "random"
+    image, weights = "matplotlib's portrait of Grace Hopper", "random"
     if arguments.module is not None:
         image, weights = "random inputs", "the module's own"
     return {

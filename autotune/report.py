@@ -37,8 +37,8 @@ def _setting(record: Row) -> str:
 def table(record: Row) -> Table:
     """One line per operator, shape and pass, then per model, size and pass; a failed one says so."""
     settings, speed = record["settings"], record["copy_gigabytes_per_second"]
-    headings = ["", "shape", "pass", "ours, ms", "p20 to p80", "naive, ms", "p20 to p80", "speed-up"]
-    headings += ["peak, ours MB", "peak, naive MB", "of floor"]
+    headings = ["what", "shape", "pass", "ours, ms", "p20 to p80", "naive, ms", "p20 to p80", "speed-up"]
+    headings += ["peak, ours MB", "naive MB", "of floor"]
     notes = [
         "Medians of runs that take turns, after outputs and gradients were compared.",
         "naive: every window unfolded or gathered; for depthwise_conv2d, PyTorch's own convolution.",
@@ -47,21 +47,16 @@ def table(record: Row) -> Table:
         + (f", {speed:.3g} GB/s." if speed else "."),
         f"Models: {settings['image']}, {settings['weights']} weights.",
     ]
-    rows, group = [], None
-    for row in record["rows"]:
-        first, group = ("" if _group(row) == group else _group(row)), _group(row)
-        rows.append(
-            [first, _shape(row), row["pass"].replace("forward", "fwd").replace("backward", "bwd"), *_cells(row)]
-        )
+    rows = [[f"`{_group(row)}`", _shape(row), row["pass"], *_cells(row)] for row in record["rows"]]
     return Table(headings, rows, 3, f"{_setting(record)} · our path: {settings['implementation']}", notes)
 
 
 def _cells(row: Row) -> list[str]:
     if row["status"] != "ok":
-        return ["failed", *[""] * 7]
+        return ["failed"]
     cells = [cell for path in PATHS for cell in (number(row[path]["p50_ms"]), spread(row[path]))]
     peaks = [megabytes(row[path]["peak_bytes"]) for path in PATHS]
-    return [*cells, times(row["speed_up"]), *peaks, percent(row["floor"]["fraction"]) if "floor" in row else ""]
+    return [*cells, times(row["speed_up"]), *peaks, percent(row["floor"]["fraction"]) if "floor" in row else "–"]
 
 
 def busy(cores: float | None, cpu_count: int | None) -> str | None:

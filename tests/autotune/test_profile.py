@@ -256,8 +256,6 @@ def test_runs_that_cannot_be_compared_are_refused(quick, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "missing.jpg"], "--image: image must be a file, but there is none at missing.jpg"),
-        (["--image", __file__], "--image: image must be a photograph that Pillow can read"),
         (["--sizes", "16"], "--sizes: must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got '16'"),
         (["--sizes", "64x64x64"], "--sizes: must be SIDE or HEIGHTxWIDTH"),
         (["--shape", "1x16x8x8"], "--shape must be BATCHxCHANNELSxHEIGHTxWIDTH, of an --operator"),
