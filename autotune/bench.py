@@ -34,7 +34,7 @@ from autotune.cases import LOST, Case, read_record, release, run_cases, settled_
 from autotune.ceilings import launch_overhead, measure_ceilings
 from autotune.measure import Settings
 from autotune.networks import measure_model
-from autotune.operators import PASSES, measure_operator
+from autotune.operators import PASSES, operator_cases
 from autotune.results import Folder, incidents, tables
 from kernels.backend import BACKENDS, interpreting, triton_installed
 from models.commands import types
@@ -82,18 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="(default: notebooks/results/DEVICE; --quick: build/...)"
     )
-
-
-def _operator_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case]:
-    found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
-    return [
-        Case(
-            {**workload.facts, "batch": workload.output[0], "pass": name},
-            functools.partial(measure_operator, workload, settings, backward=name == PASSES[1]),
-        )
-        for workload in matching(found, arguments.operator or ["*"], lambda w: w.name, "--operator")
-        for name in PASSES
-    ]
 
 
 def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case]:
@@ -174,10 +162,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.environment or everything:
-            found = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
-            codes.append(int(not written(folder / "environment.json", found, "environment")))
+            environment = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
+            codes.append(int(not written(folder / "environment.json", environment, "environment")))
         if arguments.operator or everything:
-            cases = _operator_cases(arguments, settings)
+            found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
+            found = matching(found, arguments.operator or ["*"], lambda workload: workload.name, "--operator")
+            cases = operator_cases(found, settings, PASSES)
             if not arguments.compile_only:
                 settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))
             plans.append(("bench.json", cases, {"ceilings": settings.ceilings}))

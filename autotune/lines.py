@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,27 +16,18 @@ from autotune.arguments import matching
 from autotune.cases import Case
 from autotune.measure import Settings
 from autotune.networks import measure_model
-from autotune.operators import PASSES, measure_operator
+from autotune.operators import PASSES, operator_cases
 from autotune.workloads import Size, Workload
 
 
-def ours_and_naive(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def ours_and_naive(found: dict[str, Any]) -> dict[str, Any]:
     """A row of profile.json: the two paths side by side. RuntimeError where the naive one could not be timed."""
-    found = measure()
     if "naive" in found["left_out"]:
         raise RuntimeError(f"the naive path: {found['left_out']['naive']}")
     paths, ratio = found.pop("contenders"), found.pop("speed_up")["naive"]
     images = [times.pop("images_per_second", None) for times in paths.values()]
     kept = {name: found[name] for name in ("relative_error", "tolerance", "floor") if name in found}
     return {**kept, **paths, "speed_up": ratio} | ({"images_per_second": images[0]} if images[0] else {})
-
-
-def _operator_cases(found: Sequence[Workload], settings: Settings, passes: Sequence[str]) -> Iterator[Case]:
-    for workload in found:
-        for name in passes:
-            measure = functools.partial(measure_operator, workload, settings, backward=name == PASSES[1])
-            facts = {"kind": "operator", **workload.facts, "pass": name}
-            yield Case(facts, functools.partial(ours_and_naive, measure))
 
 
 def _model_cases(
@@ -68,7 +59,7 @@ def _model_cases(
         for kind in passes:
             facts = {"kind": "model", "name": f"{name} {shape}", "model": title, "shape": shape, "pass": kind}
             training = functools.partial(measure, training=kind == PASSES[1])
-            yield Case(facts, functools.partial(ours_and_naive, training))
+            yield Case(facts, lambda training=training: ours_and_naive(training()))
 
 
 def chosen_cases(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> list[Case]:
@@ -81,7 +72,7 @@ def chosen_cases(arguments: argparse.Namespace, settings: Settings, batch: int, 
     cases: list[Case] = []
     if arguments.operator or not named:
         passes = both if named else PASSES[:1] if arguments.quick else PASSES
-        cases += _operator_cases(_workloads(arguments, batch), settings, passes)
+        cases += operator_cases(_workloads(arguments, batch), settings, passes, ours_and_naive)
     if unknown := [name for name in arguments.model if name not in models.list_models()]:
         raise ValueError(f"--model must be one of those that python -m models list shows, {unknown[0]!r} is none")
     cases += _model_cases(arguments, settings, batch, sizes, both)

@@ -147,7 +147,7 @@ def measure_model(
             calls["compiled"]()
         return {}
     # Two results in the timed precision, each that far from the exact one, and some room for another batch.
-    bound = 4 * max(agreement["rounding"], tolerances.LOGITS)
+    bound = 4 * max(agreement["rounding"], agreement["tolerance"])
 
     def judged(name: str) -> dict[str, str]:
         pair: dict[str, Call] = {n: functools.partial(_joined, calls[n]) for n in ("ours", name) if n in calls}

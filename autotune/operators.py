@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import kernels
 from autotune import timing, workloads
+from autotune.cases import Case
 from autotune.measure import (
     Call,
     Settings,
@@ -149,6 +150,21 @@ def measure_operator(workload: Workload, settings: Settings, *, backward: bool =
     floor = _floor(workload, settings, backward)
     row["floor"] = floor | {"fraction": floor["ms"] / found["ours"]["p50_ms"]}
     return row | {"speed_up": ratios(found)}
+
+
+def operator_cases(
+    found: Sequence[Workload],
+    settings: Settings,
+    passes: Sequence[str],
+    finish: Callable[..., Any] = lambda found: found,
+) -> list[Case]:
+    """A row for each workload and pass; ``finish`` makes it of what was measured."""
+
+    def case(workload: Workload, kind: str) -> Case:
+        facts = {"kind": "operator", **workload.facts, "batch": workload.output[0], "pass": kind}
+        return Case(facts, lambda: finish(measure_operator(workload, settings, backward=kind == PASSES[1])))
+
+    return [case(workload, kind) for workload in found for kind in passes]
 
 
 def _floor(workload: Workload, settings: Settings, backward: bool) -> dict[str, Any]:

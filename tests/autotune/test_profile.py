@@ -11,7 +11,7 @@ import torch
 from matplotlib.text import Text
 
 import kernels
-from autotune import lines, profile, report, timing, workloads
+from autotune import operators, profile, report, timing, workloads
 from autotune.__main__ import COMMANDS, main
 from autotune.tables import number
 from tests.autotune.test_bench import damaged, full_disk
@@ -128,14 +128,14 @@ def test_json_alone_is_printed(quick, capsys):
 
 
 def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
-    measure = lines.measure_operator
+    measure = operators.measure_operator
 
     def interrupted(workload, *arguments, **options):
         if workload.operator == OUTLOOK:
             raise KeyboardInterrupt
         return measure(workload, *arguments, **options)
 
-    monkeypatch.setattr(lines, "measure_operator", interrupted)
+    monkeypatch.setattr(operators, "measure_operator", interrupted)
     code, record = quick("--only", INVOLUTION, OUTLOOK)
     assert code == 130
     assert record["complete"] is False
@@ -248,7 +248,7 @@ def test_runs_that_cannot_be_compared_are_refused(quick, tmp_path, monkeypatch, 
     _, record = quick("--only", INVOLUTION)
     change(record)
     (tmp_path / "earlier.json").write_text(json.dumps(record))
-    monkeypatch.setattr(lines, "measure_operator", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(operators, "measure_operator", lambda *_, **__: pytest.fail("it was measured"))
     assert quick("--only", INVOLUTION, "--against", str(tmp_path / "earlier.json"))[0] == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
