@@ -90,13 +90,10 @@ def test_wrong_gradients_of_another_are_seen(layer, x):
     assert "relative error" in both.row("halved")["message"]
 
 
-def test_contenders_of_one_name_are_told_apart(x):
+def test_others_are_told_apart_and_need_not_compute_the_same(layer, x):
     functions = [nn.ReLU(), nn.ReLU(), nn.ReLU()]
     found = autotune.compare(functions[0], x, against=functions[1:], **QUICK)
     assert [row["name"] for row in found.timed] == ["ReLU", "ReLU (2)", "ReLU (3)"]
-
-
-def test_another_function_is_timed_where_that_is_asked_for(layer, x):
     other = nn.Conv2d(16, 16, 3, padding=1)
     found = autotune.compare(layer, x, against=other, same=False, backends=["eager"], **QUICK)
     assert found.row("Conv2d")["relative_error"] is None

@@ -74,30 +74,19 @@ def test_a_crashed_process_is_started_again_and_told(tmp_path):
     assert found["always"]["message"] == "lost the GPU"
 
 
-WHOLE_LOG = """\
-tests/kernels/test_a.py::test_one PASSED                                 [ 25%]
-tests/kernels/test_a.py::test_two[bf16-PASSED] FAILED                    [ 50%]
-tests/kernels/test_a.py::test_three SKIPPED (needs two GPUs)             [ 75%]
-=========================== short test summary info ============================
-FAILED tests/kernels/test_a.py::test_two[bf16-PASSED] - AssertionError: relative error 3e-1 > 8e-3
-==================== 1 failed, 1 passed, 1 skipped in 2.34s ====================
-"""
-CUT_LOG = """\
-[gw0] [ 10%] PASSED tests/kernels/test_a.py::test_one
-tests/kernels/test_a.py::test_four
-[gw1] [ 20%] FAILED tests/kernels/test_a.py::test_two
-[gw0] [ 30%] ERROR tests/kernels/test_b.py::test_five
-"""
-
-
 def test_the_test_run_is_read_from_a_whole_or_a_cut_log():
-    assert read_test_log(WHOLE_LOG) == {
+    test = "tests/kernels/test_a.py::test"
+    whole = [f"{test}_one PASSED   [ 25%]", f"{test}_two[bf16-PASSED] FAILED   [ 50%]", f"{test}_3 SKIPPED (two GPUs)"]
+    whole += ["=== short test summary info ===", f"FAILED {test}_two[bf16-PASSED] - AssertionError: error 3e-1 > 8e-3"]
+    assert read_test_log("\n".join([*whole, "=== 1 failed, 1 passed, 1 skipped in 2.34s ==="])) == {
         "counts": {"passed": 1, "failed": 1, "skipped": 1},
-        "failures": ["tests/kernels/test_a.py::test_two[bf16-PASSED]: AssertionError: relative error 3e-1 > 8e-3"],
+        "failures": [f"{test}_two[bf16-PASSED]: AssertionError: error 3e-1 > 8e-3"],
     }
-    assert read_test_log(CUT_LOG) == {
+    cut = [f"[gw0] [ 10%] PASSED {test}_one", f"{test}_four", f"[gw1] [ 20%] FAILED {test}_two"]
+    cut += ["[gw0] [ 30%] ERROR tests/b.py::c"]
+    assert read_test_log("\n".join(cut)) == {
         "counts": {"passed": 1, "failed": 1, "error": 1},
-        "failures": ["tests/kernels/test_a.py::test_two", "tests/kernels/test_b.py::test_five"],
+        "failures": [f"{test}_two", "tests/b.py::c"],
     }
     assert read_test_log("ERROR: not found: tests/kernels") == {"counts": {}, "failures": []}
 
