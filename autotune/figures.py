@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
-from autotune import pages, pictures, plots, report, timing
+from autotune import pages, plots, report, timing
 from autotune.tables import Table, number
 from kernels.files import atomic_write, write_json
 from kernels.tuning.store import shipped_folder
@@ -208,8 +208,6 @@ def run(arguments: argparse.Namespace) -> int:
     for page, wanted in outdated.items():
         atomic_write(page, wanted)
         console.print(f"updated {page.relative_to(root)}")
-    plots.save(pictures.windows_figure(), results / "windows.png")
-    console.print("drew notebooks/results/windows.png")
     for path, figure, source in drawings(results):
         plots.save(figure, path, source)
         console.print(f"drew {path.relative_to(root)}")
