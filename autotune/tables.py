@@ -82,7 +82,8 @@ class Table:
             else:
                 shown.add_column(Text(heading), justify="right", no_wrap=True)
         for row in self.rows:
-            shown.add_row(*(Text(cell, COLOURS.get(cell.partition(" ")[0].rstrip(":"), "")) for cell in row))
+            cells = (cell.replace("`", "") for cell in row)
+            shown.add_row(*(Text(cell, COLOURS.get(cell.partition(" ")[0].rstrip(":"), "")) for cell in cells))
         return Group(shown, *map(Text, self.notes))
 
     def show(self, console: Console) -> None:
