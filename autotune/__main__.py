@@ -6,8 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-__all__ = ["COMMANDS", "main"]
-
 COMMANDS = {  # name -> (module, one line of help)
     "profile": ("autotune.profile", "run operators and models on a real photograph, ours against the naive path"),
     "figures": ("autotune.figures", "write the README's tables and figures from the committed results"),
@@ -16,7 +14,7 @@ COMMANDS = {  # name -> (module, one line of help)
     "verify": ("autotune.verify", "check every tuned config against the reference again"),
     "bench": (
         "autotune.bench",
-        "measure operators and models against naive, compiled and peers; --suite for all of it",
+        "measure operators and models against naive and compiled; --suite for all of it",
     ),
     "compile": ("autotune.compile", "compile the Triton kernels ahead of time for a named architecture, without a GPU"),
 }

@@ -1,4 +1,4 @@
-"""Types of command-line arguments: those of ``models``, and what names one of the things that can be measured."""
+"""Types of command-line arguments that name what can be measured; the others are those of ``models.commands``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from models.commands.types import Number, device, dtype, image_size, positive, seconds, threads
-
-__all__ = ["Number", "device", "dtype", "image_size", "matching", "module", "positive", "seconds", "shape", "threads"]
+from models.commands.types import positive
 
 Item = TypeVar("Item")
 

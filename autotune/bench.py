@@ -1,11 +1,12 @@
-"""Measure operators and models: ours against naive unfold, the same compiled, peers, and what the hardware allows.
+"""Measure operators and models: ours against naive unfold, the same compiled, and what the hardware allows.
 
     python -m autotune bench --operator involution2d "contmix*" --out DIR
     python -m autotune bench --model overlock_t --out DIR
     python -m autotune bench --suite                    all of it, tests and tuning included, in under nine minutes
 
 Without --operator, --model or --environment all three are run. Results are written after every row, so that whatever
-happens, what was measured is kept: environment.json, bench.json (operators), models.json.
+happens, what was measured is kept: environment.json, bench.json (operators), models.json. Weights of models are random:
+what is timed does not depend on them. Inference runs the form a trained model is deployed in.
 
 Exit code: 0 everything that was begun agrees and is timed, 1 something failed, 2 bad arguments, 4 the GPU was lost,
 130 interrupted.
@@ -14,26 +15,51 @@ Exit code: 0 everything that was begun agrees and is timed, 1 something failed, 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
-import importlib.metadata
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
 import kernels
-from autotune import arguments as types
-from autotune import timing
-from autotune.cases import LOST, Case, compile_cases, read_record, run_cases, settled_rows, written
-from kernels.backend import BACKENDS
-
-__all__ = ["add_arguments", "results_folder", "run"]
+import models
+from autotune import suite, timing, workloads
+from autotune.arguments import matching
+from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
+from autotune.ceilings import launch_overhead, measure_ceilings
+from autotune.measure import Settings
+from autotune.networks import measure_model
+from autotune.operators import PASSES, operator_cases
+from autotune.results import Folder, incidents, tables
+from kernels.backend import BACKENDS, interpreting, triton_installed
+from models.commands import types
 
 LIBRARIES = ("torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "pytest", "pytest-xdist")
+
+
+class Plan(NamedTuple):
+    """A model in one pass; ``compiled`` has what a compiler makes of it as well.
+
+    ``latency`` is inference of a single image, compiled for that.
+    """
+
+    model: str
+    kind: str = "inference"
+    compiled: bool = False
+
+
+PLANS = (  # the most telling first: where time is short, the last are skipped
+    Plan("overlock_t"),
+    Plan("overlock_t", "training"),
+    *(Plan(name, "inference", compiled=True) for name in ("rednet50", "overlock_xt", "volo_d1")),
+    *(Plan(name, "training", compiled=True) for name in ("overlock_xt", "rednet50", "volo_d1")),
+    *(Plan(name, "latency", compiled=True) for name in ("overlock_t", "rednet50", "volo_d1")),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,79 +84,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _operator_cases(arguments: argparse.Namespace, settings: dict[str, Any], ceilings: dict[str, float]) -> list[Case]:
-    from autotune.bench_operators import PASSES, OperatorBench, benchmark_workloads
-
-    bench = OperatorBench(ceilings=ceilings, **settings)
-    workloads = benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
-    cases = []
-    for workload in types.matching(workloads, arguments.operator or ["*"], lambda w: w.name, "--operator"):
-        for name in PASSES:
-            facts = {
-                "name": workload.name,
-                "operator": workload.operator,
-                "model": workload.model,
-                "shape": workload.shape,
-                "batch": workload.output[0],
-                "pass": name,
-            }
-            backward = name == PASSES[1]
-            cases.append(
-                Case(
-                    facts,
-                    functools.partial(bench.measure, workload, backward=backward),
-                    functools.partial(bench.compile_only, workload, backward=backward),
-                )
-            )
-    return cases
-
-
-def _model_cases(arguments: argparse.Namespace, settings: dict[str, Any]) -> list[Case]:
-    import models
-    from autotune.bench_models import PLANS, ModelBench, Plan
-
-    small = arguments.quick
-    plans: list[Plan] = []
-    for name in arguments.model or (["rednet26"] if small else []):
+def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case]:
+    small, plans = arguments.quick, list[Plan]()
+    for name in arguments.model or (["rednet26"] if small else ["*"]):
         known = [plan for plan in PLANS if name in (plan.model, "*") and not small]
         if not known and name not in models.list_models():
             raise ValueError(f"--model must be one of {', '.join(models.list_models())}; got {name!r}")
-        plans += known or [
-            *(Plan(name, training, compiled=not small) for training in (False, True)),
-            *([] if small else [Plan(name, compiled=True, latency=True)]),
-        ]
+        kinds = ("inference", "training", *(() if small else ("latency",)))
+        plans += known or [Plan(name, kind, compiled=not small) for kind in kinds]
     batch, size = arguments.batch or (2 if small else 128), arguments.size or ((64, 64) if small else (224, 224))
-    bench = ModelBench(batch=batch, size=size, **settings | {"seconds": 4 * settings["seconds"]})
-    return [
-        Case(
-            {
-                "name": plan.model,
-                "model": plan.model,
-                "peer": None if plan.peer is None else " ".join(plan.peer),
-                "batch": bench.batch_of(plan),
-                "size": list(size),
-                "pass": plan.kind,
-            },
-            functools.partial(bench.measure, plan),
-            functools.partial(bench.compile_only, plan),
-        )
-        for plan in plans or PLANS
-    ]
+    settings = dataclasses.replace(settings, seconds=4 * settings.seconds)
+    cases = []
+    for plan in plans:
+        count = 1 if plan.kind == "latency" else batch
+        facts = {"name": plan.model, "model": plan.model, "batch": count, "size": list(size), "pass": plan.kind}
+        cases.append(Case(facts, functools.partial(_measure_plan, plan, settings, count, size)))
+    return cases
+
+
+def _measure_plan(plan: Plan, settings: Settings, batch: int, size: workloads.Size) -> dict[str, Any]:
+    """Ours with random weights, channels last, for inference in the form it is deployed in."""
+    training = plan.kind == "training"
+    options = {"return_dense": False} if plan.model.startswith("volo") else {}
+    model = workloads.settled_model(plan.model, workloads.random_images(2, (128, 128)), **options).train(training)
+    model = model if training else models.optimize_for_inference(model)
+    place: dict[str, Any] = {"device": settings.device, "memory_format": torch.channels_last}
+    model, images = model.to(**place), workloads.random_images(batch, size).to(**place)
+    latency = plan.kind == "latency"
+    return measure_model(model, images, settings, training=training, compiled=plan.compiled, latency=latency)
 
 
 def _environment(device: torch.device, *, quick: bool) -> dict[str, Any]:
-    from autotune.ceilings import launch_overhead, measure_ceilings
-    from kernels.backend import interpreting, triton_installed
-
-    libraries: dict[str, str | None] = {}
-    for name in LIBRARIES:
-        try:
-            libraries[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            libraries[name] = None
     launchable = triton_installed() and (device.type == "cuda" or interpreting())
     return {
-        "libraries": libraries,
+        "libraries": {name: timing.version(name) for name in LIBRARIES},
         "ceilings": measure_ceilings(device, quick=quick),
         "launch_microseconds": launch_overhead(device, quick=quick) if launchable else None,
     }
@@ -138,8 +125,6 @@ def _environment(device: torch.device, *, quick: bool) -> dict[str, Any]:
 
 def _known_ceilings(folder: Path, machine: dict[str, Any], device: torch.device, *, quick: bool) -> dict[str, float]:
     """Those of environment.json where it was written on this device, else measured."""
-    from autotune.ceilings import measure_ceilings
-
     path = folder / "environment.json"
     if path.exists():
         found = read_record(path, "machine", "ceilings")
@@ -150,35 +135,42 @@ def _known_ceilings(folder: Path, machine: dict[str, Any], device: torch.device,
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.suite:
-        from autotune import suite
-
         return suite.run(arguments)
     messages = Console(stderr=True, highlight=False)
     deadline = time.monotonic() + arguments.seconds
     quick, device = arguments.quick, arguments.device or timing.best_device()
     on_gpu = device.type == "cuda"
-    compiler = None if arguments.no_compile else "eager" if quick and not on_gpu else "inductor"
-    settings = {
-        "device": device,
-        "dtype": arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32),
-        "backend": arguments.backend,
-        "compiler": compiler,
-        "min_runs": 2 if quick else 3,
-        "seconds": 0.01 if quick else 0.5,
-    }
+    settings = Settings(
+        device,
+        arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32),
+        arguments.backend,
+        seconds=0.01 if quick else 0.5,
+        min_runs=2 if quick else 3,
+        thorough=True,
+        compiler=None if arguments.no_compile else "eager" if quick and not on_gpu else "inductor",
+        compile_only=arguments.compile_only,
+    )
     everything = not (arguments.environment or arguments.operator or arguments.model)
-    folder = arguments.out or results_folder(device, quick=quick)
+    folder = arguments.out or timing.results_folder(device, scratch=quick)
     machine = timing.describe_machine(device)
+    stated = {"device": device, "dtype": settings.dtype, "backend": settings.backend, "compiler": settings.compiler}
+    stated |= {"min_runs": settings.min_runs, "seconds": settings.seconds}
+    record = {"schema": 1, "complete": False, "machine": machine}
+    record["settings"] = {name: str(value).removeprefix("torch.") for name, value in stated.items()}
     codes: list[int] = []
+    plans: list[tuple[str, list[Case], dict[str, Any]]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.environment or everything:
-            record = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
-            codes.append(int(not written(folder / "environment.json", record, "environment")))
-        plans: list[tuple[str, list[Case], dict[str, Any]]] = []
+            environment = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
+            codes.append(int(not written(folder / "environment.json", environment, "environment")))
         if arguments.operator or everything:
-            ceilings = {} if arguments.compile_only else _known_ceilings(folder, machine, device, quick=quick)
-            plans.append(("bench.json", _operator_cases(arguments, settings, ceilings), {"ceilings": ceilings}))
+            found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
+            found = matching(found, arguments.operator or ["*"], lambda workload: workload.name, "--operator")
+            cases = operator_cases(found, settings, PASSES)
+            if not arguments.compile_only:
+                settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))
+            plans.append(("bench.json", cases, {"ceilings": settings.ceilings}))
         if arguments.model or everything:
             plans.append(("models.json", _model_cases(arguments, settings), {}))
         for file, _, _ in plans if arguments.resume else ():
@@ -188,12 +180,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     try:
         for file, cases, facts in plans:
-            if arguments.compile_only:
-                codes.append(compile_cases(cases, deadline))
+            if arguments.compile_only:  # what fails here will say so when it is measured
+                for case in cases:
+                    case.run(deadline)
+                    release()
                 continue
-            stated = {name: str(value).removeprefix("torch.") for name, value in settings.items()}
-            record = {"schema": 1, "complete": False, "machine": machine, "settings": stated, **facts}
-            codes.append(run_cases(cases, folder / file, record, deadline=deadline, resume=arguments.resume))
+            codes.append(run_cases(cases, folder / file, record | facts, deadline=deadline, resume=arguments.resume))
             if codes[-1] == LOST:
                 break
     except KeyboardInterrupt:
@@ -204,19 +196,14 @@ def run(arguments: argparse.Namespace) -> int:
     return max(codes, default=0)
 
 
-def results_folder(device: torch.device, *, quick: bool) -> Path:
-    parent = "build" if quick else "notebooks"
-    return (timing.repository_root() or Path.cwd()) / parent / "results" / timing.device_folder(device)
-
-
 def _print(folder: Path) -> None:
-    from autotune.targets import tables
-
     console = Console(highlight=False)
-    console.width = max(console.width, 130)
     try:
-        for table in tables(folder):
-            console.print(table)
+        found = Folder(folder)
+        for table in tables(found):
+            table.show(console)
+        for told in incidents(found):
+            console.print(told, markup=False, soft_wrap=True)
     except ValueError as error:  # an earlier run's file
         console.print(f"[yellow]warning:[/] {escape(f'{folder} holds a damaged file: {error}')}", soft_wrap=True)
     console.print(f"Wrote {escape(str(folder))}", soft_wrap=True)

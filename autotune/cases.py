@@ -21,22 +21,9 @@ import torch
 from rich.markup import escape
 
 from autotune import timing
-from autotune.comparison import one_line
-from autotune.progress import Steps
-from models.commands.progress import console
-
-__all__ = [
-    "LOST",
-    "Case",
-    "TimeLimitError",
-    "compile_cases",
-    "device_lost",
-    "read_record",
-    "run_cases",
-    "settled_rows",
-    "time_limit",
-    "written",
-]
+from autotune.measure import one_line
+from kernels.files import write_json
+from models.commands.progress import Bar, console
 
 LOST = 4  # exit code: the process can use the GPU no more
 
@@ -51,7 +38,7 @@ def device_lost(device: torch.device) -> bool:
 
 
 class TimeLimitError(BaseException):
-    """A row took longer than there was time. No Exception: what goes on without something must not catch it."""
+    """A row took longer than there was time. What skips a contender on an Exception does not catch it."""
 
 
 @contextmanager
@@ -79,11 +66,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is known beforehand, the function that measures the rest, and one that only compiles."""
+    """One row: what is known beforehand, and the function that measures the rest."""
 
     facts: dict[str, Any]
     measure: Callable[[], dict[str, Any]]
-    compile_only: Callable[[], object] = lambda: None
 
     @property
     def name(self) -> str:
@@ -127,18 +113,21 @@ def settled_rows(path: Path) -> list[dict[str, Any]]:
 def written(path: Path, record: dict[str, Any], what: str) -> bool:
     """Whether ``record`` is on disk now. Where it cannot be (a full disk), a line says so, and measuring can go on."""
     try:
-        timing.write_json(path, record)
+        write_json(path, record)
     except OSError as error:
         console.print(f"[red]error:[/] {escape(f'{what}: {error}')}", soft_wrap=True)
         return False
     return True
 
 
-def run_cases(cases: Sequence[Case], path: Path, record: dict[str, Any], *, deadline: float, resume: bool) -> int:
+def run_cases(
+    cases: Sequence[Case], path: Path, record: dict[str, Any], *, deadline: float = math.inf, resume: bool = False
+) -> int:
     """Measure the cases one by one into ``record["rows"]``, written to ``path`` before and after each; the exit code.
 
-    Past ``deadline`` (monotonic) the rest are recorded as skipped. ``resume`` keeps what ``path`` holds already.
-    A row that cannot be written is reported and costs the exit code, not the rows after it.
+    Past ``deadline`` (monotonic) the rest are recorded as skipped. ``resume`` keeps what ``path`` holds already. An
+    interrupt leaves no trace of the row it came in. A row that cannot be written is reported and costs the exit code,
+    not the rows after it.
     """
     rows: list[dict[str, Any]] = record.setdefault("rows", [])
     if resume:
@@ -146,21 +135,26 @@ def run_cases(cases: Sequence[Case], path: Path, record: dict[str, Any], *, dead
     done = {f"{row['name']} {row['pass']}" for row in rows}
     todo = [case for case in cases if case.name not in done]
     code, on_disk = 0, True
-    with Steps(len(todo)) as steps:
+    with Bar(len(todo), seconds=0) as bar:
         for case in todo:
-            steps.begin(case.name)
+            bar.describe(case.name)
             rows.append(case.facts | {"status": "running"})
             with suppress(OSError):  # reported below, with what was measured
-                timing.write_json(path, record)
+                write_json(path, record)
             began = time.monotonic()
-            if began < deadline:
-                rows[-1] = case.run(deadline)
-            else:
-                rows[-1] = case.facts | {"status": "skipped", "message": "there was no time left"}
+            try:
+                if began < deadline:
+                    rows[-1] = case.run(deadline)
+                else:
+                    rows[-1] = case.facts | {"status": "skipped", "message": "there was no time left"}
+            except KeyboardInterrupt:
+                rows.pop()
+                written(path, record, case.name)
+                raise
             rows[-1]["seconds"] = round(time.monotonic() - began, 2)
             on_disk &= written(path, record, case.name)
-            steps.end(rows[-1]["status"])
-            _release()
+            bar.advance(1, f"{case.name}: {rows[-1]['status']}")
+            release()
             if rows[-1]["status"] == "failed" and device_lost(torch.device(record["machine"]["device_type"])):
                 code = LOST
                 break
@@ -169,24 +163,10 @@ def run_cases(cases: Sequence[Case], path: Path, record: dict[str, Any], *, dead
     return code or int(not on_disk or any(row["status"] == "failed" for row in rows))
 
 
-def _release() -> None:
+def release() -> None:
     """Give back what a row held: tensors, graphs, compiled code."""
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def compile_cases(cases: Sequence[Case], deadline: float) -> int:
-    """Fill the compilers' caches; what fails here will say so when it is measured."""
-    for case in cases:
-        try:
-            with time_limit(deadline - time.monotonic()):
-                case.compile_only()
-        except TimeLimitError:
-            break
-        except Exception as error:
-            print(f"{case.name}: {type(error).__name__}", file=sys.stderr)
-        _release()
-    return 0

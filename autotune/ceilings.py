@@ -14,8 +14,6 @@ from autotune import timing
 from kernels.launch import record_launches
 from kernels.windows import Window
 
-__all__ = ["launch_overhead", "matmul_rate", "measure_ceilings"]
-
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
     """Operations per second of a size³ matrix product on random data (zeros run faster)."""

@@ -20,26 +20,25 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autotune.compile_cases import cases
+from autotune.precompile import build, described
+from autotune.tables import Table
 from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
 from models.commands.types import DTYPES
-
-__all__ = ["ARCHITECTURES", "Report", "add_arguments", "compile_launch", "run"]
 
 ARCHITECTURES = {
     "sm_80": ("cuda", 80, 32),
@@ -47,12 +46,7 @@ ARCHITECTURES = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-TYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -76,67 +70,16 @@ class Report:
     shuffles_per_output: float | None = None
 
 
-def _signature(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and divisibility of a launch, specialised as Triton specialises them at run time.
-
-    A tuple among the arguments is a tuple of types; what is known of its fields stands under (argument, field).
-    """
-    signature, constants, attributes = {}, {}, {}
-
-    def type_of(path: tuple[int, ...], value: Any, constant: bool) -> Any:
-        if isinstance(value, tuple) and not constant:
-            parts = [type_of((*path, index), part, constant) for index, part in enumerate(value)]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if constant or (isinstance(value, int) and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor):
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-            return f"*{TYPE_NAMES[value.dtype]}"
-        if isinstance(value, float):
-            return "fp32"
-        assert isinstance(value, int)
-        if value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        declared = parameter.annotation_type if not parameter.is_constexpr else None
-        found = type_of((index,), value, parameter.is_constexpr)
-        signature[parameter.name] = declared if declared and found in ("fp32", "i32", "i64") else found
-    return signature, constants, attributes
-
-
-def _leaves(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among a launch's arguments, by the argument's name."""
-    for name, value in arguments.items():
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, Tensor):
-                yield name, part
-
-
-def _nvidia_tool(name: str) -> str:
+def _read_cubin(cubin: bytes, *, instructions: bool) -> dict[str, Any]:
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _output(launch: Launch) -> Tensor:
-    """The tensor that a launch writes; a backward pass reads one called out."""
-    tensors = {name.removesuffix("_ptr"): tensor for name, tensor in _leaves(launch.arguments)}
-    return next((tensors[name] for name in ("target", "partial", "out") if name in tensors), [*tensors.values()][-1])
-
-
-def _read_cubin(cubin: bytes, *, instructions: bool = True) -> dict[str, Any]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
 
         def dump(option: str) -> str:
-            command = [_nvidia_tool("cuobjdump"), option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
         usage = dump("--dump-resource-usage")
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -159,14 +102,11 @@ def _read_cubin(cubin: bytes, *, instructions: bool = True) -> dict[str, Any]:
 
 
 def _read_amdgcn(assembly: str) -> dict[str, Any]:
-    def number(pattern: str) -> int:
-        found = re.search(pattern, assembly)
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
         return int(found[1]) if found else 0
 
-    return {
-        "registers": number(r"\.vgpr_count:\s*(\d+)"),
-        "spilled_bytes": 4 * number(r"\.vgpr_spill_count:\s*(\d+)"),
-    }
+    return {"registers": number("vgpr_count"), "spilled_bytes": 4 * number("vgpr_spill_count")}
 
 
 def compile_launch(case: str, launch: Launch, architecture: str, *, instructions: bool = True) -> Report:
@@ -174,19 +114,14 @@ def compile_launch(case: str, launch: Launch, architecture: str, *, instructions
 
     Without ``instructions`` an NVIDIA kernel that uses no stack is not disassembled, which takes as long as compiling.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    signature, constants, attributes = _signature(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]), options=dict(launch.options))
+    compiled = build(described(launch), GPUTarget(*ARCHITECTURES[architecture]))
     if architecture.startswith("sm_"):
         usage = _read_cubin(compiled.asm["cubin"], instructions=instructions)
     else:
         usage = _read_amdgcn(compiled.asm["amdgcn"])
-    tensors = {id(tensor): tensor for _, tensor in _leaves(launch.arguments)}
-    dtype = TYPE_NAMES[next(iter(tensors.values())).dtype]
+    tensors = {id(leaf): leaf for leaf in tree_leaves(launch.arguments) if isinstance(leaf, Tensor)}
     outputs = _output(launch).numel()
     if "shuffles" in usage:
         shuffled = usage["shuffles"] * 32 * launch.options["num_warps"] * math.prod(launch.grid)
@@ -195,10 +130,10 @@ def compile_launch(case: str, launch: Launch, architecture: str, *, instructions
         case=case,
         kernel=launch.kernel.__name__.strip("_"),
         architecture=architecture,
-        dtype=dtype,
+        dtype=TYPE_NAMES[next(iter(tensors.values())).dtype],
         num_warps=launch.options["num_warps"],
         shared_bytes=compiled.metadata.shared,
-        bytes_per_output=sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()) / outputs,
+        bytes_per_output=sum(tensor.nbytes for tensor in tensors.values()) / outputs,
         config=" ".join(
             f"{name.lower().removeprefix('block_').removeprefix('num_')}={value}"
             for name, value in (launch.arguments | launch.options).items()
@@ -206,6 +141,14 @@ def compile_launch(case: str, launch: Launch, architecture: str, *, instructions
         ),
         **usage,
     )
+
+
+def _output(launch: Launch) -> Tensor:
+    """The tensor that a launch writes; a backward pass reads one called out."""
+    tensors = {}
+    for name, value in launch.arguments.items():
+        tensors |= {name.removesuffix("_ptr"): leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
+    return next((tensors[name] for name in ("target", "partial", "out") if name in tensors), [*tensors.values()][-1])
 
 
 def _parse_list(known: dict[str, Any], what: str) -> Callable[[str], list[str]]:
@@ -220,31 +163,21 @@ def _parse_list(known: dict[str, Any], what: str) -> Callable[[str], list[str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--arch",
-        type=_parse_list(ARCHITECTURES, "architecture"),
-        default=["sm_90"],
-        metavar="NAME[,NAME]",
-        help=f"architectures to build for: {', '.join(ARCHITECTURES)} (default: sm_90)",
-    )
-    parser.add_argument(
-        "--dtype",
-        type=_parse_list(DTYPES, "dtype"),
-        default=["bf16"],
-        metavar="NAME[,NAME]",
-        help=f"element types: {', '.join(DTYPES)} (default: bf16)",
-    )
+    for option, known, what, default in (
+        ("--arch", ARCHITECTURES, "architecture", "sm_90"),
+        ("--dtype", DTYPES, "dtype", "bf16"),
+    ):
+        text = f"{what}s to build for: {', '.join(known)} (default: {default})"
+        kind = _parse_list(known, what)
+        parser.add_argument(option, type=kind, default=[default], metavar="NAME[,NAME]", help=text)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--resources-only", action="store_true", help="count no instructions; in half the time")
-    parser.add_argument(
-        "--every-config",
-        action="store_true",
-        help="what tuning may choose too: hundreds of builds, a second or two each",
-    )
+    every = "what tuning may choose too: hundreds of builds, a second or two each"
+    parser.add_argument("--every-config", action="store_true", help=every)
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
 
 
-def build(
+def reports_of(
     architectures: list[str],
     dtypes: list[str],
     console: Console,
@@ -260,7 +193,7 @@ def build(
         for name, calls in cases(DTYPES[dtype]).items()
         if only in name
         for call in calls
-        for launch in (_every_config(call) if every_config else _recorded(call))
+        for launch in _launches(call, every_config=every_config)
         for architecture in architectures
     ]
     reports, failures = [], []
@@ -274,10 +207,7 @@ def build(
 
 def run(arguments: argparse.Namespace) -> int:
     """Compile, report, and return 1 if a kernel does not build or spills."""
-    console = Console(stderr=arguments.json)
-    console.width = max(
-        console.width, 230 if arguments.every_config else 170
-    )  # a table cut short says less than one a narrow terminal wraps
+    console = Console(stderr=arguments.json, highlight=False)
     known = list(cases(torch.float16))
     reason = None
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -287,7 +217,7 @@ def run(arguments: argparse.Namespace) -> int:
     if reason is not None:
         Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(reason)}", soft_wrap=True)
         return 2
-    reports, failures = build(
+    reports, failures = reports_of(
         arguments.arch,
         arguments.dtype,
         console,
@@ -298,59 +228,40 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:
-        console.print(_table(reports, configs=arguments.every_config))
+        _table(reports, configs=arguments.every_config).show(console)
         for failure in failures:
             console.print(f"[red]failed[/] {escape(failure)}")
-    spills = any(report.spilled_bytes for report in reports)
-    return 1 if failures or spills else 0
+    return int(bool(failures) or any(report.spilled_bytes for report in reports))
 
 
-def _recorded(call: Callable[[], object]) -> list[Launch]:
-    with record_launches() as launches:
-        call()
-    return launches
-
-
-def _every_config(call: Callable[[], object]) -> list[Launch]:
+def _launches(call: Callable[[], object], *, every_config: bool = False) -> list[Launch]:
     """The call's own launches, and those with every other config that is valid for what it asks of the tuner."""
-    found: list[Launch] = []
+    others: list[Launch] = []
 
     def record(request: Request) -> None:
-        for config in request.launcher.configs:
+        for config in request.launcher.configs if every_config else ():
             if config.valid(request.problem):
                 with record_launches() as launches:
                     request.run(config)
-                found.extend(launches)
+                others.extend(launches)
 
-    with observing(record):
-        found[:0] = _recorded(call)
-    unique = {(launch.kernel, _compared(launch.arguments), _compared(launch.options)): launch for launch in found}
-    return list(unique.values())
-
-
-def _compared(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    def blank(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(blank, value))
-        return "" if isinstance(value, Tensor) else value
-
-    return tuple((name, blank(value)) for name, value in arguments.items())
+    with observing(record), record_launches() as own:
+        call()
+    unique: dict[Any, Launch] = {}
+    for launch in (*own, *others):  # tensors are the same in all of them
+        arguments = tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, launch.arguments)
+        unique.setdefault((launch.kernel, repr(arguments), repr(launch.options)), launch)
+    return list(unique.values()) if every_config else own
 
 
 def _table(reports: list[Report], *, configs: bool) -> Table:
     """A line for each build; what sets the lines of one kernel apart is its config with ``configs``."""
-    table = Table(title="Kernels compiled ahead of time", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("case", "kernel", "arch", "dtype", *(["config"] if configs else [])):
-        table.add_column(column, no_wrap=True, vertical="bottom")
-    counted = ("warps", "registers", "spilled\nB", "shared\nB", "load\nbits", "MMA", "FMA", "shuffles")
-    for column in (*counted, "shuffles\n/out", "bytes\n/out"):
-        table.add_column(column, justify="right", no_wrap=True)
+    words = ["case", "kernel", "arch", "dtype", *(["config"] if configs else [])]
+    rows = []
     for r in reports:
-        spilled = f"[red]{r.spilled_bytes}[/]" if r.spilled_bytes else "0"
-        counts = (r.load_bits, r.tensor_core, r.fma, r.shuffles, r.shuffles_per_output, r.bytes_per_output)
-        table.add_row(
-            *(r.case, r.kernel, r.architecture, r.dtype, *([r.config] if configs else [])),
-            *(str(r.num_warps), str(r.registers), spilled, str(r.shared_bytes)),
-            *("–" if count is None else str(count) if isinstance(count, int) else f"{count:.3g}" for count in counts),
-        )
-    return table
+        counts = [r.num_warps, r.registers, r.spilled_bytes, r.shared_bytes, r.load_bits, r.tensor_core, r.fma]
+        counts += [r.shuffles, r.shuffles_per_output, r.bytes_per_output]
+        cells = ["–" if n is None else str(n) if isinstance(n, int) else f"{n:.3g}" for n in counts]
+        rows.append([r.case, r.kernel, r.architecture, r.dtype, *([r.config] if configs else []), *cells])
+    headings = ["warps", "registers", "spilled B", "shared B", "load bits", "MMA", "FMA", "shuffles", "shuffles/out"]
+    return Table([*words, *headings, "bytes/out"], rows, len(words), "Kernels compiled ahead of time")

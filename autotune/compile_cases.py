@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,60 +10,56 @@ from torch import Tensor
 
 from kernels.windows import Window
 
-__all__ = ["cases"]
+Launches = Iterator[Callable[[], object]]
+K7 = Window((7, 7), padding=(3, 3))
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _meta(dtype: torch.dtype) -> Callable[..., Tensor]:
+    return functools.partial(torch.empty, dtype=dtype, device="meta")
 
 
-def _algebra(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], object]]:
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _algebra(dtype: torch.dtype, channels_last: bool) -> Launches:
     from kernels.aggregation import rows as kernels
 
     # RedNet-50's second stage: 128 channels in 8 groups at 28x28, K = 7.
-    window = Window((7, 7), padding=(3, 3))
-    weight = _meta(128, 8 * 49, 28, 28, dtype=dtype)
-    x = _meta(128, 128, 28, 28, dtype=dtype)
-    if channels_last:
-        weight, x = weight.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    weight, x = weight.unflatten(1, (8, 7, 7)), x.unflatten(1, (8, 16))
-    yield lambda: kernels.aggregate(weight, x, window)
-    yield lambda: kernels.correlate(torch.empty_like(x), x, window)
-    yield lambda: kernels.transpose(weight, x, (28, 28), window)
+    maps = functools.partial(_meta(dtype), memory_format=_format(channels_last))
+    weight, x = maps(128, 8 * 49, 28, 28).unflatten(1, (8, 7, 7)), maps(128, 128, 28, 28).unflatten(1, (8, 16))
+    yield lambda: kernels.aggregate(weight, x, K7)
+    yield lambda: kernels.correlate(torch.empty_like(x), x, K7)
+    yield lambda: kernels.transpose(weight, x, (28, 28), K7)
 
 
-def _generate(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], object]]:
+def _generate(dtype: torch.dtype, channels_last: bool) -> Launches:
     from kernels.aggregation.rows import correlate
     from kernels.involution import forward
 
     # RedNet-50's second stage: kernels of 128 channels from 32 features.
-    window = Window((7, 7), padding=(3, 3))
-    x, features = _meta(128, 128, 28, 28, dtype=dtype), _meta(128, 32, 28, 28, dtype=dtype)
-    if channels_last:
-        x, features = (t.to(memory_format=torch.channels_last) for t in (x, features))
-    x, weight = x.unflatten(1, (8, 16)), _meta(8 * 49, 32, dtype=dtype)
-    inputs = (x, features, weight, weight[:, 0].contiguous(), window)
+    meta = _meta(dtype)
+    maps = functools.partial(meta, memory_format=_format(channels_last))
+    x, weight = maps(128, 128, 28, 28).unflatten(1, (8, 16)), meta(8 * 49, 32)
+    inputs = (x, maps(128, 32, 28, 28), weight, meta(8 * 49), K7)
     yield lambda: forward.involution_generate(*inputs)
     if not channels_last:
         return  # the backward pass lays channels last first
     yield lambda: forward.involution_generate_transpose(x, *inputs)
-    yield lambda: correlate(x, x, window, padded=True)
+    yield lambda: correlate(x, x, K7, padded=True)
 
 
-def _neighborhood(
-    dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
-) -> Iterator[Callable[[], object]]:
+def _neighborhood(dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1) -> Launches:
     from kernels.aggregation import gather as algebra
     from kernels.neighborhood.backward import softmax_aggregate_backward
     from kernels.neighborhood.forward import softmax_aggregate
 
     # OverLoCK-T: 16 value channels per head.
-    window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
-    logits = _meta(128, 8, length, length, kernel_size, kernel_size, dtype=dtype).permute(0, 1, 4, 5, 2, 3)
-    value = _meta(128, 8, 16, length, length, dtype=dtype)
-    rpb = _meta(8, 2 * kernel_size - 1, 2 * kernel_size - 1, dtype=dtype)
-    statistics = _meta(128, 8, length, length, dtype=torch.float32)
-    heads_last = _meta(128, 8, length, length, 16, dtype=dtype).permute(0, 1, 4, 2, 3)
+    meta, window = _meta(dtype), Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
+    logits = meta(128, 8, length, length, kernel_size, kernel_size).permute(0, 1, 4, 5, 2, 3)
+    value, rpb = meta(128, 8, 16, length, length), meta(8, 2 * kernel_size - 1, 2 * kernel_size - 1)
+    statistics = _meta(torch.float32)(128, 8, length, length)
+    heads_last = meta(128, 8, length, length, 16).permute(0, 1, 4, 2, 3)
     yield lambda: softmax_aggregate(logits, value, rpb, window)
     yield lambda: softmax_aggregate_backward(value, logits, value, rpb, value, statistics, window)
     yield lambda: algebra.aggregate(logits, heads_last, window)
@@ -70,46 +67,42 @@ def _neighborhood(
     yield lambda: algebra.transpose(logits, heads_last, (length, length), window)
 
 
-def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Iterator[Callable[[], object]]:
+def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int]) -> Launches:
     from kernels.contmix import passes as kernels
 
     # OverLoCK-T: 8 heads of 16 query and 16 value channels.
-    positions = sum(size**2 for size in kernel_sizes)
-    features = _meta(128, 8, 16, length, length, dtype=dtype)
-    projected = _meta(positions, 128, 8, 16, dtype=torch.float32).permute(1, 2, 3, 0)
-    bias = _meta(positions, dtype=dtype)
-    rpb = [_meta(8, 2 * size - 1, 2 * size - 1, dtype=dtype) for size in kernel_sizes]
-    value = _meta(128, len(kernel_sizes), 8, 16, length, length, dtype=dtype)
-    statistics = _meta(128, len(kernel_sizes), 8, length, length, dtype=torch.float32)
-    inputs = (features, projected, bias, rpb, value)
+    meta, exact, positions = _meta(dtype), _meta(torch.float32), sum(size**2 for size in kernel_sizes)
+    projected = exact(positions, 128, 8, 16).permute(1, 2, 3, 0)
+    rpb = [meta(8, 2 * size - 1, 2 * size - 1) for size in kernel_sizes]
+    value = meta(128, len(kernel_sizes), 8, 16, length, length)
+    statistics = exact(128, len(kernel_sizes), 8, length, length)
+    inputs = (meta(128, 8, 16, length, length), projected, meta(positions), rpb, value)
     yield lambda: kernels.contmix(*inputs, kernel_sizes)
     yield lambda: kernels.contmix_backward(value, *inputs, value, statistics, kernel_sizes)
 
 
-def _outlook(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+def _outlook(dtype: torch.dtype) -> Launches:
     from kernels.outlook import backward, forward
 
     # VOLO-D1: 6 heads of 32 channels.
-    logits, value = _meta(128, 14, 14, 6, 9, 9, dtype=dtype), _meta(128, 28, 28, 192, dtype=dtype)
+    logits, value = _meta(dtype)(128, 14, 14, 6, 9, 9), _meta(dtype)(128, 28, 28, 192)
     yield lambda: forward.outlook(logits, value, 3, 2, 1, 32**-0.5)
     yield lambda: backward.outlook_backward(value, logits, value, 3, 2, 1, 32**-0.5)
 
 
 def _depthwise(
     dtype: torch.dtype, channels: int, length: int, kernel_size: int, channels_last: bool = False
-) -> Iterator[Callable[[], object]]:
+) -> Launches:
     from kernels.depthwise import backward, forward
 
-    x, weight = (
-        _meta(128, channels, length, length, dtype=dtype),
-        _meta(channels, 1, kernel_size, kernel_size, dtype=dtype),
-    )
-    x = x.to(memory_format=torch.channels_last) if channels_last else x
-    yield lambda: forward.convolve(x, weight, weight[:, 0, 0, 0].contiguous())
+    meta = _meta(dtype)
+    x = meta(128, channels, length, length, memory_format=_format(channels_last))
+    weight, bias = meta(channels, 1, kernel_size, kernel_size), meta(channels)
+    yield lambda: forward.convolve(x, weight, bias)
     yield lambda: backward.weight_gradient(x, x, kernel_size)
 
 
-def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
+def cases(dtype: torch.dtype) -> dict[str, Launches]:
     """Launcher calls at the models' own shapes, by name."""
     return {
         "involution 128@28 K=7, channels first": _algebra(dtype, channels_last=False),

@@ -16,20 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from autotune import report, timing
-from autotune.comparison import (
-    batch_norms_held,
-    check,
-    largest_error,
-    on_backend,
-    one_line,
-    time_and_memory,
-)
 from autotune.contest import NAIVE, Contest
+from autotune.measure import Settings, check, largest_error, on_backend, one_line, time_and_memory
+from autotune.networks import batch_norms_held
 from autotune.workloads import least_bytes
 from kernels import tolerances
 from kernels.backend import interpreting, resolve
-
-__all__ = ["compare"]
 
 Function = Callable[..., Any]
 
@@ -73,15 +65,17 @@ def compare(
     device = _device(function, (inputs, options))
     inputs, options = _detached((inputs, options), backward)
     modules = nn.ModuleList(module for module in (function, *others.values()) if isinstance(module, nn.Module))
-    run = _Pass(function, inputs, options, backward, modules)
-    on_gpu = device.type == "cuda"
-    compiled = on_gpu if compiled is None else compiled
+    run, on_gpu = _Pass(function, inputs, options, backward, modules), device.type == "cuda"
+    if compiled or (compiled is None and on_gpu):
+        others = {"compiled": torch.compile(function, dynamic=False), **others}
     with (
         _restored(modules),
         torch.random.fork_rng(devices=[device] if on_gpu else []),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # float32 means float32, on every path
     ):
-        return _measure(run, others, device, backends, compiled, same, seconds, min_runs)
+        return _measure(
+            run, others, Settings(device, torch.float32, seconds=seconds, min_runs=min_runs), backends, same
+        )
 
 
 def _checked(
@@ -275,15 +269,9 @@ def _exact(run: _Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _measure(
-    run: _Pass,
-    others: dict[str, Function],
-    device: torch.device,
-    backends: Sequence[str] | None,
-    compiled: bool,
-    same: bool,
-    seconds: float,
-    min_runs: int,
+    run: _Pass, others: dict[str, Function], settings: Settings, backends: Sequence[str] | None, same: bool
 ) -> Contest:
+    device = settings.device
     naive = on_backend("reference", run.checked)()
     paths, operations = _paths(run, device, backends)
     dtype = _least_precise([*run.tensors, *naive])
@@ -303,44 +291,42 @@ def _measure(
         calls[name] = on_backend(backend, run)
     # Another module may have other weights, so that only outputs and the inputs' gradients can be the same.
     expected = expected[: len(expected) - bool(run.backward and run.weights)]
-    rows: list[dict[str, Any]] = []
-    if compiled:
-        others = {"compiled": torch.compile(run.function, dynamic=False), **others}
+    left_out: list[dict[str, Any]] = []
+    kinds = {name: NAIVE if backend == "reference" else "ours" for name, backend in paths.items()}
     for name, other in others.items():
+        kinds[name] = "compiled" if name == "compiled" else "peer"
+        backend = "reference" if name == "compiled" else "auto"
         contender = _Pass(other, run.inputs, run.options, run.backward, run.modules)
-        on_its_own = on_backend("reference" if name == "compiled" else "auto", contender)
-        kind = "compiled" if name == "compiled" else "peer"
         try:
-            found = on_backend("reference" if name == "compiled" else "auto", contender.checked)()
+            found = on_backend(backend, contender.checked)()
             errors[name] = None
             if same or name == "compiled":
                 error = largest_error(found[: len(expected)], expected)
                 errors[name] = check(error, tolerance, what)["relative_error"]
-            calls[name] = on_its_own
+            calls[name] = on_backend(backend, contender)
         except Exception as error:  # another's function, or a compiler that gives up: one contender less
-            rows.append({"name": name, "kind": kind, "status": "left out", "message": one_line(error)})
+            row = {"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)}
+            left_out.append(row)
     outputs = naive[: len(expected) - (len(run.leaves) if run.backward else 0)]
     floor_bytes = least_bytes(_nbytes(run.tensors), _nbytes(outputs), backward=run.backward)
     del expected, naive, outputs
 
     # A copy of this size, not of a large one: small tensors stay in caches, and so does a copy of them.
-    speed = timing.copy_bandwidth(device, size=max(4, floor_bytes // 2), seconds=seconds / 4)
+    speed = timing.copy_bandwidth(device, size=max(4, floor_bytes // 2), seconds=settings.seconds / 4)
     floor_ms, busy = 1000 * floor_bytes / speed, timing.OtherWork()
-    times = time_and_memory(calls, device, seconds, min_runs)
-    baseline = [*paths][-1]
+    times, baseline = time_and_memory(calls, settings), [*paths][-1]
     timed = []
     for name, found in times.items():
-        kind = NAIVE if paths.get(name) == "reference" else "ours" if name in paths else "peer"
-        kind = "compiled" if name == "compiled" else kind
         ratios = {"speed_up": times[baseline]["p50_ms"] / found["p50_ms"], "of_floor": floor_ms / found["p50_ms"]}
-        timed.append({"name": name, "kind": kind, "status": "ok", "relative_error": errors[name], **found, **ratios})
+        row = {"name": name, "kind": kinds[name], "status": "ok", "relative_error": errors[name]}
+        timed.append({**row, **found, **ratios})
     machine = timing.describe_machine(device)
     warnings = report.busy(busy.cores(), machine["cpu_count"]), report.unsteady([[found] for found in times.values()])
     return Contest(
         title=_name(run.function),
         backward=run.backward,
         baseline=baseline,
-        rows=timed + rows,
+        rows=timed + left_out,
         floor_bytes=floor_bytes,
         floor_ms=floor_ms,
         operations=operations,

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console, Group
-from rich.markup import escape as escape_markup
-from rich.table import Table
-from rich.text import Text
 
-from autotune import plots, report, timing
-
-__all__ = ["NAIVE", "Contest", "data_frame", "html_table"]
+from autotune import plots
+from autotune.tables import Found, Table, megabytes, number, percent, spread, times
 
 NAIVE = "naive"  # the row of the naive path
-HEADINGS = ("", "median, ms", "p20 to p80", "speed-up", "peak, MB", "of floor", "device")
 
 
-@dataclass(frozen=True)
-class Contest:
+@dataclass(frozen=True, repr=False)
+class Contest(Found):
     """What ``compare`` found; a notebook shows it as a table, and so do ``print`` and ``rich``.
 
     A row of ``rows`` has a ``name``, a ``kind`` (one of the colours of ``plots``) and a ``status``: ``ok``, with times
@@ -67,116 +57,49 @@ class Contest:
     def heading(self) -> str:
         return f"{self.title}, {'forward+backward' if self.backward else 'forward'}, {self.dtype}"
 
-    @property
-    def notes(self) -> list[str]:
-        """What the columns mean, which contenders were left out and why, and what speaks against the times."""
-        return [
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> Table:
+        """The notes say what the columns mean, who was left out and why, and what speaks against the times."""
+        cells = []
+        for row in self.rows:
+            if row["status"] != "ok":
+                cells.append([row["name"], "left out"])
+                continue
+            name = row["name"] if row["relative_error"] is not None else f"{row['name']} (not compared)"
+            ratios = [times(row["speed_up"]), megabytes(row["peak_bytes"]), percent(row["of_floor"])]
+            cells.append([name, number(row["p50_ms"]), spread(row), *ratios])
+        notes = [
             f"speed-up: over {self.baseline}. peak: the most that a call holds at once, beyond its inputs and weights.",
             f"of floor: {self.floor_ms:.3g} ms, in which a copy moves each input, weight and output once per pass.",
             *(f"{row['name']} was left out: {row['message']}" for row in self.rows if row["status"] != "ok"),
             *(f"warning: {warning}" for warning in self.warnings),
         ]
-
-    def _cells(self) -> Iterator[tuple[str, ...]]:
-        for row in self.rows:
-            if row["status"] != "ok":
-                yield row["name"], "left out", "", "", "", "", ""
-                continue
-            peak = row["peak_bytes"]
-            name = row["name"] if row["relative_error"] is not None else f"{row['name']} (not compared)"
-            yield (
-                name,
-                report.number(row["p50_ms"]),
-                f"{report.number(row['p20_ms'])} to {report.number(row['p80_ms'])}",
-                f"{report.number(row['speed_up'])}×",
-                report.number(None if peak is None else peak / 1e6),
-                report.percent(row["of_floor"]),
-                self.machine["device"],
-            )
-
-    def _repr_html_(self) -> str:
-        return html_table(self.heading, HEADINGS, self._cells(), self.notes)
-
-    def __rich__(self) -> Group:
-        found = Table(
-            title=escape_markup(f"{self.heading} · {self.machine['device']}"),
-            title_justify="left",
-        )
-        for number, text in enumerate(HEADINGS[:-1]):
-            found.add_column(text, justify="right" if number else "left")
-        for name, *cells in self._cells():
-            found.add_row(*map(escape_markup, (name, *cells[:-1])))
-        return Group(found, *map(Text, self.notes))
-
-    def __str__(self) -> str:
-        console = Console(width=120, color_system=None, highlight=False, force_jupyter=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get()
-
-    __repr__ = __str__
+        headings = ["", "median, ms", "p20 to p80", "speed-up", "peak, MB", "of floor"]
+        return Table(headings, cells, 1, f"{self.heading} · {self.machine['device']}", notes)
 
     def plot(self) -> Figure:
         """Medians with their spread beside the floor, and peak memory."""
         rows = self.timed
-        peaks = [row["peak_bytes"] for row in rows]
-        positions = range(len(rows))
         with plots.style():
-            panels = 1 if None in peaks else 2
+            panels = 1 if None in [row["peak_bytes"] for row in rows] else 2
             figure, axes = plots.new_figure(4.5 + 3 * panels, 1.8 + 0.45 * len(rows), panels)
-            for position, row in zip(positions, rows, strict=True):
+            for position, row in enumerate(rows):
                 around = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
                 colour = plots.COLOURS[row["kind"]]
                 axes[0].barh(position, row["p50_ms"], xerr=around, height=0.6, color=colour, capsize=3)
                 if panels == 2:
                     axes[1].barh(position, row["peak_bytes"] / 1e6, height=0.6, color=colour)
-            axes[0].axvline(
-                self.floor_ms,
-                color=plots.COLOURS["floor"],
-                linestyle="--",
-                label=f"floor: {self.floor_ms:.2g} ms, a copy as large",
-            )
+                    axes[1].set_xlabel("peak memory, MB  (less is better)")
+            label = f"floor: {self.floor_ms:.2g} ms, a copy as large"
+            axes[0].axvline(self.floor_ms, color=plots.COLOURS["floor"], linestyle="--", label=label)
             axes[0].set_xlabel("time of a call, ms; p20 to p80  (less is better)")
             figure.legend(loc="outside lower left")
-            if panels == 2:
-                axes[1].set_xlabel("peak memory, MB  (less is better)")
             for axis in axes:
-                axis.set_yticks(positions, [row["name"] for row in rows] if axis is axes[0] else [""] * len(rows))
+                names = [row["name"] if axis is axes[0] else "" for row in rows]
+                axis.set_yticks(range(len(rows)), names)
                 axis.set_ylim(len(rows) - 0.5, -0.5)
                 axis.grid(axis="x")
             plots.describe(figure, self.heading, self.machine["device"])
         return figure
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Everything as JSON, written to a file as well where ``path`` names one."""
-        if path is not None:
-            timing.write_json(Path(path), asdict(self))
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
-
-    def to_pandas(self) -> Any:
-        """The rows as a DataFrame. ImportError where pandas is not installed."""
-        return data_frame(self.rows)
-
-
-def html_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str]) -> str:
-    """What a notebook shows: a title above, the first column to the left, notes below."""
-    lines = []
-    for first, *others in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th style="text-align:left">{escape(first)}</th>{cells}</tr>')
-    heading = "".join(f"<th>{escape(text)}</th>" for text in headings)
-    return (
-        f'<table><caption style="text-align:left"><b>{escape(title)}</b></caption><thead><tr>{heading}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table><small>{'<br>'.join(map(escape, notes))}</small>"
-    )
-
-
-def data_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A pandas DataFrame. ImportError, saying what to install, where pandas is missing."""
-    try:
-        import pandas  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            "to_pandas needs the package pandas, which is not installed here: pip install pandas"
-        ) from None
-    return pandas.DataFrame(rows)

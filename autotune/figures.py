@@ -3,7 +3,7 @@
 Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
 notebooks/results: models.json (parameters and multiply-adds, counted; --count counts them again), compiled.json
 (kernels built ahead of time; --compile builds them again), predicted/*.json (written by predicted/collect.py),
-<device>/profile.json, and what a GPU's folder holds (autotune/measured.py says what). The tuned configs are those of
+<device>/profile.json, and what a GPU's folder holds (autotune/pages.py says what). The tuned configs are those of
 kernels/tuning/configs. Figures are drawn again from the same files.
 """
 
@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
-from autotune import kernel_tables, measured, measured_figures, pictures, plots, report, timing
-from kernels.files import atomic_write
+from autotune import pages, plots, report, timing
+from autotune.tables import Table, number
+from kernels.files import atomic_write, write_json
 from kernels.tuning.store import shipped_folder
-
-__all__ = ["PUBLISHED", "add_arguments", "count_model", "drawings", "run", "sections", "updated"]
 
 # Parameters in millions, multiply-adds in G at 224x224 (None: not published), as the papers state them. OverLoCK counts
 # its reparameterised form without the auxiliary head.
@@ -64,81 +63,65 @@ def count_model(name: str) -> dict[str, float]:
     return {"parameters_m": parameters / 1e6, "multiply_adds_g": counter.get_total_flops() / 2e9}
 
 
-def _published_table(top1: dict[str, float]) -> Iterator[str]:
+def _published_table(top1: dict[str, float]) -> str:
     """A line per family: the variants side by side."""
-    yield "| family | variants | parameters, M | multiply-adds at 224², G | ImageNet top-1, % | input |"
-    yield "|---|---|---|---|---|---|"
+    rows = []
     for family, paper, sizes in (
         ("OverLoCK", "2502.20087", "any, from 32 pixels up"),
         ("RedNet", "2103.06255", "any, from 32 pixels up"),
         ("VOLO", "2106.13112", "`img_size` (224), other sizes resized"),
     ):
-        names = [name for name in PUBLISHED if name.startswith(family.lower())]
-        variants = " · ".join(f"`{name.removesuffix('_reparam')}`" for name in names)
-        parameters = " · ".join(f"{PUBLISHED[name][0]:g}" for name in names)
-        operations = " · ".join("–" if PUBLISHED[name][1] is None else f"{PUBLISHED[name][1]:g}" for name in names)
-        accuracies = " · ".join(f"{top1[name]:g}" for name in names)
-        link = f"[{family}](https://arxiv.org/abs/{paper})"
-        yield f"| {link} | {variants} | {parameters} | {operations} | {accuracies} | {sizes} |"
+        published = {name: numbers for name, numbers in PUBLISHED.items() if name.startswith(family.lower())}
+        columns = [
+            [f"`{name.removesuffix('_reparam')}`" for name in published],
+            [f"{parameters:g}" for parameters, _ in published.values()],
+            ["–" if operations is None else f"{operations:g}" for _, operations in published.values()],
+            [f"{top1[name]:g}" for name in published],
+        ]
+        rows.append([f"[{family}](https://arxiv.org/abs/{paper})", *map(" · ".join, columns), sizes])
+    headings = ["family", "variants", "parameters, M", "multiply-adds at 224², G", "ImageNet top-1, %", "input"]
+    return Table(headings, rows, 6).markdown()
 
 
-def _models_table(counted: dict[str, dict[str, float]], top1: dict[str, float]) -> Iterator[str]:
-    columns = ["model", "parameters, M: published", "counted", "multiply-adds, G at 224²: published", "counted"]
-    yield f"| {' | '.join(columns)} | top-1, %: published |"
-    yield "|---|---:|---:|---:|---:|---:|"
+def _models_table(counted: dict[str, dict[str, float]], top1: dict[str, float]) -> str:
+    rows = []
     for name, (parameters, operations) in PUBLISHED.items():
-        ours = counted[name]
-        published = "–" if operations is None else f"{operations:g}"
-        yield (
-            f"| `{name}` | {parameters:g} | {ours['parameters_m']:.2f} | {published} | {ours['multiply_adds_g']:.2f} "
-            f"| {top1[name]:g} |"
-        )
+        ours, published = counted[name], "–" if operations is None else f"{operations:g}"
+        counts = f"{ours['parameters_m']:.2f}", published, f"{ours['multiply_adds_g']:.2f}"
+        rows.append([f"`{name}`", f"{parameters:g}", *counts, f"{top1[name]:g}"])
+    headings = ["model", "parameters, M: published", "counted", "multiply-adds, G at 224²: published", "counted"]
+    return Table([*headings, "top-1, %: published"], rows).markdown()
 
 
-def _profile_table(record: dict[str, Any]) -> Iterator[str]:
+def _profile_table(record: dict[str, Any]) -> str:
     machine, settings = record["machine"], record["settings"]
-    yield (
+    if failed := [f"{row['name']} {row['pass']}" for row in record["rows"] if row["status"] != "ok"]:
+        raise ValueError(f"profile.json holds a failed line, {failed[0]}: it is no result to publish")
+    table = report.table(record)
+    return (
         f"{machine['device']}, torch {machine['torch']}, {settings['dtype']}, batch {settings['batch']}; "
-        f"our path here: {settings['implementation']}. Medians; both paths agree before either is timed."
+        f"our path here: {settings['implementation']}. {' '.join(table.notes)}\n\n{table.markdown()}"
     )
-    yield ""
-    yield "| what | shape | pass | ours, ms | naive, ms | speed-up | peak memory, naive / ours |"
-    yield "|---|---|---|---:|---:|---:|---:|"
-    for row in record["rows"]:
-        if row["status"] != "ok":
-            raise ValueError(
-                f"profile.json holds a failed line, {row['name']} {row['pass']}: it is no result to publish"
-            )
-        what = row["operator"] if row["kind"] == "operator" else row["name"].split()[0]
-        where = f"{row['model']} {row['shape']}" if row["kind"] == "operator" else row["shape"]
-        peaks = row["naive"]["peak_bytes"], row["ours"]["peak_bytes"]
-        memory = f"{report.number(peaks[0] / peaks[1])}×" if peaks[0] and peaks[1] else "–"
-        yield (
-            f"| `{what}` | {where} | {row['pass']} | {report.number(row['ours']['p50_ms'])} "
-            f"| {report.number(row['naive']['p50_ms'])} | {report.number(row['speed_up'])}× | {memory} |"
-        )
 
 
-def _compiled_table(record: dict[str, Any]) -> Iterator[str]:
-    yield f"triton {record['triton']}, {record['architecture']}, {record['dtype']}."
-    yield ""
-    yield "| shape | kernel | registers | spilled, B | shared, B | tensor cores | FMA | shuffles/out | bytes/out |"
-    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
-    for row in record["reports"]:
-        kernel = row["kernel"].removesuffix("_kernel")
-        shuffles, moved = row["shuffles_per_output"], row["bytes_per_output"]
-        yield (
-            f"| {row['case']} | {kernel} | {row['registers']} | {row['spilled_bytes']} | {row['shared_bytes']} "
-            f"| {row['tensor_core']} | {row['fma']} | {report.number(shuffles)} | {report.number(moved)} |"
-        )
+def _compiled_table(record: dict[str, Any]) -> str:
+    counted = ("registers", "spilled_bytes", "shared_bytes", "tensor_core", "fma")
+    rows = [
+        [row["case"], row["kernel"].removesuffix("_kernel"), *(str(row[name]) for name in counted),
+         number(row["shuffles_per_output"]), number(row["bytes_per_output"])]
+        for row in record["reports"]
+    ]  # fmt: skip
+    headings = ["shape", "kernel", "registers", "spilled, B", "shared, B", "tensor cores", "FMA", "shuffles/out"]
+    table = Table([*headings, "bytes/out"], rows, 2).markdown()
+    return f"triton {record['triton']}, {record['architecture']}, {record['dtype']}.\n\n{table}"
 
 
 def _compiled() -> dict[str, Any]:
     """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
-    from autotune.compile import build
+    from autotune.compile import reports_of
     from kernels.tuning.choose import triton_version
 
-    reports, failures = build(["sm_90"], ["bf16"], Console())
+    reports, failures = reports_of(["sm_90"], ["bf16"], Console())
     if failures:
         raise RuntimeError("\n".join(failures))
     return {
@@ -149,24 +132,27 @@ def _compiled() -> dict[str, Any]:
     }
 
 
+def _predicted(results: Path) -> list[dict[str, Any]]:
+    """What predicted/ holds, the newest Triton first."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (results / "predicted").glob("*.json")]
+    return sorted(records, key=lambda record: [int(part) for part in record["triton"].split(".")], reverse=True)
+
+
 def sections(results: Path) -> dict[Path, dict[str, str]]:
     """Page -> section name -> its text, from the committed files alone."""
-    counted = json.loads((results / "models.json").read_text())
+    counted, compiled = (json.loads((results / name).read_text()) for name in ("models.json", "compiled.json"))
     top1 = json.loads((results.parents[1] / "models" / "data" / "imagenet_top1.json").read_text())
-    compiled = json.loads((results / "compiled.json").read_text())
     shipped = [json.loads(path.read_text()) for path in sorted(shipped_folder().glob("*.json"))]
-    gpus, predicted = measured.folders(results), kernel_tables.predicted_records(results)
     profiles = [json.loads(path.read_text()) for path in sorted(results.glob("*/profile.json"))]
+    gpus = pages.folders(results)
     return {
-        results.parents[1] / "README.md": {"models": "\n".join(_published_table(top1))}
-        | {"gpu": measured.readme(gpus)},
+        results.parents[1] / "README.md": {"models": _published_table(top1), "gpu": pages.readme(gpus)},
         results / "README.md": {
-            "models": "\n".join(_models_table(counted, top1)),
-            "profile": "\n\n".join("\n".join(_profile_table(record)) for record in profiles),
-            "compiled": "\n".join(_compiled_table(compiled)),
-        }
-        | measured.sections(gpus)
-        | kernel_tables.sections(gpus, predicted, shipped),
+            "models": _models_table(counted, top1),
+            "profile": "\n\n".join(map(_profile_table, profiles)),
+            "compiled": _compiled_table(compiled),
+            **pages.sections(gpus, _predicted(results), shipped),
+        },
     }
 
 
@@ -176,9 +162,8 @@ def drawings(results: Path) -> Iterator[tuple[Path, Figure, str]]:
         record = json.loads(path.read_text())
         for file, figure in report.figures(record).items():
             yield path.parent / file, figure, report.fingerprint(record)
-    predicted = kernel_tables.predicted_records(results)
-    for folder in measured.folders(results):
-        for file, (figure, source) in measured_figures.figures(folder, predicted).items():
+    for folder in pages.folders(results):
+        for file, (figure, source) in pages.figures(folder, _predicted(results)).items():
             yield folder.path / file, figure, source
 
 
@@ -210,9 +195,9 @@ def run(arguments: argparse.Namespace) -> int:
     results = root / "notebooks" / "results"
     if arguments.count:
         counted = {name: count_model(name) for name in track(PUBLISHED, "Counting", console=console, transient=True)}
-        timing.write_json(results / "models.json", counted)
+        write_json(results / "models.json", counted)
     if arguments.compile:
-        timing.write_json(results / "compiled.json", _compiled())
+        write_json(results / "compiled.json", _compiled())
     outdated = {}
     for page, content in sections(results).items():
         text = page.read_text()
@@ -223,8 +208,6 @@ def run(arguments: argparse.Namespace) -> int:
     for page, wanted in outdated.items():
         atomic_write(page, wanted)
         console.print(f"updated {page.relative_to(root)}")
-    plots.save(pictures.windows_figure(), results / "windows.png")
-    console.print("drew notebooks/results/windows.png")
     for path, figure, source in drawings(results):
         plots.save(figure, path, source)
         console.print(f"drew {path.relative_to(root)}")

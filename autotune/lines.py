@@ -1,81 +1,68 @@
-"""The lines that ``profile`` measures: all operators and each family's smallest model, or what a command line names."""
+"""What ``profile`` measures: all operators and each family's smallest model, or what a command line names."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 import models
 from autotune import workloads
 from autotune.arguments import matching
-from autotune.bench_operators import PASSES
 from autotune.cases import Case
-from autotune.comparison import Settings, measure_model, measure_module, measure_operator
+from autotune.measure import Settings
+from autotune.networks import measure_model
+from autotune.operators import PASSES, operator_cases
 from autotune.workloads import Size, Workload
 
-__all__ = ["chosen_cases", "given_batch"]
+
+def ours_and_naive(found: dict[str, Any]) -> dict[str, Any]:
+    """A row of profile.json: the two paths side by side. RuntimeError where the naive one could not be timed."""
+    if "naive" in found["left_out"]:
+        raise RuntimeError(f"the naive path: {found['left_out']['naive']}")
+    paths, ratio = found.pop("contenders"), found.pop("speed_up")["naive"]
+    images = [times.pop("images_per_second", None) for times in paths.values()]
+    kept = {name: found[name] for name in ("relative_error", "tolerance", "floor") if name in found}
+    return {**kept, **paths, "speed_up": ratio} | ({"images_per_second": images[0]} if images[0] else {})
 
 
-def operator_cases(
-    found: Sequence[Workload], settings: Settings, passes: Sequence[str], bytes_per_second: Callable[[], float]
+def _model_cases(
+    arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size], passes: Sequence[str]
 ) -> Iterator[Case]:
-    """Operators at the shapes of their workloads; the copy's speed is asked for only when a line needs it."""
-    for workload in found:
-        for name in passes:
-            facts = {
-                "kind": "operator",
-                "name": workload.name,
-                "operator": workload.operator,
-                "model": workload.model,
-                "shape": workload.shape,
-                "pass": name,
-            }
+    """Models on the photograph at every size, and a module of the user's on random inputs."""
+    chosen = {name: name for name in arguments.model}
+    if not arguments.operator and not arguments.model and arguments.module is None:
+        chosen = workloads.MODELS
 
-            def measure(workload: Workload = workload, backward: bool = name == PASSES[1]) -> dict[str, Any]:
-                return measure_operator(workload, settings, backward=backward, bytes_per_second=bytes_per_second())
+    def family(name: str, size: Size, training: bool) -> dict[str, Any]:
+        photo = workloads.photograph()
+        model = workloads.photograph_model(name, photo).to(settings.device)
+        images = workloads.image_batch(photo, size, batch, torch.float32, settings.device)
+        return measure_model(model, images, settings, training=training)
 
-            yield Case(facts, measure)
+    def own(shape: Sequence[int], training: bool) -> dict[str, Any]:
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(settings.device)
+        model = copy.deepcopy(arguments.module).to(settings.device).float()
+        return measure_model(model, images, settings, training=training)
 
-
-def model_cases(
-    named: Mapping[str, str], settings: Settings, passes: Sequence[str], sizes: Sequence[Size], image: Path | None
-) -> Iterator[Case]:
-    """Models, name -> title, on the photograph at every size."""
-    if not named:
-        return
-    photo = workloads.photograph(image)
-    for model, title in named.items():
-        for size in sizes:
-            for name in passes:
-                shape = f"{size[0]}×{size[1]}"
-                facts = {"kind": "model", "name": f"{model} {shape}", "model": title, "shape": shape, "pass": name}
-                measure = functools.partial(measure_model, model, size, photo, settings, training=name == PASSES[1])
-                yield Case(facts, measure)
+    measured = [
+        (n, title, f"{s[0]}×{s[1]}", functools.partial(family, n, s)) for n, title in chosen.items() for s in sizes
+    ]
+    if arguments.module is not None:
+        title, shape = type(arguments.module).__name__, arguments.input or (batch, 3, *sizes[0])
+        measured.append((title, title, "×".join(map(str, shape)), functools.partial(own, shape)))
+    for name, title, shape, measure in measured:
+        for kind in passes:
+            facts = {"kind": "model", "name": f"{name} {shape}", "model": title, "shape": shape, "pass": kind}
+            training = functools.partial(measure, training=kind == PASSES[1])
+            yield Case(facts, lambda training=training: ours_and_naive(training()))
 
 
-def module_case(model: nn.Module, images: tuple[int, ...], settings: Settings, name: str) -> Case:
-    """A module of the user's on random inputs, in one of the two passes."""
-    title, sizes = type(model).__name__, "×".join(map(str, images))
-
-    def measure() -> dict[str, Any]:
-        inputs = torch.randn(images, generator=torch.Generator().manual_seed(0)).to(settings.device)
-        own = copy.deepcopy(model).to(settings.device).float()
-        return measure_module(own, inputs, settings, training=name == PASSES[1])
-
-    facts = {"kind": "model", "name": f"{title} {sizes}", "model": title, "shape": sizes, "pass": name}
-    return Case(facts, measure)
-
-
-def chosen_cases(
-    arguments: argparse.Namespace, settings: Settings, sizes: Sequence[Size], bytes_per_second: Callable[[], float]
-) -> list[Case]:
+def chosen_cases(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> list[Case]:
     """Of what the command line names, or else of all operators and each family's smallest model.
 
     ValueError, naming the option, for what does not exist or fit together.
@@ -85,14 +72,10 @@ def chosen_cases(
     cases: list[Case] = []
     if arguments.operator or not named:
         passes = both if named else PASSES[:1] if arguments.quick else PASSES
-        cases += operator_cases(_workloads(arguments, settings.batch), settings, passes, bytes_per_second)
+        cases += operator_cases(_workloads(arguments, batch), settings, passes, ours_and_naive)
     if unknown := [name for name in arguments.model if name not in models.list_models()]:
         raise ValueError(f"--model must be one of those that python -m models list shows, {unknown[0]!r} is none")
-    chosen = {name: name for name in arguments.model} if named else workloads.MODELS
-    cases += model_cases(chosen, settings, both, sizes, arguments.image)
-    if arguments.module is not None:
-        images = arguments.input or (settings.batch, 3, *sizes[0])
-        cases += [module_case(arguments.module, images, settings, name) for name in both]
+    cases += _model_cases(arguments, settings, batch, sizes, both)
     return matching(cases, arguments.only, lambda case: case.name, "--only") if arguments.only else cases
 
 
@@ -105,12 +88,11 @@ def _workloads(arguments: argparse.Namespace, batch: int) -> list[Workload]:
     known = list(workloads.OPERATORS)
     parts = [name for name in arguments.operator if name not in known]  # a whole name is no part of another one's
     names = [name for name in known if name in arguments.operator or name in matching(known, parts, str, "--operator")]
+    kernel_size = arguments.kernel_size or 7
     try:
         return [
-            workloads.workload_of(
-                name, batch=batch, channels=channels, size=(size[0], size[1]), kernel_size=arguments.kernel_size or 7
-            )
-            for name in names
+            workloads.workload_of(n, batch=batch, channels=channels, size=(size[0], size[1]), kernel_size=kernel_size)
+            for n in names
         ]
     except ValueError as error:
         raise ValueError(f"--shape and --kernel-size must suit the operator: {error}") from None

@@ -11,9 +11,6 @@ from IPython.core.magic import Magics, line_magic, magics_class
 from autotune.contenders import compare
 from autotune.contest import Contest
 
-__all__ = ["load_ipython_extension"]
-
-
 OPTIONS = {"backward": None, "compiled": None, "different": None, "against": "NAME", "seconds": "S"}
 
 

@@ -23,19 +23,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kernels.files import atomic_write
 
-__all__ = [
-    "COLOURS",
-    "MARKERS",
-    "Comparison",
-    "comparison_figure",
-    "describe",
-    "finish",
-    "grid",
-    "new_figure",
-    "save",
-    "style",
-]
-
 COLOURS = {
     "ours": "#0072B2",
     "naive": "#D55E00",
@@ -159,20 +146,10 @@ def comparison_figure(
             _draw_panel(axis, positions, comparisons)
             axis.set_title(heading)
             axis.set_xlabel(f"{quantity}  (less is better)")
-        axes[0].set_yticks(positions, [line.label for line in lines])
-        for axis in axes[1:]:
-            axis.set_yticks(positions, [""] * len(lines))
+            axis.set_yticks(positions, [line.label if axis is axes[0] else "" for line in lines])
+        left: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
         for name, position in group_starts.items():
-            axes[0].annotate(
-                name,
-                (0, position - 0.85),
-                xycoords=("axes fraction", "data"),
-                xytext=(-6, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontweight="bold",
-            )
+            axes[0].annotate(name, (0, position - 0.85), (-6, 0), va="center", fontweight="bold", **left)
         handles, labels = axes[0].get_legend_handles_labels()
         names = {"naive": contender, "ours": ours}
         labels = [names.get(label, label) for label in map(str, labels)]
@@ -193,48 +170,34 @@ def _positions(lines: Sequence[Comparison]) -> tuple[list[float], dict[str, floa
     return positions, group_starts
 
 
+# Of a panel: what the legend calls it, size, and depth. Ours is above naive and smaller: where both are equal, each
+# still shows.
+SERIES = {
+    "floor": ("memory floor", 110, 2),
+    "ours": ("ours", 40, 4),
+    "naive": ("naive", 62, 3),
+    "compiled": ("naive, compiled", 46, 3),
+}
+
+
 def _draw_panel(axis: Axes, positions: Sequence[float], comparisons: Sequence[Comparison]) -> None:
-    ours, naive = ([getattr(line, name) for line in comparisons] for name in ("ours", "naive"))
+    lines = list(zip(comparisons, positions, strict=True))
     axis.set_xscale("log")
-    compiled = [(line.compiled, y) for line, y in zip(comparisons, positions, strict=True) if line.compiled is not None]
+    ours, naive = ([getattr(line, name) for line in comparisons] for name in ("ours", "naive"))
     axis.hlines(positions, ours, naive, color=COLOURS["guide"], linewidth=2.5, zorder=1)
-    floors = [(line.floor, y) for line, y in zip(comparisons, positions, strict=True) if line.floor is not None]
-    if floors:
-        axis.scatter(
-            *zip(*floors, strict=True),
-            marker=MARKERS["floor"],
-            s=110,
-            linewidths=2.2,
-            color=COLOURS["floor"],
-            label="memory floor",
-            zorder=2,
-        )
-    # Ours above naive and smaller: where both are equal, each still shows.
-    axis.scatter(ours, positions, marker=MARKERS["ours"], s=40, color=COLOURS["ours"], label="ours", zorder=4)
-    axis.scatter(naive, positions, marker=MARKERS["naive"], s=62, color=COLOURS["naive"], label="naive", zorder=3)
-    if compiled:
-        axis.scatter(
-            *zip(*compiled, strict=True),
-            marker=MARKERS["compiled"],
-            s=46,
-            color=COLOURS["compiled"],
-            label="naive, compiled",
-            zorder=3,
-        )
-    for line, position in zip(comparisons, positions, strict=True):
+    for name, (label, size, depth) in SERIES.items():
+        known = [(getattr(line, name), y) for line, y in lines if getattr(line, name) is not None]
+        if known:
+            look: dict[str, Any] = {"marker": MARKERS[name], "color": COLOURS[name], "s": size, "zorder": depth}
+            look |= {"linewidths": 2.2} if name == "floor" else {}
+            axis.scatter(*zip(*known, strict=True), label=label, **look)
+    for line, position in lines:
         ratio = min(line.naive, line.compiled or line.naive) / line.ours
         text = f"{ratio:.1f}×" if ratio < 9.95 else f"{ratio:.0f}×"
         winner = "floor" if text == "1.0×" else "ours" if ratio > 1 else "naive"
-        axis.annotate(
-            text,
-            (max(line.ours, line.naive, line.compiled or 0), position),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-            color=COLOURS[winner],
-            fontweight="bold",
-        )
+        place = max(line.ours, line.naive, line.compiled or 0), position
+        bold: dict[str, Any] = {"va": "center", "fontsize": 10, "fontweight": "bold", "color": COLOURS[winner]}
+        axis.annotate(text, place, (8, 0), textcoords="offset points", **bold)
     least, most = axis.get_xlim()
     axis.set_xlim(least, most * (most / least) ** 0.16)  # room for the ratios
     axis.set_ylim(max(positions) + 0.8, -0.5)

@@ -1,7 +1,8 @@
-"""Compile what tuning is about to time, in parallel processes: their results meet in Triton's cache on disk.
+"""Compile launches without making them, for this device or for a named architecture that is not here.
 
-Compiling takes a second, timing a twentieth of one. The launches of every candidate are recorded, sent to other
-processes as data (tensors as element types), and compiled there exactly as a launch would, by ``JITFunction.warmup``.
+A recorded launch becomes data (tensors as element types), which ``JITFunction.warmup`` compiles exactly as the launch
+would. Compiling takes a second, timing a twentieth of one: what tuning is about to time is compiled in parallel
+processes, whose results meet in Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from torch import Tensor
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request
 
-__all__ = ["Build", "build", "builds", "precompile"]
-
 
 @dataclass(frozen=True)
 class Pointer:
@@ -36,6 +35,21 @@ class Pointer:
 
     def data_ptr(self) -> int:
         return self.address
+
+
+class AbsentDevice(NamedTuple):
+    """What Triton asks its driver for, of a device that is not here."""
+
+    target: Any  # a GPUTarget
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 class Build(NamedTuple):
@@ -56,7 +70,7 @@ def _as_data(value: Any) -> Any:
     return type(value)(*map(_as_data, value)) if hasattr(value, "_fields") else value
 
 
-def _described(launch: Launch) -> Build:
+def described(launch: Launch) -> Build:
     return Build(
         launch.kernel.__module__,
         launch.kernel.__name__,
@@ -72,13 +86,24 @@ def builds(request: Request, most: int) -> Iterator[Build]:
         # A config whose launcher fails is rejected, with its reason, when its turn to be timed comes.
         with record_launches() as launches, contextlib.suppress(Exception):
             request.run(config)
-        yield from map(_described, launches)
+        yield from map(described, launches)
 
 
-def build(described: Build) -> None:
-    """Compile one launch into Triton's cache, for the current device."""
-    kernel = getattr(importlib.import_module(described.module), described.name)
-    kernel.warmup(grid=described.grid, **dict(described.arguments), **dict(described.options))
+def build(what: Build, target: Any = None) -> Any:
+    """Compile one launch into Triton's cache, for ``target`` (a GPUTarget) or the current device; what was compiled."""
+    from triton.runtime import driver
+
+    kernel = getattr(importlib.import_module(what.module), what.name)
+    if target is None:
+        return kernel.warmup(grid=what.grid, **dict(what.arguments), **dict(what.options))
+    previous: Any = driver._active
+    try:
+        driver.set_active(AbsentDevice(target))  # pyright: ignore[reportArgumentType]
+        kernel.device_caches.clear()  # of the current device, and of other targets: they are kept by its number alone
+        return build(what)
+    finally:
+        kernel.device_caches.clear()
+        driver.set_active(previous)
 
 
 def precompile(work: list[Build], seconds: float, workers: int | None = None) -> Iterator[None]:
@@ -93,10 +118,14 @@ def precompile(work: list[Build], seconds: float, workers: int | None = None) ->
     # Not forked: the parent has a CUDA context, which no child may inherit.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            futures = [pool.submit(build, described) for described in work]
+            futures = [pool.submit(_built, what) for what in work]
             for _ in as_completed(futures, timeout=timeout):
                 yield
         except (FutureTimeoutError, BrokenProcessPool):
             return
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _built(what: Build) -> None:
+    build(what)  # which stays in its process: the file in Triton's cache is all that others need

@@ -17,7 +17,6 @@ than an earlier profile.json, and the exit code is 1 where anything became slowe
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Sequence
@@ -27,125 +26,67 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Table
 
 import kernels
-from autotune import against, plots, progress, report, timing, workloads
-from autotune.arguments import Number, device, dtype, image_size, module, positive, shape, threads
-from autotune.cases import Case, written
-from autotune.comparison import Settings
+from autotune import plots, report, timing
+from autotune.arguments import module, shape
+from autotune.cases import run_cases, written
 from autotune.lines import chosen_cases, given_batch
+from autotune.measure import Settings
 from autotune.workloads import Size
 from kernels.backend import BACKENDS, interpreting, resolve
-
-__all__ = ["add_arguments", "run"]
+from models.commands.types import Number, device, dtype, image_size, positive, threads
 
 # How long to look, before anything is timed, whether the machine is busy with something else.
 LOOK_SECONDS = 0.3
 
 
-def _image(text: str) -> Path:
-    try:
-        workloads.photograph(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    where = parser.add_argument_group("where it runs")
-    where.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    where.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default=kernels.get_backend(),
-        help="our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)",
-    )
-    where.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    what = parser.add_argument_group("what it runs (default: every operator, and each family's smallest model)")
-    what.add_argument(
-        "--operator",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="operators by name, at the models' shapes or --shape",
-    )
-    what.add_argument("--shape", type=shape, metavar="BxCxHxW", help="of --operator's map, as in: 8x64x56x56")
-    what.add_argument("--kernel-size", type=positive, metavar="K", help="of --operator at --shape (default: 7)")
-    what.add_argument("--model", nargs="+", default=[], metavar="NAME", help="models, as models list names them")
-    what.add_argument("--module", type=module, metavar="MODULE:NAME", help="your own, as in: mypackage.nets:Net")
-    what.add_argument("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
-    what.add_argument("--image", type=_image, metavar="PATH", help="photograph for the models (default: matplotlib's)")
-    what.add_argument(
-        "--size",
-        "--sizes",
-        dest="sizes",
-        type=image_size,
-        nargs="+",
-        metavar="HxW",
-        default=[(224, 224), (320, 256)],
-        help="of the image (default: 224 320x256)",
-    )
-    what.add_argument(
-        "--batch", type=positive, metavar="B", help="(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
-    )
-    what.add_argument("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
-    what.add_argument(
-        "--training",
-        "--backward",
-        dest="training",
-        action="store_true",
-        help="forward and backward as well, as all operators are where none is named",
-    )
-    what.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="lines whose name contains this (or matches it, with * or ?), as in: --only involution2d volo_d1",
-    )
-    what.add_argument("--quick", action="store_true", help="smoke test: batch 1, forward only, one size, two runs each")
-    output = parser.add_argument_group("what it leaves")
-    output.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the files (default: notebooks/results/DEVICE; build/results/DEVICE for a part, "
-        "so that it never replaces the whole)",
-    )
-    output.add_argument(
-        "--against",
-        type=Path,
-        metavar="RESULTS.json",
-        help="an earlier profile.json: say what became faster or slower; 1 is the exit code if anything became slower",
-    )
-    output.add_argument(
-        "--threshold",
-        type=Number(above=0),
-        default=0.1,
-        metavar="X",
-        help="share of a time from which a change counts (default: %(default)s)",
-    )
-    output.add_argument("--json", action="store_true", help="print the content of profile.json instead of the table")
+    where = parser.add_argument_group("where it runs").add_argument
+    where("--device", type=device, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    text = "our path; auto is Triton on a GPU, eager elsewhere (default: %(default)s)"
+    where("--backend", choices=BACKENDS, default=kernels.get_backend(), help=text)
+    where("--threads", type=threads, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    what = parser.add_argument_group("what it runs (default: all operators, each family's smallest model)").add_argument
+    several: dict[str, Any] = {"nargs": "+", "default": []}
+    what("--operator", metavar="PATTERN", help="operators by name, at the models' shapes or --shape", **several)
+    what("--shape", type=shape, metavar="BxCxHxW", help="of --operator's map, as in: 8x64x56x56")
+    what("--kernel-size", type=positive, metavar="K", help="of --operator at --shape (default: 7)")
+    what("--model", metavar="NAME", help="models, as models list names them", **several)
+    what("--module", type=module, metavar="MODULE:NAME", help="your own, as in: mypackage.nets:Net")
+    what("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
+    sizes: dict[str, Any] = {"dest": "sizes", "nargs": "+", "default": [(224, 224), (320, 256)]}
+    what("--size", "--sizes", type=image_size, metavar="HxW", help="of the image (default: 224 320x256)", **sizes)
+    text = "(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
+    what("--batch", type=positive, metavar="B", help=text)
+    what("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
+    text = "forward and backward as well, as all operators are where none is named"
+    what("--training", "--backward", dest="training", action="store_true", help=text)
+    text = "lines whose name contains this (or matches it, with * or ?), as in: --only involution2d volo_d1"
+    what("--only", metavar="PATTERN", help=text, **several)
+    what("--quick", action="store_true", help="smoke test: batch 1, forward only, one size, two runs each")
+    leaves = parser.add_argument_group("what it leaves").add_argument
+    text = "(default: notebooks/results/DEVICE; build/results/DEVICE for a part, which must not replace the whole)"
+    leaves("--out", type=Path, metavar="DIR", help=text)
+    text = "an earlier profile.json: say what became faster or slower; the exit code is 1 if anything became slower"
+    leaves("--against", type=Path, metavar="RESULTS.json", help=text)
+    text = "share of a time from which a change counts (default: %(default)s)"
+    leaves("--threshold", type=Number(above=0), default=0.1, metavar="X", help=text)
+    leaves("--json", action="store_true", help="print the content of profile.json instead of the table")
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> tuple[Settings, int]:
+    """How everything is measured, and the batch."""
     chosen = arguments.device or timing.best_device()
     if _implementation(arguments.backend, chosen) == "triton" and interpreting():
         raise ValueError("TRITON_INTERPRET=1 runs kernels in Python, and timing that means nothing; unset it")
-    on_gpu = chosen.type == "cuda"
+    on_gpu, quick = chosen.type == "cuda", arguments.quick
     batch = 4
     if on_gpu:
         batch = 128 if torch.cuda.get_device_properties(chosen).total_memory >= 40e9 else 16
-    return Settings(
-        device=chosen,
-        dtype=arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32),
-        backend=arguments.backend,
-        batch=given_batch(arguments) or (1 if arguments.quick else batch),
-        seconds=0 if arguments.quick else 1.5,
-        min_runs=2 if arguments.quick else 3,
-    )
+    dtype = arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    settings = Settings(chosen, dtype, arguments.backend, 0 if quick else 1.5, 2 if quick else 3)
+    return settings, given_batch(arguments) or (1 if quick else batch)
 
 
 def _implementation(backend: str, where: torch.device) -> str:
@@ -153,16 +94,12 @@ def _implementation(backend: str, where: torch.device) -> str:
 
 
 def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
-    if arguments.out is not None:
-        return arguments.out
     part = arguments.quick or arguments.only or arguments.operator or arguments.model or arguments.module is not None
-    parent = "build" if part or arguments.against else "notebooks"
-    return (timing.repository_root() or Path.cwd()) / parent / "results" / timing.device_folder(where)
+    return arguments.out or timing.results_folder(where, scratch=bool(part or arguments.against))
 
 
-def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequence[Size]) -> dict[str, Any]:
-    image = arguments.image.name if arguments.image else "matplotlib's portrait of Grace Hopper"
-    weights = "random"
+def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> dict[str, Any]:
+    image, weights = "matplotlib's portrait of Grace Hopper", "random"
     if arguments.module is not None:
         image, weights = "random inputs", "the module's own"
     return {
@@ -172,7 +109,7 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, sizes: Sequen
         "machine": timing.describe_machine(settings.device),
         "settings": {
             "dtype": str(settings.dtype).removeprefix("torch."),
-            "batch": settings.batch,
+            "batch": batch,
             "backend": settings.backend,
             "implementation": _implementation(settings.backend, settings.device),
             "sizes": sizes,
@@ -192,27 +129,19 @@ def run(arguments: argparse.Namespace) -> int:
     """The exit code.
 
     0: all lines agree and are timed; 1: a line failed, became slower or could not be written; 2: bad arguments;
-    130: interrupted, and what was done by then is kept.
+    4: the GPU was lost; 130: interrupted, and what was done by then is kept.
     """
     messages = Console(stderr=True, highlight=False)
-    quick = arguments.quick
-    sizes = list(dict.fromkeys(arguments.sizes))[: 1 if quick else None]
-
-    @functools.cache
-    def bytes_per_second() -> float:
-        speed = timing.copy_bandwidth(settings.device, seconds=settings.seconds)
-        record["copy_gigabytes_per_second"] = speed / 1e9
-        return speed
-
+    sizes = list(dict.fromkeys(arguments.sizes))[: 1 if arguments.quick else None]
     threads = torch.get_num_threads()
     try:
-        settings = _settings(arguments)
-        cases = chosen_cases(arguments, settings, sizes, bytes_per_second)
+        settings, batch = _settings(arguments)
+        cases = chosen_cases(arguments, settings, batch, sizes)
         torch.set_num_threads(arguments.threads or threads)
-        record = _new_record(arguments, settings, sizes)
+        record = _new_record(arguments, settings, batch, sizes)
         earlier = {}
         if arguments.against is not None:
-            earlier = against.earlier_rows(arguments.against, record, (case.name for case in cases))
+            earlier = report.earlier_rows(arguments.against, record, (case.name for case in cases))
         folder = _out_folder(arguments, settings.device)
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -220,22 +149,23 @@ def run(arguments: argparse.Namespace) -> int:
         messages.print(f"[red]error:[/] {escape(str(error))}")
         return 2
 
-    start, others, on_disk = time.monotonic(), timing.OtherWork(), True
+    path, start, others = folder / "profile.json", time.monotonic(), timing.OtherWork()
     time.sleep(LOOK_SECONDS)
     if (warning := report.busy(others.cores(), record["machine"]["cpu_count"])) is not None:
         messages.print(f"[yellow]warning:[/] {warning}; times will vary", soft_wrap=True)
     try:
+        if any(case.facts["kind"] == "operator" for case in cases):
+            speed = timing.copy_bandwidth(settings.device, seconds=settings.seconds)
+            settings.ceilings["copy_bytes_per_second"], record["copy_gigabytes_per_second"] = speed, speed / 1e9
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32, on both paths
-            for row in progress.each(cases, Case.run, lambda case: case.name, _told):
-                record["rows"].append(row)
-                record["seconds"], record["other_cores"] = round(time.monotonic() - start, 1), others.cores()
-                on_disk &= written(folder / "profile.json", record, f"{row['name']} {row['pass']}")
-        record["complete"] = True
+            code = run_cases(cases, path, record)
     except KeyboardInterrupt:
         messages.print("[yellow]interrupted[/]; what was done by then is kept")
+        code = 130
     finally:
         torch.set_num_threads(threads)
-    changes = against.differences(record["rows"], earlier, arguments.threshold)
+    record["seconds"], record["other_cores"] = round(time.monotonic() - start, 1), others.cores()
+    changes = report.differences(record["rows"], earlier, arguments.threshold)
     if arguments.against is not None:
         record["against"] = {"file": arguments.against.name, "threshold": arguments.threshold, "rows": changes}
     if arguments.json:  # before anything is written: a full disk does not lose what was measured
@@ -243,37 +173,24 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(record)
         if arguments.against is not None:
-            _show(Console(highlight=False), against.table(changes, str(arguments.against), arguments.threshold))
-    on_disk &= written(folder / "profile.json", record, "all rows")
-    source, drawn = report.fingerprint(record), []
+            source = str(arguments.against)
+            report.against_table(changes, source, arguments.threshold).show(Console(highlight=False))
+    source, files, on_disk = report.fingerprint(record), [path], written(path, record, "the whole record")
     for file, figure in report.figures(record).items():
         try:
-            drawn.append(plots.save(figure, folder / file, source))
+            files.append(plots.save(figure, folder / file, source))
         except OSError as error:
             on_disk = False
             messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
     if not arguments.json and on_disk:
-        names = ", ".join(str(file) for file in (folder / "profile.json", *drawn))
+        names = ", ".join(map(str, files))
         Console(highlight=False).print(f"{record['seconds']:.0f} s. Wrote {escape(names)}", soft_wrap=True)
-    if not record["complete"]:
-        return 130
-    slower = any(change["verdict"] == "slower" for change in changes)
-    return int(slower or not on_disk or any(row["status"] != "ok" for row in record["rows"]))
-
-
-def _told(row: dict[str, Any]) -> str:
-    return f"{report.number(row['speed_up'])}×" if row["status"] == "ok" else f"failed, {row['message']}"
-
-
-def _show(console: Console, table: Table) -> None:
-    # Where the terminal is too narrow, wrapped lines lose less than columns cut short.
-    console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
-    console.print(table)
+    return code or int(not on_disk or any(change["verdict"] == "slower" for change in changes))
 
 
 def _print(record: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    _show(console, report.table(record))
+    report.table(record).show(console)
     for warning in report.warnings(record):
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     for row in record["rows"]:

@@ -1,38 +1,24 @@
-"""What ``profile`` shows: its table and its figures, both made from the content of a profile.json alone."""
+"""What ``profile`` shows: its table, its figures and what became faster or slower, made from profile.json alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from autotune import plots
-
-__all__ = ["busy", "figures", "fingerprint", "number", "percent", "table", "unsteady", "warnings"]
+from autotune.tables import Table, megabytes, number, percent, spread, times
 
 Row = dict[str, Any]
 PATHS = ("ours", "naive")
-# (p80 − p20) / p50 from which a time is marked, and the share of the machine's cores that others may take unsaid.
+# (p80 − p20) / p50 from which a time is called unsteady, and the share of the cores that others may take unsaid.
 WIDE_SPREAD = 0.2
 BUSY_SHARE = 0.1
-
-
-def number(value: float | None) -> str:
-    """Three digits that matter; a dash for what was not measured."""
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def percent(fraction: float) -> str:
-    """Whole per cents, and below one of them two more digits."""
-    return f"{fraction:.0%}" if fraction >= 0.01 else f"{fraction:.2%}"
 
 
 def _group(row: Row) -> str:
@@ -43,12 +29,6 @@ def _shape(row: Row) -> str:
     return f"{row['model']} {row['shape']}".strip() if row["kind"] == "operator" else row["shape"]
 
 
-def _peaks(row: Row) -> list[float | None]:
-    """Megabytes."""
-    peaks = (row[path]["peak_bytes"] for path in PATHS)
-    return [None if peak is None else peak / 1e6 for peak in peaks]
-
-
 def _setting(record: Row) -> str:
     settings = record["settings"]
     return f"{record['machine']['device']} · {settings['dtype']} · batch {settings['batch']}"
@@ -56,62 +36,27 @@ def _setting(record: Row) -> str:
 
 def table(record: Row) -> Table:
     """One line per operator, shape and pass, then per model, size and pass; a failed one says so."""
-    shown = Table(
-        title=f"{_setting(record)} · our path: {record['settings']['implementation']}",
-        title_justify="left",
-        caption=_caption(record),
-        caption_justify="left",
-        box=box.HORIZONTALS,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for heading in ("", "shape", "pass"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in (
-        "ours\nms",
-        "p20 to\np80",
-        "naive\nms",
-        "p20 to\np80",
-        "speed-up\n",
-        "peak,\nours MB",
-        "peak,\nnaive MB",
-        "of\nfloor",
-    ):
-        shown.add_column(heading, no_wrap=True, justify="right")
-    group = shape = None
-    for row in record["rows"]:
-        if _group(row) != group:
-            shown.add_section()
-            group, shape = _group(row), None
-            first = f"[bold]{escape(group)}[/]"
-        else:
-            first = ""
-        second, shape = ("" if _shape(row) == shape else _shape(row)), _shape(row)
-        shown.add_row(first, second, row["pass"].replace("forward", "fwd").replace("backward", "bwd"), *_cells(row))
-    return shown
+    settings, speed = record["settings"], record["copy_gigabytes_per_second"]
+    headings = ["what", "shape", "pass", "ours, ms", "p20 to p80", "naive, ms", "p20 to p80", "speed-up"]
+    headings += ["peak, ours MB", "naive MB", "of floor"]
+    notes = [
+        "Medians of runs that take turns, after outputs and gradients were compared.",
+        "naive: every window unfolded or gathered; for depthwise_conv2d, PyTorch's own convolution.",
+        "peak: the most memory that a call holds at once, beyond its inputs and weights.",
+        "of floor: floor / our time; the floor moves each input and output once, at a copy's speed"
+        + (f", {speed:.3g} GB/s." if speed else "."),
+        f"Models: {settings['image']}, {settings['weights']} weights.",
+    ]
+    rows = [[f"`{_group(row)}`", _shape(row), row["pass"], *_cells(row)] for row in record["rows"]]
+    return Table(headings, rows, 3, f"{_setting(record)} · our path: {settings['implementation']}", notes)
 
 
 def _cells(row: Row) -> list[str]:
     if row["status"] != "ok":
-        return ["[red]failed[/]"]
-    colour = "green" if row["speed_up"] >= 1 else "red"
-    return [
-        *(cell for path in PATHS for cell in (number(row[path]["p50_ms"]), _range(row[path]))),
-        f"[{colour}]{number(row['speed_up'])}×[/]",
-        *(number(peak) for peak in _peaks(row)),
-        percent(row["floor"]["fraction"]) if "floor" in row else "",
-    ]
-
-
-def _spread(times: Row) -> float:
-    return (times["p80_ms"] - times["p20_ms"]) / times["p50_ms"] if "p20_ms" in times else 0.0
-
-
-def _range(times: Row) -> str:
-    if "p20_ms" not in times:
-        return ""
-    found = f"{number(times['p20_ms'])} to {number(times['p80_ms'])}"
-    return f"[yellow]{found}[/]" if _spread(times) > WIDE_SPREAD else found
+        return ["failed"]
+    cells = [cell for path in PATHS for cell in (number(row[path]["p50_ms"]), spread(row[path]))]
+    peaks = [megabytes(row[path]["peak_bytes"]) for path in PATHS]
+    return [*cells, times(row["speed_up"]), *peaks, percent(row["floor"]["fraction"]) if "floor" in row else "–"]
 
 
 def busy(cores: float | None, cpu_count: int | None) -> str | None:
@@ -121,81 +66,66 @@ def busy(cores: float | None, cpu_count: int | None) -> str | None:
     return f"the machine is busy: other processes take {cores:.1f} of its {cpu_count} cores"
 
 
-def warnings(record: Row) -> list[str]:
-    """What speaks against trusting the record's times."""
-    timed = [row for row in record["rows"] if row["status"] == "ok"]
-    paths = [[row[path] for path in PATHS if path in row] for row in timed]
-    found = busy(record.get("other_cores"), record["machine"].get("cpu_count")), unsteady(paths)
-    return [warning for warning in found if warning]
-
-
 def unsteady(lines: Sequence[Sequence[Row]]) -> str | None:
     """A sentence where lines, each of some contenders' times, have one with a wide spread."""
-    wide = sum(any(_spread(times) > WIDE_SPREAD for times in line) for line in lines)
+    wide = sum(any(t["p80_ms"] - t["p20_ms"] > WIDE_SPREAD * t["p50_ms"] for t in line) for line in lines)
     if not wide:
         return None
     return f"{wide} of {len(lines)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)"
 
 
-def _caption(record: Row) -> str:
-    speed = record["copy_gigabytes_per_second"]
-    floor = f", {speed:.3g} GB/s" if speed else ""
-    return "\n".join(
-        (
-            "Medians of runs that take turns, after outputs and gradients were compared.",
-            "naive: every window unfolded or gathered; for depthwise_conv2d, PyTorch's own convolution.",
-            "peak: the most memory that a call holds at once, beyond its inputs and weights.",
-            f"of floor: floor / our time; the floor moves each input and output once, at a copy's speed{floor}.",
-            f"Models: {record['settings']['image']}, {record['settings']['weights']} weights.",
-        )
-    )
+def warnings(record: Row) -> list[str]:
+    """What speaks against trusting the record's times."""
+    timed = [[row[path] for path in PATHS] for row in record["rows"] if row["status"] == "ok"]
+    found = busy(record["other_cores"], record["machine"]["cpu_count"]), unsteady(timed)
+    return [warning for warning in found if warning]
 
 
 def fingerprint(record: Row) -> str:
-    """Of the content of a profile.json: figures carry it, so that anybody can tell which numbers they show."""
+    """Of the content of a file: figures carry it, so that anybody can tell which numbers they show."""
     return "sha256:" + hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+# ---- figures
 
 
 def figures(record: Row) -> dict[str, Figure]:
     """File name -> figure; only those for which there are measurements."""
     rows = [row for row in record["rows"] if row["status"] == "ok"]
-    operators = _complete([row for row in rows if row["kind"] == "operator"])
+    operators = [row for row in rows if row["kind"] == "operator"]
     models = [row for row in rows if row["kind"] == "model"]
-    passes = list(dict.fromkeys(row["pass"] for row in operators))
-    by_pass = [(name, [row for row in operators if row["pass"] == name]) for name in passes]
+    passes, counts = dict.fromkeys(row["pass"] for row in operators), Counter(row["name"] for row in operators)
+    # Panels side by side share their lines: those of which every pass succeeded.
+    by_pass = [
+        (kind, [row for row in operators if row["pass"] == kind and counts[row["name"]] == len(passes)])
+        for kind in passes
+    ]
+    other, batch = "naive (depthwise: PyTorch's)", record["settings"]["batch"]
     plans = {
         "profile_operators.png": (
             "Operators: time of a call",
-            [(name, "time, ms", _times(found)) for name, found in by_pass],
+            other,
+            [(kind, "time, ms", _times(found)) for kind, found in by_pass],
         ),
         "profile_memory.png": (
             "Operators: peak memory of a call, beyond its inputs",
-            [(name, "peak memory, MB", _memories(found)) for name, found in by_pass],
+            other,
+            [(kind, "peak memory, MB", _memories(found)) for kind, found in by_pass],
         ),
         "profile_models.png": (
             "Models on a photograph (random weights)",
+            "naive",
             [
-                ("time of an image", "time, ms", _times(models, record["settings"]["batch"])),
+                ("time of an image", "time, ms", _times(models, batch)),
                 ("peak memory", "beyond weights and images, MB", _memories(models)),
             ],
         ),
     }
     drawn = {}
-    for file, (title, panels) in plans.items():
-        panels = [panel for panel in panels if panel[2]]
-        if panels:
-            naive = "naive" if file == "profile_models.png" else "naive (depthwise: PyTorch's)"
-            drawn[file] = plots.comparison_figure(panels, title=title, contender=naive, device=_setting(record))
+    for file, (title, contender, panels) in plans.items():
+        if panels := [panel for panel in panels if panel[2]]:
+            drawn[file] = plots.comparison_figure(panels, title=title, contender=contender, device=_setting(record))
     return drawn
-
-
-def _complete(operators: Sequence[Row]) -> list[Row]:
-    """Those of which every pass succeeded: panels side by side share their lines."""
-    passes = {row["pass"] for row in operators}
-    counts: dict[str, int] = {}
-    for row in operators:
-        counts[row["name"]] = counts.get(row["name"], 0) + 1
-    return [row for row in operators if counts[row["name"]] == len(passes)]
 
 
 def _label(row: Row) -> str:
@@ -203,22 +133,85 @@ def _label(row: Row) -> str:
 
 
 def _times(rows: Sequence[Row], images: int = 1) -> list[plots.Comparison]:
-    return [
-        plots.Comparison(
-            _group(row),
-            _label(row),
-            *(row[path]["p50_ms"] / images for path in PATHS),
-            floor=row["floor"]["ms"] if "floor" in row else None,
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        ours, naive = (row[path]["p50_ms"] / images for path in PATHS)
+        lines.append(plots.Comparison(_group(row), _label(row), ours, naive, row.get("floor", {}).get("ms")))
+    return lines
 
 
 def _memories(rows: Sequence[Row]) -> list[plots.Comparison]:
     """Nothing where the device cannot tell its peak memory."""
-    found = [(row, *_peaks(row)) for row in rows]
-    return [
-        plots.Comparison(_group(row), _label(row), ours, naive)
-        for row, ours, naive in found
-        if ours is not None and naive is not None
+    known = [row for row in rows if None not in [row[path]["peak_bytes"] for path in PATHS]]
+    return [plots.Comparison(_group(r), _label(r), *(r[path]["peak_bytes"] / 1e6 for path in PATHS)) for r in known]
+
+
+# ---- against an earlier run
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} {row['pass']}"
+
+
+def earlier_rows(path: Path, record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Row]:
+    """Name -> row of an earlier profile.json, of the lines that were timed.
+
+    Raises:
+        ValueError: the file is no profile.json, was measured in another way than ``record`` will be, or has none of
+            the lines ``names``.
+    """
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        rows = {_name(row): row for row in earlier["rows"] if row["status"] == "ok" and row["ours"]["p20_ms"] >= 0}
+        facts = [("device", earlier["machine"]["device"], record["machine"]["device"])]
+        settings = earlier["settings"], record["settings"]
+        facts += [(name, *(setting[name] for setting in settings)) for name in ("dtype", "batch", "implementation")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is none"
+        raise ValueError(f"--against must be a profile.json that can be read, {path} cannot: {reason}") from None
+    for name, then, now in facts:
+        if then != now:
+            raise ValueError(f"--against must be measured as this run is; {name} was {then}, and is {now} here")
+    if not set(names) & set(rows):
+        raise ValueError(f"--against must hold a line that this run measures, {path} has none of them")
+    return rows
+
+
+def differences(rows: Sequence[Row], earlier: Mapping[str, Row], threshold: float) -> list[Row]:
+    """A line per row that both runs timed: ``change`` of our median, ``control`` of the naive path's.
+
+    ``verdict`` is ``slower`` or ``faster`` only where the change is beyond the threshold and the ranges from p20 to p80
+    do not overlap; otherwise ``same``.
+    """
+    found = []
+    for row in rows:
+        before = earlier.get(_name(row))
+        if row["status"] != "ok" or before is None:
+            continue
+        then, now = before["ours"], row["ours"]
+        verdict = "same"
+        if now["p50_ms"] > then["p50_ms"] * (1 + threshold) and now["p20_ms"] > then["p80_ms"]:
+            verdict = "slower"
+        elif then["p50_ms"] > now["p50_ms"] * (1 + threshold) and then["p20_ms"] > now["p80_ms"]:
+            verdict = "faster"
+        change, control = (row[path]["p50_ms"] / before[path]["p50_ms"] - 1 for path in PATHS)
+        spans = [{f"p{n}": run[f"p{n}_ms"] for n in (20, 50, 80)} for run in (then, now)]
+        found.append({"name": _name(row), "then": spans[0], "now": spans[1], "change": change, "control": control,
+                      "verdict": verdict})  # fmt: skip
+    return found
+
+
+def against_table(found: Sequence[Row], source: str, threshold: float) -> Table:
+    """What changed first, the rest below it."""
+    rows = []
+    for row in sorted(found, key=lambda row: row["verdict"] == "same"):
+        cells = []
+        for run in (row["then"], row["now"]):
+            cells += [number(run["p50"]), f"{number(run['p20'])} to {number(run['p80'])}"]
+        rows.append([row["name"], *cells, f"{row['change']:+.0%}", f"{row['control']:+.0%}", row["verdict"]])
+    notes = [
+        f"slower, faster: by more than {threshold:.0%}, and p20 to p80 of the two runs do not overlap.",
+        "naive: how much the naive path's median changed, which tells a machine that is busy from a change of ours.",
     ]
+    headings = ["", "then, ms", "p20 to p80", "now, ms", "p20 to p80", "change", "naive", ""]
+    return Table(headings, rows, 1, f"Our path against {source}", notes)

@@ -5,36 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 
 from autotune import plots, timing, workloads
 from autotune.ceilings import matmul_rate
-from autotune.comparison import Settings, measure_operator
 from autotune.contest import NAIVE, Contest
+from autotune.measure import Settings
+from autotune.operators import measure_operator
 from autotune.sweeps import Sweep
-
-__all__ = [
-    "Ceilings",
-    "Measured",
-    "from_record",
-    "measure_ceilings",
-    "measure_operators",
-    "roofline",
-    "roofline_figure",
-]
 
 CACHED_BYTES = (2**18, 2**20, 2**22)  # of a tensor
 # Points nearer to each other than this factor are drawn side by side.
 APART = 1.14
 
 
-@dataclass(frozen=True)
-class Ceilings:
+class Ceilings(NamedTuple):
     """Bytes per second of a large copy, operations per second of a matrix product, bytes per second of a cached copy.
 
     The last is None where tensors never stay in caches: on a GPU these are overwritten before each run.
@@ -50,8 +39,7 @@ class Ceilings:
         return self.operations_per_second / self.bytes_per_second
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One operator at one shape: what it must move and do, and both paths' seconds (None: not measured)."""
 
     operator: str
@@ -81,20 +69,28 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(large, matmul_rate(device, dtype, 768, 0.3), cached if cached > 1.2 * large else None)
 
 
+def from_row(row: Mapping[str, Any]) -> Measured:
+    """A row of ``measure_operator`` with its workload's facts, as bench.json holds them.
+
+    A call that was captured as a CUDA graph has the graph's time: the host that launches it has no part in a roofline.
+    """
+    seconds = {name: found["p50_ms"] / 1000 for name, found in row.get("graph", row["contenders"]).items()}
+    shape, floor = f"{row['model']} {row['shape']}", row["floor"]
+    return Measured(row["operator"], shape, floor["bytes"], floor["operations"], seconds["ours"], seconds.get("naive"))
+
+
 def measure_operators(
     device: torch.device, dtype: torch.dtype, ceilings: Ceilings, operators: Sequence[str] | None = None
 ) -> list[Measured]:
     """Operators at the models' shapes, forward, by default all; in batches of 4 on a CPU and of 128 on a GPU."""
     on_gpu = device.type == "cuda"
-    settings = Settings(device, dtype, batch=128 if on_gpu else 4, seconds=0.5 if on_gpu else 0.1, min_runs=3)
-    found = []
-    for workload in workloads.operator_workloads(settings.batch):
-        if operators is None or workload.operator in operators:
-            row = measure_operator(workload, settings, backward=False, bytes_per_second=ceilings.bytes_per_second)
-            seconds = (row[path]["p50_ms"] / 1000 for path in ("ours", "naive"))
-            shape = f"{workload.model} {workload.shape}"
-            found.append(Measured(workload.operator, shape, row["floor"]["bytes"], row["operations"], *seconds))
-    return found
+    settings = Settings(device, dtype, seconds=0.5 if on_gpu else 0.1, min_runs=3)
+    settings.ceilings["copy_bytes_per_second"] = ceilings.bytes_per_second
+    return [
+        from_row(workload.facts | measure_operator(workload, settings))
+        for workload in workloads.operator_workloads(128 if on_gpu else 4)
+        if operators is None or workload.operator in operators
+    ]
 
 
 def roofline(*what: Contest | Sweep | str) -> Figure:
@@ -149,14 +145,13 @@ def _of_result(result: Contest | Sweep) -> list[Measured]:
         return [
             Measured(
                 result.operator,
-                f"{axis} {getattr(p.shape, axis)}",
-                p.floor_bytes,
-                p.operations,
-                p.ours_seconds,
-                p.naive_seconds,
+                f"{row['axis']} {row[row['axis']]}",
+                row["floor_bytes"],
+                row["operations"],
+                row["ours_ms"] / 1000,
+                row["naive_ms"] and row["naive_ms"] / 1000,
             )
-            for axis, points in result.points.items()
-            for p in points
+            for row in result.rows
         ]
     if not result.operations:
         raise ValueError(f"what must do something that PyTorch's counter knows, {result.title} has no operations")
@@ -169,36 +164,28 @@ def _of_result(result: Contest | Sweep) -> list[Measured]:
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[list[Measured], Ceilings]:
-    """The forward rows of a committed bench.json, of its first batch size, and the ceilings of the same run.
-
-    A call that was captured as a CUDA graph has the graph's time: the host that launches it has no part in a roofline.
-    """
+    """The forward rows of a committed bench.json, of its first batch size, and the ceilings of the same run."""
     rows = [row for row in record["rows"] if row["status"] == "ok" and row["pass"] == "forward"]
-    measured = []
-    for row in (row for row in rows if row["batch"] == rows[0]["batch"]):
-        seconds = {name: found["p50_ms"] / 1000 for name, found in row.get("graph", row["contenders"]).items()}
-        shape, floor = f"{row['model']} {row['shape']}", row["floor"]
-        times = seconds["ours"], seconds.get("naive")
-        measured.append(Measured(row["operator"], shape, floor["bytes"], floor["operations"], *times))
     found = record["ceilings"]
-    return measured, Ceilings(found["copy_bytes_per_second"], found["bf16_operations_per_second"])
+    ceilings = Ceilings(found["copy_bytes_per_second"], found["bf16_operations_per_second"])
+    return [from_row(row) for row in rows if row["batch"] == rows[0]["batch"]], ceilings
 
 
 def _side_by_side(values: Sequence[float]) -> list[float]:
     """The values, with those that would hide each other moved apart around where they are."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    groups: list[list[int]] = []
-
-    def left(group: list[int], step: int) -> float:
-        centre = math.prod(values[index] for index in group) ** (1 / len(group))
-        return centre * APART ** (step - (len(group) - 1) / 2)
-
+    drawn, groups = list(values), list[list[int]]()
     for index in order:
         groups.append([index])
-        while len(groups) > 1 and left(groups[-1], 0) < APART * left(groups[-2], len(groups[-2]) - 1):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    drawn = {index: left(group, step) for group in groups for step, index in enumerate(group)}
-    return [drawn[index] for index in range(len(values))]
+        while True:
+            group = groups[-1]
+            centre = math.prod(values[i] for i in group) ** (1 / len(group))
+            for step, i in enumerate(group):
+                drawn[i] = centre * APART ** (step - (len(group) - 1) / 2)
+            if len(groups) < 2 or drawn[group[0]] >= APART * drawn[groups[-2][-1]]:
+                break
+            groups[-2:] = [groups[-2] + group]
+    return drawn
 
 
 def _with_unit(value: float, unit: str) -> str:

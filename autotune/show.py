@@ -14,13 +14,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from autotune.tables import Table
 from autotune.tunables import StoredEntry, find_tunables, stored_entries, why_unused
-from kernels.tuning.choose import Launcher
 from kernels.tuning.store import Store, shipped_folder, user_folder
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,28 +25,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the entries as JSON instead of a table")
 
 
-def _known() -> dict[str, Launcher] | None:
-    """The kernels by name; None where Triton is not installed, and so nothing says what holds."""
+def _rows(entries: Sequence[StoredEntry]) -> list[dict[str, Any]]:
+    """Every entry and why launches pass it over, None where they use it."""
     try:
-        return find_tunables()
+        known = find_tunables()
     except ImportError:
-        return None
-
-
-def _row(stored: StoredEntry, known: dict[str, Launcher] | None, in_store: set[tuple[str, str]]) -> dict[str, Any]:
-    if known is None:
-        unused = "Triton is not installed here"
-    else:
-        unused = why_unused(stored.key, stored.entry, known)
-    if unused is None and stored.source == "shipped" and (stored.gpu, stored.key) in in_store:
-        unused = "the user's store has one"
-    return {
-        "gpu": stored.gpu,
-        "source": stored.source,
-        "key": stored.key,
-        **{name: _plain(stored.entry.get(name)) for name in ("config", "milliseconds", "heuristic_milliseconds")},
-        "unused": unused,
-    }
+        known = None
+    rows: list[dict[str, Any]] = []
+    for stored in entries:
+        unused = "Triton is not installed here" if known is None else why_unused(stored.key, stored.entry, known)
+        place = {"gpu": stored.gpu, "source": stored.source, "key": stored.key}
+        before = {"gpu": stored.gpu, "source": "store", "key": stored.key}  # entries of the store come first
+        if (
+            unused is None
+            and stored.source == "shipped"
+            and any(not row["unused"] and row.items() >= before.items() for row in rows)
+        ):
+            unused = "the user's store has one"
+        kept = {name: _plain(stored.entry.get(name)) for name in ("config", "milliseconds", "heuristic_milliseconds")}
+        rows.append({**place, **kept, "unused": unused})
+    return rows
 
 
 def _plain(value: Any) -> Any:
@@ -61,29 +56,15 @@ def _plain(value: Any) -> Any:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    shown = Table(title="Tuned configs", title_justify="left")
-    shown.add_column("GPU")
-    shown.add_column("from")
-    shown.add_column("problem", overflow="fold")
-    shown.add_column("config", overflow="fold")
-    for heading in ("ms", "heuristic, ms"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("state", overflow="fold")
-    group = None
+    cells = []
     for row in rows:
-        if (row["gpu"], row["source"]) != group:
-            shown.add_section()
-            group = row["gpu"], row["source"]
         config = row["config"]
-        shown.add_row(
-            _shown(row["gpu"]),
-            row["source"],
-            _shown(row["key"]),
-            _shown(" ".join(f"{n}={v}" for n, v in config.items()) if isinstance(config, dict) else repr(config)),
-            *(_milliseconds(row[name]) for name in ("milliseconds", "heuristic_milliseconds")),
-            "[green]used[/]" if row["unused"] is None else f"[yellow]not used[/]: {_shown(row['unused'])}",
-        )
-    return shown
+        config = " ".join(f"{n}={v}" for n, v in config.items()) if isinstance(config, dict) else repr(config)
+        state = "used" if row["unused"] is None else f"not used: {row['unused']}"
+        words = [_shown(text) for text in (row["gpu"], row["source"], row["key"], config, state)]
+        cells.append([*words, *(_milliseconds(row[name]) for name in ("milliseconds", "heuristic_milliseconds"))])
+    headings = ["GPU", "from", "problem", "config", "state", "ms", "heuristic, ms"]
+    return Table(headings, cells, 5, "Tuned configs")
 
 
 def _milliseconds(value: object) -> str:
@@ -96,7 +77,7 @@ def _shown(text: str, longest: int = 400) -> str:
     What is not printable, as a terminal's escape sequences and lone surrogates, is written as Python writes it.
     """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    return escape(text if len(text) <= longest else f"{text[:longest]}…")
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,28 +86,19 @@ def run(arguments: argparse.Namespace) -> int:
     folders = {"store": str(user_folder()), "shipped": str(shipped_folder())}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        entries = list(stored_entries(arguments.gpu))
+        rows = _rows(list(stored_entries(arguments.gpu)))
     messages = [str(warning.message) for warning in caught]
-    known = _known()
-    in_store = {
-        (stored.gpu, stored.key)
-        for stored in entries
-        if stored.source == "store" and known is not None and why_unused(stored.key, stored.entry, known) is None
-    }
-    rows = [_row(stored, known, in_store) for stored in entries]
     if arguments.json:
         print(json.dumps({"folders": folders, "entries": rows, "messages": messages}, indent=1))
         return 0
     if rows:
-        console.width = max(console.width, 140)
-        console.print(_table(rows))
+        _table(rows).show(console)
     else:
-        whose = (
-            "" if arguments.gpu is None else f" for {arguments.gpu} ({Store(user_folder(), arguments.gpu).path.name})"
-        )
-        console.print(f"Nothing is tuned{_shown(whose)}: every launch uses its kernel's heuristic.")
+        gpu = arguments.gpu
+        whose = "" if gpu is None else f" for {gpu} ({Store(user_folder(), gpu).path.name})"
+        console.print(f"Nothing is tuned{escape(_shown(whose))}: every launch uses its kernel's heuristic.")
     for name, folder in folders.items():
-        console.print(f"{name}: {_shown(folder, 10_000)}", soft_wrap=True)
+        console.print(f"{name}: {escape(_shown(folder, 10_000))}", soft_wrap=True)
     for message in messages:
-        console.print(f"[red]warning:[/] {_shown(message, 10_000)}", soft_wrap=True)
+        console.print(f"[red]warning:[/] {escape(_shown(message, 10_000))}", soft_wrap=True)
     return 0

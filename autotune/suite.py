@@ -5,7 +5,7 @@ Five phases, each a process of its own, so that none can take the others with it
 share of the time; what one leaves over the next may use, and one that does not get done keeps what it has measured.
 
 Leaves at most six files: environment.json, tests.json, <GPU>.json (tuned configs, for kernels/tuning/configs),
-bench.json, models.json, and summary.md, which holds every target of the project next to what was measured.
+bench.json, models.json, and summary.md, which tells of all of them in words.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ import torch
 from rich.console import Console
 
 from autotune import timing
-from autotune.bench import results_folder
 from autotune.cases import LOST
-from autotune.targets import summary
-from kernels.files import atomic_write
+from autotune.results import summary
+from kernels.files import atomic_write, write_json
 from kernels.tuning.choose import gpu_name
 from kernels.tuning.store import Store, shipped_folder
 from models.commands.errors import CommandError
-
-__all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
 
 SECONDS = 515.0  # for everything: nine minutes, less what starting, ending and a slow disk may take
 SECONDS_QUICK = 3600.0  # a smoke test is over when it is done, however busy the machine
@@ -175,10 +172,7 @@ def _test_command(quick: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "tests.device_guard"]
     if importlib.util.find_spec("xdist") is not None and not quick:
         command += ["-n", str(max(1, min(12, 3 * (os.cpu_count() or 2) // 4))), "--dist", "worksteal"]
-    return [
-        *command,
-        *(["tests/autotune/test_store.py", "-k", "round_trip"] if quick else TESTS),
-    ]
+    return [*command, *(["tests/autotune/test_store.py", "-k", "round_trip"] if quick else TESTS)]
 
 
 def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool) -> list[Phase]:
@@ -202,7 +196,7 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
 
     def keep_tests(log: str, complete: bool) -> None:
         record = {"schema": 1, "command": " ".join(_test_command(quick)[1:]), "complete": complete}
-        timing.write_json(folder / "tests.json", record | read_test_log(log))
+        write_json(folder / "tests.json", record | read_test_log(log))
 
     def keep_configs(_log: str, _complete: bool) -> None:
         store = Store(scratch, gpu_name(device)).path
@@ -239,7 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("the suite measures a GPU; --quick tries it out on a CPU")
     if timing.repository_root() is None:
         raise CommandError("--suite needs a checkout of the repository, whose tests it runs; bench without it does not")
-    folder = (arguments.out or results_folder(device, quick=quick)).resolve()
+    folder = (arguments.out or timing.results_folder(device, scratch=quick)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
@@ -257,6 +251,6 @@ def run(arguments: argparse.Namespace) -> int:
             return 130
     path = folder / "environment.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1}
-    timing.write_json(path, record | {"phases": done})
+    write_json(path, record | {"phases": done})
     console.print((folder / "summary.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
     return int(any(phase["status"] != "ok" for phase in done))

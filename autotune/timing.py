@@ -25,23 +25,6 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from kernels.backend import triton_installed
-from kernels.files import write_json
-
-__all__ = [
-    "OtherWork",
-    "Timing",
-    "best_device",
-    "ceiling_seconds",
-    "copy_bandwidth",
-    "describe_machine",
-    "device_folder",
-    "device_name",
-    "measure",
-    "peak_memory",
-    "relative_error",
-    "repository_root",
-    "write_json",
-]
 
 Call = Callable[[], object]
 
@@ -279,6 +262,12 @@ def repository_root() -> Path | None:
     return root if (root / "pyproject.toml").exists() else None
 
 
+def results_folder(device: torch.device, *, scratch: bool) -> Path:
+    """Where results of a device go by default; ``scratch`` is for what must not replace committed ones."""
+    parent = "build" if scratch else "notebooks"
+    return (repository_root() or Path.cwd()) / parent / "results" / device_folder(device)
+
+
 def _output(*command: str) -> str | None:
     """What a program prints; None where it is missing or fails."""
     if shutil.which(command[0]) is None:
@@ -287,7 +276,7 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -305,7 +294,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": commit,

@@ -15,8 +15,6 @@ import torch
 from kernels.tuning.choose import Launcher, Problem, config_of, key_of, stale
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
-__all__ = ["StoredEntry", "find_tunables", "problem_of", "stored_entries", "why_unused"]
-
 
 @functools.cache
 def find_tunables() -> dict[str, Launcher]:

@@ -28,51 +28,44 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 import kernels
-from autotune import arguments as types
-from autotune import timing, tuner
+from autotune import timing, tuner, workloads
+from autotune.arguments import matching
 from autotune.cases import LOST, device_lost
+from autotune.networks import model_pass
 from autotune.precompile import Build, builds, precompile
-from autotune.progress import Steps
+from autotune.tables import Table, times
 from autotune.tuner import Outcome
 from kernels.backend import interpreting
 from kernels.files import atomic_write
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, gpu_name, key_of, look_up, observing
 from kernels.tuning.store import Store, user_folder
-
-__all__ = ["Tuning", "add_arguments", "run"]
+from models.commands import types
+from models.commands.progress import Bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is tuned").add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="NAME", help="what one pass of this model launches")
-    what.add_argument("--operator", nargs="+", metavar="PATTERN", help="operators at the models' own shapes, by name")
-    what.add_argument("--all", action="store_true", help="every operator at the models' own shapes")
-    how = parser.add_argument_group("for which inputs")
-    how.add_argument("--batch", type=types.positive, metavar="B", help="(default: 128; 2 at 800x1280)")
-    how.add_argument("--size", type=types.image_size, metavar="HxW", help="(default: 224, for operators 800x1280 too)")
-    how.add_argument("--dtype", type=types.dtype, default=torch.bfloat16, metavar="NAME", help="(default: bf16)")
-    how.add_argument("--training", action="store_true", help="the model's backward pass too, as for operators always")
-    how.add_argument("--contiguous", action="store_true", help="the model channels-first instead of channels-last")
-    how.add_argument("--device", type=types.device, help="(default: the GPU)")
-    effort = parser.add_argument_group("effort")
-    effort.add_argument("--force", action="store_true", help="tune again what is tuned")
-    effort.add_argument(
-        "--candidates", type=types.positive, default=tuner.MOST_CANDIDATES, metavar="N", help="(default: %(default)s)"
-    )
-    effort.add_argument(
-        "--seconds", type=types.seconds, default=float("inf"), metavar="S", help="begin none after that"
-    )
-    effort.add_argument("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
-    effort.add_argument(
-        "--passing-over",
-        type=Path,
-        metavar="FILE",
-        help="note there what is being tuned, and pass over what ended earlier runs with this file",
-    )
+    what = parser.add_argument_group("what is tuned").add_mutually_exclusive_group(required=True).add_argument
+    what("--model", metavar="NAME", help="what one pass of this model launches")
+    what("--operator", nargs="+", metavar="PATTERN", help="operators at the models' own shapes, by name")
+    what("--all", action="store_true", help="every operator at the models' own shapes")
+    how = parser.add_argument_group("for which inputs").add_argument
+    how("--batch", type=types.positive, metavar="B", help="(default: 128; 2 at 800x1280)")
+    how("--size", type=types.image_size, metavar="HxW", help="(default: 224, for operators 800x1280 too)")
+    how("--dtype", type=types.dtype, default=torch.bfloat16, metavar="NAME", help="(default: bf16)")
+    how("--training", action="store_true", help="the model's backward pass too, as for operators always")
+    how("--contiguous", action="store_true", help="the model channels-first instead of channels-last")
+    how("--device", type=types.device, help="(default: the GPU)")
+    effort = parser.add_argument_group("effort").add_argument
+    effort("--force", action="store_true", help="tune again what is tuned")
+    most: dict[str, Any] = {"type": types.positive, "default": tuner.MOST_CANDIDATES}
+    effort("--candidates", metavar="N", help="(default: %(default)s)", **most)
+    effort("--seconds", type=types.seconds, default=math.inf, metavar="S", help="begin none after that")
+    effort("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
+    text = "note there what is being tuned, and pass over what ended earlier runs with this file"
+    effort("--passing-over", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
@@ -111,20 +104,20 @@ class Tuning:
 
     def tune(self, calls: Iterator[Callable[[], object]]) -> None:
         """Tune each where it is launched: later its tensors may be overwritten. Every result is stored at once."""
-        with Steps(len(self.found)) as steps:
+        with Bar(len(self.found), seconds=0) as bar:
 
             def tune_one(request: Request) -> None:
                 key = key_of(request.launcher, request.problem)
                 if key not in self.found or key in self.rows or time.monotonic() > self.deadline:
                     return
-                steps.begin(key)
+                bar.describe(key)
                 self.beginning(key)
                 row = self._tuned(request)
                 if device_lost(self.device):
                     raise LostDeviceError(key)
                 self.rows[key] = row
                 best = row["milliseconds"]
-                steps.end("no config agreed" if best is None else f"{best:.4f} ms")
+                bar.advance(1, f"{key}: " + ("no config agreed" if best is None else f"{best:.4f} ms"))
 
             self._run(calls, tune_one)
 
@@ -162,25 +155,20 @@ class Tuning:
 
 def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], object]]:
     if arguments.model is not None:
-        from autotune.bench_models import placed, random_images, random_images_model
-        from autotune.comparison import inference_pass, training_pass
-
         small = arguments.quick
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
         layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
-        images = placed(random_images(batch, size), arguments.dtype, device, layout)
-        model = random_images_model(arguments.model).train(arguments.training)
-        model = placed(model, arguments.dtype, device, layout)
-        yield training_pass(model, images) if arguments.training else inference_pass(model, images)
+        place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": layout}
+        model = workloads.settled_model(arguments.model, workloads.random_images(2, (128, 128))).to(**place)
+        images = workloads.random_images(batch, size).to(**place)
+        yield model_pass(model.train(arguments.training), images, training=arguments.training)
         return
-    from autotune.bench_operators import benchmark_workloads
-
-    workloads = benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
+    found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
     patterns = ["*"] if arguments.all else arguments.operator
-    for workload in types.matching(workloads, patterns, lambda workload: workload.name, "--operator"):
+    for workload in matching(found, patterns, lambda workload: workload.name, "--operator"):
         inputs = workload.draw_inputs(arguments.dtype, device)
         gradient = workload.draw_gradient(arguments.dtype, device)
-        yield lambda workload=workload, inputs=inputs, gradient=gradient: workload.forward_backward(inputs, gradient)
+        yield lambda workload=workload, inputs=inputs, gradient=gradient: workload.run(inputs, gradient)
 
 
 def _row(request: Request, outcomes: Sequence[Outcome], failure: str | None = None) -> dict[str, Any]:
@@ -200,23 +188,17 @@ def _row(request: Request, outcomes: Sequence[Outcome], failure: str | None = No
 
 
 def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("problem", overflow="fold")
-    for heading in ("heuristic, ms", "best, ms", "gain"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("config", overflow="fold")
+    cells = []
     for row in rows:
         if row["config"] is None:
             reason = row["failure"] or next(iter(row["rejected"].values()))
-            shown.add_row(row["key"], "–", "–", "–", f"[red]none[/]: {escape(reason)}")
+            cells.append([row["key"], f"none: {reason}"])
             continue
         config = " ".join(f"{name}={value}" for name, value in row["config"].items())
-        times = [
-            "rejected" if row[name] is None else f"{row[name]:.4f}"
-            for name in ("heuristic_milliseconds", "milliseconds")
-        ]
-        shown.add_row(row["key"], *times, "–" if row["gain"] is None else f"{row['gain']:.2f}×", config)
-    return shown
+        found = (row[name] for name in ("heuristic_milliseconds", "milliseconds"))
+        milliseconds = ["rejected" if value is None else f"{value:.4f}" for value in found]
+        cells.append([row["key"], config, *milliseconds, times(row["gain"])])
+    return Table(["problem", "best config", "heuristic, ms", "best, ms", "gain"], cells, 2, title)
 
 
 class _Attempts:
@@ -285,8 +267,7 @@ def run(arguments: argparse.Namespace) -> int:
         record |= {"passed_over": sorted(attempts.fatal), "errors": tuning.errors, "unwritten": unwritten}
         print(json.dumps(record, indent=1))
     elif rows:
-        console.width = max(console.width, 140)
-        console.print(_table(rows, f"Tuned on {gpu_name(device)}"))
+        _table(rows, f"Tuned on {gpu_name(device)}").show(console)
     elif not tuning.errors and not tuning.left:
         console.print("Everything is tuned already; --force tunes it again.")
     for message in _messages(tuning, attempts.fatal, code):

@@ -19,8 +19,6 @@ from kernels import tolerances
 from kernels.tuning import choose
 from kernels.tuning.choose import Config, Problem, Request, gpu_name, key_of, remember, triton_version
 
-__all__ = ["Outcome", "best_config", "disagreement", "measure_candidates", "median_milliseconds", "tune", "tuning"]
-
 MOST_CANDIDATES = 20
 
 Outputs = Tensor | Sequence[Tensor]

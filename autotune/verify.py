@@ -16,16 +16,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from autotune import progress, timing
+from autotune import timing
+from autotune.tables import Table
 from autotune.tunables import StoredEntry, find_tunables, problem_of, stored_entries, why_unused
 from autotune.tuner import disagreement
 from kernels.backend import interpreting, triton_installed
 from kernels.tuning.choose import Launcher, Problem, Request, config_of, gpu_name
-
-__all__ = ["add_arguments", "check_entry", "run"]
+from models.commands.progress import Bar
 
 MOST_INTERPRETED = {"pixels": 64, "channels": 32, "images": 2}
 
@@ -67,17 +65,11 @@ def check_entry(stored: StoredEntry, known: dict[str, Launcher], device: torch.d
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    colours = {"ok": "green", "failed": "red", "unchecked": "yellow"}
-    shown = Table(title="Stored configs against the eager path", title_justify="left")
-    for heading in ("GPU", "from"):
-        shown.add_column(heading)
-    shown.add_column("problem", overflow="fold")
-    shown.add_column("state", overflow="fold")
+    cells = []
     for row in rows:
-        reason = "" if row["reason"] is None else f": {escape(row['reason'])}"
-        state = f"[{colours[row['status']]}]{row['status']}[/]{reason}"
-        shown.add_row(row["gpu"], row["source"], escape(row["key"]), state)
-    return shown
+        reason = "" if row["reason"] is None else f": {row['reason']}"
+        cells.append([row["gpu"], row["source"], row["key"], f"{row['status']}{reason}"])
+    return Table(["GPU", "from", "problem", "state"], cells, 4, "Stored configs against the eager path")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,22 +86,20 @@ def run(arguments: argparse.Namespace) -> int:
     known = find_tunables()
     rows: list[dict[str, Any]] = []
     code = 0
+    entries = list(stored_entries(gpu))
     try:
-        checked = progress.each(
-            list(stored_entries(gpu)),
-            lambda stored: check_entry(stored, known, device),
-            lambda stored: stored.key,
-            lambda row: row["status"],
-        )
-        rows.extend(checked)
+        with Bar(len(entries), seconds=0) as bar:
+            for stored in entries:
+                bar.describe(stored.key)
+                rows.append(check_entry(stored, known, device))
+                bar.advance(1, f"{stored.key}: {rows[-1]['status']}")
     except KeyboardInterrupt:
         code = 130
     failed = any(row["status"] == "failed" for row in rows)
     if arguments.json:
         print(json.dumps({"device": timing.device_name(device), "entries": rows}, indent=1))
     elif rows:
-        console.width = max(console.width, 120)
-        console.print(_table(rows))
+        _table(rows).show(console)
     else:
         console.print("Nothing is tuned, so there is nothing to verify.")
     return code or int(failed)

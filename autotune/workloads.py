@@ -6,8 +6,9 @@ follow from the image's size, so 224² gives the classification shapes and 800×
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +21,6 @@ import kernels
 
 if TYPE_CHECKING:  # a GPU machine measures without a photograph
     from PIL import Image
-
-__all__ = [
-    "MODELS",
-    "OPERATORS",
-    "Input",
-    "Workload",
-    "channels_last",
-    "generation",
-    "image_batch",
-    "least_bytes",
-    "operator_workloads",
-    "photograph",
-    "photograph_model",
-    "random_model",
-    "settled_model",
-    "workload_of",
-]
 
 MODELS = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's smallest
 
@@ -82,6 +66,11 @@ class Workload:
     def name(self) -> str:
         return " ".join(filter(None, (self.operator, self.model, self.shape)))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row of results says of it."""
+        return {"name": self.name, "operator": self.operator, "model": self.model, "shape": self.shape}
+
     def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Random tensors that require gradients, the same for the same seed on the same device."""
         generator = torch.Generator(device).manual_seed(seed)
@@ -89,24 +78,27 @@ class Workload:
 
     def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
         """A random gradient of the output, in the memory format of the first input, as the output is."""
-        first = _tensors(self.inputs)[0]
+        first = tensors_of(self.inputs)[0]
         spec = Input(self.output, channels_last=first.channels_last)
         return spec.draw(torch.Generator(device).manual_seed(seed), dtype, device).detach()
 
-    @torch.no_grad()
-    def forward(self, inputs: Inputs, _gradient: Tensor | None = None) -> list[Tensor]:
-        """The output, on the selected backend; called like ``forward_backward``."""
-        return [getattr(kernels, self.operator)(**inputs, **self.options)]
+    def run(
+        self, inputs: Inputs, gradient: Tensor | None = None, function: Callable[..., Tensor] | None = None
+    ) -> list[Tensor]:
+        """The output on the selected backend; given its gradient, also the gradient of every tensor argument.
 
-    def forward_backward(self, inputs: Inputs, gradient: Tensor) -> list[Tensor]:
-        """The output and the gradient of every tensor argument, on the selected backend."""
-        with torch.enable_grad():
-            out = getattr(kernels, self.operator)(**inputs, **self.options)
-        return [out.detach(), *torch.autograd.grad(out, _tensors(inputs), gradient)]
+        ``function`` of the same inputs stands in for the operator.
+        """
+        function = function or functools.partial(getattr(kernels, self.operator), **self.options)
+        with torch.set_grad_enabled(gradient is not None):
+            out = function(**inputs)
+        if gradient is None:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, tensors_of(inputs), gradient)]
 
     def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
         """Fewest bytes to move, forward or forward and backward."""
-        inputs = sum(math.prod(spec.shape) for spec in _tensors(self.inputs))
+        inputs = sum(math.prod(spec.shape) for spec in tensors_of(self.inputs))
         return dtype.itemsize * least_bytes(inputs, math.prod(self.output), backward=backward)
 
     def operations(self, *, backward: bool = False) -> int:
@@ -129,7 +121,7 @@ def _map_tensors(function: Callable[[Any], Any], inputs: Mapping[str, Any]) -> I
     }
 
 
-def _tensors(inputs: Mapping[str, Any]) -> list[Any]:
+def tensors_of(inputs: Mapping[str, Any]) -> list[Any]:
     return [tensor for value in inputs.values() for tensor in (value if isinstance(value, tuple) else (value,))]
 
 
@@ -150,43 +142,25 @@ def _text(size: Size) -> str:
 
 
 def involution(model: str, batch: int, channels: int, size: Size, kernel_size: int, group_channels: int) -> Workload:
-    height, width = size
-    image = (batch, channels, height, width)
-    return Workload(
-        operator="involution2d",
-        model=model,
-        shape=f"{channels}@{_text(size)} K={kernel_size}",
-        inputs={
-            "x": Input(image),
-            "weight": Input((batch, channels // group_channels, kernel_size, kernel_size, height, width)),
-        },
-        output=image,
-        multiply_adds=math.prod(image) * kernel_size**2,
-    )
+    image = (batch, channels, *size)
+    weight = (batch, channels // group_channels, kernel_size, kernel_size, *size)
+    inputs = {"x": Input(image), "weight": Input(weight)}
+    shape = f"{channels}@{_text(size)} K={kernel_size}"
+    return Workload("involution2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
 
 
 def neighborhood(operator: str, model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int) -> Workload:
     """``na2d_av``, ``na2d_qk`` or ``na2d_softmax_av``: all three do one multiply-add per weight and channel."""
-    features = Input((batch, heads, *size, dim))
-    weights = Input((batch, heads, *size, kernel_size**2))
+    features, weights = Input((batch, heads, *size, dim)), Input((batch, heads, *size, kernel_size**2))
+    rpb = Input((heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
     inputs: dict[str, Input] = {
         "na2d_av": {"attn": weights, "value": features},
         "na2d_qk": {"query": features, "key": features},
-        "na2d_softmax_av": {
-            "logits": weights,
-            "value": features,
-            "rpb": Input((heads, 2 * kernel_size - 1, 2 * kernel_size - 1)),
-        },
+        "na2d_softmax_av": {"logits": weights, "value": features, "rpb": rpb},
     }[operator]
-    return Workload(
-        operator=operator,
-        model=model,
-        shape=f"{heads}×{dim}@{_text(size)} K={kernel_size}",
-        inputs=inputs,
-        output=(weights if operator == "na2d_qk" else features).shape,
-        multiply_adds=math.prod(weights.shape) * dim,
-        options={"kernel_size": kernel_size},
-    )
+    shape, output = f"{heads}×{dim}@{_text(size)} K={kernel_size}", weights if operator == "na2d_qk" else features
+    multiply_adds, options = math.prod(weights.shape) * dim, {"kernel_size": kernel_size}
+    return Workload(operator, model, shape, inputs, output.shape, multiply_adds, options)
 
 
 def contmix(
@@ -195,53 +169,37 @@ def contmix(
     """Multiply-adds of the cheapest order: keys through the projection first, then query times projected key."""
     pixels, positions = math.prod(size), sum(k * k for k in kernel_sizes)
     value = (batch, len(kernel_sizes), heads, dim, *size)
-    return Workload(
-        operator="contmix2d",
-        model=model,
-        shape=f"{heads}×{dim}@{_text(size)} K={','.join(map(str, kernel_sizes))}",
-        inputs={
-            # Deviations that leave logits of deviation 1, as far from a one-hot softmax as from a flat one.
-            "query": Input((batch, heads, dim, *size), std=dim**-0.5, channels_last=True),
-            "key": Input((batch, heads, dim, context)),
-            "value": Input(value, channels_last=True),
-            "proj_weight": Input((positions, context), std=context**-0.5),
-            "proj_bias": Input((positions,)),
-            "rpb": tuple(Input((heads, 2 * k - 1, 2 * k - 1)) for k in kernel_sizes),
-        },
-        output=value,
-        multiply_adds=batch * heads * dim * positions * (context + 2 * pixels),
-        options={"kernel_sizes": kernel_sizes},
-    )
+    inputs = {
+        # Deviations that leave logits of deviation 1, as far from a one-hot softmax as from a flat one.
+        "query": Input((batch, heads, dim, *size), std=dim**-0.5, channels_last=True),
+        "key": Input((batch, heads, dim, context)),
+        "value": Input(value, channels_last=True),
+        "proj_weight": Input((positions, context), std=context**-0.5),
+        "proj_bias": Input((positions,)),
+        "rpb": tuple(Input((heads, 2 * k - 1, 2 * k - 1)) for k in kernel_sizes),
+    }
+    shape = f"{heads}×{dim}@{_text(size)} K={','.join(map(str, kernel_sizes))}"
+    multiply_adds = batch * heads * dim * positions * (context + 2 * pixels)
+    return Workload("contmix2d", model, shape, inputs, value, multiply_adds, {"kernel_sizes": kernel_sizes})
 
 
 def outlook(model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int, stride: int) -> Workload:
     windows = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
     image = (batch, *size, heads * dim)
-    return Workload(
-        operator="outlook_attention2d",
-        model=model,
-        shape=f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}",
-        inputs={"logits": Input((batch, *windows, heads, kernel_size**2, kernel_size**2)), "value": Input(image)},
-        output=image,
-        multiply_adds=batch * math.prod(windows) * heads * dim * kernel_size**4,
-        options={"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "scale": 1.0},
+    inputs = {"logits": Input((batch, *windows, heads, kernel_size**2, kernel_size**2)), "value": Input(image)}
+    shape, multiply_adds = (
+        f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}",
+        math.prod(windows) * kernel_size**4,
     )
+    options = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "scale": 1.0}
+    return Workload("outlook_attention2d", model, shape, inputs, image, batch * multiply_adds * heads * dim, options)
 
 
 def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
-    image = (batch, channels, *size)
-    return Workload(
-        operator="depthwise_conv2d",
-        model=model,
-        shape=f"{channels}@{_text(size)} K={kernel_size}",
-        inputs={
-            "x": Input(image, channels_last=True),
-            "weight": Input((channels, 1, kernel_size, kernel_size)),
-            "bias": Input((channels,)),
-        },
-        output=image,
-        multiply_adds=math.prod(image) * kernel_size**2,
-    )
+    image, weight = (batch, channels, *size), (channels, 1, kernel_size, kernel_size)
+    inputs = {"x": Input(image, channels_last=True), "weight": Input(weight), "bias": Input((channels,))}
+    shape = f"{channels}@{_text(size)} K={kernel_size}"
+    return Workload("depthwise_conv2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
 
 
 def channels_last(workload: Workload) -> Workload:
@@ -253,20 +211,21 @@ def channels_last(workload: Workload) -> Workload:
 def generation(workload: Workload) -> Workload:
     """An involution with its kernels generated inside, from RedNet's C/4 features, for one that is handed them."""
     batch, channels, *size = workload.output
-    groups, kernel_size = workload.inputs["weight"].shape[1:3]  # pyright: ignore[reportAttributeAccessIssue]
+    x, weight = workload.inputs["x"], workload.inputs["weight"]
+    assert isinstance(x, Input)
+    assert isinstance(weight, Input)
+    groups, kernel_size = weight.shape[1:3]
     rows, features = groups * kernel_size**2, channels // 4
-    pixels = batch * math.prod(size)
-    return replace(
-        workload,
-        operator="involution2d_generate",
-        inputs={
-            "x": workload.inputs["x"],
-            "features": Input((batch, features, *size), channels_last=workload.inputs["x"].channels_last),  # pyright: ignore[reportAttributeAccessIssue]
-            "weight": Input((rows, features), std=features**-0.5),
-            "bias": Input((rows,)),
-        },
-        multiply_adds=workload.multiply_adds + pixels * rows * features,
-        options={"kernel_size": kernel_size, "groups": groups},
+    inputs = {
+        "x": x,
+        "features": Input((batch, features, *size), channels_last=x.channels_last),
+        "weight": Input((rows, features), std=features**-0.5),
+        "bias": Input((rows,)),
+    }
+    multiply_adds = workload.multiply_adds + batch * math.prod(size) * rows * features
+    options = {"kernel_size": kernel_size, "groups": groups}
+    return Workload(
+        "involution2d_generate", workload.model, workload.shape, inputs, workload.output, multiply_adds, options
     )
 
 
@@ -334,6 +293,38 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     ]
 
 
+def _tiny_workloads() -> Iterator[Workload]:
+    size = (6, 5)
+    yield involution("tiny", 1, 32, size, 3, 16)
+    for operator in ("na2d_av", "na2d_qk", "na2d_softmax_av"):
+        yield neighborhood(operator, "tiny", 1, 2, 16, size, 3)
+    yield contmix("tiny", 1, 2, 16, size, (3, 5), context=9)
+    yield outlook("tiny", 1, 2, 16, size, 3, 2)
+    yield depthwise("tiny", 1, 16, size, 5)
+
+
+def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, quick: bool = False) -> list[Workload]:
+    """The operators at the models' own shapes: batch 128 at 224², then batch 2 at 800×1280; or at the shape given.
+
+    Involutions are in the memory format that models are measured in, each also with its kernels generated inside.
+    ``quick`` takes one tiny shape of each operator instead.
+    """
+    if quick:
+        found = list(_tiny_workloads())
+    elif size is not None:
+        found = operator_workloads(batch or 128, size)
+    else:
+        found = [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]
+    chosen: list[Workload] = []
+    for workload in found:
+        if workload.operator == "involution2d":
+            workload = channels_last(workload)
+            chosen.append(workload)
+            workload = generation(workload)
+        chosen.append(workload)
+    return chosen
+
+
 def photograph(path: str | Path | None = None) -> Image.Image:
     """A photograph in RGB, upright; by default the portrait of Grace Hopper that matplotlib ships.
 
@@ -399,6 +390,11 @@ def settled_model(name: str, images: Tensor, seed: int = 0, **arguments: Any) ->
         norm.momentum = momentum
         norm.eval()
     return model
+
+
+def random_images(batch: int, size: Size, seed: int = 0) -> Tensor:
+    """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def photograph_model(name: str, photo: Image.Image) -> nn.Module:

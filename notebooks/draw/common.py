@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import models
 from autotune import timing, workloads
-from autotune.contest import html_table
+from autotune.tables import Table
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -56,4 +56,4 @@ def bare(axis: Axes) -> Axes:
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> HTML:
     """Rows of text, the first column to the left, with notes below."""
-    return HTML(html_table(title, headings, rows, notes))
+    return HTML(Table(headings, rows, title=title, notes=notes).html())

@@ -15,9 +15,10 @@ from torch import nn
 
 import autotune
 import kernels
-from autotune import roofs
-from autotune.comparison import DisagreementError
+from autotune import roofs, sweeps
+from autotune.measure import DisagreementError
 from models.rednet import Involution2d
+from tests.autotune.test_bench import Halved, damaged
 from tests.support import DEVICE
 
 QUICK = {"seconds": 0.01, "min_runs": 2}
@@ -31,16 +32,6 @@ def x():
 @pytest.fixture
 def layer():
     return Involution2d(16, 3)
-
-
-def naive_only(damage):
-    """An involution whose naive path is right and whose others ``damage``."""
-
-    def function(x, weight):
-        out = kernels.involution2d(x, weight)
-        return out if kernels.get_backend() == "reference" else damage(out)
-
-    return function
 
 
 def test_a_layer_on_every_backend_beside_others(layer, x):
@@ -82,22 +73,15 @@ def test_operations_are_those_of_the_formula(x):
 
 
 @pytest.mark.parametrize("damage", [lambda out: out * 1.001, lambda out: out * float("nan")])
-def test_a_backend_that_disagrees_is_not_timed(x, damage, monkeypatch):
+def test_a_backend_that_disagrees_is_not_timed(damage, monkeypatch):
     monkeypatch.setattr("autotune.contenders.time_and_memory", lambda *_: pytest.fail("it was timed"))
+    damaged(monkeypatch, "na2d_av", damage)
+    inputs = torch.randn(1, 2, 8, 8, 9), torch.randn(1, 2, 8, 8, 4)
     with pytest.raises(DisagreementError, match="outputs on eager: relative error"):
-        autotune.compare(naive_only(damage), x, torch.randn(1, 1, 3, 3, 8, 8), backends=["eager", "reference"], **QUICK)
+        autotune.compare(kernels.na2d_av, *inputs, 3, backends=["eager", "reference"], **QUICK)
 
 
 def test_wrong_gradients_of_another_are_seen(layer, x):
-    class Halved(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, out):
-            return out.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient / 2
-
     x.requires_grad_()
     others = {"halved": lambda x: Halved.apply(layer(x))}
     forward = autotune.compare(layer, x, against=others, backends=["eager"], **QUICK)
@@ -106,13 +90,10 @@ def test_wrong_gradients_of_another_are_seen(layer, x):
     assert "relative error" in both.row("halved")["message"]
 
 
-def test_contenders_of_one_name_are_told_apart(x):
+def test_others_are_told_apart_and_need_not_compute_the_same(layer, x):
     functions = [nn.ReLU(), nn.ReLU(), nn.ReLU()]
     found = autotune.compare(functions[0], x, against=functions[1:], **QUICK)
     assert [row["name"] for row in found.timed] == ["ReLU", "ReLU (2)", "ReLU (3)"]
-
-
-def test_another_function_is_timed_where_that_is_asked_for(layer, x):
     other = nn.Conv2d(16, 16, 3, padding=1)
     found = autotune.compare(layer, x, against=other, same=False, backends=["eager"], **QUICK)
     assert found.row("Conv2d")["relative_error"] is None
@@ -212,17 +193,25 @@ def test_records_leave_as_json_and_as_a_data_frame(x, tmp_path, monkeypatch):
         found.to_pandas()
 
 
-def test_a_sweep_along_any_axis():
+def test_a_sweep_along_any_axis(monkeypatch):
+    measured, measure = [], sweeps.measure_operator
+
+    def counted(workload, *given, **options):
+        measured.append(workload.shape)
+        return measure(workload, *given, **options)
+
+    monkeypatch.setattr(sweeps, "measure_operator", counted)
     found = autotune.sweep("na2d_av", {"size": [5, 7], "kernel_size": [3]}, size=7, kernel_size=3, channels=16, **QUICK)
-    assert {axis: [p.shape.size for p in points] for axis, points in found.points.items()} == {
-        "size": [5, 7],
-        "kernel_size": [7],
-    }
-    assert found.points["size"][1] is found.points["kernel_size"][0], "measured once"
+    assert [(row["axis"], row["size"]) for row in found.rows] == [("size", 5), ("size", 7), ("kernel_size", 7)]
+    assert measured == ["1×16@5² K=3", "1×16@7² K=3"], "each shape once"
     figure = found.plot()
     assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["side of the map, pixels", "kernel size K, pixels"]
+    assert [axis.get_title("left") for axis in figure.axes[:2]] == [
+        "K = 3, 16 channels, batch 1",
+        "7², 16 channels, batch 1",
+    ]
     assert all(axis.get_xscale() == axis.get_yscale() == "log" for axis in figure.axes)
-    assert [row["axis"] for row in json.loads(found.to_json())["rows"]] == ["size", "size", "kernel_size"]
+    assert json.loads(found.to_json())["rows"] == found.rows
     for shown in ("size = 5", "kernel_size = 3", "of floor"):
         assert shown in found._repr_html_()
         assert shown in repr(found)

@@ -6,16 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from autotune.compile import ARCHITECTURES, _every_config, _signature
+from autotune.compile import ARCHITECTURES, _launches
 from kernels.aggregation.configs import gather_heuristic, gather_problem
 from kernels.aggregation.gather import gather_aggregate
-from kernels.launch import record_launches
-from kernels.views import View
 from kernels.windows import Window
 
 ROOT = Path(__file__).parents[2]
@@ -93,37 +90,10 @@ def test_every_config_is_what_tuning_may_choose():
     window = Window((7, 7), padding=(3, 3))
     weight = torch.empty(2, 4, 7, 7, 14, 14, device="meta", dtype=torch.bfloat16)
     x = torch.empty(2, 4, 16, 14, 14, device="meta", dtype=torch.bfloat16)
-    launches = _every_config(lambda: gather_aggregate(weight, x, window))
+    launches = _launches(lambda: gather_aggregate(weight, x, window), every_config=True)
     tried = {(launch.arguments["BLOCK_PIXELS"], launch.options["num_warps"]) for launch in launches}
     problem = gather_problem(weight, x, (14, 14), (7, 7))
     valid = [config for config in gather_aggregate.configs if config.valid(problem)]
     assert len(valid) > 2
     assert len(launches) == len({gather_heuristic(problem), *valid})
     assert {(config.block_pixels, config.num_warps) for config in valid} <= tried
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="reads the interpreter's wrapped kernel")
-def test_signature_specialises_as_triton_does():
-    window = Window((3, 3), padding=(1, 1))
-    weight = torch.empty(1, 2, 3, 3, 16, 8, device="meta", dtype=torch.bfloat16)
-    x = torch.empty(1, 2, 3, 16, 8, device="meta", dtype=torch.bfloat16)
-    with record_launches() as launches:
-        gather_aggregate(weight, x, window)
-
-    class Compiled:  # what the compiler would see, without building it
-        params = tuple(
-            SimpleNamespace(name=name, is_constexpr=name.isupper(), annotation_type="")
-            for name in launches[0].arguments
-        )
-
-    signature, constants, attributes = _signature(launches[0]._replace(kernel=Compiled))
-    names = list(signature)
-    source, (pointer, column, channel) = names.index("source"), (View._fields.index(name) for name in ("ptr", "w", "c"))
-    assert signature["source"].ptr == "*bf16"
-    assert (source, pointer) in attributes  # at the beginning of its memory
-    assert signature["source"].w == "constexpr"  # contiguous: 1
-    assert constants[source, column] == 1
-    assert signature["source"].c == "i32"
-    assert (source, channel) in attributes  # 128 is divisible by 16
-    assert (names.index("channels"),) not in attributes  # 3 is not
-    assert constants[names.index("CLAMPED"),] is False

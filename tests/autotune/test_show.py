@@ -76,8 +76,8 @@ def test_the_table_and_the_path(folders, capsys):
     Store(folders[0], GPU).update({KEY: _entry(), KEY.replace("196", "784"): _entry(source="0")})
     assert main(["show"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "0.2500 │ 0.5000 │ used" in shown
-    assert "not used: the kernel's" in shown
+    assert "used │ 0.2500 │ 0.5000" in shown
+    assert "not used: the" in shown
     assert f"store: {folders[0]}" in shown
 
 

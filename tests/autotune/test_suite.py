@@ -12,8 +12,9 @@ import torch
 from autotune import bench, ceilings, suite
 from autotune.__main__ import main
 from autotune.cases import LOST
+from autotune.results import Folder, summary
 from autotune.suite import Phase, phases_of, read_test_log, run_phases
-from autotune.targets import TARGETS, Results, summary
+from tests.autotune.test_pages import model_row, operator_row
 
 ENVIRONMENT = dict(os.environ)
 
@@ -73,30 +74,19 @@ def test_a_crashed_process_is_started_again_and_told(tmp_path):
     assert found["always"]["message"] == "lost the GPU"
 
 
-WHOLE_LOG = """\
-tests/kernels/test_a.py::test_one PASSED                                 [ 25%]
-tests/kernels/test_a.py::test_two[bf16-PASSED] FAILED                    [ 50%]
-tests/kernels/test_a.py::test_three SKIPPED (needs two GPUs)             [ 75%]
-=========================== short test summary info ============================
-FAILED tests/kernels/test_a.py::test_two[bf16-PASSED] - AssertionError: relative error 3e-1 > 8e-3
-==================== 1 failed, 1 passed, 1 skipped in 2.34s ====================
-"""
-CUT_LOG = """\
-[gw0] [ 10%] PASSED tests/kernels/test_a.py::test_one
-tests/kernels/test_a.py::test_four
-[gw1] [ 20%] FAILED tests/kernels/test_a.py::test_two
-[gw0] [ 30%] ERROR tests/kernels/test_b.py::test_five
-"""
-
-
 def test_the_test_run_is_read_from_a_whole_or_a_cut_log():
-    assert read_test_log(WHOLE_LOG) == {
+    test = "tests/kernels/test_a.py::test"
+    whole = [f"{test}_one PASSED   [ 25%]", f"{test}_two[bf16-PASSED] FAILED   [ 50%]", f"{test}_3 SKIPPED (two GPUs)"]
+    whole += ["=== short test summary info ===", f"FAILED {test}_two[bf16-PASSED] - AssertionError: error 3e-1 > 8e-3"]
+    assert read_test_log("\n".join([*whole, "=== 1 failed, 1 passed, 1 skipped in 2.34s ==="])) == {
         "counts": {"passed": 1, "failed": 1, "skipped": 1},
-        "failures": ["tests/kernels/test_a.py::test_two[bf16-PASSED]: AssertionError: relative error 3e-1 > 8e-3"],
+        "failures": [f"{test}_two[bf16-PASSED]: AssertionError: error 3e-1 > 8e-3"],
     }
-    assert read_test_log(CUT_LOG) == {
+    cut = [f"[gw0] [ 10%] PASSED {test}_one", f"{test}_four", f"[gw1] [ 20%] FAILED {test}_two"]
+    cut += ["[gw0] [ 30%] ERROR tests/b.py::c"]
+    assert read_test_log("\n".join(cut)) == {
         "counts": {"passed": 1, "failed": 1, "error": 1},
-        "failures": ["tests/kernels/test_a.py::test_two", "tests/kernels/test_b.py::test_five"],
+        "failures": [f"{test}_two", "tests/b.py::c"],
     }
     assert read_test_log("ERROR: not found: tests/kernels") == {"counts": {}, "failures": []}
 
@@ -139,19 +129,19 @@ def test_the_whole_suite_on_tiny_shapes(tmp_path, monkeypatch, capsys):
     assert main(["bench", "--suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     names = {"environment.json", "tests.json", "cpu.json", "bench.json", "models.json", "summary.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    found = Results(tmp_path)
+    found = Folder(tmp_path)
     assert [phase["status"] for phase in found.environment["phases"]] == ["ok"] * 5
     assert found.environment["ceilings"]["copy_bytes_per_second"] > 0
     assert found.environment["launch_microseconds"]["direct"] > 0
     assert found.tests["complete"] is True
     assert found.tests["counts"] == {"passed": 1}
-    assert {row["status"] for kind in ("operators", "models") for row in found.rows(kind)} == {"ok"}
-    assert len(found.rows("operators")) == 2 * len({row["operator"] for row in found.rows("operators")})
-    assert found.operators["ceilings"] == found.environment["ceilings"]
+    assert {row["status"] for row in (*found.operators, *found.models)} == {"ok"}
+    assert len(found.operators) == 2 * len({row["operator"] for row in found.operators})
+    assert found.load("bench.json")["ceilings"] == found.environment["ceilings"]
     assert json.loads((tmp_path / "cpu.json").read_text())["entries"]
     shown = capsys.readouterr().out
     assert "A trial of the command without a GPU" in shown
-    assert all(target.what in shown for target in TARGETS)
+    assert "| operators | ok |" in shown
 
 
 def test_the_commands_of_the_full_suite_are_ones_the_parser_takes(tmp_path, monkeypatch):
@@ -160,7 +150,7 @@ def test_the_commands_of_the_full_suite_are_ones_the_parser_takes(tmp_path, monk
     asked = []
     monkeypatch.setattr(bench, "run", lambda arguments: asked.append(arguments) or 0)
     monkeypatch.setattr("autotune.tune.run", lambda arguments: asked.append(arguments) or 0)
-    monkeypatch.setattr("autotune.arguments.device", torch.device)
+    monkeypatch.setattr("models.commands.types.device", torch.device)
     phases = phases_of(tmp_path, torch.device("cuda:0"), tmp_path, quick=False)
     assert [phase.name for phase in phases] == ["environment", "tests", "tuning", "operators", "models"]
     assert sum(phase.seconds for phase in phases) <= suite.SECONDS < 540
@@ -180,38 +170,10 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "the suite measures a GPU" in capsys.readouterr().err
 
 
-def _operator(name, operator, direction="forward", **changes):
-    return {
-        "name": name,
-        "operator": operator,
-        "shape": "64@56² K=13",
-        "pass": direction,
-        "status": "ok",
-        "floor": {"bytes": 1e9, "ms": 1.0, "fraction": 0.5},
-        "speed_up": {"naive": 12.0},
-        "contenders": {"ours": {"p50_ms": 2.0, "peak_bytes": 100}, "unfused": {"p50_ms": 2.0, "peak_bytes": 700}},
-    } | changes
-
-
-def test_targets_take_the_worst_shape_and_say_which(tmp_path):
-    rows = [
-        _operator("a", "involution2d", floor={"bytes": 1e9, "ms": 2.0, "fraction": 0.9}),
-        _operator("b", "na2d_av", floor={"bytes": 1e9, "ms": 2.0, "fraction": 0.7}, speed_up={"naive": 8.0}),
-        _operator("small", "na2d_av", floor={"bytes": 1e6, "ms": 2.0, "fraction": 0.1}),
-        _operator("a", "involution2d", "forward+backward", floor={"bytes": 3e9, "ms": 5.0, "fraction": 0.5}),
-        _operator("c", "contmix2d", speed_up={"naive": 40.0, "unfused": 4.0}),
-        _operator("d", "depthwise_conv2d", speed_up={"naive": 9.0, "channels_first": 3.5}),
-        _operator("e", "na2d_qk", status="failed", message="it broke"),
-    ]
-    models = [
-        {
-            "name": "rednet50",
-            "pass": "inference",
-            "status": "ok",
-            "speed_up": {"peer_compiled": 1.1},
-            "left_out": {"peer": "ModuleNotFoundError: No module named 'torchvision'"},
-        }
-    ]
+def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
+    row = operator_row("forward", {"ours": 2.0, "naive": 24.0}, left_out={"unfused": "OutOfMemoryError: no memory"})
+    failed = {"name": "na2d_qk", "operator": "na2d_qk", "pass": "forward", "status": "failed", "message": "it broke"}
+    model = model_row(ours=(1500.0, 100), naive=(500.0, 250), compiled=(1600.0, 90))
     environment = {
         "machine": {"device": "NVIDIA H200", "device_type": "cuda", "torch": "2.11", "commit": "abc", "date": "today"},
         "ceilings": {
@@ -221,37 +183,24 @@ def test_targets_take_the_worst_shape_and_say_which(tmp_path):
         },
         "launch_microseconds": {"added": 4.2},
     }
-    for name, content in (("bench", {"rows": rows}), ("models", {"rows": models}), ("environment", environment)):
+    tests = {"counts": {"passed": 7, "failed": 1}, "complete": False, "failures": ["tests/a.py::test_b: it broke"]}
+    files = {"bench": {"rows": [row, failed]}, "models": {"rows": [model]}, "tests": tests}
+    for name, content in (files | {"environment": environment}).items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    measured = {target.what: target.measure(Results(tmp_path)) for target in TARGETS}
-    values = [value for value in measured.values() if value is not None]
-    assert values == [
-        (0.7, "b"),  # forward, share of the floor
-        (pytest.approx((5.0 - 2.0) / (5.0 / 0.5 - 2.0 / 0.9)), "a"),  # backward alone
-        (8.0, "b"),  # forward against naive
-        (12.0, "a"),  # both passes
-        (4.0, "c"),
-        (7.0, "c"),
-        (3.5, "d"),
-        (1.1, "rednet50"),
-        (1.1, "rednet50"),
-        (4.2, "tuned against kernel[grid](...)"),
-    ]
     text = summary(tmp_path, [{"name": "tests", "status": "failed", "seconds": 12.0, "message": "lost the GPU"}])
-    assert "| ≥ 80% | 70% | **no** | b |" in text
-    assert "| ≥ 1× | 1.1× | yes | rednet50 |" in text
-    assert "| ≥ 1.3× | 1.1× | **no** | rednet50 |" in text
-    assert "| ≤ 5 µs | 4.2 µs | yes |" in text
-    assert "| ≥ 2.5× | – | not measured | |" in text
-    assert "copy 4.30 TB/s, bf16 product 790 TFLOP/s, fp32 50.0 TFLOP/s" in text
-    assert "| tests | failed | 12 | lost the GPU |" in text
-    assert "- failed: e forward: it broke" in text
-    assert "- left out: rednet50 inference, peer: ModuleNotFoundError: No module named 'torchvision'" in text
-
-
-def test_a_summary_of_nothing_is_still_one(tmp_path):
-    text = summary(tmp_path, [])
-    assert text.count("not measured") == len(TARGETS)
+    for line in (
+        "# NVIDIA H200",
+        "a copy moves 4.30 TB/s, a bfloat16 matrix product reaches 790 TFLOP/s and float32 arithmetic 50.0 TFLOP/s",
+        "A tuned launch takes the host 4.20 µs more than Triton's own.",
+        "| tests | failed | 12 | lost the GPU |",
+        "Tests: 7 passed, 1 failed (cut short).\n- tests/a.py::test_b: it broke",
+        "| `na2d_av` | M 8×16@14² K=13 | forward | – | – | 2,000 | 10.0 | 0.50% | 24,000 (12.0×) | – | – |",
+        "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 1,600 | 3.00× | 2.50× |",
+        "- failed: na2d_qk forward: it broke",
+        "- left out: na2d_av M 14 forward, unfused: OutOfMemoryError: no memory",
+    ):
+        assert line in text
+    assert summary(tmp_path / "empty", []).startswith("# unknown device\n")
 
 
 def test_a_matrix_product_is_timed_on_random_data(monkeypatch):

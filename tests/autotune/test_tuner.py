@@ -35,29 +35,29 @@ def _heuristic(problem: Problem) -> Config:
     return Config(16)
 
 
-def _toy(configs):
+def toy(configs):
     """A launcher of ones, but where a config's block is among the wrong or the broken ones."""
 
     @tunable(configs, _heuristic, problem=_problem, reference=lambda *_, **__: torch.ones(4), name="toy")
-    def toy(x, wrong=(), broken=(), *, config):
+    def launch(x, wrong=(), broken=(), *, config):
         if config.block in broken:
             raise RuntimeError(f"out of resource: block {config.block}")
         return torch.full((4,), 2.0 if config.block in wrong else 1.0)
 
-    return toy
+    return launch
 
 
 def _problem(x, *_, **__):
     return Problem(x.numel())
 
 
-TOY = _toy(tuple(map(Config, BLOCKS)))
+TOY = toy(tuple(map(Config, BLOCKS)))
 CPU = torch.device("cpu")
 GPU = "cpu"  # the name configs of a CPU tensor are kept under
 
 
 @pytest.fixture(autouse=True)
-def _own_store(tmp_path, monkeypatch):
+def own_store(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "user"))
     monkeypatch.setattr(choose, "shipped_folder", lambda: tmp_path / "shipped")
     choose.forget()

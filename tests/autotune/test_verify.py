@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,61 +10,24 @@ import torch
 import kernels
 from autotune import tunables, verify, workloads
 from autotune.__main__ import main
-from autotune.bench_operators import benchmark_workloads
 from autotune.tunables import StoredEntry, find_tunables, problem_of
 from kernels.launch import record_launches
-from kernels.tuning import choose, tunable
+from kernels.tuning import choose
 from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
 from kernels.tuning.store import Store
+from tests.autotune.test_tuner import TOY, Config, Problem, toy
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    factor: float
-
-    def valid(self, problem):
-        return True
-
-
-class Problem(NamedTuple):
-    pixels: int
-    dtype: torch.dtype
-
-
-def _heuristic(problem: Problem) -> Config:
-    return Config(1.0)
-
-
-def _toy():
-    @tunable(
-        (Config(1.0), Config(2.0)),
-        _heuristic,
-        problem=lambda x: Problem(x.numel(), x.dtype),
-        reference=lambda x: x,
-        name="toy",
-    )
-    def toy(x, *, config):
-        """A kernel that multiplies by its config's factor, which should be 1."""
-        return config.factor * x
-
-    return toy
-
-
-TOY = _toy()
-
-
-@TOY.example
-def _(problem, device):
-    return (torch.randn(problem.pixels, dtype=problem.dtype, device=device),)
+CHECKED = toy(TOY.configs)
+CHECKED.example(lambda problem, device: (torch.ones(problem.pixels, device=device), (32,)))  # 32 is wrong
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
     monkeypatch.setattr(tunables, "shipped_folder", lambda: tmp_path / "shipped")
+    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": CHECKED})
     return tmp_path / "store"
 
 
@@ -79,9 +41,9 @@ def _problems():
     shared = [workloads.neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
     shared.append(workloads.contmix("tiny", 1, 2, 16, (5, 5), (3, 5), context=9))
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
-        for workload in (*benchmark_workloads(quick=True), *shared):
+        for workload in (*workloads.benchmark_workloads(quick=True), *shared):
             inputs = workload.draw_inputs(torch.float32, HERE)
-            workload.forward_backward(inputs, workload.draw_gradient(torch.float32, HERE))
+            workload.run(inputs, workload.draw_gradient(torch.float32, HERE))
     return found
 
 
@@ -98,26 +60,23 @@ def test_every_kernel_that_is_launched_is_registered_and_can_be_verified():
         assert row["status"] == "ok", f"{key}: {row['reason']}"
 
 
-def test_a_wrong_config_is_found(folder, monkeypatch, capsys):
-    problem = Problem(196, torch.float32)
-    entries = {
-        key_of(TOY, problem): _entry(TOY, Config(1.0)),
-        key_of(TOY, problem._replace(pixels=49)): _entry(TOY, Config(2.0)),
-        key_of(TOY, problem._replace(pixels=25)): _entry(TOY, Config(1.0)) | {"source": "0"},
-    }
+def test_a_wrong_config_is_found(folder, capsys):
+    def key(pixels):
+        return key_of(CHECKED, Problem(pixels))
+
+    right, wrong = (_entry(CHECKED, Config(block)) for block in (16, 32))
     store = Store(folder, gpu_name(HERE))
-    store.update(entries)
-    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+    store.update({key(196): right, key(49): wrong, key(25): right | {"source": "0"}})
     assert main(["verify", "--json"]) == 1
     shown = capsys.readouterr()
     assert "[3/3] toy pixels=49 dtype=float32: failed" in shown.err
-    rows = {row["key"].split()[1]: row for row in json.loads(shown.out)["entries"]}
+    rows = {row["key"]: row for row in json.loads(shown.out)["entries"]}
     assert {name: row["status"] for name, row in rows.items()} == {
-        "pixels=196": "ok",
-        "pixels=25": "unchecked",
-        "pixels=49": "failed",
+        key(196): "ok",
+        key(25): "unchecked",
+        key(49): "failed",
     }
-    assert rows["pixels=49"]["reason"].startswith("output 0 is off by 1.0e+00")
+    assert rows[key(49)]["reason"].startswith("output 0 is off by 1.0e+00")
     assert main(["verify"]) == 1
     assert "failed: output 0 is off by 1.0e+00" in " ".join(capsys.readouterr().out.split())
     store.path.unlink()
@@ -126,24 +85,19 @@ def test_a_wrong_config_is_found(folder, monkeypatch, capsys):
 
 
 def test_a_kernel_without_an_example_is_named_not_failed(folder, monkeypatch, capsys):
-    bare = _toy()
-    key = key_of(bare, Problem(49, torch.float32))
-    Store(folder, gpu_name(HERE)).update({key: _entry(bare, Config(1.0))})
-    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": bare})
+    Store(folder, gpu_name(HERE)).update({key_of(TOY, Problem(49)): _entry(TOY, Config(16))})
+    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
     assert main(["verify", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["entries"]
     assert (row["status"], row["reason"]) == ("unchecked", "the kernel offers no example to check it with")
 
 
 def test_an_interruption_shows_what_was_checked(folder, monkeypatch, capsys):
-    problem = Problem(1, torch.float32)
-    entries = {key_of(TOY, problem._replace(pixels=n)): _entry(TOY, Config(1.0)) for n in (1, 2)}
-    Store(folder, gpu_name(HERE)).update(entries)
-    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+    Store(folder, gpu_name(HERE)).update({key_of(TOY, Problem(n)): _entry(TOY, Config(16)) for n in (21, 22)})
     check_entry = verify.check_entry
 
     def interrupted(stored, known, device):
-        if "pixels=2" in stored.key:
+        if "pixels=22" in stored.key:
             raise KeyboardInterrupt
         return check_entry(stored, known, device)
 

@@ -13,7 +13,7 @@ from torch import nn
 import kernels
 import models
 from autotune import plots, roofs
-from autotune.report import percent
+from autotune.tables import percent
 from kernels.windows import Window
 from models.layers import ContMix
 from models.rednet import Involution2d

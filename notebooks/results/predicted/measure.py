@@ -8,6 +8,7 @@ GPU's L2 cache is overwritten, as read by PyTorch's profiler; in microseconds, i
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import kernels
 from autotune import timing, workloads
+from autotune.measure import one_line
 from autotune.workloads import Workload
+from kernels.files import write_json
 
 RUNS = 9
 CACHE = 512 << 20  # bytes; several times any L2
@@ -77,31 +81,23 @@ def main(file: str, *wanted: str) -> None:
         try:
             inputs = workload.draw_inputs(torch.bfloat16, device)
             gradient = workload.draw_gradient(torch.bfloat16, device)
-            leaves = [t for value in inputs.values() for t in (value if isinstance(value, tuple) else (value,))]
-            forward = lambda: workload.forward(inputs, gradient)  # noqa: B023, E731 - called in this iteration only
-            out = _differentiable(workload, inputs)
+            out = getattr(kernels, workload.operator)(**inputs, **workload.options)
+            leaves = workloads.tensors_of(inputs)
             passes = {
-                "forward": forward,
-                "backward": lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True),  # noqa: B023
+                "forward": functools.partial(workload.run, inputs),
+                "backward": functools.partial(torch.autograd.grad, out, leaves, gradient, retain_graph=True),
             }
             for kind, call in passes.items():
                 found = kernel_times(call, device)
                 total = sum(time for _, time in found)
-                kernels = [{"kernel": kernel[:80], "microseconds": round(time, 2)} for kernel, time in found]
-                rows.append({"case": name, "pass": kind, "microseconds": round(total, 2), "kernels": kernels})
-                print(
-                    f"{name:20s} {kind:9s} {total:9.1f}", *(f"{k[:28]} {t:.1f}" for k, t in found), sep="  ", flush=True
-                )
+                launched = [{"kernel": kernel[:80], "microseconds": round(time, 2)} for kernel, time in found]
+                rows.append({"case": name, "pass": kind, "microseconds": round(total, 2), "kernels": launched})
+                told = (f"{kernel[:28]} {time:.1f}" for kernel, time in found)
+                print(f"{name:20s} {kind:9s} {total:9.1f}", *told, sep="  ", flush=True)
         except Exception as error:  # the other cases still are worth their time
-            print(f"{name:20s} failed: {type(error).__name__}: {error}".splitlines()[0], flush=True)
-            rows.append({"case": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
-        timing.write_json(Path(file), {"schema": 1, "machine": timing.describe_machine(device), "rows": rows})
-
-
-def _differentiable(workload: Workload, inputs: workloads.Inputs) -> torch.Tensor:
-    import kernels
-
-    return getattr(kernels, workload.operator)(**inputs, **workload.options)
+            rows.append({"case": name, "failed": one_line(error)})
+            print(f"{name:20s} failed: {one_line(error)}", flush=True)
+        write_json(Path(file), {"schema": 1, "machine": timing.describe_machine(device), "rows": rows})
 
 
 if __name__ == "__main__":

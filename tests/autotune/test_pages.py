@@ -1,137 +1,87 @@
-"""What the pages show of a GPU, from a small folder of results whose numbers are easy to follow."""
+"""What the pages show: the committed numbers, and those of a small folder of results that are easy to follow."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from autotune import kernel_tables, measured, measured_figures, report
+from autotune import pages, report
+from autotune.figures import PUBLISHED, _predicted, count_model, sections, updated
 
-MACHINE = {
-    "device": "NVIDIA H200",
-    "device_type": "cuda",
-    "driver": "580.1",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
-    "commit": "0123456789abcdef",
-    "date": "2030-01-02T03:04:05+00:00",
-}
-
-
-def times(**milliseconds):
-    return {name: {"p50_ms": value} for name, value in milliseconds.items()}
+ROOT = Path(__file__).parents[2]
+MACHINE = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
+MACHINE |= {"commit": "0123456789abcdef", "date": "2030-01-02T03:04:05+00:00"}
 
 
 def operator_row(kind, contenders, graph=None, **changes):
     """A row of na2d_av at 14², whose floor is 10 µs."""
     compared = graph or contenders
     ours = compared["ours"]
-    row = {
-        "name": "na2d_av M 14",
-        "operator": "na2d_av",
-        "model": "M",
-        "shape": "8×16@14² K=13",
-        "batch": 128,
-        "pass": kind,
-        "status": "ok",
-        "contenders": times(**contenders),
-        "floor": {"ms": 0.01, "fraction": 0.01 / ours},
-        "speed_up": {name: time / ours for name, time in compared.items() if name != "ours"},
-    }
-    return row | ({"graph": times(**graph)} if graph else {}) | changes
+    row = {"name": "na2d_av M 14", "operator": "na2d_av", "model": "M", "shape": "8×16@14² K=13", "batch": 128}
+    row |= {"pass": kind, "status": "ok", "floor": {"ms": 0.01, "fraction": 0.01 / ours}}
+    row["speed_up"] = {name: time / ours for name, time in compared.items() if name != "ours"}
+    for field, times in {"contenders": contenders, "graph": graph}.items():
+        row |= {field: {name: {"p50_ms": time} for name, time in times.items()}} if times else {}
+    return row | changes
+
+
+def model_row(**paths):
+    contenders = {name: {"images_per_second": speed, "peak_bytes": peak} for name, (speed, peak) in paths.items()}
+    row = {"name": "net", "size": [224, 192], "batch": 64, "pass": "inference", "status": "ok"}
+    return row | {"contenders": contenders, "speed_up": {"naive": 3.0008}}
+
+
+def counter_row(time, share):
+    row = {"case": "av.14", "pass": "forward", "kernel": "_mix_kernel", "microseconds": time, "registers": 254}
+    row |= {"warps_per_scheduler": 1.9, "occupancy_percent": 11.9, "issue_slots_percent": share}
+    return row | {"l1_percent": 40.0, "l2_percent": 30.0, "dram_percent": 10.0}
+
+
+def host(*microseconds):
+    return dict(zip(("direct", "configured", "tuned", "operator"), microseconds, strict=True))
 
 
 SKIPPED = {"name": "x", "operator": "depthwise_conv2d", "pass": "forward", "status": "skipped", "message": "late"}
+THEIRS = {"void at::native::reduce_kernel": 7.0, "sm80_xmma_gemm_kernel": 2.0, "nvjet_sm90_tst_kernel": 3.0}
 LAUNCHED = {
     "forward": {"_mix_kernel": 40.0},
-    "backward": {
-        "_correlate_kernel": 60.0,
-        "void at::native::reduce_kernel": 7.0,
-        "sm80_xmma_gemm_kernel": 2.0,
-        "nvjet_sm90_tst_kernel": 3.0,
-        "Memset (Device)": 1.0,
-    },
+    "backward": {"_correlate_kernel": 60.0, **THEIRS, "Memset (Device)": 1.0},
 }
+TIMES = {"copy_bytes_per_second": 4.2e12, "bf16_operations_per_second": 680e12, "fp32_operations_per_second": 51e12}
+OPERATORS = [
+    operator_row("forward", {"ours": 0.3, "naive": 5.0}, {"ours": 0.05, "naive": 4.0, "compiled": 0.5}),
+    operator_row("forward+backward", {"ours": 2.0, "naive": 16.0, "compiled": 1.0}),
+    SKIPPED,
+]
+KERNELS = [
+    {"case": case, "pass": kind, "kernels": [{"kernel": name, "microseconds": time} for name, time in found.items()]}
+    for case in ("av.14", "qk.14")
+    for kind, found in LAUNCHED.items()
+]
 RECORDS = {
-    "environment.json": {
-        "machine": MACHINE,
-        "ceilings": {
-            "copy_bytes_per_second": 4.2e12,
-            "bf16_operations_per_second": 680e12,
-            "fp32_operations_per_second": 51e12,
-        },
-        "launch_microseconds": {"direct": 20.0, "configured": 40.0, "tuned": 45.0, "operator": 90.0},
-    },
-    "bench.json": {
-        "machine": MACHINE,
-        "rows": [
-            operator_row("forward", {"ours": 0.3, "naive": 5.0}, {"ours": 0.05, "naive": 4.0, "compiled": 0.5}),
-            operator_row("forward+backward", {"ours": 2.0, "naive": 16.0, "compiled": 1.0}),
-            SKIPPED,
-        ],
-    },
+    "environment.json": {"machine": MACHINE, "ceilings": TIMES, "launch_microseconds": host(20.0, 40.0, 45.0, 90.0)},
+    "bench.json": {"machine": MACHINE, "rows": OPERATORS},
     "models.json": {
         "rows": [
-            {
-                "name": "net",
-                "size": [224, 192],
-                "batch": 64,
-                "pass": "inference",
-                "status": "ok",
-                "contenders": {
-                    "ours": {"images_per_second": 1500.4, "peak_bytes": 100},
-                    "naive": {"images_per_second": 500.0, "peak_bytes": 250},
-                },
-                "speed_up": {"naive": 3.0008},
-            },
+            model_row(ours=(1500.4, 100), naive=(500.0, 250)),
             {"name": "net", "pass": "training", "status": "skipped"},
         ]
     },
     "tests.json": {"complete": False, "counts": {"passed": 7, "failed": 1, "skipped": 2}, "failures": ["a"]},
-    "kernels.json": {
-        "rows": [
-            {
-                "case": case,
-                "pass": kind,
-                "kernels": [{"kernel": name, "microseconds": time} for name, time in found.items()],
-            }
-            for case in ("av.14", "qk.14")
-            for kind, found in LAUNCHED.items()
-        ]
-        + [{"case": "contmix.7", "failed": "out of memory"}]
-    },
+    "kernels.json": {"rows": [*KERNELS, {"case": "contmix.7", "failed": "out of memory"}]},
     "ncu.json": {
         "machine": MACHINE | {"date": "2030-01-01T01:02:03+00:00"},
-        "launch_microseconds": {"direct": 10.0, "configured": 20.0, "tuned": 25.0, "operator": 70.0},
-        "rows": [
-            {
-                "case": "av.14",
-                "pass": "forward",
-                "kernel": "_mix_kernel",
-                "microseconds": time,
-                "registers": 254,
-                "warps_per_scheduler": 1.9,
-                "occupancy_percent": 11.9,
-                "issue_slots_percent": share,
-                "l1_percent": 40.0,
-                "l2_percent": 30.0,
-                "dram_percent": 10.0,
-            }
-            for time, share in ((39.0, 55.0), (41.0, 60.0))
-        ],
+        "launch_microseconds": host(10.0, 20.0, 25.0, 70.0),
+        "rows": [counter_row(39.0, 55.0), counter_row(41.0, 60.0)],
     },
 }
+PREDICTED_ROW = {"case": "av.14", "launches": 1, "floor_microseconds": 10.0, "bound_by": "mix_kernel: issue"}
 PREDICTED = {
     "triton": "3.7.1",
     "rows": [
-        {
-            "case": "av.14",
-            "pass": kind,
-            "launches": 1,
-            "floor_microseconds": 10.0,
-            "microseconds": time,
-            "bound_by": "mix_kernel: issue",
-        }
-        for kind, time in (("forward", 20.0), ("backward", 50.0))
+        PREDICTED_ROW | {"pass": kind, "microseconds": time} for kind, time in (("forward", 20.0), ("backward", 50.0))
     ],
 }
 
@@ -145,25 +95,68 @@ def folder(tmp_path):
     cpu = tmp_path / "cpu" / "environment.json"
     cpu.parent.mkdir()
     cpu.write_text(json.dumps({"machine": {"device_type": "cpu"}}))
-    (found,) = measured.folders(tmp_path)
+    (found,) = pages.folders(tmp_path)
     return found
 
 
+def test_the_pages_are_up_to_date():
+    for page, content in sections(ROOT / "notebooks" / "results").items():
+        text = page.read_text()
+        assert updated(text, content) == text, f"{page}: run `make figures`"
+
+
+def shown_numbers(figure):
+    """What a figure of the pages was drawn from."""
+    if figure.name == "predicted.png":
+        predicted = _predicted(ROOT / "notebooks" / "results")[0]
+        return {"measured": json.loads(figure.with_name("kernels.json").read_text()), "predicted": predicted}
+    return json.loads(figure.with_name("bench.json" if figure.name == "operators.png" else "profile.json").read_text())
+
+
+def test_every_figure_of_the_pages_shows_the_committed_numbers():
+    drawn = 0
+    for page in (ROOT / "README.md", ROOT / "notebooks" / "results" / "README.md"):
+        for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            path = page.parent / figure
+            if path.name == "windows.png":  # shows no numbers
+                assert path.exists()
+                continue
+            with Image.open(path) as picture:
+                assert picture.info["Source"] == report.fingerprint(shown_numbers(path)), (
+                    f"{figure}: run `make figures`"
+                )
+            drawn += 1
+    assert drawn >= 5
+
+
+def test_a_missing_marker_is_an_error():
+    with pytest.raises(ValueError, match="section 'models' once, found 0 times"):
+        updated("no markers", {"models": "table"})
+
+
+@pytest.mark.parametrize("name", ["rednet26", "overlock_xt_reparam", "volo_d1"])
+def test_counts_are_near_the_published_ones(name):
+    parameters, operations = PUBLISHED[name]
+    counted = count_model(name)
+    assert counted["parameters_m"] == pytest.approx(parameters, rel=0.03)
+    assert counted["multiply_adds_g"] == pytest.approx(operations, rel=0.05)
+
+
 def test_a_row_shows_the_gpus_time_where_it_was_captured_and_compares_like_with_like(folder):
-    text = measured.sections([folder])["gpu operators"]
+    text = pages.sections([folder], [], [])["gpu operators"]
     assert "| forward | 50.0 | 40.0 | 300 | 10.0 | 20% | 4,000 (80.0×) | 500 (10.0×) | – |" in text
     assert "| forward+backward | – | 113 | 2,000 | 10.0 | 0.50% | 16,000 (8.00×) | 1,000 (0.50×) | – |" in text
     assert "skipped" not in text
 
 
 def test_calls_that_wait_for_the_host_are_named(folder):
-    text = measured.sections([folder])["gpu operators"]
+    text = pages.sections([folder], [], [])["gpu operators"]
     for kind in ("forward", "forward+backward"):
         assert f"The host bounds 1 of 1 eager {kind} calls" in text
     assert text.count(": `na2d_av` 8×16@14² K=13.") == 2
     busy = operator_row("forward", {"ours": 0.09, "naive": 5.0}, {"ours": 0.05, "naive": 4.0})
-    folder.operators["rows"] = [busy]
-    assert "The host bounds" not in measured.sections([folder])["gpu operators"]
+    folder.operators = [busy]
+    assert "The host bounds" not in pages.sections([folder], [], [])["gpu operators"]
 
 
 def test_only_a_batch_of_128_has_the_kernels_times_beside_it(folder):
@@ -173,7 +166,7 @@ def test_only_a_batch_of_128_has_the_kernels_times_beside_it(folder):
 
 
 def test_the_machine_and_what_was_not_reached_are_told(folder):
-    text = measured.sections([folder])["gpu"]
+    text = pages.sections([folder], [], [])["gpu"]
     assert "**NVIDIA H200**, driver 580.1, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2030-01-02" in text
     assert "a copy moves 4.20 TB/s, a bfloat16 matrix product reaches 680 TFLOP/s and float32 arithmetic 51.0" in text
     assert "2 of 3 rows of operators and 1 of 2 rows of models" in text
@@ -182,7 +175,7 @@ def test_the_machine_and_what_was_not_reached_are_told(folder):
 
 
 def test_models_and_the_hosts_time(folder):
-    sections = measured.sections([folder])
+    sections = pages.sections([folder], [], [])
     assert "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 3.00× | 2.50× |" in sections["gpu models"]
     assert "training" not in sections["gpu models"]
     assert sections["gpu host"].splitlines()[2:] == [
@@ -192,7 +185,7 @@ def test_models_and_the_hosts_time(folder):
 
 
 def test_the_readmes_table_and_where_ours_loses(folder):
-    text = measured.readme([folder])
+    text = pages.readme([folder])
     assert "| `na2d_av` | M 8×16@14² K=13 | 50.0 | 80.0× | 10.0× | 2.00 | 8.00× | 0.50× |" in text
     assert "At 1 of 1 shapes the eager forward+backward call is slower than the compiled form" in text
     assert "Over all 2 rows that there was time for (of 3)" in text
@@ -201,7 +194,7 @@ def test_the_readmes_table_and_where_ours_loses(folder):
 
 
 def test_predictions_stand_beside_our_kernels_and_everything(folder):
-    sections = kernel_tables.sections([folder], [PREDICTED], [])
+    sections = pages.sections([folder], [PREDICTED], [])
     lines = sections["predicted"].splitlines()
     assert lines[0].startswith(
         "Our kernels take 1.20 to 2.00 times as long as predicted, 1.60 times in the median; 1 of"
@@ -214,13 +207,13 @@ def test_predictions_stand_beside_our_kernels_and_everything(folder):
 
 
 def test_predictions_stand_alone_where_nothing_was_measured():
-    sections = kernel_tables.sections([], [PREDICTED], [])
+    sections = pages.sections([], [PREDICTED], [])
     assert "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | – | – | – |" in sections["predicted"]
     assert "times as long" not in sections["predicted"]
 
 
 def test_counters_show_the_longest_launch(folder):
-    text = kernel_tables.sections([folder], [], [])["gpu counters"]
+    text = pages.sections([folder], [], [])["gpu counters"]
     assert text.count("| av.14 |") == 1
     assert "| av.14 | forward | mix | 41.0 | 254 | 1.9 | 12% | 60% | 40% | 30% | 10% |" in text
     assert "with at least 200 registers per thread have 1.9 warps per scheduler" in text
@@ -239,7 +232,7 @@ def test_tuned_configs_beside_the_heuristics():
             "mix rows=7 dtype=bfloat16": entry(0.04, 0.02),
         },
     }
-    text = kernel_tables.sections([], [], [record])["tuned"]
+    text = pages.sections([], [], [record])["tuned"]
     assert (
         "G: 3 problems; tuning gains 1.50× in the median and 2.00× at most, and keeps the heuristic's config in 1."
         in text
@@ -249,7 +242,7 @@ def test_tuned_configs_beside_the_heuristics():
 
 
 def test_figures_show_every_contender_and_name_their_numbers(folder):
-    drawn = measured_figures.figures(folder, [PREDICTED])
+    drawn = pages.figures(folder, [PREDICTED])
     assert set(drawn) == {"operators.png", "predicted.png"}
     figure, source = drawn["operators.png"]
     assert source == report.fingerprint(RECORDS["bench.json"])
@@ -262,6 +255,6 @@ def test_figures_show_every_contender_and_name_their_numbers(folder):
 
 
 def test_there_is_no_figure_of_what_was_not_measured(folder):
-    folder.operators["rows"] = [SKIPPED]
+    folder.operators = [SKIPPED]
     folder.launched.clear()
-    assert measured_figures.figures(folder, [PREDICTED]) == {}
+    assert pages.figures(folder, [PREDICTED]) == {}

@@ -1,13 +1,20 @@
-"""The picture at the top of the README: which inputs an output sums, and where the weights of the sum come from."""
+"""The picture at the top of the README: which inputs an output sums, and where the weights of the sum come from.
+
+    python notebooks/results/windows.py
+
+from the repository's root writes windows.png beside this file. It shows no measurement, so nothing else draws it again.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-__all__ = ["windows_figure"]
+from autotune import plots
 
 SIDE, KERNEL = 11, 5
 OUTPUTS = {(7, 8): "#0072b2", (0, 1): "#d55e00"}  # one inside the map, one near its corner
@@ -62,3 +69,7 @@ def windows_figure() -> Figure:
         axis.text(SIDE / 2, SIDE + 0.4, f"weights: {source}", ha="center", va="top", fontsize=13)
         axis.text(SIDE / 2, SIDE + 2.3, rule, ha="center", va="top", fontsize=11, color="#555555")
     return figure
+
+
+if __name__ == "__main__":
+    plots.save(windows_figure(), Path(__file__).with_name("windows.png"))

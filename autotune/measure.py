@@ -1,0 +1,141 @@
+"""Contenders that compute the same: each is checked before it is timed, then they take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from autotune import timing
+from autotune.timing import Timing
+
+Call = Callable[[], list[Tensor]]
+
+
+class DisagreementError(Exception):
+    """Two contenders computed different things."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, for a cell of a table: a disagreement speaks for itself, others with their type."""
+    text = str(error) if isinstance(error, DisagreementError) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How everything in one run is measured.
+
+    ``backend`` is our path's; ``seconds`` are spent on timing each case, but every contender runs ``min_runs`` times.
+    ``thorough``: everything that can stand in for ours takes part, not only the naive path, and short calls are timed
+    in CUDA graphs too. ``compiler`` is torch.compile's backend, None to leave compiling out. ``compile_only`` runs what
+    is compiled once, which fills the caches on disk. ``ceilings`` are those of ``ceilings.measure_ceilings``, or the
+    copy's alone.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: str = "auto"
+    seconds: float = 1.0
+    min_runs: int = 5
+    thorough: bool = False
+    compiler: str | None = None
+    compile_only: bool = False
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+
+def on_backend(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` as a function that runs on ``backend``, whichever is selected otherwise."""
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        with kernels.use_backend(backend):
+            return call(*arguments, **options)
+
+    return wrapped
+
+
+def largest_error(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest ‖out − expected‖ / ‖expected‖ among pairs of tensors, NaN where one has a NaN."""
+    errors = [timing.relative_error(out, want) for out, want in zip(outputs, expected, strict=True)]
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def check(error: float, tolerance: float, what: str) -> dict[str, float]:
+    """The two numbers for the record; DisagreementError where the error is beyond its bound, or NaN."""
+    if not error <= tolerance:
+        raise DisagreementError(f"{what}: relative error {error:.1e} against the naive path, allowed {tolerance:.1e}")
+    return {"relative_error": error, "tolerance": tolerance}
+
+
+def leave_out(calls: dict[str, Call], expected: list[Tensor], tolerance: float, what: str) -> dict[str, str]:
+    """Take those but ``ours`` out of ``calls`` that fail or compute something else: name -> reason."""
+    reasons = {}
+    for name in [name for name in calls if name != "ours"]:
+        try:
+            check(largest_error(calls[name](), expected), tolerance, what)
+        except Exception as error:  # out of memory, a compiler that gives up: one contender less
+            reasons[name] = one_line(error)
+            del calls[name]
+    return reasons
+
+
+def time_and_memory(
+    calls: Mapping[str, Callable[[], object]], settings: Settings, measure: Callable[..., Any] = timing.measure
+) -> dict[str, dict[str, Any]]:
+    """Percentiles and runs of each call as ``measure`` takes them, and its ``peak_bytes``."""
+    peaks = {name: timing.peak_memory(call, settings.device) for name, call in calls.items()}
+    times = measure(calls, settings.device, seconds=settings.seconds, min_runs=settings.min_runs)
+    return {name: asdict(found) | {"peak_bytes": peaks[name]} for name, found in times.items()}
+
+
+def ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How many times as long as ours the others take."""
+    return {name: times["p50_ms"] / found["ours"]["p50_ms"] for name, times in found.items() if name != "ours"}
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, min_runs: int
+) -> dict[str, Timing]:
+    """As ``timing.measure``, for calls so long that what the L2 cache holds before them does not matter.
+
+    On a GPU a run of each follows the other in the stream, between device events.
+    """
+    if device.type != "cuda":
+        return timing.measure(calls, device, seconds=seconds, min_runs=min_runs)
+    durations = [_event_milliseconds([call])[0] for call in calls.values()]
+    runs = max(min_runs, min(50, int(1000 * seconds / sum(durations))))
+    samples = _event_milliseconds([*calls.values()] * runs)
+    return {name: Timing.of(samples[index :: len(calls)]) for index, name in enumerate(calls)}
+
+
+def _event_milliseconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Device time of each call, one after another."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    marks[0].record()
+    for call, mark in zip(calls, marks[1:], strict=True):
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+
+
+def graphs(calls: Mapping[str, Call]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each call as the replay of a CUDA graph; without those that cannot be captured."""
+    for name, call in calls.items():
+        graph = torch.cuda.CUDAGraph()
+        with contextlib.suppress(RuntimeError):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # allocations and lazy set-up belong before a capture
+                call()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                call()
+            yield name, graph.replay

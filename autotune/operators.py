@@ -1,0 +1,180 @@
+"""An operator against its alternatives: the definition, which unfolds, the same compiled, and the hardware's limit.
+
+It is held against its definition in float32 (float64 in float64), so that the bound is on our rounding alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+from autotune import timing, workloads
+from autotune.cases import Case
+from autotune.measure import (
+    Call,
+    Settings,
+    check,
+    graphs,
+    largest_error,
+    leave_out,
+    on_backend,
+    ratios,
+    time_and_memory,
+)
+from autotune.workloads import Inputs, Workload
+from kernels import tolerances
+
+PASSES = ("forward", "forward+backward")
+GRAPH_BELOW_MS = 1.0  # a call shorter than this may be bound by its launches, and is timed in a CUDA graph as well
+
+
+def contmix_chain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    rpb: Sequence[Tensor],
+    kernel_sizes: Sequence[int],
+) -> Tensor:
+    """contmix2d as a chain: affinity, projection, then ``na2d_softmax_av`` of each kernel size; all of it is stored."""
+    affinity = torch.einsum("bgchw,bgcl->bghwl", query, key)
+    logits = F.linear(affinity, proj_weight, proj_bias).split([size**2 for size in kernel_sizes], -1)
+    mixed = [
+        kernels.na2d_softmax_av(part, value[:, m].movedim(2, -1), size, rpb=rpb[m]).movedim(-1, 2)
+        for m, (part, size) in enumerate(zip(logits, kernel_sizes, strict=True))
+    ]
+    return torch.stack(mixed, 1)
+
+
+def span_and_involution(
+    x: Tensor, features: Tensor, weight: Tensor, bias: Tensor, kernel_size: int, groups: int
+) -> Tensor:
+    """involution2d_generate as a chain: the span convolution, then ``involution2d``."""
+    kernel = F.conv2d(features, weight[:, :, None, None], bias).unflatten(1, (groups, kernel_size, kernel_size))
+    return kernels.involution2d(x, kernel)
+
+
+# Fused operators, and the chain on our own kernels that each replaces.
+UNFUSED: dict[str, Callable[..., Tensor]] = {"contmix2d": contmix_chain, "involution2d_generate": span_and_involution}
+
+
+def naive_bytes(workload: Workload, dtype: torch.dtype, *, backward: bool) -> int:
+    """Estimate of what the naive path allocates: the unfolded neighbourhoods and their product with the kernel.
+
+    Both have an entry for every multiply-add, but outlook attention's, whose K² weights a source share one neighbour.
+    A backward pass keeps them and adds their gradients. The reference in float32 and its inputs come on top.
+    """
+    if workload.operator == "depthwise_conv2d":
+        entries = 0
+    else:
+        weights = workload.options["kernel_size"] ** 2 if workload.operator == "outlook_attention2d" else 1
+        entries = workload.multiply_adds // weights
+    working = 2 * entries * (2 if backward else 1)
+    return max(dtype.itemsize, 4) * working + 2 * workload.floor_bytes(torch.float32, backward=backward)
+
+
+def too_large(workload: Workload, settings: Settings, *, backward: bool) -> str | None:
+    """Why the naive path does not fit in the GPU's memory, or None."""
+    if settings.device.type != "cuda":
+        return None
+    needed = naive_bytes(workload, settings.dtype, backward=backward)
+    free = torch.cuda.mem_get_info(settings.device)[0]
+    free += torch.cuda.memory_reserved(settings.device) - torch.cuda.memory_allocated(settings.device)
+    return None if needed < free else f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+
+
+def contenders(workload: Workload, inputs: Inputs, gradient: Tensor | None, settings: Settings) -> dict[str, Call]:
+    """Ours first, then what it is compared with: calls that return the output (and gradients)."""
+    options = dict(workload.options)
+    definition: Callable[..., Tensor] = functools.partial(getattr(kernels.reference, workload.operator), **options)
+
+    def call(function: Callable[..., Tensor] | None, inputs: Inputs = inputs) -> Call:
+        return functools.partial(workload.run, inputs, gradient, function)
+
+    calls = {"ours": on_backend(settings.backend, call(None)), "naive": call(definition)}
+    if settings.thorough:
+        if workload.operator == "depthwise_conv2d":  # PyTorch's convolution in its other memory layout
+            x = inputs["x"].detach().contiguous().requires_grad_()
+            calls["channels_first"] = call(definition, {**inputs, "x": x})
+        if workload.operator in UNFUSED:
+            chain = functools.partial(UNFUSED[workload.operator], **options)
+            calls["unfused"] = call(on_backend(settings.backend, chain))
+    if settings.compiler is not None:
+
+        def compiled_definition(**inputs: Any) -> Tensor:
+            return definition(**inputs)
+
+        calls["compiled"] = call(torch.compile(compiled_definition, dynamic=False, backend=settings.compiler))
+    return calls
+
+
+def measure_operator(workload: Workload, settings: Settings, *, backward: bool = False) -> dict[str, Any]:
+    """Check every contender, then time it. A contender that cannot run, or disagrees, is left out with the reason.
+
+    Where the definition does not fit in the GPU's memory, ours is held against the eager path, in float32 as well.
+
+    Raises:
+        DisagreementError: our output or a gradient is not that of the definition; nothing was timed then.
+    """
+    inputs = workload.draw_inputs(settings.dtype, settings.device)
+    gradient = workload.draw_gradient(settings.dtype, settings.device) if backward else None
+    calls = contenders(workload, inputs, gradient, settings)
+    left_out, against, reason = {}, "reference", too_large(workload, settings, backward=backward)
+    if reason is not None:
+        against, left_out = "eager", {name: reason for name in ("naive", "compiled") if calls.pop(name, None)}
+    if settings.compile_only:
+        if "compiled" in calls:
+            calls["compiled"]()
+        return {}
+    exact = None if gradient is None else gradient.to(torch.promote_types(settings.dtype, torch.float32))
+    expected = on_backend(against, workload.run)(workloads.upcast(inputs), exact)
+    tolerance, what = tolerances.GRADIENT[settings.dtype], "output and gradients" if backward else "output"
+    agreement = check(largest_error(calls["ours"](), expected), tolerance, what)
+    left_out |= leave_out(calls, expected, tolerances.CHAIN * tolerance, what)
+    del expected
+    row: dict[str, Any] = {"against": against, **agreement, "left_out": left_out}
+    row["contenders"] = found = time_and_memory(calls, settings)
+    if settings.thorough and settings.device.type == "cuda" and found["ours"]["p50_ms"] < GRAPH_BELOW_MS:
+        replays = dict(graphs(calls))
+        if "ours" in replays:
+            timed = timing.measure(replays, settings.device, seconds=settings.seconds, min_runs=settings.min_runs)
+            row["graph"] = found = {name: asdict(times) for name, times in timed.items()}
+    floor = _floor(workload, settings, backward)
+    row["floor"] = floor | {"fraction": floor["ms"] / found["ours"]["p50_ms"]}
+    return row | {"speed_up": ratios(found)}
+
+
+def operator_cases(
+    found: Sequence[Workload],
+    settings: Settings,
+    passes: Sequence[str],
+    finish: Callable[..., Any] = lambda found: found,
+) -> list[Case]:
+    """A row for each workload and pass; ``finish`` makes it of what was measured."""
+
+    def case(workload: Workload, kind: str) -> Case:
+        facts = {"kind": "operator", **workload.facts, "batch": workload.output[0], "pass": kind}
+        return Case(facts, lambda: finish(measure_operator(workload, settings, backward=kind == PASSES[1])))
+
+    return [case(workload, kind) for workload in found for kind in passes]
+
+
+def _floor(workload: Workload, settings: Settings, backward: bool) -> dict[str, Any]:
+    """The least time: every input and output moved once at a copy's speed, or the arithmetic where it takes longer."""
+    moved, operations = workload.floor_bytes(settings.dtype, backward=backward), workload.operations(backward=backward)
+    memory_ms = 1000 * moved / settings.ceilings["copy_bytes_per_second"]
+    floor = {"bytes": moved, "operations": operations, "memory_ms": memory_ms, "ms": memory_ms}
+    rates = {name: settings.ceilings.get(f"{name}_operations_per_second") for name in ("bf16", "fp32")}
+    if rates["bf16"] and rates["fp32"]:
+        operations_ms = 1000 * operations / max(rates["bf16"], rates["fp32"])  # on whichever unit is the fastest
+        floor |= {"operations_ms": operations_ms, "fp32_operations_ms": 1000 * operations / rates["fp32"]}
+        floor["ms"] = max(memory_ms, operations_ms)
+    return floor

@@ -1,0 +1,314 @@
+"""What the pages show of a GPU's folder of notebooks/results: tables, sentences and figures from its files alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from autotune import plots, report
+from autotune.operators import PASSES
+from autotune.results import (
+    OTHERS,
+    Folder,
+    ceilings_told,
+    gpu_milliseconds,
+    listed,
+    microseconds,
+    models_table,
+    operators_table,
+)
+from autotune.tables import Table, number, times
+
+Row = dict[str, Any]
+HOST_BOUND = 2.0  # a call that takes this many times as long as its work on the GPU waits for the host
+PREDICTED_FOR = "NVIDIA_H200"
+TELLING = 20.0  # microseconds from which a kernel's counters say more of the kernel than of its start
+MANY, FEW = 200, 100  # registers per thread
+
+
+def folders(results: Path) -> list[Folder]:
+    """Of the GPUs that were measured."""
+    found = [Folder(path.parent) for path in sorted(results.glob("*/environment.json"))]
+    return [folder for folder in found if folder.environment["machine"]["device_type"] == "cuda"]
+
+
+# ---- what was measured where, operators, models
+
+
+def _machine(folder: Folder) -> Iterator[str]:
+    machine, ceilings = folder.environment["machine"], folder.environment["ceilings"]
+    yield (
+        f"**{machine['device']}**, driver {machine['driver']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"commit {machine['commit'][:12]}, {machine['date'][:10]}. On it {ceilings_told(ceilings)}"
+    )
+
+
+def _reached(folder: Folder) -> Iterator[str]:
+    """What there was time for."""
+    parts = [
+        f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows of {what}"
+        for what, rows in (("operators", folder.operators), ("models", folder.models))
+    ]
+    missing = folder.unreached()
+    yield f"The run measured {listed(parts)}" + (
+        f"; it had no time to compare {missing} with anything." if missing else "."
+    )
+    if folder.tests:
+        counts = folder.tests["counts"]
+        told = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped") if name in counts)
+        yield f"Of the tests {told}{'' if folder.tests['complete'] else ' before their time was over'}."
+    summary = f"{folder.path.name}/summary.md"
+    yield f"[{summary}]({summary}) names every row and test that was skipped or failed."
+
+
+def _host_bound(folder: Folder) -> Iterator[str]:
+    """Which calls wait for the host rather than for the GPU."""
+    for kind in PASSES:
+        rows, found = folder.timed(kind), dict[str, list[str]]()
+        for row in rows:
+            device = 1000 * row["graph"]["ours"]["p50_ms"] if "graph" in row else folder.beside(row)
+            if device and 1000 * row["contenders"]["ours"]["p50_ms"] >= HOST_BOUND * device:
+                found.setdefault(f"`{row['operator']}`", []).append(row["shape"])
+        if found:
+            told = "; ".join(f"{operator} {listed(shapes)}" for operator, shapes in found.items())
+            yield (
+                f"The host bounds {sum(map(len, found.values()))} of {len(rows)} eager {kind} calls, which take at "
+                f"least {HOST_BOUND:g} times as long as their work on the GPU: {told}."
+            )
+
+
+def _host_table(folder: Folder) -> Iterator[str]:
+    """Of every run that timed a launch."""
+    rows = []
+    for record in (folder.counters, folder.environment):
+        if found := record.get("launch_microseconds"):
+            columns = [f"{found[name]:.0f}" for name in ("direct", "configured", "tuned", "operator")]
+            rows.append([record["machine"]["date"][:16].replace("T", " "), *columns])
+    headings = ["run", "Triton's own launch", "our launcher, config given", "config looked up", "operator's call"]
+    yield Table(headings, rows).markdown()
+
+
+# ---- the README
+
+
+def _readme(folder: Folder) -> Iterator[str]:
+    """The first shape of each operator, which has its largest map; the range over all; each model."""
+    first: dict[str, Row] = {}
+    for row in folder.timed(PASSES[0]):
+        first.setdefault(row["operator"], row)
+    rows = []
+    for row in first.values():
+        both = next((r for r in folder.timed(PASSES[1]) if r["name"] == row["name"]), {})
+        forward, backward = ([times(r.get("speed_up", {}).get(n)) for n in OTHERS[:2]] for r in (row, both))
+        call = number(both["contenders"]["ours"]["p50_ms"] if both else None)
+        where = [f"`{row['operator']}`", f"{row['model']} {row['shape']}"]
+        rows.append([*where, microseconds(gpu_milliseconds(row, "ours")), *forward, call, *backward])
+    headings = ["operator", "shape", "forward, GPU, µs", "naive", "compiled", "forward+backward, call, ms"]
+    yield Table([*headings, "naive", "compiled"], rows, 2).markdown()
+    machine = folder.environment["machine"]
+    versions = f"torch {machine['torch']}, triton {machine['triton']}, {machine['date'][:10]}"
+    yield (
+        f"\n*{machine['device']}, {versions}; bfloat16, batch 128: "
+        "each operator's largest map. naive, compiled: how many times as long the form that unfolds takes, eagerly and "
+        "compiled by PyTorch.*\n"
+    )
+    ranges = []
+    for kind in PASSES:
+        ratios = {n: [r["speed_up"][n] for r in folder.timed(kind) if n in r["speed_up"]] for n in OTHERS[:2]}
+        told = [f"{number(min(v))} to {number(max(v))} times ({name})" for name, v in ratios.items() if v]
+        ranges += [f"{kind} {listed(told)}"] if told else []
+    all_rows = len(folder.operators)
+    yield f"Over all {len(folder.timed())} rows that there was time for (of {all_rows}): {', '.join(ranges)}."
+    if missing := folder.unreached():
+        yield f"There was no time to compare {missing} with anything."
+    both = folder.timed(PASSES[1])
+    if slower := [row for row in both if row["speed_up"].get("compiled", 1) < 1]:
+        yield (
+            f"At {len(slower)} of {len(both)} shapes the eager forward+backward call is slower than the compiled form: "
+            "the host takes longer to launch the kernels than the GPU to run them."
+        )
+    for row in (row for row in folder.models if row["status"] == "ok"):
+        ours, naive = (row["contenders"][name]["images_per_second"] for name in ("ours", "naive"))
+        yield (
+            f"`{row['name']}`, {row['pass']} at batch {row['batch']}: {ours:,.0f} images per second, {naive:,.0f} "
+            f"on the naive path ({times(row['speed_up']['naive'])})."
+        )
+
+
+# ---- single kernels: predicted beside measured, what the GPU counted, tuned configs
+
+
+def _predicted(records: Sequence[Row], folder: Folder | None) -> str:
+    """A line for each case and pass: floor, what is predicted for each Triton, and what was measured."""
+    columns = [{(row["case"], row["pass"]): row["microseconds"] for row in record["rows"]} for record in records]
+    rows, ratios = [], []
+    for row in records[0]["rows"] if records else []:
+        key = row["case"], row["pass"]
+        own, everything = (folder.microseconds(*key, own=own) if folder else None for own in (True, False))
+        if own:
+            ratios.append(own / row["microseconds"])
+        counted = [str(row["launches"]), number(row["floor_microseconds"]), *(number(c.get(key)) for c in columns)]
+        found = [number(own), number(ratios[-1] if own else None), number(everything)]
+        rows.append([*key, row["bound_by"].replace("_kernel", ""), *counted, *found])
+    headings = ["case", "pass", "predicted bound", "launches", "floor, µs"]
+    headings += [f"predicted, Triton {record['triton']}, µs" for record in records]
+    headings += ["measured, our kernels, µs", "measured / predicted", "measured, everything, µs"]
+    table = Table(headings, rows, 3).markdown()
+    if not ratios:
+        return table
+    usual = sum(1.35 <= ratio < 2.05 for ratio in ratios)
+    return (
+        f"Our kernels take {min(ratios):.2f} to {max(ratios):.2f} times as long as predicted, "
+        f"{statistics.median(ratios):.2f} times in the median; {usual} of the {len(ratios)} factors lie between 1.35 "
+        f"and 2.05.\n\n{table}"
+    )
+
+
+def _unpredicted(records: Sequence[Row], folder: Folder) -> str:
+    """A line for each case that was measured and has no prediction."""
+    predicted = {row["case"] for record in records for row in record["rows"]}
+    rows = []
+    for case in dict.fromkeys(case for case, _ in folder.launched if case not in predicted):
+        found = [folder.microseconds(case, k, own=own) for k in ("forward", "backward") for own in (True, False)]
+        rows.append([case, *map(number, found)])
+    headings = ["case", "forward, our kernels, µs", "everything", "backward, our kernels, µs", "everything"]
+    return Table(headings, rows).markdown()
+
+
+def _counters_told(folder: Folder) -> Iterator[str]:
+    """What many registers and few do to the warps that are resident and to the issue slots."""
+    rows = [row for row in folder.counters.get("rows", []) if row["microseconds"] >= TELLING]
+
+    def told(found: Sequence[Row], field: str) -> str:
+        digits = 1 if field == "warps_per_scheduler" else 0
+        ends = dict.fromkeys(f"{choose(row[field] for row in found):.{digits}f}" for choose in (min, max))
+        return " to ".join(ends)
+
+    for limits, words in (((MANY, 256), f"at least {MANY}"), ((0, FEW), f"fewer than {FEW}")):
+        some = [row for row in rows if limits[0] <= row["registers"] < limits[1]]
+        families: dict[str, list[Row]] = {}
+        for row in some:
+            families.setdefault(row["case"].partition(".")[0], []).append(row)
+        if some:
+            issued = ", ".join(f"{told(found, 'issue_slots_percent')} % ({name})" for name, found in families.items())
+            yield (
+                f"Kernels of {TELLING:g} µs and more with {words} registers per thread have "
+                f"{told(some, 'warps_per_scheduler')} warps per scheduler, an occupancy of "
+                f"{told(some, 'occupancy_percent')} %, and issue in {issued} of the cycles."
+            )
+
+
+def _counters_table(folder: Folder) -> Iterator[str]:
+    """The longest launch of each kernel in a case and pass."""
+    longest: dict[tuple[str, ...], Row] = {}
+    for row in folder.counters.get("rows", []):
+        key = row["case"], row["pass"], row["kernel"].strip("_").removesuffix("_kernel")
+        if key not in longest or longest[key]["microseconds"] < row["microseconds"]:
+            longest[key] = row
+    shares = ("occupancy", "issue_slots", "l1", "l2", "dram")
+    rows = [
+        [*key, number(row["microseconds"]), str(row["registers"]), f"{row['warps_per_scheduler']:.1f}",
+         *(f"{row[f'{name}_percent']:.0f}%" for name in shares)]
+        for key, row in longest.items()
+    ]  # fmt: skip
+    headings = ["case", "pass", "kernel", "time, µs", "registers", "warps per scheduler", "occupancy", "issue slots"]
+    yield Table([*headings, "L1", "L2", "DRAM"], rows, 3).markdown()
+
+
+def _tuned(record: Row) -> str:
+    """The shipped configs of a GPU: what the heuristic's choice takes, and the tuned one."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for key in record["entries"]:
+        kernel, *fields = key.split()
+        for field in fields:
+            values.setdefault(kernel, {}).setdefault(field.partition("=")[0], set()).add(field)
+    rows, ratios = [], []
+    for key, entry in record["entries"].items():
+        kernel, *fields = key.split()
+        # What all of a kernel's problems share says nothing; of a single one everything is told.
+        telling = [field for field in fields if len(values[kernel][field.partition("=")[0]]) > 1] or fields
+        config = " ".join(f"{name}={value}" for name, value in entry["config"].items())
+        if heuristic := entry.get("heuristic_milliseconds"):
+            tuned = entry["milliseconds"]
+            ratios.append(heuristic / tuned)
+            found = [microseconds(heuristic), microseconds(tuned), f"{ratios[-1]:.2f}×"]
+            rows.append([f"`{kernel}`", " ".join(telling), config, *found])
+    headings = ["kernel", "problem", "tuned config", "heuristic, µs", "tuned, µs", "speed-up"]
+    table = Table(headings, rows, 3).markdown()
+    if not ratios:
+        return table
+    return (
+        f"{record['gpu']}: {len(ratios)} problems; tuning gains {statistics.median(ratios):.2f}× in the median and "
+        f"{max(ratios):.2f}× at most, and keeps the heuristic's config in {sum(r == 1 for r in ratios)}.\n\n{table}"
+    )
+
+
+# ---- what a page is made of
+
+
+def _joined(measured: Sequence[Folder], *makers: Callable[[Folder], Iterable[str]]) -> str:
+    """What every maker tells of every folder, with an empty line between."""
+    return "\n\n".join("\n".join(make(folder)) for folder in measured for make in makers)
+
+
+def readme(measured: Sequence[Folder]) -> str:
+    return _joined(measured, _readme)
+
+
+def sections(measured: Sequence[Folder], predicted: Sequence[Row], shipped: Sequence[Row]) -> dict[str, str]:
+    """Section of the page of results -> its text."""
+    same = next((folder for folder in measured if folder.path.name == PREDICTED_FOR), None)
+    return {
+        "gpu": _joined(measured, _machine, _reached),
+        "gpu operators": _joined(measured, lambda folder: [operators_table(folder).markdown()], _host_bound),
+        "gpu models": _joined(measured, lambda folder: [models_table(folder).markdown()]),
+        "gpu host": _joined(measured, _host_table),
+        "predicted": _predicted(predicted, same),
+        "gpu kernels": _unpredicted(predicted, same) if same else "",
+        "gpu counters": _joined(measured, _counters_told, _counters_table),
+        "tuned": "\n\n".join(map(_tuned, shipped)),
+    }
+
+
+def figures(folder: Folder, predicted: Sequence[Row]) -> dict[str, tuple[Figure, str]]:
+    """File name -> figure, and the fingerprint of the records that it shows."""
+    drawn: dict[str, tuple[Figure, str]] = {}
+    machine = folder.environment["machine"]
+    device = f"{machine['device']} · bfloat16 · batch 128 · {machine['date'][:10]}"
+    rows = [row for row in folder.timed("forward") if {"ours", "naive"} <= set(row.get("graph", {}))]
+    if rows:
+        order = list(dict.fromkeys(row["operator"] for row in rows))
+        lines = [_comparison(row) for row in sorted(rows, key=lambda row: order.index(row["operator"]))]
+        panels = [("forward, and the gain over the nearest other", "time on the GPU, µs", lines)]
+        figure = plots.comparison_figure(panels, title="Operators on a GPU", device=device)
+        drawn["operators.png"] = figure, report.fingerprint(folder.load("bench.json"))
+    panels = [
+        (kind, "time of our kernels, µs", _beside(folder, predicted[0], kind))
+        for kind in (("forward", "backward") if predicted else ())
+    ]
+    if panels and panels[0][2]:
+        figure = plots.comparison_figure(
+            panels, title="Predicted and measured", ours="predicted", contender="measured", device=device
+        )
+        drawn["predicted.png"] = figure, report.fingerprint({"measured": folder.kernels, "predicted": predicted[0]})
+    return drawn
+
+
+def _comparison(row: Row) -> plots.Comparison:
+    found = {name: 1000 * times["p50_ms"] for name, times in row["graph"].items()}
+    label, floor = f"{row['model']} {row['shape']}", 1000 * row["floor"]["ms"]
+    return plots.Comparison(row["operator"], label, found["ours"], found["naive"], floor, found.get("compiled"))
+
+
+def _beside(folder: Folder, record: Row, kind: str) -> list[plots.Comparison]:
+    lines = []
+    for row in record["rows"]:
+        time = folder.microseconds(row["case"], kind, own=True)
+        if row["pass"] == kind and time:
+            operator, _, shape = row["case"].partition(".")
+            lines.append(plots.Comparison(operator, shape, row["microseconds"], time, floor=row["floor_microseconds"]))
+    return lines
