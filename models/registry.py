@@ -22,8 +22,6 @@ from models.checks import flag
 from models.inference import optimize_for_inference
 from models.metadata import read_metadata
 
-__all__ = ["create_model", "entry_points", "list_models", "register_model"]
-
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 
 _entry_points: dict[str, Callable[..., nn.Module]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kernels.files import atomic_write
-from models.unpickling import read_safely, reason_of
+from models.weight_files import read_safely, reason_of
 
 __all__ = [
     "BEST",
