@@ -38,7 +38,7 @@ from autotune.targets import summary
 from kernels.files import atomic_write
 from kernels.tuning.choose import gpu_name
 from kernels.tuning.store import Store, shipped_folder
-from models.commands.errors import CommandError
+from models.commands.dispatch import CommandError
 
 __all__ = ["Phase", "phases_of", "read_test_log", "run", "run_phases"]
 

@@ -13,8 +13,6 @@ from models._contract import BackboneContract
 from models.checkpoints import load_checkpoint
 from models.registry import entry_points
 
-__all__ = ["register_with_timm"]
-
 SOURCES = ("file", "hf_hub_id", "state_dict", "url")  # entries of a configuration that say where weights are
 
 

@@ -1,10 +1,4 @@
-"""Names of all models, and the one function that builds any of them.
-
-A family registers its entry points by decorating them::
-
-    @register_model
-    def rednet50(pretrained: bool = False, **kwargs) -> RedNet: ...
-"""
+"""Names of all models, and the one function that builds any of them."""
 
 from __future__ import annotations
 
@@ -17,12 +11,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from models.checkpoints import load_checkpoint, local_file
+from models._contract import BackboneContract
+from models.checkpoints import load_checkpoint, load_pretrained, local_file
 from models.checks import flag
 from models.inference import optimize_for_inference
 from models.metadata import read_metadata
 
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
+Model = TypeVar("Model", bound=BackboneContract)
 
 _entry_points: dict[str, Callable[..., nn.Module]] = {}
 
@@ -38,6 +34,31 @@ def register_model(entry_point: EntryPoint) -> EntryPoint:
         raise ValueError(f"register_model: {name!r} is already registered by {_entry_points[name].__module__}")
     _entry_points[name] = entry_point
     return entry_point
+
+
+def variant(
+    family: type[Model],
+    name: str,
+    summary: str,
+    options: dict[str, Any],
+    config: dict[str, Any] | Callable[[Model], dict[str, Any]],
+) -> Callable[..., Model]:
+    """Registers and returns the function ``name(pretrained=False, **kwargs)``: ``family(**options | kwargs)``.
+
+    ``config`` is the model's ``pretrained_cfg``, or makes it of the model; with ``pretrained`` its weights are loaded.
+    """
+
+    def build(pretrained: bool = False, **kwargs: Any) -> Model:
+        flag("pretrained", pretrained)
+        model = family(**{**options, **kwargs})
+        model.pretrained_cfg = dict(config(model) if callable(config) else config)
+        if pretrained:
+            load_pretrained(model, model.pretrained_cfg["url"])
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__, build.__doc__ = family.__module__, summary
+    return register_model(build)
 
 
 def entry_points() -> dict[str, Callable[..., nn.Module]]:

@@ -6,7 +6,7 @@ token labelling and mix-token from arXiv 2104.10858. Entry names are those of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,7 @@ from models.checks import flag, integer, integers, number
 from models.layers import DropPath, OutlookAttention
 from models.layers.basic import to_channels_last
 from models.layers.outlook import check_heads
-from models.registry import register_model
-
-__all__ = ["VOLO", "OutlookAttention", "volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"]
+from models.registry import variant
 
 PATCH_SIZE = 8  # pixels per side of a fine token
 DOWNSAMPLING = 2  # fine tokens per side of a coarse one
@@ -208,14 +206,8 @@ class VOLO(BackboneContract):
         embed_dims, num_heads = integers("embed_dims", embed_dims, 2), integers("num_heads", num_heads, 2)
         fine, dim = embed_dims
         coarse_patch = PATCH_SIZE * DOWNSAMPLING
-        super().__init__(
-            [("network.0", fine, PATCH_SIZE), *((f"network.{i}", dim, coarse_patch) for i in (2, 3, 4))],
-            num_classes=num_classes,
-            in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            features_only=features_only,
-            out_indices=out_indices,
-        )
+        maps = [("network.0", fine, PATCH_SIZE), *((f"network.{i}", dim, coarse_patch) for i in (2, 3, 4))]
+        super().__init__(maps, num_classes, in_chans, drop_path_rate, features_only, out_indices)
         self.img_size = self._checked_size(img_size)
         self.return_dense = flag("return_dense", return_dense)
         self.mix_token = flag("mix_token", mix_token) and self.return_dense
@@ -264,19 +256,6 @@ class VOLO(BackboneContract):
     def _grid(self) -> tuple[int, int]:
         height, width = self.img_size
         return -(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING
-
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
-    ) -> None:
-        """Makes the position embedding for another image size, by resizing it. ``patch_size`` is always 8."""
-        if patch_size not in (None, PATCH_SIZE, (PATCH_SIZE, PATCH_SIZE)):
-            raise ValueError(f"patch_size must be {PATCH_SIZE}, got {patch_size}")
-        if img_size is None:
-            return
-        self.img_size = self._checked_size(img_size)
-        if "pos_embed" in self._parameters:
-            resized = resize_position_embedding(self.pos_embed.detach(), self._grid()).contiguous()
-            self.pos_embed = nn.Parameter(resized, self.pos_embed.requires_grad)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image [B, in_chans, H, W] -> fine tokens [B, ceil(H / 8), ceil(W / 8), C]."""
@@ -393,11 +372,11 @@ WEIGHTS = {
 }
 
 
-def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dict[str, Any]:
+def _config(size: str, img_size: tuple[int, int]) -> dict[str, Any]:
     """The weights trained at ``img_size``, or at 224 where there are none."""
     height, width = img_size
-    side = height if height == width and height in WEIGHTS[variant] else 224
-    file, crop_pct = WEIGHTS[variant][side]
+    side = height if height == width and height in WEIGHTS[size] else 224
+    file, crop_pct = WEIGHTS[size][side]
     return pretrained_config(
         url=f"{RELEASE}/{file}.pth.tar",
         input_size=(3, height, width),
@@ -408,13 +387,9 @@ def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dic
     )
 
 
-default_cfgs = {f"volo_{variant}": _pretrained_cfg(variant) for variant in WEIGHTS}
-
-
-COLUMNS = ("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim")
 VARIANTS: dict[str, dict[str, Any]] = {
-    variant: dict(zip(COLUMNS, row, strict=True))
-    for variant, row in {
+    name: dict(zip(("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim"), row, strict=True))
+    for name, row in {
         "d1": ((4, 4, 8, 2), (192, 384), (6, 12), 3.0, 64),
         "d2": ((6, 4, 10, 4), (256, 512), (8, 16), 3.0, 64),
         "d3": ((8, 8, 16, 4), (256, 512), (8, 16), 3.0, 64),
@@ -424,37 +399,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _volo(variant: str, pretrained: bool, **options: Any) -> VOLO:
-    return VOLO.create(
-        lambda model: _pretrained_cfg(variant, model.img_size), pretrained, {**VARIANTS[variant], **options}
-    )
+def _variant(size: str, summary: str) -> Callable[..., VOLO]:
+    return variant(VOLO, f"volo_{size}", summary, VARIANTS[size], lambda model: _config(size, model.img_size))
 
 
-@register_model
-def volo_d1(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D1: 26.6 M parameters, 6.8 G multiply-adds at 224², 84.2 % top-1 on ImageNet."""
-    return _volo("d1", pretrained, **kwargs)
-
-
-@register_model
-def volo_d2(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D2: 58.7 M parameters, 85.2 % top-1 on ImageNet at 224²."""
-    return _volo("d2", pretrained, **kwargs)
-
-
-@register_model
-def volo_d3(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D3: 86.3 M parameters, 85.4 % top-1 on ImageNet at 224²."""
-    return _volo("d3", pretrained, **kwargs)
-
-
-@register_model
-def volo_d4(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D4: 193 M parameters, 85.7 % top-1 on ImageNet at 224²."""
-    return _volo("d4", pretrained, **kwargs)
-
-
-@register_model
-def volo_d5(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D5: 295.5 M parameters, 86.1 % top-1 on ImageNet at 224²."""
-    return _volo("d5", pretrained, **kwargs)
+volo_d1 = _variant("d1", "VOLO-D1: 26.6 M parameters, 6.8 G multiply-adds at 224², 84.2 % top-1 on ImageNet.")
+volo_d2 = _variant("d2", "VOLO-D2: 58.7 M parameters, 85.2 % top-1 on ImageNet at 224².")
+volo_d3 = _variant("d3", "VOLO-D3: 86.3 M parameters, 85.4 % top-1 on ImageNet at 224².")
+volo_d4 = _variant("d4", "VOLO-D4: 193 M parameters, 85.7 % top-1 on ImageNet at 224².")
+volo_d5 = _variant("d5", "VOLO-D5: 295.5 M parameters, 86.1 % top-1 on ImageNet at 224².")

@@ -15,12 +15,13 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from kernels.files import WriteError, write_json
 from models.commands.arguments import (
@@ -28,18 +29,15 @@ from models.commands.arguments import (
     add_image_arguments,
     add_model_arguments,
     build_model,
+    check_parent,
     complete,
 )
-from models.commands.errors import CommandError, input_errors
-from models.commands.files import check_parent
-from models.commands.folders import EvaluationImages, ImageFolder
+from models.commands.dispatch import CommandError, input_errors
+from models.commands.folders import Batch, EvaluationImages, ImageFolder, loader
 from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console
-from models.commands.scoring import count_correct, loader, predict
-from models.commands.types import DTYPES, Number, natural, positive
+from models.commands.types import DTYPES, positive
 from models.inference import optimize_for_inference
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,20 +79,12 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
         count = json.loads(path.read_text(encoding="utf-8"))
         count = {name: count[name] for name in fresh}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
-        counted = [count[name] for name in ("top1", "top5", "position")]
-        read = count["position"] - len(count["skipped"])
-        possible = (
-            all(natural.holds(number) for number in counted)
-            and count["top1"] <= count["top5"] <= read
-            and count["position"] <= total
-            and all(isinstance(message, str) for message in count["skipped"])
-            and Number(at_least=0).holds(count["seconds"])
-        )
+        possible = 0 <= count["top1"] <= count["top5"] <= count["position"] - len(count["skipped"]) <= total
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:
         raise ValueError(f"--resume: {path} counts with other {', '.join(differing)}; delete it, or name another file")
-    if not possible:
+    if not possible or count["position"] > total:
         raise ValueError(f"--resume: {path} holds numbers that no count of {total} images has; delete it")
     return count
 
@@ -127,9 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
     with input_errors():
         if arguments.checkpoint is None and not arguments.pretrained:
             raise CommandError("--checkpoint FILE or --pretrained is needed: random weights have no accuracy")
-        for option, path in (("--output", arguments.output), ("--resume", arguments.resume)):
-            if path is not None:
-                check_parent(path, option)
+        check_parent(arguments.output, "--output")
+        check_parent(arguments.resume, "--resume")
         folder = ImageFolder(arguments.dir)
         complete(arguments)
         if arguments.pretrained:
@@ -166,6 +155,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         write_json(arguments.output, result)
     return 0
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of [B, classes] have their label first, and among the first five; of fewer classes, among all."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return hits[:, 0].sum(), hits.sum()
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, batches: DataLoader[Any], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Each batch with its logits in float32 and its labels, both on ``device``. ``model`` is in evaluation mode."""
+    for batch in batches:
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
+        if len(labels) == 0:
+            yield batch, torch.empty(0, 1, device=device), labels
+            continue
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        yield batch, logits.float(), labels
 
 
 def count_images(

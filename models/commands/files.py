@@ -11,19 +11,6 @@ import torch
 from kernels.files import atomic_write
 from models.weight_files import read_safely, reason_of
 
-__all__ = [
-    "BEST",
-    "LAST",
-    "LOCK",
-    "LOG",
-    "STATE",
-    "check_parent",
-    "read_lines",
-    "read_state",
-    "write_lines",
-    "write_state",
-]
-
 BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt", ".lock"
 
 
@@ -66,11 +53,3 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "settings"} <= state.keys():
         raise ValueError(f"{path} is not a training state: it has no step and no settings")
     return state
-
-
-def check_parent(path: Path, option: str) -> None:
-    """ValueError naming ``option`` unless a file can be put at ``path``."""
-    if path.is_dir():
-        raise ValueError(f"{option} must name a file, {path} is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"{option}: there is no folder {path.parent}")

@@ -44,18 +44,15 @@ from models.commands.arguments import (
     complete,
 )
 from models.commands.augmentation import rand_augment, random_erasing
-from models.commands.errors import CommandError, input_errors
+from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
 from models.commands.progress import console
-from models.commands.published import PUBLISHED
-from models.commands.recipe import OPTIONS, Recipe
+from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
 from models.commands.training import Run, Trainer
 from models.commands.types import Number, natural, positive
 from models.metadata import Metadata
-
-__all__ = ["add_arguments", "run"]
 
 LOCK_SECONDS = 15.0
 NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # of the model's arguments: the training's alone
@@ -86,10 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(parser, loads=True)
     group = parser.add_argument_group("bookkeeping")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument(
-        "--save-every", type=natural, default=500, metavar="N", help="steps between states (%(default)s; 0: epochs)"
-    )
-    group.add_argument("--log-every", type=positive, default=50, metavar="N", help="steps per row (%(default)s)")
+    for option, kind, default, told in (
+        ("--save-every", natural, 500, "steps between states (%(default)s; 0: epochs)"),
+        ("--log-every", positive, 50, "steps per row (%(default)s)"),
+    ):
+        group.add_argument(option, type=kind, default=default, metavar="N", help=told)
 
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -158,9 +156,13 @@ def run(arguments: argparse.Namespace) -> int:
                 held.enter_context(_alone(arguments.output))
             resumed = not arguments.restart and trainer.resume()
             if distributed.rank() == 0:
-                prepare_output(arguments.output, trainer, training.classes, resumed)
+                if not resumed:
+                    (arguments.output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
+                write_json(arguments.output / "settings.json", trainer.run.settings)
+                names = "".join(f"{name}\n" for name in training.classes).encode("utf-8", "surrogateescape")
+                atomic_write(arguments.output / "classes.txt", names)
         if distributed.rank() == 0:
-            _tell(trainer, arguments, training, validation, resumed)
+            _tell(trainer, arguments.model, training, validation, resumed)
         try:
             trainer.fit()
         except (UnreadableImageError, FloatingPointError) as error:
@@ -206,15 +208,9 @@ def make_trainer(
         "training_images": training.digest(),
         "validation_images": None if validation is None else validation.digest(),
     }
-    evaluated = None
-    if validation is not None:
-        evaluated = EvaluationImages(validation.samples, preprocessing, preprocessing.channels)
-    metadata = Metadata(
-        model=arguments.model,
-        model_args={name: value for name, value in arguments.options.items() if name not in NOT_KEPT},
-        **asdict(preprocessing),
-        classes=tuple(training.classes),
-    )
+    images = EvaluationImages([] if validation is None else validation.samples, preprocessing, preprocessing.channels)
+    options = {name: value for name, value in arguments.options.items() if name not in NOT_KEPT}
+    metadata = Metadata(arguments.model, options, **asdict(preprocessing), classes=tuple(training.classes))
     try:
         metadata.header()
     except TypeError as error:
@@ -223,7 +219,7 @@ def make_trainer(
         model.to(device),
         recipe,
         TrainingImages(training.samples, augmentation, recipe.seed),
-        evaluated,
+        None if validation is None else images,
         device,
         Run(arguments.output, settings, arguments.save_every, arguments.log_every, arguments.workers, metadata),
     )
@@ -244,24 +240,11 @@ def _alone(output: Path) -> Iterator[None]:
         raise CommandError(f"--output: another finetune is at work in {output}") from None
 
 
-def prepare_output(output: Path, trainer: Trainer, classes: list[str], resumed: bool) -> None:
-    if not resumed:
-        (output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
-    write_json(output / "settings.json", trainer.run.settings)
-    atomic_write(output / "classes.txt", "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape"))
-
-
-def _tell(
-    trainer: Trainer,
-    arguments: argparse.Namespace,
-    training: ImageFolder,
-    validation: ImageFolder | None,
-    resumed: bool,
-) -> None:
+def _tell(trainer: Trainer, model: str, training: ImageFolder, validation: ImageFolder | None, resumed: bool) -> None:
     weights = "RANDOM" if trainer.run.settings["weights"] == "random" else trainer.run.settings["weights"]
     evaluated = "none to evaluate on" if validation is None else f"{len(validation.samples)} to evaluate on"
     console.print(
-        f"{arguments.model} from {weights} weights, {len(training.classes)} classes, {len(training.samples)} images, "
+        f"{model} from {weights} weights, {len(training.classes)} classes, {len(training.samples)} images, "
         f"{evaluated}, {trainer.total_steps} steps on {distributed.world_size()} × {trainer.device}",
         markup=False,
     )

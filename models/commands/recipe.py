@@ -1,19 +1,11 @@
-"""How to train, and which images each step sees: all that a run's result follows from, beside the data."""
+"""How to train: all that a run's result follows from, beside the data; and what each family's authors trained with."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch.utils.data import Dataset, DistributedSampler, Sampler
-
-from models.commands import distributed
-from models.commands.randomness import seed_of
 from models.commands.types import DTYPES, FRACTION, Number, positive
-
-__all__ = ["OPTIONS", "Recipe", "TrainingBatches"]
 
 ANY = Number(at_least=0)
 BELOW_ONE = Number(at_least=0, below=1)
@@ -86,55 +78,95 @@ class Recipe:
 OPTIONS = {known.name: known.metadata["flag"] for known in fields(Recipe)}  # field -> option of the command line
 
 
-class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """The keys (draw, index) of every batch of a run from one step on, for the process of this rank.
+@dataclass(frozen=True)
+class Published:
+    """The training from scratch on ImageNet-1k that a family's authors published.
 
-    Each epoch is a new permutation; its images that fill no whole step are left out. The draw, epoch · repeats + copy,
-    numbers what an image was augmented to: with ``repeats`` an epoch sees fewer images, each of them so many times.
+    What a recipe cannot say differs: learning rates here follow the step and not the epoch, crops are resized with the
+    model's own interpolation, and batch norms are not synchronised between processes.
 
-    Raises:
-        ValueError: there are fewer images than a step takes.
-        ImportError: repeated augmentation needs timm.
+    Args:
+        source: where it is published.
+        images: per step, in all processes together.
+        settings: fields of ``Recipe``; what is not named keeps ``Recipe``'s default.
+        options: of the model.
+        variants: model -> what it has of its own, fields or options; None: one training for all models.
     """
 
-    def __init__(self, dataset: Dataset[Any], recipe: Recipe, first_step: int = 0) -> None:
-        self.recipe, self.first_step = recipe, first_step
-        self._ranks, self._rank = distributed.world_size(), distributed.rank()
-        length = len(dataset)  # pyright: ignore[reportArgumentType]
-        a_step = recipe.batch * recipe.accumulate * self._ranks
-        self.steps_per_epoch = length // a_step
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"a step takes {a_step} images (--batch × --accumulate × processes), there are only {length}"
-            )
-        if recipe.repeats == 1:
-            self._sampler: Any = DistributedSampler(dataset, self._ranks, self._rank, seed=recipe.seed, drop_last=True)
-        else:
-            from models.commands.augmentation import timm_part
+    source: str
+    images: int
+    settings: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] | None = None
 
-            sampler = timm_part("distributed_sampler", "RepeatAugSampler", "--repeats")
-            self._sampler = sampler(dataset, self._ranks, self._rank, num_repeats=recipe.repeats, selected_round=0)
+    def of(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of the recipe and options of the model. ValueError for a model that was not trained so."""
+        if self.variants is not None and model not in self.variants:
+            raise ValueError(f"--recipe: {self.source} trains {', '.join(self.variants)}, not {model}")
+        own = (self.variants or {}).get(model, {})
+        names = {known.name for known in fields(Recipe)}
+        settings = self.settings | {name: value for name, value in own.items() if name in names}
+        return settings, self.options | {name: value for name, value in own.items() if name not in names}
 
-    def __len__(self) -> int:
-        return (self.recipe.epochs * self.steps_per_epoch - self.first_step) * self.recipe.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first_epoch, start = divmod(self.first_step, self.steps_per_epoch)
-        for epoch in range(first_epoch, self.recipe.epochs):
-            keys = list(itertools.islice(self._keys(epoch), self.steps_per_epoch * self._images))
-            for first in range(start * self._images, len(keys), self.recipe.batch):
-                yield keys[first : first + self.recipe.batch]
-            start = 0
+CHANGES = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "label_smoothing": 0.1, "least_area": 0.08}
 
-    @property
-    def _images(self) -> int:
-        """Of a step, in this process."""
-        return self.recipe.batch * self.recipe.accumulate
-
-    def _keys(self, epoch: int) -> Iterator[tuple[int, int]]:
-        repeats = self.recipe.repeats
-        # timm's sampler knows no seed but the epoch.
-        self._sampler.set_epoch(epoch if repeats == 1 else seed_of(self.recipe.seed, epoch))
-        for position, index in enumerate(self._sampler):
-            copy = (self._rank + position * self._ranks) % repeats  # an image's copies are dealt out in turn
-            yield epoch * repeats + copy, index
+PUBLISHED = {
+    # Stochastic depth is the models' own. The authors' rate is 1e-3 per 1,024 images, and they took 2,048.
+    "overlock": Published(
+        source="arXiv 2502.20087 and github.com/LMMMEng/OverLoCK",
+        images=2048,
+        settings={
+            "epochs": 300,
+            "learning_rate": 2e-3,
+            "final_learning_rate": 1e-5,
+            "first_learning_rate": 1e-6,
+            "warmup_epochs": 5,
+            "weight_decay": 0.05,
+            "clip_norm": 5.0,
+            "ema_decay": 0.9999,
+            "auxiliary_weight": 0.4,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            **CHANGES,
+        },
+    ),
+    "rednet": Published(
+        source="arXiv 2103.06255 and github.com/d-li14/involution",
+        images=2048,
+        settings={
+            "epochs": 130,
+            "optimizer": "sgd",
+            "learning_rate": 0.8,
+            "final_learning_rate": 0.0,
+            "first_learning_rate": 0.2,
+            "warmup_epochs": 5,
+            "weight_decay": 1e-4,
+            "decay_vectors": True,
+            "label_smoothing": 0.1,
+            "clip_norm": 0.0,
+            "ema_decay": 0.0,
+        },
+    ),
+    # The authors' token labels come from a larger network; here each token has its image's label.
+    "volo": Published(
+        source="arXiv 2106.13112 and github.com/sail-sg/volo",
+        images=1024,
+        settings={
+            "epochs": 300,
+            "final_learning_rate": 1e-5,
+            "first_learning_rate": 1e-6,
+            "warmup_epochs": 20,
+            "weight_decay": 0.05,
+            "clip_norm": 0.0,
+            "ema_decay": 0.0,
+            **CHANGES,
+        },
+        options={"return_dense": True},
+        variants={
+            "volo_d1": {"learning_rate": 1.6e-3, "drop_path_rate": 0.1},
+            "volo_d2": {"learning_rate": 1e-3, "drop_path_rate": 0.2},
+            "volo_d3": {"learning_rate": 1e-3, "drop_path_rate": 0.5},
+        },
+    ),
+}

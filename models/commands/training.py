@@ -28,24 +28,18 @@ from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
 from models.commands.augmentation import mixing
+from models.commands.evaluate import count_correct, predict
 from models.commands.files import BEST, LAST, LOG, STATE, read_lines, read_state, write_lines, write_state
-from models.commands.folders import Batch
+from models.commands.folders import Batch, loader
 from models.commands.images import UnreadableImageError
 from models.commands.optimisation import Objective, cosine_with_warmup, parameter_groups, warmed_up_ema
-from models.commands.progress import Bar, event_writer
-from models.commands.randomness import seed_of, seeded
-from models.commands.recipe import OPTIONS, Recipe, TrainingBatches
-from models.commands.scoring import count_correct, loader, predict
+from models.commands.progress import Bar, console
+from models.commands.recipe import OPTIONS, Recipe
+from models.commands.sampling import TrainingBatches, seed_of, seeded
 from models.commands.types import DTYPES
 from models.metadata import Metadata
 
-__all__ = ["Run", "Trainer"]
-
 BOARD = "tensorboard"
-
-
-class DifferentSettingsError(ValueError):
-    """The state in a folder is of another run."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +100,11 @@ class Trainer:
             for name in model.classifiers:
                 model.get_submodule(name).requires_grad_(True)
         groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.decay_vectors)
-        if recipe.optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+            if recipe.optimizer == "sgd"
+            else torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        )
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -137,29 +130,28 @@ class Trainer:
         anew = f"--restart begins anew, with --checkpoint {self.run.output / LAST} from the last epoch's weights"
         try:
             state = read_state(path)
-            self._check_settings(path, state["settings"])
-            self._take_up(state)
-        except DifferentSettingsError:
-            raise
+            differing = self._differing(state["settings"])
+            if not differing:
+                self._take_up(state)
         except ValueError as error:
             raise ValueError(f"{error}; {anew}") from error
         except Exception as error:  # a state that was changed can make its readers fail in any way
             reason = (str(error).strip().splitlines() or [""])[0]
             raise ValueError(f"{path} is not a state of this run ({type(error).__name__}: {reason}); {anew}") from error
+        if differing:
+            ways = "another --output keeps both runs, --restart begins anew"
+            if self.run.settings.get("epochs", 0) > state["settings"].get("epochs", 0):  # its rates have fallen already
+                ways += f", with --checkpoint {path.with_name(LAST)} the weights are trained for longer"
+            raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
         return True
 
-    def _check_settings(self, path: Path, settings: dict[str, Any]) -> None:
+    def _differing(self, settings: dict[str, Any]) -> list[str]:
         known, own = _plain(asdict(Recipe())) | settings, _plain(self.run.settings)
-        differing = [
+        return [
             f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {own[name]!r}"
             for name in own
             if known.get(name) != own[name]
         ]
-        if differing:
-            ways = "another --output keeps both runs, --restart begins anew"
-            if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
-                ways += f", with --checkpoint {path.with_name(LAST)} the weights are trained for longer"
-            raise DifferentSettingsError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
 
     def _take_up(self, state: dict[str, Any]) -> None:
         assert self.run.output is not None
@@ -198,10 +190,9 @@ class Trainer:
             path = self.run.output / LOG
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        if self._board is not None:
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self._board.add_scalar(name, value, row["step"])
+        for name, value in row.items() if self._board is not None else ():
+            if name not in ("step", "epoch"):
+                self._board.add_scalar(name, value, row["step"])
 
     # ---- the loop
 
@@ -219,11 +210,9 @@ class Trainer:
             self._board = event_writer(self.run.output / BOARD, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
-            wrapped = DistributedDataParallel(
-                self.model,
-                [self.device] if self.device.type == "cuda" else None,
-                find_unused_parameters=self.recipe.freeze_backbone,  # OverLoCK's auxiliary head
-            )
+            places = [self.device] if self.device.type == "cuda" else None
+            unused = self.recipe.freeze_backbone  # OverLoCK's auxiliary head
+            wrapped = DistributedDataParallel(self.model, places, find_unused_parameters=unused)
         keys = TrainingBatches(self.training, self.recipe, self.step)
         batches = iter(loader(self.training, self.device, self.run.workers, batch_sampler=keys))
         self.model.train(not self.recipe.freeze_backbone)
@@ -240,7 +229,7 @@ class Trainer:
                     self._save()
                 elif self.run.save_every and self.step % self.run.save_every == 0:
                     self._save()
-                bar.advance(1, f"epoch {self._epoch}/{self.recipe.epochs} {self._told}")
+                bar.advance(1, self._told())
         if self._board is not None:
             self._board.close()
         return self.log
@@ -250,19 +239,20 @@ class Trainer:
         """Of the step just done, from 1."""
         return -(-self.step // self.steps_per_epoch)
 
-    @property
     def _told(self) -> str:
-        losses = [row["loss"] for row in self.log[-2:] if "loss" in row]
-        return f"loss {losses[-1]:.4f}" if losses else ""
+        losses = [f"loss {row['loss']:.4f}" for row in self.log[-2:] if "loss" in row]
+        return f"epoch {self._epoch}/{self.recipe.epochs} {''.join(losses[-1:])}"
 
     def _train_step(self, wrapped: nn.Module, batches: Iterator[Batch]) -> None:
-        rate = self._learning_rate()
+        recipe, warmup = self.recipe, round(self.recipe.warmup * self.steps_per_epoch)
+        rates = (recipe.learning_rate, recipe.final_learning_rate, recipe.first_learning_rate)
+        rate = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         for part in range(self.recipe.accumulate):
             waits = part + 1 < self.recipe.accumulate  # for the last part, which sums over the processes
-            together = wrapped if waits and isinstance(wrapped, DistributedDataParallel) else None
-            with contextlib.nullcontext() if together is None else together.no_sync():
+            alone = isinstance(wrapped, DistributedDataParallel) and waits
+            with wrapped.no_sync() if alone else contextlib.nullcontext():
                 loss = self._loss(wrapped, next(batches), self.step * self.recipe.accumulate + part)
                 self.scaler.scale(loss).backward()
             self._interval_loss += loss.detach()
@@ -293,16 +283,9 @@ class Trainer:
             output = wrapped(images)
         return self.objective(output, labels) / self.recipe.accumulate
 
-    def _learning_rate(self) -> float:
-        warmup = round(self.recipe.warmup * self.steps_per_epoch)
-        peak, final = self.recipe.learning_rate, self.recipe.final_learning_rate
-        return cosine_with_warmup(self.step, self.total_steps, warmup, peak, final, self.recipe.first_learning_rate)
-
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.step}; a lower learning rate (--lr) may help"
-            )
+            raise FloatingPointError(f"the loss is not finite at step {self.step}; a lower --lr may help")
 
     def _end_interval(self) -> None:
         total = distributed.sum_over_processes(self._interval_loss.clone())
@@ -312,26 +295,19 @@ class Trainer:
         images = self._timed_steps * self.recipe.batch * self.recipe.accumulate * distributed.world_size()
         self._interval_loss.zero_()
         self._interval_steps = 0
-        row = {
-            "step": self.step,
-            "epoch": self._epoch,
-            "loss": loss,
-            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
-            "images_per_second": images / (now - self._clock),
-        }
+        rate, speed = max(group["lr"] for group in self.optimizer.param_groups), images / (now - self._clock)
+        row = {"step": self.step, "epoch": self._epoch, "loss": loss, "learning_rate": rate}
         self._clock, self._timed_steps = now, 0
-        self._record(row)
+        self._record({**row, "images_per_second": speed})
 
     def _end_epoch(self, bar: Bar) -> None:
         kept = self.model if self.average is None else self.average.module
         row: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
+        better = True
         if self.validation is not None:
             row |= self._evaluate(kept)
             better = self.best is None or row["top1"] > self.best
-            self.best = row["top1"] if better else self.best
-            row["best_top1"] = self.best
-        else:
-            better = True
+            row["best_top1"] = self.best = row["top1"] if better else self.best
         now = time.perf_counter()
         row["seconds"] = now - self._epoch_clock
         if self.run.output is not None and distributed.rank() == 0:
@@ -340,7 +316,7 @@ class Trainer:
         self._record(row)
         self._clock = self._epoch_clock = time.perf_counter()
         scores = f", top-1 {row['top1']:.2f} %, best {row['best_top1']:.2f} %" if "top1" in row else ""
-        bar.say(f"epoch {self._epoch}/{self.recipe.epochs}: {self._told}{scores} ({row['seconds']:.0f} s)")
+        bar.say(f"{self._told()}{scores} ({row['seconds']:.0f} s)")
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         """Top-1 and top-5 in per cent, every process on its share of the images."""
@@ -359,6 +335,18 @@ class Trainer:
         model.train(was_training)
         top1, top5 = (100 * hits / count for hits in distributed.sum_over_processes(totals).tolist())
         return {"top1": top1, "top5": top5}
+
+
+def event_writer(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, which leaves out what a killed run wrote after ``step``; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    except Exception as error:  # an installation that does not fit must not end a training
+        console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,17 +9,6 @@ from kernels.backend import transforming
 from models.checks import integer, number
 from models.layers.fusion import as_built, leaf
 
-__all__ = [
-    "DropPath",
-    "GELU2d",
-    "GlobalResponseNorm",
-    "LayerNorm2d",
-    "LayerScale",
-    "SqueezeExcite",
-    "add_scaled",
-    "to_channels_last",
-]
-
 
 def to_channels_last(x: Tensor) -> Tensor:
     """x in channels-last memory; unchanged inside ``torch.func``'s transforms, since vmap rejects memory formats."""

@@ -11,8 +11,6 @@ from models.checks import integer
 from models.layers.basic import to_channels_last
 from models.layers.fusion import convolves, fold_after, last_convolution, leaf
 
-__all__ = ["ContMix"]
-
 
 class ContMix(nn.Module):
     """Context-mixing dynamic convolution: each position's kernels come from its affinity to a pooled context.

@@ -11,8 +11,6 @@ import kernels
 from models.checks import flag, integer, one_of
 from models.layers.fusion import affine, as_built, convolves, leaf
 
-__all__ = ["DepthwiseConv2d", "DilatedReparamBlock", "ResidualDepthwiseConv2d"]
-
 
 class ResidualDepthwiseConv2d(nn.Conv2d):
     """x + depthwise 3×3 convolution of x."""

@@ -12,8 +12,6 @@ import kernels
 from models.checks import integer
 from models.layers.fusion import as_built, convolves, leaf
 
-__all__ = ["Involution2d", "conv_bn_relu"]
-
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
     """ReLU(BN(convolution)): [B, in_channels, H, W] -> [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉]."""

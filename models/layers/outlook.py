@@ -9,8 +9,6 @@ import kernels
 from models.checks import integer
 from models.layers.fusion import leaf
 
-__all__ = ["OutlookAttention", "check_heads"]
-
 
 def check_heads(dim: int, num_heads: int) -> None:
     """TypeError or ValueError unless ``num_heads`` divides ``dim``."""

@@ -20,9 +20,9 @@ import models
 from models import registry
 from models.__main__ import main
 from models._contract import BackboneContract, pretrained_config
+from models.commands.classify import imagenet_classes
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Augmentation, Preprocessing, read_image
-from models.commands.labels import imagenet_classes
 from models.commands.optimisation import Objective, cosine_with_warmup, layer_numbers, parameter_groups
 from models.volo import VOLO
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import models
-from models.commands import published
+from models.commands import recipe
 from models.commands.optimisation import Objective, cosine_with_warmup
-from models.commands.published import PUBLISHED
-from models.commands.randomness import seed_of, seeded
-from models.commands.recipe import Recipe, TrainingBatches
+from models.commands.recipe import PUBLISHED, Recipe
+from models.commands.sampling import TrainingBatches, seed_of, seeded
 from models.commands.training import Run, Trainer
 from tests.models.test_commands import (  # noqa: F401  (fixtures)
     _tiny_volo_registered,
@@ -137,7 +136,7 @@ def test_published_recipes_are_ones_that_models_take(name):
 
 def test_a_recipe_is_shared_among_batches_and_changed_by_options(tmp_path, images, monkeypatch, capsys):  # noqa: F811
     small = dataclasses.replace(PUBLISHED["rednet"], images=8)
-    monkeypatch.setitem(published.PUBLISHED, "rednet", small)
+    monkeypatch.setitem(recipe.PUBLISHED, "rednet", small)
     base = ["finetune", images, "--output", tmp_path / "run", "--model", "tiny_volo", "--recipe", "rednet"]
     base += ["--workers", 0, "--device", "cpu", "--drop-path", 0]
     assert "8 images per step, which 3 batches" in refused(capsys, *base, "--accumulate", 3)
@@ -245,7 +244,6 @@ assert train("bad", "--rand-augment", "rand-q9") == 2
 assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augment", "rand-m9-inc1") == 0
 
 from models.commands.folders import ImageFolder
-from models.commands.recipe import Recipe, TrainingBatches
 recipe = Recipe(epochs=2, batch=4, repeats=3)
 keys = [key for batch in TrainingBatches(range(24), recipe) for key in batch]
 assert len(keys) == len(set(keys)) == 48  # each copy of an image once

@@ -193,34 +193,6 @@ def test_global_pool_is_obeyed_or_refused(family):
     assert model(x).shape == (2, 3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("indices", [1, [0], [1], (0, 2)])
-@torch.no_grad()
-def test_pruned_stages_are_gone_and_the_rest_is_as_before(family, indices):
-    model, x = narrow(family), random_tensor(1, 3, 64, 96, device="cpu")
-    expected = model.forward_intermediates(x, indices, intermediates_only=True)
-    parameters = sum(p.numel() for p in model.parameters())
-    kept = model.prune_intermediate_layers(indices)
-    assert kept == [i % 4 for i in ([-1] if indices == 1 else indices)]
-    assert sum(p.numel() for p in model.parameters()) < parameters
-    assert all(map(torch.equal, model.forward_intermediates(x, kept, intermediates_only=True), expected))
-    assert torch.equal(model(x), model.forward_features(x))
-    assert model.num_features == model.feature_info.channels()[-1]
-
-
-@torch.no_grad()
-def test_a_position_embedding_for_another_input_size():
-    model, x = narrow("volo"), random_tensor(1, 3, 96, 64, device="cpu")
-    expected = model(x)
-    model.set_input_size((96, 64))
-    assert model.pos_embed.shape[1:3] == (6, 4)
-    assert torch.equal(model(x), expected)
-    with pytest.raises(ValueError, match=r"^img_size must be >= 32"):
-        model.set_input_size(16)
-    with pytest.raises(ValueError, match=r"^patch_size must be 8"):
-        model.set_input_size(96, patch_size=16)
-
-
 def test_list_models_wants_a_string():
     with pytest.raises(TypeError, match=r"pattern.*str.*list"):
         models.list_models(["rednet*"])  # pyright: ignore[reportArgumentType]
