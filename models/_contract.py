@@ -99,8 +99,7 @@ class BackboneContract(nn.Module):
             ``features_only``; the message names it.
     """
 
-    minimum_size: ClassVar = 32  # smallest image side, in pixels
-    maximum_size: ClassVar = 16384
+    sides: ClassVar = (32, 16384)  # smallest and largest of an image, in pixels
     fixed_input_size: ClassVar = False  # whether ``img_size`` is an argument
     global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # what forward_head can do, its default first
     training_only: ClassVar[tuple[str, ...]] = ()  # modules that evaluation does not use
@@ -298,5 +297,5 @@ class BackboneContract(nn.Module):
             raise TypeError(f"x must be a floating-point image batch, got {x.dtype}")
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}")
-        if min(x.shape[2:]) < self.minimum_size:
-            raise ValueError(f"x must be at least {self.minimum_size} pixels high and wide, got {tuple(x.shape[2:])}")
+        if min(x.shape[2:]) < self.sides[0]:
+            raise ValueError(f"x must be at least {self.sides[0]} pixels high and wide, got {tuple(x.shape[2:])}")

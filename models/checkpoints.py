@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -58,8 +59,8 @@ def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = 
     if unlike := [name for name, tensor in state.items() if not _plain(tensor)]:
         raise ValueError(f"checkpoint: {path} holds tensors without plain values (sparse, meta, …): {listed(unlike)}")
     state = _with_counters(state)
-    if hasattr(model, "adapt_state_dict"):
-        state = model.adapt_state_dict(state)
+    adapt: Any = getattr(model, "adapt_state_dict", dict)
+    state = adapt(state)
     if getattr(model, "features_only", False):  # neither the classifier nor the stages after the last wanted map
         own_parts = {part_of(name) for name in own}
         state = {name: tensor for name, tensor in state.items() if part_of(name) in own_parts}

@@ -32,7 +32,7 @@ from models.layers import (
     SqueezeExcite,
 )
 from models.layers.basic import add_scaled, to_channels_last
-from models.layers.fusion import as_built, fold_after, last_convolution, leaf
+from models.layers.fusion import as_built, last_convolution, leaf
 from models.registry import variant
 
 
@@ -53,25 +53,15 @@ def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
 
 def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
     """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
-    return [
-        nn.Conv2d(channels, hidden, 1),
-        GELU2d(),
-        ResidualDepthwiseConv2d(hidden),
-        GlobalResponseNorm(hidden),
-        nn.Conv2d(hidden, channels, 1),
-    ]
+    inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
+    return [nn.Conv2d(channels, hidden, 1), *inside, nn.Conv2d(hidden, channels, 1)]
 
 
 class RepConvBlock(nn.Module):
     """Base-Net and Overview-Net block: x ← x + dw₃(x), then ls(x) + drop_path(MLP(SE(BN(dilated reparam_K(LN(x)))))).
 
-    Args:
-        channels: of input and output, [B, channels, H, W].
-        kernel_size: K.
-        mlp_ratio: hidden width over ``channels``.
-        drop_path: rate of stochastic depth.
-        residual_scale: give the residual a layer scale.
-        reparam: build the merged form.
+    x [B, channels, H, W]; ``mlp_ratio`` is the MLP's hidden width over ``channels``, ``residual_scale`` gives the
+    residual its layer scale ls, ``reparam`` builds the merged form.
     """
 
     def __init__(
@@ -108,17 +98,9 @@ class RepConvBlock(nn.Module):
 class DynamicConvBlock(ContMix):
     """Focus-Net block: mixes features x under the guidance of the context h, and updates both.
 
-    A ``ContMix`` by inheritance because the official names put its parameters directly in the block.
-
-    Args:
-        channels: d of x [B, d, H, W].
-        context_channels: c of h [B, c, H, W].
-        kernel_size: K, for both the dynamic and the static large kernel.
-        num_heads: G of the dynamic kernels.
-        mlp_ratio: hidden width over d.
-        drop_path: rate of stochastic depth.
-        first: h is the reference itself as yet, so there is nothing to renew it from.
-        reparam: build the merged form.
+    A ``ContMix`` by inheritance because the official names put its parameters directly in the block. Its kernel size
+    K is that of the static large kernel, too. In the ``first`` block h is the reference itself as yet, so there is
+    nothing to renew it from.
     """
 
     def __init__(
@@ -174,9 +156,7 @@ class DynamicConvBlock(ContMix):
     def folded(self) -> nn.Module:
         _move_shift(self.ls1, self.proj)
         _move_shift(self.ls2, self.mlp)
-        if as_built(self.x_scale, LayerScale) and as_built(self.h_scale, LayerScale) and self.h_scale.bias is not None:
-            self.x_scale.bias += self.h_scale.bias
-            self.h_scale.bias = None
+        _move_shift(self.h_scale, self.x_scale)
         return super().folded()
 
 
@@ -471,13 +451,11 @@ class OverLoCK(BackboneContract):
         }
 
 
-def _move_shift(scale: nn.Module, branch: nn.Module) -> None:
-    """Layer scale and branch are summed, so the branch's last convolution may add the shift."""
-    conv = last_convolution(branch)
-    if conv is None or not isinstance(scale, LayerScale) or scale.bias is None:
-        return
-    if as_built(scale, LayerScale):
-        fold_after(conv, torch.ones_like(scale.bias), scale.bias)
+def _move_shift(scale: Any, branch: Any) -> None:
+    """Layer scale and branch are summed, so the last convolution of the branch, or its own scale, may add the shift."""
+    last = branch if as_built(branch, LayerScale) else last_convolution(branch)
+    if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
+        last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
         scale.bias = None
 
 

@@ -191,14 +191,13 @@ class VOLO(BackboneContract):
         """
         Args:
             layers: Outlookers, then transformer blocks in each of three stages.
-            embed_dims: channels of fine and of coarse tokens.
-            num_heads: heads on fine and on coarse tokens.
+            embed_dims, num_heads: channels and heads on fine and on coarse tokens.
             mlp_ratio: hidden channels of an MLP over its channels.
             stem_dim: channels of the patch embedding's convolutions.
             img_size: side in pixels, or (height, width), of the position embedding. Other images work too.
             num_classes, in_chans, features_only, out_indices: see ``BackboneContract``.
-            drop_path_rate: probability of dropping the last transformer block's branches in training. Rates rise
-                linearly with depth from 0 at the first Outlooker, but Outlookers themselves are never dropped.
+            drop_path_rate: of the last transformer block in training; rates rise linearly from the first Outlooker,
+                but Outlookers themselves are never dropped.
             return_dense: return the triple above in training.
             mix_token: draw and mix a box in training; only with ``return_dense``.
         """
@@ -208,12 +207,15 @@ class VOLO(BackboneContract):
         coarse_patch = PATCH_SIZE * DOWNSAMPLING
         maps = [("network.0", fine, PATCH_SIZE), *((f"network.{i}", dim, coarse_patch) for i in (2, 3, 4))]
         super().__init__(maps, num_classes, in_chans, drop_path_rate, features_only, out_indices)
-        self.img_size = self._checked_size(img_size)
+        sides = img_size if isinstance(img_size, Sequence) else (integer("img_size", img_size, *self.sides),) * 2
+        height, width = integers("img_size", sides, 2, *self.sides)
+        self.img_size = (height, width)
         self.return_dense = flag("return_dense", return_dense)
         self.mix_token = flag("mix_token", mix_token) and self.return_dense
         mlp_ratio, stem_dim = number("mlp_ratio", mlp_ratio, 1 / min(embed_dims), 65), integer("stem_dim", stem_dim)
 
-        self.pos_embed = nn.Parameter(torch.zeros(1, *self._grid(), dim))
+        grid = -(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING
+        self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(self.in_chans, stem_dim, fine)
         rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist()
@@ -244,18 +246,6 @@ class VOLO(BackboneContract):
                     nn.init.zeros_(module.bias)
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)
-
-    def _checked_size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
-        low, high = self.minimum_size, self.maximum_size
-        if isinstance(img_size, Sequence):
-            height, width = integers("img_size", img_size, 2, low, high)
-            return height, width
-        side = integer("img_size", img_size, low, high)
-        return side, side
-
-    def _grid(self) -> tuple[int, int]:
-        height, width = self.img_size
-        return -(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image [B, in_chans, H, W] -> fine tokens [B, ceil(H / 8), ceil(W / 8), C]."""

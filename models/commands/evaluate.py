@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from kernels.files import WriteError, write_json
+from kernels.files import write_json
 from models.commands.arguments import (
     add_device_arguments,
     add_image_arguments,
@@ -33,6 +34,7 @@ from models.commands.arguments import (
     complete,
 )
 from models.commands.dispatch import CommandError, input_errors
+from models.commands.files import plain
 from models.commands.folders import Batch, EvaluationImages, ImageFolder, loader
 from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console
@@ -50,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result here, as JSON")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     group.add_argument("--resume", type=Path, metavar="FILE", help="keep the count here, and continue from it")
-    group.add_argument(
-        "--save-every", type=positive, default=20, metavar="N", help="batches between writes of it (%(default)s)"
-    )
+    told = "batches between writes of it (%(default)s)"
+    group.add_argument("--save-every", type=positive, default=20, metavar="N", help=told)
     group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out, and say so")
 
 
@@ -79,27 +80,27 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
         count = json.loads(path.read_text(encoding="utf-8"))
         count = {name: count[name] for name in fresh}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
-        possible = 0 <= count["top1"] <= count["top5"] <= count["position"] - len(count["skipped"]) <= total
+        read = count["position"] - len(count["skipped"])
+        possible = 0 <= count["top1"] <= count["top5"] <= read and count["position"] <= total and count["seconds"] >= 0
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:
         raise ValueError(f"--resume: {path} counts with other {', '.join(differing)}; delete it, or name another file")
-    if not possible or count["position"] > total:
+    if not possible:
         raise ValueError(f"--resume: {path} holds numbers that no count of {total} images has; delete it")
     return count
 
 
 def result_of(count: dict[str, Any], total: int) -> dict[str, Any]:
-    images = count["position"] - len(count["skipped"])
+    images, seconds = count["position"] - len(count["skipped"]), count["seconds"]
     return {
         **{name: count["settings"][name] for name in ("model", "size", "crop_pct", "interpolation", "dtype")},
-        "top1": 100 * count["top1"] / images if images else None,
-        "top5": 100 * count["top5"] / images if images else None,
+        **{name: 100 * count[name] / images if images else None for name in ("top1", "top5")},
         "images": images,
         "of": total,
         "skipped": count["skipped"],
-        "seconds": count["seconds"],
-        "images_per_second": images / count["seconds"] if count["seconds"] else None,
+        "seconds": seconds,
+        "images_per_second": images / seconds if seconds else None,
     }
 
 
@@ -107,10 +108,8 @@ def check_classes(folder: ImageFolder, count: int, model: str) -> None:
     """ValueError unless the folder has as many classes as the model tells apart."""
     if len(folder.classes) != count:
         hint = f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
-        raise ValueError(
-            f"DIR: {folder.root} holds {len(folder.classes)} class folders, "
-            f"but {model} tells {count} classes apart{hint}"
-        )
+        found = f"{folder.root} holds {len(folder.classes)} class folders"
+        raise ValueError(f"DIR: {found}, but {model} tells {count} classes apart{hint}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -135,16 +134,14 @@ def run(arguments: argparse.Namespace) -> int:
             "weights": weights_digest(model),
             "inference": arguments.inference,
             "images": folder.digest(),
-            "size": list(preprocessing.size),
-            "crop_pct": preprocessing.crop_pct,
-            "interpolation": preprocessing.interpolation,
+            **plain(asdict(preprocessing)),
             "dtype": arguments.dtype,
             "batch": arguments.batch,
         }
         count = read_count(arguments.resume, settings, len(folder.samples))
     place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    optimised = optimize_for_inference(model) if arguments.inference else model
-    count_images(optimised.to(place), folder, preprocessing, count, arguments)
+    model = (optimize_for_inference(model) if arguments.inference else model).to(place)
+    count_images(model, folder, preprocessing, count, arguments)
     weights = "official" if arguments.pretrained else arguments.checkpoint
     result = {"checkpoint": weights, **result_of(count, len(folder.samples))}
     if arguments.json:
@@ -180,11 +177,7 @@ def predict(
 
 
 def count_images(
-    model: nn.Module,
-    folder: ImageFolder,
-    preprocessing: Preprocessing,
-    count: dict[str, Any],
-    arguments: argparse.Namespace,
+    model: nn.Module, folder: ImageFolder, preprocessing: Preprocessing, count: dict[str, Any], arguments: Any
 ) -> None:
     """Brings ``count`` to the folder's end; with --resume, also on disk.
 
@@ -211,10 +204,7 @@ def count_images(
             count["seconds"] = earlier + time.perf_counter() - started
             due = number % arguments.save_every == 0 or count["position"] == len(images)
             if due and arguments.resume is not None:
-                try:
-                    write_json(arguments.resume, count)
-                except WriteError as error:  # the count goes on; only a kill would now cost more
-                    console.print(f"note: {error}", markup=False)
+                write_json(arguments.resume, count)
             read = count["position"] - len(count["skipped"])
             if read:
                 bar.advance(seen, f"top-1 {100 * count['top1'] / read:.2f} %")
@@ -224,11 +214,8 @@ def _print(result: dict[str, Any]) -> None:
     if result["images"]:
         print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %")
     speed = f", {result['images_per_second']:.1f} images/s with loading" if result["images_per_second"] else ""
-    height, width = result["size"]
-    print(
-        f"{result['model']} on {result['images']} images at {height}×{width} (crop {result['crop_pct']}, "
-        f"{result['interpolation']}, {result['dtype']}){speed}"
-    )
+    seen = f"{result['size'][0]}×{result['size'][1]} (crop {result['crop_pct']}, {result['interpolation']}"
+    print(f"{result['model']} on {result['images']} images at {seen}, {result['dtype']}){speed}")
     if result["skipped"]:
         console.print(f"[bold yellow]{len(result['skipped'])} images were left out, they cannot be read:[/]")
         for message in result["skipped"]:

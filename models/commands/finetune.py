@@ -19,7 +19,7 @@ with from scratch on ImageNet-1k, and options beside it change that:
             mix-token; the authors' token labels come from a larger network, here each token has its image's label
 
 The images per step are divided among the processes; where a GPU holds fewer, --accumulate divides them further.
-Mixup, CutMix, RandAugment, erasing and repeated augmentation are timm's and need it installed.
+Mixup, CutMix, RandAugment and erasing are timm's and need it installed.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from models.commands.arguments import (
     add_model_arguments,
     build_model,
     complete,
+    note,
 )
 from models.commands.augmentation import rand_augment, random_erasing
 from models.commands.dispatch import CommandError, input_errors
@@ -70,24 +71,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--drop-path", type=Number(at_least=0, below=1), metavar="RATE", help="(the model's own)")
     for known in fields(Recipe):  # what is not given is the recipe's
         flag, kind, text = known.metadata["flag"], known.metadata["kind"], known.metadata["help"]
-        common: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS}
+        how: dict[str, Any] = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
         if kind is bool:
-            group.add_argument(flag, action="store_true", help=text, **common)
+            how = {"action": "store_true"}
         elif isinstance(kind, tuple):
-            group.add_argument(flag, choices=kind, help=f"{text} ({known.default})", **common)
-        else:
-            default = "" if known.default in (None, "") else f" ({known.default})"
-            group.add_argument(flag, type=kind, metavar="TEXT" if kind is str else "N", help=text + default, **common)
+            how = {"choices": kind}
+        told = text if known.default in (None, "", False) else f"{text} ({known.default})"
+        group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=told, **how)
 
     add_image_arguments(parser)
     add_device_arguments(parser, loads=True)
     group = parser.add_argument_group("bookkeeping")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    for option, kind, default, told in (
-        ("--save-every", natural, 500, "steps between states (%(default)s; 0: epochs)"),
-        ("--log-every", positive, 50, "steps per row (%(default)s)"),
-    ):
-        group.add_argument(option, type=kind, default=default, metavar="N", help=told)
+    told = "steps between states (%(default)s; 0: epochs)"
+    group.add_argument("--save-every", type=natural, default=500, metavar="N", help=told)
+    group.add_argument("--log-every", type=positive, default=50, metavar="N", help="steps per row (%(default)s)")
 
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -102,19 +100,14 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
         published = PUBLISHED[arguments.recipe]
         settings, own = published.of(arguments.model)
         given, options = settings | given, own | options
-        shares = distributed.world_size() * given.get("accumulate", 1)
+        shares, images = distributed.world_size() * given.get("accumulate", 1), f"{published.images} images per step"
         if "batch" not in given:
             given["batch"], left = divmod(published.images, shares)
             if left or not given["batch"]:
-                raise ValueError(
-                    f"--recipe {arguments.recipe} takes {published.images} images per step, which {shares} batches "
-                    "cannot share; give another --accumulate, or --batch"
-                )
+                why = f"takes {images}, which {shares} batches cannot share; give another --accumulate, or --batch"
+                raise ValueError(f"--recipe {arguments.recipe} {why}")
         elif given["batch"] * shares != published.images and distributed.rank() == 0:
-            console.print(
-                f"note: --lr {given['learning_rate']} was published for {published.images} images per step, not "
-                f"{given['batch'] * shares}"
-            )
+            note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
     arguments.model_kwargs = [*options.items(), *arguments.model_kwargs]
     try:
         return Recipe(**given)
@@ -135,10 +128,8 @@ def read_folders(arguments: argparse.Namespace) -> tuple[ImageFolder, ImageFolde
     training = ImageFolder(root)
     validation = None if val is None else ImageFolder(val)
     if validation is not None and validation.classes != training.classes:
-        unlike = sorted(set(validation.classes) ^ set(training.classes))
-        raise ValueError(
-            f"--val: {val} and {root} must have the same class folders; only one has {', '.join(unlike[:5])}"
-        )
+        unlike = ", ".join(sorted(set(validation.classes) ^ set(training.classes))[:5])
+        raise ValueError(f"--val: {val} and {root} must have the same class folders; only one has {unlike}")
     return training, validation
 
 
@@ -150,8 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         complete(arguments)
     with distributed.process_group(arguments.device) as device, ExitStack() as held:
         with input_errors():
-            recipe = make_recipe(arguments)
-            trainer = make_trainer(arguments, recipe, training, validation, device)
+            trainer = make_trainer(arguments, make_recipe(arguments), training, validation, device)
             if distributed.rank() == 0:
                 held.enter_context(_alone(arguments.output))
             resumed = not arguments.restart and trainer.resume()

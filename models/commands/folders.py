@@ -95,9 +95,9 @@ class EvaluationImages(Dataset[Item]):
 
 
 class TrainingImages(Dataset[Item]):
-    """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
+    """(epoch, index) -> (augmented image, label).
 
-    What is drawn depends on seed, draw and index alone: not on the process that draws, nor on what came before. So a
+    What is drawn depends on seed, epoch and index alone: not on the process that draws, nor on what came before. So a
     run that continues after a kill sees what it would have seen.
     """
 
@@ -108,14 +108,10 @@ class TrainingImages(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        draw, index = key
-        generator = random.Random(f"{self.seed} {draw} {index}")
-        images = EvaluationImages(
-            self.samples,
-            lambda image: self.augmentation(image, generator),
-            self.augmentation.preprocessing.channels,
-        )
-        return images[index]
+        epoch, index = key
+        generator = random.Random(f"{self.seed} {epoch} {index}")
+        channels = self.augmentation.preprocessing.channels
+        return EvaluationImages(self.samples, lambda image: self.augmentation(image, generator), channels)[index]
 
 
 class Batch(NamedTuple):

@@ -9,6 +9,7 @@ from models.commands.types import DTYPES, FRACTION, Number, positive
 
 ANY = Number(at_least=0)
 BELOW_ONE = Number(at_least=0, below=1)
+SHARE = Number(above=0, at_most=1)
 
 
 def _option(default: Any, flag: str, kind: Any, text: str) -> Any:
@@ -33,23 +34,17 @@ class Recipe:
     first_learning_rate: float | None = _option(None, "--warmup-lr", ANY, "where the warm-up begins; a step above 0")
     weight_decay: float = _option(0.05, "--weight-decay", ANY, "for matrices and kernels")
     decay_vectors: bool = _option(False, "--decay-vectors", bool, "biases and scales decay too")
-    layer_decay: float = _option(
-        1.0,
-        "--layer-decay",
-        Number(above=0, at_most=1),
-        "factor of the learning rate per layer, from the last to the first",
-    )
+    layer_decay: float = _option(1.0, "--layer-decay", SHARE, "factor of the rate per layer, from last to first")
     label_smoothing: float = _option(0.1, "--label-smoothing", BELOW_ONE, "share of the label that all classes get")
     auxiliary_weight: float = _option(0.4, "--aux-weight", ANY, "of OverLoCK's auxiliary loss")
     clip_norm: float = _option(5.0, "--clip", ANY, "largest norm of the gradient, 0: any")
     ema_decay: float = _option(0.999, "--ema", BELOW_ONE, "decay of the averaged weights, 0: none")
-    least_area: float = _option(0.08, "--least-area", Number(above=0, at_most=1), "smallest crop, as a share")
+    least_area: float = _option(0.08, "--least-area", SHARE, "smallest crop, as a share")
     flip: float = _option(0.5, "--flip", FRACTION, "chance of mirroring")
     mixup: float = _option(0.0, "--mixup", ANY, "alpha of mixup; by timm, as what follows")
     cutmix: float = _option(0.0, "--cutmix", ANY, "alpha of CutMix; with both, each half of the time")
     rand_augment: str = _option("", "--rand-augment", str, "RandAugment, as in rand-m9-mstd0.5-inc1")
     erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part")
-    repeats: int = _option(1, "--repeats", positive, "repeated augmentation: times that an epoch sees an image")
     dtype: str = _option("fp32", "--dtype", tuple(DTYPES), "bf16 and fp16 by autocast, fp16 with scaled gradients")
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")
     freeze_backbone: bool = _option(False, "--freeze-backbone", bool, "train nothing but the classifier")
@@ -90,23 +85,23 @@ class Published:
         images: per step, in all processes together.
         settings: fields of ``Recipe``; what is not named keeps ``Recipe``'s default.
         options: of the model.
-        variants: model -> what it has of its own, fields or options; None: one training for all models.
+        variants: model -> its own learning rate and drop path rate; None: one training for all models.
     """
 
     source: str
     images: int
     settings: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, dict[str, Any]] | None = None
+    variants: dict[str, tuple[float, float]] | None = None
 
     def of(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Fields of the recipe and options of the model. ValueError for a model that was not trained so."""
-        if self.variants is not None and model not in self.variants:
+        if self.variants is None:
+            return self.settings, self.options
+        if model not in self.variants:
             raise ValueError(f"--recipe: {self.source} trains {', '.join(self.variants)}, not {model}")
-        own = (self.variants or {}).get(model, {})
-        names = {known.name for known in fields(Recipe)}
-        settings = self.settings | {name: value for name, value in own.items() if name in names}
-        return settings, self.options | {name: value for name, value in own.items() if name not in names}
+        learning_rate, drop_path_rate = self.variants[model]
+        return self.settings | {"learning_rate": learning_rate}, self.options | {"drop_path_rate": drop_path_rate}
 
 
 CHANGES = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "label_smoothing": 0.1, "least_area": 0.08}
@@ -114,9 +109,9 @@ CHANGES = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "label_smoot
 PUBLISHED = {
     # Stochastic depth is the models' own. The authors' rate is 1e-3 per 1,024 images, and they took 2,048.
     "overlock": Published(
-        source="arXiv 2502.20087 and github.com/LMMMEng/OverLoCK",
-        images=2048,
-        settings={
+        "arXiv 2502.20087 and github.com/LMMMEng/OverLoCK",
+        2048,
+        {
             "epochs": 300,
             "learning_rate": 2e-3,
             "final_learning_rate": 1e-5,
@@ -132,9 +127,9 @@ PUBLISHED = {
         },
     ),
     "rednet": Published(
-        source="arXiv 2103.06255 and github.com/d-li14/involution",
-        images=2048,
-        settings={
+        "arXiv 2103.06255 and github.com/d-li14/involution",
+        2048,
+        {
             "epochs": 130,
             "optimizer": "sgd",
             "learning_rate": 0.8,
@@ -150,9 +145,9 @@ PUBLISHED = {
     ),
     # The authors' token labels come from a larger network; here each token has its image's label.
     "volo": Published(
-        source="arXiv 2106.13112 and github.com/sail-sg/volo",
-        images=1024,
-        settings={
+        "arXiv 2106.13112 and github.com/sail-sg/volo",
+        1024,
+        {
             "epochs": 300,
             "final_learning_rate": 1e-5,
             "first_learning_rate": 1e-6,
@@ -162,11 +157,7 @@ PUBLISHED = {
             "ema_decay": 0.0,
             **CHANGES,
         },
-        options={"return_dense": True},
-        variants={
-            "volo_d1": {"learning_rate": 1.6e-3, "drop_path_rate": 0.1},
-            "volo_d2": {"learning_rate": 1e-3, "drop_path_rate": 0.2},
-            "volo_d3": {"learning_rate": 1e-3, "drop_path_rate": 0.5},
-        },
+        {"return_dense": True},
+        {"volo_d1": (1.6e-3, 0.1), "volo_d2": (1e-3, 0.2), "volo_d3": (1e-3, 0.5)},
     ),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from models.commands import distributed
-from models.commands.augmentation import timm_part
 from models.commands.recipe import Recipe
 
 
@@ -40,31 +38,25 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """The keys (draw, index) of every batch of a run from one step on, for the process of this rank.
+    """The keys (epoch, index) of every batch of a run from one step on, for the process of this rank.
 
-    Each epoch is a new permutation; its images that fill no whole step are left out. The draw, epoch · repeats + copy,
-    numbers what an image was augmented to: with ``repeats`` an epoch sees fewer images, each of them so many times.
+    Each epoch is a new permutation; its images that fill no whole step are left out.
 
     Raises:
         ValueError: there are fewer images than a step takes.
-        ImportError: repeated augmentation needs timm.
     """
 
     def __init__(self, dataset: Dataset[Any], recipe: Recipe, first_step: int = 0) -> None:
         self.recipe, self.first_step = recipe, first_step
-        self._ranks, self._rank = distributed.world_size(), distributed.rank()
-        length = len(dataset)  # pyright: ignore[reportArgumentType]
-        a_step = recipe.batch * recipe.accumulate * self._ranks
-        self.steps_per_epoch = length // a_step
+        ranks, length = distributed.world_size(), len(dataset)  # pyright: ignore[reportArgumentType]
+        self.images = recipe.batch * recipe.accumulate  # of a step, in this process
+        self.steps_per_epoch = length // (self.images * ranks)
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"a step takes {a_step} images (--batch × --accumulate × processes), there are only {length}"
+                f"a step takes {self.images * ranks} images (--batch × --accumulate × processes), there are only "
+                f"{length}"
             )
-        if recipe.repeats == 1:
-            self._sampler: Any = DistributedSampler(dataset, self._ranks, self._rank, seed=recipe.seed, drop_last=True)
-        else:
-            sampler = timm_part("distributed_sampler", "RepeatAugSampler", "--repeats")
-            self._sampler = sampler(dataset, self._ranks, self._rank, num_repeats=recipe.repeats, selected_round=0)
+        self._sampler = DistributedSampler(dataset, ranks, distributed.rank(), seed=recipe.seed, drop_last=True)
 
     def __len__(self) -> int:
         return (self.recipe.epochs * self.steps_per_epoch - self.first_step) * self.recipe.accumulate
@@ -72,20 +64,8 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first_epoch, start = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.recipe.epochs):
-            keys = list(itertools.islice(self._keys(epoch), self.steps_per_epoch * self._images))
-            for first in range(start * self._images, len(keys), self.recipe.batch):
+            self._sampler.set_epoch(epoch)
+            keys = [(epoch, index) for index in self._sampler][: self.steps_per_epoch * self.images]
+            for first in range(start * self.images, len(keys), self.recipe.batch):
                 yield keys[first : first + self.recipe.batch]
             start = 0
-
-    @property
-    def _images(self) -> int:
-        """Of a step, in this process."""
-        return self.recipe.batch * self.recipe.accumulate
-
-    def _keys(self, epoch: int) -> Iterator[tuple[int, int]]:
-        repeats = self.recipe.repeats
-        # timm's sampler knows no seed but the epoch.
-        self._sampler.set_epoch(epoch if repeats == 1 else seed_of(self.recipe.seed, epoch))
-        for position, index in enumerate(self._sampler):
-            copy = (self._rank + position * self._ranks) % repeats  # an image's copies are dealt out in turn
-            yield epoch * repeats + copy, index

@@ -13,7 +13,7 @@ import pytest
 import autotune.__main__
 import models.__main__
 from models.commands.dispatch import run_command
-from models.commands.types import LARGEST, Number, device, dtype, image_size, natural, positive
+from models.commands.types import LARGEST, Number, device, dtype, image_size, natural
 
 PACKAGES = {"models": models.__main__.main, "autotune": autotune.__main__.main}
 INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000], ["inf", "-inf", "nan", "1e400", "x"]
@@ -23,7 +23,7 @@ INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000],
     ("command", "option", "values"),
     [
         *((f"models finetune D --model M --output O {option}", option, [*INTEGER, "0"])
-          for option in ("--epochs", "--batch", "--accumulate", "--repeats", "--log-every")),
+          for option in ("--epochs", "--batch", "--accumulate", "--log-every")),
         *((f"models finetune D --model M --output O {option}", option, INTEGER)
           for option in ("--workers", "--save-every")),
         ("models finetune D --model M --output O --seed", "--seed", ["-1", "nan", str(10**30)]),
@@ -61,7 +61,7 @@ def test_every_number_is_bounded_and_refused_by_its_option(capsys, command, opti
 
 
 def test_a_number_says_what_it_must_be():
-    assert str(positive) == "an integer of at least 1"
+    assert str(Number(at_least=1, whole=True)) == "an integer of at least 1"
     assert str(Number(above=0, at_most=2)) == "a finite number above 0 and of at most 2"
     assert [natural.holds(value) for value in (0, 3, LARGEST, -1, 1.0, "1", None)] == [True] * 3 + [False] * 4
     assert not Number().holds(float("inf"))
@@ -71,8 +71,6 @@ def test_a_number_says_what_it_must_be():
 
 
 # ---- terminals
-
-SPEECH = "224×224 – ½ µs ≥ café 𝒙 \udce9 λ"
 
 
 class Speaking:
@@ -90,7 +88,7 @@ class Speaking:
             raise OSError(28, "No space left on device", "/run/state.pt")
         if arguments.what == "fault":
             raise RuntimeError("a fault of ours")
-        print(SPEECH)
+        print("224×224 ½ \udce9 λ")
         return 0
 
 
@@ -102,16 +100,12 @@ def speak(monkeypatch, stream, *arguments: str) -> int:
 
 @pytest.mark.parametrize(
     ("encoding", "expected"),
-    [
-        ("ascii", "224x224 - 1/2 us >= cafe x \udce9 ?"),
-        ("latin-1", "224×224 - ½ µs >= café x \udce9 ?"),
-        ("utf-8", "224×224 – ½ µs ≥ café 𝒙 \udce9 λ"),
-    ],
+    [("ascii", rb"224\xd7224 \xbd \udce9 \u03bb"), ("latin-1", b"224\xd7224 \xbd \\udce9 \\u03bb")],
 )
-def test_a_terminal_gets_the_nearest_that_it_can_show(monkeypatch, encoding, expected):
+def test_a_terminal_that_lacks_a_character_is_no_error(monkeypatch, encoding, expected):
     written = io.BytesIO()
     assert speak(monkeypatch, io.TextIOWrapper(written, encoding=encoding)) == 0
-    assert written.getvalue() == (expected + "\n").encode(encoding, "surrogateescape")
+    assert written.getvalue() == expected + b"\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
