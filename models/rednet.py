@@ -158,15 +158,21 @@ class InvolutionFPN(nn.Module):
         merged[i]  = lateral[i] + nearest(merged[i + 1])        merged[n - 1] = lateral[n - 1]
         out[i]     = involution(merged[i])                      out[n + j]    = out[n + j - 1] at every other pixel
 
-    ``nearest`` enlarges to the size of its neighbour, which need not be a multiple of its own. An involution takes the
-    place of the 3×3 convolution at the same width, which is where most of a neck's parameters are.
+    ``nearest`` enlarges to the size of its neighbour, which need not be a multiple of its own.
 
     Shapes: maps[i] [B, in_channels[i], H_i, W_i], sizes falling by about 2 -> ``num_outs`` maps [B, out_channels,
     H_i, W_i], each level beyond the given ones half the size of the one before it, rounded up::
 
         backbone = rednet50(features_only=True)
-        neck = InvolutionFPN([info["num_chs"] for info in backbone.feature_info], num_outs=5)
+        neck = InvolutionFPN(backbone.feature_info.channels(), num_outs=5)
         pyramid = neck(backbone(image))                       # 256 channels at 1/4, 1/8, 1/16, 1/32 and 1/64
+
+    Args:
+        num_outs: number of outputs; None as many as there are maps.
+        kernel_size, group_channels, reduction: of the involutions, as in ``Involution2d``.
+
+    Raises:
+        ValueError: an option out of its range; in the forward pass, maps that are not those announced.
     """
 
     def __init__(
@@ -179,18 +185,6 @@ class InvolutionFPN(nn.Module):
         group_channels: int = 16,
         reduction: int = 4,
     ) -> None:
-        """
-        Args:
-            in_channels: channels of the given maps, fine to coarse.
-            out_channels: channels of every output.
-            num_outs: number of outputs; None as many as there are maps.
-            kernel_size: of the involutions; 7 in the backbone, and here.
-            group_channels: channels that share a kernel; divides ``out_channels``.
-            reduction: as in ``Involution2d``.
-
-        Raises:
-            ValueError: an option out of its range; in the forward pass, maps that are not those announced.
-        """
         super().__init__()
         self.in_channels = list(integers("in_channels", in_channels))
         out_channels = integer("out_channels", out_channels)
@@ -202,11 +196,8 @@ class InvolutionFPN(nn.Module):
             Involution2d(out_channels, kernel_size, group_channels=group_channels, reduction=reduction)
             for _ in self.in_channels
         )
-        for conv in self.lateral_convs:
-            assert isinstance(conv, nn.Conv2d)
-            nn.init.xavier_uniform_(conv.weight)
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+        for parameter in self.lateral_convs.parameters():
+            nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.xavier_uniform_(parameter)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         channels = [x.shape[1] for x in maps]

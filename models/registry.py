@@ -20,19 +20,15 @@ from models.metadata import read_metadata
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 Model = TypeVar("Model", bound=BackboneContract)
 
-_entry_points: dict[str, Callable[..., nn.Module]] = {}
+entry_points: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(entry_point: EntryPoint) -> EntryPoint:
-    """Adds an entry point to the registry under its own name and returns it unchanged.
-
-    Raises:
-        ValueError: another function already holds the name.
-    """
+    """Adds a function to the registry under its own name and returns it unchanged. ValueError: the name is taken."""
     name = entry_point.__name__
-    if name in _entry_points:
-        raise ValueError(f"register_model: {name!r} is already registered by {_entry_points[name].__module__}")
-    _entry_points[name] = entry_point
+    if name in entry_points:
+        raise ValueError(f"register_model: {name!r} is already registered by {entry_points[name].__module__}")
+    entry_points[name] = entry_point
     return entry_point
 
 
@@ -61,11 +57,6 @@ def variant(
     return register_model(build)
 
 
-def entry_points() -> dict[str, Callable[..., nn.Module]]:
-    """Every registered function by its name."""
-    return dict(_entry_points)
-
-
 def list_models(pattern: str = "*") -> list[str]:
     """Names of all models that match a shell pattern, in natural order (``rednet50`` before ``rednet101``).
 
@@ -74,7 +65,8 @@ def list_models(pattern: str = "*") -> list[str]:
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern: expected a str such as 'rednet*', got {type(pattern).__name__}")
-    return sorted((name for name in _entry_points if fnmatch.fnmatchcase(name, pattern)), key=_natural_key)
+    names = (name for name in entry_points if fnmatch.fnmatchcase(name, pattern))
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def create_model(
@@ -102,8 +94,8 @@ def create_model(
     """
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str such as 'rednet50', got {type(name).__name__}")
-    if name not in _entry_points:
-        close = difflib.get_close_matches(name, _entry_points, n=3)
+    if name not in entry_points:
+        close = difflib.get_close_matches(name, entry_points, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
         raise ValueError(f"name: no model {name!r}; {hint}")
     flag("inference", inference)
@@ -114,13 +106,8 @@ def create_model(
     if checkpoint is not None:
         checkpoint = local_file(checkpoint)
         metadata = read_metadata(checkpoint)
-        if metadata is not None:
-            kwargs = metadata.options() | kwargs
-    model = _entry_points[name](pretrained=pretrained, **kwargs)
+        kwargs = ({} if metadata is None else metadata.options()) | kwargs
+    model = entry_points[name](pretrained=pretrained, **kwargs)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
     return optimize_for_inference(model.eval()) if inference else model
-
-
-def _natural_key(name: str) -> list[tuple[bool, int, str]]:
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

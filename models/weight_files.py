@@ -193,15 +193,13 @@ def _averages(content: Any, depth: int = DEEPEST) -> tuple[str, dict[str, Tensor
 
 def _instead(content: Any) -> str:
     """What is there in place of a state dict, for a message."""
-    for _ in range(DEEPEST):
-        if not isinstance(content, Mapping):
-            return f" but {type(content).__name__}"
-        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not content:
-        return f" but an empty {type(content).__name__}"
+    inner = [
+        content[key] for key in CONTAINERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+    ]
+    if inner and inner[0] is not content:
+        return _instead(inner[0])
+    if not isinstance(content, Mapping) or not content:
+        return f" but {'' if content else 'an empty '}{type(content).__name__}"
     name, value = next(iter(content.items()))
     return f": expected tensors by name, got {name!r}: {type(value).__name__}"
 

@@ -22,7 +22,7 @@ def _full_float32(monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     """In the registry; and one thread, as in the processes that are killed: sums in another order round differently."""
-    monkeypatch.setitem(registry._entry_points, "tiny_volo", tiny_volo)
+    monkeypatch.setitem(registry.entry_points, "tiny_volo", tiny_volo)
     monkeypatch.setattr("models.commands.finetune.LOCK_SECONDS", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -116,7 +116,7 @@ def finished(photographs, tmp_path_factory) -> Path:
     """A run of 64 pixels, for a model whose default is 32."""
     output = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry._entry_points, "tiny_volo", tiny_volo)
+        patch.setitem(registry.entry_points, "tiny_volo", tiny_volo)
         assert run(*finetune(photographs, output, *SIZED)) == 0
     return output
 

@@ -188,6 +188,3 @@ def test_a_checkpoint_of_neither_form_is_refused(tmp_path):
         load_checkpoint(full, tmp_path / "merged.pth")  # there is no way back
     for name, tensor in merged.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-# ---- PyTorch's own machinery
