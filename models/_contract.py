@@ -63,6 +63,12 @@ class FeatureInfo(list[dict[str, Any]]):
         """Pixels of the image per position of the map and axis."""
         return self.get("reduction", idx)
 
+    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
+        """The dicts, or ``keys`` of them."""
+        if isinstance(idx, int):
+            return {key: self[idx][key] for key in keys or self[idx]}
+        return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
+
     def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
         """The module after which the map is taken."""
         return self.get("module", idx)
@@ -145,16 +151,18 @@ class BackboneContract(nn.Module):
         self.grad_checkpointing = False
         self.pretrained_cfg = pretrained_config()
 
-    def _leave_out_unused(self) -> None:
-        """Removes the head and the stages after the last feature map chosen."""
+    def _leave_out_unused(self, head: bool = True) -> None:
+        """Removes the stages after the last feature map chosen and, with ``head``, the head."""
         last = self.out_indices[-1]
-        for name in [name for stage in (*self.stages[last + 1 : -1], self.stages[-1]) for name in stage]:
+        for name in [name for stage in self.stages[last + 1 : -1] for name in stage] + list(self.stages[-1]) * head:
             parent, _, child = name.rpartition(".")
             if hasattr(self.get_submodule(parent), child):
                 delattr(self.get_submodule(parent), child)
             self.left_out.append(name)
         self.feature_info = FeatureInfo(self.feature_info[: last + 1], self.out_indices)
-        self.classifiers = {}
+        self.num_features = self.feature_info[-1]["num_chs"]
+        if head:
+            self.head_hidden_size, self.classifiers = self.num_features, {}
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -256,7 +264,7 @@ class BackboneContract(nn.Module):
         ``global_pool``: one of ``global_pools``; "" returns the features unpooled, and needs ``num_classes`` 0.
         """
         if not self.classifiers:
-            raise ValueError("a features_only model has no classifier to reset")
+            raise ValueError("a features_only or pruned model has no classifier to reset")
         num_classes = integer("num_classes", num_classes, 0, MOST_CLASSES)
         self.set_global_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
@@ -276,6 +284,22 @@ class BackboneContract(nn.Module):
         if global_pool == "" and classes and self.classifiers:
             self.global_pool = previous
             raise ValueError("global_pool '' leaves features that a classifier does not take: it needs num_classes=0")
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages after the last of the feature maps ``indices``, which are returned as numbers from 0.
+
+        With ``prune_head`` or the last stage the head goes, too; with ``prune_norm`` the norm before it, if any.
+        """
+        if self.features_only:
+            raise ValueError("a features_only model is built without the stages it does not need: choose out_indices")
+        chosen = self.resolve_indices(indices)
+        self.out_indices = self.out_indices[: chosen[-1] + 1]
+        self._leave_out_unused(flag("prune_head", prune_head) or chosen[-1] < len(self.feature_info) - 1)
+        if flag("prune_norm", prune_norm) and hasattr(self, "norm"):
+            self.norm = nn.Identity()
+        return chosen
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory in training: a block's activations are computed again in the backward pass.

@@ -207,14 +207,11 @@ class VOLO(BackboneContract):
         coarse_patch = PATCH_SIZE * DOWNSAMPLING
         maps = [("network.0", fine, PATCH_SIZE), *((f"network.{i}", dim, coarse_patch) for i in (2, 3, 4))]
         super().__init__(maps, num_classes, in_chans, drop_path_rate, features_only, out_indices)
-        sides = img_size if isinstance(img_size, Sequence) else (integer("img_size", img_size, *self.sides),) * 2
-        height, width = integers("img_size", sides, 2, *self.sides)
-        self.img_size = (height, width)
+        self.img_size, grid = self._grid(img_size)
         self.return_dense = flag("return_dense", return_dense)
         self.mix_token = flag("mix_token", mix_token) and self.return_dense
         mlp_ratio, stem_dim = number("mlp_ratio", mlp_ratio, 1 / min(embed_dims), 65), integer("stem_dim", stem_dim)
 
-        grid = -(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(self.in_chans, stem_dim, fine)
@@ -246,6 +243,21 @@ class VOLO(BackboneContract):
                     nn.init.zeros_(module.bias)
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)
+
+    def _grid(self, img_size: int | Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of an image, and of its coarse tokens."""
+        sides = img_size if isinstance(img_size, Sequence) else (integer("img_size", img_size, *self.sides),) * 2
+        height, width = integers("img_size", sides, 2, *self.sides)
+        return (height, width), (-(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING)
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
+        """Makes the position embedding for another image size, by resizing it. ``patch_size`` is always 8."""
+        if patch_size not in (None, PATCH_SIZE, (PATCH_SIZE, PATCH_SIZE)):
+            raise ValueError(f"patch_size must be {PATCH_SIZE}, got {patch_size}")
+        self.img_size, grid = self._grid(self.img_size if img_size is None else img_size)
+        if "pos_embed" in self._parameters:
+            resized = resize_position_embedding(self.pos_embed.detach(), grid).contiguous()
+            self.pos_embed = nn.Parameter(resized, self.pos_embed.requires_grad)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image [B, in_chans, H, W] -> fine tokens [B, ceil(H / 8), ceil(W / 8), C]."""

@@ -38,7 +38,7 @@ from models.commands.files import plain
 from models.commands.folders import Batch, EvaluationImages, ImageFolder, loader
 from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console
-from models.commands.types import DTYPES, positive
+from models.commands.types import DTYPES, natural, positive
 from models.inference import optimize_for_inference
 
 
@@ -81,7 +81,9 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
         count = {name: count[name] for name in fresh}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
         read = count["position"] - len(count["skipped"])
-        possible = 0 <= count["top1"] <= count["top5"] <= read and count["position"] <= total and count["seconds"] >= 0
+        whole = all(natural.holds(count[name]) for name in ("top1", "top5", "position"))
+        possible = whole and count["top1"] <= count["top5"] <= read <= count["position"] <= total
+        possible = possible and count["seconds"] >= 0 and all(isinstance(message, str) for message in count["skipped"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:

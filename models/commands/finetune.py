@@ -19,7 +19,7 @@ with from scratch on ImageNet-1k, and options beside it change that:
             mix-token; the authors' token labels come from a larger network, here each token has its image's label
 
 The images per step are divided among the processes; where a GPU holds fewer, --accumulate divides them further.
-Mixup, CutMix, RandAugment and erasing are timm's and need it installed.
+Mixup, CutMix, RandAugment, erasing and repeated augmentation are timm's and need it installed.
 """
 
 from __future__ import annotations

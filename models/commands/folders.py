@@ -95,9 +95,9 @@ class EvaluationImages(Dataset[Item]):
 
 
 class TrainingImages(Dataset[Item]):
-    """(epoch, index) -> (augmented image, label).
+    """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
 
-    What is drawn depends on seed, epoch and index alone: not on the process that draws, nor on what came before. So a
+    What is drawn depends on seed, draw and index alone: not on the process that draws, nor on what came before. So a
     run that continues after a kill sees what it would have seen.
     """
 
@@ -108,8 +108,8 @@ class TrainingImages(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
-        generator = random.Random(f"{self.seed} {epoch} {index}")
+        draw, index = key
+        generator = random.Random(f"{self.seed} {draw} {index}")
         channels = self.augmentation.preprocessing.channels
         return EvaluationImages(self.samples, lambda image: self.augmentation(image, generator), channels)[index]
 

@@ -70,7 +70,7 @@ class Trainer:
     Args:
         model: of one of the families, with its classifier, on ``device``.
         recipe: how to train.
-        training: (epoch, index) -> (image, label) or why not, and a length; ``TrainingBatches`` gives the keys.
+        training: (draw, index) -> (image, label) or why not, and a length; ``TrainingBatches`` gives the keys.
         validation: index -> (image, label) or why not; None evaluates nothing.
         device: where the model is.
         run: which files to keep.

@@ -134,7 +134,10 @@ def test_evaluate_counts_and_continues_after_a_kill(tmp_path, photographs, weigh
     unbroken = json.loads(state.read_text())
     assert {**unbroken, "settings": 0, "seconds": 0} == {**whole, "settings": 0, "seconds": 0}
     assert "counts with other inference" in refused(capsys, *arguments)  # in another form: the two do not mix
-    for impossible in ({"top1": 9, "top5": 8}, {"top5": 16}, {"position": 16}, {"seconds": float("nan")}):
+    for impossible in (
+        {"position": -5, "top5": -5}, {"top1": 9, "top5": 8}, {"top5": 16}, {"position": 16}, {"position": 3.0},
+        {"seconds": float("nan")}, {"skipped": [1]},
+    ):  # fmt: skip
         state.write_text(json.dumps(unbroken | impossible))
         assert f"{state} holds numbers that no count" in refused(capsys, *arguments, "--inference")
     state.write_text("[]")

@@ -1,5 +1,6 @@
-"""Downloads against a server on this machine that truncates, redirects and lies."""
+"""Downloads against a server on this machine that stalls, truncates, redirects and lies."""
 
+import hashlib
 import http.server
 import os
 import pickle
@@ -17,7 +18,8 @@ from models.checkpoints import read_state_dict
 from models.downloads import fetch
 
 MODEL = nn.Linear(300, 300)
-WHOLE, HALF = (200, None, {}), (200, 0.5, {})  # status, share of the body that is sent, headers
+STALL: dict[str, str] = {}
+WHOLE, HALF, STALLED = (200, None, {}), (200, 0.5, {}), (200, 0.5, STALL)  # status, share of the body sent, headers
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -32,16 +34,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, share, headers = server.script.pop(0) if server.script else WHOLE
         self.send_response(status)
         for name, value in {"Content-Length": str(len(server.body)), **headers}.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         self.wfile.write(server.body[: None if share is None else int(share * len(server.body))])
+        self.wfile.flush()
+        if headers is STALL:
+            server.over.wait(20)
         self.close_connection = True
 
 
 class Server(http.server.ThreadingHTTPServer):
     def __init__(self, body):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.body, self.script, self.requests = body, [], []
+        self.body, self.script, self.requests, self.over = body, [], [], threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1/weights.pth"
 
 
@@ -58,6 +64,7 @@ def server(weights):
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
+        server.over.set()
         server.shutdown()
         thread.join()
 
@@ -66,6 +73,7 @@ def server(weights):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("models.downloads.TIMEOUT", 0.5)
     return tmp_path / "hub" / "checkpoints"
 
 
@@ -77,29 +85,49 @@ def kept(cache):
     return sorted(name for name in os.listdir(cache) if not name.endswith(".lock"))
 
 
-def test_load_checkpoint_downloads_once_and_keeps_the_address(server, cache):
+def test_load_checkpoint_downloads_once_and_pins(server, cache, weights, tmp_path):
     model = nn.Linear(300, 300)
     for _ in range(2):
         models.load_checkpoint(model, server.url + "?token=secret")
         assert torch.equal(model.weight, MODEL.weight)
     assert server.requests == ["/v1/weights.pth?token=secret"]
-    assert kept(cache) == ["weights.pth", "weights.pth.url"]
-    assert (cache / "weights.pth.url").read_text() == f"{server.url}\n"
+    assert kept(cache) == ["weights.pth", "weights.pth.sha256"]
+    path, digest = cache / "weights.pth", hashlib.sha256(weights).hexdigest()
+    assert (cache / "weights.pth.sha256").read_text() == f"# {server.url}\n{digest}  weights.pth\n"
     with pytest.raises(ValueError, match=rf"url: .*weights\.pth came from {server.url}, not from .*v2"):
         fetch(server.url.replace("v1", "v2"))
+    path.write_bytes(weights[:-1] + b"?")
+    with pytest.raises(ValueError, match=rf"SHA-256 \w+ here, expected {digest}: {path} was changed or damaged"):
+        get(server)
+    path.unlink()
+    models.save_checkpoint(nn.Linear(300, 300), tmp_path / "other.pth")
+    server.body = (tmp_path / "other.pth").read_bytes()
+    with pytest.raises(ValueError, match=rf"expected {digest}: if that is meant, delete {path}\.sha256"):
+        get(server)
+    assert not path.exists()
+    path.with_name("weights.pth.sha256").unlink()
+    assert get(server).read_bytes() == server.body
+
+
+@pytest.mark.parametrize("script", [[HALF], [STALLED, HALF], [(503, None, {})] * 2])
+def test_a_broken_transfer_is_started_afresh(script, server, weights):
+    server.script = [*script]
+    assert get(server).read_bytes() == weights
+    assert len(server.requests) == len(script) + 1
 
 
 @pytest.mark.parametrize(
-    ("act", "message"),
+    ("script", "message"),
     [
-        ((404, None, {}), "404"),
-        ((503, None, {}), "503"),
-        ((302, None, {"Location": "file:///etc/passwd"}), "not allowed"),
-        ((302, None, {"Location": "data:,x"}), "not allowed"),
+        ([(404, None, {})], "404"),
+        ([(503, None, {})] * 3, "503"),
+        ([HALF] * 3, r"broke off \d+ bytes before its end"),
+        ([(302, None, {"Location": "ftp://127.0.0.1/weights.pth"})], "not followed"),
+        ([(302, None, {"Location": "file:///etc/passwd"})], "not (followed|allowed)"),
     ],
 )
-def test_what_cannot_be_had_is_said_and_a_file_put_there_by_hand_is_taken(act, message, server, cache, weights):
-    server.script = [act]
+def test_what_cannot_be_had_is_said_and_a_file_put_there_by_hand_is_taken(script, message, server, cache, weights):
+    server.script = [*script]
     with pytest.raises(
         ConnectionError, match=rf"could not download {server.url}.*{message}.*put it at {cache}/weights"
     ):
@@ -107,10 +135,24 @@ def test_what_cannot_be_had_is_said_and_a_file_put_there_by_hand_is_taken(act, m
     assert kept(cache) == []
     (cache / "weights.pth").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="web page"):
-        models.load_checkpoint(nn.Linear(300, 300), server.url)
+        get(server)
     (cache / "weights.pth").write_bytes(weights)
     assert torch.equal(read_state_dict(get(server))["weight"], MODEL.weight)
-    assert len(server.requests) == 1
+    assert len(server.requests) == len(script)
+
+
+def test_nothing_is_written_through_links(server, cache, tmp_path, weights):
+    cache.mkdir(parents=True)
+    outside, pin = tmp_path / "outside", cache / "weights.pth.sha256"
+    outside.write_text("untouched")
+    (cache / "incomplete-weights.pth").symlink_to(outside)
+    assert get(server).read_bytes() == weights
+    pin.unlink()
+    pin.symlink_to(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"weights\.pth\.sha256 is damaged, or a link; delete it"):
+        get(server)
+    assert outside.read_text() == "untouched"
+    assert not (tmp_path / "absent").exists()
 
 
 def test_nobody_listens(cache, weights):
@@ -131,7 +173,7 @@ class Hostile:
         (b"<html>Log in to the airport", WHOLE, "web page"),
         (pickle.dumps(Hostile(), protocol=2), WHOLE, r"refused: it asks to call \w+\.mkdir"),
         (b"", WHOLE, "is empty"),
-        (None, HALF, "damaged, truncated"),
+        (None, (200, 0.3, {"Content-Length": None}), "damaged, truncated"),  # the length is a lie, too
     ],
 )
 def test_what_is_no_weight_file_is_neither_kept_nor_run(body, act, reason, server, cache, tmp_path, monkeypatch):
@@ -174,7 +216,7 @@ def test_without_a_home_directory_it_says_what_to_set(monkeypatch):
     "url",
     [
         "ftp://host/file.pth", "http://host/", "https:///file.pth", "http://host/a/..", "file",
-        "http://host:port/file.pth", "http://host/%00", "http://host/a%1b[2J", "http://host/weights.pth.url",
+        "http://host:port/file.pth", f"http://host/{'权' * 80}.pth", "http://host/%00", "http://host/a%1b[2J", "http://host/weights.pth.sha256",
         "http://host/weights.pth.lock", "http://host/incomplete-weights.pth",
     ],
 )  # fmt: skip

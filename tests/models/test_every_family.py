@@ -182,6 +182,7 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
     info, last = model.feature_info, model.out_indices[-1]
     assert info.channels() == [m.shape[1] for m in maps]
     assert info.reduction() == [64 // m.shape[2] for m in maps]
+    assert info.get_dicts(["num_chs"]) == [{"num_chs": channels} for channels in info.channels()]
     assert [type(model.get_submodule(module)) for module in info.module_name()]
     assert (info.channels(last), info.reduction([last])) == (info[last]["num_chs"], [info[last]["reduction"]])
     loss_of(model.train(), x).backward()
@@ -299,6 +300,21 @@ def test_keyword_arguments(family):
             if isinstance(module, DropPath):
                 module.train()
         assert not torch.equal(model(x), expected)
+
+
+@by_family
+@pytest.mark.parametrize("indices", [1, [0], [1], (0, 2)])
+@torch.no_grad()
+def test_pruned_stages_are_gone_and_the_rest_is_as_before(family, indices):
+    model, x = narrow(family), images(1, 3, 64, 96, device="cpu")
+    expected = model.forward_intermediates(x, indices, intermediates_only=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    kept = model.prune_intermediate_layers(indices)
+    assert kept == [i % 4 for i in ([-1] if indices == 1 else indices)]
+    assert sum(p.numel() for p in model.parameters()) < parameters
+    assert all(map(torch.equal, model.forward_intermediates(x, kept, intermediates_only=True), expected))
+    assert torch.equal(model(x), model.forward_features(x))
+    assert model.num_features == model.feature_info.channels()[-1]
 
 
 # ---- what scripts written for timm look up

@@ -313,9 +313,7 @@ def test_events_are_written_where_tensorboard_is(tmp_path, photographs, monkeypa
     assert written[-1] == ("closed",)
 
 
-PARTS = {
-    "--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1,
-}  # fmt: skip
+PARTS = {"--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1, "--repeats": 3}
 
 
 @pytest.mark.parametrize("option", PARTS)
@@ -366,6 +364,12 @@ for name, options in {"plain": [], **{name: [name, value] for name, value in PAR
 assert len(set(first.values())) == len(first), first  # each does something
 assert train("bad", "--rand-augment", "rand-q9") == 2
 assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augment", "rand-m9-inc1") == 0
+
+from models.commands.recipe import Recipe
+from models.commands.sampling import TrainingBatches
+keys = [key for batch in TrainingBatches(range(24), Recipe(epochs=2, batch=4, repeats=3)) for key in batch]
+assert len(keys) == len(set(keys)) == 48  # each copy of an image once
+assert len({index for draw, index in keys if draw < 3}) == 8
 """
 
 

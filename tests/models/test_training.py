@@ -165,7 +165,8 @@ def test_accumulated_batches_are_one_large_batch(optimizer):
         torch.manual_seed(0)
         model = tiny_volo(num_classes=3, batch_norm=False, drop_path_rate=0.0, return_dense=False).double()
         start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        recipe = Recipe(1, 8 // parts, parts, optimizer=optimizer, learning_rate=1e-3, ema_decay=0)
+        options: dict[str, Any] = {"epochs": 1, "batch": 8 // parts, "accumulate": parts, "optimizer": optimizer}
+        recipe = Recipe(**options, learning_rate=1e-3, ema_decay=0)
         log = Trainer(model, recipe, Colours(), None, CPU, Run(log_every=1)).fit()
         assert len(log) == 4  # three steps and the epoch
         moved = nn.utils.parameters_to_vector(model.parameters()).detach() - start
@@ -246,7 +247,8 @@ def test_reaches_95_percent_on_images_it_has_not_seen(digits, family):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.3  # running statistics that keep up with a run of a hundred steps
-    log = Trainer(model, recipe, *digits, CPU, Run(log_every=10)).fit()
+    training, judging = digits
+    log = Trainer(model, recipe, training, judging, CPU, Run(log_every=10)).fit()
     accuracies = [row["top1"] for row in log if "top1" in row]
     assert len(accuracies) == recipe.epochs
     assert accuracies[-1] >= 95, accuracies

@@ -110,6 +110,12 @@ def test_position_embedding_has_its_own_grid_and_is_resized_for_others(tmp_path)
     save_checkpoint(square, tmp_path / "square.pth")
     load_checkpoint(other := small(img_size=(64, 95)), tmp_path / "square.pth")  # likewise by the loader
     assert_close(other(x), square(x), FORWARD_TOLERANCE[torch.float32])
+    square.set_input_size((64, 95))
+    assert torch.equal(square.pos_embed, resized)
+    for wrong, message in (((16,), r"^img_size must be >= 32"), ((96, 16), r"^patch_size must be 8")):
+        with pytest.raises(ValueError, match=message):
+            square.set_input_size(*wrong)
+    square = small(img_size=64)
     # Three times as many rows and five times as many columns: every old pixel centre is a new one.
     enlarged = resize_position_embedding(square.pos_embed, (12, 20))
     assert_close(enlarged[:, 1::3, 2::5], square.pos_embed, FORWARD_TOLERANCE[torch.float32])
