@@ -84,10 +84,8 @@ class Metadata:
         model.pretrained_cfg = config
 
     def __str__(self) -> str:
-        return (
-            f"{self.model}, {self.size[0]}×{self.size[1]} pixels, crop {self.crop_pct}, {self.interpolation}, "
-            f"{len(self.classes)} classes"
-        )
+        seen = f"{self.size[0]}×{self.size[1]} pixels, crop {self.crop_pct}, {self.interpolation}"
+        return f"{self.model}, {seen}, {len(self.classes)} classes"
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
@@ -97,11 +95,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
         ValueError: it says what cannot be.
     """
     path = Path(path)
-    if not os.path.isfile(path):
-        return None
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if not is_safetensors(path, start):
+    if not os.path.isfile(path) or not is_safetensors(path):
         return None
     try:
         with safe_open(path, "pt") as opened:

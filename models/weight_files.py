@@ -76,7 +76,7 @@ def read_weights(path: PathLike) -> Weights:
         raise ValueError(f"checkpoint: {path} is a web page (HTML), not a weight file")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"checkpoint: {path} is a Git LFS pointer, not the weight file itself")
-    reader: Callable[[Path], Any] = safetensors.torch.load_file if is_safetensors(path, start) else read_safely
+    reader: Callable[[Path], Any] = safetensors.torch.load_file if is_safetensors(path) else read_safely
     try:
         content = reader(path)
     except Exception as error:  # a malformed file can make the readers fail in any way
@@ -88,8 +88,10 @@ def read_weights(path: PathLike) -> Weights:
     return Weights(last, averaged, under)
 
 
-def is_safetensors(path: Path, start: bytes) -> bool:
+def is_safetensors(path: Path) -> bool:
     """Whether the file is of that format, whatever it is called: the length of a JSON header, then the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
     length = int.from_bytes(start[:8], "little")
     return path.suffix == ".safetensors" or (start[8:9] == b"{" and length <= path.stat().st_size - 8)
 

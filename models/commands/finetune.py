@@ -51,7 +51,7 @@ from models.commands.folders import EvaluationImages, ImageFolder, TrainingImage
 from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
 from models.commands.progress import console
 from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
-from models.commands.training import Run, Trainer
+from models.commands.training import Trainer
 from models.commands.types import Number, natural, positive
 from models.metadata import Metadata
 
@@ -148,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
             if distributed.rank() == 0:
                 if not resumed:
                     (arguments.output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
-                write_json(arguments.output / "settings.json", trainer.run.settings)
+                write_json(arguments.output / "settings.json", trainer.settings)
                 names = "".join(f"{name}\n" for name in training.classes).encode("utf-8", "surrogateescape")
                 atomic_write(arguments.output / "classes.txt", names)
         if distributed.rank() == 0:
@@ -211,7 +211,12 @@ def make_trainer(
         TrainingImages(training.samples, augmentation, recipe.seed),
         None if validation is None else images,
         device,
-        Run(arguments.output, settings, arguments.save_every, arguments.log_every, arguments.workers, metadata),
+        folder=arguments.output,
+        settings=settings,
+        save_every=arguments.save_every,
+        log_every=arguments.log_every,
+        workers=arguments.workers,
+        metadata=metadata,
     )
 
 
@@ -231,7 +236,7 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def _tell(trainer: Trainer, model: str, training: ImageFolder, validation: ImageFolder | None, resumed: bool) -> None:
-    weights = "RANDOM" if trainer.run.settings["weights"] == "random" else trainer.run.settings["weights"]
+    weights = "RANDOM" if trainer.settings["weights"] == "random" else trainer.settings["weights"]
     evaluated = "none to evaluate on" if validation is None else f"{len(validation.samples)} to evaluate on"
     console.print(
         f"{model} from {weights} weights, {len(training.classes)} classes, {len(training.samples)} images, "

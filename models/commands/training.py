@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +40,6 @@ from models.commands.types import DTYPES
 from models.metadata import Metadata
 
 
-@dataclass(frozen=True)
-class Run:
-    """Where a run keeps its files, and how often.
-
-    Args:
-        output: an existing folder for state, log, weights and, where TensorBoard is installed, events; None: nowhere.
-        settings: what must be the same for a run to continue; plain values.
-        save_every: steps between states; each epoch's end has one anyway. 0: only there.
-        log_every: steps between lines of the log.
-        workers: processes that load images.
-        metadata: what the weights' files say of themselves.
-    """
-
-    output: Path | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    save_every: int = 0
-    log_every: int = 50
-    workers: int = 0
-    metadata: Metadata | None = None
-
-
 class Trainer:
     """Trains ``model`` in place; ``fit`` returns the log.
 
@@ -73,7 +52,12 @@ class Trainer:
         training: (draw, index) -> (image, label) or why not, and a length; ``TrainingBatches`` gives the keys.
         validation: index -> (image, label) or why not; None evaluates nothing.
         device: where the model is.
-        run: which files to keep.
+        folder: an existing one for state, log, weights and, where TensorBoard is installed, events; None keeps nothing.
+        settings: what must be the same for a run to continue; plain values.
+        save_every: steps between states; each epoch's end has one anyway. 0: only there.
+        log_every: steps between lines of the log.
+        workers: processes that load images.
+        metadata: what the weights' files say of themselves.
     """
 
     def __init__(
@@ -83,11 +67,19 @@ class Trainer:
         training: Dataset[Any],
         validation: Dataset[Any] | None,
         device: torch.device,
-        run: Run | None = None,
+        *,
+        folder: Path | None = None,
+        settings: dict[str, Any] | None = None,
+        save_every: int = 0,
+        log_every: int = 50,
+        workers: int = 0,
+        metadata: Metadata | None = None,
     ) -> None:
-        self.model, self.recipe, self.run, self.device = model, recipe, run or Run(), device
+        self.model, self.recipe, self.device = model, recipe, device
+        self.folder, self.settings, self.metadata = folder, plain(settings or {}), metadata
+        self.save_every, self.log_every, self.workers = save_every, log_every, workers
         self.training, self.validation = training, validation
-        self.output = self.run.output if distributed.rank() == 0 else None  # where this process writes
+        self.output = folder if distributed.rank() == 0 else None  # where this process writes
         self.dtype = DTYPES[recipe.dtype]
         self.objective = Objective(recipe.label_smoothing, recipe.auxiliary_weight)
         self.step = 0
@@ -122,13 +114,13 @@ class Trainer:
         Raises:
             ValueError: it is damaged, or of a run with other settings; the message names them.
         """
-        if self.run.output is None or not (self.run.output / STATE).exists():
+        if self.folder is None or not (self.folder / STATE).exists():
             return False
-        path, last = self.run.output / STATE, self.run.output / LAST
+        path, last = self.folder / STATE, self.folder / LAST
         anew = f"--restart begins anew, with --checkpoint {last} from the last epoch's weights"
         try:
             state = read_state(path)
-            known, own = plain(asdict(Recipe())) | state["settings"], plain(self.run.settings)
+            known, own = plain(asdict(Recipe())) | state["settings"], self.settings
             if known == known | own:
                 self._take_up(path, state)
                 return True
@@ -164,7 +156,7 @@ class Trainer:
             return
         self._check_finite(self._interval_loss.item())
         state = {
-            "settings": plain(self.run.settings),
+            "settings": self.settings,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -206,7 +198,7 @@ class Trainer:
             unused = self.recipe.freeze_backbone  # OverLoCK's auxiliary head
             wrapped = DistributedDataParallel(self.model, places, find_unused_parameters=unused)
         keys = TrainingBatches(self.training, self.recipe, self.step)
-        batches = iter(loader(self.training, self.device, self.run.workers, batch_sampler=keys))
+        batches = iter(loader(self.training, self.device, self.workers, batch_sampler=keys))
         self.model.train(not self.recipe.freeze_backbone)
         self._clock = self._epoch_clock = time.perf_counter()
         self._timed_steps = 0
@@ -214,11 +206,11 @@ class Trainer:
             while self.step < self.total_steps:
                 self._train_step(wrapped, batches)
                 at_end = self.step % self.steps_per_epoch == 0
-                if at_end or self.step % self.run.log_every == 0:
+                if at_end or self.step % self.log_every == 0:
                     self._end_interval()
                 if at_end:
                     self._end_epoch(bar)
-                if at_end or (self.run.save_every and self.step % self.run.save_every == 0):
+                if at_end or (self.save_every and self.step % self.save_every == 0):
                     self._save()
                 bar.advance(1, self._told())
         if self._board is not None:
@@ -303,7 +295,7 @@ class Trainer:
         row["seconds"] = time.perf_counter() - self._epoch_clock
         for name in (LAST, BEST) if better else (LAST,):
             if self.output is not None:
-                save_checkpoint(kept, self.output / name, self.run.metadata)
+                save_checkpoint(kept, self.output / name, self.metadata)
         self._record(row)
         self._clock = self._epoch_clock = time.perf_counter()
         bar.say(f"{self._told()}{scores} ({row['seconds']:.0f} s)")
@@ -313,7 +305,7 @@ class Trainer:
         distributed.broadcast_buffers(model)
         count = len(images)  # pyright: ignore[reportArgumentType]
         share = Subset(images, range(distributed.rank(), count, distributed.world_size()))
-        batches = loader(share, self.device, self.run.workers, batch_size=self.recipe.batch)
+        batches = loader(share, self.device, self.workers, batch_size=self.recipe.batch)
         totals = torch.zeros(2, dtype=torch.int64, device=self.device)
         was_training = model.training
         model.eval()

@@ -20,7 +20,7 @@ from models.commands.images import Augmentation, Preprocessing
 from models.commands.optimisation import Objective, cosine_with_warmup, layer_numbers, parameter_groups
 from models.commands.recipe import Recipe
 from models.commands.sampling import TrainingBatches, seed_of, seeded
-from models.commands.training import Run, Trainer
+from models.commands.training import Trainer
 from models.overlock import OverLoCK
 from models.rednet import Bottleneck, RedNet
 from models.volo import VOLO
@@ -167,7 +167,7 @@ def test_accumulated_batches_are_one_large_batch(optimizer):
         start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         options: dict[str, Any] = {"epochs": 1, "batch": 8 // parts, "accumulate": parts, "optimizer": optimizer}
         recipe = Recipe(**options, learning_rate=1e-3, ema_decay=0)
-        log = Trainer(model, recipe, Colours(), None, CPU, Run(log_every=1)).fit()
+        log = Trainer(model, recipe, Colours(), None, CPU, log_every=1).fit()
         assert len(log) == 4  # three steps and the epoch
         moved = nn.utils.parameters_to_vector(model.parameters()).detach() - start
         results.append(([row["loss"] for row in log if "loss" in row], moved))
@@ -248,7 +248,7 @@ def test_reaches_95_percent_on_images_it_has_not_seen(digits, family):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.3  # running statistics that keep up with a run of a hundred steps
     training, judging = digits
-    log = Trainer(model, recipe, training, judging, CPU, Run(log_every=10)).fit()
+    log = Trainer(model, recipe, training, judging, CPU, log_every=10).fit()
     accuracies = [row["top1"] for row in log if "top1" in row]
     assert len(accuracies) == recipe.epochs
     assert accuracies[-1] >= 95, accuracies
@@ -263,7 +263,7 @@ def test_eager_and_naive_paths_follow_the_same_curve(digits, family):
         torch.manual_seed(seed)
         recipe = Recipe(epochs=1, batch=12, learning_rate=3e-4, ema_decay=0, seed=seed)
         with kernels.use_backend(backend):
-            log = Trainer(FAMILIES[family][0]().double(), recipe, few, None, CPU, Run(log_every=1)).fit()
+            log = Trainer(FAMILIES[family][0]().double(), recipe, few, None, CPU, log_every=1).fit()
         curves.append(torch.tensor([row["loss"] for row in log if "loss" in row], dtype=torch.float64))
     eager, naive, other = curves
     assert len(eager) == 8
