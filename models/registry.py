@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,23 +38,26 @@ def variant(
     name: str,
     summary: str,
     options: dict[str, Any],
-    config: dict[str, Any] | Callable[[Model], dict[str, Any]],
+    config: dict[str, Any],
+    config_of: Callable[[Model], dict[str, Any]] | None = None,
 ) -> Callable[..., Model]:
     """Registers and returns the function ``name(pretrained=False, **kwargs)``: ``family(**options | kwargs)``.
 
-    ``config`` is the model's ``pretrained_cfg``, or makes it of the model; with ``pretrained`` its weights are loaded.
+    ``config``, or what ``config_of`` makes of the model, is its ``pretrained_cfg``; with ``pretrained`` its weights are
+    loaded. The family's module keeps ``config`` in ``default_cfgs``, where timm looks for it.
     """
 
     def build(pretrained: bool = False, **kwargs: Any) -> Model:
         flag("pretrained", pretrained)
         model = family(**{**options, **kwargs})
-        model.pretrained_cfg = dict(config(model) if callable(config) else config)
+        model.pretrained_cfg = dict(config if config_of is None else config_of(model))
         if pretrained:
             load_pretrained(model, model.pretrained_cfg["url"])
         return model
 
     build.__name__ = build.__qualname__ = name
     build.__module__, build.__doc__ = family.__module__, summary
+    vars(sys.modules[family.__module__]).setdefault("default_cfgs", {})[name] = config
     return register_model(build)
 
 

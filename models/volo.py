@@ -402,7 +402,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _variant(size: str, summary: str) -> Callable[..., VOLO]:
-    return variant(VOLO, f"volo_{size}", summary, VARIANTS[size], lambda model: _config(size, model.img_size))
+    config = _config(size, (224, 224))
+    return variant(VOLO, f"volo_{size}", summary, VARIANTS[size], config, lambda model: _config(size, model.img_size))
 
 
 volo_d1 = _variant("d1", "VOLO-D1: 26.6 M parameters, 6.8 G multiply-adds at 224², 84.2 % top-1 on ImageNet.")
