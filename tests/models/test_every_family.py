@@ -317,6 +317,26 @@ def test_pruned_stages_are_gone_and_the_rest_is_as_before(family, indices):
     assert model.num_features == model.feature_info.channels()[-1]
 
 
+OVERLOCK_DEPTHS = {"xt": (0.1, 17), "t": (0.15, 30), "s": (0.4, 42), "b_reparam": (0.5, 54)}  # rate, blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rates"),
+    [
+        *((f"overlock_{v}", {}, torch.linspace(0, rate, n).tolist()) for v, (rate, n) in OVERLOCK_DEPTHS.items()),
+        ("overlock_xt", {"drop_path_rate": 0.0}, [0] * 17),
+        ("rednet26", {"drop_path_rate": 0.7}, torch.linspace(0, 0.7, 8).tolist()),
+        # Neither Outlookers nor class blocks are dropped.
+        ("volo_d1", {"drop_path_rate": 0.5}, [0] * 4 + torch.linspace(0, 0.5, 18).tolist()[4:] + [0, 0]),
+    ],
+    ids=str,
+)
+def test_drop_path_rises_linearly_with_depth(name, options, rates):
+    model, order = on_meta(name, **options), ("blocks1", "blocks2", "blocks3", "blocks4", "sub_blocks3", "sub_blocks4")
+    stages = [model.get_submodule(stage) for stage in order] if name.startswith("overlock") else [model]
+    assert [m.rate for stage in stages for m in stage.modules() if isinstance(m, DropPath)] == pytest.approx(rates)
+
+
 # ---- what scripts written for timm look up
 
 

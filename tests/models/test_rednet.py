@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from models.rednet import Bottleneck, Involution2d, InvolutionFPN, RedNet, rednet26
+from models.rednet import Involution2d, InvolutionFPN, rednet26
 from tests.models.families import narrow
 from tests.support import DEVICE, GRADIENT_TOLERANCE, assert_close, golden_fill, random_tensor
 
@@ -126,9 +126,3 @@ def test_a_fresh_block_is_its_shortcut():
     block = rednet26(num_classes=2).get_submodule("layer2.1").eval()
     x = random_tensor(1, 512, 7, 7, device="cpu").relu()
     assert torch.equal(block(x), x)
-
-
-def test_drop_path_rises_linearly():
-    model = RedNet((1, 1, 1, 1), drop_path_rate=0.6)
-    rates = [module.drop_path.rate for module in model.modules() if isinstance(module, Bottleneck)]
-    assert rates == pytest.approx([0, 0.2, 0.4, 0.6])
