@@ -20,14 +20,7 @@ import torch
 from PIL import Image
 
 from kernels.files import atomic_write
-from models.commands.arguments import (
-    add_device_argument,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    check_parent,
-    complete,
-)
+from models.commands import arguments as common
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.images import Preprocessing, check_image, read_image
 from models.commands.progress import console
@@ -41,10 +34,10 @@ RANDOM = "RANDOM WEIGHTS: neither --pretrained nor --checkpoint was given, these
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photograph")
-    add_model_arguments(parser)
-    add_image_arguments(parser)
+    common.add_model_arguments(parser)
+    common.add_image_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="a class name a line (default: ImageNet's, else numbers)")
-    add_device_argument(parser)
+    common.add_device_argument(parser)
     picture = Path("classification.png")
     parser.add_argument("--output", type=Path, default=picture, metavar="FILE", help="the picture (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the guesses as JSON")
@@ -52,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_picture(path: Path) -> None:
     """ValueError unless a picture can be put at ``path``, in a format that its name says."""
-    check_parent(path, "--output")
+    common.check_parent(path, "--output")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output must end in {', '.join(SUFFIXES)}, got {path.name!r}")
 
@@ -114,8 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_picture(arguments.output)
         for path in arguments.images:
             check_image(path)
-        complete(arguments)
-        model = build_model(arguments).eval()
+        common.complete(arguments)
+        model = common.build_model(arguments).eval()
         if model.num_classes == 0:
             raise CommandError("--model-kwargs num_classes=0 leaves nothing to classify with")
         names = class_names(model.num_classes, arguments.classes, model.default_cfg.get("label_names"))

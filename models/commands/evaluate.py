@@ -25,14 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from kernels.files import write_json
-from models.commands.arguments import (
-    add_device_arguments,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    check_parent,
-    complete,
-)
+from models.commands import arguments as common
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import plain
 from models.commands.folders import Batch, EvaluationImages, ImageFolder, loader
@@ -44,10 +37,10 @@ from models.inference import optimize_for_inference
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="one folder of images for each class")
-    add_model_arguments(parser)
+    common.add_model_arguments(parser)
     parser.add_argument("--inference", action="store_true", help="fold the model first (optimize_for_inference)")
-    add_image_arguments(parser)
-    add_device_arguments(parser)
+    common.add_image_arguments(parser)
+    common.add_device_arguments(parser)
     group = parser.add_argument_group("results")
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result here, as JSON")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -118,13 +111,13 @@ def run(arguments: argparse.Namespace) -> int:
     with input_errors():
         if arguments.checkpoint is None and not arguments.pretrained:
             raise CommandError("--checkpoint FILE or --pretrained is needed: random weights have no accuracy")
-        check_parent(arguments.output, "--output")
-        check_parent(arguments.resume, "--resume")
+        common.check_parent(arguments.output, "--output")
+        common.check_parent(arguments.resume, "--resume")
         folder = ImageFolder(arguments.dir)
-        complete(arguments)
+        common.complete(arguments)
         if arguments.pretrained:
             check_classes(folder, 1000, arguments.model)  # before anything is downloaded
-        model = build_model(arguments).eval()
+        model = common.build_model(arguments).eval()
         check_classes(folder, model.num_classes, arguments.model)
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:

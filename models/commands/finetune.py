@@ -35,15 +35,8 @@ import filelock
 import torch
 
 from kernels.files import WriteError, atomic_write, locked, write_json
+from models.commands import arguments as common
 from models.commands import distributed
-from models.commands.arguments import (
-    add_device_arguments,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    complete,
-    note,
-)
 from models.commands.augmentation import rand_augment, random_erasing
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
@@ -64,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", type=Path, metavar="DIR", help="images to evaluate on (DIR/val)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run is kept")
     parser.add_argument("--restart", action="store_true", help="begin anew even if --output holds a run")
-    add_model_arguments(parser)
+    common.add_model_arguments(parser)
 
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=tuple(PUBLISHED), help="what the paper trained with, see above")
@@ -79,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         told = text if known.default in (None, "", False) else f"{text} ({known.default})"
         group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=told, **how)
 
-    add_image_arguments(parser)
-    add_device_arguments(parser, loads=True)
+    common.add_image_arguments(parser)
+    common.add_device_arguments(parser, loads=True)
     group = parser.add_argument_group("bookkeeping")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
     told = "steps between states (%(default)s; 0: epochs)"
@@ -107,7 +100,7 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
                 why = f"takes {images}, which {shares} batches cannot share; give another --accumulate, or --batch"
                 raise ValueError(f"--recipe {arguments.recipe} {why}")
         elif given["batch"] * shares != published.images and distributed.rank() == 0:
-            note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
+            common.note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
     arguments.model_kwargs = [*options.items(), *arguments.model_kwargs]
     try:
         return Recipe(**given)
@@ -138,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         training, validation = read_folders(arguments)
         if arguments.output.exists() and not arguments.output.is_dir():
             raise CommandError(f"--output must be a folder, {arguments.output} is a file")
-        complete(arguments)
+        common.complete(arguments)
     with distributed.process_group(arguments.device) as device, ExitStack() as held:
         with input_errors():
             trainer = make_trainer(arguments, make_recipe(arguments), training, validation, device)
@@ -176,7 +169,7 @@ def make_trainer(
 ) -> Trainer:
     """Nothing is written yet. ValueError, TypeError or OSError for what cannot be used."""
     torch.manual_seed(recipe.seed)  # for the classifier, or all of the model, where no file gives it
-    model = build_model(arguments, num_classes=len(training.classes), training=True)
+    model = common.build_model(arguments, num_classes=len(training.classes), training=True)
     preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
     augmentation = Augmentation(
         preprocessing,
