@@ -22,7 +22,7 @@ PathLike = str | os.PathLike[str]
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "params", "weights")
 CONTAINERS += ("module", "student", "teacher", "shadow")
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
-DEEPEST = 4  # containers inside containers
+MOST_TABLES = 100  # containers inside containers that are looked into
 # torch.compile, activation checkpointing and FSDP add a component to a name wherever they wrap a module.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
 # Attributes that hold the model in somebody else's: DistributedDataParallel's, OpenMMLab's, Lightning modules' own.
@@ -38,6 +38,7 @@ HARMLESS = re.compile(
     r"|ml_collections)\."
     r"|builtins\.(frozenset|slice|range|int|float|str|bool|list|dict|tuple|object|type)$"
 )
+MOST_STAND_INS = 100
 TABLES = re.compile(r"\.(defaultdict|ChainMap|Dict|CfgNode|EasyDict|Box|ConfigDict|AttributeDict)$")
 _reading = threading.Lock()
 
@@ -143,7 +144,7 @@ def read_safely(path: Path) -> Any:
                     return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             name = refused_name(error)
-            if name is None or name in stand_ins or not HARMLESS.match(name):
+            if name is None or name in stand_ins or not HARMLESS.match(name) or len(stand_ins) == MOST_STAND_INS:
                 raise
             stand_ins[name] = Row if name == "collections.deque" else Table if TABLES.search(name) else Bystander
 
@@ -170,18 +171,27 @@ def reason_of(error: Exception) -> str:
 # ---- what is around a state dict
 
 
-def _state_dict(content: Any, depth: int = DEEPEST) -> dict[str, Tensor] | None:
+def _is_new(content: Any, seen: set[int]) -> bool:
+    """Whether this is a table not met before: a file may hold one inside itself, and more of them than anyone needs."""
+    new = isinstance(content, Mapping) and id(content) not in seen and len(seen) < MOST_TABLES
+    seen.add(id(content))
+    return new
+
+
+def _state_dict(content: Any, seen: set[int] | None = None) -> dict[str, Tensor] | None:
     """The tensors by name in the first container that has any, else in ``content`` itself."""
-    if not isinstance(content, Mapping) or depth == 0:  # a file may hold a table inside itself
+    seen = set() if seen is None else seen
+    if not _is_new(content, seen):
         return None
     for key in CONTAINERS:
-        if found := _state_dict(content.get(key), depth - 1):
+        if found := _state_dict(content.get(key), seen):
             return found
     return {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)} or None
 
 
-def _averages(content: Any, depth: int = DEEPEST) -> tuple[str, dict[str, Tensor] | None]:
-    if not isinstance(content, Mapping) or depth == 0:
+def _averages(content: Any, seen: set[int] | None = None) -> tuple[str, dict[str, Tensor] | None]:
+    seen = set() if seen is None else seen
+    if not _is_new(content, seen):
         return "", None
     for key in AVERAGES:
         # MMEngine exchanges the two as it saves: its state_dict is the average.
@@ -189,17 +199,17 @@ def _averages(content: Any, depth: int = DEEPEST) -> tuple[str, dict[str, Tensor
             continue
         if found := _state_dict(content.get(key)):
             return key, found
-    inside = (_averages(content.get(key), depth - 1) for key in CONTAINERS)
+    inside = (_averages(content.get(key), seen) for key in CONTAINERS)
     return next((found for found in inside if found[1]), ("", None))
 
 
 def _instead(content: Any) -> str:
     """What is there in place of a state dict, for a message."""
-    inner = [
-        content[key] for key in CONTAINERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-    ]
-    if inner and inner[0] is not content:
-        return _instead(inner[0])
+    for _ in range(MOST_TABLES):
+        inner = [content[key] for key in CONTAINERS if isinstance(content, Mapping) and key in content]
+        if not inner or not isinstance(inner[0], Mapping):
+            break
+        content = inner[0]
     if not isinstance(content, Mapping) or not content:
         return f" but {'' if content else 'an empty '}{type(content).__name__}"
     name, value = next(iter(content.items()))
