@@ -423,7 +423,7 @@ class OverLoCK(BackboneContract):
         state = super().adapt_state_dict(state)
         for prefix, module in self.named_modules():
             if isinstance(module, DilatedReparamBlock) and module.merged:
-                _merge_branches(state, f"{prefix}.", module)
+                module.merge_entries(state, f"{prefix}.")
         for part in (tuple(f"extra_norm.{i}." for i in range(4)), ("h_proj.", "extra_norm.4.")):
             own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(part)}
             if own and not any(name.startswith(part) for name in state):
@@ -457,20 +457,6 @@ def _move_shift(scale: Any, branch: Any) -> None:
     if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
         last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
         scale.bias = None
-
-
-def _merge_branches(state: dict[str, Tensor], prefix: str, block: DilatedReparamBlock) -> None:
-    """Puts the merged kernel and bias of ``block`` in the place of its separate branches, where ``state`` has these."""
-    separate = DilatedReparamBlock(block.channels, block.kernel_size).double()
-    branches = {name: state.get(prefix + name) for name in separate.state_dict()}
-    found = {name: tensor for name, tensor in branches.items() if tensor is not None}
-    if any(name not in found or found[name].shape != t.shape for name, t in separate.state_dict().items()):
-        return  # merged already, or not a file for this model: the loader's to judge
-    separate.load_state_dict(found)
-    separate.merge()
-    for name in found:
-        del state[prefix + name]
-    state.update((prefix + name, tensor) for name, tensor in separate.state_dict().items())
 
 
 def _initialise(module: nn.Module) -> None:

@@ -137,6 +137,19 @@ class DilatedReparamBlock(nn.Module):
             delattr(self, name)
         self.lk_origin = merged.train(self.training)
 
+    def merge_entries(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Replaces the entries of separate branches by those of the merged kernel, where ``state`` has them all."""
+        separate = DilatedReparamBlock(self.channels, self.kernel_size).double()
+        own = separate.state_dict()
+        found = {name: state[prefix + name] for name in own if prefix + name in state}
+        if found.keys() != own.keys() or any(found[name].shape != own[name].shape for name in own):
+            return  # merged already, or not a file for this model: the loader's to judge
+        separate.load_state_dict(found)
+        separate.merge()
+        for name in found:
+            del state[prefix + name]
+        state.update((prefix + name, tensor) for name, tensor in separate.state_dict().items())
+
     def reparameterize(self) -> None:
         """``merge``, under the name by which timm's ``reparameterize_model`` asks for it."""
         self.merge()
