@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1  # that a whole number without a bound of its own may be
+LONGEST_SIDE = 16384
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Number:
     noun: str = ""
 
     def holds(self, value: Any) -> bool:
-        kind = isinstance(value, int) if self.whole else isinstance(value, (int, float)) and math.isfinite(value)
+        kind = isinstance(value, (int, float)) and math.isfinite(value)
+        if self.whole:
+            kind = isinstance(value, int) and value <= (LARGEST if math.isinf(self.at_most) else self.at_most)
         return kind and self.at_least <= value <= self.at_most and self.above < value < self.below
 
     def __str__(self) -> str:
@@ -43,13 +46,12 @@ class Number:
         return value
 
 
-positive = Number(at_least=1, at_most=LARGEST, whole=True)
-natural = Number(at_least=0, at_most=LARGEST, whole=True)
+positive = Number(at_least=1, whole=True)
+natural = Number(at_least=0, whole=True)
 processes = Number(at_least=0, at_most=1024, whole=True)
 threads = Number(at_least=1, at_most=1024, whole=True)
 seconds = Number(above=0, noun="a finite number of seconds")
 FRACTION = Number(at_least=0, at_most=1)
-SIDE = Number(at_least=32, at_most=16384, whole=True, noun="SIDE or HEIGHTxWIDTH, in pixels")
 
 
 def device(text: str) -> torch.device:
@@ -74,7 +76,8 @@ def dtype(text: str) -> torch.dtype:
 
 def image_size(text: str) -> tuple[int, int]:
     """SIDE or HEIGHTxWIDTH."""
-    sides = text.lower().split("x")
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"must be {SIDE}, got {text!r}")
-    return int(SIDE(sides[0])), int(SIDE(sides[-1]))
+    sides = [int(side) if side.isdecimal() and len(side) < 10 else 0 for side in text.lower().split("x")]
+    if len(sides) > 2 or min(sides) < 32 or max(sides) > LONGEST_SIDE:
+        bound = f"at most {LONGEST_SIDE}" if max(sides) > LONGEST_SIDE else "at least 32"
+        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, {bound} pixels each, got {text!r}")
+    return sides[0], sides[-1]

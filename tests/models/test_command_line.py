@@ -13,7 +13,7 @@ import pytest
 import autotune.__main__
 import models.__main__
 from models.commands.dispatch import run_command
-from models.commands.types import LARGEST, Number, device, dtype, image_size, natural
+from models.commands.types import LARGEST, Number, device, dtype, image_size, natural, positive
 
 PACKAGES = {"models": models.__main__.main, "autotune": autotune.__main__.main}
 INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000], ["inf", "-inf", "nan", "1e400", "x"]
@@ -61,7 +61,7 @@ def test_every_number_is_bounded_and_refused_by_its_option(capsys, command, opti
 
 
 def test_a_number_says_what_it_must_be():
-    assert str(Number(at_least=1, whole=True)) == "an integer of at least 1"
+    assert str(positive) == "an integer of at least 1"
     assert str(Number(above=0, at_most=2)) == "a finite number above 0 and of at most 2"
     assert [natural.holds(value) for value in (0, 3, LARGEST, -1, 1.0, "1", None)] == [True] * 3 + [False] * 4
     assert not Number().holds(float("inf"))
