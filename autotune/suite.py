@@ -37,7 +37,7 @@ from autotune.results import summary
 from kernels.files import atomic_write, write_json
 from kernels.tuning.choose import gpu_name
 from kernels.tuning.store import Store, shipped_folder
-from models.commands.errors import CommandError
+from models.commands.dispatch import CommandError
 
 SECONDS = 515.0  # for everything: nine minutes, less what starting, ending and a slow disk may take
 SECONDS_QUICK = 3600.0  # a smoke test is over when it is done, however busy the machine

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 from models.commands.dispatch import run_command
 
-__all__ = ["COMMANDS", "main"]
-
 COMMANDS = {  # name -> (module, one line of help)
     "list": ("models.commands.list", "show every model: size, parameters, published accuracy, official weights"),
     "classify": ("models.commands.classify", "name what photographs show, and draw the five best guesses"),

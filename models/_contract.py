@@ -12,24 +12,19 @@ A family derives from ``BackboneContract`` and provides
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.checkpoints import load_pretrained
 from models.checks import flag, integer, number, one_of
-
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "BackboneContract", "FeatureInfo", "Stage", "pretrained_config"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_CLASSES = 10_000_000
-
-Model = TypeVar("Model", bound="BackboneContract")
 
 
 def pretrained_config(**overrides: Any) -> dict[str, Any]:
@@ -47,11 +42,9 @@ def pretrained_config(**overrides: Any) -> dict[str, Any]:
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """What is known of every feature map, in depth order, with timm's accessors for those that a model returns.
+    """``dict(num_chs=…, reduction=…, module=…)`` of every feature map, with timm's accessors.
 
-    Args:
-        maps: ``dict(num_chs=…, reduction=…, module=…)`` for each map.
-        out_indices: which of them the model returns; None all.
+    Each gives its entry of the returned maps, ``out_indices`` (None: all), of one map ``idx``, or of several.
     """
 
     def __init__(self, maps: Iterable[dict[str, Any]], out_indices: Sequence[int] | None = None) -> None:
@@ -59,32 +52,26 @@ class FeatureInfo(list[dict[str, Any]]):
         self.out_indices = tuple(range(len(self)) if out_indices is None else out_indices)
 
     def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
-        """One entry of the returned maps (None), of the map ``idx``, or of several maps."""
         if isinstance(idx, int):
             return self[idx][key]
         return [self[i][key] for i in (self.out_indices if idx is None else idx)]
 
     def channels(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Channels of the returned maps, as for ``get``."""
         return self.get("num_chs", idx)
 
     def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Pixels of the image per position of the map and axis, as for ``get``."""
+        """Pixels of the image per position of the map and axis."""
         return self.get("reduction", idx)
 
-    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The module after which the map is taken, as for ``get``."""
-        return self.get("module", idx)
-
     def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
-        """The dicts, or ``keys`` of them, of the returned maps, of the map ``idx``, or of several maps."""
+        """The dicts, or ``keys`` of them."""
         if isinstance(idx, int):
-            return dict(self[idx]) if keys is None else {key: self[idx][key] for key in keys}
+            return {key: self[idx][key] for key in keys or self[idx]}
         return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
 
-    def from_other(self, out_indices: Sequence[int]) -> FeatureInfo:
-        """The same maps for a model that returns others of them."""
-        return FeatureInfo(map(dict, self), out_indices)
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        """The module after which the map is taken."""
+        return self.get("module", idx)
 
 
 class Stage(nn.Sequential):
@@ -118,8 +105,7 @@ class BackboneContract(nn.Module):
             ``features_only``; the message names it.
     """
 
-    minimum_size: ClassVar = 32  # smallest image side, in pixels
-    maximum_size: ClassVar = 16384
+    sides: ClassVar = (32, 16384)  # smallest and largest of an image, in pixels
     fixed_input_size: ClassVar = False  # whether ``img_size`` is an argument
     global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # what forward_head can do, its default first
     training_only: ClassVar[tuple[str, ...]] = ()  # modules that evaluation does not use
@@ -138,7 +124,6 @@ class BackboneContract(nn.Module):
     def __init__(
         self,
         maps: Sequence[tuple[str, int, int]],
-        *,
         num_classes: int,
         in_chans: int,
         drop_path_rate: float,
@@ -166,34 +151,18 @@ class BackboneContract(nn.Module):
         self.grad_checkpointing = False
         self.pretrained_cfg = pretrained_config()
 
-    def _leave_out_unused(self, last: int | None = None, head: bool = True) -> None:
-        """Removes the stages after feature map ``last`` (None: the last one chosen) and, with ``head``, the head."""
-        last = self.out_indices[-1] if last is None else last
+    def _leave_out_unused(self, head: bool = True) -> None:
+        """Removes the stages after the last feature map chosen and, with ``head``, the head."""
+        last = self.out_indices[-1]
         for name in [name for stage in self.stages[last + 1 : -1] for name in stage] + list(self.stages[-1]) * head:
             parent, _, child = name.rpartition(".")
             if hasattr(self.get_submodule(parent), child):
                 delattr(self.get_submodule(parent), child)
             self.left_out.append(name)
-        self.feature_info = FeatureInfo(self.feature_info[: last + 1], [i for i in self.out_indices if i <= last])
+        self.feature_info = FeatureInfo(self.feature_info[: last + 1], self.out_indices)
         self.num_features = self.feature_info[-1]["num_chs"]
         if head:
-            self.head_hidden_size = self.num_features
-            self.classifiers = {}
-
-    @classmethod
-    def create(
-        cls: type[Model],
-        config: dict[str, Any] | Callable[[Model], dict[str, Any]],
-        pretrained: bool,
-        options: dict[str, Any],
-    ) -> Model:
-        """``cls(**options)`` with its configuration (or what makes one of the model), and its weights if wanted."""
-        flag("pretrained", pretrained)
-        model = cls(**options)
-        model.pretrained_cfg = {**(config(model) if callable(config) else config)}
-        if pretrained:
-            load_pretrained(model, model.pretrained_cfg["url"])
-        return model
+            self.head_hidden_size, self.classifiers = self.num_features, {}
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -254,10 +223,9 @@ class BackboneContract(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps, with or without the final features.
+        """Feature maps of an image [B, in_chans, H, W], with or without the final features; timm's signature.
 
         Args:
-            x: image [B, in_chans, H, W].
             indices: which of the model's maps; a number means the last so many, None all.
             norm: accepted for timm's sake; the maps are as they are.
             stop_early: do not run past the last wanted map.
@@ -304,11 +272,8 @@ class BackboneContract(nn.Module):
             old = self.get_submodule(name)
             like = next(old.parameters(), next(self.parameters()))
             new = self.make_classifier(in_features, num_classes)
-            for parameter_name, parameter in new.named_parameters():
-                if parameter_name == "bias":
-                    nn.init.zeros_(parameter)
-                else:
-                    nn.init.trunc_normal_(parameter, std=0.02)
+            for parameter in new.parameters():
+                nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.trunc_normal_(parameter, std=0.02)
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, new.to(device=like.device, dtype=like.dtype).train(old.training))
 
@@ -323,22 +288,15 @@ class BackboneContract(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages after the last of the feature maps ``indices``, as timm's models do.
+        """Removes the stages after the last of the feature maps ``indices``, which are returned as numbers from 0.
 
-        Args:
-            indices: which maps are still wanted; a number means the last so many.
-            prune_norm: remove the norm before the head, where a family has one.
-            prune_head: remove the head, so that the model returns its last features; it goes with the last stage, too.
-
-        Returns:
-            The indices as non-negative numbers.
+        With ``prune_head`` or the last stage the head goes, too; with ``prune_norm`` the norm before it, if any.
         """
         if self.features_only:
             raise ValueError("a features_only model is built without the stages it does not need: choose out_indices")
         chosen = self.resolve_indices(indices)
-        head = flag("prune_head", prune_head) or chosen[-1] < len(self.feature_info) - 1
         self.out_indices = self.out_indices[: chosen[-1] + 1]
-        self._leave_out_unused(chosen[-1], head)
+        self._leave_out_unused(flag("prune_head", prune_head) or chosen[-1] < len(self.feature_info) - 1)
         if flag("prune_norm", prune_norm) and hasattr(self, "norm"):
             self.norm = nn.Identity()
         return chosen
@@ -363,5 +321,5 @@ class BackboneContract(nn.Module):
             raise TypeError(f"x must be a floating-point image batch, got {x.dtype}")
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}")
-        if min(x.shape[2:]) < self.minimum_size:
-            raise ValueError(f"x must be at least {self.minimum_size} pixels high and wide, got {tuple(x.shape[2:])}")
+        if min(x.shape[2:]) < self.sides[0]:
+            raise ValueError(f"x must be at least {self.sides[0]} pixels high and wide, got {tuple(x.shape[2:])}")

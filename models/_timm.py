@@ -11,9 +11,8 @@ import torch
 
 from models._contract import BackboneContract
 from models.checkpoints import load_checkpoint
+from models.checks import one_of
 from models.registry import entry_points
-
-__all__ = ["register_with_timm"]
 
 SOURCES = ("file", "hf_hub_id", "state_dict", "url")  # entries of a configuration that say where weights are
 
@@ -29,7 +28,7 @@ def register_with_timm() -> None:
     """
     import timm.models  # pyright: ignore[reportMissingImports]
 
-    for name, entry_point in entry_points().items():
+    for name, entry_point in entry_points.items():
         if not timm.models.is_model(name):
             timm.models.register_model(_as_timm_calls_it(timm.models, entry_point))
 
@@ -56,7 +55,11 @@ def _as_timm_calls_it(timm_models: Any, entry_point: Callable[..., Any]) -> Call
             raise ValueError(f"drop_rate must be 0, got {drop_rate}: {name} has no dropout, only drop_path_rate")
         if isinstance(pretrained_cfg, str):
             raise ValueError(f"pretrained_cfg: {name} has no weights tagged {pretrained_cfg!r}, only the official ones")
-        overrides = {**_overrides(timm_models, name, pretrained_cfg), **(pretrained_cfg_overlay or {})}
+        given = pretrained_cfg.to_dict() if hasattr(pretrained_cfg, "to_dict") else pretrained_cfg or {}
+        known = timm_models.get_pretrained_cfg(name)  # scripts pass this one back
+        registered = known.to_dict(remove_null=False)
+        overrides = {key: value for key, value in given.items() if value != registered.get(key)}
+        overrides |= pretrained_cfg_overlay or {}
         elsewhere = any(overrides.get(source) for source in SOURCES)
         if pretrained and not elsewhere and cache_dir is not None:
             raise ValueError(f"cache_dir: {name} keeps official weights in torch.hub's folder; set TORCH_HOME instead")
@@ -65,17 +68,12 @@ def _as_timm_calls_it(timm_models: Any, entry_point: Callable[..., Any]) -> Call
             options.setdefault("num_classes", overrides["num_classes"])
         if overrides.get("input_size") is not None:
             options.setdefault("in_chans", overrides["input_size"][0])
-            if timm_models.get_pretrained_cfg(name).fixed_input_size:
+            if known.fixed_input_size:
                 options.setdefault("img_size", tuple(overrides["input_size"][1:]))
         with contextlib.nullcontext() if device is None else torch.device(device):
-            model = entry_point(pretrained=pretrained and not elsewhere, **options)
-        if dtype is not None:
-            model.to(dtype)
-        if output_stride not in (None, model.feature_info[-1]["reduction"]):
-            stride = model.feature_info[-1]["reduction"]
-            raise ValueError(
-                f"output_stride must be {stride} for {name}, which has no dilated form, got {output_stride}"
-            )
+            model = entry_point(pretrained=pretrained and not elsewhere, **options).to(dtype=dtype)
+        if output_stride is not None:  # no family has a dilated form
+            one_of("output_stride", output_stride, (model.feature_info[-1]["reduction"],))
         pool = overrides.get("global_pool") if global_pool is None else global_pool
         if pool is not None:
             model.set_global_pool(pool)
@@ -97,12 +95,3 @@ def _as_timm_calls_it(timm_models: Any, entry_point: Callable[..., Any]) -> Call
         return model
 
     return create
-
-
-def _overrides(timm_models: Any, name: str, pretrained_cfg: Any) -> dict[str, Any]:
-    """Entries of a given configuration that are not those registered: scripts pass the registered one back."""
-    if pretrained_cfg is None:
-        return {}
-    given = pretrained_cfg if isinstance(pretrained_cfg, dict) else pretrained_cfg.to_dict()
-    registered = timm_models.get_pretrained_cfg(name).to_dict(remove_null=False)
-    return {key: value for key, value in given.items() if value != registered.get(key)}

@@ -6,7 +6,9 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,17 +18,7 @@ from kernels.files import atomic_write
 from models.checks import flag
 from models.downloads import fetch
 from models.metadata import Metadata, read_metadata
-from models.weight_files import (
-    entries_for,
-    is_bookkeeping,
-    listed,
-    part_of,
-    read_state_dict,
-    safetensors_torch,
-    unwrapped_name,
-)
-
-__all__ = ["load_checkpoint", "load_pretrained", "local_file", "read_state_dict", "save_checkpoint"]
+from models.weight_files import entries_for, is_bookkeeping, listed, part_of, read_state_dict, unwrapped_name
 
 PathLike = str | os.PathLike[str]
 
@@ -52,12 +44,41 @@ def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = 
         ConnectionError: the address cannot be reached and nothing is cached.
         ValueError: the file holds code, is damaged, is no weight file, or does not fit; the message lists the names.
     """
-    for note in _load(model, path_or_url, use_ema=use_ema):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    flag("use_ema", use_ema)
+    path = local_file(path_or_url)
+    model = _unwrapped(model)
+    names = {unwrapped_name(name): name for name in model.state_dict()}
+    own = dict(zip(names, model.state_dict().values(), strict=True))
+    _check_loadable(model, own)
+    heads = {part_of(name) for name in getattr(model, "classifiers", {})}
+    parameters = {unwrapped_name(name) for name, _ in model.named_parameters()}
+    state, notes = entries_for(own.keys(), parameters, heads, path, use_ema)
+    metadata = read_metadata(path)
+    if unlike := [name for name, tensor in state.items() if not _plain(tensor)]:
+        raise ValueError(f"checkpoint: {path} holds tensors without plain values (sparse, meta, …): {listed(unlike)}")
+    state = _with_counters(state)
+    adapt: Any = getattr(model, "adapt_state_dict", dict)
+    state = adapt(state)
+    if getattr(model, "features_only", False):  # neither the classifier nor the stages after the last wanted map
+        own_parts = {part_of(name) for name in own}
+        state = {name: tensor for name, tensor in state.items() if part_of(name) in own_parts}
+    state = {name: tensor for name, tensor in state.items() if name in own or not is_bookkeeping(name)}
+    state = _adapted_shapes(_with_classifiers(state, model, own, notes), model, own)
+    _check_fit(state, own, type(model).__name__, path)
+    on_meta = any(tensor.is_meta for tensor in own.values())
+    if on_meta:  # memory of the model's own, in its dtype and layout, whatever the file's tensors share
+        state = {name: torch.empty_like(own[name], device=t.device).copy_(t) for name, t in state.items()}
+    model.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=on_meta)
+    if metadata is not None and hasattr(model, "pretrained_cfg"):
+        metadata.apply_to(model)
+    for note in notes:
         warnings.warn(note, stacklevel=2)
 
 
-def load_pretrained(model: nn.Module, url: str, sha256: str | None = None) -> None:
-    """``load_checkpoint`` for the official weights at ``url``, whose checksum may be published.
+def load_pretrained(model: nn.Module, url: str) -> None:
+    """``load_checkpoint`` for the official weights at ``url``.
 
     Raises:
         ValueError: as ``load_checkpoint``, or ``url`` is empty: nobody publishes weights that can be downloaded.
@@ -67,16 +88,15 @@ def load_pretrained(model: nn.Module, url: str, sha256: str | None = None) -> No
             f"pretrained: no official weights of this {type(model).__name__} can be downloaded; "
             "get the file by hand and pass checkpoint=PATH"
         )
-    for note in _load(model, url, sha256):
-        warnings.warn(note, stacklevel=2)
+    load_checkpoint(model, url)
 
 
-def local_file(path_or_url: PathLike, sha256: str | None = None) -> Path:
+def local_file(path_or_url: PathLike) -> Path:
     """The file itself, downloaded where it is named by its address. Errors as for ``load_checkpoint``."""
     if not isinstance(path_or_url, str | os.PathLike):
         raise TypeError(f"path_or_url must be a str or a path, got {type(path_or_url).__name__}")
     if isinstance(path_or_url, str) and path_or_url.lower().startswith(("http://", "https://")):
-        return fetch(path_or_url, sha256=sha256, check=read_state_dict)
+        return fetch(path_or_url, check=read_state_dict)
     return Path(path_or_url)
 
 
@@ -103,41 +123,9 @@ def save_checkpoint(model: nn.Module, path: PathLike, metadata: Metadata | None 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if path.suffix == ".safetensors":
         header = {"format": "pt"} | ({} if metadata is None else metadata.header())
-        atomic_write(path, safetensors_torch().save(state, metadata=header))
+        atomic_write(path, safetensors.torch.save(state, metadata=header))
     else:
         atomic_write(path, lambda file: torch.save(state, file))
-
-
-def _load(model: nn.Module, path_or_url: PathLike, sha256: str | None = None, use_ema: bool = True) -> list[str]:
-    """Loads, and returns what the caller is to be told."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    flag("use_ema", use_ema)
-    path = local_file(path_or_url, sha256)
-    model = _unwrapped(model)
-    names = {unwrapped_name(name): name for name in model.state_dict()}
-    own = dict(zip(names, model.state_dict().values(), strict=True))
-    _check_loadable(model, own)
-    heads = {part_of(name) for name in getattr(model, "classifiers", {})}
-    parameters = {unwrapped_name(name) for name, _ in model.named_parameters()}
-    state, notes = entries_for(own.keys(), parameters, heads, path, use_ema)
-    metadata = read_metadata(path)
-    if unlike := [name for name, tensor in state.items() if not _plain(tensor)]:
-        raise ValueError(f"checkpoint: {path} holds tensors without plain values (sparse, meta, …): {listed(unlike)}")
-    state = _with_counters(state)
-    adapt_state_dict = getattr(model, "adapt_state_dict", None)
-    if adapt_state_dict is not None:
-        state = adapt_state_dict(state)
-    if getattr(model, "features_only", False):  # neither the classifier nor the stages after the last wanted map
-        own_parts = {part_of(name) for name in own}
-        state = {name: tensor for name, tensor in state.items() if part_of(name) in own_parts}
-    state = {name: tensor for name, tensor in state.items() if name in own or not is_bookkeeping(name)}
-    state = _adapted_shapes(_with_classifiers(state, model, own, notes), model, own)
-    _check_fit(state, own, type(model).__name__, path)
-    _put({names[name]: tensor for name, tensor in state.items()}, model)
-    if metadata is not None and hasattr(model, "pretrained_cfg"):
-        metadata.apply_to(model)
-    return notes
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -207,26 +195,15 @@ def _adapted_shapes(state: dict[str, Tensor], model: nn.Module, own: Mapping[str
     for name, tensor in state.items():
         if name not in own or tensor.shape == own[name].shape or tensor.ndim != 4 or own[name].ndim != 4:
             continue
-        shape = own[name].shape
-        if tensor.shape[0] == shape[0] and tensor.shape[2:] == shape[2:] and shape[1] == getattr(model, "in_chans", 0):
-            state[name] = _adapted_channels(tensor, shape[1])
-        elif name.endswith("pos_embed") and tensor.shape[0] == shape[0] and tensor.shape[3] == shape[3]:
-            state[name] = _resized_positions(tensor, (shape[1], shape[2]))
+        size, channels = own[name].shape, own[name].shape[1]
+        if tensor.shape[0] == size[0] and tensor.shape[2:] == size[2:] and channels == getattr(model, "in_chans", 0):
+            # [O, I, K, K] -> [O, in_chans, K, K], keeping the size of the response.
+            tiled = tensor.repeat(1, -(-channels // tensor.shape[1]), 1, 1)[:, :channels]
+            state[name] = tensor.sum(1, keepdim=True) if channels == 1 else tiled * (tensor.shape[1] / channels)
+        elif name.endswith("pos_embed") and tensor.shape[0] == size[0] and tensor.shape[3] == size[3]:
+            resized = F.interpolate(tensor.float().permute(0, 3, 1, 2), size[1:3], mode="bicubic")  # [1, h, w, C]
+            state[name] = resized.permute(0, 2, 3, 1).to(tensor.dtype)
     return state
-
-
-def _adapted_channels(weight: Tensor, in_chans: int) -> Tensor:
-    """First convolution [O, I, K, K] -> [O, in_chans, K, K] keeping the size of the response."""
-    if in_chans == 1:
-        return weight.sum(1, keepdim=True)
-    repeats = -(-in_chans // weight.shape[1])
-    return weight.repeat(1, repeats, 1, 1)[:, :in_chans] * (weight.shape[1] / in_chans)
-
-
-def _resized_positions(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
-    """[1, h, w, C] -> [1, *size, C], bicubic."""
-    grid = pos_embed.float().permute(0, 3, 1, 2)
-    return F.interpolate(grid, size, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
 def _with_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -240,16 +217,10 @@ def _with_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: str, path: Path) -> None:
-    unlike = [
-        f"{name} (expected {list(tensor.shape)}, got {list(state[name].shape)})"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    unlike += [
-        f"{name} (expected {tensor.dtype}, got {state[name].dtype})"
-        for name, tensor in own.items()
-        if name in state and state[name].is_floating_point() != tensor.is_floating_point()
-    ]
+    both = [(name, state[name], tensor) for name, tensor in own.items() if name in state]
+    unlike = [f"{n} (expected {list(o.shape)}, got {list(t.shape)})" for n, t, o in both if t.shape != o.shape]
+    kinds = [(n, t.dtype, o.dtype) for n, t, o in both if t.is_floating_point() != o.is_floating_point()]
+    unlike += [f"{name} (expected {expected}, got {got})" for name, got, expected in kinds]
     problems = [
         f"{len(names)} {what}: {listed(names)}"
         for what, names in (
@@ -262,13 +233,3 @@ def _check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: st
     ]
     if problems:
         raise ValueError(f"checkpoint: {path} does not fit {model}\n  " + "\n  ".join(problems))
-
-
-def _put(state: dict[str, Tensor], model: nn.Module) -> None:
-    own = model.state_dict()
-    on_meta = any(tensor.is_meta for tensor in own.values())
-    if on_meta:  # memory of the model's own, in its dtype and layout, whatever the file's tensors share
-        state = {
-            name: torch.empty_like(own[name], device=tensor.device).copy_(tensor) for name, tensor in state.items()
-        }
-    model.load_state_dict(state, assign=on_meta)

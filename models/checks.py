@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["flag", "integer", "integers", "number", "one_of"]
-
 MOST = 2**16  # of what a network has: channels, blocks, heads, pixels per side
 
 

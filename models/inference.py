@@ -23,8 +23,6 @@ from models._contract import BackboneContract
 from models.layers import DepthwiseConv2d, DilatedReparamBlock, LayerScale
 from models.layers.fusion import affine, as_built, convolves, fold_after
 
-__all__ = ["optimize_for_inference"]
-
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from models.unpickling import reason_of
-from models.weight_files import is_safetensors
+from safetensors import safe_open
 
-__all__ = ["Metadata", "read_metadata"]
+from models.weight_files import is_safetensors, reason_of
 
 MARK, VERSION = "dynamic_kernels", "1"
 
@@ -72,14 +71,12 @@ class Metadata:
 
     def apply_to(self, model: Any) -> None:
         """Makes this the configuration of one of ``models``, in timm's words; class names where they are as many."""
-        config: dict[str, Any] = dict(model.pretrained_cfg)
-        config |= {
+        config = {name: value for name, value in model.pretrained_cfg.items() if name != "label_names"} | {
             "input_size": (model.in_chans, *self.size),
             "crop_pct": self.crop_pct,
             "interpolation": self.interpolation,
+            "num_classes": len(self.classes),
         }
-        config["num_classes"] = len(self.classes)
-        config.pop("label_names", None)
         if model.in_chans in (1, len(self.mean)):
             config |= {"mean": self.mean, "std": self.std}
         if model.num_classes == len(self.classes):
@@ -87,10 +84,8 @@ class Metadata:
         model.pretrained_cfg = config
 
     def __str__(self) -> str:
-        return (
-            f"{self.model}, {self.size[0]}×{self.size[1]} pixels, crop {self.crop_pct}, {self.interpolation}, "
-            f"{len(self.classes)} classes"
-        )
+        seen = f"{self.size[0]}×{self.size[1]} pixels, crop {self.crop_pct}, {self.interpolation}"
+        return f"{self.model}, {seen}, {len(self.classes)} classes"
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
@@ -100,14 +95,8 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
         ValueError: it says what cannot be.
     """
     path = Path(path)
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or not is_safetensors(path):
         return None
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if not is_safetensors(path, start):
-        return None
-    from safetensors import safe_open
-
     try:
         with safe_open(path, "pt") as opened:
             header = opened.metadata() or {}
@@ -132,8 +121,5 @@ def _tuples(value: Any) -> Any:
 
 def _numbers(values: Any, count: int, least: float, most: float) -> bool:
     """Whether these are so many finite numbers between the bounds."""
-    return (
-        isinstance(values, tuple)
-        and len(values) == count
-        and all(type(v) in (int, float) and math.isfinite(v) and least <= v <= most for v in values)
-    )
+    kinds = isinstance(values, tuple) and len(values) == count and all(type(v) in (int, float) for v in values)
+    return kinds and all(math.isfinite(v) and least <= v <= most for v in values)

@@ -11,7 +11,7 @@ and B sizes never load weights; a map smaller than the kernel can be enlarged to
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,68 +32,36 @@ from models.layers import (
     SqueezeExcite,
 )
 from models.layers.basic import add_scaled, to_channels_last
-from models.layers.fusion import as_built, fold_after, last_convolution, leaf
-from models.registry import register_model
-
-__all__ = [
-    "OverLoCK",
-    "overlock_b",
-    "overlock_b_reparam",
-    "overlock_s",
-    "overlock_s_reparam",
-    "overlock_t",
-    "overlock_t_reparam",
-    "overlock_xt",
-    "overlock_xt_reparam",
-]
+from models.layers.fusion import as_built, last_convolution, leaf
+from models.registry import variant
 
 
 def stem(in_chans: int, channels: int) -> nn.Sequential:
     """Image -> [B, channels, ⌈H/4⌉, ⌈W/4⌉]: four 3×3 convolutions, the first and the third with stride 2."""
-    half = channels // 2
-    return nn.Sequential(
-        nn.Conv2d(in_chans, half, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(half),
-        GELU2d(),
-        nn.Conv2d(half, half, 3, padding=1, bias=False),
-        nn.BatchNorm2d(half),
-        GELU2d(),
-        nn.Conv2d(half, channels, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        GELU2d(),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-    )
+    half, layers = channels // 2, []
+    for inputs, outputs, stride in ((in_chans, half, 2), (half, half, 1), (half, channels, 2), (channels, channels, 1)):
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(outputs), GELU2d()]
+    return nn.Sequential(*layers[:-1])
 
 
 def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
     """[B, in_channels, H, W] -> [B, out_channels, ⌈H/2⌉, ⌈W/2⌉]."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
 def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
     """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
-    return [
-        nn.Conv2d(channels, hidden, 1),
-        GELU2d(),
-        ResidualDepthwiseConv2d(hidden),
-        GlobalResponseNorm(hidden),
-        nn.Conv2d(hidden, channels, 1),
-    ]
+    inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
+    return [nn.Conv2d(channels, hidden, 1), *inside, nn.Conv2d(hidden, channels, 1)]
 
 
 class RepConvBlock(nn.Module):
     """Base-Net and Overview-Net block: x ← x + dw₃(x), then ls(x) + drop_path(MLP(SE(BN(dilated reparam_K(LN(x)))))).
 
-    Args:
-        channels: of input and output, [B, channels, H, W].
-        kernel_size: K.
-        mlp_ratio: hidden width over ``channels``.
-        drop_path: rate of stochastic depth.
-        residual_scale: give the residual a layer scale.
-        reparam: build the merged form.
+    x [B, channels, H, W]; ``mlp_ratio`` is the MLP's hidden width over ``channels``, ``residual_scale`` gives the
+    residual its layer scale ls, ``reparam`` builds the merged form.
     """
 
     def __init__(
@@ -130,17 +98,9 @@ class RepConvBlock(nn.Module):
 class DynamicConvBlock(ContMix):
     """Focus-Net block: mixes features x under the guidance of the context h, and updates both.
 
-    A ``ContMix`` by inheritance because the official names put its parameters directly in the block.
-
-    Args:
-        channels: d of x [B, d, H, W].
-        context_channels: c of h [B, c, H, W].
-        kernel_size: K, for both the dynamic and the static large kernel.
-        num_heads: G of the dynamic kernels.
-        mlp_ratio: hidden width over d.
-        drop_path: rate of stochastic depth.
-        first: h is the reference itself as yet, so there is nothing to renew it from.
-        reparam: build the merged form.
+    A ``ContMix`` by inheritance because the official names put its parameters directly in the block. Its kernel size
+    K is that of the static large kernel, too. In the ``first`` block h is the reference itself as yet, so there is
+    nothing to renew it from.
     """
 
     def __init__(
@@ -196,6 +156,7 @@ class DynamicConvBlock(ContMix):
     def folded(self) -> nn.Module:
         _move_shift(self.ls1, self.proj)
         _move_shift(self.ls2, self.mlp)
+        _move_shift(self.h_scale, self.x_scale)
         return super().folded()
 
 
@@ -279,45 +240,25 @@ class OverLoCK(BackboneContract):
             width = embed_dim[2 + i]
             if width % (4 * heads):
                 raise ValueError(f"embed_dim[{2 + i}] must be a multiple of 4·sub_num_heads[{i}], got {width}, {heads}")
-        reparam = flag("reparam", reparam)
-        context = d3 // 4
-        widths = (d0, d1, d2 + context, d3 + context)
-        modules = ("blocks1", "blocks2", "sub_blocks3", "sub_blocks4")
-        super().__init__(
-            list(zip(modules, widths, (4, 8, 16, 32), strict=True)),
-            num_classes=num_classes,
-            in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            features_only=features_only,
-            out_indices=out_indices,
-        )
+        reparam, context = flag("reparam", reparam), d3 // 4
+        modules, widths = ("blocks1", "blocks2", "sub_blocks3", "sub_blocks4"), (d0, d1, d2 + context, d3 + context)
+        maps = list(zip(modules, widths, (4, 8, 16, 32), strict=True))
+        super().__init__(maps, num_classes, in_chans, drop_path_rate, features_only, out_indices)
         if not flag("context_skip", context_skip) and not features_only:
             raise ValueError("context_skip=False needs features_only=True: a classifier returns no maps")
         self.return_aux = True
         total = sum(depth) + sum(sub_depth)
         rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
 
-        def base_stage(stage: int) -> Stage:
-            options = {"residual_scale": stage >= 2, "reparam": reparam}
-            blocks = range(depth[stage])
-            return Stage(
-                *(RepConvBlock(embed_dim[stage], kernel_size[stage], drop_path=next(rates), **options) for _ in blocks)
-            )
+        def base_stage(i: int) -> Stage:
+            shape, options = (embed_dim[i], kernel_size[i]), {"residual_scale": i >= 2, "reparam": reparam}
+            return Stage(*(RepConvBlock(*shape, drop_path=next(rates), **options) for _ in range(depth[i])))
 
-        def focus_stage(stage: int) -> FocusStage:
+        def focus_stage(i: int) -> FocusStage:
+            shape = (embed_dim[2 + i], context, kernel_size[2 + i], 2 * sub_num_heads[i])
+            first = [i == 0 and block == 0 for block in range(sub_depth[i])]
             return FocusStage(
-                *(
-                    DynamicConvBlock(
-                        embed_dim[2 + stage],
-                        context,
-                        kernel_size[2 + stage],
-                        2 * sub_num_heads[stage],
-                        drop_path=next(rates),
-                        first=stage == 0 and block == 0,
-                        reparam=reparam,
-                    )
-                    for block in range(sub_depth[stage])
-                )
+                *(DynamicConvBlock(*shape, drop_path=next(rates), first=f, reparam=reparam) for f in first)
             )
 
         self.patch_embed1 = stem(self.in_chans, d0)
@@ -331,17 +272,7 @@ class OverLoCK(BackboneContract):
         self.extra_norm = nn.ModuleList(nn.Identity() for _ in range(5))
         self.h_proj: nn.Module | None = None
         if features_only:
-            last = self.out_indices[-1]
-            context_skip = context_skip and last == 3
-            for i, width in enumerate((*widths, d3)):
-                if i in self.out_indices or (i == 1 and last > 1) or (i == 4 and context_skip):
-                    self.extra_norm[i] = LayerNorm2d(width, eps=1e-6)
-                else:
-                    self.left_out.append(f"extra_norm.{i}")
-            if context_skip:
-                self.h_proj = nn.Sequential(nn.Conv2d(d3, d3 + context, 1), LayerScale(d3 + context, initial=1e-5))
-            else:
-                self.left_out.append("h_proj")
+            self._norm_maps((*widths, d3), context_skip)
             self._leave_out_unused()
         else:
             self.head_hidden_size = 1024
@@ -357,6 +288,19 @@ class OverLoCK(BackboneContract):
                 self.make_classifier(self.head_hidden_size, self.num_classes),
             )
         self.apply(_initialise)
+
+    def _norm_maps(self, widths: Sequence[int], context_skip: bool) -> None:
+        """Gives the chosen maps their norms, of these widths, and the last the context, whose norm is the fifth."""
+        last = self.out_indices[-1]
+        context_skip = context_skip and last == 3
+        wanted = {*self.out_indices, *([1] if last > 1 else []), *([4] if context_skip else [])}
+        for i in wanted:
+            self.extra_norm[i] = LayerNorm2d(widths[i], eps=1e-6)
+        self.left_out += [f"extra_norm.{i}" for i in range(5) if i not in wanted]
+        if context_skip:
+            self.h_proj = nn.Sequential(nn.Conv2d(widths[4], widths[3], 1), LayerScale(widths[3], initial=1e-5))
+        else:
+            self.left_out.append("h_proj")
 
     @staticmethod
     def make_classifier(in_features: int, num_classes: int) -> nn.Module:
@@ -452,17 +396,9 @@ class OverLoCK(BackboneContract):
         return self
 
     def folded(self) -> nn.Module:
-        """Without training's second output, and with Focus-Net's h = x_scale(h) + h_scale(h_ref) as h + s·h_ref.
-
-        Whatever makes h takes the rest over. Nobody else reads that h: it is the context half of the block before,
-        which is not the last of its stage, or of the downsampling.
-        """
+        """Without training's second output."""
         if self.classifiers.pop("aux_head.2", None):
             del self.aux_head
-        for stage, first_maker in (("sub_blocks3", None), ("sub_blocks4", "patch_embedx")):
-            blocks: list[Any] = list(getattr(self, stage, ()))
-            for maker, block in zip([getattr(self, first_maker or "", None), *blocks], blocks, strict=False):
-                _fold_context_scale(maker, block)
         return self
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -487,9 +423,8 @@ class OverLoCK(BackboneContract):
         state = super().adapt_state_dict(state)
         for prefix, module in self.named_modules():
             if isinstance(module, DilatedReparamBlock) and module.merged:
-                _merge_branches(state, f"{prefix}.", module)
-        skip, norms = ("h_proj.", "extra_norm.4."), tuple(f"extra_norm.{i}." for i in range(4))
-        for part in (norms, skip):
+                module.merge_entries(state, f"{prefix}.")
+        for part in (tuple(f"extra_norm.{i}." for i in range(4)), ("h_proj.", "extra_norm.4.")):
             own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(part)}
             if own and not any(name.startswith(part) for name in state):
                 modules = ", ".join(sorted({name.rpartition(".")[0] for name in own}))
@@ -516,47 +451,12 @@ class OverLoCK(BackboneContract):
         }
 
 
-def _move_shift(scale: nn.Module, branch: nn.Module) -> None:
-    """Layer scale and branch are summed, so the branch's last convolution may add the shift."""
-    conv = last_convolution(branch)
-    if conv is None or not isinstance(scale, LayerScale) or scale.bias is None:
-        return
-    if as_built(scale, LayerScale):
-        fold_after(conv, torch.ones_like(scale.bias), scale.bias)
+def _move_shift(scale: Any, branch: Any) -> None:
+    """Layer scale and branch are summed, so the last convolution of the branch, or its own scale, may add the shift."""
+    last = branch if as_built(branch, LayerScale) else last_convolution(branch)
+    if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
+        last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
         scale.bias = None
-
-
-def _fold_context_scale(maker: Any, block: Any) -> None:
-    """x_scale(h) + h_scale(h_ref) = h′ + s·h_ref, where ``maker`` makes h′ instead of h."""
-    scales: tuple[nn.Module | None, ...] = (block.x_scale, block.h_scale)
-    inside = isinstance(maker, DynamicConvBlock)  # then h is ls2(x) + mlp(x), from channel d on
-    conv = None if maker is None else last_convolution(maker.mlp if inside else maker.h_proj)
-    if conv is None or (inside and maker.ls2.bias is not None):
-        return
-    if any(not isinstance(s, LayerScale) or not as_built(s, LayerScale) for s in scales):
-        return
-    scale, shift = block.x_scale.weight.flatten(), block.x_scale.bias + block.h_scale.bias
-    if inside:
-        scale = torch.cat((scale.new_ones(maker.channels), scale))
-        shift = torch.cat((shift.new_zeros(maker.channels), shift))
-        maker.ls2.weight.mul_(scale.view(-1, 1, 1, 1))
-    fold_after(conv, scale, shift)
-    block.x_scale = nn.Identity()
-    block.h_scale.bias = None
-
-
-def _merge_branches(state: dict[str, Tensor], prefix: str, block: DilatedReparamBlock) -> None:
-    """Puts the merged kernel and bias of ``block`` in the place of its separate branches, where ``state`` has these."""
-    separate = DilatedReparamBlock(block.channels, block.kernel_size).double()
-    branches = {name: state.get(prefix + name) for name in separate.state_dict()}
-    found = {name: tensor for name, tensor in branches.items() if tensor is not None}
-    if any(name not in found or found[name].shape != t.shape for name, t in separate.state_dict().items()):
-        return  # merged already, or not a file for this model: the loader's to judge
-    separate.load_state_dict(found)
-    separate.merge()
-    for name in found:
-        del state[prefix + name]
-    state.update((prefix + name, tensor) for name, tensor in separate.state_dict().items())
 
 
 def _initialise(module: nn.Module) -> None:
@@ -566,78 +466,29 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-COLUMNS = ("depth", "sub_depth", "embed_dim", "sub_num_heads", "drop_path_rate")
+RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
 VARIANTS: dict[str, dict[str, Any]] = {
-    variant: dict(zip(COLUMNS, row, strict=True))
-    for variant, row in {
+    name: dict(zip(("depth", "sub_depth", "embed_dim", "sub_num_heads", "drop_path_rate"), row, strict=True))
+    for name, row in {
         "xt": ((2, 2, 3, 2), (6, 2), (56, 112, 256, 336), (4, 6), 0.1),
         "t": ((4, 4, 6, 2), (12, 2), (64, 128, 256, 512), (4, 8), 0.15),
         "s": ((6, 6, 8, 3), (16, 3), (64, 128, 320, 512), (8, 16), 0.4),
         "b": ((8, 8, 10, 4), (20, 4), (80, 160, 384, 576), (6, 9), 0.5),
     }.items()
 }
-RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
 
 
-default_cfgs = {
-    f"overlock_{variant}{form}": pretrained_config(
-        url=f"{RELEASE}/overlock_{variant}_in1k_224{form}.pth",
-        classifier=("head.4", "aux_head.2"),
-        first_conv="patch_embed1.0",
-    )
-    for variant in VARIANTS
-    for form in ("", "_reparam")
-}
+def _variant(size: str, summary: str, form: str = "") -> Callable[..., OverLoCK]:
+    url = f"{RELEASE}/overlock_{size}_in1k_224{form}.pth"
+    config = pretrained_config(url=url, classifier=("head.4", "aux_head.2"), first_conv="patch_embed1.0")
+    return variant(OverLoCK, f"overlock_{size}{form}", summary, {**VARIANTS[size], "reparam": bool(form)}, config)
 
 
-def _overlock(variant: str, pretrained: bool, form: str = "", **options: Any) -> OverLoCK:
-    options = {**VARIANTS[variant], "reparam": form == "_reparam", **options}
-    return OverLoCK.create(default_cfgs[f"overlock_{variant}{form}"], pretrained, options)
-
-
-@register_model
-def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-XT: 16 M parameters, 2.6 GMAC at 224², ImageNet-1k top-1 82.7 %."""
-    return _overlock("xt", pretrained, **kwargs)
-
-
-@register_model
-def overlock_xt_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """``overlock_xt`` with its dilated branches merged, for inference."""
-    return _overlock("xt", pretrained, "_reparam", **kwargs)
-
-
-@register_model
-def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-T: 33 M parameters, 5.5 GMAC at 224², ImageNet-1k top-1 84.2 %."""
-    return _overlock("t", pretrained, **kwargs)
-
-
-@register_model
-def overlock_t_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """``overlock_t`` with its dilated branches merged, for inference."""
-    return _overlock("t", pretrained, "_reparam", **kwargs)
-
-
-@register_model
-def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-S: 56 M parameters, 9.7 GMAC at 224², ImageNet-1k top-1 84.8 %."""
-    return _overlock("s", pretrained, **kwargs)
-
-
-@register_model
-def overlock_s_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """``overlock_s`` with its dilated branches merged, for inference."""
-    return _overlock("s", pretrained, "_reparam", **kwargs)
-
-
-@register_model
-def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-B: 95 M parameters, 16.7 GMAC at 224², ImageNet-1k top-1 85.1 %."""
-    return _overlock("b", pretrained, **kwargs)
-
-
-@register_model
-def overlock_b_reparam(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """``overlock_b`` with its dilated branches merged, for inference."""
-    return _overlock("b", pretrained, "_reparam", **kwargs)
+overlock_xt = _variant("xt", "OverLoCK-XT: 16 M parameters, 2.6 GMAC at 224², ImageNet-1k top-1 82.7 %.")
+overlock_t = _variant("t", "OverLoCK-T: 33 M parameters, 5.5 GMAC at 224², ImageNet-1k top-1 84.2 %.")
+overlock_s = _variant("s", "OverLoCK-S: 56 M parameters, 9.7 GMAC at 224², ImageNet-1k top-1 84.8 %.")
+overlock_b = _variant("b", "OverLoCK-B: 95 M parameters, 16.7 GMAC at 224², ImageNet-1k top-1 85.1 %.")
+overlock_xt_reparam = _variant("xt", "OverLoCK-XT with its dilated branches merged, for inference.", "_reparam")
+overlock_t_reparam = _variant("t", "OverLoCK-T with its dilated branches merged, for inference.", "_reparam")
+overlock_s_reparam = _variant("s", "OverLoCK-S with its dilated branches merged, for inference.", "_reparam")
+overlock_b_reparam = _variant("b", "OverLoCK-B with its dilated branches merged, for inference.", "_reparam")

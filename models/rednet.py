@@ -7,7 +7,7 @@ Entry names are those of the published checkpoints (which carry a ``backbone.`` 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,24 +20,7 @@ from models.layers import DropPath, Involution2d
 from models.layers.basic import to_channels_last
 from models.layers.fusion import affine, as_built, fold_after
 from models.layers.involution import conv_bn_relu
-from models.registry import register_model
-
-__all__ = [
-    "Bottleneck",
-    "Involution2d",
-    "InvolutionFPN",
-    "RedNet",
-    "rednet26",
-    "rednet38",
-    "rednet50",
-    "rednet101",
-    "rednet152",
-]
-
-
-PRETRAINED_CFG = pretrained_config(
-    crop_pct=0.875, interpolation="bilinear", first_conv="stem.0.conv", classifier="head.fc"
-)
+from models.registry import variant
 
 
 class Bottleneck(nn.Module):
@@ -109,15 +92,8 @@ class RedNet(BackboneContract):
             num_classes, in_chans, drop_path_rate, features_only, out_indices: see ``BackboneContract``.
         """
         depths = integers("depths", depths, 4, 0)
-        super().__init__(
-            [(f"layer{stage + 1}", 256 * 2**stage, 4 * 2**stage) for stage in range(4)],
-            num_classes=num_classes,
-            in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            features_only=features_only,
-            out_indices=out_indices,
-        )
-        self.pretrained_cfg = dict(PRETRAINED_CFG)
+        maps = [(f"layer{stage + 1}", 256 * 2**stage, 4 * 2**stage) for stage in range(4)]
+        super().__init__(maps, num_classes, in_chans, drop_path_rate, features_only, out_indices)
         stem_channels = 32
         self.stem = nn.Sequential(
             conv_bn_relu(self.in_chans, stem_channels, 3, stride=2),
@@ -182,15 +158,21 @@ class InvolutionFPN(nn.Module):
         merged[i]  = lateral[i] + nearest(merged[i + 1])        merged[n - 1] = lateral[n - 1]
         out[i]     = involution(merged[i])                      out[n + j]    = out[n + j - 1] at every other pixel
 
-    ``nearest`` enlarges to the size of its neighbour, which need not be a multiple of its own. An involution takes the
-    place of the 3×3 convolution at the same width, which is where most of a neck's parameters are.
+    ``nearest`` enlarges to the size of its neighbour, which need not be a multiple of its own.
 
     Shapes: maps[i] [B, in_channels[i], H_i, W_i], sizes falling by about 2 -> ``num_outs`` maps [B, out_channels,
     H_i, W_i], each level beyond the given ones half the size of the one before it, rounded up::
 
         backbone = rednet50(features_only=True)
-        neck = InvolutionFPN([info["num_chs"] for info in backbone.feature_info], num_outs=5)
+        neck = InvolutionFPN(backbone.feature_info.channels(), num_outs=5)
         pyramid = neck(backbone(image))                       # 256 channels at 1/4, 1/8, 1/16, 1/32 and 1/64
+
+    Args:
+        num_outs: number of outputs; None as many as there are maps.
+        kernel_size, group_channels, reduction: of the involutions, as in ``Involution2d``.
+
+    Raises:
+        ValueError: an option out of its range; in the forward pass, maps that are not those announced.
     """
 
     def __init__(
@@ -203,18 +185,6 @@ class InvolutionFPN(nn.Module):
         group_channels: int = 16,
         reduction: int = 4,
     ) -> None:
-        """
-        Args:
-            in_channels: channels of the given maps, fine to coarse.
-            out_channels: channels of every output.
-            num_outs: number of outputs; None as many as there are maps.
-            kernel_size: of the involutions; 7 in the backbone, and here.
-            group_channels: channels that share a kernel; divides ``out_channels``.
-            reduction: as in ``Involution2d``.
-
-        Raises:
-            ValueError: an option out of its range; in the forward pass, maps that are not those announced.
-        """
         super().__init__()
         self.in_channels = list(integers("in_channels", in_channels))
         out_channels = integer("out_channels", out_channels)
@@ -226,11 +196,8 @@ class InvolutionFPN(nn.Module):
             Involution2d(out_channels, kernel_size, group_channels=group_channels, reduction=reduction)
             for _ in self.in_channels
         )
-        for conv in self.lateral_convs:
-            assert isinstance(conv, nn.Conv2d)
-            nn.init.xavier_uniform_(conv.weight)
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+        for parameter in self.lateral_convs.parameters():
+            nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.xavier_uniform_(parameter)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         channels = [x.shape[1] for x in maps]
@@ -246,39 +213,13 @@ class InvolutionFPN(nn.Module):
         return outs
 
 
-DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-default_cfgs = {f"rednet{depth}": PRETRAINED_CFG for depth in DEPTHS}
+def _variant(size: int, depths: Sequence[int], summary: str) -> Callable[..., RedNet]:
+    config = pretrained_config(crop_pct=0.875, interpolation="bilinear", first_conv="stem.0.conv", classifier="head.fc")
+    return variant(RedNet, f"rednet{size}", f"RedNet-{size}: {summary}", {"depths": depths}, config)
 
 
-def _rednet(depth: int, pretrained: bool, **options: Any) -> RedNet:
-    return RedNet.create(default_cfgs[f"rednet{depth}"], pretrained, {"depths": DEPTHS[depth], **options})
-
-
-@register_model
-def rednet26(pretrained: bool = False, **kwargs: Any) -> RedNet:
-    """RedNet-26: 9.23 M parameters, 1.73 G multiply-adds at 224², 75.96 % top-1 on ImageNet."""
-    return _rednet(26, pretrained, **kwargs)
-
-
-@register_model
-def rednet38(pretrained: bool = False, **kwargs: Any) -> RedNet:
-    """RedNet-38: 12.39 M parameters, 2.22 G multiply-adds at 224², 77.48 % top-1 on ImageNet."""
-    return _rednet(38, pretrained, **kwargs)
-
-
-@register_model
-def rednet50(pretrained: bool = False, **kwargs: Any) -> RedNet:
-    """RedNet-50: 15.54 M parameters, 2.71 G multiply-adds at 224², 78.35 % top-1 on ImageNet."""
-    return _rednet(50, pretrained, **kwargs)
-
-
-@register_model
-def rednet101(pretrained: bool = False, **kwargs: Any) -> RedNet:
-    """RedNet-101: 25.65 M parameters, 4.74 G multiply-adds at 224², 78.92 % top-1 on ImageNet."""
-    return _rednet(101, pretrained, **kwargs)
-
-
-@register_model
-def rednet152(pretrained: bool = False, **kwargs: Any) -> RedNet:
-    """RedNet-152: 33.98 M parameters, 6.79 G multiply-adds at 224², 79.12 % top-1 on ImageNet."""
-    return _rednet(152, pretrained, **kwargs)
+rednet26 = _variant(26, (1, 2, 4, 1), "9.23 M parameters, 1.73 G multiply-adds at 224², 75.96 % top-1 on ImageNet.")
+rednet38 = _variant(38, (2, 3, 5, 2), "12.39 M parameters, 2.22 G multiply-adds at 224², 77.48 % top-1 on ImageNet.")
+rednet50 = _variant(50, (3, 4, 6, 3), "15.54 M parameters, 2.71 G multiply-adds at 224², 78.35 % top-1 on ImageNet.")
+rednet101 = _variant(101, (3, 4, 23, 3), "25.65 M parameters, 4.74 G multiply-adds at 224², 78.92 % top-1 on ImageNet.")
+rednet152 = _variant(152, (3, 8, 36, 3), "33.98 M parameters, 6.79 G multiply-adds at 224², 79.12 % top-1 on ImageNet.")

@@ -1,10 +1,4 @@
-"""Names of all models, and the one function that builds any of them.
-
-A family registers its entry points by decorating them::
-
-    @register_model
-    def rednet50(pretrained: bool = False, **kwargs) -> RedNet: ...
-"""
+"""Names of all models, and the one function that builds any of them."""
 
 from __future__ import annotations
 
@@ -12,39 +6,59 @@ import difflib
 import fnmatch
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
-from models.checkpoints import load_checkpoint, local_file
+from models._contract import BackboneContract
+from models.checkpoints import load_checkpoint, load_pretrained, local_file
 from models.checks import flag
 from models.inference import optimize_for_inference
 from models.metadata import read_metadata
 
-__all__ = ["create_model", "entry_points", "list_models", "register_model"]
-
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
+Model = TypeVar("Model", bound=BackboneContract)
 
-_entry_points: dict[str, Callable[..., nn.Module]] = {}
+entry_points: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(entry_point: EntryPoint) -> EntryPoint:
-    """Adds an entry point to the registry under its own name and returns it unchanged.
-
-    Raises:
-        ValueError: another function already holds the name.
-    """
+    """Adds a function to the registry under its own name and returns it unchanged. ValueError: the name is taken."""
     name = entry_point.__name__
-    if name in _entry_points:
-        raise ValueError(f"register_model: {name!r} is already registered by {_entry_points[name].__module__}")
-    _entry_points[name] = entry_point
+    if name in entry_points:
+        raise ValueError(f"register_model: {name!r} is already registered by {entry_points[name].__module__}")
+    entry_points[name] = entry_point
     return entry_point
 
 
-def entry_points() -> dict[str, Callable[..., nn.Module]]:
-    """Every registered function by its name."""
-    return dict(_entry_points)
+def variant(
+    family: type[Model],
+    name: str,
+    summary: str,
+    options: dict[str, Any],
+    config: dict[str, Any],
+    config_of: Callable[[Model], dict[str, Any]] | None = None,
+) -> Callable[..., Model]:
+    """Registers and returns the function ``name(pretrained=False, **kwargs)``: ``family(**options | kwargs)``.
+
+    ``config``, or what ``config_of`` makes of the model, is its ``pretrained_cfg``; with ``pretrained`` its weights are
+    loaded. The family's module keeps ``config`` in ``default_cfgs``, where timm looks for it.
+    """
+
+    def build(pretrained: bool = False, **kwargs: Any) -> Model:
+        flag("pretrained", pretrained)
+        model = family(**{**options, **kwargs})
+        model.pretrained_cfg = dict(config if config_of is None else config_of(model))
+        if pretrained:
+            load_pretrained(model, model.pretrained_cfg["url"])
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__, build.__doc__ = family.__module__, summary
+    vars(sys.modules[family.__module__]).setdefault("default_cfgs", {})[name] = config
+    return register_model(build)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -55,7 +69,8 @@ def list_models(pattern: str = "*") -> list[str]:
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern: expected a str such as 'rednet*', got {type(pattern).__name__}")
-    return sorted((name for name in _entry_points if fnmatch.fnmatchcase(name, pattern)), key=_natural_key)
+    names = (name for name in entry_points if fnmatch.fnmatchcase(name, pattern))
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def create_model(
@@ -83,8 +98,8 @@ def create_model(
     """
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str such as 'rednet50', got {type(name).__name__}")
-    if name not in _entry_points:
-        close = difflib.get_close_matches(name, _entry_points, n=3)
+    if name not in entry_points:
+        close = difflib.get_close_matches(name, entry_points, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
         raise ValueError(f"name: no model {name!r}; {hint}")
     flag("inference", inference)
@@ -95,13 +110,8 @@ def create_model(
     if checkpoint is not None:
         checkpoint = local_file(checkpoint)
         metadata = read_metadata(checkpoint)
-        if metadata is not None:
-            kwargs = metadata.options() | kwargs
-    model = _entry_points[name](pretrained=pretrained, **kwargs)
+        kwargs = ({} if metadata is None else metadata.options()) | kwargs
+    model = entry_points[name](pretrained=pretrained, **kwargs)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
     return optimize_for_inference(model.eval()) if inference else model
-
-
-def _natural_key(name: str) -> list[tuple[bool, int, str]]:
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

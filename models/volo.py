@@ -6,7 +6,7 @@ token labelling and mix-token from arXiv 2104.10858. Entry names are those of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +18,7 @@ from models.checks import flag, integer, integers, number
 from models.layers import DropPath, OutlookAttention
 from models.layers.basic import to_channels_last
 from models.layers.outlook import check_heads
-from models.registry import register_model
-
-__all__ = ["VOLO", "OutlookAttention", "volo_d1", "volo_d2", "volo_d3", "volo_d4", "volo_d5"]
+from models.registry import variant
 
 PATCH_SIZE = 8  # pixels per side of a fine token
 DOWNSAMPLING = 2  # fine tokens per side of a coarse one
@@ -193,14 +191,13 @@ class VOLO(BackboneContract):
         """
         Args:
             layers: Outlookers, then transformer blocks in each of three stages.
-            embed_dims: channels of fine and of coarse tokens.
-            num_heads: heads on fine and on coarse tokens.
+            embed_dims, num_heads: channels and heads on fine and on coarse tokens.
             mlp_ratio: hidden channels of an MLP over its channels.
             stem_dim: channels of the patch embedding's convolutions.
             img_size: side in pixels, or (height, width), of the position embedding. Other images work too.
             num_classes, in_chans, features_only, out_indices: see ``BackboneContract``.
-            drop_path_rate: probability of dropping the last transformer block's branches in training. Rates rise
-                linearly with depth from 0 at the first Outlooker, but Outlookers themselves are never dropped.
+            drop_path_rate: of the last transformer block in training; rates rise linearly from the first Outlooker,
+                but Outlookers themselves are never dropped.
             return_dense: return the triple above in training.
             mix_token: draw and mix a box in training; only with ``return_dense``.
         """
@@ -208,20 +205,14 @@ class VOLO(BackboneContract):
         embed_dims, num_heads = integers("embed_dims", embed_dims, 2), integers("num_heads", num_heads, 2)
         fine, dim = embed_dims
         coarse_patch = PATCH_SIZE * DOWNSAMPLING
-        super().__init__(
-            [("network.0", fine, PATCH_SIZE), *((f"network.{i}", dim, coarse_patch) for i in (2, 3, 4))],
-            num_classes=num_classes,
-            in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            features_only=features_only,
-            out_indices=out_indices,
-        )
-        self.img_size = self._checked_size(img_size)
+        maps = [("network.0", fine, PATCH_SIZE), *((f"network.{i}", dim, coarse_patch) for i in (2, 3, 4))]
+        super().__init__(maps, num_classes, in_chans, drop_path_rate, features_only, out_indices)
+        self.img_size, grid = self._grid(img_size)
         self.return_dense = flag("return_dense", return_dense)
         self.mix_token = flag("mix_token", mix_token) and self.return_dense
         mlp_ratio, stem_dim = number("mlp_ratio", mlp_ratio, 1 / min(embed_dims), 65), integer("stem_dim", stem_dim)
 
-        self.pos_embed = nn.Parameter(torch.zeros(1, *self._grid(), dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(self.in_chans, stem_dim, fine)
         rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist()
@@ -253,29 +244,19 @@ class VOLO(BackboneContract):
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def _checked_size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
-        low, high = self.minimum_size, self.maximum_size
-        if isinstance(img_size, Sequence):
-            height, width = integers("img_size", img_size, 2, low, high)
-            return height, width
-        side = integer("img_size", img_size, low, high)
-        return side, side
+    def _grid(self, img_size: int | Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of an image, and of its coarse tokens."""
+        sides = img_size if isinstance(img_size, Sequence) else (integer("img_size", img_size, *self.sides),) * 2
+        height, width = integers("img_size", sides, 2, *self.sides)
+        return (height, width), (-(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING)
 
-    def _grid(self) -> tuple[int, int]:
-        height, width = self.img_size
-        return -(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING
-
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
-    ) -> None:
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
         """Makes the position embedding for another image size, by resizing it. ``patch_size`` is always 8."""
         if patch_size not in (None, PATCH_SIZE, (PATCH_SIZE, PATCH_SIZE)):
             raise ValueError(f"patch_size must be {PATCH_SIZE}, got {patch_size}")
-        if img_size is None:
-            return
-        self.img_size = self._checked_size(img_size)
+        self.img_size, grid = self._grid(self.img_size if img_size is None else img_size)
         if "pos_embed" in self._parameters:
-            resized = resize_position_embedding(self.pos_embed.detach(), self._grid()).contiguous()
+            resized = resize_position_embedding(self.pos_embed.detach(), grid).contiguous()
             self.pos_embed = nn.Parameter(resized, self.pos_embed.requires_grad)
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -393,11 +374,11 @@ WEIGHTS = {
 }
 
 
-def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dict[str, Any]:
+def _config(size: str, img_size: tuple[int, int]) -> dict[str, Any]:
     """The weights trained at ``img_size``, or at 224 where there are none."""
     height, width = img_size
-    side = height if height == width and height in WEIGHTS[variant] else 224
-    file, crop_pct = WEIGHTS[variant][side]
+    side = height if height == width and height in WEIGHTS[size] else 224
+    file, crop_pct = WEIGHTS[size][side]
     return pretrained_config(
         url=f"{RELEASE}/{file}.pth.tar",
         input_size=(3, height, width),
@@ -408,13 +389,9 @@ def _pretrained_cfg(variant: str, img_size: tuple[int, int] = (224, 224)) -> dic
     )
 
 
-default_cfgs = {f"volo_{variant}": _pretrained_cfg(variant) for variant in WEIGHTS}
-
-
-COLUMNS = ("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim")
 VARIANTS: dict[str, dict[str, Any]] = {
-    variant: dict(zip(COLUMNS, row, strict=True))
-    for variant, row in {
+    name: dict(zip(("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim"), row, strict=True))
+    for name, row in {
         "d1": ((4, 4, 8, 2), (192, 384), (6, 12), 3.0, 64),
         "d2": ((6, 4, 10, 4), (256, 512), (8, 16), 3.0, 64),
         "d3": ((8, 8, 16, 4), (256, 512), (8, 16), 3.0, 64),
@@ -424,37 +401,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _volo(variant: str, pretrained: bool, **options: Any) -> VOLO:
-    return VOLO.create(
-        lambda model: _pretrained_cfg(variant, model.img_size), pretrained, {**VARIANTS[variant], **options}
-    )
+def _variant(size: str, summary: str) -> Callable[..., VOLO]:
+    config = _config(size, (224, 224))
+    return variant(VOLO, f"volo_{size}", summary, VARIANTS[size], config, lambda model: _config(size, model.img_size))
 
 
-@register_model
-def volo_d1(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D1: 26.6 M parameters, 6.8 G multiply-adds at 224², 84.2 % top-1 on ImageNet."""
-    return _volo("d1", pretrained, **kwargs)
-
-
-@register_model
-def volo_d2(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D2: 58.7 M parameters, 85.2 % top-1 on ImageNet at 224²."""
-    return _volo("d2", pretrained, **kwargs)
-
-
-@register_model
-def volo_d3(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D3: 86.3 M parameters, 85.4 % top-1 on ImageNet at 224²."""
-    return _volo("d3", pretrained, **kwargs)
-
-
-@register_model
-def volo_d4(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D4: 193 M parameters, 85.7 % top-1 on ImageNet at 224²."""
-    return _volo("d4", pretrained, **kwargs)
-
-
-@register_model
-def volo_d5(pretrained: bool = False, **kwargs: Any) -> VOLO:
-    """VOLO-D5: 295.5 M parameters, 86.1 % top-1 on ImageNet at 224²."""
-    return _volo("d5", pretrained, **kwargs)
+volo_d1 = _variant("d1", "VOLO-D1: 26.6 M parameters, 6.8 G multiply-adds at 224², 84.2 % top-1 on ImageNet.")
+volo_d2 = _variant("d2", "VOLO-D2: 58.7 M parameters, 85.2 % top-1 on ImageNet at 224².")
+volo_d3 = _variant("d3", "VOLO-D3: 86.3 M parameters, 85.4 % top-1 on ImageNet at 224².")
+volo_d4 = _variant("d4", "VOLO-D4: 193 M parameters, 85.7 % top-1 on ImageNet at 224².")
+volo_d5 = _variant("d5", "VOLO-D5: 295.5 M parameters, 86.1 % top-1 on ImageNet at 224².")

@@ -1,30 +1,20 @@
-"""Reading weight files: what training scripts put around a state dict, and around the names in it."""
+"""Reading weight files: never running code from them, and out of what training scripts put around a state dict."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+import threading
+import warnings
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
+import torch
 from torch import Tensor
-
-from models.unpickling import read_safely, reason_of
-
-__all__ = [
-    "Weights",
-    "entries_for",
-    "is_bookkeeping",
-    "is_safetensors",
-    "listed",
-    "part_of",
-    "read_state_dict",
-    "read_weights",
-    "safetensors_torch",
-    "unwrapped_name",
-]
 
 PathLike = str | os.PathLike[str]
 
@@ -32,7 +22,7 @@ PathLike = str | os.PathLike[str]
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "params", "weights")
 CONTAINERS += ("module", "student", "teacher", "shadow")
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
-DEEPEST = 8  # containers inside containers
+MOST_TABLES = 100  # containers inside containers that are looked into
 # torch.compile, activation checkpointing and FSDP add a component to a name wherever they wrap a module.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
 # Attributes that hold the model in somebody else's: DistributedDataParallel's, OpenMMLab's, Lightning modules' own.
@@ -40,6 +30,17 @@ OUTER = {"module", "model", "net", "network", "backbone", "encoder", "student"}
 AVERAGED = {"model_ema", "ema_model", "ema", "ema_net", "net_ema", "averaged_model", "average_model", "teacher_ema"}
 BOOKKEEPING = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  # thop's, averages', batch norms'
 LISTED_NAMES = 10
+
+# What may stand beside the weights, as a date, a path or a configuration. None of these names is ever looked up.
+HARMLESS = re.compile(
+    r"(argparse|types|decimal|fractions|uuid|typing|datetime|zoneinfo|pathlib|numpy|collections|torch\.torch_version"
+    r"|mmengine|mmcv|omegaconf|pytorch_lightning|lightning|lightning_fabric|addict|yacs|detectron2|fvcore|easydict|box"
+    r"|ml_collections)\."
+    r"|builtins\.(frozenset|slice|range|int|float|str|bool|list|dict|tuple|object|type)$"
+)
+MOST_STAND_INS = 100
+TABLES = re.compile(r"\.(defaultdict|ChainMap|Dict|CfgNode|EasyDict|Box|ConfigDict|AttributeDict)$")
+_reading = threading.Lock()
 
 
 class Weights(NamedTuple):
@@ -50,17 +51,15 @@ class Weights(NamedTuple):
     under: str = ""
 
 
-def read_state_dict(path: PathLike, use_ema: bool = True) -> dict[str, Tensor]:
-    """Entry name -> tensor (on the CPU) as the file has them, out of whatever container a training script used.
-
-    Where the file has averaged weights beside the last ones, ``use_ema`` says which are returned.
+def read_state_dict(path: PathLike) -> dict[str, Tensor]:
+    """Entry name -> tensor (on the CPU) out of whatever container a training script used, averaged weights first.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file holds code, is damaged, or is no weight file; the message says which.
     """
     last, averaged, _ = read_weights(path)
-    return (averaged or last or {}) if use_ema else (last or averaged or {})
+    return averaged or last or {}
 
 
 def read_weights(path: PathLike) -> Weights:
@@ -72,9 +71,13 @@ def read_weights(path: PathLike) -> Weights:
         raise ValueError(f"checkpoint: {path} is not a file")
     with open(path, "rb") as file:
         start = file.read(512)
-    if foreign := _foreign_content(start):
-        raise ValueError(f"checkpoint: {path} is {foreign}")
-    reader = safetensors_torch().load_file if is_safetensors(path, start) else read_safely
+    if not start:
+        raise ValueError(f"checkpoint: {path} is empty")
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
+        raise ValueError(f"checkpoint: {path} is a web page (HTML), not a weight file")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"checkpoint: {path} is a Git LFS pointer, not the weight file itself")
+    reader: Callable[[Path], Any] = safetensors.torch.load_file if is_safetensors(path) else read_safely
     try:
         content = reader(path)
     except Exception as error:  # a malformed file can make the readers fail in any way
@@ -84,6 +87,136 @@ def read_weights(path: PathLike) -> Weights:
     if not last and not averaged:
         raise ValueError(f"checkpoint: {path} holds no state dict{_instead(content)}")
     return Weights(last, averaged, under)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file is of that format, whatever it is called: the length of a JSON header, then the header."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return path.suffix == ".safetensors" or (start[8:9] == b"{" and length <= path.stat().st_size - 8)
+
+
+# ---- what torch.save wrote
+
+
+class Bystander:
+    """What stands beside the weights: read past, whatever it was, and never used."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class Table(Bystander):
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+class Row(Bystander):
+    def __new__(cls, *_: Any) -> Any:
+        return []
+
+
+def read_safely(path: Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU: tensors and plain values; what is ``HARMLESS`` beside them is read past.
+
+    Raises:
+        pickle.UnpicklingError: the file asks for anything else, which is refused and not run.
+        Exception: of any kind, for a damaged file.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums; 0 means "not computed"
+            checked = any(member.CRC for member in archive.infolist())
+            if checked and (damaged := archive.testzip()):
+                raise zipfile.BadZipFile(f"{damaged} does not have the checksum it should have")
+    stand_ins: dict[str, type] = {}
+    while True:
+        try:
+            # What is allowed is the process's: without the lock, a thread that is done would forbid it to another.
+            with _reading, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                with torch.serialization.safe_globals([(kind, name) for name, kind in stand_ins.items()]):
+                    return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            name = refused_name(error)
+            if name is None or name in stand_ins or not HARMLESS.match(name) or len(stand_ins) == MOST_STAND_INS:
+                raise
+            stand_ins[name] = Row if name == "collections.deque" else Table if TABLES.search(name) else Bystander
+
+
+def refused_name(error: Exception) -> str | None:
+    """What a file asked for in vain, as MODULE.NAME."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    return None if refused is None else refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a file that cannot be read, without PyTorch's advice to read it unsafely."""
+    message = str(error)
+    if refused := refused_name(error):
+        name = refused.removeprefix("builtins.")
+        return f"was refused: it asks to call {name}, and only tensors and plain values are read"
+    if "TorchScript" in message:
+        return "is a TorchScript program, not a state dict"
+    detail = re.search(r"WeightsUnpickler error:\s*(.+)", message)
+    message = detail[1] if detail else re.split(r"\.\s|\n", message)[0]
+    return f"is damaged, truncated or holds more than tensors and plain values ({type(error).__name__}: {message})"
+
+
+# ---- what is around a state dict
+
+
+def _is_new(content: Any, seen: set[int]) -> bool:
+    """Whether this is a table not met before: a file may hold one inside itself, and more of them than anyone needs."""
+    new = isinstance(content, Mapping) and id(content) not in seen and len(seen) < MOST_TABLES
+    seen.add(id(content))
+    return new
+
+
+def _state_dict(content: Any, seen: set[int] | None = None) -> dict[str, Tensor] | None:
+    """The tensors by name in the first container that has any, else in ``content`` itself."""
+    seen = set() if seen is None else seen
+    if not _is_new(content, seen):
+        return None
+    for key in CONTAINERS:
+        if found := _state_dict(content.get(key), seen):
+            return found
+    return {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)} or None
+
+
+def _averages(content: Any, seen: set[int] | None = None) -> tuple[str, dict[str, Tensor] | None]:
+    seen = set() if seen is None else seen
+    if not _is_new(content, seen):
+        return "", None
+    for key in AVERAGES:
+        # MMEngine exchanges the two as it saves: its state_dict is the average.
+        if key == "ema_state_dict" and "message_hub" in content:
+            continue
+        if found := _state_dict(content.get(key)):
+            return key, found
+    inside = (_averages(content.get(key), seen) for key in CONTAINERS)
+    return next((found for found in inside if found[1]), ("", None))
+
+
+def _instead(content: Any) -> str:
+    """What is there in place of a state dict, for a message."""
+    for _ in range(MOST_TABLES):
+        inner = [content[key] for key in CONTAINERS if isinstance(content, Mapping) and key in content]
+        if not inner or not isinstance(inner[0], Mapping):
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping) or not content:
+        return f" but {'' if content else 'an empty '}{type(content).__name__}"
+    name, value = next(iter(content.items()))
+    return f": expected tensors by name, got {name!r}: {type(value).__name__}"
+
+
+# ---- what is around an entry's name
 
 
 def entries_for(
@@ -140,79 +273,6 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:LISTED_NAMES]) + more
 
 
-def is_safetensors(path: Path, start: bytes) -> bool:
-    """Whether the file is of that format, whatever it is called: the length of a JSON header, then the header."""
-    length = int.from_bytes(start[:8], "little")
-    return path.suffix == ".safetensors" or (start[8:9] == b"{" and length <= path.stat().st_size - 8)
-
-
-def safetensors_torch() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("reading and writing .safetensors needs the safetensors package") from error
-    return safetensors.torch
-
-
-def _foreign_content(start: bytes) -> str | None:
-    if not start:
-        return "empty"
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
-        return "a web page (HTML), not a weight file"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weight file itself"
-    return None
-
-
-def _inner(content: Any, seen: set[int]) -> bool:
-    """Whether this is a table not met before: a file may hold one inside itself."""
-    if not isinstance(content, Mapping) or id(content) in seen or len(seen) > DEEPEST * len(CONTAINERS):
-        return False
-    seen.add(id(content))
-    return True
-
-
-def _state_dict(content: Any, seen: set[int] | None = None) -> dict[str, Tensor] | None:
-    """The tensors by name in the first container that has any, else in ``content`` itself."""
-    seen = set() if seen is None else seen
-    if not _inner(content, seen):
-        return None
-    for key in CONTAINERS:
-        if found := _state_dict(content.get(key), seen):
-            return found
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return tensors or None
-
-
-def _averages(content: Any, seen: set[int] | None = None) -> tuple[str, dict[str, Tensor] | None]:
-    seen = set() if seen is None else seen
-    if not _inner(content, seen):
-        return "", None
-    for key in AVERAGES:
-        # MMEngine exchanges the two as it saves: its state_dict is the average.
-        if key == "ema_state_dict" and "message_hub" in content:
-            continue
-        if found := _state_dict(content.get(key)):
-            return key, found
-    inside = (_averages(content.get(key), seen) for key in CONTAINERS)
-    return next((found for found in inside if found[1]), ("", None))
-
-
-def _instead(content: Any) -> str:
-    """What is there in place of a state dict, for a message."""
-    for _ in range(DEEPEST):
-        if not isinstance(content, Mapping):
-            return f" but {type(content).__name__}"
-        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not content:
-        return f" but an empty {type(content).__name__}"
-    name, value = next(iter(content.items()))
-    return f": expected tensors by name, got {name!r}: {type(value).__name__}"
-
-
 def _entries(
     state: Mapping[str, Tensor], own: Set[str], heads: Set[str], path: PathLike
 ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], str] | None, list[str]]:
@@ -224,8 +284,7 @@ def _entries(
     state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     fitting = Counter(prefix for name in state for prefix in _prefixes(name) if name[len(prefix) :] in own)
     averages = [prefix for prefix in fitting if AVERAGED & set(prefix.split("."))]
-    plain = [prefix for prefix in fitting if prefix not in averages]
-    prefix = _best(plain, fitting, path)
+    prefix = _best([prefix for prefix in fitting if prefix not in averages], fitting, path)
     taken = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     smoothed = None
     if averages:
@@ -237,16 +296,14 @@ def _entries(
     outside, parts = prefix, {part_of(name) for name in taken}
     while outside:
         outside = outside[: outside.rstrip(".").rfind(".") + 1]
-        found = [
-            name for name in left_out if name.startswith(outside) and part_of(name[len(outside) :]) in heads - parts
-        ]
+        missing = heads - parts
+        found = [n for n in left_out if n.startswith(outside) and part_of(n[len(outside) :]) in missing]
         taken.update((name[len(outside) :], state[name]) for name in found)
         left_out = [name for name in left_out if name not in found]
     left_out = [name for name in left_out if not is_bookkeeping(name)]
-    notes = []
     if left_out and "backbone" not in prefix.split("."):  # a backbone's neck and heads go without saying
-        notes.append(f"left out of {path}, for being outside of {prefix!r}: {listed(left_out)}")
-    return taken, smoothed, notes
+        return taken, smoothed, [f"left out of {path}, for being outside of {prefix!r}: {listed(left_out)}"]
+    return taken, smoothed, []
 
 
 def _prefixes(name: str) -> Iterable[str]:

@@ -6,13 +6,11 @@ import argparse
 import ast
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.markup import escape
-from torch import Tensor
 
 from models._contract import BackboneContract
 from models.checkpoints import local_file, read_state_dict
@@ -21,8 +19,6 @@ from models.commands.progress import console
 from models.commands.types import DTYPES, Number, device, image_size, positive, processes
 from models.metadata import read_metadata
 from models.registry import create_model
-
-__all__ = ["add_device_arguments", "add_image_arguments", "add_model_arguments", "build_model", "complete"]
 
 
 def model_option(text: str) -> tuple[str, Any]:
@@ -44,61 +40,50 @@ def best_of_run(text: str) -> str:
     return str(path)
 
 
+def check_parent(path: Path | None, option: str) -> None:
+    """ValueError naming ``option`` unless a file can be put at ``path``, where one is given."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"{option} must name a file, {path} is a folder")
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {path.parent}")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help='one of those that "list" shows (default: the run\'s)')
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--checkpoint", metavar="FILE", help="weights: .pth, .pth.tar or .safetensors, or a URL")
-    weights.add_argument(
-        "--run",
-        type=best_of_run,
-        dest="checkpoint",
-        metavar="DIR",
-        help="the best weights of a finetune's --output, with its model, sizes and classes",
-    )
+    told = "the best weights of a finetune's --output, with its model, sizes and classes"
+    weights.add_argument("--run", type=best_of_run, dest="checkpoint", metavar="DIR", help=told)
     weights.add_argument("--pretrained", action="store_true", help="the official ImageNet weights, downloaded once")
-    parser.add_argument(
-        "--no-ema",
-        action="store_true",
-        help="use_ema=False: the last weights of a file that has averaged ones beside them",
-    )
-    parser.add_argument(
-        "--model-kwargs",
-        type=model_option,
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="what else the model's function takes, as in drop_path_rate=0.2",
-    )
+    told = "use_ema=False: the last weights of a file that has averaged ones beside them"
+    parser.add_argument("--no-ema", action="store_true", help=told)
+    told = "what else the model's function takes, as in drop_path_rate=0.2"
+    kwargs: dict[str, Any] = {"type": model_option, "nargs": "+", "default": [], "metavar": "NAME=VALUE"}
+    parser.add_argument("--model-kwargs", help=told, **kwargs)
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the model sees (default: as its weights were tested)")
     group.add_argument("--size", type=image_size, metavar="SIDE", help="pixels, or HEIGHTxWIDTH")
-    group.add_argument(
-        "--crop-pct",
-        type=Number(at_least=0.01, at_most=2),
-        metavar="SHARE",
-        help="of the image's shorter side that is seen",
-    )
+    share, told = Number(at_least=0.01, at_most=2), "of the image's shorter side that is seen"
+    group.add_argument("--crop-pct", type=share, metavar="SHARE", help=told)
     group.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="how images are resized")
+
+
+def add_device_argument(parser: Any) -> None:
+    told = "cpu, cuda, cuda:1 (default: a GPU where there is one)"
+    parser.add_argument("--device", type=device, metavar="NAME", help=told)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -> None:
     """``loads``: no more than the device and what loads images; batch and dtype are a recipe's."""
     group = parser.add_argument_group("where and how it runs")
-    group.add_argument(
-        "--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU where there is one)"
-    )
+    add_device_argument(group)
     if not loads:
         group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
         group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
-    group.add_argument(
-        "--workers",
-        type=processes,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="that load images (%(default)s)",
-    )
+    most, told = min(4, os.cpu_count() or 1), "that load images (%(default)s)"
+    group.add_argument("--workers", type=processes, default=most, metavar="N", help=told)
 
 
 def complete(arguments: argparse.Namespace) -> None:
@@ -127,8 +112,6 @@ def build_model(
     Raises:
         ValueError, TypeError, OSError: a name, an option or a weight file that cannot be used.
     """
-    if not hasattr(arguments, "file"):
-        complete(arguments)
     given, said = dict(arguments.model_kwargs), arguments.metadata
     options = ({} if said is None else said.options()) | given
     if num_classes is not None:
@@ -137,34 +120,30 @@ def build_model(
         options["num_classes"] = num_classes
     with torch.device("meta"):
         outline = create_model(arguments.model, **options)
-    if not isinstance(outline, BackboneContract) or getattr(outline, "features_only", False):
+    if not isinstance(outline, BackboneContract) or outline.features_only:
         raise ValueError(f"--model must be a classifier, got {arguments.model} with {options}")
-    size = getattr(arguments, "size", None)
-    if size is not None and outline.fixed_input_size and "img_size" not in given:
-        options["img_size"] = size  # chooses the position embedding, and among the official weights
+    if arguments.size is not None and outline.fixed_input_size and "img_size" not in given:
+        options["img_size"] = arguments.size  # chooses the position embedding, and among the official weights
     if training:
         options = outline.plain_options | options
     if arguments.file is not None and num_classes is None and said is None:
-        count = _class_count(read_state_dict(arguments.file), next(iter(outline.classifiers)))
-        if count is not None:
-            options["num_classes"] = count
+        # Rows of the classifier in the file, whatever prefix its names have there.
+        entry, state = f"{next(iter(outline.classifiers))}.bias", read_state_dict(arguments.file)
+        found = (t for name, t in state.items() if f".{name}".endswith(f".{entry}") and t.ndim == 1)
+        if (bias := next(found, None)) is not None:
+            options["num_classes"] = len(bias)
+    if said is not None:
+        note(f"{arguments.checkpoint} was trained as {said}: taken where no option says otherwise")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        model = create_model(
+        model: Any = create_model(
             arguments.model, arguments.pretrained, arguments.file, use_ema=not arguments.no_ema, **options
         )
-    notes = [str(warning.message) for warning in caught]
-    if said is not None:
-        notes.insert(0, f"{arguments.checkpoint} was trained as {said}: taken where no option says otherwise")
-    for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
-    assert isinstance(model, BackboneContract)
+    for warning in caught:
+        note(str(warning.message))
     arguments.options = options
     return model
 
 
-def _class_count(state: Mapping[str, Tensor], classifier: str) -> int | None:
-    """Rows of the classifier in a weight file, whatever prefix its names have; None where it has no classifier."""
-    entry = f"{classifier}.bias"
-    found = (tensor for name, tensor in state.items() if name == entry or name.endswith(f".{entry}"))
-    return next((len(tensor) for tensor in found if tensor.ndim == 1), None)
+def note(text: str) -> None:
+    console.print(f"[yellow]note:[/] {escape(text)}")

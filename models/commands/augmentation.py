@@ -9,8 +9,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["mixing", "rand_augment", "random_erasing", "timm_part"]
-
 
 def timm_part(module: str, name: str, option: str) -> Any:
     """``timm.data.module.name``, for ``option``. ImportError where timm is not installed, or does not work here."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,10 @@ import torch
 from PIL import Image
 
 from kernels.files import atomic_write
-from models.commands.arguments import add_image_arguments, add_model_arguments, build_model
-from models.commands.errors import CommandError, input_errors
-from models.commands.files import check_parent
+from models.commands import arguments as common
+from models.commands.dispatch import CommandError, input_errors
 from models.commands.images import Preprocessing, check_image, read_image
-from models.commands.labels import class_names
 from models.commands.progress import console
-from models.commands.types import device
-
-__all__ = ["add_arguments", "run"]
 
 GUESSES = 5
 SIDE = 800  # pixels of a photograph in the picture, at most
@@ -37,21 +34,42 @@ RANDOM = "RANDOM WEIGHTS: neither --pretrained nor --checkpoint was given, these
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photograph")
-    add_model_arguments(parser)
-    add_image_arguments(parser)
+    common.add_model_arguments(parser)
+    common.add_image_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="a class name a line (default: ImageNet's, else numbers)")
-    parser.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("classification.png"), metavar="FILE", help="the picture (%(default)s)"
-    )
+    common.add_device_argument(parser)
+    picture = Path("classification.png")
+    parser.add_argument("--output", type=Path, default=picture, metavar="FILE", help="the picture (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the guesses as JSON")
 
 
 def check_picture(path: Path) -> None:
     """ValueError unless a picture can be put at ``path``, in a format that its name says."""
-    check_parent(path, "--output")
+    common.check_parent(path, "--output")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output must end in {', '.join(SUFFIXES)}, got {path.name!r}")
+
+
+def imagenet_classes() -> list[str]:
+    """A short name for each of ImageNet-1k's classes, in the published order, each name once."""
+    return resources.files("models").joinpath("data/imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+
+
+def class_names(count: int, file: str | None, known: Sequence[str] | None) -> list[str]:
+    """Names for ``count`` classes: the lines of ``file``, else ``known``, else ImageNet's for 1000, else numbers.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has another number of lines.
+    """
+    if file is None and known is not None and len(known) == count:
+        return list(known)
+    if file is None:
+        return imagenet_classes() if count == 1000 else [str(label) for label in range(count)]
+    names = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # as file names may be
+    if len(names) != count:
+        raise ValueError(f"--classes must have a line for each of the model's {count} classes, {file} has {len(names)}")
+    return names
 
 
 def draw(photographs: list[Image.Image], rows: list[dict[str, Any]], title: str, path: Path, warn: bool) -> None:
@@ -76,13 +94,11 @@ def draw(photographs: list[Image.Image], rows: list[dict[str, Any]], title: str,
             right.bar_label(bars, fmt="%.1f %%", padding=3)
             right.set_yticks(range(len(names)), names)
             right.invert_yaxis()
-            right.set_xlim(0, 115)
-            right.set_xlabel("probability, %")
+            right.set(xlim=(0, 115), xlabel="probability, %")
             right.set_title(shown(Path(row["image"]).name), loc="left", fontsize="medium")
             right.spines[["top", "right"]].set_visible(False)
         figure.suptitle(shown(title), color="tab:red" if warn else None)
-        figure_format = path.suffix[1:].lower()
-        atomic_write(path, lambda file: figure.savefig(file, format=figure_format, dpi=110))
+        atomic_write(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=110))
 
 
 @torch.no_grad()
@@ -91,7 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_picture(arguments.output)
         for path in arguments.images:
             check_image(path)
-        model = build_model(arguments).eval()
+        common.complete(arguments)
+        model = common.build_model(arguments).eval()
         if model.num_classes == 0:
             raise CommandError("--model-kwargs num_classes=0 leaves nothing to classify with")
         names = class_names(model.num_classes, arguments.classes, model.default_cfg.get("label_names"))
@@ -100,9 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
         for path in arguments.images:
             image = read_image(path)
             inputs.append(preprocessing(image if preprocessing.channels == 3 else image.convert("L")))
-            if len(photographs) < MOST_DRAWN:
-                image.thumbnail((SIDE, SIDE))
-                photographs.append(image)
+            image.thumbnail((SIDE, SIDE))
+            photographs += [image] if len(photographs) < MOST_DRAWN else []
     weights = "official" if arguments.pretrained else arguments.checkpoint or "random"
     if weights == "random":
         console.print(f"[bold white on red] {RANDOM} [/]")
@@ -128,7 +144,6 @@ def run(arguments: argparse.Namespace) -> int:
     title = RANDOM if weights == "random" else f"{arguments.model}, {weights} weights"
     draw(photographs, rows, title, arguments.output, warn=weights == "random")
     left_out = len(rows) - len(photographs)
-    console.print(
-        f"picture: {arguments.output}" + (f", without the last {left_out} images" if left_out else ""), markup=False
-    )
+    told = f", without the last {left_out} images" if left_out else ""
+    console.print(f"picture: {arguments.output}{told}", markup=False)
     return 0

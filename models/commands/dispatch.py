@@ -1,4 +1,4 @@
-"""One command of ``python -m models`` or ``python -m autotune``: its arguments, its output, and its errors as one line.
+"""One command of ``python -m models`` or ``python -m autotune``: its arguments, and its errors as one line.
 
 A command's module offers ``add_arguments(parser)`` and ``run(arguments) -> int``, the exit code; its docstring is what
 ``--help`` shows above the options.
@@ -7,35 +7,31 @@ A command's module offers ``add_arguments(parser)`` and ``run(arguments) -> int`
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import importlib
 import inspect
 import io
 import os
 import sys
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import kernels
-from models.commands.errors import CommandError
-
-__all__ = ["run_command"]
 
 OURS = ("autotune", "kernels", "models")
-PLAIN = {
-    "×": "x",
-    "–": "-",
-    "—": "-",
-    "−": "-",
-    "·": "*",
-    "⁄": "/",
-    "½": "1/2",
-    "µ": "u",
-    "→": "->",
-    "≥": ">=",
-    "≤": "<=",
-}
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class CommandError(Exception):
+    """What the user gave cannot be used: the message is shown without a traceback, and the exit code is 2."""
+
+
+@contextlib.contextmanager
+def input_errors() -> Iterator[None]:
+    """Around checks of what the user gave: turns the errors with which functions refuse input into ``CommandError``."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise CommandError(str(error)) from error
 
 
 def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> int:
@@ -45,10 +41,9 @@ def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Seq
     interrupted it, 141 that nobody reads its output any more.
     """
     name, code = f"python -m {package} {argv[0]}", 2
-    codecs.register_error("plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="plain")
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than are printed
     try:
         try:
             return _run(name, commands[argv[0]][0], argv[1:])
@@ -64,9 +59,10 @@ def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Seq
         unwritten = _give_up_stdout()
         message = f"error: standard output cannot be written: {error.strerror}" if unwritten else f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        message = f"error: there is not enough memory; a smaller batch or size needs less ({_first_line(error)})"
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        message = f"error: there is not enough memory; a smaller batch or size needs less ({reason})"
     _give_up_stdout()
     if message:
         process = f" [process {os.environ['RANK']}]" if "RANK" in os.environ else ""
@@ -75,10 +71,8 @@ def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Seq
 
 
 def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
-    try:
-        kernels.get_backend()
-    except ValueError as error:  # of the environment variable that presets it
-        raise CommandError(str(error)) from None
+    with input_errors():
+        kernels.get_backend()  # refuses what the environment variable presets
     try:
         module = importlib.import_module(module_name)
         parser = argparse.ArgumentParser(
@@ -95,16 +89,6 @@ def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
         ) from None
 
 
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """In place of a character that a terminal's encoding lacks: the nearest it has. A file name's bytes stay as are."""
-    assert isinstance(error, UnicodeEncodeError)
-    character = error.object[error.start]
-    if "\udc80" <= character <= "\udcff":
-        return bytes([ord(character) - 0xDC00]), error.start + 1
-    simpler = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return PLAIN.get(character) or simpler or "?", error.start + 1
-
-
 def _give_up_stdout() -> bool:
     """Leaves out what can no longer be written, if anything: Python would try once more while it ends."""
     try:
@@ -114,12 +98,3 @@ def _give_up_stdout() -> bool:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-
-
-def _out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

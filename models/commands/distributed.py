@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["broadcast_buffers", "process_group", "rank", "sum_over_processes", "world_size"]
-
 
 @contextmanager
 def process_group(device: torch.device | None) -> Iterator[torch.device]:

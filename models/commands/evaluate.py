@@ -15,46 +15,38 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
-from kernels.files import WriteError, write_json
-from models.commands.arguments import (
-    add_device_arguments,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    complete,
-)
-from models.commands.errors import CommandError, input_errors
-from models.commands.files import check_parent
-from models.commands.folders import EvaluationImages, ImageFolder
+from kernels.files import write_json
+from models.commands import arguments as common
+from models.commands.dispatch import CommandError, input_errors
+from models.commands.files import plain
+from models.commands.folders import Batch, EvaluationImages, ImageFolder, loader
 from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console
-from models.commands.scoring import count_correct, loader, predict
-from models.commands.types import DTYPES, Number, natural, positive
+from models.commands.types import DTYPES, natural, positive
 from models.inference import optimize_for_inference
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="one folder of images for each class")
-    add_model_arguments(parser)
+    common.add_model_arguments(parser)
     parser.add_argument("--inference", action="store_true", help="fold the model first (optimize_for_inference)")
-    add_image_arguments(parser)
-    add_device_arguments(parser)
+    common.add_image_arguments(parser)
+    common.add_device_arguments(parser)
     group = parser.add_argument_group("results")
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result here, as JSON")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     group.add_argument("--resume", type=Path, metavar="FILE", help="keep the count here, and continue from it")
-    group.add_argument(
-        "--save-every", type=positive, default=20, metavar="N", help="batches between writes of it (%(default)s)"
-    )
+    told = "batches between writes of it (%(default)s)"
+    group.add_argument("--save-every", type=positive, default=20, metavar="N", help=told)
     group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out, and say so")
 
 
@@ -81,15 +73,10 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
         count = json.loads(path.read_text(encoding="utf-8"))
         count = {name: count[name] for name in fresh}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
-        counted = [count[name] for name in ("top1", "top5", "position")]
         read = count["position"] - len(count["skipped"])
-        possible = (
-            all(natural.holds(number) for number in counted)
-            and count["top1"] <= count["top5"] <= read
-            and count["position"] <= total
-            and all(isinstance(message, str) for message in count["skipped"])
-            and Number(at_least=0).holds(count["seconds"])
-        )
+        whole = all(natural.holds(count[name]) for name in ("top1", "top5", "position"))
+        possible = whole and count["top1"] <= count["top5"] <= read <= count["position"] <= total
+        possible = possible and count["seconds"] >= 0 and all(isinstance(message, str) for message in count["skipped"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:
@@ -100,16 +87,15 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
 
 
 def result_of(count: dict[str, Any], total: int) -> dict[str, Any]:
-    images = count["position"] - len(count["skipped"])
+    images, seconds = count["position"] - len(count["skipped"]), count["seconds"]
     return {
         **{name: count["settings"][name] for name in ("model", "size", "crop_pct", "interpolation", "dtype")},
-        "top1": 100 * count["top1"] / images if images else None,
-        "top5": 100 * count["top5"] / images if images else None,
+        **{name: 100 * count[name] / images if images else None for name in ("top1", "top5")},
         "images": images,
         "of": total,
         "skipped": count["skipped"],
-        "seconds": count["seconds"],
-        "images_per_second": images / count["seconds"] if count["seconds"] else None,
+        "seconds": seconds,
+        "images_per_second": images / seconds if seconds else None,
     }
 
 
@@ -117,24 +103,21 @@ def check_classes(folder: ImageFolder, count: int, model: str) -> None:
     """ValueError unless the folder has as many classes as the model tells apart."""
     if len(folder.classes) != count:
         hint = f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
-        raise ValueError(
-            f"DIR: {folder.root} holds {len(folder.classes)} class folders, "
-            f"but {model} tells {count} classes apart{hint}"
-        )
+        found = f"{folder.root} holds {len(folder.classes)} class folders"
+        raise ValueError(f"DIR: {found}, but {model} tells {count} classes apart{hint}")
 
 
 def run(arguments: argparse.Namespace) -> int:
     with input_errors():
         if arguments.checkpoint is None and not arguments.pretrained:
             raise CommandError("--checkpoint FILE or --pretrained is needed: random weights have no accuracy")
-        for option, path in (("--output", arguments.output), ("--resume", arguments.resume)):
-            if path is not None:
-                check_parent(path, option)
+        common.check_parent(arguments.output, "--output")
+        common.check_parent(arguments.resume, "--resume")
         folder = ImageFolder(arguments.dir)
-        complete(arguments)
+        common.complete(arguments)
         if arguments.pretrained:
             check_classes(folder, 1000, arguments.model)  # before anything is downloaded
-        model = build_model(arguments).eval()
+        model = common.build_model(arguments).eval()
         check_classes(folder, model.num_classes, arguments.model)
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:
@@ -146,16 +129,14 @@ def run(arguments: argparse.Namespace) -> int:
             "weights": weights_digest(model),
             "inference": arguments.inference,
             "images": folder.digest(),
-            "size": list(preprocessing.size),
-            "crop_pct": preprocessing.crop_pct,
-            "interpolation": preprocessing.interpolation,
+            **plain(asdict(preprocessing)),
             "dtype": arguments.dtype,
             "batch": arguments.batch,
         }
         count = read_count(arguments.resume, settings, len(folder.samples))
     place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    optimised = optimize_for_inference(model) if arguments.inference else model
-    count_images(optimised.to(place), folder, preprocessing, count, arguments)
+    model = (optimize_for_inference(model) if arguments.inference else model).to(place)
+    count_images(model, folder, preprocessing, count, arguments)
     weights = "official" if arguments.pretrained else arguments.checkpoint
     result = {"checkpoint": weights, **result_of(count, len(folder.samples))}
     if arguments.json:
@@ -168,12 +149,30 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def count_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of [B, classes] have their label first, and among the first five; of fewer classes, among all."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return hits[:, 0].sum(), hits.sum()
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, batches: DataLoader[Any], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Each batch with its logits in float32 and its labels, both on ``device``. ``model`` is in evaluation mode."""
+    for batch in batches:
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
+        if len(labels) == 0:
+            yield batch, torch.empty(0, 1, device=device), labels
+            continue
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        yield batch, logits.float(), labels
+
+
 def count_images(
-    model: nn.Module,
-    folder: ImageFolder,
-    preprocessing: Preprocessing,
-    count: dict[str, Any],
-    arguments: argparse.Namespace,
+    model: nn.Module, folder: ImageFolder, preprocessing: Preprocessing, count: dict[str, Any], arguments: Any
 ) -> None:
     """Brings ``count`` to the folder's end; with --resume, also on disk.
 
@@ -200,10 +199,7 @@ def count_images(
             count["seconds"] = earlier + time.perf_counter() - started
             due = number % arguments.save_every == 0 or count["position"] == len(images)
             if due and arguments.resume is not None:
-                try:
-                    write_json(arguments.resume, count)
-                except WriteError as error:  # the count goes on; only a kill would now cost more
-                    console.print(f"note: {error}", markup=False)
+                write_json(arguments.resume, count)
             read = count["position"] - len(count["skipped"])
             if read:
                 bar.advance(seen, f"top-1 {100 * count['top1'] / read:.2f} %")
@@ -213,11 +209,8 @@ def _print(result: dict[str, Any]) -> None:
     if result["images"]:
         print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %")
     speed = f", {result['images_per_second']:.1f} images/s with loading" if result["images_per_second"] else ""
-    height, width = result["size"]
-    print(
-        f"{result['model']} on {result['images']} images at {height}×{width} (crop {result['crop_pct']}, "
-        f"{result['interpolation']}, {result['dtype']}){speed}"
-    )
+    seen = f"{result['size'][0]}×{result['size'][1]} (crop {result['crop_pct']}, {result['interpolation']}"
+    print(f"{result['model']} on {result['images']} images at {seen}, {result['dtype']}){speed}")
     if result["skipped"]:
         console.print(f"[bold yellow]{len(result['skipped'])} images were left out, they cannot be read:[/]")
         for message in result["skipped"]:

@@ -6,57 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kernels.files import atomic_write
-from models.unpickling import read_safely, reason_of
-
-__all__ = [
-    "BEST",
-    "LAST",
-    "LOCK",
-    "LOG",
-    "STATE",
-    "check_parent",
-    "read_lines",
-    "read_state",
-    "write_lines",
-    "write_state",
-]
+from models.commands.progress import console
+from models.weight_files import read_safely, reason_of
 
 BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt", ".lock"
 
 
-def write_lines(path: Path, rows: list[Any]) -> None:
-    """One JSON value per line."""
-    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The tables that ``write_lines`` or appending wrote; a last line that a kill cut short is left out.
-
-    Raises:
-        ValueError: a line holds anything else.
-    """
-    if not path.exists():
-        return []
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(True), 1):
-        try:
-            rows += [dict(json.loads(line))] if line.endswith(b"\n") else []
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged in line {number}") from error
-    return rows
-
-
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    atomic_write(path, lambda file: torch.save(state, file))
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As they are once written and read again: tuples are lists."""
+    return json.loads(json.dumps(settings))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What ``write_state`` wrote, on the CPU. ValueError for any other file; code in it is not run."""
+    """What a run wrote to continue from, on the CPU. ValueError for any other file; code in it is not run."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
@@ -68,9 +30,13 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_parent(path: Path, option: str) -> None:
-    """ValueError naming ``option`` unless a file can be put at ``path``."""
-    if path.is_dir():
-        raise ValueError(f"{option} must name a file, {path} is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"{option}: there is no folder {path.parent}")
+def event_writer(output: Path, step: int) -> Any:
+    """TensorBoard's writer, which leaves out what a killed run wrote after ``step``; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    except Exception as error:  # an installation that does not fit must not end a training
+        console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
+        return None
+    return SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

@@ -35,27 +35,18 @@ import filelock
 import torch
 
 from kernels.files import WriteError, atomic_write, locked, write_json
+from models.commands import arguments as common
 from models.commands import distributed
-from models.commands.arguments import (
-    add_device_arguments,
-    add_image_arguments,
-    add_model_arguments,
-    build_model,
-    complete,
-)
 from models.commands.augmentation import rand_augment, random_erasing
-from models.commands.errors import CommandError, input_errors
+from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
 from models.commands.progress import console
-from models.commands.published import PUBLISHED
-from models.commands.recipe import OPTIONS, Recipe
-from models.commands.training import Run, Trainer
+from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
+from models.commands.training import Trainer
 from models.commands.types import Number, natural, positive
 from models.metadata import Metadata
-
-__all__ = ["add_arguments", "run"]
 
 LOCK_SECONDS = 15.0
 NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # of the model's arguments: the training's alone
@@ -66,29 +57,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", type=Path, metavar="DIR", help="images to evaluate on (DIR/val)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run is kept")
     parser.add_argument("--restart", action="store_true", help="begin anew even if --output holds a run")
-    add_model_arguments(parser)
+    common.add_model_arguments(parser)
 
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=tuple(PUBLISHED), help="what the paper trained with, see above")
     group.add_argument("--drop-path", type=Number(at_least=0, below=1), metavar="RATE", help="(the model's own)")
     for known in fields(Recipe):  # what is not given is the recipe's
         flag, kind, text = known.metadata["flag"], known.metadata["kind"], known.metadata["help"]
-        common: dict[str, Any] = {"dest": known.name, "default": argparse.SUPPRESS}
+        how: dict[str, Any] = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
         if kind is bool:
-            group.add_argument(flag, action="store_true", help=text, **common)
+            how = {"action": "store_true"}
         elif isinstance(kind, tuple):
-            group.add_argument(flag, choices=kind, help=f"{text} ({known.default})", **common)
-        else:
-            default = "" if known.default in (None, "") else f" ({known.default})"
-            group.add_argument(flag, type=kind, metavar="TEXT" if kind is str else "N", help=text + default, **common)
+            how = {"choices": kind}
+        told = text if known.default in (None, "", False) else f"{text} ({known.default})"
+        group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=told, **how)
 
-    add_image_arguments(parser)
-    add_device_arguments(parser, loads=True)
+    common.add_image_arguments(parser)
+    common.add_device_arguments(parser, loads=True)
     group = parser.add_argument_group("bookkeeping")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument(
-        "--save-every", type=natural, default=500, metavar="N", help="steps between states (%(default)s; 0: epochs)"
-    )
+    told = "steps between states (%(default)s; 0: epochs)"
+    group.add_argument("--save-every", type=natural, default=500, metavar="N", help=told)
     group.add_argument("--log-every", type=positive, default=50, metavar="N", help="steps per row (%(default)s)")
 
 
@@ -104,19 +93,14 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
         published = PUBLISHED[arguments.recipe]
         settings, own = published.of(arguments.model)
         given, options = settings | given, own | options
-        shares = distributed.world_size() * given.get("accumulate", 1)
+        shares, images = distributed.world_size() * given.get("accumulate", 1), f"{published.images} images per step"
         if "batch" not in given:
             given["batch"], left = divmod(published.images, shares)
             if left or not given["batch"]:
-                raise ValueError(
-                    f"--recipe {arguments.recipe} takes {published.images} images per step, which {shares} batches "
-                    "cannot share; give another --accumulate, or --batch"
-                )
+                why = f"takes {images}, which {shares} batches cannot share; give another --accumulate, or --batch"
+                raise ValueError(f"--recipe {arguments.recipe} {why}")
         elif given["batch"] * shares != published.images and distributed.rank() == 0:
-            console.print(
-                f"note: --lr {given['learning_rate']} was published for {published.images} images per step, not "
-                f"{given['batch'] * shares}"
-            )
+            common.note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
     arguments.model_kwargs = [*options.items(), *arguments.model_kwargs]
     try:
         return Recipe(**given)
@@ -137,10 +121,8 @@ def read_folders(arguments: argparse.Namespace) -> tuple[ImageFolder, ImageFolde
     training = ImageFolder(root)
     validation = None if val is None else ImageFolder(val)
     if validation is not None and validation.classes != training.classes:
-        unlike = sorted(set(validation.classes) ^ set(training.classes))
-        raise ValueError(
-            f"--val: {val} and {root} must have the same class folders; only one has {', '.join(unlike[:5])}"
-        )
+        unlike = ", ".join(sorted(set(validation.classes) ^ set(training.classes))[:5])
+        raise ValueError(f"--val: {val} and {root} must have the same class folders; only one has {unlike}")
     return training, validation
 
 
@@ -149,18 +131,21 @@ def run(arguments: argparse.Namespace) -> int:
         training, validation = read_folders(arguments)
         if arguments.output.exists() and not arguments.output.is_dir():
             raise CommandError(f"--output must be a folder, {arguments.output} is a file")
-        complete(arguments)
+        common.complete(arguments)
     with distributed.process_group(arguments.device) as device, ExitStack() as held:
         with input_errors():
-            recipe = make_recipe(arguments)
-            trainer = make_trainer(arguments, recipe, training, validation, device)
+            trainer = make_trainer(arguments, make_recipe(arguments), training, validation, device)
             if distributed.rank() == 0:
                 held.enter_context(_alone(arguments.output))
             resumed = not arguments.restart and trainer.resume()
             if distributed.rank() == 0:
-                prepare_output(arguments.output, trainer, training.classes, resumed)
+                if not resumed:
+                    (arguments.output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
+                write_json(arguments.output / "settings.json", trainer.settings)
+                names = "".join(f"{name}\n" for name in training.classes).encode("utf-8", "surrogateescape")
+                atomic_write(arguments.output / "classes.txt", names)
         if distributed.rank() == 0:
-            _tell(trainer, arguments, training, validation, resumed)
+            _tell(trainer, arguments.model, training, validation, resumed)
         try:
             trainer.fit()
         except (UnreadableImageError, FloatingPointError) as error:
@@ -184,7 +169,7 @@ def make_trainer(
 ) -> Trainer:
     """Nothing is written yet. ValueError, TypeError or OSError for what cannot be used."""
     torch.manual_seed(recipe.seed)  # for the classifier, or all of the model, where no file gives it
-    model = build_model(arguments, num_classes=len(training.classes), training=True)
+    model = common.build_model(arguments, num_classes=len(training.classes), training=True)
     preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
     augmentation = Augmentation(
         preprocessing,
@@ -206,15 +191,9 @@ def make_trainer(
         "training_images": training.digest(),
         "validation_images": None if validation is None else validation.digest(),
     }
-    evaluated = None
-    if validation is not None:
-        evaluated = EvaluationImages(validation.samples, preprocessing, preprocessing.channels)
-    metadata = Metadata(
-        model=arguments.model,
-        model_args={name: value for name, value in arguments.options.items() if name not in NOT_KEPT},
-        **asdict(preprocessing),
-        classes=tuple(training.classes),
-    )
+    images = EvaluationImages([] if validation is None else validation.samples, preprocessing, preprocessing.channels)
+    options = {name: value for name, value in arguments.options.items() if name not in NOT_KEPT}
+    metadata = Metadata(arguments.model, options, **asdict(preprocessing), classes=tuple(training.classes))
     try:
         metadata.header()
     except TypeError as error:
@@ -223,9 +202,14 @@ def make_trainer(
         model.to(device),
         recipe,
         TrainingImages(training.samples, augmentation, recipe.seed),
-        evaluated,
+        None if validation is None else images,
         device,
-        Run(arguments.output, settings, arguments.save_every, arguments.log_every, arguments.workers, metadata),
+        folder=arguments.output,
+        settings=settings,
+        save_every=arguments.save_every,
+        log_every=arguments.log_every,
+        workers=arguments.workers,
+        metadata=metadata,
     )
 
 
@@ -244,24 +228,11 @@ def _alone(output: Path) -> Iterator[None]:
         raise CommandError(f"--output: another finetune is at work in {output}") from None
 
 
-def prepare_output(output: Path, trainer: Trainer, classes: list[str], resumed: bool) -> None:
-    if not resumed:
-        (output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
-    write_json(output / "settings.json", trainer.run.settings)
-    atomic_write(output / "classes.txt", "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape"))
-
-
-def _tell(
-    trainer: Trainer,
-    arguments: argparse.Namespace,
-    training: ImageFolder,
-    validation: ImageFolder | None,
-    resumed: bool,
-) -> None:
-    weights = "RANDOM" if trainer.run.settings["weights"] == "random" else trainer.run.settings["weights"]
+def _tell(trainer: Trainer, model: str, training: ImageFolder, validation: ImageFolder | None, resumed: bool) -> None:
+    weights = "RANDOM" if trainer.settings["weights"] == "random" else trainer.settings["weights"]
     evaluated = "none to evaluate on" if validation is None else f"{len(validation.samples)} to evaluate on"
     console.print(
-        f"{arguments.model} from {weights} weights, {len(training.classes)} classes, {len(training.samples)} images, "
+        f"{model} from {weights} weights, {len(training.classes)} classes, {len(training.samples)} images, "
         f"{evaluated}, {trainer.total_steps} steps on {distributed.world_size()} × {trainer.device}",
         markup=False,
     )

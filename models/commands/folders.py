@@ -1,4 +1,4 @@
-"""Labelled images in the ImageFolder layout: one folder a class, classes numbered in the order of their names."""
+"""Labelled images in the ImageFolder layout: one folder per class, classes numbered in the order of their names."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from models.commands.images import Augmentation, UnreadableImageError, read_image
 
-__all__ = ["Batch", "EvaluationImages", "ImageFolder", "TrainingImages", "Unreadable", "collate"]
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+Item = tuple[Tensor, int] | str  # an image and its label; or why a file cannot be decoded, as workers cannot raise it
 
 
 class ImageFolder:
@@ -39,10 +38,11 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(f"DIR: there is no folder {self.root}")
+        seen = {os.path.realpath(self.root)}
         self.classes = sorted(
             entry.name
             for entry in os.scandir(self.root)
-            if entry.is_dir() and not entry.name.startswith(".") and not _leads_back(entry.path, str(self.root))
+            if entry.is_dir() and not entry.name.startswith(".") and os.path.realpath(entry.path) not in seen
         )
         if not self.classes:
             raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
@@ -50,7 +50,7 @@ class ImageFolder:
         for label, name in enumerate(self.classes):
             if len(name.splitlines()) > 1:  # names are kept one per line
                 raise ValueError(f"DIR: the class folder {name!r} has a line break in its name")
-            found = sorted(_images_below(os.path.join(self.root, name), str(self.root)))
+            found = sorted(_images_below(os.path.join(self.root, name), set(seen)))
             if not found:
                 raise ValueError(f"DIR: the class folder {self.root / name} holds no image ({' '.join(SUFFIXES)})")
             self.samples += [(path, label) for path in found]
@@ -63,55 +63,16 @@ class ImageFolder:
         return digest.hexdigest()[:16]
 
 
-def _leads_back(link: str, *folders: str) -> bool:
-    """Whether ``link`` is one of the folders, or holds one of them."""
-    target = os.path.join(os.path.realpath(link), "")
-    return any(os.path.join(os.path.realpath(folder), "").startswith(target) for folder in folders)
-
-
-def _images_below(folder: str, root: str) -> Iterator[str]:
-    """Of every folder once, whichever links lead to it; not of one that holds where the link to it lies."""
-    seen = {os.path.realpath(folder)}
+def _images_below(folder: str, seen: set[str]) -> Iterator[str]:
+    """Of every folder once, whichever links lead to it, and of none that was ``seen`` before."""
+    seen.add(os.path.realpath(folder))
     for path, folders, files in os.walk(folder, followlinks=True):
-        inside = {name: os.path.join(path, name) for name in sorted(folders)}
-        folders.clear()
-        for name, link in inside.items():
-            if os.path.realpath(link) not in seen and not _leads_back(link, path, root):
-                seen.add(os.path.realpath(link))
-                folders.append(name)
+        real = {os.path.realpath(os.path.join(path, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(name for target, name in real.items() if target not in seen)
+        seen |= real.keys()
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.join(path, name)
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """In place of an image that cannot be decoded. A worker cannot raise an error
-    of its own: DataLoader would make it again with other arguments."""
-
-    message: str
-
-
-Item = tuple[Tensor, int] | Unreadable
-
-
-@dataclass(frozen=True)
-class Batch:
-    """images [B, C, H, W] and labels [B] of what could be read, and a message for each file that could not."""
-
-    images: Tensor
-    labels: Tensor
-    unreadable: list[str]
-
-    def pin_memory(self) -> Batch:
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
-
-
-def collate(items: Sequence[Item]) -> Batch:
-    read = [item for item in items if not isinstance(item, Unreadable)]
-    images = torch.stack([image for image, _ in read]) if read else torch.empty(0, 0, 0, 0)
-    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
-    return Batch(images, labels, [item.message for item in items if isinstance(item, Unreadable)])
 
 
 class EvaluationImages(Dataset[Item]):
@@ -130,7 +91,7 @@ class EvaluationImages(Dataset[Item]):
         try:
             return self.transform(read_image(path, self.channels)), label
         except UnreadableImageError as error:
-            return Unreadable(str(error))
+            return str(error)
 
 
 class TrainingImages(Dataset[Item]):
@@ -148,9 +109,26 @@ class TrainingImages(Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         draw, index = key
-        path, label = self.samples[index]
-        try:
-            image = read_image(path, self.augmentation.preprocessing.channels)
-        except UnreadableImageError as error:
-            return Unreadable(str(error))
-        return self.augmentation(image, random.Random(f"{self.seed} {draw} {index}")), label
+        generator = random.Random(f"{self.seed} {draw} {index}")
+        channels = self.augmentation.preprocessing.channels
+        return EvaluationImages(self.samples, lambda image: self.augmentation(image, generator), channels)[index]
+
+
+class Batch(NamedTuple):
+    """images [B, C, H, W] and labels [B] of what could be read, and a message for each file that could not."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[str]
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    read = [item for item in items if not isinstance(item, str)]
+    images = torch.stack([image for image, _ in read]) if read else torch.empty(0, 0, 0, 0)
+    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
+    return Batch(images, labels, [item for item in items if isinstance(item, str)])
+
+
+def loader(dataset: Dataset[Any], device: torch.device, workers: int, **options: Any) -> DataLoader[Any]:
+    """Batches as ``collate`` makes them, loaded by ``workers`` processes (0: by this one)."""
+    return DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda", **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
@@ -13,28 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from models._contract import BackboneContract
-from models.commands.randomness import seeded
-
-__all__ = ["Augmentation", "Preprocessing", "UnreadableImageError", "check_image", "read_image"]
+from models.commands.sampling import seeded
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for so many channels
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands PostScript, for one, to another program
-ORIENTATION, BITS, PHOTOMETRIC, WHITE_IS_ZERO = 0x0112, 258, 262, 0  # tags of EXIF and TIFF
-UPRIGHT = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-MOST_RESIZED = 8  # times the crop's sides, of an image that is resized whole before it is cropped
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+LONGEST = 8  # times a crop's ratio of sides: what of a strip is resized
 
 
 class UnreadableImageError(ValueError):
@@ -50,7 +40,9 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
     try:
         with _opened(path) as file:
             file.load()
-            return _upright(file, _eight_bits(file)).convert(MODES[channels])
+            with contextlib.suppress(Exception):  # damaged EXIF, beside pixels that are whole
+                ImageOps.exif_transpose(file, in_place=True)
+            return _eight_bits(file).convert(MODES[channels])
     except Exception as error:  # decoders fail in any way on a malformed file
         raise _unreadable(path, error) from error
 
@@ -88,15 +80,6 @@ def _eight_bits(file: Image.Image) -> Image.Image:
     pixels = (np.asarray(file).astype(np.uint32) * 255 + white // 2) // white
     pixels = pixels.clip(max=255).astype(np.uint8)
     return Image.fromarray(255 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels)
-
-
-def _upright(file: Image.Image, image: Image.Image) -> Image.Image:
-    try:
-        orientation = file.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF, beside pixels that are whole
-        return image
-    turn = UPRIGHT.get(orientation)  # pyright: ignore[reportArgumentType]
-    return image if turn is None else image.transpose(turn)
 
 
 @dataclass(frozen=True)
@@ -139,14 +122,8 @@ class Preprocessing:
             raise ValueError(f"in_chans must be 1 or 3 for image files, got {model.in_chans}")
         if model.in_chans == 1:  # grey is the mean of the three
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-        _, height, width = config["input_size"]
-        return cls(
-            size=size or (height, width),
-            crop_pct=crop_pct or config["crop_pct"],
-            interpolation=interpolation or config["interpolation"],
-            mean=mean,
-            std=std,
-        )
+        size = size or tuple(config["input_size"][1:])
+        return cls(size, crop_pct or config["crop_pct"], interpolation or config["interpolation"], mean, std)
 
     @property
     def channels(self) -> int:
@@ -154,27 +131,17 @@ class Preprocessing:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """What the model sees of the image, [height, width] = ``size``."""
+        longest = math.ceil(LONGEST * max(self.size) / min(self.size) * min(image.size))
+        if max(image.size) > longest:  # a strip: resized as a whole it might take gigabytes
+            left, top = (max(0, side - longest) // 2 for side in image.size)
+            image = image.crop((left, top, image.width - left, image.height - top))
         targets = [math.floor(side / self.crop_pct) for side in self.size]
         sides = [image.height, image.width]
         axis = max((0, 1), key=lambda axis: targets[axis] / sides[axis])  # the one that just fits
         resized = [max(1, targets[axis] * side // sides[axis]) for side in sides]
         resized[axis] = targets[axis]
-        spans = [_centred(side, length) for side, length in zip(self.size, resized, strict=True)]
-        if max(resized) > MOST_RESIZED * max(self.size):  # a strip: what the crop leaves out is never made
-            kept = [
-                (max(0, span), min(length, span + side))
-                for span, side, length in zip(spans, self.size, resized, strict=True)
-            ]
-            (top, bottom), (left, right) = (
-                (first * side / length, last * side / length)
-                for (first, last), side, length in zip(kept, sides, resized, strict=True)
-            )
-            height, width = (last - first for first, last in kept)
-            image = image.resize((width, height), RESAMPLING[self.interpolation], box=(left, top, right, bottom))
-            spans = [min(0, span) for span in spans]
-        else:
-            image = image.resize((resized[1], resized[0]), RESAMPLING[self.interpolation])
-        top, left = spans
+        image = image.resize((resized[1], resized[0]), RESAMPLING[self.interpolation])
+        top, left = (_centred(side, length) for side, length in zip(self.size, resized, strict=True))
         return image.crop((left, top, left + self.size[1], top + self.size[0]))
 
     def normalise(self, image: Image.Image) -> Tensor:
@@ -189,9 +156,7 @@ class Preprocessing:
 
 def _centred(length: int, available: int) -> int:
     """First pixel of a centred stretch; negative where it is longer than what there is."""
-    if length > available:
-        return -((length - available) // 2)
-    return round((available - length) / 2)
+    return -((length - available) // 2) if length > available else round((available - length) / 2)
 
 
 @dataclass(frozen=True)
@@ -211,11 +176,6 @@ class Augmentation:
     flip: float = 0.5
     change: Callable[[Image.Image], Image.Image] | None = None
     erase: Callable[[Tensor], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("least_area", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
 
     def box(self, width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
         """Left, top, right, bottom of the crop: aspect ratio log-uniform in 3/4..4/3."""

@@ -15,11 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from models._contract import BackboneContract
-from models.commands.errors import CommandError
+from models.commands.dispatch import CommandError
 from models.registry import create_model, list_models
-
-__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def describe(name: str, top1: dict[str, float]) -> dict[str, Any]:
     """What there is to know of a model, counted on the meta device: no memory is taken and nothing is computed."""
     with torch.device("meta"):
-        model = create_model(name)
-    assert isinstance(model, BackboneContract)
+        model: Any = create_model(name)
     unused = tuple(f"{module}." for module in model.training_only)
-    parameters = (tensor.numel() for key, tensor in model.named_parameters() if not key.startswith(unused))
     return {
         "name": name,
-        "parameters": sum(parameters),
+        "parameters": sum(p.numel() for key, p in model.named_parameters() if not key.startswith(unused)),
         "size": list(model.default_cfg["input_size"][1:]),
         "top1": top1.get(name),
         "weights": model.default_cfg["url"] or None,
@@ -52,18 +47,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return 0
-    table = Table(title="Models", title_justify="left")
-    table.add_column("name", no_wrap=True)
+    table = Table("name", title="Models", title_justify="left")
     for heading in ("parameters, M", "size", "top-1, %"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("official weights")
     for row in rows:
-        height, width = row["size"]
         table.add_row(
             row["name"],
             f"{row['parameters'] / 1e6:.2f}",
-            f"{height}×{width}",
-            "–" if row["top1"] is None else f"{row['top1']}",
+            "×".join(map(str, row["size"])),
+            "–" if row["top1"] is None else str(row["top1"]),
             "--pretrained" if row["weights"] else "your own file",
         )
     Console(highlight=False).print(table)

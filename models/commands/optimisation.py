@@ -13,8 +13,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models._contract import BackboneContract
 
-__all__ = ["Objective", "cosine_with_warmup", "layer_numbers", "parameter_groups", "warmed_up_ema"]
-
 
 class Objective:
     """Cross entropy with label smoothing, of whatever a family returns in training.
@@ -89,15 +87,9 @@ def parameter_groups(
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
         decays = (decay_vectors or parameter.ndim > 1) and name not in spared
-        group = groups.setdefault(
-            (layers[name], decays),
-            {
-                "params": [],
-                "weight_decay": weight_decay if decays else 0.0,
-                "rate_scale": layer_decay ** (last - layers[name]),
-            },
-        )
-        group["params"].append(parameter)
+        scale = layer_decay ** (last - layers[name])
+        fresh = {"params": [], "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}
+        groups.setdefault((layers[name], decays), fresh)["params"].append(parameter)
     return list(groups.values())
 
 

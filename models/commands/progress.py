@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-__all__ = ["Bar", "console", "event_writer"]
 
 Self = TypeVar("Self", bound="Bar")
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -23,50 +19,32 @@ class Bar:
     def __init__(self, total: int, done: int = 0, *, shown: bool = True, seconds: float = 30.0) -> None:
         """Without a terminal, a line every ``seconds``; ``shown`` is False in all processes but the first."""
         self.total, self.done, self.shown, self.seconds = total, done, shown, seconds
+        self.drawn = shown and console.is_terminal
         columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        drawn = shown and console.is_terminal
-        self._bar = Progress(*columns, TextColumn("{task.description}"), console=console) if drawn else None
+        self._bar = Progress(*columns, TextColumn("{task.description}"), console=console, disable=not self.drawn)
+        self._task = self._bar.add_task("", total=total, completed=done)
         self._last = time.monotonic()
 
     def __enter__(self: Self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-            self._bar.add_task("", total=self.total, completed=self.done)
+        self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
+    def __exit__(self, *_: Any) -> None:
+        if self.drawn:
             self._bar.stop()
 
     def describe(self, told: str) -> None:
         """What is being done, beside the bar."""
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], description=escape(told))
+        self._bar.update(self._task, description=escape(told))
 
     def advance(self, count: int, told: str) -> None:
         """``count`` more are done; ``told`` is how it stands."""
         self.done += count
-        self.describe(told)
-        if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0], count)
-        elif self.shown and time.monotonic() - self._last >= self.seconds:
+        self._bar.update(self._task, advance=count, description=escape(told))
+        if self.shown and not self.drawn and time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
             self.say(f"[{self.done}/{self.total}] {told}")
 
     def say(self, line: str) -> None:
         if self.shown:
             console.print(line, markup=False)
-
-
-def event_writer(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, which leaves out what a killed run wrote after ``step``; None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    except Exception as error:  # an installation that does not fit must not end a training
-        console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,22 +1,15 @@
-"""How to train, and which images each step sees: all that a run's result follows from, beside the data."""
+"""How to train: all that a run's result follows from, beside the data; and what each family's authors trained with."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch.utils.data import Dataset, DistributedSampler, Sampler
-
-from models.commands import distributed
-from models.commands.randomness import seed_of
 from models.commands.types import DTYPES, FRACTION, Number, positive
-
-__all__ = ["OPTIONS", "Recipe", "TrainingBatches"]
 
 ANY = Number(at_least=0)
 BELOW_ONE = Number(at_least=0, below=1)
+SHARE = Number(above=0, at_most=1)
 
 
 def _option(default: Any, flag: str, kind: Any, text: str) -> Any:
@@ -41,17 +34,12 @@ class Recipe:
     first_learning_rate: float | None = _option(None, "--warmup-lr", ANY, "where the warm-up begins; a step above 0")
     weight_decay: float = _option(0.05, "--weight-decay", ANY, "for matrices and kernels")
     decay_vectors: bool = _option(False, "--decay-vectors", bool, "biases and scales decay too")
-    layer_decay: float = _option(
-        1.0,
-        "--layer-decay",
-        Number(above=0, at_most=1),
-        "factor of the learning rate per layer, from the last to the first",
-    )
+    layer_decay: float = _option(1.0, "--layer-decay", SHARE, "factor of the rate per layer, from last to first")
     label_smoothing: float = _option(0.1, "--label-smoothing", BELOW_ONE, "share of the label that all classes get")
     auxiliary_weight: float = _option(0.4, "--aux-weight", ANY, "of OverLoCK's auxiliary loss")
     clip_norm: float = _option(5.0, "--clip", ANY, "largest norm of the gradient, 0: any")
     ema_decay: float = _option(0.999, "--ema", BELOW_ONE, "decay of the averaged weights, 0: none")
-    least_area: float = _option(0.08, "--least-area", Number(above=0, at_most=1), "smallest crop, as a share")
+    least_area: float = _option(0.08, "--least-area", SHARE, "smallest crop, as a share")
     flip: float = _option(0.5, "--flip", FRACTION, "chance of mirroring")
     mixup: float = _option(0.0, "--mixup", ANY, "alpha of mixup; by timm, as what follows")
     cutmix: float = _option(0.0, "--cutmix", ANY, "alpha of CutMix; with both, each half of the time")
@@ -86,55 +74,91 @@ class Recipe:
 OPTIONS = {known.name: known.metadata["flag"] for known in fields(Recipe)}  # field -> option of the command line
 
 
-class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """The keys (draw, index) of every batch of a run from one step on, for the process of this rank.
+@dataclass(frozen=True)
+class Published:
+    """The training from scratch on ImageNet-1k that a family's authors published.
 
-    Each epoch is a new permutation; its images that fill no whole step are left out. The draw, epoch · repeats + copy,
-    numbers what an image was augmented to: with ``repeats`` an epoch sees fewer images, each of them so many times.
+    What a recipe cannot say differs: learning rates here follow the step and not the epoch, crops are resized with the
+    model's own interpolation, and batch norms are not synchronised between processes.
 
-    Raises:
-        ValueError: there are fewer images than a step takes.
-        ImportError: repeated augmentation needs timm.
+    Args:
+        source: where it is published.
+        images: per step, in all processes together.
+        settings: fields of ``Recipe``; what is not named keeps ``Recipe``'s default.
+        options: of the model.
+        variants: model -> its own learning rate and drop path rate; None: one training for all models.
     """
 
-    def __init__(self, dataset: Dataset[Any], recipe: Recipe, first_step: int = 0) -> None:
-        self.recipe, self.first_step = recipe, first_step
-        self._ranks, self._rank = distributed.world_size(), distributed.rank()
-        length = len(dataset)  # pyright: ignore[reportArgumentType]
-        a_step = recipe.batch * recipe.accumulate * self._ranks
-        self.steps_per_epoch = length // a_step
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"a step takes {a_step} images (--batch × --accumulate × processes), there are only {length}"
-            )
-        if recipe.repeats == 1:
-            self._sampler: Any = DistributedSampler(dataset, self._ranks, self._rank, seed=recipe.seed, drop_last=True)
-        else:
-            from models.commands.augmentation import timm_part
+    source: str
+    images: int
+    settings: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, tuple[float, float]] | None = None
 
-            sampler = timm_part("distributed_sampler", "RepeatAugSampler", "--repeats")
-            self._sampler = sampler(dataset, self._ranks, self._rank, num_repeats=recipe.repeats, selected_round=0)
+    def of(self, model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of the recipe and options of the model. ValueError for a model that was not trained so."""
+        if self.variants is None:
+            return self.settings, self.options
+        if model not in self.variants:
+            raise ValueError(f"--recipe: {self.source} trains {', '.join(self.variants)}, not {model}")
+        learning_rate, drop_path_rate = self.variants[model]
+        return self.settings | {"learning_rate": learning_rate}, self.options | {"drop_path_rate": drop_path_rate}
 
-    def __len__(self) -> int:
-        return (self.recipe.epochs * self.steps_per_epoch - self.first_step) * self.recipe.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first_epoch, start = divmod(self.first_step, self.steps_per_epoch)
-        for epoch in range(first_epoch, self.recipe.epochs):
-            keys = list(itertools.islice(self._keys(epoch), self.steps_per_epoch * self._images))
-            for first in range(start * self._images, len(keys), self.recipe.batch):
-                yield keys[first : first + self.recipe.batch]
-            start = 0
+CHANGES = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "label_smoothing": 0.1, "least_area": 0.08}
 
-    @property
-    def _images(self) -> int:
-        """Of a step, in this process."""
-        return self.recipe.batch * self.recipe.accumulate
-
-    def _keys(self, epoch: int) -> Iterator[tuple[int, int]]:
-        repeats = self.recipe.repeats
-        # timm's sampler knows no seed but the epoch.
-        self._sampler.set_epoch(epoch if repeats == 1 else seed_of(self.recipe.seed, epoch))
-        for position, index in enumerate(self._sampler):
-            copy = (self._rank + position * self._ranks) % repeats  # an image's copies are dealt out in turn
-            yield epoch * repeats + copy, index
+PUBLISHED = {
+    # Stochastic depth is the models' own. The authors' rate is 1e-3 per 1,024 images, and they took 2,048.
+    "overlock": Published(
+        "arXiv 2502.20087 and github.com/LMMMEng/OverLoCK",
+        2048,
+        {
+            "epochs": 300,
+            "learning_rate": 2e-3,
+            "final_learning_rate": 1e-5,
+            "first_learning_rate": 1e-6,
+            "warmup_epochs": 5,
+            "weight_decay": 0.05,
+            "clip_norm": 5.0,
+            "ema_decay": 0.9999,
+            "auxiliary_weight": 0.4,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            **CHANGES,
+        },
+    ),
+    "rednet": Published(
+        "arXiv 2103.06255 and github.com/d-li14/involution",
+        2048,
+        {
+            "epochs": 130,
+            "optimizer": "sgd",
+            "learning_rate": 0.8,
+            "final_learning_rate": 0.0,
+            "first_learning_rate": 0.2,
+            "warmup_epochs": 5,
+            "weight_decay": 1e-4,
+            "decay_vectors": True,
+            "label_smoothing": 0.1,
+            "clip_norm": 0.0,
+            "ema_decay": 0.0,
+        },
+    ),
+    # The authors' token labels come from a larger network; here each token has its image's label.
+    "volo": Published(
+        "arXiv 2106.13112 and github.com/sail-sg/volo",
+        1024,
+        {
+            "epochs": 300,
+            "final_learning_rate": 1e-5,
+            "first_learning_rate": 1e-6,
+            "warmup_epochs": 20,
+            "weight_decay": 0.05,
+            "clip_norm": 0.0,
+            "ema_decay": 0.0,
+            **CHANGES,
+        },
+        {"return_dense": True},
+        {"volo_d1": (1.6e-3, 0.1), "volo_d2": (1e-3, 0.2), "volo_d3": (1e-3, 0.5)},
+    ),
+}

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +23,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, Subset
 
-from kernels.files import writing
+from kernels.files import atomic_write, writing
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
 from models.commands.augmentation import mixing
-from models.commands.files import BEST, LAST, LOG, STATE, read_lines, read_state, write_lines, write_state
-from models.commands.folders import Batch
+from models.commands.evaluate import count_correct, predict
+from models.commands.files import BEST, LAST, LOG, STATE, event_writer, plain, read_state
+from models.commands.folders import Batch, loader
 from models.commands.images import UnreadableImageError
 from models.commands.optimisation import Objective, cosine_with_warmup, parameter_groups, warmed_up_ema
-from models.commands.progress import Bar, event_writer
-from models.commands.randomness import seed_of, seeded
-from models.commands.recipe import OPTIONS, Recipe, TrainingBatches
-from models.commands.scoring import count_correct, loader, predict
+from models.commands.progress import Bar
+from models.commands.recipe import OPTIONS, Recipe
+from models.commands.sampling import TrainingBatches, seed_of, seeded
 from models.commands.types import DTYPES
 from models.metadata import Metadata
-
-__all__ = ["Run", "Trainer"]
-
-BOARD = "tensorboard"
-
-
-class DifferentSettingsError(ValueError):
-    """The state in a folder is of another run."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run keeps its files, and how often.
-
-    Args:
-        output: an existing folder for ``state.pt``, ``log.jsonl``, the weights and, where TensorBoard is installed, its
-            events; None keeps nothing.
-        settings: what must be the same for a run to continue; plain values.
-        save_every: steps between states; each epoch's end has one anyway. 0: only there.
-        log_every: steps between lines of the log.
-        workers: processes that load images.
-        metadata: what the weights' files say of themselves.
-    """
-
-    output: Path | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    save_every: int = 0
-    log_every: int = 50
-    workers: int = 0
-    metadata: Metadata | None = None
 
 
 class Trainer:
@@ -79,10 +49,15 @@ class Trainer:
     Args:
         model: of one of the families, with its classifier, on ``device``.
         recipe: how to train.
-        training: (draw, index) -> (image, label) or ``Unreadable``, and a length; ``TrainingBatches`` gives the keys.
-        validation: index -> (image, label) or ``Unreadable``; None evaluates nothing.
+        training: (draw, index) -> (image, label) or why not, and a length; ``TrainingBatches`` gives the keys.
+        validation: index -> (image, label) or why not; None evaluates nothing.
         device: where the model is.
-        run: which files to keep.
+        folder: an existing one for state, log, weights and, where TensorBoard is installed, events; None keeps nothing.
+        settings: what must be the same for a run to continue; plain values.
+        save_every: steps between states; each epoch's end has one anyway. 0: only there.
+        log_every: steps between lines of the log.
+        workers: processes that load images.
+        metadata: what the weights' files say of themselves.
     """
 
     def __init__(
@@ -92,10 +67,19 @@ class Trainer:
         training: Dataset[Any],
         validation: Dataset[Any] | None,
         device: torch.device,
-        run: Run | None = None,
+        *,
+        folder: Path | None = None,
+        settings: dict[str, Any] | None = None,
+        save_every: int = 0,
+        log_every: int = 50,
+        workers: int = 0,
+        metadata: Metadata | None = None,
     ) -> None:
-        self.model, self.recipe, self.run, self.device = model, recipe, run or Run(), device
+        self.model, self.recipe, self.device = model, recipe, device
+        self.folder, self.settings, self.metadata = folder, plain(settings or {}), metadata
+        self.save_every, self.log_every, self.workers = save_every, log_every, workers
         self.training, self.validation = training, validation
+        self.output = folder if distributed.rank() == 0 else None  # where this process writes
         self.dtype = DTYPES[recipe.dtype]
         self.objective = Objective(recipe.label_smoothing, recipe.auxiliary_weight)
         self.step = 0
@@ -106,12 +90,11 @@ class Trainer:
             for name in model.classifiers:
                 model.get_submodule(name).requires_grad_(True)
         groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.decay_vectors)
-        if recipe.optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+            if recipe.optimizer == "sgd"
+            else torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        )
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -131,77 +114,70 @@ class Trainer:
         Raises:
             ValueError: it is damaged, or of a run with other settings; the message names them.
         """
-        if self.run.output is None or not (self.run.output / STATE).exists():
+        if self.folder is None or not (self.folder / STATE).exists():
             return False
-        path = self.run.output / STATE
-        anew = f"--restart begins anew, with --checkpoint {self.run.output / LAST} from the last epoch's weights"
+        path, last = self.folder / STATE, self.folder / LAST
+        anew = f"--restart begins anew, with --checkpoint {last} from the last epoch's weights"
         try:
             state = read_state(path)
-            self._check_settings(path, state["settings"])
-            self._take_up(state)
-        except DifferentSettingsError:
-            raise
+            known, own = plain(asdict(Recipe())) | state["settings"], self.settings
+            if known == known | own:
+                self._take_up(path, state)
+                return True
         except ValueError as error:
             raise ValueError(f"{error}; {anew}") from error
         except Exception as error:  # a state that was changed can make its readers fail in any way
             reason = (str(error).strip().splitlines() or [""])[0]
             raise ValueError(f"{path} is not a state of this run ({type(error).__name__}: {reason}); {anew}") from error
-        return True
-
-    def _check_settings(self, path: Path, settings: dict[str, Any]) -> None:
-        known, own = _plain(asdict(Recipe())) | settings, _plain(self.run.settings)
         differing = [
-            f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {own[name]!r}"
-            for name in own
-            if known.get(name) != own[name]
+            f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {value!r}"
+            for name, value in own.items()
+            if known.get(name) != value
         ]
-        if differing:
-            ways = "another --output keeps both runs, --restart begins anew"
-            if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
-                ways += f", with --checkpoint {path.with_name(LAST)} the weights are trained for longer"
-            raise DifferentSettingsError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
+        ways = "another --output keeps both runs, --restart begins anew"
+        if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
+            ways += f", with --checkpoint {last} the weights are trained for longer"
+        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
 
-    def _take_up(self, state: dict[str, Any]) -> None:
-        assert self.run.output is not None
+    def _take_up(self, path: Path, state: dict[str, Any]) -> None:
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.total_steps:
-            raise ValueError(f"{self.run.output / STATE} is not a state of this run: it is of step {state['step']!r}")
+            raise ValueError(f"{path} is not a state of this run: it is of step {state['step']!r}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.log = state["step"], state["best"], state["log"]
         self._interval_loss.copy_(state["interval_loss"])
         self._interval_steps = state["interval_steps"]
-        self.log = [row for row in read_lines(self.run.output / LOG) if row["step"] <= self.step]
 
     def _save(self) -> None:
-        if self.run.output is None or distributed.rank() != 0:
+        if self.output is None:
             return
         self._check_finite(self._interval_loss.item())
         state = {
-            "settings": _plain(self.run.settings),
+            "settings": self.settings,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "best": self.best,
+            "log": self.log,
             "interval_loss": self._interval_loss,
             "interval_steps": self._interval_steps,
         }
-        write_state(self.run.output / STATE, state)
+        atomic_write(self.output / STATE, lambda file: torch.save(state, file))
 
     def _record(self, row: dict[str, Any]) -> None:
         self.log.append(row)
-        if self.run.output is not None and distributed.rank() == 0:
-            path = self.run.output / LOG
+        if self.output is not None:
+            path = self.output / LOG
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self._board is not None:
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self._board.add_scalar(name, value, row["step"])
+            for name in row.keys() - {"step", "epoch"}:
+                self._board.add_scalar(name, row[name], row["step"])
 
     # ---- the loop
 
@@ -213,34 +189,30 @@ class Trainer:
             FloatingPointError: the loss is no longer finite. The last state written is from before that.
             kernels.files.WriteError: a file of the run cannot be written; the files before it are whole.
         """
-        if self.run.output is not None and distributed.rank() == 0:
-            if (self.run.output / LOG).exists():
-                write_lines(self.run.output / LOG, self.log)  # without what a killed run wrote after its last state
-            self._board = event_writer(self.run.output / BOARD, self.step)
+        if self.output is not None:  # without what a killed run wrote after its last state
+            atomic_write(self.output / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
+            self._board = event_writer(self.output, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
-            wrapped = DistributedDataParallel(
-                self.model,
-                [self.device] if self.device.type == "cuda" else None,
-                find_unused_parameters=self.recipe.freeze_backbone,  # OverLoCK's auxiliary head
-            )
+            places = [self.device] if self.device.type == "cuda" else None
+            unused = self.recipe.freeze_backbone  # OverLoCK's auxiliary head
+            wrapped = DistributedDataParallel(self.model, places, find_unused_parameters=unused)
         keys = TrainingBatches(self.training, self.recipe, self.step)
-        batches = iter(loader(self.training, self.device, self.run.workers, batch_sampler=keys))
+        batches = iter(loader(self.training, self.device, self.workers, batch_sampler=keys))
         self.model.train(not self.recipe.freeze_backbone)
         self._clock = self._epoch_clock = time.perf_counter()
         self._timed_steps = 0
-        with Bar(self.total_steps, self.step, shown=self.run.output is not None and distributed.rank() == 0) as bar:
+        with Bar(self.total_steps, self.step, shown=self.output is not None) as bar:
             while self.step < self.total_steps:
                 self._train_step(wrapped, batches)
                 at_end = self.step % self.steps_per_epoch == 0
-                if at_end or self.step % self.run.log_every == 0:
+                if at_end or self.step % self.log_every == 0:
                     self._end_interval()
                 if at_end:
                     self._end_epoch(bar)
+                if at_end or (self.save_every and self.step % self.save_every == 0):
                     self._save()
-                elif self.run.save_every and self.step % self.run.save_every == 0:
-                    self._save()
-                bar.advance(1, f"epoch {self._epoch}/{self.recipe.epochs} {self._told}")
+                bar.advance(1, self._told())
         if self._board is not None:
             self._board.close()
         return self.log
@@ -250,25 +222,26 @@ class Trainer:
         """Of the step just done, from 1."""
         return -(-self.step // self.steps_per_epoch)
 
-    @property
     def _told(self) -> str:
-        losses = [row["loss"] for row in self.log[-2:] if "loss" in row]
-        return f"loss {losses[-1]:.4f}" if losses else ""
+        losses = [f" loss {row['loss']:.4f}" for row in self.log[-2:] if "loss" in row]
+        return f"epoch {self._epoch}/{self.recipe.epochs}{''.join(losses[-1:])}"
 
     def _train_step(self, wrapped: nn.Module, batches: Iterator[Batch]) -> None:
-        rate = self._learning_rate()
+        recipe, warmup = self.recipe, round(self.recipe.warmup * self.steps_per_epoch)
+        rates = (recipe.learning_rate, recipe.final_learning_rate, recipe.first_learning_rate)
+        rate = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
-        for part in range(self.recipe.accumulate):
-            waits = part + 1 < self.recipe.accumulate  # for the last part, which sums over the processes
-            together = wrapped if waits and isinstance(wrapped, DistributedDataParallel) else None
-            with contextlib.nullcontext() if together is None else together.no_sync():
-                loss = self._loss(wrapped, next(batches), self.step * self.recipe.accumulate + part)
+        for part in range(recipe.accumulate):
+            waits = part + 1 < recipe.accumulate  # for the last part, which sums over the processes
+            parallel = wrapped if isinstance(wrapped, DistributedDataParallel) else None
+            with parallel.no_sync() if parallel is not None and waits else contextlib.nullcontext():
+                loss = self._loss(wrapped, next(batches), self.step * recipe.accumulate + part)
                 self.scaler.scale(loss).backward()
             self._interval_loss += loss.detach()
-        if self.recipe.clip_norm:
+        if recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -293,16 +266,9 @@ class Trainer:
             output = wrapped(images)
         return self.objective(output, labels) / self.recipe.accumulate
 
-    def _learning_rate(self) -> float:
-        warmup = round(self.recipe.warmup * self.steps_per_epoch)
-        peak, final = self.recipe.learning_rate, self.recipe.final_learning_rate
-        return cosine_with_warmup(self.step, self.total_steps, warmup, peak, final, self.recipe.first_learning_rate)
-
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.step}; a lower learning rate (--lr) may help"
-            )
+            raise FloatingPointError(f"the loss is not finite at step {self.step}; a lower --lr may help")
 
     def _end_interval(self) -> None:
         total = distributed.sum_over_processes(self._interval_loss.clone())
@@ -310,45 +276,36 @@ class Trainer:
         self._check_finite(loss)
         now = time.perf_counter()
         images = self._timed_steps * self.recipe.batch * self.recipe.accumulate * distributed.world_size()
+        rate, speed = max(group["lr"] for group in self.optimizer.param_groups), images / (now - self._clock)
         self._interval_loss.zero_()
-        self._interval_steps = 0
-        row = {
-            "step": self.step,
-            "epoch": self._epoch,
-            "loss": loss,
-            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
-            "images_per_second": images / (now - self._clock),
-        }
-        self._clock, self._timed_steps = now, 0
-        self._record(row)
+        self._interval_steps = self._timed_steps = 0
+        self._clock = now
+        row = {"step": self.step, "epoch": self._epoch, "loss": loss, "learning_rate": rate}
+        self._record({**row, "images_per_second": speed})
 
     def _end_epoch(self, bar: Bar) -> None:
         kept = self.model if self.average is None else self.average.module
         row: dict[str, Any] = {"step": self.step, "epoch": self._epoch}
+        better, scores = True, ""
         if self.validation is not None:
-            row |= self._evaluate(kept)
+            row |= self._evaluate(kept, self.validation)
             better = self.best is None or row["top1"] > self.best
-            self.best = row["top1"] if better else self.best
-            row["best_top1"] = self.best
-        else:
-            better = True
-        now = time.perf_counter()
-        row["seconds"] = now - self._epoch_clock
-        if self.run.output is not None and distributed.rank() == 0:
-            for name in (LAST, BEST) if better else (LAST,):
-                save_checkpoint(kept, self.run.output / name, self.run.metadata)
+            row["best_top1"] = self.best = row["top1"] if better else self.best
+            scores = f", top-1 {row['top1']:.2f} %, best {row['best_top1']:.2f} %"
+        row["seconds"] = time.perf_counter() - self._epoch_clock
+        for name in (LAST, BEST) if better else (LAST,):
+            if self.output is not None:
+                save_checkpoint(kept, self.output / name, self.metadata)
         self._record(row)
         self._clock = self._epoch_clock = time.perf_counter()
-        scores = f", top-1 {row['top1']:.2f} %, best {row['best_top1']:.2f} %" if "top1" in row else ""
-        bar.say(f"epoch {self._epoch}/{self.recipe.epochs}: {self._told}{scores} ({row['seconds']:.0f} s)")
+        bar.say(f"{self._told()}{scores} ({row['seconds']:.0f} s)")
 
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+    def _evaluate(self, model: nn.Module, images: Dataset[Any]) -> dict[str, float]:
         """Top-1 and top-5 in per cent, every process on its share of the images."""
-        assert self.validation is not None
         distributed.broadcast_buffers(model)
-        count = len(self.validation)  # pyright: ignore[reportArgumentType]
-        share = Subset(self.validation, range(distributed.rank(), count, distributed.world_size()))
-        batches = loader(share, self.device, self.run.workers, batch_size=self.recipe.batch)
+        count = len(images)  # pyright: ignore[reportArgumentType]
+        share = Subset(images, range(distributed.rank(), count, distributed.world_size()))
+        batches = loader(share, self.device, self.workers, batch_size=self.recipe.batch)
         totals = torch.zeros(2, dtype=torch.int64, device=self.device)
         was_training = model.training
         model.eval()
@@ -359,8 +316,3 @@ class Trainer:
         model.train(was_training)
         top1, top5 = (100 * hits / count for hits in distributed.sum_over_processes(totals).tolist())
         return {"top1": top1, "top5": top5}
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they are once written and read again: tuples are lists."""
-    return json.loads(json.dumps(settings))

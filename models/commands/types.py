@@ -9,22 +9,8 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "DTYPES",
-    "FRACTION",
-    "Number",
-    "device",
-    "dtype",
-    "image_size",
-    "natural",
-    "positive",
-    "processes",
-    "seconds",
-    "threads",
-]
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LARGEST = 2**31 - 1  # that a whole number without a bound of its own may be given as
+LARGEST = 2**31 - 1  # that a whole number without a bound of its own may be
 LONGEST_SIDE = 16384
 
 
@@ -40,7 +26,9 @@ class Number:
     noun: str = ""
 
     def holds(self, value: Any) -> bool:
-        kind = isinstance(value, int) if self.whole else isinstance(value, (int, float)) and math.isfinite(value)
+        kind = isinstance(value, (int, float)) and math.isfinite(value)
+        if self.whole:
+            kind = isinstance(value, int) and value <= (LARGEST if math.isinf(self.at_most) else self.at_most)
         return kind and self.at_least <= value <= self.at_most and self.above < value < self.below
 
     def __str__(self) -> str:
@@ -53,8 +41,6 @@ class Number:
             value = (int if self.whole else float)(text)
         except ValueError:
             value = math.nan
-        if self.whole and math.isinf(self.at_most) and value > LARGEST:
-            raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {text!r}")
         if not self.holds(value):
             raise argparse.ArgumentTypeError(f"must be {self}, got {text!r}")
         return value
@@ -90,9 +76,8 @@ def dtype(text: str) -> torch.dtype:
 
 def image_size(text: str) -> tuple[int, int]:
     """SIDE or HEIGHTxWIDTH."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and (len(side) > 9 or int(side) >= 32) for side in sides):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got {text!r}")
-    if any(len(side) > 9 or int(side) > LONGEST_SIDE for side in sides):
-        raise argparse.ArgumentTypeError(f"must be at most {LONGEST_SIDE} pixels each, got {text!r}")
-    return int(sides[0]), int(sides[-1])
+    sides = [int(side) if side.isdecimal() and len(side) < 10 else 0 for side in text.lower().split("x")]
+    if len(sides) > 2 or min(sides) < 32 or max(sides) > LONGEST_SIDE:
+        bound = f"at most {LONGEST_SIDE}" if max(sides) > LONGEST_SIDE else "at least 32"
+        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH, {bound} pixels each, got {text!r}")
+    return sides[0], sides[-1]

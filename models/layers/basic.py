@@ -9,17 +9,6 @@ from kernels.backend import transforming
 from models.checks import integer, number
 from models.layers.fusion import as_built, leaf
 
-__all__ = [
-    "DropPath",
-    "GELU2d",
-    "GlobalResponseNorm",
-    "LayerNorm2d",
-    "LayerScale",
-    "SqueezeExcite",
-    "add_scaled",
-    "to_channels_last",
-]
-
 
 def to_channels_last(x: Tensor) -> Tensor:
     """x in channels-last memory; unchanged inside ``torch.func``'s transforms, since vmap rejects memory formats."""
@@ -76,15 +65,8 @@ class LayerScale(nn.Module):
     def __init__(self, channels: int, initial: float = 1.0) -> None:
         super().__init__()
         channels = integer("channels", channels)
-        self.initial = initial
-        self.weight = nn.Parameter(torch.empty(channels, 1, 1, 1))
-        self.bias: nn.Parameter | None = nn.Parameter(torch.empty(channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, self.initial)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.weight = nn.Parameter(torch.full((channels, 1, 1, 1), float(initial)))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight.to(x.dtype).view(-1, 1, 1)
@@ -126,13 +108,8 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, reduction: int = 8, minimum: int = 16) -> None:
         super().__init__()
         hidden = max(integer("minimum", minimum), integer("channels", channels) // integer("reduction", reduction))
-        self.proj = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, hidden, 1),
-            nn.GELU(),
-            nn.Conv2d(hidden, channels, 1),
-            nn.Sigmoid(),
-        )
+        inward, outward = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        self.proj = nn.Sequential(nn.AdaptiveAvgPool2d(1), inward, nn.GELU(), outward, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.proj(x)

@@ -11,8 +11,6 @@ from models.checks import integer
 from models.layers.basic import to_channels_last
 from models.layers.fusion import convolves, fold_after, last_convolution, leaf
 
-__all__ = ["ContMix"]
-
 
 class ContMix(nn.Module):
     """Context-mixing dynamic convolution: each position's kernels come from its affinity to a pooled context.
@@ -58,29 +56,16 @@ class ContMix(nn.Module):
         self.num_heads = num_heads
         self.kernel_sizes = (self.SMALL_KERNEL, kernel_size)
         self.scale = (channels / num_heads) ** -0.5
-        self.rpb1 = nn.Parameter(torch.zeros(num_heads, 2 * self.SMALL_KERNEL - 1, 2 * self.SMALL_KERNEL - 1))
-        self.rpb2 = nn.Parameter(torch.zeros(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-        self.weight_query = nn.Sequential(
-            nn.Conv2d(channels, channels // 2, 1, bias=False), nn.BatchNorm2d(channels // 2)
-        )
-        self.weight_key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(self.CONTEXT_SIZE),
-            nn.Conv2d(context_channels, channels // 2, 1, bias=False),
-            nn.BatchNorm2d(channels // 2),
-        )
+        self.rpb1, self.rpb2 = (nn.Parameter(torch.zeros(num_heads, 2 * k - 1, 2 * k - 1)) for k in self.kernel_sizes)
+        query, key = (nn.Conv2d(c, channels // 2, 1, bias=False) for c in (channels, context_channels))
+        self.weight_query = nn.Sequential(query, nn.BatchNorm2d(channels // 2))
+        pool = nn.AdaptiveAvgPool2d(self.CONTEXT_SIZE)
+        self.weight_key = nn.Sequential(pool, key, nn.BatchNorm2d(channels // 2))
         self.weight_proj = nn.Conv2d(self.CONTEXT_SIZE**2, sum(k * k for k in self.kernel_sizes), 1)
 
     @leaf
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        """Mixes x.
-
-        Args:
-            x: what is mixed, [B, d, H, W].
-            features: what the kernels come from, [B, d + context_channels, H, W]: f and c, one above the other.
-
-        Returns:
-            [B, d, H, W].
-        """
+        """x [B, d, H, W] is mixed by kernels that come from features, f and c one above the other -> [B, d, H, W]."""
         return self.mix(x, features)
 
     def mix(self, x: Tensor, features: Tensor) -> Tensor:
@@ -101,15 +86,8 @@ class ContMix(nn.Module):
         value = x.unflatten(1, (2, self.num_heads, -1))
         proj = self.weight_proj
         if convolves(proj, 1, x.device) and proj.bias is not None:
-            mixed = kernels.contmix2d(
-                query,
-                key,
-                value,
-                proj.weight.flatten(1),
-                proj.bias,
-                (self.rpb1, self.rpb2),
-                kernel_sizes=self.kernel_sizes,
-            )
+            weight, tables = proj.weight.flatten(1), (self.rpb1, self.rpb2)
+            mixed = kernels.contmix2d(query, key, value, weight, proj.bias, tables, kernel_sizes=self.kernel_sizes)
         else:
             mixed = self._mix_in_steps(query, key, value)
         mixed = to_channels_last(mixed.flatten(1, 3))

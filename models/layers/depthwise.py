@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import torch
@@ -10,8 +11,6 @@ from torch import Tensor, nn
 import kernels
 from models.checks import flag, integer, one_of
 from models.layers.fusion import affine, as_built, convolves, leaf
-
-__all__ = ["DepthwiseConv2d", "DilatedReparamBlock", "ResidualDepthwiseConv2d"]
 
 
 class ResidualDepthwiseConv2d(nn.Conv2d):
@@ -74,13 +73,9 @@ class DilatedReparamBlock(nn.Module):
             return
         self.origin_bn = nn.BatchNorm2d(channels)
         for size, dilation in self.BRANCHES[kernel_size]:
-            if dilation == 1:
-                conv = DepthwiseConv2d(channels, size, bias=False)
-            else:
-                reach = dilation * (size // 2)
-                conv = nn.Conv2d(
-                    channels, channels, size, padding=reach, dilation=dilation, groups=channels, bias=False
-                )
+            options = {"padding": dilation * (size // 2), "dilation": dilation, "groups": channels, "bias": False}
+            dilated = dilation > 1
+            conv = nn.Conv2d(channels, channels, size, **options) if dilated else DepthwiseConv2d(channels, size, False)
             self.add_module(f"dil_conv_k{size}_{dilation}", conv)
             self.add_module(f"dil_bn_k{size}_{dilation}", nn.BatchNorm2d(channels))
 
@@ -130,12 +125,7 @@ class DilatedReparamBlock(nn.Module):
         """
         if self.merged:
             return
-        norms = [norm for _, norm in self.branches() if norm.training]
-        for norm in norms:
-            norm.eval()
-        parameters = self.merged_parameters()
-        for norm in norms:
-            norm.train()
+        parameters = copy.deepcopy(self).eval().merged_parameters()
         if parameters is None:
             raise ValueError(
                 "a branch of this DilatedReparamBlock was replaced, wrapped or hooked: it cannot be merged"
@@ -146,6 +136,19 @@ class DilatedReparamBlock(nn.Module):
         for name, _ in list(self.named_children()):
             delattr(self, name)
         self.lk_origin = merged.train(self.training)
+
+    def merge_entries(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Replaces the entries of separate branches by those of the merged kernel, where ``state`` has them all."""
+        separate = DilatedReparamBlock(self.channels, self.kernel_size).double()
+        own = separate.state_dict()
+        found = {name: state[prefix + name] for name in own if prefix + name in state}
+        if found.keys() != own.keys() or any(found[name].shape != own[name].shape for name in own):
+            return  # merged already, or not a file for this model: the loader's to judge
+        separate.load_state_dict(found)
+        separate.merge()
+        for name in found:
+            del state[prefix + name]
+        state.update((prefix + name, tensor) for name, tensor in separate.state_dict().items())
 
     def reparameterize(self) -> None:
         """``merge``, under the name by which timm's ``reparameterize_model`` asks for it."""
@@ -164,8 +167,7 @@ class DilatedReparamBlock(nn.Module):
         parameters = self.merged_parameters(x.device)
         if parameters is not None:
             return kernels.depthwise_conv2d(x, *parameters)
-        branches = self.branches()
-        out = self.origin_bn(self.lk_origin(x))
-        for conv, norm in branches[1:]:
+        out = torch.zeros((), dtype=x.dtype, device=x.device)
+        for conv, norm in self.branches():
             out = out + norm(conv(x))
         return out

@@ -11,8 +11,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["affine", "as_built", "convolves", "fold_after", "last_convolution", "leaf"]
-
 # The last two stand for plain tensors while PyTorch traces a model.
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)

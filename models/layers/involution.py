@@ -12,8 +12,6 @@ import kernels
 from models.checks import integer
 from models.layers.fusion import as_built, convolves, leaf
 
-__all__ = ["Involution2d", "conv_bn_relu"]
-
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
     """ReLU(BN(convolution)): [B, in_channels, H, W] -> [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
@@ -84,26 +82,18 @@ class Involution2d(nn.Module):
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
         pooled = F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x
         features = self.conv1(pooled)
-        span: Any = (
-            self.conv2[0] if as_built(self.conv2, nn.Sequential, x.device) and len(self.conv2) == 1 else self.conv2
+        window, whole = (
+            {"stride": self.stride, "dilation": self.dilation},
+            as_built(self.conv2, nn.Sequential, x.device),
         )
+        span: Any = self.conv2[0] if whole and len(self.conv2) == 1 else self.conv2
         if convolves(span, 1, x.device):
             # The per-pixel kernels would take more memory than x: the operator makes them tile by tile.
-            return kernels.involution2d_generate(
-                x,
-                features,
-                span.weight.flatten(1),
-                span.bias,
-                kernel_size=self.kernel_size,
-                groups=self.groups,
-                stride=self.stride,
-                dilation=self.dilation,
-            )
+            shape = {"kernel_size": self.kernel_size, "groups": self.groups, **window}
+            return kernels.involution2d_generate(x, features, span.weight.flatten(1), span.bias, **shape)
         weight = self.conv2(features).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
-        return kernels.involution2d(x, weight, stride=self.stride, dilation=self.dilation)
+        return kernels.involution2d(x, weight, **window)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, "
-            f"groups={self.groups}"
-        )
+        window = f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+        return f"{self.channels}, {window}, groups={self.groups}"

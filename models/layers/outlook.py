@@ -9,8 +9,6 @@ import kernels
 from models.checks import integer
 from models.layers.fusion import leaf
 
-__all__ = ["OutlookAttention", "check_heads"]
-
 
 def check_heads(dim: int, num_heads: int) -> None:
     """TypeError or ValueError unless ``num_heads`` divides ``dim``."""
@@ -67,15 +65,8 @@ class OutlookAttention(nn.Module):
         # The permuted view is channels-last memory, which pooling reads and writes as it is.
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).permute(0, 2, 3, 1)
         logits = self.attn(pooled).unflatten(-1, (self.num_heads, self.kernel_size**2, self.kernel_size**2))
-        mixed = kernels.outlook_attention2d(
-            logits,
-            self.v(x),
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.kernel_size // 2,
-            scale=self.scale,
-        )
-        return self.proj(mixed)
+        window = {"kernel_size": self.kernel_size, "stride": self.stride, "padding": self.kernel_size // 2}
+        return self.proj(kernels.outlook_attention2d(logits, self.v(x), scale=self.scale, **window))
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}"

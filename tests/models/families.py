@@ -41,7 +41,8 @@ def _overlock(**options: Any) -> OverLoCK:
 
 
 def _volo(**options: Any) -> VOLO:
-    return VOLO((1, 1, 1, 1), (12, 24), (3, 4), **{"stem_dim": 8, "img_size": 64, "mix_token": False, **options})
+    structure = {"layers": (1, 1, 1, 1), "embed_dims": (12, 24), "num_heads": (3, 4), "stem_dim": 8, "img_size": 64}
+    return VOLO(**{**structure, "mix_token": False, **options})
 
 
 OVERLOCK = "https://github.com/LMMMEng/OverLoCK/releases/download/v1/"

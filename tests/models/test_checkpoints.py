@@ -1,7 +1,6 @@
 """Official layouts in, both formats out, and everything that must be refused without touching the model."""
 
 import argparse
-import collections
 import copy
 import datetime
 import decimal
@@ -10,6 +9,7 @@ import pickle
 import sys
 import types
 import warnings
+from collections import defaultdict, deque
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -70,27 +70,13 @@ class HistoryBuffer:
         self.history = np.arange(3.0)
 
 
+UTC = datetime.timezone.utc
 BESIDE = {
     "numpy": [np.float64(0.5), np.arange(6).reshape(2, 3), np.dtype("int64"), np.bool_(True), np.array(["a"], object)],
     "paths": [Path("runs/1"), PurePosixPath("/data"), PureWindowsPath("C:\\data")],
-    "arguments": [
-        argparse.Namespace(lr=np.float32(0.1)),
-        types.SimpleNamespace(a=1),
-        collections.defaultdict(list, a=[1]),
-    ],
-    "dates": [
-        datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc),
-        datetime.timedelta(3),
-        datetime.date(2024, 1, 2),
-    ],
-    "others": [
-        collections.deque([1, 2]),
-        frozenset({1}),
-        range(3),
-        slice(2),
-        decimal.Decimal("0.1"),
-        torch.__version__,
-    ],
+    "arguments": [argparse.Namespace(lr=np.float32(0.1)), types.SimpleNamespace(a=1), defaultdict(list, a=[1])],
+    "dates": [datetime.datetime(2024, 1, 2, tzinfo=UTC), datetime.timedelta(3), datetime.date(2024, 1, 2)],
+    "others": [deque([1, 2]), frozenset({1}), range(3), slice(2), decimal.Decimal("0.1"), torch.__version__],
     "message_hub": {"loss": HistoryBuffer()},
     "dtypes": [torch.float16, torch.device("cpu"), torch.Size([1]), {1, 2}, complex(1), b"bytes"],
 }
@@ -102,8 +88,6 @@ LAYOUTS = {
     "student alone": lambda state: {"student": prefixed(state, "module.backbone."), "teacher": {"a": torch.ones(1)}},
     "averaged alone": lambda state: {"state_dict_ema": state},
     "containers in containers": lambda state: {"model": {"state_dict": {"module": prefixed(state, "module.")}}},
-    "compiled, distributed": lambda state: prefixed(state, "_orig_mod.module."),
-    "model, module": lambda state: prefixed(state, "model.module."),
     "module, model, net": lambda state: prefixed(state, "module.model._orig_mod.net."),
     "compiled inside": lambda state: {name.replace("layer2.", "layer2._orig_mod."): t for name, t in state.items()},
     "Lightning": lambda state: {
@@ -112,6 +96,7 @@ LAYOUTS = {
         "pytorch-lightning_version": "2.5",
     },
     "average of weights": lambda state: prefixed(state, "module.") | {"n_averaged": torch.tensor(3)},
+    "no counters, as of old": lambda state: without(state, "num_batches_tracked"),
     "thop's counters": lambda state: state | {"total_ops": torch.zeros(1), "layer1.0.total_params": torch.zeros(1)},
     "plain values among the entries": lambda state: (
         state | {"epoch": 3, "best": np.float64(0.5), "names": ["a"], 7: None}
@@ -122,9 +107,7 @@ LAYOUTS = {
     "no head's wrapper": lambda state: {"state_dict": prefixed(mmcls(state), "module.")},
     "inside itself": holding_itself,
     **{f"beside {name}": (lambda state, name=name: {"state_dict": state, name: BESIDE[name]}) for name in BESIDE},
-    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
-    "model, timm": lambda state: {"model": prefixed(state, "module."), "args": argparse.Namespace(lr=0.1)},
-    "compiled and distributed": lambda state: prefixed(state, "module._orig_mod."),
+    "model, timm": lambda state: {"model": prefixed(state, "module._orig_mod."), "args": argparse.Namespace(lr=0.1)},
     "mmcls": lambda state: {"meta": {"CLASSES": ("a", "b")}, "state_dict": mmcls(state), "optimizer": {"state": {}}},
     "segmenter": lambda state: {"state_dict": mmcls(state) | {"decode_head.conv.weight": torch.ones(3)}},
 }
@@ -147,16 +130,9 @@ def test_official_layouts_load(layout, zipped, source, tmp_path, monkeypatch):
         warnings.filterwarnings("error", "(?!left out of .*criterion)")
         models.load_checkpoint(model, tmp_path / "file.pth")
     ours, theirs = model.state_dict(), source.state_dict()
-    if layout == "counters as floats":  # those start anew
+    if "counters as" in layout or "no counters" in layout:  # those start anew
         ours, theirs = (without(state, "num_batches_tracked") for state in (ours, theirs))
     assert equal(ours, theirs)
-
-
-def test_old_files_have_no_counters(source, tmp_path):
-    torch.save(without(source.state_dict(), "num_batches_tracked"), tmp_path / "file.pth")
-    model = fresh()
-    models.load_checkpoint(model, tmp_path / "file.pth")
-    assert equal(*(without(module.state_dict(), "num_batches_tracked") for module in (model, source)))
 
 
 # ---- averaged weights
@@ -319,10 +295,9 @@ def test_save_checkpoint_round_trip(name, source, tmp_path):
 
 
 def test_save_checkpoint_refuses_other_endings_and_folders(source, tmp_path):
-    with pytest.raises(ValueError, match=r"path.*\.safetensors, \.pth or \.pt.*file\.onnx"):
-        models.save_checkpoint(source, tmp_path / "file.onnx")
-    with pytest.raises(FileNotFoundError, match="absent"):
-        models.save_checkpoint(source, tmp_path / "absent" / "file.pth")
+    for error, path in ((ValueError, "file.onnx"), (FileNotFoundError, "absent/file.pth")):
+        with pytest.raises(error, match=rf"^path.*{path.partition('/')[0]}"):
+            models.save_checkpoint(source, tmp_path / path)
 
 
 # ---- mismatches
@@ -330,6 +305,9 @@ def test_save_checkpoint_refuses_other_endings_and_folders(source, tmp_path):
 
 def changed(state, **entries):
     return {name: tensor for name, tensor in (state | entries).items() if tensor is not None}
+
+
+NORM = "layer1.0.bn1.weight"
 
 
 @pytest.mark.parametrize(
@@ -341,16 +319,13 @@ def changed(state, **entries):
             {"stem.2.weight": torch.ones(7)},
             r"1 of another shape or type: stem.2.weight \(expected \[32\], got \[7\]\)$",
         ),
-        (
-            {"stem.2.weight": torch.ones(32, dtype=torch.int8)},
-            r"stem.2.weight \(expected torch.float32, got torch.int8\)",
-        ),
+        ({"stem.2.weight": torch.ones(32).char()}, r"stem.2.weight \(expected torch.float32, got torch.int8\)"),
         ({"head.fc.weight": torch.ones(5, 3)}, r"head.fc.weight \(expected \[5, 2048\], got \[5, 3\]\)"),
         ({"head.fc.weight": torch.ones(6, 2048)}, r"head.fc.weight \(expected \[5, 2048\], got \[6, 2048\]\)"),
-        ({"layer1.0.bn1.weight": torch.ones(64).to_sparse()}, r"\(sparse, meta, …\): layer1\.0\.bn1\.weight$"),
-        ({"layer1.0.bn1.weight": torch.ones(64, device="meta")}, r"\(sparse, meta, …\): layer1\.0\.bn1\.weight$"),
-        ({"layer1.0.bn1.weight": torch.ones(64, dtype=torch.complex64)}, r"got torch\.complex64"),
-        ({"layer1.0.bn1.weight": [1.0] * 64}, "1 missing from the file: layer1.0.bn1.weight$"),
+        ({NORM: torch.ones(64).to_sparse()}, r"\(sparse, meta, …\): layer1\.0\.bn1\.weight$"),
+        ({NORM: torch.ones(64, device="meta")}, r"\(sparse, meta, …\): layer1\.0\.bn1\.weight$"),
+        ({NORM: torch.ones(64, dtype=torch.complex64)}, r"got torch\.complex64"),
+        ({NORM: [1.0] * 64}, "1 missing from the file: layer1.0.bn1.weight$"),
         ({"head.fc.bias": None}, "1 missing from the file: head.fc.bias$"),
         ({"stem.0.conv.weight": torch.ones(32, 3, 5, 5)}, r"stem.0.conv.weight \(expected \[32, 3, 3, 3\]"),
     ],
@@ -557,16 +532,7 @@ def test_a_family_may_adapt_the_state_itself(source, tmp_path):
 # ---- what a file says of itself
 
 
-METADATA = Metadata(
-    model="rednet26",
-    model_args={"in_chans": 1},
-    size=(64, 96),
-    crop_pct=0.9,
-    interpolation="bilinear",
-    mean=(0.5,),
-    std=(0.25,),
-    classes=("ant", "bee", "猫"),
-)
+METADATA = Metadata("rednet26", {"in_chans": 1}, (64, 96), 0.9, "bilinear", (0.5,), (0.25,), ("ant", "bee", "猫"))
 
 
 def test_a_file_says_how_its_model_is_built_and_fed(tmp_path):
@@ -575,15 +541,8 @@ def test_a_file_says_how_its_model_is_built_and_fed(tmp_path):
     assert read_metadata(tmp_path / "file.safetensors") == METADATA
     again: Any = models.create_model("rednet26", checkpoint=tmp_path / "file.safetensors")
     assert equal(again, model)
-    config = again.pretrained_cfg
-    assert config["input_size"] == (1, 64, 96)
-    assert (config["crop_pct"], config["interpolation"], config["mean"], config["std"]) == (
-        0.9,
-        "bilinear",
-        (0.5,),
-        (0.25,),
-    )
-    assert config["label_names"] == ["ant", "bee", "猫"]
+    expected = {"input_size": (1, 64, 96), "crop_pct": 0.9, "interpolation": "bilinear", "mean": (0.5,), "std": (0.25,)}
+    assert {**again.pretrained_cfg, **expected, "label_names": ["ant", "bee", "猫"]} == again.pretrained_cfg
     with pytest.warns(UserWarning, match="3 classes, the model 9"):
         other: Any = models.create_model("rednet26", checkpoint=tmp_path / "file.safetensors", num_classes=9)
     assert "label_names" not in other.pretrained_cfg
@@ -594,20 +553,11 @@ def test_a_file_says_how_its_model_is_built_and_fed(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
-        ("size", "[1e9, 3]"),
-        ("size", "[true, true]"),
-        ("mean", "[NaN]"),
-        ("std", "[0.0]"),
-        ("std", "[1.0, 1.0, 1.0]"),
-        ("crop_pct", "0"),
-        ("interpolation", '"lanczos"'),
-        ("classes", "[1, 2]"),
-        ("classes", "[" * 100_000),
-        ("model_args", "[]"),
-        ("model", None),
-        ("dynamic_kernels", "99"),
+        ("size", "[1e9, 3]"), ("size", "[true, true]"), ("mean", "[NaN]"), ("std", "[0.0]"), ("std", "[1.0, 1.0, 1.0]"),
+        ("crop_pct", "0"), ("interpolation", '"lanczos"'), ("classes", "[1, 2]"), ("classes", "[" * 100_000),
+        ("model_args", "[]"), ("model", None), ("dynamic_kernels", "99"),
     ],
-)
+)  # fmt: skip
 def test_a_header_that_cannot_be_is_refused_and_nothing_changes(entry, value, tmp_path):
     header = {name: text for name, text in (METADATA.header() | {entry: value}).items() if text is not None}
     source = nn.Linear(2, 2)

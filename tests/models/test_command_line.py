@@ -72,8 +72,6 @@ def test_a_number_says_what_it_must_be():
 
 # ---- terminals
 
-SPEECH = "224×224 – ½ µs ≥ café 𝒙 \udce9 λ"
-
 
 class Speaking:
     """A command's module: prints, or raises."""
@@ -90,7 +88,7 @@ class Speaking:
             raise OSError(28, "No space left on device", "/run/state.pt")
         if arguments.what == "fault":
             raise RuntimeError("a fault of ours")
-        print(SPEECH)
+        print("224×224 ½ \udce9 λ")
         return 0
 
 
@@ -102,16 +100,12 @@ def speak(monkeypatch, stream, *arguments: str) -> int:
 
 @pytest.mark.parametrize(
     ("encoding", "expected"),
-    [
-        ("ascii", "224x224 - 1/2 us >= cafe x \udce9 ?"),
-        ("latin-1", "224×224 - ½ µs >= café x \udce9 ?"),
-        ("utf-8", "224×224 – ½ µs ≥ café 𝒙 \udce9 λ"),
-    ],
+    [("ascii", rb"224\xd7224 \xbd \udce9 \u03bb"), ("latin-1", b"224\xd7224 \xbd \\udce9 \\u03bb")],
 )
-def test_a_terminal_gets_the_nearest_that_it_can_show(monkeypatch, encoding, expected):
+def test_a_terminal_that_lacks_a_character_is_no_error(monkeypatch, encoding, expected):
     written = io.BytesIO()
     assert speak(monkeypatch, io.TextIOWrapper(written, encoding=encoding)) == 0
-    assert written.getvalue() == (expected + "\n").encode(encoding, "surrogateescape")
+    assert written.getvalue() == expected + b"\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine that stalls, truncates and lies."""
+"""Downloads against a server on this machine that stalls, truncates, redirects and lies."""
 
 import hashlib
 import http.server
@@ -18,68 +18,36 @@ from models.checkpoints import read_state_dict
 from models.downloads import fetch
 
 MODEL = nn.Linear(300, 300)
+STALL: dict[str, str] = {}
+WHOLE, HALF, STALLED = (200, None, {}), (200, 0.5, {}), (200, 0.5, STALL)  # status, share of the body sent, headers
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Plays one act of ``server.script`` a request, then serves whole files."""
+    """Plays one act of ``server.script`` per request, then serves whole files."""
 
     def log_message(self, format, *args):
         pass
 
-    def send(self, status, body, sent=None, **headers):
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            if value is not None:
-                self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(body[:sent])
-        self.close_connection = True
-
     def do_GET(self):
         server: Server = self.server  # pyright: ignore[reportAssignmentType]
-        position = self.headers["Range"]
-        server.requests.append(position)
-        act = server.script.pop(0) if server.script else "whole"
-        body, half = server.body, len(server.body) // 2
-        etag = None if act.startswith("anonymous") else server.etag
-        if act == "html":
-            self.send(200, b"<!DOCTYPE html><title>Log in to the airport</title>")
-        elif act == "absent":
-            self.send(404, b"no")
-        elif act == "busy":
-            self.send(503, b"later")
-        elif act.endswith("truncate"):
-            self.send(200, body, half, ETag=etag)
-        elif act == "stall":
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", server.etag)
-            self.end_headers()
-            self.wfile.write(body[:half])
-            self.wfile.flush()
+        server.requests.append(self.path)
+        status, share, headers = server.script.pop(0) if server.script else WHOLE
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(server.body)), **headers}.items():
+            if value is not None:
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(server.body[: None if share is None else int(share * len(server.body))])
+        self.wfile.flush()
+        if headers is STALL:
             server.over.wait(20)
-        elif act == "other range":
-            self.send(206, body[10:], ETag=etag, Content_Range=f"bytes 10-{len(body) - 1}/{len(body)}")
-        elif act == "another version":  # although If-Range named the one before
-            start = int((position or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-            self.send(206, body[start:], ETag='"two"', Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
-        elif act == "short range":
-            self.send(206, body[half:-9], ETag=etag, Content_Range=f"bytes {half}-{len(body) - 10}/{len(body)}")
-        elif act.startswith("to "):
-            self.send(302, b"", Location=act.removeprefix("to "))
-        elif act == "refused range":
-            self.send(416 if position else 200, body)
-        elif position and self.headers["If-Range"] == server.etag:
-            start = int(position.removeprefix("bytes=").removesuffix("-"))
-            self.send(206, body[start:], ETag=etag, Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send(200, body, ETag=etag)
+        self.close_connection = True
 
 
 class Server(http.server.ThreadingHTTPServer):
     def __init__(self, body):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.body, self.etag, self.script, self.requests, self.over = body, '"one"', [], [], threading.Event()
+        self.body, self.script, self.requests, self.over = body, [], [], threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1/weights.pth"
 
 
@@ -105,98 +73,119 @@ def server(weights):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("models.downloads.TIMEOUT", 0.5)
     return tmp_path / "hub" / "checkpoints"
 
 
-def get(server, **kwargs):
-    return fetch(kwargs.pop("url", server.url), **({"check": read_state_dict, "timeout": 0.5, "pause": 0.001} | kwargs))
+def get(server, url=None):
+    return fetch(server.url if url is None else url, check=read_state_dict)
 
 
 def kept(cache):
     return sorted(name for name in os.listdir(cache) if not name.endswith(".lock"))
 
 
-def test_load_checkpoint_downloads_once_and_pins(server, cache, weights):
+def test_load_checkpoint_downloads_once_and_pins(server, cache, weights, tmp_path):
     model = nn.Linear(300, 300)
     for _ in range(2):
         models.load_checkpoint(model, server.url + "?token=secret")
         assert torch.equal(model.weight, MODEL.weight)
-    assert server.requests == [None]
+    assert server.requests == ["/v1/weights.pth?token=secret"]
     assert kept(cache) == ["weights.pth", "weights.pth.sha256"]
-    digest = hashlib.sha256(weights).hexdigest()
+    path, digest = cache / "weights.pth", hashlib.sha256(weights).hexdigest()
     assert (cache / "weights.pth.sha256").read_text() == f"# {server.url}\n{digest}  weights.pth\n"
+    with pytest.raises(ValueError, match=rf"url: .*weights\.pth came from {server.url}, not from .*v2"):
+        fetch(server.url.replace("v1", "v2"))
+    path.write_bytes(weights[:-1] + b"?")
+    with pytest.raises(ValueError, match=rf"SHA-256 \w+ here, expected {digest}: {path} was changed or damaged"):
+        get(server)
+    path.unlink()
+    models.save_checkpoint(nn.Linear(300, 300), tmp_path / "other.pth")
+    server.body = (tmp_path / "other.pth").read_bytes()
+    with pytest.raises(ValueError, match=rf"expected {digest}: if that is meant, delete {path}\.sha256"):
+        get(server)
+    assert not path.exists()
+    path.with_name("weights.pth.sha256").unlink()
+    assert get(server).read_bytes() == server.body
 
 
-@pytest.mark.parametrize("act", ["truncate", "stall"])
-def test_a_broken_transfer_is_resumed(act, server, weights):
-    server.script = [act]
+@pytest.mark.parametrize("script", [[HALF], [STALLED, HALF], [(503, None, {})] * 2])
+def test_a_broken_transfer_is_started_afresh(script, server, weights):
+    server.script = [*script]
     assert get(server).read_bytes() == weights
-    assert server.requests == [None, f"bytes={len(weights) // 2}-"]
+    assert len(server.requests) == len(script) + 1
 
 
 @pytest.mark.parametrize(
-    ("script", "resumed"),
+    ("script", "message"),
     [
-        (["anonymous truncate"], [False]),  # no ETag: nothing vouches for the rest
-        (["truncate", "other range"], [True, False]),
-        (["truncate", "another version"], [True, False]),
-        (["truncate", "short range"], [True, False]),
-        (["truncate", "refused range"], [True, False]),
-        (["busy", "busy"], [False, False]),
+        ([(404, None, {})], "404"),
+        ([(503, None, {})] * 3, "503"),
+        ([HALF] * 3, r"broke off \d+ bytes before its end"),
+        ([(302, None, {"Location": "ftp://127.0.0.1/weights.pth"})], "not followed"),
+        ([(302, None, {"Location": "file:///etc/passwd"})], "not (followed|allowed)"),
     ],
 )
-def test_a_broken_transfer_is_restarted_where_it_cannot_be_resumed(script, resumed, server, weights):
-    server.script = script
-    assert get(server).read_bytes() == weights
-    assert [position is not None for position in server.requests[1:]] == resumed
-
-
-def test_a_file_that_changed_meanwhile_is_taken_afresh(server, weights, tmp_path):
-    other = nn.Linear(300, 300)
-    models.save_checkpoint(other, tmp_path / "other.pth")
-    server.script = ["truncate"]
-    original = server.process_request
-
-    def changes(request, address):
-        if server.requests:
-            server.body, server.etag = (tmp_path / "other.pth").read_bytes(), '"two"'
-        original(request, address)
-
-    server.process_request = changes
-    assert torch.equal(read_state_dict(get(server))["weight"], other.weight)
-
-
-def test_a_server_that_never_sends_it_all(server, cache):
-    server.script = ["truncate"] + ["anonymous truncate"] * 10
-    with pytest.raises(ConnectionError, match=rf"{server.url}.* broke off .*put it at {cache}/weights\.pth"):
-        get(server, attempts=3)
-    assert len(server.requests) == 3
-    assert kept(cache) == []
-
-
-@pytest.mark.parametrize("address", ["ftp://127.0.0.1/weights.pth", "file:///etc/passwd", "data:,x"])
-def test_redirections_to_other_protocols_are_not_followed(address, server, cache):
-    server.script = [f"to {address}"]
-    with pytest.raises(ConnectionError, match=rf"could not download {server.url}.*(not followed|not allowed)"):
+def test_what_cannot_be_had_is_said_and_a_file_put_there_by_hand_is_taken(script, message, server, cache, weights):
+    server.script = [*script]
+    with pytest.raises(
+        ConnectionError, match=rf"could not download {server.url}.*{message}.*put it at {cache}/weights"
+    ):
         get(server)
-    assert len(server.requests) == 1
-    server.script = ["to /v2/weights.pth"]
-    get(server)
+    assert kept(cache) == []
+    (cache / "weights.pth").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="web page"):
+        get(server)
+    (cache / "weights.pth").write_bytes(weights)
+    assert torch.equal(read_state_dict(get(server))["weight"], MODEL.weight)
+    assert len(server.requests) == len(script)
 
 
 def test_nothing_is_written_through_links(server, cache, tmp_path, weights):
     cache.mkdir(parents=True)
-    outside = tmp_path / "outside"
+    outside, pin = tmp_path / "outside", cache / "weights.pth.sha256"
     outside.write_text("untouched")
     (cache / "incomplete-weights.pth").symlink_to(outside)
     assert get(server).read_bytes() == weights
-    (cache / "weights.pth").unlink()
-    (cache / "weights.pth.sha256").unlink()
-    (cache / "weights.pth.sha256").symlink_to(tmp_path / "absent")
+    pin.unlink()
+    pin.symlink_to(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"weights\.pth\.sha256 is damaged, or a link; delete it"):
         get(server)
     assert outside.read_text() == "untouched"
     assert not (tmp_path / "absent").exists()
+
+
+def test_nobody_listens(cache, weights):
+    with Server(weights) as server:
+        pass
+    with pytest.raises(ConnectionError, match=rf"could not download {server.url}.*put it at {cache}/weights\.pth"):
+        get(server)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("was_run",)
+
+
+@pytest.mark.parametrize(
+    ("body", "act", "reason"),
+    [
+        (b"<html>Log in to the airport", WHOLE, "web page"),
+        (pickle.dumps(Hostile(), protocol=2), WHOLE, r"refused: it asks to call \w+\.mkdir"),
+        (b"", WHOLE, "is empty"),
+        (None, (200, 0.3, {"Content-Length": None}), "damaged, truncated"),  # the length is a lie, too
+    ],
+)
+def test_what_is_no_weight_file_is_neither_kept_nor_run(body, act, reason, server, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, server.script = server.body, [act]
+    server.body = whole if body is None else body
+    with pytest.raises(ValueError, match=rf"{server.url} gave no weight file.*{reason}"):
+        get(server)
+    assert kept(cache) == []
+    assert not (tmp_path / "was_run").exists()
+    server.body = whole
+    assert get(server).read_bytes() == whole
 
 
 def test_a_full_disk_is_said_and_nothing_is_left(server, cache):
@@ -207,15 +196,12 @@ def test_a_full_disk_is_said_and_nothing_is_left(server, cache):
             get(server)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(server.requests) == 1
     assert kept(cache) == []
 
 
-def test_names_in_other_scripts_and_with_markup(server, weights):
-    for name in ("权重 [bold].pth", "%E6%9D%83.pth", "[red].pth"):
-        path = get(server, url=server.url.replace("weights.pth", name) + "?kind=é")
-        assert path.read_bytes() == weights
-    assert path.name == "[red].pth"
+def test_names_in_other_scripts(server, weights):
+    for name in ("权重 [bold].pth", "%E6%9D%83.pth"):
+        assert get(server, server.url.replace("weights.pth", name) + "?kind=é").read_bytes() == weights
 
 
 def test_without_a_home_directory_it_says_what_to_set(monkeypatch):
@@ -226,102 +212,14 @@ def test_without_a_home_directory_it_says_what_to_set(monkeypatch):
         fetch("http://127.0.0.1:9/weights.pth")
 
 
-def test_an_absent_file_is_asked_for_once(server, cache):
-    server.script = ["absent"]
-    with pytest.raises(ConnectionError, match=rf"{server.url}.*404.*put it at {cache}/weights\.pth"):
-        get(server)
-    assert len(server.requests) == 1
-
-
-def test_offline_then_a_file_put_there_by_hand(cache, weights):
-    with Server(weights) as server:
-        pass  # closed: nobody listens
-    with pytest.raises(ConnectionError, match=rf"could not download {server.url}.*put it at {cache}/weights\.pth"):
-        get(server)
-    (cache / "weights.pth").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match="web page"):
-        get(server)
-    (cache / "weights.pth").write_bytes(weights)
-    assert torch.equal(read_state_dict(get(server))["weight"], MODEL.weight)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("was_run",)
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (b"<html>Log in to the airport", "web page"),
-        (pickle.dumps(Hostile(), protocol=2), r"refused: it asks to call \w+\.mkdir"),
-        (b"", "is empty"),
-    ],
-)
-def test_what_is_no_weight_file_is_neither_kept_nor_run(body, reason, server, cache, tmp_path, weights, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    server.body = body
-    with pytest.raises(ValueError, match=rf"{server.url} gave no weight file.*{reason}"):
-        get(server)
-    assert kept(cache) == []
-    assert not (tmp_path / "was_run").exists()
-    server.body = weights
-    assert get(server).read_bytes() == weights
-
-
-def test_a_shortened_length_is_noticed(server, cache, weights):
-    server.body = weights[: len(weights) // 3]  # all that the stated Content-Length promises
-    with pytest.raises(ValueError, match="damaged, truncated"):
-        get(server)
-    assert kept(cache) == []
-
-
-def test_the_pinned_checksum_is_kept(server, cache, weights, tmp_path):
-    path = get(server)
-    path.write_bytes(weights[:-1] + b"?")
-    with pytest.raises(ValueError, match=rf"{path} has the SHA-256 \w+, expected .*changed or damaged.*{server.url}"):
-        get(server)
-    path.unlink()
-    models.save_checkpoint(nn.Linear(300, 300), tmp_path / "other.pth")
-    server.body = (tmp_path / "other.pth").read_bytes()
-    with pytest.raises(ValueError, match=rf"{server.url} gave .* expected .*delete {path}\.sha256"):
-        get(server)
-    assert not path.exists()
-    path.with_name("weights.pth.sha256").unlink()
-    assert get(server).read_bytes() == server.body
-
-
-def test_a_published_checksum_is_checked(server, cache, weights):
-    with pytest.raises(ValueError, match="expected 0000"):
-        get(server, sha256="0" * 64)
-    assert kept(cache) == []
-    assert get(server, sha256=hashlib.sha256(weights).hexdigest().upper()).read_bytes() == weights
-
-
-def test_two_addresses_do_not_share_a_file(server):
-    get(server)
-    with pytest.raises(ValueError, match=rf"url: .*weights\.pth came from {server.url}"):
-        fetch(server.url.replace("v1", "v2"))
-
-
 @pytest.mark.parametrize(
     "url",
     [
-        "ftp://host/file.pth",
-        "http://host/",
-        "https:///file.pth",
-        "http://host/a/..",
-        "file",
-        "http://host:port/file.pth",
-        "http://host/%00",
-        "http://host/a%1b[2J",
-        f"http://host/{'a' * 201}",
-        f"http://host/{'权' * 80}.pth",
-        "http://host/weights.pth.sha256",
-        "http://host/weights.pth.lock",
-        "http://host/incomplete-weights.pth",
+        "ftp://host/file.pth", "http://host/", "https:///file.pth", "http://host/a/..", "file",
+        "http://host:port/file.pth", f"http://host/{'权' * 80}.pth", "http://host/%00", "http://host/a%1b[2J", "http://host/weights.pth.sha256",
+        "http://host/weights.pth.lock", "http://host/incomplete-weights.pth",
     ],
-)
+)  # fmt: skip
 def test_an_address_without_a_file_is_refused(url):
     with pytest.raises(ValueError, match=r"^url(:| must be http)"):
         fetch(url)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from models import _contract, optimize_for_inference
+from models import optimize_for_inference, registry
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers import DropPath
 from models.registry import create_model, list_models
@@ -34,7 +34,6 @@ from tests.support import (
 from tests.support import triton_device as device_of_triton
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
-PUBLISHED = {variant: numbers for family in FAMILY.values() for variant, numbers in family.published.items()}
 SMALLEST = {"overlock": "overlock_xt", "rednet": "rednet26", "volo": "volo_d1"}
 
 
@@ -54,11 +53,11 @@ def test_state_dict_names_and_shapes(name):
         assert shapes(model.reparam()) == official_state_dicts()[f"{name}_reparam"]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_parameters_and_multiply_adds(name):
-    model, published = on_meta(name).eval(), PUBLISHED[name]
-    auxiliary = "aux_head" if name.startswith("overlock") else "none"
-    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(auxiliary))
+@pytest.mark.parametrize(("name", "published"), [row for family in FAMILY.values() for row in family.published.items()])
+def test_published_parameters_and_multiply_adds(name, published):
+    model = on_meta(name).eval()
+    unused = tuple(f"{module}." for module in model.training_only)
+    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(unused))
     assert count / 1e6 == pytest.approx(published.parameters, abs=published.within)
     if published.multiply_adds is not None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -74,9 +73,8 @@ def test_golden_logits_and_gradient_norms(name, backend):
     variant, size = name.rsplit("_", 1)
     model = fill(create_model(variant)).to(device)
     x = golden_fill().image(2, *map(int, size.split("x"))).to(device)
-    interpreted = (
-        backend == "triton" and INTERPRETED
-    )  # takes its time; test_backends_compute_the_definition has gradients
+    # In the interpreter gradients take their time; test_backends_compute_the_definition has them.
+    interpreted = backend == "triton" and INTERPRETED
     with_gradients = "grad_names" in expected and backend != "inference" and not interpreted
     if backend == "inference":
         model, backend = optimize_for_inference(model), "auto"
@@ -115,10 +113,8 @@ def test_backends_compute_the_definition(family, backend):
     device = device_of_triton() if backend == "triton" else DEVICE
     results = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        model, x = (
-            families.narrow(family).to(device, dtype),
-            images(1, 3, 33, 40, device=device).to(dtype).requires_grad_(),
-        )
+        model = families.narrow(family).to(device, dtype)
+        x = images(1, 3, 33, 40, device=device).to(dtype).requires_grad_()
         with kernels.use_backend(name):
             logits = model(x)
             logits.square().mean().backward()
@@ -158,11 +154,10 @@ def test_any_size_from_32_pixels(family, size):
         expected, expected_maps = classifier(x), backbone(x)
     assert logits.shape == (2, 5)
     assert_close(logits, expected, 1e-5)
-    if family == "volo":
-        size = [-(-side // 8) * 8 for side in size]
     for info, ours, right in zip(backbone.feature_info, maps, expected_maps, strict=True):
-        rounded = (lambda side, by: side // by) if family == "volo" else (lambda side, by: -(-side // by))
-        assert ours.shape == (2, info["num_chs"], *(rounded(side, info["reduction"]) for side in size))
+        by = info["reduction"]
+        sides = [-(-side // 8) * 8 // by if family == "volo" else -(-side // by) for side in size]
+        assert ours.shape == (2, info["num_chs"], *sides)
         assert_close(ours, right, 1e-5)
 
 
@@ -184,13 +179,12 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
         expected, maps = complete(x), model(x)
     assert len(maps) == len(model.out_indices)
     assert all(torch.equal(ours, expected[index]) for index, ours in zip(model.out_indices, maps, strict=True))
-    assert model.feature_info.channels() == [m.shape[1] for m in maps]
-    info = model.feature_info
+    info, last = model.feature_info, model.out_indices[-1]
+    assert info.channels() == [m.shape[1] for m in maps]
     assert info.reduction() == [64 // m.shape[2] for m in maps]
-    assert [type(model.get_submodule(module)) for module in info.module_name()]
-    last = model.out_indices[-1]
-    assert (info.channels(last), info.reduction([last])) == (info[last]["num_chs"], [info[last]["reduction"]])
     assert info.get_dicts(["num_chs"]) == [{"num_chs": channels} for channels in info.channels()]
+    assert [type(model.get_submodule(module)) for module in info.module_name()]
+    assert (info.channels(last), info.reduction([last])) == (info[last]["num_chs"], [info[last]["reduction"]])
     loss_of(model.train(), x).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     if family != "overlock":  # whose backbone has norms of its own for its maps
@@ -210,12 +204,9 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
 @torch.no_grad()
 def test_intermediates(family):
     """The last map is the features; later stages do not run where they are not asked for."""
-    model, x = narrow(family), images(2, 3, 64, 64, device="cpu")
-    stages, last = (
-        [],
-        model.get_submodule({"overlock": "blocks4.0", "rednet": "layer2.0", "volo": "network.4.0"}[family]),
-    )
-    last.register_forward_hook(lambda *_: stages.append(True))
+    model, x, stages = narrow(family), images(2, 3, 64, 64, device="cpu"), []
+    last = {"overlock": "blocks4.0", "rednet": "layer2.0", "volo": "network.4.0"}[family]
+    model.get_submodule(last).register_forward_hook(lambda *_: stages.append(True))
     features, maps = model.forward_intermediates(x)
     assert len(maps) == 4
     assert stages
@@ -240,8 +231,7 @@ def test_intermediates(family):
 @torch.no_grad()
 def test_features_head_and_classifier(family):
     model, x = narrow(family), images(3, 3, 64, 64, device="cpu")
-    features = model.forward_features(x)
-    logits = model(x)
+    features, logits = model.forward_features(x), model(x)
     assert torch.equal(model.forward_head(features), logits)
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (3, model.head_hidden_size)
@@ -255,11 +245,47 @@ def test_features_head_and_classifier(family):
         model.reset_classifier(num_classes)
         assert model(x).shape == (3, num_classes or model.head_hidden_size)
         assert model.num_classes == num_classes
-        if not num_classes:
-            assert torch.equal(model(x), pooled)
+        assert num_classes or torch.equal(model(x), pooled)
     assert model.get_classifier().weight.std() > 0.001
     with pytest.raises(ValueError, match="features_only"):
         FAMILY[family].build(features_only=True).reset_classifier(3)
+
+
+@by_family
+@torch.no_grad()
+def test_global_pool_is_obeyed_or_refused(family):
+    model, x = narrow(family), images(2, 3, 64, 96, device="cpu")
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    for wrong, message in (("", "global_pool '' .* needs num_classes=0"), ("max", "global_pool must be one of")):
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(3, wrong)
+    assert model.num_classes == 5
+    model.reset_classifier(0, "")
+    unpooled = model(x)
+    model.reset_classifier(0, "avg")
+    if family == "volo":
+        assert torch.equal(unpooled, features)
+        assert_close(model(x), features.mean(1), 1e-6)
+        model.reset_classifier(0, "token")
+    else:
+        assert_close(unpooled.mean((2, 3)), pooled, 1e-6)
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+
+
+@by_family
+def test_plain_logits_in_training_leave_no_parameter_waiting(family):
+    """What scripts that know only logits need: one tensor, and a gradient wherever one is required."""
+    model = narrow(family, drop_path_rate=0.1).train()
+    model.return_plain_logits()
+    model.reset_classifier(3)
+    logits = model(images(2, 3, 64, 64, device="cpu"))
+    assert logits.shape == (2, 3)
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.requires_grad for p in model.get_classifier().parameters())
 
 
 @by_family
@@ -276,6 +302,41 @@ def test_keyword_arguments(family):
         assert not torch.equal(model(x), expected)
 
 
+@by_family
+@pytest.mark.parametrize("indices", [1, [0], [1], (0, 2)])
+@torch.no_grad()
+def test_pruned_stages_are_gone_and_the_rest_is_as_before(family, indices):
+    model, x = narrow(family), images(1, 3, 64, 96, device="cpu")
+    expected = model.forward_intermediates(x, indices, intermediates_only=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    kept = model.prune_intermediate_layers(indices)
+    assert kept == [i % 4 for i in ([-1] if indices == 1 else indices)]
+    assert sum(p.numel() for p in model.parameters()) < parameters
+    assert all(map(torch.equal, model.forward_intermediates(x, kept, intermediates_only=True), expected))
+    assert torch.equal(model(x), model.forward_features(x))
+    assert model.num_features == model.feature_info.channels()[-1]
+
+
+OVERLOCK_DEPTHS = {"xt": (0.1, 17), "t": (0.15, 30), "s": (0.4, 42), "b_reparam": (0.5, 54)}  # rate, blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rates"),
+    [
+        *((f"overlock_{v}", {}, torch.linspace(0, rate, n).tolist()) for v, (rate, n) in OVERLOCK_DEPTHS.items()),
+        ("overlock_xt", {"drop_path_rate": 0.0}, [0] * 17),
+        ("rednet26", {"drop_path_rate": 0.7}, torch.linspace(0, 0.7, 8).tolist()),
+        # Neither Outlookers nor class blocks are dropped.
+        ("volo_d1", {"drop_path_rate": 0.5}, [0] * 4 + torch.linspace(0, 0.5, 18).tolist()[4:] + [0, 0]),
+    ],
+    ids=str,
+)
+def test_drop_path_rises_linearly_with_depth(name, options, rates):
+    model, order = on_meta(name, **options), ("blocks1", "blocks2", "blocks3", "blocks4", "sub_blocks3", "sub_blocks4")
+    stages = [model.get_submodule(stage) for stage in order] if name.startswith("overlock") else [model]
+    assert [m.rate for stage in stages for m in stage.modules() if isinstance(m, DropPath)] == pytest.approx(rates)
+
+
 # ---- what scripts written for timm look up
 
 
@@ -286,9 +347,8 @@ def test_group_matcher_orders_all_parameters_by_depth(family, coarse):
     model = on_meta(SMALLEST[family])
     rules = []
     for ordinal, specification in enumerate(model.group_matcher(coarse).values()):
-        if isinstance(specification, str):
-            specification = [(specification, None)]
-        rules += [(re.compile(pattern), ordinal, suffix or ()) for pattern, suffix in specification]
+        rows = [(specification, None)] if isinstance(specification, str) else specification
+        rules += [(re.compile(pattern), ordinal, suffix or ()) for pattern, suffix in rows]
 
     def key(name: str) -> tuple[float, ...]:
         for pattern, ordinal, suffix in rules:
@@ -323,10 +383,9 @@ def test_pretrained_configuration(family, monkeypatch):
     for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
         assert model.get_submodule(name).weight.shape[0] == 1000
     loaded = []
-    monkeypatch.setattr(_contract, "load_pretrained", lambda model, url: loaded.append(url))
+    monkeypatch.setattr(registry, "load_pretrained", lambda model, url: loaded.append(url))
     for (variant, size), address in FAMILY[family].addresses.items():
-        options = {} if size is None else {"img_size": size}
-        assert on_meta(variant, **options).default_cfg["url"] == address
+        assert on_meta(variant, **({} if size is None else {"img_size": size})).default_cfg["url"] == address
         if size is None:
             on_meta(variant, pretrained=True)
             assert loaded.pop() == address

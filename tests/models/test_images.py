@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from PIL import Image, ImageOps
 
 from autotune.workloads import photograph
-from models.commands import classify, images
 from models.commands.folders import ImageFolder
 from models.commands.images import Preprocessing, UnreadableImageError, check_image, read_image
 
@@ -80,8 +78,8 @@ def test_what_is_no_plain_image_file_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("sides", [(1, 10_000), (100_000, 1), (3, 50_000)])
-def test_strips_are_never_made_whole(sides, monkeypatch):
-    """Resized to the crop's scale they would be gigabytes."""
+def test_strips_are_never_resized_whole(sides, monkeypatch):
+    """At the crop's scale they would be gigabytes."""
     image, resize, made = Image.fromarray(slopes(*sides)), Image.Image.resize, []
 
     def recorded(image, size, *arguments, **options):
@@ -91,21 +89,30 @@ def test_strips_are_never_made_whole(sides, monkeypatch):
     monkeypatch.setattr(Image.Image, "resize", recorded)
     x = Preprocessing((224, 224), 0.875, "bicubic", (0.0,) * 3, (1.0,) * 3)(image)
     assert x.shape == (3, 224, 224)
-    assert made
-    assert max(made) <= images.MOST_RESIZED * 224
+    assert 0 < max(made) <= 8 * 256
     middle = image.getpixel((sides[1] // 2, sides[0] // 2))
     assert isinstance(middle, tuple)
     assert torch.allclose(255 * x[:, 112, 112], torch.tensor(middle, dtype=torch.float32), atol=2)
 
 
-def test_a_strip_is_cropped_as_any_image(monkeypatch):
-    image = Image.fromarray(slopes(300, 401))
-    for crop_pct, size in ((0.875, (224, 224)), (1.15, (224, 224)), (0.5, (64, 96))):
-        preprocessing = Preprocessing(size, crop_pct, "bicubic", (0.0,) * 3, (1.0,) * 3)
-        expected = preprocessing(image)
-        monkeypatch.setattr(images, "MOST_RESIZED", 0)
-        assert (255 * (preprocessing(image) - expected)).abs().max() <= 1.01
-        monkeypatch.undo()
+def test_the_test_crop_is_resize_then_centre_crop(tmp_path):
+    preprocessing = Preprocessing((224, 224), 0.875, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 401, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    # torchvision: the shorter side becomes 256, the longer int(256 · 401 / 300) = 342; crop from (16, 59)
+    expected = image.resize((342, 256), Image.Resampling.BILINEAR).crop((59, 16, 283, 240))
+    assert torch.equal(preprocessing(image), torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 255)
+
+    framed = Preprocessing((224, 224), 1.15, "bicubic", (0.5,) * 3, (0.5,) * 3)(image)  # resized to 194: a black frame
+    assert framed.shape == (3, 224, 224)
+    assert (framed[:, :15] == -1).all()
+    assert (framed[:, 15:209, 15:209] > -1).any()
+
+    grey = tmp_path / "grey.png"
+    Image.fromarray(pixels[..., 0]).save(grey)
+    assert read_image(grey).mode == "RGB"
+    wide = Preprocessing((64, 128), 1.0, "bicubic", (0.0,), (1.0,))
+    assert wide(read_image(grey, 1)).shape == (1, 64, 128)
 
 
 def test_folders_are_walked_once_whatever_their_links_and_names(tmp_path):
@@ -131,15 +138,3 @@ def test_folders_are_walked_once_whatever_their_links_and_names(tmp_path):
     (tmp_path / "two\nlines").mkdir()
     with pytest.raises(ValueError, match="line break"):
         ImageFolder(tmp_path)
-
-
-def test_names_are_drawn_as_they_are(tmp_path):
-    names = ["$x_{1}$^_\\frac", "caf\udce9", "100 % & #"]
-    rows = [{"image": name, "guesses": [{"name": other, "probability": 1 / 3} for other in names]} for name in names]
-    photographs = [Image.fromarray(slopes(8, 8))] * 3
-    for suffix, start in ((".jpg", b"\xff\xd8"), (".png", b"\x89PNG"), (".pdf", b"%PDF")):
-        path = tmp_path / f"picture{suffix}"
-        classify.draw(photographs, rows, names[0], path, warn=False)
-        assert path.read_bytes().startswith(start)
-    with pytest.raises(ValueError, match=r"--output must end in \.png"):
-        classify.check_picture(Path(tmp_path, "picture.txt"))

@@ -14,32 +14,31 @@ import kernels
 import models
 from models import inference
 from models.layers import DropPath, LayerScale, ResidualDepthwiseConv2d
-from models.overlock import VARIANTS, OverLoCK
+from models.overlock import VARIANTS
 from models.rednet import Bottleneck, RedNet
 from models.volo import VOLO
-from tests.models.families import FAMILIES, fill, images, narrow
+from tests.models.families import FAMILIES, fill, images, narrow, on_meta
 from tests.support import DEVICE, assert_close, random_tensor
 
 EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings differs
 
 
-def small_overlock(variant: str = "xt", **overrides) -> Any:
-    """A variant's depths and heads at the least possible width, in float64."""
-    structure = VARIANTS[variant]
-    heads = structure["sub_num_heads"]
-    widths = {"embed_dim": (8, 8, 4 * heads[0], 4 * heads[1]), "num_classes": 7}
-    return fill(OverLoCK(**{**structure, **widths, **overrides})).double().to(DEVICE)
-
-
+# The last two: the depths and heads of a large variant, at the least possible width.
 SHALLOW = {"depth": (1, 1, 1, 1), "sub_depth": (2, 2)}
-DEPTHS = {"overlock": SHALLOW, "rednet": {"depths": (1, 2, 1, 1)}, "volo": {}}
+DEPTHS: dict[str, Any] = {"overlock": SHALLOW, "rednet": {"depths": (1, 2, 1, 1)}, "volo": {}}
+HEADS = VARIANTS["b"]["sub_num_heads"]
+OVERLOCK_B = {**VARIANTS["b"], "embed_dim": (8, 8, 4 * HEADS[0], 4 * HEADS[1])}
+VOLO_D5 = {"layers": (12, 12, 20, 4), "embed_dims": (24, 32), "num_heads": (12, 16), "mlp_ratio": 4.0, "stem_dim": 32}
+
+
+def build(name: str, **options: Any) -> Any:
+    """A member in float64."""
+    return narrow(name, **{"num_classes": 7, **DEPTHS[name], **options}).double().to(DEVICE)
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """Builds a member in float64."""
-    name = request.param
-    return lambda **options: narrow(name, **{"num_classes": 7, **DEPTHS[name], **options}).double().to(DEVICE)
+    return lambda **options: build(request.param, **options)
 
 
 def image(*size: int) -> Tensor:
@@ -58,41 +57,32 @@ def assert_same(out: Any, expected: Any) -> None:
 # ---- the same numbers
 
 
-@pytest.mark.parametrize(("variant", "options"), [("t", {"reparam": True}), ("b", {})])
-def test_overlock(variant, options):
-    model, x = small_overlock(variant, **options), image(1, 3, 32, 40)
-    with torch.no_grad():
-        assert_same(models.optimize_for_inference(model)(x), model(x))
-
-
-@pytest.mark.parametrize(
-    ("layers", "heads", "options"),
-    [((4, 4, 8, 2), (6, 12), {}), ((12, 12, 20, 4), (12, 16), {"mlp_ratio": 4.0, "stem_dim": 32})],
-    ids=["d1", "d5"],
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"num_classes": 0, "in_chans": 1},
+    {"in_chans": 5, "num_classes": 2, "drop_path_rate": 0.5},
+    {"features_only": True, "out_indices": (0, 2)},
+    {"features_only": True, "in_chans": 2},
 )
-def test_volo(layers, heads, options):
-    model = VOLO(layers, (2 * heads[0], 2 * heads[1]), heads, num_classes=7, img_size=64, **options)
-    model = fill(model).double().to(DEVICE)
-    x = image(2, 3, 64, 72)
-    with torch.no_grad():
-        assert_same(models.optimize_for_inference(model)(x), model(x))
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"num_classes": 0, "in_chans": 1},
-        {"in_chans": 5, "num_classes": 2, "drop_path_rate": 0.5},
-        {"features_only": True, "out_indices": (0, 2)},
-        {"features_only": True, "in_chans": 2},
+        *((name, options) for name in FAMILIES for options in OPTIONS),
+        ("overlock", {"reparam": True}),
+        ("overlock", OVERLOCK_B),
+        ("volo", VOLO_D5),
     ],
     ids=str,
 )
-def test_options(family, options):
-    model = family(**options)
+@torch.no_grad()
+def test_options_and_depths(name, options):
+    """On the eager path, and on the naive one."""
+    model = build(name, **options)
     x = image(2, model.in_chans, 45, 64)
-    with torch.no_grad():
-        assert_same(models.optimize_for_inference(model)(x), model(x))
+    for backend in ("auto",) if options in (OVERLOCK_B, VOLO_D5) else ("auto", "reference"):
+        with kernels.use_backend(backend):
+            assert_same(models.optimize_for_inference(model)(x), model(x))
 
 
 def test_negative_and_zero_scales(family):
@@ -118,16 +108,10 @@ def test_gradients_of_the_image(family):
     assert_close(out, expected, 1e-10)
 
 
-def test_naive_path(family):
-    model, x = family(), image(1, 3, 64, 64)
-    with torch.no_grad(), kernels.use_backend("reference"):
-        assert_same(models.optimize_for_inference(model)(x), model(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_weights_are_rounded_once(dtype):
     """They are the exact product of what was folded, whatever the steps."""
-    model = small_overlock(**SHALLOW).to(dtype)
+    model = build("overlock").to(dtype)
     optimised = models.optimize_for_inference(model)
     assert {p.dtype for p in optimised.parameters()} == {dtype}
     _, conv, norm = copy.deepcopy(model.sub_blocks3[0].weight_key).double()
@@ -179,34 +163,24 @@ def test_the_given_model_is_left_as_it_is(family):
     model.train()(image(2, 3, 64, 64))  # with its batch norms and its second output
 
 
-def test_once_more_changes_nothing(family):
-    once = models.optimize_for_inference(family())
+def test_once_more_changes_nothing_and_copies_are_equal(family):
+    once, x, file = models.optimize_for_inference(family()), image(1, 3, 64, 64), io.BytesIO()
     twice = models.optimize_for_inference(once)
     assert twice is not once
     for (name, tensor), (other_name, other) in zip(once.state_dict().items(), twice.state_dict().items(), strict=True):
         assert name == other_name
         assert torch.equal(tensor, other), name
-    x = image(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(once(x), twice(x))
-
-
-def test_survives_copying_and_pickling(family):
-    optimised, x = models.optimize_for_inference(family()), image(1, 3, 64, 64)
-    file = io.BytesIO()
-    torch.save(optimised, file)
+    torch.save(once, file)
     file.seek(0)
     with torch.no_grad():
-        expected = optimised(x)
-        assert torch.equal(copy.deepcopy(optimised)(x), expected)
-        assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+        expected = once(x)
+        for other in (twice, copy.deepcopy(once), torch.load(file, weights_only=False)):
+            assert torch.equal(other(x), expected)
 
 
 @pytest.mark.parametrize("name", [*models.list_models("*[!m]"), "overlock_xt_reparam"])
 def test_every_variant_folds_completely(name):
-    with torch.device("meta"):
-        given = models.create_model(name)
-    model: Any = models.optimize_for_inference(given.eval())
+    model: Any = models.optimize_for_inference(on_meta(name).eval())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if isinstance(model, RedNet):  # those after an involution
         assert len(norms) == 1 + sum(isinstance(module, Bottleneck) for module in model.modules())
@@ -217,11 +191,9 @@ def test_every_variant_folds_completely(name):
     assert hasattr(model, "aux_head") == isinstance(model, VOLO)  # where it is part of the logits
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
-
-
-def test_layer_scale_after_a_convolution_is_folded():
-    dense: Any = models.optimize_for_inference(small_overlock(**SHALLOW, features_only=True))
-    assert isinstance(dense.h_proj[1], nn.Identity)
+    if name == "overlock_xt":
+        dense: Any = models.optimize_for_inference(on_meta(name, features_only=True).eval())
+        assert isinstance(dense.h_proj[1], nn.Identity)
 
 
 def test_a_padded_convolution_does_not_take_a_batch_norm_before_it():
@@ -278,30 +250,23 @@ def test_layers_that_were_wrapped_or_hooked_stay_as_they_are(family):
 # ---- refusals
 
 
-def test_refuses_training_mode(family):
-    model = family()
+def test_refusals(family):
+    model, x = family(), image(1, 3, 64, 64)
+    optimised = models.optimize_for_inference(model).train()
+    with pytest.raises(ValueError, match=r"optimised for inference.*call model\.eval\(\)"):
+        optimised(x)
     with pytest.raises(ValueError, match=r"model must be in evaluation mode.*root.*call model\.eval\(\)"):
         models.optimize_for_inference(model.train())
     name, norm = next((n, m) for n, m in model.eval().named_modules() if isinstance(m, nn.BatchNorm2d))
     norm.train()
     with pytest.raises(ValueError, match=rf"model must be in evaluation mode, but its {name} is"):
         models.optimize_for_inference(model)
-
-
-def test_the_result_refuses_to_be_trained(family):
-    optimised = models.optimize_for_inference(family()).train()
-    with pytest.raises(ValueError, match=r"optimised for inference.*call model\.eval\(\)"):
-        optimised(image(1, 3, 64, 64))
-
-
-def test_refuses_mixed_types(family):
-    model = family()
-    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).float()
+    norm.eval().float()
     with pytest.raises(ValueError, match=r"model must have entries of one floating type, got .*float32.*float64"):
         models.optimize_for_inference(model)
 
 
-@pytest.mark.parametrize("model", [nn.Identity(), nn.Sequential(), "rednet50", None])
+@pytest.mark.parametrize("model", [nn.Identity(), "rednet50", None])
 def test_refuses_other_models(model):
     with pytest.raises(TypeError, match=rf"model must be an OverLoCK, a RedNet or a VOLO, got {type(model).__name__}"):
         models.optimize_for_inference(model)

@@ -49,29 +49,43 @@ def test_drop_path():
     assert DropPath(0.0)(x) is x
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_layer_norm(memory_format):
-    layer = randomise(LayerNorm2d(6, eps=1e-6))
-    x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu").contiguous(memory_format=memory_format)
+def layer_norm(layer: Any, x: torch.Tensor) -> torch.Tensor:
     mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, unbiased=False)
-    expected = (x - mean) / (variance + 1e-6).sqrt() * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
-    out = layer(x)
-    assert_close(out, expected, TOLERANCE)
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    return (x - mean) / (variance + 1e-6).sqrt() * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
 
 
+def squeeze_excite(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    first, second = layer.proj[1], layer.proj[3]
+    squeezed = F.gelu(x.mean((2, 3)) @ first.weight.flatten(1).t() + first.bias)
+    return x * torch.sigmoid(squeezed @ second.weight.flatten(1).t() + second.bias)[..., None, None]
+
+
+@pytest.mark.parametrize(
+    ("layer", "definition", "last"),
+    [
+        (LayerNorm2d(6, eps=1e-6), layer_norm, True),
+        (GELU2d(), lambda _, x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), False),
+        (LayerScale(6), lambda layer, x: F.conv2d(x, layer.weight, layer.bias, groups=6), False),  # a 1×1 depthwise one
+        (SqueezeExcite(6), squeeze_excite, False),
+        (
+            ResidualDepthwiseConv2d(6),
+            lambda layer, x: x + F.conv2d(x, layer.weight, layer.bias, padding=1, groups=6),
+            False,
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_gelu(memory_format):
+def test_plain_layers(layer, definition, last, memory_format):
+    """``last``: the output is channels-last whatever the input is; else as the input."""
     x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu").contiguous(memory_format=memory_format)
-    out = GELU2d()(x)
-    assert_close(out, x * 0.5 * (1 + torch.erf(x / 2**0.5)), TOLERANCE)
-    assert out.stride() == x.stride()
+    out = randomise(layer)(x)
+    assert_close(out, definition(layer, x), TOLERANCE)
+    assert out.is_contiguous(memory_format=torch.channels_last if last else memory_format)
 
 
-def test_layer_scale_is_a_1x1_depthwise_convolution():
-    layer = randomise(LayerScale(6))
-    x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu")
-    assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, groups=6), TOLERANCE)
+def test_squeezed_widths():
+    assert [SqueezeExcite(channels).proj[1].out_channels for channels in (56, 336)] == [16, 42]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, TOLERANCE), (torch.bfloat16, 1e-2)])
@@ -92,23 +106,6 @@ def test_global_response_norm_of_a_silent_channel_has_a_gradient():
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(("channels", "hidden"), [(56, 16), (336, 42)])
-def test_squeeze_excite(channels, hidden):
-    layer = randomise(SqueezeExcite(channels))
-    first, second = layer.proj[1], layer.proj[3]
-    assert first.out_channels == hidden
-    x = random_tensor(2, channels, 3, 4, dtype=torch.float64, device="cpu")
-    squeezed = F.gelu(x.mean((2, 3)) @ first.weight.flatten(1).t() + first.bias)
-    gate = torch.sigmoid(squeezed @ second.weight.flatten(1).t() + second.bias)
-    assert_close(layer(x), x * gate[..., None, None], TOLERANCE)
-
-
-def test_residual_depthwise_convolution():
-    layer = randomise(ResidualDepthwiseConv2d(4))
-    x = random_tensor(2, 4, 5, 6, dtype=torch.float64, device="cpu")
-    assert_close(layer(x), x + F.conv2d(x, layer.weight, layer.bias, padding=1, groups=4), TOLERANCE)
 
 
 def sum_of_branches(block: DilatedReparamBlock, x: torch.Tensor) -> torch.Tensor:
@@ -199,11 +196,6 @@ def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
             block.merge()
 
 
-def test_dilated_reparam_block_refuses_other_kernels():
-    with pytest.raises(ValueError, match=r"kernel_size must be one of .*got 9"):
-        DilatedReparamBlock(4, 9)
-
-
 def contmix_definition(layer: ContMix, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """SPEC's steps 3 and 4, one output position at a time."""
     size = (x.shape[2], x.shape[3])
@@ -256,24 +248,6 @@ def test_contmix_mixing_size():
     assert ContMix(4, 1, 15, num_heads=1).mixing_size(11, 11) == (15, 15)  # 15 / 11 · 11 < 15 in floating point
 
 
-def test_contmix_refuses_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match=r"channels must be a multiple of .*= 6, got 16"):
-        ContMix(16, 4, 7, num_heads=3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_heads": 0}, r"num_heads must be >= 1, got 0"),
-        ({"kernel_size": 6}, r"kernel_size must be odd, got 6"),
-        ({"context_channels": 0}, r"context_channels must be >= 1, got 0"),
-    ],
-)
-def test_contmix_names_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        ContMix(**{"channels": 16, "context_channels": 4, "kernel_size": 7, "num_heads": 2, **options})
-
-
 # ---- the three layers to reuse
 
 
@@ -306,16 +280,43 @@ def test_reused_layers_agree_with_the_naive_path():
         assert_close(ours, expected, 1e-10)
 
 
-def test_reused_layers_name_bad_images():
-    x = torch.zeros(2, 8, 16, 16)
-    for layer, shape in (
-        (Involution2d(16, group_channels=8), r"\[B, 16, H, W\]"),
-        (OutlookAttention(8, 2), r"\[B, H, W, 8\]"),
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    (ContMix, {"num_heads": 3}, r"channels must be a multiple of .*= 6, got 16"),
+    (ContMix, {"num_heads": 0}, r"num_heads must be >= 1, got 0"),
+    (ContMix, {"kernel_size": 6}, r"kernel_size must be odd, got 6"),
+    (ContMix, {"context_channels": 0}, r"context_channels must be >= 1, got 0"),
+    (Involution2d, {"kernel_size": 4}, "kernel_size must be odd, got 4"),
+    (Involution2d, {"kernel_size": -1}, "kernel_size must be >= 1, got -1"),
+    (Involution2d, {"stride": 0}, "stride must be >= 1, got 0"),
+    (Involution2d, {"dilation": 0}, "dilation must be >= 1, got 0"),
+    (Involution2d, {"group_channels": 5}, "group_channels must divide channels = 16, got 5"),
+    (Involution2d, {"reduction": 64}, "reduction must divide channels = 16, got 64"),
+    (OutlookAttention, {"kernel_size": 4}, "kernel_size must be odd and positive, got 4"),
+    (OutlookAttention, {"stride": 4}, "stride must lie in 1..kernel_size = 3"),
+    (OutlookAttention, {"num_heads": 3}, "num_heads must divide dim = 16, got 3"),
+    (DilatedReparamBlock, {"kernel_size": 9}, r"kernel_size must be one of .*got 9"),
+]
+GOOD: dict[Any, dict[str, Any]] = {
+    ContMix: {"channels": 16, "context_channels": 4, "kernel_size": 7, "num_heads": 2},
+    Involution2d: {"channels": 16},
+    OutlookAttention: {"dim": 16, "num_heads": 2},
+    DilatedReparamBlock: {"channels": 4},
+}
+
+
+@pytest.mark.parametrize(("layer", "options", "message"), BAD)
+def test_bad_options_are_named(layer, options, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**{**GOOD[layer], **options})
+
+
+def test_bad_images_are_named():
+    x, mixer = torch.zeros(2, 8, 16, 16), ContMix(8, 4, 7, num_heads=1)
+    for call, message in (
+        (lambda: Involution2d(16, group_channels=8)(x), r"x must have shape \[B, 16, H, W\], got \[2, 8, 16, 16\]"),
+        (lambda: OutlookAttention(8, 2)(x), r"x must have shape \[B, H, W, 8\], got \[2, 8, 16, 16\]"),
+        (lambda: mixer(x[:, :4], x), r"x must have shape \[B, 8, H, W\], got \[2, 4, 16, 16\]"),
+        (lambda: mixer(x, x), r"features must have shape \[2, 12, 16, 16\].*got \[2, 8, 16, 16\]"),
     ):
-        with pytest.raises(ValueError, match=rf"x must have shape {shape}, got \[2, 8, 16, 16\]"):
-            layer(x)
-    mixer = ContMix(8, 4, 7, num_heads=1)
-    with pytest.raises(ValueError, match=r"x must have shape \[B, 8, H, W\], got \[2, 4, 16, 16\]"):
-        mixer(x[:, :4], x)
-    with pytest.raises(ValueError, match=r"features must have shape \[2, 12, 16, 16\].*got \[2, 8, 16, 16\]"):
-        mixer(x, x)
+        with pytest.raises(ValueError, match=message):
+            call()

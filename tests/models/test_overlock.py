@@ -12,7 +12,6 @@ from torch import nn
 
 import kernels
 from models.checkpoints import load_checkpoint, save_checkpoint
-from models.layers import DropPath
 from models.overlock import OverLoCK
 from models.registry import create_model
 from tests.models.families import fill, images, on_meta, shapes
@@ -27,17 +26,6 @@ def small(**overrides) -> Any:
 
 def test_dense_state_dict_names_and_shapes():
     assert shapes(on_meta("overlock_t", features_only=True)) == official_state_dicts()["overlock_t_dense"]
-
-
-@pytest.mark.parametrize(
-    ("name", "rate"), [("overlock_xt", 0.1), ("overlock_t", 0.15), ("overlock_s", 0.4), ("overlock_b_reparam", 0.5)]
-)
-def test_drop_path_grows_linearly_with_depth(name, rate):
-    model = on_meta(name)
-    stages = (model.blocks1, model.blocks2, model.blocks3, model.blocks4, model.sub_blocks3, model.sub_blocks4)
-    rates = [module.rate for stage in stages for module in stage.modules() if isinstance(module, DropPath)]
-    assert rates == pytest.approx(torch.linspace(0, rate, len(rates)).tolist())
-    assert max(m.rate for m in on_meta(name, drop_path_rate=0.0).modules() if isinstance(m, DropPath)) == 0
 
 
 def test_initial_values():
@@ -188,6 +176,3 @@ def test_a_checkpoint_of_neither_form_is_refused(tmp_path):
         load_checkpoint(full, tmp_path / "merged.pth")  # there is no way back
     for name, tensor in merged.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-# ---- PyTorch's own machinery

@@ -1,0 +1,272 @@
+"""What the training loop is made of: losses, rates, groups, batches, random numbers; and each family learns digits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+import kernels
+from models._contract import BackboneContract
+from models.commands.folders import ImageFolder, TrainingImages
+from models.commands.images import Augmentation, Preprocessing
+from models.commands.optimisation import Objective, cosine_with_warmup, layer_numbers, parameter_groups
+from models.commands.recipe import Recipe
+from models.commands.sampling import TrainingBatches, seed_of, seeded
+from models.commands.training import Trainer
+from models.overlock import OverLoCK
+from models.rednet import Bottleneck, RedNet
+from models.volo import VOLO
+from tests.models.families import on_meta
+from tests.models.running import tiny_volo
+from tests.support import relative_error
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Maps this small gain nothing from a second one, and lose much where other tests run beside these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_objective_of_each_familys_training_output():
+    labels, cross_entropy = torch.tensor([0, 2, 1, 1]), nn.functional.cross_entropy
+    objective = Objective(auxiliary_weight=0.4)
+    main_logits, auxiliary = torch.randn(2, 4, 3).unbind()
+    expected = cross_entropy(main_logits, labels)
+    assert objective(main_logits, labels) == expected
+    both = objective({"main": main_logits, "aux": auxiliary}, labels)
+    torch.testing.assert_close(both, expected + 0.4 * cross_entropy(auxiliary, labels))
+
+    tokens = torch.randn(4, 6, 3)  # of a 2×3 map, of which the box covers 2
+    triple = (main_logits, tokens, torch.tensor([0, 1, 1, 3]))
+    by_token = torch.stack([cross_entropy(tokens[:, t], labels) for t in range(6)]).mean()
+    opposite = cross_entropy(main_logits, labels.flip(0))
+    torch.testing.assert_close(objective(triple, labels), 4 / 6 * expected + 2 / 6 * opposite + 0.5 * by_token)
+
+    smoothed = Objective(label_smoothing=0.1)  # labels may be shares
+    for output in (main_logits, {"main": main_logits, "aux": auxiliary}, triple):
+        torch.testing.assert_close(smoothed(output, torch.eye(3)[labels]), smoothed(output, labels))
+
+
+def test_learning_rate_rises_then_falls():
+    rates = [cosine_with_warmup(step, 100, 10, 1.0, 0.01) for step in range(100)]
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[10] == 1
+    assert rates[-1] == pytest.approx(0.01)
+    rates = [cosine_with_warmup(step, 20, 5, 0.8, 0.0, 0.2) for step in range(20)]  # from a given start
+    assert rates[0] == pytest.approx(0.2)
+    assert np.diff(rates[:6]) == pytest.approx(0.12)
+    assert rates[-1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("overlock_xt", "patch_embed1.0.weight"),
+        ("rednet26", "stem.0.conv.weight"),
+        ("volo_d1", "patch_embed.conv.0.weight"),
+    ],
+)
+def test_parameter_groups_decay_matrices_alone_and_rank_layers(name, first):
+    model = on_meta(name)
+    groups = parameter_groups(model, 0.05, layer_decay=0.9)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    grouped = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+    assert grouped.keys() == dict(model.named_parameters()).keys()
+    spared = model.no_weight_decay()
+    for key, parameter in model.named_parameters():
+        assert (grouped[key]["weight_decay"] == 0) == (parameter.ndim <= 1 or key in spared), key
+    numbers, head = layer_numbers(model, list(grouped)), f"{next(iter(model.classifiers))}.weight"
+    assert numbers[first] == 0
+    assert numbers[head] == max(numbers.values()) > 5
+    assert grouped[head]["rate_scale"] == 1
+    assert grouped[first]["rate_scale"] == pytest.approx(0.9 ** numbers[head])
+
+
+# ---- what is random
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(photographs):
+    folder = ImageFolder(photographs / "train")
+    augmentation = Augmentation(Preprocessing((32, 32), 1.0, "bicubic", (0.0,) * 3, (1.0,) * 3))
+    ours, again, other = (TrainingImages(folder.samples, augmentation, seed) for seed in (0, 0, 1))
+    first: Any = ours[0, 3]
+    ours[0, 4]
+    assert torch.equal(first[0], again[0, 3][0])  # pyright: ignore[reportArgumentType]
+    for changed in (ours[1, 3], other[0, 3]):
+        assert not torch.equal(first[0], changed[0])  # pyright: ignore[reportArgumentType]
+    generator = random.Random(0)
+    for _ in range(200):
+        left, top, right, bottom = augmentation.box(48, 40, generator)
+        assert 0 <= left < right <= 48
+        assert 0 <= top < bottom <= 40
+        assert (right - left) * (bottom - top) >= 0.07 * 48 * 40
+
+
+def test_random_numbers_of_others_are_left_alone():
+    def draw() -> tuple[float, ...]:
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    def start() -> None:
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        torch.manual_seed(1)
+
+    start()
+    others = [draw(), draw()]
+    start()
+    assert draw() == others[0]
+    with seeded(seed_of(0, 7)):
+        first = draw()
+    assert draw() == others[1]
+    with seeded(seed_of(0, 7)):
+        assert draw() == first
+
+
+class Colours(Dataset[tuple[Tensor, int]]):
+    """Training images by (epoch, index): a colour per class, with noise that is each image's own."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        label = key[1] % 3
+        noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(key[1]))
+        return (0.3 * noise + torch.eye(3)[label].view(3, 1, 1)).double(), label
+
+
+def test_batches_of_a_resumed_run_are_those_left():
+    recipe = Recipe(epochs=3, batch=2, accumulate=3)
+    batches = list(TrainingBatches(Colours(), recipe))
+    assert len(batches) == len(TrainingBatches(Colours(), recipe)) == 3 * 4 * 3
+    rest = TrainingBatches(Colours(), recipe, first_step=5)
+    assert len(rest) == 7 * 3
+    assert list(rest) == batches[5 * 3 :]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_accumulated_batches_are_one_large_batch(optimizer):
+    """Where nothing is random and no batch norm sees the parts."""
+    results = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = tiny_volo(num_classes=3, batch_norm=False, drop_path_rate=0.0, return_dense=False).double()
+        start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        options: dict[str, Any] = {"epochs": 1, "batch": 8 // parts, "accumulate": parts, "optimizer": optimizer}
+        recipe = Recipe(**options, learning_rate=1e-3, ema_decay=0)
+        log = Trainer(model, recipe, Colours(), None, CPU, log_every=1).fit()
+        assert len(log) == 4  # three steps and the epoch
+        moved = nn.utils.parameters_to_vector(model.parameters()).detach() - start
+        results.append(([row["loss"] for row in log if "loss" in row], moved))
+    (losses, one), (other_losses, other) = results
+    assert other_losses == pytest.approx(losses, rel=1e-6)  # logits are float32
+    assert relative_error(other, one) < 1e-3
+
+
+# ---- scikit-learn's handwritten digits, on either CPU path alike
+
+
+class NarrowRedNet(RedNet):
+    """RedNet's stem and head around one bottleneck per stage, a quarter as wide."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1, 1, 1), num_classes=10, in_chans=1)
+        channels = 64
+        for stage, info in enumerate(self.feature_info):
+            width = 16 * 2**stage
+            block = Bottleneck(channels, width, stride=1 if stage == 0 else 2)
+            setattr(self, info["module"], nn.Sequential(block))
+            channels = info["num_chs"] = Bottleneck.expansion * width
+        self.head = nn.Sequential()
+        self.head.add_module("fc", nn.Linear(channels, 10))
+        self._initialise()
+
+
+SMALL: dict[str, Any] = {"num_classes": 10, "in_chans": 1}
+OVERLOCK: dict[str, Any] = {
+    "depth": (1, 1, 1, 1), "sub_depth": (1, 1), "embed_dim": (16, 16, 32, 32), "sub_num_heads": (1, 1),
+    "kernel_size": (7, 7, 7, 7),
+}  # fmt: skip
+
+
+def narrow_volo(**options: bool) -> VOLO:
+    return VOLO((2, 1, 1, 1), (48, 96), (2, 4), stem_dim=32, img_size=32, **SMALL, **options)
+
+
+FAMILIES: dict[str, tuple[Callable[[], BackboneContract], Recipe]] = {
+    "rednet": (NarrowRedNet, Recipe(epochs=3, batch=24, learning_rate=6e-3, ema_decay=0)),
+    "volo": (lambda: narrow_volo(return_dense=False), Recipe(epochs=3, batch=48, learning_rate=3e-3, ema_decay=0.8)),
+    "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=3, batch=48, learning_rate=6e-3, ema_decay=0)),
+    "volo with token labels": (narrow_volo, Recipe()),
+}
+
+
+class Keyed(Dataset[tuple[Tensor, int]]):
+    """Training images as the loop asks for them, by (epoch, index); the same in every epoch."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        return self.images[key[1]], self.labels[key[1]]
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Keyed, TensorDataset]:
+    """1437 images to learn from and 360 others to be judged by, enlarged from 8×8 to 32×32."""
+    data, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    images = torch.from_numpy(data.astype(np.float32)).view(-1, 1, 8, 8) / 8 - 1
+    images, labels = F.interpolate(images, (32, 32), mode="bilinear"), torch.from_numpy(labels)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    learn, judge = shuffled[360:], shuffled[:360]
+    return Keyed(images[learn], labels[learn]), TensorDataset(images[judge], labels[judge])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES)[:3])
+def test_reaches_95_percent_on_images_it_has_not_seen(digits, family):
+    build, recipe = FAMILIES[family]
+    torch.manual_seed(0)
+    model = build()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.3  # running statistics that keep up with a run of a hundred steps
+    training, judging = digits
+    log = Trainer(model, recipe, training, judging, CPU, log_every=10).fit()
+    accuracies = [row["top1"] for row in log if "top1" in row]
+    assert len(accuracies) == recipe.epochs
+    assert accuracies[-1] >= 95, accuracies
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_and_naive_paths_follow_the_same_curve(digits, family):
+    """Loss of each of eight steps, in float64, up to rounding; another seed changes it a billion times as much."""
+    few = Keyed(digits[0].images[:96].double(), torch.tensor(digits[0].labels[:96]))
+    curves = []
+    for backend, seed in (("eager", 0), ("reference", 0), ("eager", 1)):
+        torch.manual_seed(seed)
+        recipe = Recipe(epochs=1, batch=12, learning_rate=3e-4, ema_decay=0, seed=seed)
+        with kernels.use_backend(backend):
+            log = Trainer(FAMILIES[family][0]().double(), recipe, few, None, CPU, log_every=1).fit()
+        curves.append(torch.tensor([row["loss"] for row in log if "loss" in row], dtype=torch.float64))
+    eager, naive, other = curves
+    assert len(eager) == 8
+    assert eager.min() < eager[0]
+    assert relative_error(eager, naive) < 1e-10
+    assert relative_error(other, naive) > 1e-2
