@@ -1,15 +1,16 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-"""rpb's gradient: the logits' gradients, already summed over images, folded onto relative positions."""
+"""Gradients of bias and rpb: those of the logits, summed over images in parts, folded onto positions in a window and
+relative positions."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.dtypes import accumulator
+from kernels.launch import launch, next_power_of_2
 from kernels.views import view
 from kernels.windows_triton import window_start
 
@@ -18,55 +19,90 @@ __all__ = ["fold"]
 
 @triton.jit
 def _fold_kernel(
-    sums,  # [G, rows, W, K / ROWS · S]: Σ over images of ds
-    partial,  # [tiles, G, 2K-1, 2K-1]: written
-    groups, height, width, first_row, last_row,
+    sums,  # [N, G, rows, W, K / ROWS · S]: Σ of ds over the images of a part
+    totals,  # [N, G, M, K / ROWS · S]: the same, of several outputs
+    bias,  # [K²]: written
+    rpb,  # [G, 2K-1, 2K-1]: written
+    parts, groups, height, width, first_row, last_row, places,
     KERNEL: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_RELATIVE: tl.constexpr,
+    ITEMS: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a row of the table and a tile of columns, and adds over the rows of the map."""
-    RELATIVE: tl.constexpr = 2 * KERNEL - 1
-    i_relative, i_group = tl.program_id(0) % RELATIVE, tl.program_id(0) // RELATIVE % groups
-    i_tile = tl.program_id(0) // (RELATIVE * groups)
-    o_column = i_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    o_relative = tl.arange(0, BLOCK_RELATIVE)
-    # [R, C]
-    o_kernel = o_relative[:, None] - (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)[None, :]
-    m_kernel = (o_kernel >= 0) & (o_kernel < KERNEL) & (o_column < width)[None, :]
-    p_sums = sums.ptr + i_group * sums.g + o_column[None, :] * sums.w + o_kernel
-    b_sum = tl.zeros([BLOCK_RELATIVE, BLOCK_COLUMNS], ACCUMULATOR)
-    for row in range(first_row, last_row + 1):
-        kernel_h = i_relative - (window_start(row, height, KERNEL, 1) - row + KERNEL - 1)
-        o_row = (row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
-        m_row = (kernel_h >= 0) & (kernel_h < KERNEL)
-        b_sum += tl.load(p_sums + o_row, mask=m_kernel & m_row, other=0)
-    p_partial = partial.ptr + i_tile * partial.b + i_group * partial.g + i_relative * partial.h
-    tl.store(p_partial + o_relative, tl.sum(b_sum, 1), mask=o_relative < RELATIVE)
+    """A program takes a row of a head's table, or of a window, and adds rows of the map, several at a time."""
+    ENTRIES: tl.constexpr = 2 * KERNEL - 1
+    i_program = tl.program_id(0)
+    if i_program < ENTRIES * groups:
+        i_relative, i_group = i_program % ENTRIES, (i_program // ENTRIES).to(tl.int64)
+        rows = last_row - first_row + 1
+        o_relative = tl.arange(0, RELATIVE)
+        b_sum = tl.zeros([ITEMS, COLUMNS, RELATIVE], ACCUMULATOR)
+        for i_column in range(0, width, COLUMNS):
+            o_column = i_column + tl.arange(0, COLUMNS)
+            # [C, R]
+            o_kernel = o_relative[None, :] - (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)[:, None]
+            m_kernel = (o_kernel >= 0) & (o_kernel < KERNEL) & (o_column < width)[:, None]
+            p_sums = sums.ptr + i_group * sums.g + o_column[:, None] * sums.w + o_kernel
+            for i_item in range(0, parts * rows, ITEMS):
+                o_item = i_item + tl.arange(0, ITEMS)
+                o_row = first_row + o_item % rows
+                kernel_h = i_relative - (window_start(o_row, height, KERNEL, 1) - o_row + KERNEL - 1)
+                m_item = (o_item < parts * rows) & (kernel_h >= 0) & (kernel_h < KERNEL)
+                o_step = (o_row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
+                o_item = (o_item // rows).to(tl.int64) * sums.b + o_step
+                mask = m_item[:, None, None] & m_kernel[None, :, :]
+                b_sum += tl.load(p_sums[None, :, :] + o_item[:, None, None], mask=mask, other=0)
+        p_rpb = rpb.ptr + i_group * rpb.g + i_relative * rpb.h + o_relative * rpb.w
+        tl.store(p_rpb, tl.sum(tl.sum(b_sum, 0), 0).to(rpb.ptr.dtype.element_ty), mask=o_relative < ENTRIES)
+    else:
+        kernel_h = i_program - ENTRIES * groups
+        o_kernel = tl.arange(0, POSITIONS)
+        p_totals = totals.ptr + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL + o_kernel
+        b_total = tl.zeros([PLACES, POSITIONS], ACCUMULATOR)
+        for i_place in range(0, parts * groups * places, PLACES):
+            o_place = i_place + tl.arange(0, PLACES)
+            m_place, o_image = o_place < parts * groups * places, o_place // places
+            o_place = o_place % places * totals.h + o_image % groups * totals.g
+            o_place = o_place + (o_image // groups).to(tl.int64) * totals.b
+            mask = m_place[:, None] & (o_kernel < KERNEL)[None, :]
+            b_total += tl.load(p_totals[None, :] + o_place[:, None], mask=mask, other=0)
+        p_bias = bias.ptr + (kernel_h * KERNEL + o_kernel) * bias.k
+        tl.store(p_bias, tl.sum(b_total, 0).to(bias.ptr.dtype.element_ty), mask=o_kernel < KERNEL)
 
 
-def fold(sums: Tensor, rpb: Tensor, step: tuple[int, int], rows: tuple[int, int, int]) -> Tensor:
-    """Σ of ``sums`` [G, rows, W, K / ROWS · S] over all that meets an entry of rpb [G, 2K-1, 2K-1]; ``step`` holds ROWS
-    and S, ``rows`` the first and the last row of outputs and the map's height."""
-    groups, _, width, _ = sums.shape
-    relative, columns = rpb.shape[1], 16
-    tiles = ceil_divide(width, columns)
-    partial = sums.new_empty((tiles, *rpb.shape))
+def fold(
+    sums: Tensor, totals: Tensor, bias: Tensor, rpb: Tensor, step: tuple[int, int], rows: tuple[int, int, int]
+) -> None:
+    """Fills ``bias`` [K²] from ``totals`` [N, G, M, K / ROWS · S], and ``rpb`` [G, 2K-1, 2K-1] from ``sums``
+    [N, G, rows, W, K / ROWS · S]; ``step`` holds ROWS and S, ``rows`` the first and the last row of outputs and the
+    map's height."""
+    parts, groups, _, width, _ = sums.shape
+    entries = rpb.shape[1]
+    kernel_size = (entries + 1) // 2
+    columns, relative = next_power_of_2(min(width, 16)), next_power_of_2(entries)
+    positions = next_power_of_2(kernel_size)
     first_row, last_row, height = rows
     arguments = {
-        "sums": view(sums, "g h w k"),
-        "partial": view(partial, "b g h w"),
+        "sums": view(sums, "b g h w k"),
+        "totals": view(totals, "b g h k"),
+        "bias": view(bias, "k"),
+        "rpb": view(rpb, "g h w"),
+        "parts": parts,
         "groups": groups,
         "height": height,
         "width": width,
         "first_row": first_row,
         "last_row": last_row,
-        "KERNEL": (relative + 1) // 2,
+        "places": totals.shape[2],
+        "KERNEL": kernel_size,
         "ROWS": step[0],
         "STEPS": step[1],
-        "ACCUMULATOR": tl.float64 if sums.dtype == torch.float64 else tl.float32,
-        "BLOCK_COLUMNS": columns,
-        "BLOCK_RELATIVE": next_power_of_2(relative),
+        "ACCUMULATOR": accumulator(sums.dtype),
+        # Numbers of a block: 32 of a thread, all of which are on their way at the same time.
+        "ITEMS": max(1, 8192 // (columns * relative)),
+        "COLUMNS": columns,
+        "RELATIVE": relative,
+        "PLACES": max(1, 8192 // positions),
+        "POSITIONS": positions,
     }
-    # One program per (row of the table, group, tile of columns).
-    launch(_fold_kernel, (relative * groups * tiles,), sums.device, arguments, num_warps=4, num_stages=2)
-    return partial[0] if tiles == 1 else partial.sum(0)
+    # One program per row of a table and group, and one per row of a window.
+    grid = (entries * groups + kernel_size,)
+    launch(_fold_kernel, grid, sums.device, arguments, num_warps=8, num_stages=2)

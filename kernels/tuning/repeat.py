@@ -208,8 +208,8 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def repeat_of(call: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Repeat | None]:
-    """What a call returns, and how to repeat it; None where it does more than allocate, view and launch, or where nobody
-    knows which tensor an address lies in."""
+    """What a call returns, and how to repeat it; None where it does more than allocate, view and launch, or where
+    nobody knows which tensor an address lies in."""
     watch = _Watch(inputs)
     with watching_launches(watch.launched), watch:
         returned = call()
