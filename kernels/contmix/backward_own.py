@@ -220,14 +220,14 @@ def grad_own(saved: Saved, targets: Targets) -> None:
             rows = rows_of(part, first_row, min(first_row + count, height) - 1)
             grad_logits_own(part, into.query, into.previous, rows)
             grad_value_own(part, rows, value, value if first_row > 0 else None)
-            sums = grad_parameters_own(part, rows, projected, projected if first_row > 0 else None)
+            sums, pieces = grad_parameters_own(part, rows, projected, projected if first_row > 0 else None)
             tables = targets.bias, targets.rpb
             if images < batch or count < height:
                 tables = torch.empty_like(saved.bias, dtype=dtype), torch.empty_like(saved.rpb, dtype=dtype)
                 found.append(tables)
             classes = [class_of(row, height, kernel_size) for row in (rows.sizes.first_row, rows.sizes.last_row)]
             # One row, or column, of a class is like a map of the window's size.
-            fold(sums[:, :, :, :-1], sums[:, :, :, -1], *tables, step, (*classes, kernel_size))
+            fold(sums[:, :, :, :-1], sums[:, :, :, -1], *tables, step, (*classes, kernel_size), pieces, projected)
         if count < height:
             into.value.copy_(value)
             into.projected.copy_(projected)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +27,10 @@ class Rows(NamedTuple):
     sizes: Sizes
     weights: Tensor  # [B, G, rows, W, K / ROWS · S]: p
     grad_logits: Tensor  # the same: ds
+
+
+# Where there are fewer programs, two for each of a GPU's processors, several share the rows, of which each has some.
+LEAST_PROGRAMS, LEAST_ROWS = 264, 4
 
 
 @triton.jit
@@ -106,37 +109,50 @@ def _grad_parameters_own_kernel(
     query,  # [B, G, Dq, H, W]
     grad_logits,  # [B, G, rows, W, K / ROWS · S]: ds of some rows of outputs
     previous,  # [B, G, Dq, K²]: what to add to, where ADD
-    grad_projected,  # [B, G, Dq, K²]: written
-    sums,  # [B, G, classes of rows, K + 1, K / ROWS · S]: ds summed over outputs of a class of rows and one of columns,
-    # and, last, over all columns; written
-    sizes,
+    grad_projected,  # [N, B, G, Dq, K²]: written; N along the axis h
+    sums,  # [N·B, G, classes of rows, K + 1, K / ROWS · S]: written; ds, summed over the outputs of a class of rows and
+    # one of columns, and last over all columns
+    sizes, count,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_QUERY: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
-    ADD: tl.constexpr,
+    POSITIONS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """A class of rows, or columns, is those whose windows lie alike around them: K // 2 from either border are each one
-    of its own, and all between them a class. A program walks over the rows, and over their inner columns in tiles."""
+    of its own, and all between them a class. A program walks over one of N parts of the rows, ``count`` each, and over
+    their inner columns in tiles."""
     HALF: tl.constexpr = KERNEL // 2
     INNER: tl.constexpr = COLUMNS - 2 * HALF
-    _batch, groups, height, width, first_row, last_row = sizes
-    i_step, i_image = tl.program_id(0) % (KERNEL // ROWS), tl.program_id(0) // (KERNEL // ROWS)
-    i_batch, i_group = (i_image // groups).to(tl.int64), (i_image % groups).to(tl.int64)
-    queries, logits, sums = at(query, i_batch, i_group), at(grad_logits, i_batch, i_group), at(sums, i_batch, i_group)
+    batch, groups, height, width, first_row, last_row = sizes
+    STORED: tl.constexpr = KERNEL // ROWS * STEPS
+    BLOCKS: tl.constexpr = (STORED + POSITIONS - 1) // POSITIONS
+    i_block, i_image = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    i_group, i_sum = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
+    i_batch, i_part = i_sum % batch, i_sum // batch
+    queries, logits, sums = at(query, i_batch, i_group), at(grad_logits, i_batch, i_group), at(sums, i_sum, i_group)
+    begin = first_row + i_part.to(tl.int32) * count
+    end = tl.minimum(begin + count - 1, last_row)
     tiles = tl.cdiv(width - 2 * HALF, INNER)
-    o_step, o_slot = tl.arange(0, STEPS), tl.arange(0, COLUMNS)
+    o_stored, o_slot = i_block * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, COLUMNS)
+    m_stored = o_stored < STORED
     m_inner = (o_slot >= HALF) & (o_slot < COLUMNS - HALF)
     o_class = tl.where(o_slot < HALF, o_slot, o_slot - COLUMNS + KERNEL)
     first_class = first_row - window_start(first_row, height, KERNEL, 1)
-    b_projected = tl.zeros([BLOCK_QUERY, STEPS], ACCUMULATOR)
-    b_sum = tl.zeros([COLUMNS, STEPS], ACCUMULATOR)
-    for i in range((last_row - first_row + 1) * tiles):
-        row, i_tile = first_row + i // tiles, i % tiles
+    for i_class in range(first_class, last_row - window_start(last_row, height, KERNEL, 1) + 1):
+        p_sums = sums.ptr + (i_class - first_class) * sums.h + o_stored
+        begins, ends = begin - window_start(begin, height, KERNEL, 1), end - window_start(end, height, KERNEL, 1)
+        if (i_class < begins) | (i_class > ends):
+            for i in range(KERNEL + 1):
+                tl.store(p_sums + i * sums.w, tl.zeros([POSITIONS], ACCUMULATOR), mask=m_stored)
+    b_projected = tl.zeros([BLOCK_QUERY, POSITIONS], ACCUMULATOR)
+    b_sum = tl.zeros([COLUMNS, POSITIONS], ACCUMULATOR)
+    for i in range((end - begin + 1) * tiles):
+        row, i_tile = begin + i // tiles, i % tiles
         # The columns at the borders come with the first tile.
         o_column = tl.where(m_inner, o_slot + i_tile * INNER, tl.where(o_slot < HALF, o_slot, o_slot + width - COLUMNS))
         m_column = tl.where(m_inner, o_column < width - HALF, i_tile == 0)
         o_logits = (row - first_row).to(OFFSET) * logits.h + o_column.to(OFFSET) * logits.w
         b_grad_logits = tl.load(
-            logits.ptr + o_logits[:, None] + (i_step * STEPS + o_step)[None, :], mask=m_column[:, None], other=0
+            logits.ptr + o_logits[:, None] + o_stored[None, :], mask=m_column[:, None] & m_stored[None, :], other=0
         )
         o_query = row.to(OFFSET) * queries.h + o_column.to(OFFSET) * queries.w
         b_query = load_pixels(queries, o_query, m_column, QUERY_CHANNELS, BLOCK_QUERY)
@@ -144,19 +160,22 @@ def _grad_parameters_own_kernel(
         b_sum += b_grad_logits.to(ACCUMULATOR)
         i_class = row - window_start(row, height, KERNEL, 1)
         i_next = row + 1 - window_start(row + 1, height, KERNEL, 1)
-        if (i_tile == tiles - 1) & ((row == last_row) | (i_next != i_class)):
-            p_sums = sums.ptr + (i_class - first_class) * sums.h + i_step * STEPS + o_step
-            tl.store(p_sums[None, :] + o_class[:, None] * sums.w, b_sum, mask=(m_inner == 0)[:, None])
-            tl.store(p_sums + HALF * sums.w, tl.sum(tl.where(m_inner[:, None], b_sum, 0), 0))
-            tl.store(p_sums + KERNEL * sums.w, tl.sum(b_sum, 0))
-            b_sum = tl.zeros([COLUMNS, STEPS], ACCUMULATOR)
-    o_position, m_position = i_step * ROWS * KERNEL + o_step, o_step < ROWS * KERNEL
+        if (i_tile == tiles - 1) & ((row == end) | (i_next != i_class)):
+            p_sums = sums.ptr + (i_class - first_class) * sums.h + o_stored
+            tl.store(
+                p_sums[None, :] + o_class[:, None] * sums.w, b_sum, mask=(m_inner == 0)[:, None] & m_stored[None, :]
+            )
+            tl.store(p_sums + HALF * sums.w, tl.sum(tl.where(m_inner[:, None], b_sum, 0), 0), mask=m_stored)
+            tl.store(p_sums + KERNEL * sums.w, tl.sum(b_sum, 0), mask=m_stored)
+            b_sum = tl.zeros([COLUMNS, POSITIONS], ACCUMULATOR)
+    o_position = o_stored // STEPS * ROWS * KERNEL + o_stored % STEPS
+    m_position = m_stored & (o_stored % STEPS < ROWS * KERNEL)
     b_projected = tl.trans(b_projected)
     if ADD:
         added = at(previous, i_batch, i_group)
         b_projected += load_pixels(added, o_position * added.k, m_position, QUERY_CHANNELS, BLOCK_QUERY)
     target = at(grad_projected, i_batch, i_group)
-    store_pixels(target, o_position * target.k, m_position, b_projected, QUERY_CHANNELS)
+    store_pixels(target, i_part * target.h + o_position * target.k, m_position, b_projected, QUERY_CHANNELS)
 
 
 def grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tensor | None) -> None:
@@ -189,36 +208,49 @@ def grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tenso
     launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=3)
 
 
-def grad_parameters_own(saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None) -> Tensor:
-    """Fills ``grad_projected`` with what ``rows`` give, and ``previous``; sums of ds [B, G, classes of rows, K + 1,
-    K / ROWS · S]."""
+def grad_parameters_own(
+    saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Fills ``grad_projected`` with what ``rows`` give, and ``previous``; or leaves parts of it [N, K², B, G, Dq] to be
+    summed. Sums of ds [N·B, G, classes of rows, K + 1, K / ROWS · S], and these parts."""
     sizes, constants = rows.sizes, types(saved, grad_projected, rows.weights)
+    batch, groups, height, width, first_row, last_row = sizes
     kernel_size = constants["KERNEL"]
     kernel_rows, steps = steps_of_own(kernel_size)
-    classes = (
-        class_of(sizes.last_row, sizes.height, kernel_size) - class_of(sizes.first_row, sizes.height, kernel_size) + 1
-    )
-    shape = sizes.batch, sizes.groups, classes, kernel_size + 1, rows.weights.shape[4]
-    sums = torch.empty(shape, dtype=saved.statistics.dtype, device=saved.statistics.device)
+    stored = rows.weights.shape[4]
+    positions = min(64, next_power_of_2(stored))
+    programs, count = ceil_divide(stored, positions) * groups * batch, last_row - first_row + 1
+    several, parts = 1, None
+    if previous is None and programs < LEAST_PROGRAMS and grad_projected.permute(3, 0, 1, 2).is_contiguous():
+        count = max(LEAST_ROWS, ceil_divide(count, LEAST_PROGRAMS // programs))
+        several = ceil_divide(last_row - first_row + 1, count)
+    if several > 1:
+        parts = saved.statistics.new_empty((several, kernel_size**2, *saved.query.shape[:3]))
+    classes = class_of(last_row, height, kernel_size) - class_of(first_row, height, kernel_size) + 1
+    sums = saved.statistics.new_empty((several * batch, groups, classes, kernel_size + 1, stored))
     del constants["CHANNELS"]
-    columns = max(block(kernel_size), min(64 if saved.value.dtype.itemsize == 2 else 32, block(sizes.width)))
+    columns = max(block(kernel_size), min(64 if saved.value.dtype.itemsize == 2 else 32, block(width)))
     arguments = {
         "query": view(saved.query, "b g c h w"),
         "grad_logits": view(rows.grad_logits, "b g h w k"),
         "previous": view(grad_projected if previous is None else previous, "b g c k"),
-        "grad_projected": view(grad_projected, "b g c k"),
+        "grad_projected": view(grad_projected, "b g c k") if parts is None else view(parts, "h k b g c"),
         "sums": view(sums, "b g h w k"),
         "sizes": sizes,
+        "count": count,
         **constants,
         "ROWS": kernel_rows,
         "STEPS": steps,
         "COLUMNS": columns,
+        "POSITIONS": positions,
         "ADD": previous is not None,
     }
-    # One program per (step of window positions, group, batch entry).
-    grid = (kernel_size // kernel_rows * sizes.groups * sizes.batch,)
-    launch(_grad_parameters_own_kernel, grid, sums.device, arguments, num_warps=max(1, columns // 16), num_stages=4)
-    return sums
+    # One program per (block of window positions, group, batch entry, part of the rows).
+    launch(
+        _grad_parameters_own_kernel, (programs * several,), sums.device, arguments,
+        num_warps=max(1, columns // 16), num_stages=1,
+    )  # fmt: skip
+    return sums, parts
 
 
 def class_of(row: int, height: int, kernel_size: int) -> int:

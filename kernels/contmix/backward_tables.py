@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dtypes import accumulator
-from kernels.launch import launch, next_power_of_2
-from kernels.views import view
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.views import View, view
 from kernels.windows_triton import window_start
 
 __all__ = ["fold"]
@@ -23,11 +23,15 @@ def _fold_kernel(
     totals,  # [N, G, M, K / ROWS · S]: the same, of several outputs
     bias,  # [K²]: written
     rpb,  # [G, 2K-1, 2K-1]: written
-    parts, groups, height, width, first_row, last_row, places,
+    pieces,  # [I, E]: parts of one more gradient
+    total,  # [E]: written, their sum
+    parts, groups, height, width, first_row, last_row, places, count, elements,
     KERNEL: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     ITEMS: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr, POSITIONS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a row of a head's table, or of a window, and adds rows of the map, several at a time."""
+    """A program takes a row of a head's table, or of a window, and adds rows of the map, several at a time; or a block
+    of the other gradient."""
     ENTRIES: tl.constexpr = 2 * KERNEL - 1
     i_program = tl.program_id(0)
     if i_program < ENTRIES * groups:
@@ -52,7 +56,7 @@ def _fold_kernel(
                 b_sum += tl.load(p_sums[None, :, :] + o_item[:, None, None], mask=mask, other=0)
         p_rpb = rpb.ptr + i_group * rpb.g + i_relative * rpb.h + o_relative * rpb.w
         tl.store(p_rpb, tl.sum(tl.sum(b_sum, 0), 0).to(rpb.ptr.dtype.element_ty), mask=o_relative < ENTRIES)
-    else:
+    elif i_program < ENTRIES * groups + KERNEL:
         kernel_h = i_program - ENTRIES * groups
         o_kernel = tl.arange(0, POSITIONS)
         p_totals = totals.ptr + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL + o_kernel
@@ -66,25 +70,44 @@ def _fold_kernel(
             b_total += tl.load(p_totals[None, :] + o_place[:, None], mask=mask, other=0)
         p_bias = bias.ptr + (kernel_h * KERNEL + o_kernel) * bias.k
         tl.store(p_bias, tl.sum(b_total, 0).to(bias.ptr.dtype.element_ty), mask=o_kernel < KERNEL)
+    else:
+        o_element = (i_program - ENTRIES * groups - KERNEL) * ELEMENTS + tl.arange(0, ELEMENTS)
+        b_element = tl.zeros([ELEMENTS], ACCUMULATOR)
+        for i in range(count):
+            b_element += tl.load(pieces.ptr + i * pieces.b + o_element, mask=o_element < elements, other=0)
+        tl.store(total.ptr + o_element, b_element.to(total.ptr.dtype.element_ty), mask=o_element < elements)
 
 
 def fold(
-    sums: Tensor, totals: Tensor, bias: Tensor, rpb: Tensor, step: tuple[int, int], rows: tuple[int, int, int]
+    sums: Tensor,
+    totals: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    step: tuple[int, int],
+    rows: tuple[int, int, int],
+    pieces: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> None:
     """Fills ``bias`` [K²] from ``totals`` [N, G, M, K / ROWS · S], and ``rpb`` [G, 2K-1, 2K-1] from ``sums``
     [N, G, rows, W, K / ROWS · S]; ``step`` holds ROWS and S, ``rows`` the first and the last row of outputs and the
-    map's height."""
+    map's height. And ``total`` from its ``pieces`` [I, ...], which lie in memory one after the other as it does."""
     parts, groups, _, width, _ = sums.shape
     entries = rpb.shape[1]
     kernel_size = (entries + 1) // 2
     columns, relative = next_power_of_2(min(width, 16)), next_power_of_2(entries)
     positions = next_power_of_2(kernel_size)
     first_row, last_row, height = rows
+    if pieces is None or total is None:
+        pieces, total, elements = totals, bias, 0
+    else:
+        elements = total.numel()
     arguments = {
         "sums": view(sums, "b g h w k"),
         "totals": view(totals, "b g h k"),
         "bias": view(bias, "k"),
         "rpb": view(rpb, "g h w"),
+        "pieces": View(pieces, pieces.stride(0)),
+        "total": View(total),
         "parts": parts,
         "groups": groups,
         "height": height,
@@ -92,6 +115,8 @@ def fold(
         "first_row": first_row,
         "last_row": last_row,
         "places": totals.shape[2],
+        "count": pieces.shape[0],
+        "elements": elements,
         "KERNEL": kernel_size,
         "ROWS": step[0],
         "STEPS": step[1],
@@ -102,7 +127,8 @@ def fold(
         "RELATIVE": relative,
         "PLACES": max(1, 8192 // positions),
         "POSITIONS": positions,
+        "ELEMENTS": 1024,
     }
-    # One program per row of a table and group, and one per row of a window.
-    grid = (entries * groups + kernel_size,)
+    # One program per row of a table and group, one per row of a window, and one per block of the other gradient.
+    grid = (entries * groups + kernel_size + ceil_divide(elements, 1024),)
     launch(_fold_kernel, grid, sums.device, arguments, num_warps=8, num_stages=2)

@@ -54,7 +54,8 @@ def _saved(problem: Problem, device: torch.device, shared: bool) -> tuple[Saved,
     query, projected, bias, rpb, value = inputs
     sizes = [problem.kernel_size]
     out, statistics = eager.contmix(query, projected, bias, [rpb], value[:, None], sizes)
-    targets = Targets(*(torch.empty_like(tensor) for tensor in (query, value, projected, bias, rpb)), None)
+    empty = torch.empty_like
+    targets = Targets(empty(query), empty(value), empty(projected), empty(bias), empty(rpb), None)
     return Saved(*inputs, torch.randn_like(value), out[:, 0], statistics[:, 0]), targets
 
 

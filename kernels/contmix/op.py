@@ -163,10 +163,13 @@ def _save(ctx, inputs, output):
     query, key, proj_weight, bias, rpb, value, ctx.kernel_sizes, ctx.backend = inputs
     ctx.save_for_backward(query, key, proj_weight, bias, value, *output, *rpb)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no derivative
 
 
 def _backward(ctx, grad, _grad_statistics, _grad_projected):
     query, key, proj_weight, bias, value, out, statistics, projected, *rpb = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, [None] * len(rpb), None, None, None
     saved = query, key, proj_weight, bias, rpb, value, out, statistics, projected
     return *_contmix_backward(grad, *saved, ctx.kernel_sizes, ctx.backend), None, None
 
