@@ -18,6 +18,12 @@ __all__ = ["fold"]
 
 
 @triton.jit
+def _first_row(i_class, length, KERNEL: tl.constexpr, LAST: tl.constexpr):
+    """The first row, or the LAST, that lies ``i_class`` rows into its window."""
+    return tl.where(i_class < KERNEL // 2 + 1 - LAST, i_class, i_class + length - KERNEL)
+
+
+@triton.jit
 def _fold_kernel(
     sums,  # [N, G, rows, W, K / ROWS · S]: Σ of ds over the images of a part
     totals,  # [N, G, M, K / ROWS · S]: the same, of several outputs
@@ -36,26 +42,32 @@ def _fold_kernel(
     i_program = tl.program_id(0)
     if i_program < ENTRIES * groups:
         i_relative, i_group = i_program % ENTRIES, (i_program // ENTRIES).to(tl.int64)
-        rows = last_row - first_row + 1
-        o_relative = tl.arange(0, RELATIVE)
-        b_sum = tl.zeros([ITEMS, COLUMNS, RELATIVE], ACCUMULATOR)
+        # The rows whose windows have one at that distance.
+        begin = tl.maximum(_first_row(tl.maximum(KERNEL - 1 - i_relative, 0), height, KERNEL, 0), first_row)
+        end = tl.minimum(_first_row(tl.minimum(2 * KERNEL - 2 - i_relative, KERNEL - 1), height, KERNEL, 1), last_row)
+        rows = tl.maximum(end - begin + 1, 0)
+        o_kernel, o_relative = tl.arange(0, POSITIONS), tl.arange(0, RELATIVE)
+        b_rpb = tl.zeros([RELATIVE], ACCUMULATOR)
         for i_column in range(0, width, COLUMNS):
             o_column = i_column + tl.arange(0, COLUMNS)
-            # [C, R]
-            o_kernel = o_relative[None, :] - (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)[:, None]
-            m_kernel = (o_kernel >= 0) & (o_kernel < KERNEL) & (o_column < width)[:, None]
-            p_sums = sums.ptr + i_group * sums.g + o_column[:, None] * sums.w + o_kernel
+            # [C, K]
+            mask = (o_column < width)[:, None] & (o_kernel < KERNEL)[None, :]
+            p_sums = sums.ptr + i_group * sums.g + o_column[:, None] * sums.w + o_kernel[None, :]
+            b_sum = tl.zeros([ITEMS, COLUMNS, POSITIONS], ACCUMULATOR)
             for i_item in range(0, parts * rows, ITEMS):
                 o_item = i_item + tl.arange(0, ITEMS)
-                o_row = first_row + o_item % rows
+                m_item, o_row = o_item < parts * rows, begin + o_item % rows
                 kernel_h = i_relative - (window_start(o_row, height, KERNEL, 1) - o_row + KERNEL - 1)
-                m_item = (o_item < parts * rows) & (kernel_h >= 0) & (kernel_h < KERNEL)
                 o_step = (o_row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
                 o_item = (o_item // rows).to(tl.int64) * sums.b + o_step
-                mask = m_item[:, None, None] & m_kernel[None, :, :]
-                b_sum += tl.load(p_sums[None, :, :] + o_item[:, None, None], mask=mask, other=0)
+                p_item = p_sums[None, :, :] + o_item[:, None, None]
+                b_sum += tl.load(p_item, mask=m_item[:, None, None] & mask[None, :, :], other=0)
+            o_entry = (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)[:, None] + o_kernel[None, :]
+            # [R, C, K]
+            m_entry = (o_relative[:, None, None] == o_entry[None, :, :]) & mask[None, :, :]
+            b_rpb += tl.sum(tl.sum(tl.where(m_entry, tl.sum(b_sum, 0)[None, :, :], 0), 2), 1)
         p_rpb = rpb.ptr + i_group * rpb.g + i_relative * rpb.h + o_relative * rpb.w
-        tl.store(p_rpb, tl.sum(tl.sum(b_sum, 0), 0).to(rpb.ptr.dtype.element_ty), mask=o_relative < ENTRIES)
+        tl.store(p_rpb, b_rpb.to(rpb.ptr.dtype.element_ty), mask=o_relative < ENTRIES)
     elif i_program < ENTRIES * groups + KERNEL:
         kernel_h = i_program - ENTRIES * groups
         o_kernel = tl.arange(0, POSITIONS)
@@ -122,7 +134,7 @@ def fold(
         "STEPS": step[1],
         "ACCUMULATOR": accumulator(sums.dtype),
         # Numbers of a block: 32 of a thread, all of which are on their way at the same time.
-        "ITEMS": max(1, 8192 // (columns * relative)),
+        "ITEMS": max(1, 8192 // (columns * positions)),
         "COLUMNS": columns,
         "RELATIVE": relative,
         "PLACES": max(1, 8192 // positions),
