@@ -9,8 +9,6 @@ rows at a time as memory may take. From these come the other gradients: value's 
 outputs that see an input, row by row as matrix products; projected keys' as one product; bias' and rpb's as sums.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -38,8 +36,6 @@ from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows_triton import offsets
-
-__all__ = ["grad_logits_own", "grad_own", "rows_of"]
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24

@@ -10,8 +10,6 @@ of value, p @ grad, of projected keys, ds @ query, and of query, projectedᵀ @ 
 which a small kernel sums. Another sums ds over images in registers, for bias and rpb.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import triton
@@ -37,8 +35,6 @@ from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 from kernels.windows_triton import offsets, pixels_of_window
-
-__all__ = ["Targets", "grad_inputs_shared", "grad_tables_shared", "reference_gradients"]
 
 
 @triton.jit

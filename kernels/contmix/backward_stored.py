@@ -4,8 +4,6 @@
 """What follows from weights p and their logits' gradients ds in memory: gradients of value, of projected keys, and sums
 of ds over what shares entries of bias and rpb."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import triton
@@ -17,8 +15,6 @@ from kernels.contmix.tiles import dot, load_heads, load_pixels, store_heads, sto
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.views import at, view
 from kernels.windows_triton import window_start
-
-__all__ = ["Rows", "grad_parameters_own", "grad_value_own"]
 
 
 class Rows(NamedTuple):

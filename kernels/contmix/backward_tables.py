@@ -3,8 +3,6 @@
 """Gradients of bias and rpb: those of the logits, summed over images in parts, folded onto positions in a window and
 relative positions."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,8 +11,6 @@ from kernels.dtypes import accumulator
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.views import View, view
 from kernels.windows_triton import window_start
-
-__all__ = ["fold"]
 
 
 @triton.jit

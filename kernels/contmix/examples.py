@@ -1,7 +1,5 @@
 """ContMix's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

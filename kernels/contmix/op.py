@@ -1,7 +1,5 @@
 """ContMix: every pixel mixes its neighbourhood with kernels generated from its affinity to the whole image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -16,8 +14,6 @@ from kernels.contmix import eager
 from kernels.dtypes import at_least_float32
 from kernels.layout import empty_like_layout
 from kernels.registration import once_differentiable, operator, without_autocast
-
-__all__ = ["contmix2d"]
 
 
 def contmix2d(

@@ -1,7 +1,5 @@
 """ContMix on Triton kernels: the forward and the backward pass, each kernel size in the form that suits it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,6 @@ from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.layout import empty_like_layout
 from kernels.tuning import repeated
-
-__all__ = ["contmix", "contmix_backward"]
 
 
 def _no_double_products(value: Tensor) -> bool:
