@@ -6,7 +6,7 @@ compiled ahead, for any architecture, from the very arguments its launcher compu
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -47,14 +47,19 @@ _thread = threading.local()
 
 
 @contextmanager
-def watched_launches() -> Iterator[list[tuple[Launch, Any]]]:
-    """Collect this thread's launches as they are made, each with what Triton compiled (None in the interpreter)."""
-    previous = getattr(_thread, "watched", None)
-    _thread.watched = made = []
+def watching_launches(watch: Callable[[Launch, Any], object]) -> Iterator[None]:
+    """Tell ``watch`` of this thread's launches as they are made, and what Triton compiled (None in the interpreter)."""
+    previous = getattr(_thread, "watch", None)
+    _thread.watch = watch
     try:
-        yield made
+        yield
     finally:
-        _thread.watched = previous
+        _thread.watch = previous
+
+
+def watching() -> bool:
+    """Whether somebody watches this thread's launches."""
+    return getattr(_thread, "watch", None) is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], **options: int) -> None:
@@ -70,14 +75,14 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
         return
-    watched = getattr(_thread, "watched", None)
-    if watched is not None:
-        _thread.watched = None
-        with _disable_current_modes():  # what the interpreter does with tensors is none of a watcher's business
-            watched.append((Launch(kernel, grid, arguments, options), _run(kernel, grid, device, arguments, options)))
-        _thread.watched = watched
-    else:
+    watch = getattr(_thread, "watch", None)
+    if watch is None:
         _run(kernel, grid, device, arguments, options)
+        return
+    _thread.watch = None
+    with _disable_current_modes():  # what the interpreter does with tensors is none of a watcher's business
+        watch(Launch(kernel, grid, arguments, options), _run(kernel, grid, device, arguments, options))
+    _thread.watch = watch
 
 
 def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: Any, options: dict[str, int]) -> Any:
@@ -87,14 +92,19 @@ def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: An
         return kernel[grid](**arguments, **options)
 
 
+def pointers_suffice(launched: Launch, compiled: Any) -> bool:
+    """Whether ``launch_again`` takes addresses in place of tensors, and tuples in place of views."""
+    # Not in the interpreter, where somebody wants to see the arguments, and in a Triton that may end otherwise.
+    return compiled is not None and not launched.kernel.pre_run_hooks and _ends_as_known()
+
+
 def launch_again(launched: Launch, compiled: Any, values: list[Any], device: torch.device) -> None:
     """A launch with other values of the same types: what Triton's own ``kernel[grid](...)`` ends with.
 
     ``values`` are those of all parameters in their order.
     """
     kernel, grid, _, options = launched
-    # In the interpreter, where somebody wants to see the arguments, and in a Triton that may end otherwise:
-    if compiled is None or kernel.pre_run_hooks or not _ends_as_known():
+    if not pointers_suffice(launched, compiled):
         return launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=True)), **options)
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

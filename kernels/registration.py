@@ -7,11 +7,14 @@ thread of PyTorch's own.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C._autograd import _profiler_enabled
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.utils import _pytree
@@ -38,10 +41,91 @@ def _has_tangent(value: object) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+class Operator:
+    """``dynamic_kernels::<name>``, registered with PyTorch; an eager call that nothing there is to see goes past it.
+
+    PyTorch's dispatcher, and the Python of ``torch.library`` around it, cost the host more than a launch does.
+    """
+
+    def __init__(self, definition: CustomOpDef, implementation: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, implementation)
+        self.definition, self.implementation = definition, implementation
+        self.register_fake = definition.register_fake
+        self._function: type[_Function] | None = None
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """As of a ``CustomOpDef``."""
+        self.definition.register_autograd(backward, setup_context=setup_context)
+        members = {"run": staticmethod(self.implementation), "save": setup_context, "differentiate": backward}
+        members |= {name: staticmethod(function) for name, function in members.items()}
+        self._function = type(self.implementation.__name__, (_Function,), members)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling():  # before anything that a compiler cannot follow
+            return self.definition(*arguments)
+        tensors: list[Tensor] = []
+        lengths: list[int | None] = []
+        flat: list[Any] = []
+        for argument in arguments:
+            several = isinstance(argument, (list, tuple)) and len(argument) > 0 and isinstance(argument[0], Tensor)
+            parts = argument if several else (argument,)
+            lengths.append(len(parts) if several else None)
+            flat.extend(parts)
+            tensors.extend(part for part in parts if isinstance(part, Tensor))
+        if _is_seen(tensors):
+            return self.definition(*arguments)
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+            return self.implementation(*arguments)
+        return self.definition(*arguments) if self._function is None else self._function.apply(*flat, lengths)
+
+
+class _Function(torch.autograd.Function):
+    """An operator's derivative for PyTorch, which follows no tensors in lists: these come one by one."""
+
+    run: Callable[..., Any]
+    save: Callable[..., Any]
+    differentiate: Callable[..., Any]
+
+    @classmethod
+    def _gathered(cls, flat: Sequence[Any], lengths: Sequence[int | None]) -> tuple[Any, ...]:
+        left = iter(flat)
+        return tuple(next(left) if n is None else [next(left) for _ in range(n)] for n in lengths)
+
+    @classmethod
+    def forward(cls, ctx: Any, *flat_and_lengths: Any) -> Any:
+        *flat, lengths = flat_and_lengths
+        arguments = cls._gathered(flat, lengths)
+        ctx.lengths = lengths
+        output = cls.run(*arguments)
+        cls.save(ctx, arguments, output)
+        return output
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Any) -> Any:
+        found = cls.differentiate(ctx, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        spread = ((grad,) if n is None else grad for n, grad in zip(ctx.lengths, found, strict=True))
+        return *itertools.chain.from_iterable(spread), None
+
+
+def _is_seen(tensors: Sequence[Tensor]) -> bool:
+    """Whether more than autograd is to know of a call: a mode, a transform, a trace, a profiler or a kind of tensor."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or _functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+        or tensors[0].is_meta
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
     """Register the decorated implementation as ``dynamic_kernels::<name>``."""
 
-    def register(function: Callable[..., Any]) -> CustomOpDef:
+    def register(function: Callable[..., Any]) -> Operator:
         run = without_autocast(function)
 
         @functools.wraps(function)
@@ -53,12 +137,13 @@ def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpD
                 )
             return run(*arguments)
 
-        return torch.library.custom_op(f"dynamic_kernels::{name}", implementation, mutates_args=(), schema=schema)
+        definition = torch.library.custom_op(f"dynamic_kernels::{name}", implementation, mutates_args=(), schema=schema)
+        return Operator(definition, implementation)
 
     return register
 
 
-def once_differentiable(backward: CustomOpDef, name: str) -> None:
+def once_differentiable(backward: Operator, name: str) -> None:
     """Make the second derivative through ``backward`` an error that says how to get one."""
 
     def refuse(ctx: Any, *_grads: Any) -> None:
@@ -67,10 +152,10 @@ def once_differentiable(backward: CustomOpDef, name: str) -> None:
             'kernels.use_backend("reference")'
         )
 
-    backward.register_autograd(refuse)
+    backward.definition.register_autograd(refuse)
 
 
-def derivative(forward: CustomOpDef, backward: CustomOpDef, tensors: int, name: str) -> None:
+def derivative(forward: Operator, backward: Operator, tensors: int, name: str) -> None:
     """Make ``backward(grad, *arguments)``, one gradient per tensor, the only derivative of ``forward(*arguments)``,
     whose first arguments are so many tensors or None."""
 

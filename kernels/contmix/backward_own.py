@@ -9,9 +9,7 @@ rows at a time as memory may take. From these come the other gradients: value's 
 outputs that see an input, row by row as matrix products; projected keys' as one product; bias' and rpb's as sums.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.backward_shared import Targets, reference_gradients
+from kernels.contmix.backward_stored import Rows, class_of, grad_parameters_own, grad_value_own
 from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import OWN, Own, Saved, Sizes, block, grad_own_heuristic, problem_of, steps_of_own, types
+from kernels.contmix.configs import OWN, Own, Saved, Sizes, grad_own_heuristic, problem_of, steps_of_own, types
 from kernels.contmix.forward_own import bias_of_step, logits_of_pairs, own_arguments, values_of_pairs
 from kernels.contmix.forward_shared import views_of
 from kernels.contmix.tiles import (
@@ -33,12 +32,10 @@ from kernels.contmix.tiles import (
     rpb_base,
     store_heads,
 )
-from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import at, view
-from kernels.windows_triton import offsets, window_start
-
-__all__ = ["grad_logits_own", "grad_own", "rows_of"]
+from kernels.windows_triton import offsets
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24
@@ -161,85 +158,6 @@ def _grad_logits_own_kernel(
         store_heads(at(grad_query, i_batch, 0), o_target, outputs.mask, i_head, groups, b_sum, QUERY_CHANNELS)
 
 
-@triton.jit
-def _grad_value_own_kernel(
-    weights,  # [B, G, rows, W, K / ROWS · S]: p of some rows of outputs
-    grad,  # [B, G, Dv, H, W]
-    previous,  # [B, G, Dv, H, W]: what to add to, where ADD
-    grad_value,  # [B, G, Dv, H, W]: written
-    sizes, tiles, head_blocks,
-    KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
-    UPCAST: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Inputs of a tile are adjacent in a row; a step takes adjacent outputs of a row that sees it."""
-    _batch, groups, height, width, first_row, last_row = sizes
-    i_program = tl.program_id(0)
-    i_tile, i_head = i_program % tiles, i_program // tiles % head_blocks * HEADS
-    i_batch = (i_program // (tiles * head_blocks)).to(tl.int64)
-    tiles_w = tl.cdiv(width, INPUTS)
-    row, i_column = i_tile // tiles_w, i_tile % tiles_w * INPUTS
-    o_input = i_column + tl.arange(0, INPUTS)
-    i_first, _ = _outputs_seeing(i_column, width, KERNEL)
-    _, i_last = _outputs_seeing(tl.minimum(i_column + INPUTS, width) - 1, width, KERNEL)
-    i_first_h, i_last_h = _outputs_seeing(row, height, KERNEL)
-    i_first_h, i_last_h = tl.maximum(i_first_h, first_row), tl.minimum(i_last_h, last_row)
-    o_head = i_head + tl.arange(0, HEADS)
-    p_weights = (
-        weights.ptr + i_batch * weights.b + tl.minimum(o_head, groups - 1).to(tl.int64)[:, None, None] * weights.g
-    )
-    grads = at(grad, i_batch, 0)
-    # [G, I, Dv]
-    b_sum = tl.zeros([HEADS, INPUTS, BLOCK_CHANNELS], ACCUMULATOR)
-    ROWS_OF_STEP: tl.constexpr = OUTPUTS // COLUMNS
-    for i_outputs in range(i_first, i_last + 1, COLUMNS):
-        o_output = tl.arange(0, OUTPUTS)
-        o_row, o_output = o_output // COLUMNS, i_outputs + o_output % COLUMNS
-        # [O, I]: where in an output's window an input is, if it is
-        o_kernel = o_input[None, :] - window_start(o_output, width, KERNEL, 1)[:, None]
-        m_kernel = (o_kernel >= 0) & (o_kernel < KERNEL) & (o_input < width)[None, :] & (o_output <= i_last)[:, None]
-        p_output = p_weights + (o_output[:, None] * weights.w + o_kernel)[None, :, :]
-        for i_row in range(i_first_h, i_last_h + 1, ROWS_OF_STEP):
-            o_step = i_row + o_row
-            m_step = o_step <= i_last_h
-            kernel_h = row - window_start(o_step, height, KERNEL, 1)
-            o_weight = (o_step - first_row).to(OFFSET) * weights.h + (
-                kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
-            )
-            b_weight = tl.load(
-                p_output + o_weight[None, :, None], mask=(m_kernel & m_step[:, None])[None, :, :], other=0
-            )
-            o_grad, m_grad = o_step.to(OFFSET) * grad.h + o_output.to(OFFSET) * grad.w, m_step & (o_output <= i_last)
-            b_grad = load_heads(grads, o_grad, m_grad, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
-            # What is not finite comes with weights that are NaN, to the inputs that it reaches and no others.
-            b_grad = b_grad.to(ACCUMULATOR)
-            b_grad = tl.where(b_grad * 0 == 0, b_grad, 0.0).to(b_weight.dtype)
-            b_sum = dot(tl.permute(b_weight, [0, 2, 1]), tl.permute(b_grad, [1, 0, 2]), b_sum, UPCAST)
-    b_sum = tl.permute(b_sum, [1, 0, 2])
-    if ADD:
-        o_target = row.to(OFFSET) * previous.h + o_input.to(OFFSET) * previous.w
-        b_sum += load_heads(
-            at(previous, i_batch, 0), o_target, o_input < width, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS
-        )
-    o_target = row.to(OFFSET) * grad_value.h + o_input.to(OFFSET) * grad_value.w
-    store_heads(at(grad_value, i_batch, 0), o_target, o_input < width, i_head, groups, b_sum, CHANNELS)
-
-
-@triton.jit
-def _outputs_seeing(o_input, length, KERNEL: tl.constexpr):
-    """(first, last) of the outputs along an axis whose clamped windows hold ``o_input``."""
-    first = tl.where(o_input < KERNEL, 0, o_input - KERNEL // 2)
-    return first, tl.where(o_input >= length - KERNEL, length - 1, o_input + KERNEL // 2)
-
-
-class Rows(NamedTuple):
-    """Some rows of outputs of some batch entries, and what the first kernel leaves of them for the others."""
-
-    sizes: Sizes
-    weights: Tensor  # [B, G, rows, W, K / ROWS · S]: p
-    grad_logits: Tensor  # the same: ds
-
-
 @tunable(
     OWN,
     grad_own_heuristic,
@@ -268,36 +186,6 @@ def grad_logits_own(saved: Saved, grad_query: Tensor, previous: Tensor | None, r
     return grad_query
 
 
-def _grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tensor | None) -> None:
-    """Fills ``grad_value`` with what ``rows`` give, and what is there already."""
-    sizes, (kernel_rows, steps) = rows.sizes, steps_of_own((saved.rpb.shape[1] + 1) // 2)
-    constants = types(saved, saved.grad, grad_value, rows.weights)
-    del constants["QUERY_CHANNELS"], constants["BLOCK_QUERY"]
-    heads = min(4, next_power_of_2(sizes.groups))
-    tiles, head_blocks = sizes.height * ceil_divide(sizes.width, 16), ceil_divide(sizes.groups, heads)
-    arguments = {
-        "weights": view(rows.weights, "b g h w k"),
-        "grad": view(saved.grad, "b g c h w"),
-        "previous": view(grad_value if previous is None else previous, "b g c h w"),
-        "grad_value": view(grad_value, "b g c h w"),
-        "sizes": sizes,
-        "tiles": tiles,
-        "head_blocks": head_blocks,
-        **constants,
-        "INPUTS": 16,
-        "OUTPUTS": 32,
-        "COLUMNS": min(32, block(min(sizes.width, constants["KERNEL"] + 15))),
-        "HEADS": heads,
-        "ROWS": kernel_rows,
-        "STEPS": steps,
-        "BLOCK_CHANNELS": block(saved.value.shape[2]),
-        "ADD": previous is not None,
-    }
-    # One program per (tile of inputs, block of heads, batch entry).
-    grid = (tiles * head_blocks * sizes.batch,)
-    launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=3)
-
-
 def rows_of(saved: Saved, first_row: int, last_row: int) -> Rows:
     """Room for what these rows leave."""
     batch, groups, _, height, width = saved.value.shape
@@ -308,47 +196,45 @@ def rows_of(saved: Saved, first_row: int, last_row: int) -> Rows:
     return Rows(sizes, saved.value.new_empty(shape), saved.value.new_empty(shape))
 
 
-def _rows_backward(
-    saved: Saved, targets: Targets, first_row: int, last_row: int, value: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What some rows of outputs give: query's gradient of their own, value's in ``value``, onto what those before gave;
-    and Σ over images of ds [G, rows, W, K / ROWS · S]; projected keys' [B, G, Dq, K / ROWS · S]."""
-    rows = rows_of(saved, first_row, last_row)
-    grad_logits_own(saved, targets.query, targets.previous, rows)
-    _grad_value_own(saved, rows, value, value if first_row > 0 else None)
-    # [B·G, Dq, rows·W] @ [B·G, rows·W, K / ROWS · S]
-    query = saved.query[:, :, :, first_row : last_row + 1].flatten(3).flatten(0, 1)
-    product = torch.bmm(query, rows.grad_logits.flatten(2, 3).flatten(0, 1))
-    return rows.grad_logits.sum(0, dtype=saved.statistics.dtype), product.view(*saved.query.shape[:3], -1)
-
-
-def grad_own(saved: Saved, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Fills the targets; gradients of bias [K²] and rpb [G, 2K-1, 2K-1]."""
+def grad_own(saved: Saved, targets: Targets) -> None:
+    """Fills the targets."""
     batch, groups, _, height, width = saved.value.shape
-    kernel_size = (saved.rpb.shape[1] + 1) // 2
+    kernel_size, dtype = (saved.rpb.shape[1] + 1) // 2, saved.statistics.dtype
     kernel_rows, steps = step = steps_of_own(kernel_size)
     per_row = groups * width * (kernel_size // kernel_rows * steps)
     most = max(MOST_STORED, saved.value.numel())
     images, count = max(1, min(batch, most // (per_row * height))), max(1, min(height, most // per_row))
-
-    def positions(tensor: Tensor) -> Tensor:
-        """[..., K / ROWS · S] as [..., K²]"""
-        return tensor.unflatten(-1, (-1, steps))[..., : kernel_rows * kernel_size].flatten(-2)
-
     found: list[tuple[Tensor, Tensor]] = []
     for i_batch in range(0, batch, images):
         part, into = saved, targets
         if images < batch:
-            some = slice(i_batch, i_batch + images)
-            part = Saved(**{name: t if name in ("bias", "rpb") else t[some] for name, t in saved._asdict().items()})
-            into = Targets(*(None if t is None else t[some] for t in targets))  # pyright: ignore[reportArgumentType]
-        value = into.value if count == height else torch.empty_like(into.value, dtype=saved.statistics.dtype)
+            part, into = (_of_images(tensors, slice(i_batch, i_batch + images)) for tensors in (saved, targets))
+        value, projected = (
+            (target if count == height else torch.empty_like(target, dtype=dtype)) for target in into[1:3]
+        )
         for first_row in range(0, height, count):
-            last_row = min(first_row + count, height) - 1
-            sums, product = _rows_backward(part, into, first_row, last_row, value)
-            into.projected.copy_(positions(product)) if first_row == 0 else into.projected.add_(positions(product))
-            found.append((positions(sums.sum((0, 1, 2))), fold(sums, saved.rpb, step, (first_row, last_row, height))))
-        if value is not into.value:
+            rows = rows_of(part, first_row, min(first_row + count, height) - 1)
+            grad_logits_own(part, into.query, into.previous, rows)
+            grad_value_own(part, rows, value, value if first_row > 0 else None)
+            sums, pieces = grad_parameters_own(part, rows, projected, projected if first_row > 0 else None)
+            tables = targets.bias, targets.rpb
+            if images < batch or count < height:
+                tables = torch.empty_like(saved.bias, dtype=dtype), torch.empty_like(saved.rpb, dtype=dtype)
+                found.append(tables)
+            classes = [class_of(row, height, kernel_size) for row in (rows.sizes.first_row, rows.sizes.last_row)]
+            # One row, or column, of a class is like a map of the window's size.
+            fold(sums[:, :, :, :-1], sums[:, :, :, -1], *tables, step, (*classes, kernel_size), pieces, projected)
+        if count < height:
             into.value.copy_(value)
-    bias, rpb = zip(*found, strict=True)
-    return found[0] if len(found) == 1 else (torch.stack(bias).sum(0), torch.stack(rpb).sum(0))
+            into.projected.copy_(projected)
+    for target, parts in zip((targets.bias, targets.rpb), zip(*found, strict=True), strict=False):
+        target.copy_(torch.stack(parts).sum(0))
+
+
+def _of_images(tensors: Any, images: slice) -> Any:
+    """The part of the tensors of a backward pass that belongs to some batch entries."""
+    parts = {
+        name: tensor if tensor is None or name in ("bias", "rpb") else tensor[images]
+        for name, tensor in tensors._asdict().items()
+    }
+    return type(tensors)(**parts)

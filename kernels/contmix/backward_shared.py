@@ -10,8 +10,6 @@ of value, p @ grad, of projected keys, ds @ query, and of query, projectedᵀ @ 
 which a small kernel sums. Another sums ds over images in registers, for bias and rpb.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import triton
@@ -37,8 +35,6 @@ from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 from kernels.windows_triton import offsets, pixels_of_window
-
-__all__ = ["Targets", "grad_inputs_shared", "grad_tables_shared", "reference_gradients"]
 
 
 @triton.jit
@@ -155,7 +151,8 @@ def _grad_value_shared_kernel(
 @triton.jit
 def _grad_tables_shared_kernel(
     query, projected, bias, rpb, value, grad, statistics, delta,  # as above
-    partial,  # [chunks, G, H·W, S · BLOCKS]: sums of ds over a chunk of images, written
+    partial,  # [chunks, G, H, W, S · BLOCKS]: sums of ds over a chunk of images, written
+    totals,  # [chunks, G, tiles · windows, S · BLOCKS]: the same, over the outputs of a tile, written
     sizes, tiles, windows, images,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -201,6 +198,8 @@ def _grad_tables_shared_kernel(
         + ((pixels.row * width + pixels.column) * partial.w)[None, :]
     )
     tl.store(p_partial + o_position[:, None], b_sum, mask=pixels.mask[None, :])
+    p_totals = totals.ptr + i_chunk * totals.b + i_group * totals.g + i_place * totals.h
+    tl.store(p_totals + o_position, tl.sum(b_sum, 1))
 
 
 def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
@@ -216,8 +215,10 @@ class Targets(NamedTuple):
     """The gradients that a kernel size's backward pass writes, and the gradient of query that it adds to."""
 
     query: Tensor  # [B, G, Dq, H, W]
-    projected: Tensor  # [B, G, Dq, K²]
     value: Tensor  # [B, G, Dv, H, W]
+    projected: Tensor  # [B, G, Dq, K²]
+    bias: Tensor  # [K²]
+    rpb: Tensor  # [G, 2K-1, 2K-1]
     previous: Tensor | None
 
 
@@ -229,7 +230,7 @@ class Targets(NamedTuple):
     name="contmix.shared.grad_inputs",
 )
 def grad_inputs_shared(saved: Saved, targets: Targets, delta: Tensor, *, config: Shared) -> tuple[Tensor, ...]:
-    """Fills the targets, and ``delta`` [B, G, H, W] = Σ_c grad · out."""
+    """Fills the targets but bias' and rpb's, and ``delta`` [B, G, H, W] = Σ_c grad · out."""
     arguments = shared_arguments(saved, config, saved.grad, saved.out, *targets[:3])
     batch, groups, channels, height, width = saved.value.shape
     places, positions = arguments["tiles"] * arguments["windows"], arguments["KERNEL"] ** 2
@@ -261,32 +262,41 @@ def grad_inputs_shared(saved: Saved, targets: Targets, delta: Tensor, *, config:
         # One program per (block of pixels, group, batch entry).
         grid = (blocks * groups * batch,)
         launch(_grad_value_shared_kernel, grid, delta.device, arguments, num_warps=4, num_stages=2)
-    return targets.query, targets.projected, targets.value
+    return targets.query, targets.value, targets.projected
 
 
 @tunable(
     SHARED,
     tables_heuristic,
     problem=problem_of,
-    reference=lambda saved, _delta: reference_gradients(saved)[2:4],
+    reference=lambda saved, _delta, _bias, _rpb: reference_gradients(saved)[2:4],
     name="contmix.shared.grad_tables",
 )
-def grad_tables_shared(saved: Saved, delta: Tensor, *, config: Shared) -> tuple[Tensor, Tensor]:
-    """Gradients of bias [K²] and rpb [G, 2K-1, 2K-1]."""
+def grad_tables_shared(
+    saved: Saved, delta: Tensor, bias: Tensor, rpb: Tensor, *, config: Shared
+) -> tuple[Tensor, Tensor]:
+    """Fills the gradients of ``bias`` [K²] and ``rpb`` [G, 2K-1, 2K-1]."""
     arguments = shared_arguments(saved, config, saved.grad)
     batch, groups, _, height, width = saved.value.shape
-    chunks, step = ceil_divide(batch, config.images), (arguments["KERNEL"], arguments["BLOCKS"] * config.steps)
-    partial = delta.new_empty((chunks, groups, height, width, step[1]))
+    places, positions = arguments["tiles"] * arguments["windows"], arguments["BLOCKS"] * config.steps
+    chunks = ceil_divide(batch, config.images)
+    partial = delta.new_empty((chunks, groups, height, width, positions))
+    totals = delta.new_empty((chunks, groups, places, positions))
     del arguments["out"]
-    arguments |= {"delta": view(delta, "b g h w"), "partial": view(partial, "b g h w k"), "images": config.images}
+    arguments |= {
+        "delta": view(delta, "b g h w"),
+        "partial": view(partial, "b g h w k"),
+        "totals": view(totals, "b g h k"),
+        "images": config.images,
+    }
     # One program per (block of window positions, tile, window, group, chunk of images).
-    grid = (arguments["BLOCKS"] * arguments["tiles"] * arguments["windows"] * groups * chunks,)
+    grid = (arguments["BLOCKS"] * places * groups * chunks,)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(_grad_tables_shared_kernel, grid, delta.device, arguments, **options)
-    sums = partial[0] if chunks == 1 else partial.sum(0)
-    return sums.sum((0, 1, 2))[: step[0] ** 2], fold(sums, saved.rpb, step, (0, height - 1, height))
+    fold(partial, totals, bias, rpb, (arguments["KERNEL"], positions), (0, height - 1, height))
+    return bias, rpb
 
 
 def _added(gradients: tuple[Tensor, ...], targets: Targets) -> tuple[Tensor, ...]:
     query, projected, _bias, _rpb, value = gradients
-    return query if targets.previous is None else query + targets.previous, projected, value
+    return query if targets.previous is None else query + targets.previous, value, projected

@@ -1,72 +1,142 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-"""rpb's gradient: the logits' gradients, already summed over images, folded onto relative positions."""
+"""Gradients of bias and rpb: those of the logits, summed over images in parts, folded onto positions in a window and
+relative positions."""
 
-from __future__ import annotations
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dtypes import accumulator
 from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.views import view
+from kernels.views import View, view
 from kernels.windows_triton import window_start
 
-__all__ = ["fold"]
+
+@triton.jit
+def _first_row(i_class, length, KERNEL: tl.constexpr, LAST: tl.constexpr):
+    """The first row, or the LAST, that lies ``i_class`` rows into its window."""
+    return tl.where(i_class < KERNEL // 2 + 1 - LAST, i_class, i_class + length - KERNEL)
 
 
 @triton.jit
 def _fold_kernel(
-    sums,  # [G, rows, W, K / ROWS · S]: Σ over images of ds
-    partial,  # [tiles, G, 2K-1, 2K-1]: written
-    groups, height, width, first_row, last_row,
+    sums,  # [N, G, rows, W, K / ROWS · S]: Σ of ds over the images of a part
+    totals,  # [N, G, M, K / ROWS · S]: the same, of several outputs
+    bias,  # [K²]: written
+    rpb,  # [G, 2K-1, 2K-1]: written
+    pieces,  # [I, E]: parts of one more gradient
+    total,  # [E]: written, their sum
+    parts, groups, height, width, first_row, last_row, places, count, elements,
     KERNEL: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_RELATIVE: tl.constexpr,
+    ITEMS: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr, POSITIONS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a row of the table and a tile of columns, and adds over the rows of the map."""
-    RELATIVE: tl.constexpr = 2 * KERNEL - 1
-    i_relative, i_group = tl.program_id(0) % RELATIVE, tl.program_id(0) // RELATIVE % groups
-    i_tile = tl.program_id(0) // (RELATIVE * groups)
-    o_column = i_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    o_relative = tl.arange(0, BLOCK_RELATIVE)
-    # [R, C]
-    o_kernel = o_relative[:, None] - (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)[None, :]
-    m_kernel = (o_kernel >= 0) & (o_kernel < KERNEL) & (o_column < width)[None, :]
-    p_sums = sums.ptr + i_group * sums.g + o_column[None, :] * sums.w + o_kernel
-    b_sum = tl.zeros([BLOCK_RELATIVE, BLOCK_COLUMNS], ACCUMULATOR)
-    for row in range(first_row, last_row + 1):
-        kernel_h = i_relative - (window_start(row, height, KERNEL, 1) - row + KERNEL - 1)
-        o_row = (row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
-        m_row = (kernel_h >= 0) & (kernel_h < KERNEL)
-        b_sum += tl.load(p_sums + o_row, mask=m_kernel & m_row, other=0)
-    p_partial = partial.ptr + i_tile * partial.b + i_group * partial.g + i_relative * partial.h
-    tl.store(p_partial + o_relative, tl.sum(b_sum, 1), mask=o_relative < RELATIVE)
+    """A program takes a row of a head's table, or of a window, and adds rows of the map, several at a time; or a block
+    of the other gradient."""
+    ENTRIES: tl.constexpr = 2 * KERNEL - 1
+    i_program = tl.program_id(0)
+    if i_program < ENTRIES * groups:
+        i_relative, i_group = i_program % ENTRIES, (i_program // ENTRIES).to(tl.int64)
+        # The rows whose windows have one at that distance.
+        begin = tl.maximum(_first_row(tl.maximum(KERNEL - 1 - i_relative, 0), height, KERNEL, 0), first_row)
+        end = tl.minimum(_first_row(tl.minimum(2 * KERNEL - 2 - i_relative, KERNEL - 1), height, KERNEL, 1), last_row)
+        rows = tl.maximum(end - begin + 1, 0)
+        o_kernel, o_relative = tl.arange(0, POSITIONS), tl.arange(0, RELATIVE)
+        b_rpb = tl.zeros([RELATIVE], ACCUMULATOR)
+        for i_column in range(0, width, COLUMNS):
+            o_column = i_column + tl.arange(0, COLUMNS)
+            # [C, K]
+            mask = (o_column < width)[:, None] & (o_kernel < KERNEL)[None, :]
+            p_sums = sums.ptr + i_group * sums.g + o_column[:, None] * sums.w + o_kernel[None, :]
+            b_sum = tl.zeros([ITEMS, COLUMNS, POSITIONS], ACCUMULATOR)
+            for i_item in range(0, parts * rows, ITEMS):
+                o_item = i_item + tl.arange(0, ITEMS)
+                m_item, o_row = o_item < parts * rows, begin + o_item % rows
+                kernel_h = i_relative - (window_start(o_row, height, KERNEL, 1) - o_row + KERNEL - 1)
+                o_step = (o_row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
+                o_item = (o_item // rows).to(tl.int64) * sums.b + o_step
+                p_item = p_sums[None, :, :] + o_item[:, None, None]
+                b_sum += tl.load(p_item, mask=m_item[:, None, None] & mask[None, :, :], other=0)
+            o_entry = (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)[:, None] + o_kernel[None, :]
+            # [R, C, K]
+            m_entry = (o_relative[:, None, None] == o_entry[None, :, :]) & mask[None, :, :]
+            b_rpb += tl.sum(tl.sum(tl.where(m_entry, tl.sum(b_sum, 0)[None, :, :], 0), 2), 1)
+        p_rpb = rpb.ptr + i_group * rpb.g + i_relative * rpb.h + o_relative * rpb.w
+        tl.store(p_rpb, b_rpb.to(rpb.ptr.dtype.element_ty), mask=o_relative < ENTRIES)
+    elif i_program < ENTRIES * groups + KERNEL:
+        kernel_h = i_program - ENTRIES * groups
+        o_kernel = tl.arange(0, POSITIONS)
+        p_totals = totals.ptr + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL + o_kernel
+        b_total = tl.zeros([PLACES, POSITIONS], ACCUMULATOR)
+        for i_place in range(0, parts * groups * places, PLACES):
+            o_place = i_place + tl.arange(0, PLACES)
+            m_place, o_image = o_place < parts * groups * places, o_place // places
+            o_place = o_place % places * totals.h + o_image % groups * totals.g
+            o_place = o_place + (o_image // groups).to(tl.int64) * totals.b
+            mask = m_place[:, None] & (o_kernel < KERNEL)[None, :]
+            b_total += tl.load(p_totals[None, :] + o_place[:, None], mask=mask, other=0)
+        p_bias = bias.ptr + (kernel_h * KERNEL + o_kernel) * bias.k
+        tl.store(p_bias, tl.sum(b_total, 0).to(bias.ptr.dtype.element_ty), mask=o_kernel < KERNEL)
+    else:
+        o_element = (i_program - ENTRIES * groups - KERNEL) * ELEMENTS + tl.arange(0, ELEMENTS)
+        b_element = tl.zeros([ELEMENTS], ACCUMULATOR)
+        for i in range(count):
+            b_element += tl.load(pieces.ptr + i * pieces.b + o_element, mask=o_element < elements, other=0)
+        tl.store(total.ptr + o_element, b_element.to(total.ptr.dtype.element_ty), mask=o_element < elements)
 
 
-def fold(sums: Tensor, rpb: Tensor, step: tuple[int, int], rows: tuple[int, int, int]) -> Tensor:
-    """Σ of ``sums`` [G, rows, W, K / ROWS · S] over all that meets an entry of rpb [G, 2K-1, 2K-1]; ``step`` holds ROWS
-    and S, ``rows`` the first and the last row of outputs and the map's height."""
-    groups, _, width, _ = sums.shape
-    relative, columns = rpb.shape[1], 16
-    tiles = ceil_divide(width, columns)
-    partial = sums.new_empty((tiles, *rpb.shape))
+def fold(
+    sums: Tensor,
+    totals: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    step: tuple[int, int],
+    rows: tuple[int, int, int],
+    pieces: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    """Fills ``bias`` [K²] from ``totals`` [N, G, M, K / ROWS · S], and ``rpb`` [G, 2K-1, 2K-1] from ``sums``
+    [N, G, rows, W, K / ROWS · S]; ``step`` holds ROWS and S, ``rows`` the first and the last row of outputs and the
+    map's height. And ``total`` from its ``pieces`` [I, ...], which lie in memory one after the other as it does."""
+    parts, groups, _, width, _ = sums.shape
+    entries = rpb.shape[1]
+    kernel_size = (entries + 1) // 2
+    columns, relative = next_power_of_2(min(width, 16)), next_power_of_2(entries)
+    positions = next_power_of_2(kernel_size)
     first_row, last_row, height = rows
+    if pieces is None or total is None:
+        pieces, total, elements = totals, bias, 0
+    else:
+        elements = total.numel()
     arguments = {
-        "sums": view(sums, "g h w k"),
-        "partial": view(partial, "b g h w"),
+        "sums": view(sums, "b g h w k"),
+        "totals": view(totals, "b g h k"),
+        "bias": view(bias, "k"),
+        "rpb": view(rpb, "g h w"),
+        "pieces": View(pieces, pieces.stride(0)),
+        "total": View(total),
+        "parts": parts,
         "groups": groups,
         "height": height,
         "width": width,
         "first_row": first_row,
         "last_row": last_row,
-        "KERNEL": (relative + 1) // 2,
+        "places": totals.shape[2],
+        "count": pieces.shape[0],
+        "elements": elements,
+        "KERNEL": kernel_size,
         "ROWS": step[0],
         "STEPS": step[1],
-        "ACCUMULATOR": tl.float64 if sums.dtype == torch.float64 else tl.float32,
-        "BLOCK_COLUMNS": columns,
-        "BLOCK_RELATIVE": next_power_of_2(relative),
+        "ACCUMULATOR": accumulator(sums.dtype),
+        # Numbers of a block: 32 of a thread, all of which are on their way at the same time.
+        "ITEMS": max(1, 8192 // (columns * positions)),
+        "COLUMNS": columns,
+        "RELATIVE": relative,
+        "PLACES": max(1, 8192 // positions),
+        "POSITIONS": positions,
+        "ELEMENTS": 1024,
     }
-    # One program per (row of the table, group, tile of columns).
-    launch(_fold_kernel, (relative * groups * tiles,), sums.device, arguments, num_warps=4, num_stages=2)
-    return partial[0] if tiles == 1 else partial.sum(0)
+    # One program per row of a table and group, one per row of a window, and one per block of the other gradient.
+    grid = (entries * groups + kernel_size + ceil_divide(elements, 1024),)
+    launch(_fold_kernel, grid, sums.device, arguments, num_warps=8, num_stages=2)

@@ -8,8 +8,6 @@ over window positions is a matrix product.
 heads, whose channels are adjacent in memory, and sums over window positions run in registers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,28 +17,6 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.dtypes import precision, upcast
 from kernels.launch import ceil_divide, next_power_of_2
-
-__all__ = [
-    "OWN",
-    "SHARED",
-    "Inputs",
-    "Own",
-    "Problem",
-    "Saved",
-    "Shared",
-    "Sizes",
-    "block",
-    "grad_own_heuristic",
-    "inputs_heuristic",
-    "own_heuristic",
-    "problem_of",
-    "shared_heuristic",
-    "shares_windows",
-    "steps_of_own",
-    "tables_heuristic",
-    "tiles_and_windows",
-    "types",
-]
 
 OUTPUTS_PER_WINDOW = 16
 

@@ -6,8 +6,6 @@ A tile's logits are one matrix product of its queries, as cheap to make again in
 there are never more than a tile of them, a few megabytes at most, whatever the size of the map.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,8 +18,6 @@ from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
 from kernels.parallel import Part, alone
 from kernels.windows import Window
-
-__all__ = ["contmix", "contmix_backward", "empty_outputs", "parts"]
 
 
 class _MadeLogits:

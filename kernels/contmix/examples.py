@@ -1,7 +1,5 @@
 """ContMix's kernels launched on random inputs of a given problem: how stored configs are checked."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -54,7 +52,8 @@ def _saved(problem: Problem, device: torch.device, shared: bool) -> tuple[Saved,
     query, projected, bias, rpb, value = inputs
     sizes = [problem.kernel_size]
     out, statistics = eager.contmix(query, projected, bias, [rpb], value[:, None], sizes)
-    targets = Targets(torch.empty_like(query), torch.empty_like(projected), torch.empty_like(value), None)
+    empty = torch.empty_like
+    targets = Targets(empty(query), empty(value), empty(projected), empty(bias), empty(rpb), None)
     return Saved(*inputs, torch.randn_like(value), out[:, 0], statistics[:, 0]), targets
 
 
@@ -76,8 +75,9 @@ def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
 
 @grad_tables_shared.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    saved, _ = _saved(problem, device, shared=True)
-    return saved, (saved.grad.to(saved.statistics.dtype) * saved.out.to(saved.statistics.dtype)).sum(2)
+    saved, targets = _saved(problem, device, shared=True)
+    delta = (saved.grad.to(saved.statistics.dtype) * saved.out.to(saved.statistics.dtype)).sum(2)
+    return saved, delta, targets.bias, targets.rpb
 
 
 @grad_logits_own.example

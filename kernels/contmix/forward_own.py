@@ -10,8 +10,6 @@ block per window position, and multiply the values that a pair sees: K + 1 of a 
 the last K, or the first K where its window is clamped to the first's.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton
@@ -36,8 +34,6 @@ from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows_triton import offsets
-
-__all__ = ["bias_of_step", "forward_own", "logits_of_pairs", "own_arguments", "values_of_pairs", "weights_of_pairs"]
 
 
 @triton.jit

@@ -9,8 +9,6 @@ and stays in registers, S positions a block:
     l [P, S] = query [P, Dq] @ projected [Dq, S] · log2 e + table,     out [P, Dv] += exp2(l − max) @ value [S, Dv]
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton
@@ -45,8 +43,6 @@ from kernels.launch import ceil_divide, launch
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 from kernels.windows_triton import offsets, pixels_of_window
-
-__all__ = ["forward_reference", "forward_shared", "shared_arguments", "views_of"]
 
 
 @triton.jit

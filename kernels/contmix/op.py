@@ -1,7 +1,5 @@
 """ContMix: every pixel mixes its neighbourhood with kernels generated from its affinity to the whole image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -16,8 +14,6 @@ from kernels.contmix import eager
 from kernels.dtypes import at_least_float32
 from kernels.layout import empty_like_layout
 from kernels.registration import once_differentiable, operator, without_autocast
-
-__all__ = ["contmix2d"]
 
 
 def contmix2d(
@@ -83,16 +79,22 @@ def contmix2d(
             query, key, value, proj_weight, proj_bias, biases, kernel_sizes=tuple(sizes)
         )
 
-    projected = _projected(key, proj_weight)
-    return _contmix(query, projected, proj_bias, biases, value, sizes, backend)[0]
+    return _contmix(query, key, proj_weight, proj_bias, biases, value, sizes, backend)[0]
 
 
-@without_autocast
+def _matrix(key: Tensor) -> Tensor:
+    """[B·G·Dq, L]"""
+    return key.flatten(0, 2)
+
+
 def _projected(key: Tensor, proj_weight: Tensor) -> Tensor:
     """projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], [B, G, Dq, ΣK²]: in float32 at least, for rounding between two
     linear steps would reach the logits; channels adjacent in memory, so that each window position is one read."""
-    wide_key, wide_weight = at_least_float32(key, proj_weight)
-    projected = wide_weight @ wide_key.flatten(0, 2).t()
+    if key.device.type == "cuda" and key.dtype.itemsize == 2:
+        projected = torch.mm(proj_weight, _matrix(key).t(), out_dtype=torch.float32)
+    else:
+        wide_key, wide_weight = at_least_float32(key, proj_weight)
+        projected = wide_weight @ _matrix(wide_key).t()
     return projected.view(proj_weight.shape[0], *key.shape[:3]).permute(1, 2, 3, 0)
 
 
@@ -107,47 +109,64 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
 
 @operator(
     "contmix",
-    "(Tensor query, Tensor projected, Tensor bias, Tensor[] rpb, Tensor value, int[] kernel_sizes, str backend)"
-    " -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor proj_weight, Tensor bias, Tensor[] rpb, Tensor value, int[] kernel_sizes,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
 )
-def _contmix(query, projected, bias, rpb, value, kernel_sizes, backend):
-    """The output, and log Σ_k exp of every softmax [B, M, G, H, W] in float32 (float64 for float64)."""
+def _contmix(query, key, proj_weight, bias, rpb, value, kernel_sizes, backend):
+    """The output; log Σ_k exp of every softmax [B, M, G, H, W] and projected keys [B, G, Dq, ΣK²], both in float32
+    (float64 for float64)."""
+    projected = _projected(key, proj_weight)
     run = _implementation(backend, value)
-    return run.contmix(query, projected, bias, rpb, value, kernel_sizes)
+    return *run.contmix(query, projected, bias, rpb, value, kernel_sizes), projected
 
 
 @_contmix.register_fake
-def _(query, projected, bias, rpb, value, kernel_sizes, backend):
-    return eager.empty_outputs(value)
+def _(query, key, proj_weight, bias, rpb, value, kernel_sizes, backend):
+    out, statistics = eager.empty_outputs(value)
+    projected = statistics.new_empty((proj_weight.shape[0], *key.shape[:3])).permute(1, 2, 3, 0)
+    return out, statistics, projected
 
 
 @operator(
     "contmix_backward",
-    "(Tensor grad, Tensor query, Tensor projected, Tensor bias, Tensor[] rpb, Tensor value, Tensor out,"
-    " Tensor statistics, int[] kernel_sizes, str backend) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    "(Tensor grad, Tensor query, Tensor key, Tensor proj_weight, Tensor bias, Tensor[] rpb, Tensor value, Tensor out,"
+    " Tensor statistics, Tensor projected, int[] kernel_sizes, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor)",
 )
-def _contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
-    """Gradients of query, projected, bias, rpb and value."""
+def _contmix_backward(
+    grad, query, key, proj_weight, bias, rpb, value, out, statistics, projected, kernel_sizes, backend
+):  # fmt: skip
+    """Gradients of query, key, proj_weight, bias, rpb and value."""
     run = _implementation(backend, value)
-    return run.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
+    grad_query, grad_projected, grad_bias, grad_rpb, grad_value = run.contmix_backward(
+        grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes
+    )
+    grad_projected = grad_projected.permute(3, 0, 1, 2).flatten(1)  # [ΣK², B·G·Dq]
+    wide_key, wide_weight = (tensor.to(grad_projected.dtype) for tensor in (key, proj_weight))
+    grad_key = (grad_projected.t() @ wide_weight).to(key.dtype).view(key.shape)
+    grad_weight = (grad_projected @ _matrix(wide_key)).to(key.dtype)
+    return grad_query, grad_key, grad_weight, grad_bias, grad_rpb, grad_value
 
 
 @_contmix_backward.register_fake
-def _(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes, backend):
+def _(grad, query, key, proj_weight, bias, rpb, value, out, statistics, projected, kernel_sizes, backend):
     grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
-    grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (bias, *rpb))
-    return grad_query, torch.empty_like(projected), grad_bias, grad_tables, grad_value
+    grad_key, grad_weight, grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (key, proj_weight, bias, *rpb))
+    return grad_query, grad_key, grad_weight, grad_bias, grad_tables, grad_value
 
 
 def _save(ctx, inputs, output):
-    query, projected, bias, rpb, value, ctx.kernel_sizes, ctx.backend = inputs
-    ctx.save_for_backward(query, projected, bias, value, *output, *rpb)
-    ctx.mark_non_differentiable(output[1])
+    query, key, proj_weight, bias, rpb, value, ctx.kernel_sizes, ctx.backend = inputs
+    ctx.save_for_backward(query, key, proj_weight, bias, value, *output, *rpb)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no derivative
 
 
-def _backward(ctx, grad, _grad_statistics):
-    query, projected, bias, value, out, statistics, *rpb = ctx.saved_tensors
-    saved = query, projected, bias, rpb, value, out, statistics
+def _backward(ctx, grad, _grad_statistics, _grad_projected):
+    query, key, proj_weight, bias, value, out, statistics, projected, *rpb = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, [None] * len(rpb), None, None, None
+    saved = query, key, proj_weight, bias, rpb, value, out, statistics, projected
     return *_contmix_backward(grad, *saved, ctx.kernel_sizes, ctx.backend), None, None
 
 
@@ -156,16 +175,21 @@ once_differentiable(_contmix_backward, "contmix2d")
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.contmix)
-def _(query_shape, projected_shape, bias_shape, rpb_shape, value_shape, kernel_sizes, *_, **__) -> int:
-    """Two operations per multiply-add: Dq a logit, and Dv a window position."""
-    batch, groups, query_channels, height, width = query_shape
-    per_pixel = projected_shape[3] * (query_channels + value_shape[3])
-    return 2 * batch * groups * height * width * per_pixel
+def _(query_shape, key_shape, weight_shape, bias_shape, rpb_shape, value_shape, *_, **__) -> int:
+    """Two operations per multiply-add: L per projected key, and per pixel Dq for a logit and Dv for a position."""
+    return 2 * _multiply_adds(query_shape, key_shape, weight_shape, value_shape, (1, 1, 1))
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.contmix_backward)
-def _(grad_shape, query_shape, projected_shape, *_, **__) -> int:
+def _(grad_shape, query_shape, key_shape, weight_shape, *_, **__) -> int:
     """The logits again, and two products for each of the forward pass's."""
+    return 2 * _multiply_adds(query_shape, key_shape, weight_shape, grad_shape, (2, 3, 2))
+
+
+def _multiply_adds(query_shape, key_shape, weight_shape, value_shape, times: tuple[int, int, int]) -> int:
+    """Those of as many projections, products of query and key, and sums of values."""
     batch, groups, query_channels, height, width = query_shape
-    per_pixel = projected_shape[3] * (3 * query_channels + 2 * grad_shape[3])
-    return 2 * batch * groups * height * width * per_pixel
+    projections, logits, sums = times
+    per_pixel = logits * query_channels + sums * value_shape[3]
+    per_position = projections * key_shape[3] * query_channels + height * width * per_pixel
+    return batch * groups * weight_shape[0] * per_position

@@ -1,7 +1,5 @@
 """ContMix on Triton kernels: the forward and the backward pass, each kernel size in the form that suits it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -13,8 +11,7 @@ from kernels.contmix.configs import Inputs, Saved, shares_windows
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.layout import empty_like_layout
-
-__all__ = ["contmix", "contmix_backward"]
+from kernels.tuning import repeated
 
 
 def _no_double_products(value: Tensor) -> bool:
@@ -29,19 +26,33 @@ def _channels_last(features: Tensor) -> Tensor:
     return features.movedim((-2, -1), (1, 2)).contiguous().movedim((1, 2), (-2, -1))
 
 
+def _as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
+    """A result in the memory order of the features that were given, where the kernels read others."""
+    return result if read is given else empty_like_layout(given, given.shape).copy_(result)
+
+
 def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """(out like value; log Σ_k exp [B, M, G, H, W])"""
     if _no_double_products(value):
         return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
-    result, statistics = eager.empty_outputs(value)
-    query, value = _channels_last(query), _channels_last(value)
-    out = _channels_last(result)
-    for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes) if value.numel() > 0 else ()):
+    if value.numel() == 0:
+        return eager.empty_outputs(value)
+    read = _channels_last(value)
+    out, statistics = _forward(_channels_last(query), projected, bias, rpb, read, kernel_sizes)
+    return _as_given(out, read, value), statistics
+
+
+@repeated
+def _forward(
+    query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    out, statistics = eager.empty_outputs(value)
+    for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
         forward = forward_shared if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]) else forward_own
         forward(Inputs(query, *part, value[:, m]), out[:, m], statistics[:, m])
-    return result if out is result else result.copy_(out), statistics
+    return out, statistics
 
 
 def contmix_backward(
@@ -55,34 +66,51 @@ def contmix_backward(
     statistics: Tensor,
     kernel_sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-    """Gradients of query, projected, bias, rpb and value; query's and value's in the memory order of their tensors."""
+    """Gradients of query, projected, in value's type, bias, rpb and value; query's and value's in the memory order of
+    their tensors."""
     if _no_double_products(value):
         return eager.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
-    results = empty_like_layout(query, query.shape), eager.empty_outputs(value)[0]
     if value.numel() == 0:
         zeros = torch.zeros_like
-        return results[0], zeros(projected), zeros(bias), [zeros(table) for table in rpb], results[1]
-    grad_query, grad_value = map(_channels_last, results)
-    query, value, grad, out = map(_channels_last, (query, value, grad, out))
-    grad_projected, previous = torch.empty_like(projected), None
-    parts_of_projected = grad_projected.split([size**2 for size in kernel_sizes], 3)
-    bias_parts, rpb_parts = [], []
-    for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
+        return zeros(query), zeros(projected), zeros(bias), [zeros(table) for table in rpb], zeros(value)
+    read_query, read_value = _channels_last(query), _channels_last(value)
+    grad, out = _channels_last(grad), _channels_last(out)
+    grad_query, grad_value, grad_projected, grad_bias, *grad_rpb = _backward(
+        grad, read_query, read_value, out, projected, bias, rpb, statistics, kernel_sizes
+    )
+    grad_query, grad_value = _as_given(grad_query, read_query, query), _as_given(grad_value, read_value, value)
+    return grad_query, grad_projected, grad_bias, grad_rpb, grad_value
+
+
+@repeated
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    value: Tensor,
+    out: Tensor,
+    projected: Tensor,
+    bias: Tensor,
+    rpb: list[Tensor],
+    statistics: Tensor,
+    kernel_sizes: list[int],
+) -> tuple[Tensor, ...]:
+    """Gradients of query, value, projected, bias and each rpb."""
+    grad_query, grad_value = empty_like_layout(query, query.shape), eager.empty_outputs(value)[0]
+    grad_projected = torch.empty_like(projected, dtype=value.dtype)
+    grad_bias, grad_rpb = torch.empty_like(bias), [torch.empty_like(table) for table in rpb]
+    previous = None
+    gradients = eager.parts(grad_projected, grad_bias, grad_rpb, kernel_sizes)
+    for m, (part, grads) in enumerate(zip(eager.parts(projected, bias, rpb, kernel_sizes), gradients, strict=True)):
         saved = Saved(query, *part, value[:, m], grad[:, m], out[:, m], statistics[:, m])
         # Query's gradients of all sizes but the last are sums that the next one goes on with.
         last = m == len(kernel_sizes) - 1
         grad_of_size = grad_query if last else torch.empty_like(grad_query, dtype=statistics.dtype)
-        targets = Targets(grad_of_size, parts_of_projected[m], grad_value[:, m], previous)
+        targets = Targets(grad_of_size, grad_value[:, m], *grads, previous)
         if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
             delta = torch.empty_like(statistics[:, m])
             grad_inputs_shared(saved, targets, delta)
-            bias_part, rpb_part = grad_tables_shared(saved, delta)
+            grad_tables_shared(saved, delta, targets.bias, targets.rpb)
         else:
-            bias_part, rpb_part = grad_own(saved, targets)
+            grad_own(saved, targets)
         previous = grad_of_size
-        bias_parts.append(bias_part)
-        rpb_parts.append(rpb_part.to(rpb[m].dtype))
-    for result, ours in zip(results, (grad_query, grad_value), strict=True):
-        if ours is not result:
-            result.copy_(ours)
-    return results[0], grad_projected, torch.cat(bias_parts).to(bias.dtype), rpb_parts, results[1]
+    return grad_query, grad_value, grad_projected, grad_bias, *grad_rpb

@@ -9,29 +9,10 @@ rounding them between the two exchanged linear steps would cost more than the de
 16-bit numbers takes each key as the sum of two.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
 from kernels.windows_triton import Pixels, window_start
-
-__all__ = [
-    "LOG2_E",
-    "dot",
-    "halves",
-    "join",
-    "key_scale",
-    "load_biases",
-    "load_heads",
-    "load_keys",
-    "load_pixels",
-    "pixels_of_pairs",
-    "rpb_base",
-    "split",
-    "store_heads",
-    "store_pixels",
-]
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 

@@ -1,5 +1,5 @@
 """Which config a launch uses. Finding better ones is ``autotune``'s business; this package only looks them up."""
 
-from kernels.tuning.choose import tunable
+from kernels.tuning.choose import repeated, tunable
 
-__all__ = ["tunable"]
+__all__ = ["repeated", "tunable"]

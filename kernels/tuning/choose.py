@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.launch import recording
+from kernels.launch import recording, watching
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
@@ -81,20 +81,10 @@ class Launcher(Generic[Outputs]):
     def __call__(self, *arguments: Any, config: Config = None, **keywords: Any) -> Outputs:
         if config is not None:
             return self.launch(*arguments, **keywords, config=config)
-        if recording() or _observer is not None or on_miss is not None:
-            return self.launch(*arguments, **keywords, config=self.choose(*arguments, **keywords))
-        key, tensors = key_of_call(self.name, arguments, keywords)
-        repeat = _repeats.get(key)
-        if repeat is not None:
-            return repeat(tensors)
-        config = self.choose(*arguments, **keywords)
-        if key in _repeats:
-            return self.launch(*arguments, **keywords, config=config)
-        returned, repeat = repeat_of(lambda: self.launch(*arguments, **keywords, config=config), tensors)
-        if len(_repeats) >= MOST_REPEATS:
-            _repeats.clear()
-        _repeats[key] = repeat
-        return returned
+        return _again(self.name, self._launch_chosen, arguments, keywords)
+
+    def _launch_chosen(self, *arguments: Any, **keywords: Any) -> Outputs:
+        return self.launch(*arguments, **keywords, config=self.choose(*arguments, **keywords))
 
     def choose(self, *arguments: Any, **keywords: Any) -> Config:
         """The config for a launch with these arguments: after the first time one dictionary look-up."""
@@ -149,6 +139,38 @@ def tunable(
         name: the first word of its keys, where the function's own name is not telling enough.
     """
     return lambda launch: Launcher(launch, name or launch.__name__, configs, heuristic, problem, reference)
+
+
+def repeated(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """Decorator for a pass of several launches, which is then repeated as a whole.
+
+    What it allocates, views and launches must follow from its tensors' shapes, strides, types and alignment and from
+    its other arguments. A pass that does anything else to a tensor runs as it is written.
+    """
+    name = f"{function.__module__}.{function.__qualname__}"
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Outputs:
+        return _again(name, function, arguments, keywords)
+
+    return call
+
+
+def _again(name: str, call: Callable[..., Outputs], arguments: Sequence[Any], keywords: dict[str, Any]) -> Outputs:
+    """What a call returns: repeated where one like it was made before, and watched where none was."""
+    if recording() or watching() or _observer is not None or on_miss is not None:
+        return call(*arguments, **keywords)
+    key, tensors = key_of_call(name, arguments, keywords)
+    repeat = _repeats.get(key)
+    if repeat is not None:
+        return repeat(tensors)
+    if key in _repeats:
+        return call(*arguments, **keywords)
+    returned, repeat = repeat_of(lambda: call(*arguments, **keywords), tensors)
+    if len(_repeats) >= MOST_REPEATS:
+        _repeats.clear()
+    _repeats[key] = repeat
+    return returned
 
 
 def _device_of(arguments: Sequence[Any]) -> torch.device:
@@ -258,7 +280,7 @@ def remember(key: str, entry: dict[str, Any], gpu: str) -> bool:
 
 
 _chosen: dict[tuple[str, Problem, torch.device], Config] = {}
-# Calls that were made before, and how to make them again; None for those of more than one launch.
+# Calls that were made before, and how to make them again; None for those that do more than allocate and launch.
 _repeats: dict[tuple[Any, ...], Repeat | None] = {}
 MOST_REPEATS = 4096
 

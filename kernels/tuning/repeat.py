@@ -1,12 +1,11 @@
-"""A launch made again: where shapes, strides and types are those of an earlier one, only its pointers are new.
+"""Launches made again: where shapes, strides and types are those of an earlier call, only its pointers are new.
 
 What Python does for a launch (the problem, the config, thirty arguments, Triton's own look at each of them) took the
 host of an H200 65 to 112 µs, longer than many a kernel runs. All of it follows from the tensors' shapes, strides, types
-and alignment, so that the second time the finished arguments of the first are taken, with other tensors in their
-places.
+and alignment, so that the second time the finished arguments of the first are taken, with other addresses in them.
 
-That holds for a launcher that allocates its outputs and launches one kernel; the first call is watched for it. One that
-does more, such as copying a tensor or zeroing an output, runs as it is written every time.
+That holds for a launcher, or a pass of several, that allocates, views and launches; the first call is watched for it.
+One that does more, such as copying a tensor or zeroing an output, runs as it is written every time.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.launch import Launch, launch_again, watched_launches
+from kernels.launch import Launch, launch_again, pointers_suffice, watching_launches
 
-# What may happen beside a launch, besides views: nothing that writes.
-HARMLESS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
+aten = torch.ops.aten
+ALLOCATING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
+# What may happen beside allocations, views and launches: nothing that writes.
+HARMLESS: set[Any] = set()
 
 
 def tensors_of(values: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> None:
@@ -44,58 +45,157 @@ def key_of_call(name: str, arguments: Sequence[Any], keywords: dict[str, Any]) -
     return tuple(key), tensors
 
 
-class _Watch(TorchDispatchMode):
-    """Whether a block only allocates and views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.harmless = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.harmless = self.harmless and (func in HARMLESS or func.is_view)
-        return func(*args, **(kwargs or {}))
-
-
-class Empty(NamedTuple):
-    """An output as it is allocated."""
+class Geometry(NamedTuple):
+    """How a tensor lies in memory; ``offset`` in elements from the tensor that it is a view of."""
 
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = 0
 
 
-class Repeat(NamedTuple):
-    """The launch of an earlier call, for other tensors of the same shapes, strides, types and alignment.
+class Place(NamedTuple):
+    """An address among a kernel's arguments: ``offset`` bytes into a tensor, by its number."""
 
-    Tensors are numbered, inputs first, then outputs. ``places`` are (position among the kernel's arguments, number of
-    the tensor, the view that it is in or None); ``results`` are the numbers of what the launcher returns.
-    """
+    position: int
+    number: int
+    offset: int
+    view: Any  # that it is the pointer of, or None
 
+
+class Step(NamedTuple):
+    """A launch."""
+
+    made: int  # how many tensors there are by then
     launched: Launch  # without its arguments
     compiled: Any
     values: list[Any]  # of the kernel's arguments, those in ``places`` left out: a memory of tensors keeps none alive
-    places: list[tuple[int, int, Any]]
-    outputs: list[Empty]
-    results: list[int | None]
+    places: list[Place]
+    released: list[int]  # tensors that no later launch needs
+
+
+class Repeat(NamedTuple):
+    """The launches of an earlier call, for other tensors of the same shapes, strides, types and alignment.
+
+    Tensors are numbered: first those of the call, then those that it allocates. ``results`` are the numbers of what it
+    returns, each with how it lies in that tensor, or None where it is that tensor.
+    """
+
+    steps: list[Step]
+    geometries: list[Geometry]  # of the tensors
+    results: list[tuple[int, Geometry | None] | None]
     single: bool
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         device = tensors[0].device
-        for size, stride, dtype in self.outputs:
-            tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
-        values = self.values.copy()
-        for place, number, view in self.places:
-            values[place] = tensors[number] if view is None else view._replace(ptr=tensors[number])
-        launch_again(self.launched, self.compiled, values, device)
-        results = [None if number is None else tensors[number] for number in self.results]
+        for made, launched, compiled, values, places, released in self.steps:
+            for size, stride, dtype, _ in self.geometries[len(tensors) : made]:
+                tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
+            values = values.copy()
+            if pointers_suffice(launched, compiled):
+                for position, number, offset, view in places:
+                    address = tensors[number].data_ptr() + offset
+                    values[position] = address if view is None else (address, *view[1:])
+            else:
+                for position, number, offset, view in places:
+                    tensor = _part(tensors[number], offset)
+                    values[position] = tensor if view is None else view._replace(ptr=tensor)
+            launch_again(launched, compiled, values, device)
+            for number in released:
+                tensors[number] = tensors[0]
+        results = [None if found is None else _lying(tensors[found[0]], found[1]) for found in self.results]
         return results[0] if self.single else tuple(results)
 
 
-def _number(tensor: Tensor, known: list[Tensor]) -> int | None:
-    """Which known tensor begins where this one does, in the same type; None where none does, or several."""
-    address = tensor.data_ptr()
-    found = [i for i, other in enumerate(known) if other.data_ptr() == address and other.dtype == tensor.dtype]
-    return found[0] if len(found) == 1 else None
+def _part(tensor: Tensor, offset: int) -> Tensor:
+    """What begins ``offset`` bytes into a tensor."""
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() + offset // tensor.itemsize) if offset else tensor
+
+
+def _lying(tensor: Tensor, geometry: Geometry | None) -> Tensor:
+    if geometry is None:
+        return tensor
+    return tensor.as_strided(geometry.size, geometry.stride, tensor.storage_offset() + geometry.offset)
+
+
+class _Watch(TorchDispatchMode):
+    """Takes down what a block does, while ``whole``: it only allocates, views and launches."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.whole, self.inputs = True, len(inputs)
+        self.steps: list[Step] = []
+        self.geometries: list[Geometry] = []
+        # (number, address) of the tensors in a memory, by the memory's address.
+        self.known: dict[int, list[tuple[int, int]]] = {}
+        for tensor in inputs:
+            self._know(tensor, self.known.setdefault(tensor.untyped_storage().data_ptr(), []))
+
+    def _know(self, tensor: Tensor, beside: list[tuple[int, int]]) -> None:
+        beside.append((len(self.geometries), tensor.data_ptr()))
+        self.geometries.append(Geometry(tensor.shape, tensor.stride(), tensor.dtype))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in ALLOCATING:
+            # What was at that address before is no longer there.
+            beside = self.known[result.untyped_storage().data_ptr()] = []
+            self._know(result, beside)
+        elif not func.is_view and func not in HARMLESS:
+            self.whole = False
+        return result
+
+    def find(self, tensor: Tensor) -> tuple[int, int] | None:
+        """(number, bytes into it) of the tensor in whose memory one begins; None, and nothing is whole, where that is
+        none or may be several."""
+        found = self.known.get(tensor.untyped_storage().data_ptr(), [])
+        if len(found) > 1:
+            found = [(number, address) for number, address in found if address == tensor.data_ptr()]
+        if len(found) != 1 or not found[0][1] or self.geometries[found[0][0]].dtype != tensor.dtype:
+            self.whole = False
+            return None
+        return found[0][0], tensor.data_ptr() - found[0][1]
+
+    def launched(self, launch: Launch, compiled: Any) -> None:
+        values = [launch.arguments[name] for name in launch.kernel.arg_names]
+        places = []
+        for position, value in enumerate(values):
+            view = value if hasattr(value, "ptr") else None
+            tensor = value if view is None else view.ptr
+            if isinstance(tensor, Tensor):
+                found = self.find(tensor)
+                if found is not None:
+                    places.append(Place(position, *found, None if view is None else view._replace(ptr=None)))
+                values[position] = None
+            elif isinstance(value, tuple) and any(isinstance(part, Tensor) or hasattr(part, "ptr") for part in value):
+                self.whole = False
+        made = len(self.geometries)
+        self.steps.append(Step(made, launch._replace(arguments={}), compiled, values, places, []))
+
+    def _result(self, tensor: Tensor | None) -> tuple[int, Geometry | None] | None:
+        """A result by number. Where it is the whole of what was allocated, that is allocated with its strides."""
+        found = None if tensor is None else self.find(tensor)
+        if tensor is None or found is None:
+            return None
+        number, offset = found
+        geometry = Geometry(tensor.shape, tensor.stride(), tensor.dtype, offset // tensor.itemsize)
+        if number >= self.inputs and _dense(tensor):
+            self.geometries[number] = geometry
+        return number, None if geometry == self.geometries[number] else geometry
+
+    def repeat(self, returned: Any) -> Repeat | None:
+        single = isinstance(returned, Tensor)
+        if not self.whole or not self.steps or not (single or type(returned) is tuple):
+            return None
+        results = [self._result(value) for value in ((returned,) if single else returned)]
+        numbers = {result[0] for result in results if result is not None}
+        if not self.whole or max(numbers, default=0) >= self.steps[-1].made:
+            return None
+        last = {place.number: step for step in self.steps for place in step.places}
+        for number in range(self.inputs, self.steps[-1].made):
+            if number in last and number not in numbers:
+                last[number].released.append(number)
+        return Repeat(self.steps, self.geometries, results, single)
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -104,41 +204,9 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def repeat_of(call: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Repeat | None]:
-    """What a call returns, and how to repeat it; None where it does more than one launch, or tensors begin together."""
-    with watched_launches() as made, _Watch() as watch:
+    """What a call returns, and how to repeat it; None where it does more than allocate, view and launch, or where
+    nobody knows which tensor an address lies in."""
+    watch = _Watch(inputs)
+    with watching_launches(watch.launched), watch:
         returned = call()
-    single = isinstance(returned, Tensor)
-    if not watch.harmless or len(made) != 1 or not (single or type(returned) is tuple):
-        return returned, None
-    known, outputs = list(inputs), []
-    results: list[int | None] = []
-    for value in (returned,) if single else returned:
-        if value is None:
-            results.append(None)
-            continue
-        number = _number(value, known)
-        if number is None:
-            number = len(known)
-            known.append(value)
-            outputs.append(Empty(value.shape, value.stride(), value.dtype))
-        if (value.shape, value.stride()) != (known[number].shape, known[number].stride()):
-            return returned, None
-        results.append(number)
-    addresses = {tensor.data_ptr() for tensor in known}
-    if 0 in addresses or len(addresses) < len(known) or not all(map(_dense, known[len(inputs) :])):
-        return returned, None
-    ((launched, compiled),) = made
-    values = [launched.arguments[name] for name in launched.kernel.arg_names]
-    places: list[tuple[int, int, Any]] = []
-    for place, value in enumerate(values):
-        view = value if hasattr(value, "ptr") else None
-        tensor = value if view is None else view.ptr
-        if isinstance(tensor, Tensor):
-            number = _number(tensor, known)
-            if number is None:
-                return returned, None
-            values[place] = None
-            places.append((place, number, None if view is None else view._replace(ptr=None)))
-        elif isinstance(value, tuple) and any(isinstance(part, Tensor) or hasattr(part, "ptr") for part in value):
-            return returned, None
-    return returned, Repeat(launched._replace(arguments={}), compiled, values, places, outputs, results, single)
+    return returned, watch.repeat(returned)

@@ -23,7 +23,7 @@ NEVER = {"depthwise", "depthwise_weight_gradient"}
 def watched(monkeypatch):
     """Repeats begin empty; the poison that tests fill outputs with is no reason to make none."""
     triton_device()
-    monkeypatch.setattr(repeat, "HARMLESS", repeat.HARMLESS | {torch.ops.aten.fill_.Scalar})
+    monkeypatch.setattr(repeat, "HARMLESS", {torch.ops.aten.fill_.Scalar})
     monkeypatch.setattr(choose, "_repeats", {})
     return choose._repeats
 
@@ -73,6 +73,23 @@ def test_overlapping_tensors_are_not_repeated(watched):
         assert_close(kernels.na2d_qk(x, other, 3), expected, 2e-6)
 
 
+def test_a_pass_is_repeated_as_a_whole(watched):
+    """ContMix's: what lies between its launches is released after the last that needs it."""
+    operator = next(operator for operator in OPERATORS if operator.name == "contmix2d")
+    tensors = {name: tensor.requires_grad_() for name, tensor in operator.tensors(batch=2).items()}
+    with kernels.use_backend("triton"):
+        torch.autograd.grad(operator(tensors).sum(), tuple(tensors.values()))
+    passes = {key[0].split(".")[-1]: made for key, made in watched.items()}
+    assert {name: len(made.steps) for name, made in passes.items()} == {"_forward": 2, "_backward": 8}
+    steps, results = passes["_backward"].steps, passes["_backward"].results
+    between = set(range(steps[-1].made)) - {number for number, _ in results}
+    needed = {place.number: i for i, step in enumerate(steps) for place in step.places}
+    released = {number: i for i, step in enumerate(steps) for number in step.released}
+    assert released
+    assert released.keys() <= between
+    assert released.items() <= needed.items()
+
+
 def test_nothing_is_remembered_while_tuning(watched):
     x, weight = random_tensor(1, 2, 5, 4), random_tensor(1, 1, 3, 3, 5, 4)
     with kernels.use_backend("triton"):
@@ -115,9 +132,10 @@ def test_triton_is_given_what_it_gives_itself():
         assert any(choose._repeats.values()) and len(calls) == 2
         address = {t.data_ptr(): i for made in (first, second) for i, t in enumerate(made)}
         def told(value):
-            if isinstance(value, torch.Tensor): return "tensor", address[value.data_ptr()], value.dtype
+            if isinstance(value, torch.Tensor): value = value.data_ptr()
             if type(value).__name__ == "LazyDict": return value.data
-            return type(value)(*map(told, value)) if hasattr(value, "_fields") else value
+            if isinstance(value, tuple): return tuple(map(told, value))
+            return ("tensor", address[value]) if value in address else value
         ours, theirs = ([told(value) for value in made] for made in calls)
         assert ours == theirs, [(a, b) for a, b in zip(ours, theirs) if a != b]
         print("same", len(ours))
