@@ -12,6 +12,7 @@ from kernels.contmix.backward_shared import Targets, grad_inputs_shared, grad_ta
 from kernels.contmix.configs import Inputs, Problem, Saved, shares_windows
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
+from kernels.contmix.passes import as_read, keys_as_read
 from kernels.dtypes import accumulator_dtype
 from kernels.windows import Pair
 
@@ -35,12 +36,13 @@ def _inputs(problem: Problem, device: torch.device, shared: bool) -> tuple[Input
 
     (height, width), relative = _size(problem, shared), 2 * problem.kernel_size - 1
     leading = problem.batch, problem.groups
+    projected = random(problem.kernel_size**2, *leading, problem.query_channels).permute(1, 2, 3, 0)
     inputs = Inputs(
-        random(*leading, problem.query_channels, height, width) / problem.query_channels**0.5,
-        random(*leading, problem.query_channels, problem.kernel_size**2).to(accumulator_dtype(problem.dtype)),
+        as_read(random(*leading, problem.query_channels, height, width) / problem.query_channels**0.5),
+        keys_as_read(projected.to(accumulator_dtype(problem.dtype))),
         random(problem.kernel_size**2),
         random(problem.groups, relative, relative),
-        random(*leading, problem.channels, height, width),
+        as_read(random(*leading, problem.channels, height, width)),
     )
     out, statistics = eager.empty_outputs(inputs.value[:, None])
     return inputs, out[:, 0], statistics[:, 0]

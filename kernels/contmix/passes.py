@@ -1,6 +1,7 @@
 """ContMix on Triton kernels: the forward and the backward pass, each kernel size in the form that suits it."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import interpreting
@@ -10,6 +11,7 @@ from kernels.contmix.backward_shared import Targets, grad_inputs_shared, grad_ta
 from kernels.contmix.configs import Inputs, Saved, shares_windows
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
+from kernels.contmix.tiles import VECTOR
 from kernels.layout import empty_like_layout
 from kernels.tuning import repeated
 
@@ -19,16 +21,28 @@ def _no_double_products(value: Tensor) -> bool:
     return value.dtype == torch.float64 and not interpreting()
 
 
-def _channels_last(features: Tensor) -> Tensor:
-    """[B, ..., C, H, W] with a pixel's channels adjacent in memory, as the kernels read them; else copied."""
-    if features.stride(-3) == 1:
+def as_read(features: Tensor) -> Tensor:
+    """[B, ..., C, H, W] as the kernels read it, else its copy: a pixel's channels adjacent in memory, their number and
+    all other strides multiples of VECTOR; channels that fill the number up are 0."""
+    channels = features.shape[-3]
+    strides = [stride for axis, stride in enumerate(features.stride()) if axis != features.ndim - 3]
+    if features.stride(-3) == 1 and not any(number % VECTOR.value for number in (channels, *strides)):
         return features
-    return features.movedim((-2, -1), (1, 2)).contiguous().movedim((1, 2), (-2, -1))
+    by_pixel = features.movedim((-2, -1, -3), (1, 2, -1))
+    return F.pad(by_pixel, (0, -channels % VECTOR.value)).contiguous().movedim((1, 2, -1), (-2, -1, -3))
+
+
+def keys_as_read(projected: Tensor) -> Tensor:
+    """[B, G, Dq, ΣK²] with as many channels as queries that are read, adjacent in memory."""
+    filled = -projected.shape[2] % VECTOR.value
+    return F.pad(projected.movedim(2, -1), (0, filled)).movedim(-1, 2) if filled else projected
 
 
 def _as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
     """A result in the memory order of the features that were given, where the kernels read others."""
-    return result if read is given else empty_like_layout(given, given.shape).copy_(result)
+    if read is given:
+        return result
+    return empty_like_layout(given, given.shape).copy_(result.narrow(-3, 0, given.shape[-3]))
 
 
 def contmix(
@@ -39,8 +53,8 @@ def contmix(
         return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
     if value.numel() == 0:
         return eager.empty_outputs(value)
-    read = _channels_last(value)
-    out, statistics = _forward(_channels_last(query), projected, bias, rpb, read, kernel_sizes)
+    read = as_read(value)
+    out, statistics = _forward(as_read(query), keys_as_read(projected), bias, rpb, read, kernel_sizes)
     return _as_given(out, read, value), statistics
 
 
@@ -73,11 +87,12 @@ def contmix_backward(
     if value.numel() == 0:
         zeros = torch.zeros_like
         return zeros(query), zeros(projected), zeros(bias), [zeros(table) for table in rpb], zeros(value)
-    read_query, read_value = _channels_last(query), _channels_last(value)
-    grad, out = _channels_last(grad), _channels_last(out)
+    read_query, read_value = as_read(query), as_read(value)
     grad_query, grad_value, grad_projected, grad_bias, *grad_rpb = _backward(
-        grad, read_query, read_value, out, projected, bias, rpb, statistics, kernel_sizes
-    )
+        as_read(grad), read_query, read_value, as_read(out), keys_as_read(projected), bias, rpb, statistics,
+        kernel_sizes,
+    )  # fmt: skip
+    grad_projected = grad_projected[:, :, : query.shape[2]]
     grad_query, grad_value = _as_given(grad_query, read_query, query), _as_given(grad_value, read_value, value)
     return grad_query, grad_projected, grad_bias, grad_rpb, grad_value
 

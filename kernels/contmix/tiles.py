@@ -15,6 +15,14 @@ import triton.language as tl
 from kernels.windows_triton import Pixels, window_start
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# What every stride of a map but its channels' is a multiple of: 16 bytes of a 16-bit type.
+VECTOR: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def aligned(offset):
+    """The same number: divided and multiplied again, which tells Triton how accesses align."""
+    return offset // VECTOR * VECTOR
 
 
 @triton.jit
@@ -35,7 +43,7 @@ def load_heads(view, o_pixel, m_pixel, i_head, heads, CHANNELS: tl.constexpr, HE
     o_flat = tl.arange(0, HEADS * BLOCK)
     o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
     m_flat = (o_head < heads) & (o_channel < CHANNELS)
-    p_flat = view.ptr + o_pixel[:, None] + (o_head * view.g + o_channel * view.c)[None, :]
+    p_flat = view.ptr + aligned(o_pixel)[:, None] + (o_head * aligned(view.g) + o_channel * view.c)[None, :]
     b_flat = tl.load(p_flat, mask=m_pixel[:, None] & m_flat[None, :], other=0)
     return tl.reshape(b_flat, [o_pixel.shape[0], HEADS, BLOCK])
 
@@ -48,7 +56,7 @@ def store_heads(view, o_pixel, m_pixel, i_head, heads, b_heads, CHANNELS: tl.con
     o_flat = tl.arange(0, HEADS * BLOCK)
     o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
     m_flat = (o_head < heads) & (o_channel < CHANNELS)
-    p_flat = view.ptr + o_pixel[:, None] + (o_head * view.g + o_channel * view.c)[None, :]
+    p_flat = view.ptr + aligned(o_pixel)[:, None] + (o_head * aligned(view.g) + o_channel * view.c)[None, :]
     b_flat = tl.reshape(b_heads, [b_heads.shape[0], HEADS * BLOCK]).to(view.ptr.dtype.element_ty)
     tl.store(p_flat, b_flat, mask=m_pixel[:, None] & m_flat[None, :])
 
@@ -57,7 +65,7 @@ def store_heads(view, o_pixel, m_pixel, i_head, heads, b_heads, CHANNELS: tl.con
 def load_pixels(view, o_pixel, m_pixel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """[P, C] of a map [C, ...]."""
     o_channel = tl.arange(0, BLOCK)
-    p_pixel = view.ptr + o_pixel[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    p_pixel = view.ptr + aligned(o_pixel)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
     return tl.load(p_pixel, mask=m_pixel[:, None] & (o_channel < CHANNELS)[None, :], other=0)
 
 
@@ -65,7 +73,7 @@ def load_pixels(view, o_pixel, m_pixel, CHANNELS: tl.constexpr, BLOCK: tl.conste
 def store_pixels(view, o_pixel, m_pixel, b_pixels, CHANNELS: tl.constexpr):
     """The inverse of ``load_pixels``."""
     o_channel = tl.arange(0, b_pixels.shape[1])
-    p_pixel = view.ptr + o_pixel[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    p_pixel = view.ptr + aligned(o_pixel)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
     m_pixels = m_pixel[:, None] & (o_channel < CHANNELS)[None, :]
     tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=m_pixels)
 

@@ -50,6 +50,30 @@ def test_windows_of_many_blocks(threshold, size, monkeypatch):
         assert_close(result, expected, GRADIENT_TOLERANCE[torch.float32], name)
 
 
+@pytest.mark.parametrize("channels", [8, 10])
+def test_channels_last_at_any_pitch(channels):
+    """Kernels read 8 channels at once: a pitch or number of channels that is no multiple of 8 is copied, any other is
+    read as it is."""
+    operator, tensors = _contmix((6, 7), groups=2, kernel_sizes=(3, 5))
+    expected = {}
+    for pitch in (2 * channels, 2 * channels + 1):
+        for name, leading in (("query", ()), ("value", (2,))):
+            torch.manual_seed(0)
+            wide = torch.zeros(2, 6, 7, *leading, pitch, device=DEVICE)
+            wide[..., pitch - 2 * channels :] = torch.randn(2, 6, 7, *leading, 2 * channels, device=DEVICE)
+            last = wide[..., pitch - 2 * channels :].unflatten(-1, (2, channels))
+            tensors[name] = last.movedim((1, 2), (-2, -1))
+        assert (passes.as_read(tensors["query"]) is tensors["query"]) == (channels == 8 and pitch == 16)
+        tensors["key"] = torch.randn(2, 2, channels, 6, device=DEVICE)
+        ours = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        for backend in ("eager", "triton"):
+            with kernels.use_backend(backend):
+                out = operator(ours)
+                found = [out, *torch.autograd.grad(out.square().sum(), tuple(ours.values()))]
+            for name, result in zip(("out", *ours), found, strict=True):
+                assert_close(result, expected.setdefault(name, result), GRADIENT_TOLERANCE[torch.float32], name)
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("norm", "kernel_sizes", "context"), [(1.0, (1, 5), 1), (30.0, (3, 7), 1), (1e3, (1, 7), 6)])
