@@ -53,8 +53,7 @@ def _neighborhood(
     dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1
 ) -> Iterator[Callable[[], object]]:
     from kernels.aggregation import gather as algebra
-    from kernels.neighborhood.backward import softmax_aggregate_backward
-    from kernels.neighborhood.forward import softmax_aggregate
+    from kernels.neighborhood.passes import softmax_aggregate, softmax_aggregate_backward
 
     # OverLoCK-T: 16 value channels per head.
     window = Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))

@@ -26,8 +26,7 @@ from kernels.aggregation.configs import GATHERS, Gather, GatherProblem, gather_h
 from kernels.dtypes import at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
-from kernels.neighborhood import shared
-from kernels.neighborhood.configs import shares_windows
+from kernels.neighborhood.passes import form_of
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows import Pair, Window
@@ -278,8 +277,8 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]; [B,G,C,H',W'] in the memory order of x."""
     if x.numel() == 0:
         return empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
-    if shares_windows(weight, window, x.shape[3], x.shape[4]):
-        return shared.mix(weight, x, window)
+    if window.clamped:
+        return form_of(weight, window, x).mix(weight, x, window)
     return gather_aggregate(weight, x, window)
 
 
@@ -287,8 +286,8 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]; [B,G,C,H,W] in the memory order of g."""
     if g.numel() == 0:
         return empty_like_layout(g, (*g.shape[:3], *input_size))
-    if shares_windows(weight, window, *input_size):
-        return shared.transpose(weight, g, window)
+    if window.clamped:
+        return form_of(weight, window, g).transpose(weight, g, window)
     return gather_transpose(weight, g, input_size, window)
 
 
@@ -297,6 +296,6 @@ def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
     out = empty_kernel_layout(g, window.kernel_size)
     if g.numel() == 0:
         return out
-    if shares_windows(out, window, x.shape[3], x.shape[4]):
-        return shared.correlate(g, x, out, window)
+    if window.clamped:
+        return form_of(out, window, x).correlate(g, x, out, window)
     return gather_correlate(g, x, window)

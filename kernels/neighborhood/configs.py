@@ -1,4 +1,4 @@
-"""Which config each neighbourhood kernel runs with: dense products where outputs share windows, gathers elsewhere."""
+"""Which config each neighbourhood kernel runs with: dense products where outputs share windows, rows elsewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from kernels.launch import next_power_of_2
 from kernels.windows import Window
 
 __all__ = [
+    "OWN_CONFIGS",
     "SHARED_CONFIGS",
+    "OwnConfig",
+    "OwnProblem",
     "SharedConfig",
     "SharedProblem",
+    "own_correlate_heuristic",
+    "own_heuristic",
     "shared_gradient_heuristic",
     "shared_heuristic",
     "shared_transpose_heuristic",
@@ -113,3 +118,62 @@ def shared_transpose_heuristic(problem: SharedProblem) -> SharedConfig:
     """The same on at least two warps: masks and window positions of every input take up registers."""
     config = shared_gradient_heuristic(problem)
     return replace(config, num_warps=max(2, config.num_warps))
+
+
+class OwnProblem(NamedTuple):
+    """What the choice of a config depends on where outputs have windows of their own."""
+
+    channels: int
+    pixels: int
+    taps: int  # rows of the window
+    steps: int  # columns of sources that an own column may meet
+    aligned: bool  # a pixel's channels are adjacent in memory and begin at 16 bytes
+    dtype: torch.dtype
+
+    @property
+    def block(self) -> int:
+        """Channels of a program, of those that are summed apart."""
+        return min(64, next_power_of_2(self.channels))
+
+    @property
+    def lane(self) -> int:
+        """Channels that a lane loads at once: 16 bytes."""
+        return min(self.block, 16 // self.dtype.itemsize) if self.aligned and self.channels == self.block else 1
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """Rows by columns of outputs (or inputs) that a program owns."""
+
+    rows: int
+    columns: int
+    num_warps: int = 1
+
+    def valid(self, problem: OwnProblem) -> bool:
+        """At most 64 taps and 64 sums of a source row per thread, and no idle threads."""
+        elements = self.columns * problem.block / (32 * self.num_warps)
+        taps = self.rows * next_power_of_2(problem.steps) * max(1, elements / problem.lane)
+        return elements >= 1 and (taps <= 64 or self.rows == 1) and self.rows * elements <= 64
+
+
+OWN_CONFIGS = tuple(
+    OwnConfig(rows, columns, warps)
+    for rows, columns, warps in (
+        (4, 8, 1), (2, 8, 1), (1, 8, 1), (4, 16, 1), (2, 16, 1), (1, 16, 1), (4, 4, 1), (2, 4, 1), (1, 4, 1),
+        (4, 16, 2), (2, 16, 2), (1, 16, 2), (4, 32, 1), (2, 32, 1), (1, 32, 1), (1, 64, 1),
+    )
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def own_heuristic(problem: OwnProblem) -> OwnConfig:
+    """The config where nothing was tuned: a warp whose lanes load 16 bytes, and rows for at most 32 taps per lane."""
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        return OwnConfig(4, 128)
+    rows = max(1, min(4, 32 // next_power_of_2(problem.steps)))
+    return OwnConfig(rows, max(1, 32 * problem.lane // problem.block), max(1, problem.block // (32 * problem.lane)))
+
+
+def own_correlate_heuristic(problem: OwnProblem) -> OwnConfig:
+    """The same on all channels at once."""
+    return own_heuristic(problem)

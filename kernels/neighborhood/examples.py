@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.aggregation.configs import GatherProblem
 from kernels.aggregation.examples import near_square
-from kernels.layout import empty_like_layout
-from kernels.neighborhood import backward, eager, forward, shared
-from kernels.neighborhood.backward import Saved
-from kernels.neighborhood.configs import SharedProblem, windows_and_most
+from kernels.neighborhood import eager, own_correlate, own_mix, shared
+from kernels.neighborhood.configs import OwnProblem, SharedProblem, windows_and_most
+from kernels.neighborhood.references import Softmax
 from kernels.windows import Pair, Window
 from kernels.windows_triton import inverse_steps
 
 BATCH, HEADS = 2, 2  # the least that shows a stride mistaken
 
 
+class Saved(NamedTuple):
+    """Inputs, what a softmax makes of them, and a gradient."""
+
+    grad: Tensor
+    logits: Tensor
+    value: Tensor
+    rpb: Tensor
+    softmax: Softmax
+
+
 def _saved(
-    kernel_size: Pair, size: Pair, channels: int, dtype: torch.dtype, device: torch.device, heads_last: bool = True
+    kernel_size: Pair, size: Pair, channels: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Saved, Window]:
-    """A gradient, inputs and outputs on a map that holds the window."""
+    """On a map that holds the window."""
     height, width = (max(length, kernel) for length, kernel in zip(size, kernel_size, strict=True))
 
     def draw(*inner: int) -> Tensor:
-        shape = (height, width, *inner) if heads_last else (*inner, height, width)
-        drawn = torch.randn(BATCH, HEADS, *shape, dtype=dtype, device=device)
-        return drawn.permute(0, 1, *range(4, drawn.dim()), 2, 3) if heads_last else drawn
+        drawn = torch.randn(BATCH, HEADS, height, width, *inner, dtype=dtype, device=device)
+        return drawn.permute(0, 1, *range(4, drawn.dim()), 2, 3)
 
     logits, value = draw(*kernel_size), draw(channels)
     table = (HEADS, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1)
     rpb, window = torch.randn(table, dtype=dtype, device=device), Window.neighborhood(kernel_size)
     out, statistics = eager.softmax_aggregate(logits, value, rpb, window)
-    return Saved(torch.randn_like(value), logits, value, rpb, out, statistics), window
+    return Saved(torch.randn_like(value), logits, value, rpb, Softmax(logits, rpb, out, statistics)), window
 
 
 def _shared(problem: SharedProblem, device: torch.device) -> tuple[Saved, Window]:
@@ -53,33 +60,39 @@ def _shared(problem: SharedProblem, device: torch.device) -> tuple[Saved, Window
     return _saved(kernel_size, size, problem.channels, problem.dtype, device)
 
 
-def _own(problem: GatherProblem, kernel_size: Pair, size: Pair, device: torch.device) -> tuple[Saved, Window]:
-    return _saved(kernel_size, size, problem.channels, problem.dtype, device, problem.kernel_fastest)
+def _own(problem: OwnProblem, device: torch.device, transposed: bool = False) -> tuple[Saved, Window]:
+    """A map of about as many pixels, whose columns meet as many columns of sources."""
+    side = max(problem.taps, round(problem.pixels**0.5))
+    columns = problem.steps
+    if transposed:  # the odd window whose inputs are met by that many outputs, or nearest
+        sizes = range(1, side + 1, 2)
+        columns = min(sizes, key=lambda n: abs(inverse_steps(Window.neighborhood((n, n)), side, 1) - problem.steps))
+    width = max(columns, side)
+    return _saved((problem.taps, columns), (side, width), problem.channels, problem.dtype, device)
 
 
-@forward.gather.example
-def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
-    kernel_size = near_square(problem.steps, odd=True)
-    saved, window = _own(problem, kernel_size, near_square(problem.pixels), device)
+@own_mix.softmax_mix.example
+def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _own(problem, device)
     return saved.logits, saved.value, saved.rpb, window
 
 
-@backward.grad_logits.example
-def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
-    return _own(problem, near_square(problem.steps, odd=True), near_square(problem.pixels), device)
+@own_mix.mix.example
+def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _own(problem, device)
+    return saved.logits, saved.value, window
 
 
-@backward.grad_value.example
-def _(problem: GatherProblem, device: torch.device) -> tuple[Any, ...]:
-    """Steps here are the outputs that may reach an input: the square window whose number of them is nearest."""
-    side = max(3, round(problem.pixels**0.5))
+@own_mix.transpose.example
+def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _own(problem, device, transposed=True)
+    return saved.logits, saved.grad, window, saved.softmax
 
-    def distance(kernel_size: int) -> int:
-        window = Window.neighborhood((kernel_size, kernel_size))
-        return abs(inverse_steps(window, side, 0) ** 2 - problem.steps)
 
-    nearest = min(range(1, side + 1, 2), key=distance)
-    return _own(problem, (nearest, nearest), (side, side), device)
+@own_correlate.correlate.example
+def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
+    saved, window = _own(problem, device)
+    return saved.grad, saved.value, torch.empty_like(saved.logits), window, saved.softmax
 
 
 @shared.softmax_mix.example
@@ -97,11 +110,10 @@ def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
 @shared.correlate.example
 def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
     saved, window = _shared(problem, device)
-    target = empty_like_layout(saved.logits, saved.logits.shape)
-    return saved.grad, saved.value, target, window, shared.Softmax(saved.logits, saved.rpb, saved.out, saved.statistics)
+    return saved.grad, saved.value, torch.empty_like(saved.logits), window, saved.softmax
 
 
 @shared.transpose.example
 def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
     saved, window = _shared(problem, device)
-    return saved.logits, saved.grad, window, shared.Softmax(saved.logits, saved.rpb, saved.out, saved.statistics)
+    return saved.logits, saved.grad, window, saved.softmax

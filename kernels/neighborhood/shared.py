@@ -17,18 +17,16 @@ elsewhere a value reaches what the definition says.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aggregation import eager as algebra
-from kernels.dtypes import accumulator_dtype, at_least_float32, precision, upcast
+from kernels.dtypes import accumulator_dtype, precision, upcast
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import empty_like_layout
-from kernels.neighborhood import eager
 from kernels.neighborhood.configs import (
     SHARED_CONFIGS,
     SharedConfig,
@@ -38,13 +36,20 @@ from kernels.neighborhood.configs import (
     shared_transpose_heuristic,
     windows_and_most,
 )
-from kernels.neighborhood.tiles import LOG2_E, features_view, kernel_view, table_view
+from kernels.neighborhood.references import (
+    Softmax,
+    reference_correlate,
+    reference_mix,
+    reference_softmax_mix,
+    reference_transpose,
+)
+from kernels.neighborhood.tiles import LOG2_E, along_window, features_view, table_view
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 from kernels.windows import Window
 from kernels.windows_triton import offsets, pixels_of_window, split_program
 
-__all__ = ["Softmax", "correlate", "mix", "softmax_mix", "transpose"]
+__all__ = ["correlate", "mix", "softmax_mix", "transpose"]
 
 MOST_STEPS = 6  # held in registers at once
 
@@ -304,46 +309,11 @@ def _steps(window: Window, config: SharedConfig) -> dict[str, int]:
     return {"CHUNKS": ceil_divide(steps, MOST_STEPS), "UNROLL": ceil_divide(steps, ceil_divide(steps, MOST_STEPS))}
 
 
-def _reference_softmax_mix(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
-    logits, value, *table = at_least_float32(logits, value, *([] if rpb is None else [rpb]))
-    return eager.softmax_aggregate(logits, value, table[0] if table else None, window)
-
-
-class Softmax(NamedTuple):
-    """What the backward pass of a softmax reads besides gradient and value."""
-
-    logits: Tensor  # [B, G, Kh, Kw, H, W]
-    rpb: Tensor | None  # [G, 2Kh-1, 2Kw-1]
-    out: Tensor  # [B, G, C, H, W]
-    statistics: Tensor  # [B, G, H, W]: log Σ_k exp
-
-
-def _reference_gradients(grad: Tensor, value: Tensor, window: Window, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    grad, value, logits, out = at_least_float32(grad, value, softmax.logits, softmax.out)
-    rpb = None if softmax.rpb is None else at_least_float32(softmax.rpb)[0]
-    return eager.softmax_aggregate_backward(grad, logits, value, rpb, out, softmax.statistics, window)[:2]
-
-
-def _reference_correlate(
-    grad: Tensor, value: Tensor, _target: Tensor, window: Window, softmax: Softmax | None = None
-) -> Tensor:
-    if softmax is not None:
-        return _reference_gradients(grad, value, window, softmax)[0]
-    return algebra.correlate(*at_least_float32(grad, value), window)
-
-
-def _reference_transpose(weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None) -> Tensor:
-    if softmax is not None:  # whose gradient of value does not depend on value
-        return _reference_gradients(grad, grad, window, softmax)[1]
-    weight, grad = at_least_float32(weight, grad)
-    return algebra.transpose(weight, grad, (grad.shape[3], grad.shape[4]), window)
-
-
 @tunable(
     SHARED_CONFIGS,
     shared_heuristic,
     problem=lambda logits, value, _rpb, window: _problem(logits, value, window),
-    reference=_reference_softmax_mix,
+    reference=reference_softmax_mix,
     name="shared_windows.softmax_mix",
 )
 def softmax_mix(
@@ -359,7 +329,7 @@ def softmax_mix(
     SHARED_CONFIGS,
     shared_heuristic,
     problem=_problem,
-    reference=lambda weight, value, window: algebra.aggregate(*at_least_float32(weight, value), window),
+    reference=reference_mix,
     name="shared_windows.mix",
 )
 def mix(weight: Tensor, value: Tensor, window: Window, *, config: SharedConfig) -> Tensor:
@@ -373,7 +343,7 @@ def _mix(
     out = empty_like_layout(value, value.shape)
     common = _common(value, window, config, weight, out)
     arguments = {
-        "weight": kernel_view(weight),
+        "weight": along_window(weight),
         "value": features_view(value),
         "rpb": table_view(rpb, value),
         "out": features_view(out),
@@ -393,7 +363,7 @@ def _mix(
     SHARED_CONFIGS,
     shared_gradient_heuristic,
     problem=lambda grad, _value, target, window, *_: _problem(target, grad, window),
-    reference=_reference_correlate,
+    reference=reference_correlate,
     name="shared_windows.correlate",
 )
 def correlate(
@@ -406,11 +376,11 @@ def correlate(
     arguments = {
         "grad": features_view(grad),
         "value": features,
-        "logits": spare if softmax is None else kernel_view(softmax.logits),
+        "logits": spare if softmax is None else along_window(softmax.logits),
         "rpb": spare if softmax is None else table_view(softmax.rpb, value),
         "statistics": spare if softmax is None else view(softmax.statistics, "b g h w"),
         "out": spare if softmax is None else features_view(softmax.out),
-        "target": kernel_view(target),
+        "target": along_window(target),
         **common,
         "SOFTMAX": softmax is not None,
         "HAS_RPB": softmax is not None and softmax.rpb is not None,
@@ -425,7 +395,7 @@ def correlate(
     SHARED_CONFIGS,
     shared_transpose_heuristic,
     problem=lambda weight, grad, window, *_: _problem(weight, grad, window),
-    reference=_reference_transpose,
+    reference=reference_transpose,
     name="shared_windows.transpose",
 )
 def transpose(
@@ -436,7 +406,7 @@ def transpose(
     common = _common(grad, window, config, weight, target)
     blocks = ceil_divide(grad.shape[3] * grad.shape[4], config.block_steps)
     arguments = {
-        "weight": kernel_view(weight),
+        "weight": along_window(weight),
         "grad": features_view(grad),
         "rpb": View(grad) if softmax is None else table_view(softmax.rpb, grad),
         "statistics": View(grad) if softmax is None else view(softmax.statistics, "b g h w"),

@@ -1,0 +1,197 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+"""Where outputs have windows of their own: what a program owns, and the taps that it meets on one row of the map.
+
+A program owns R rows of P columns. The columns of all images and heads lie on one axis, so that no width wastes lanes.
+Its rows belong to one residue class of the dilation; rows and columns are counted as *members* of their classes, in
+which windows are dense. The program walks over the *source* rows that its own rows meet, loads each once, and uses it
+for all of its rows that see it.
+
+What weighs a source row is one block of *taps* [R·P, S]: own row times column, by window columns, padded to a power of
+two. Own rows of a tile are few and the same for all lanes; so whether a row sees a source row is a branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dtypes import precision
+from kernels.launch import ceil_divide
+from kernels.neighborhood.configs import OwnConfig, OwnProblem
+from kernels.neighborhood.tiles import LOG2_E
+from kernels.windows import Window
+from kernels.windows_triton import inverse_steps, window_start
+
+__all__ = [
+    "Rows",
+    "Taps",
+    "columns_of",
+    "load_taps",
+    "own_problem",
+    "own_sizes",
+    "rows_of",
+    "seen_by",
+    "taps_of",
+    "window_row",
+]
+
+
+class Rows(NamedTuple):
+    """The rows that a program owns."""
+
+    first: Any  # member that the tile begins with
+    members: Any  # of the residue class, of which there may be fewer than the tile's end
+    residue: Any
+    begin: Any  # source members from here
+    end: Any  # to here, exclusively
+
+
+class Taps(NamedTuple):
+    """Weights of a source row at window row 0, and what changes with the window row."""
+
+    p_weight: Any  # [R·P, S], as the next two
+    p_rpb: Any
+    p_statistics: Any
+    m_step: Any  # or [1, S]
+    m_own: Any  # [R·P, 1]: which own rows and columns there are; the others repeat one that is
+    row: Any  # [R·P, 1]: what ``window_row`` adds to, to find an own row's window row
+
+
+@triton.jit
+def seen_by(o_member, members, KERNEL: tl.constexpr):
+    """(first, last) of the outputs along an axis whose clamped windows hold input ``o_member``."""
+    first = tl.where(o_member < KERNEL, 0, o_member - KERNEL // 2)
+    return first, tl.where(o_member >= members - KERNEL, members - 1, o_member + KERNEL // 2)
+
+
+@triton.jit
+def rows_of(i_tile, height, ROWS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Tile ``i_tile`` of the rows. Sources are inputs; outputs if TRANSPOSED."""
+    residue, first = i_tile % DILATION, i_tile // DILATION * ROWS
+    members = (height - residue + DILATION - 1) // DILATION
+    top, bottom = tl.minimum(first, members - 1), tl.minimum(first + ROWS, members) - 1
+    if TRANSPOSED:
+        begin, _last = seen_by(top, members, KERNEL)
+        _first, last = seen_by(bottom, members, KERNEL)
+    else:
+        begin = window_start(top, members, KERNEL, 1)
+        last = window_start(bottom, members, KERNEL, 1) + KERNEL - 1
+    return Rows(first, members, residue, begin, last + 1)
+
+
+@triton.jit
+def columns_of(o_column, batch, groups, width):
+    """(column, group, batch entry, which exist) of positions on the axis of all images' columns."""
+    o_inside = tl.minimum(o_column, batch * groups * width - 1)
+    i_image = o_inside // width
+    return o_inside % width, (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64), o_column == o_inside
+
+
+@triton.jit
+def window_row(rows, source, KERNEL: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """What is added to an own row's ``Taps.row``: the window row in which it meets a source row."""
+    if TRANSPOSED:
+        return -window_start(source, rows.members, KERNEL, 1)
+    return source
+
+
+@triton.jit
+def taps_of(
+    weight, rpb, statistics, rows, i_column, batch, groups, width,
+    WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The taps of a tile: outputs' weights, at own rows or, if TRANSPOSED, at source rows."""
+    KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
+    KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
+    DILATION_W: tl.constexpr = WINDOW.dilation[1]
+    o_tap, o_step = tl.arange(0, ROWS * COLUMNS), tl.arange(0, STEPS)[None, :]
+    o_column, i_group, i_batch, m_column = columns_of(i_column + o_tap % COLUMNS, batch, groups, width)
+    o_row = tl.minimum(rows.first + o_tap // COLUMNS, rows.members - 1)[:, None]
+    residue, o_member = o_column % DILATION_W, (o_column // DILATION_W)[:, None]
+    members = ((width - residue + DILATION_W - 1) // DILATION_W)[:, None]
+    if TRANSPOSED:
+        first, last = seen_by(o_member, members, KERNEL_W)
+        o_output = tl.minimum(first + o_step, last)
+        o_kernel = o_member - window_start(o_output, members, KERNEL_W, 1)
+        m_step = first + o_step <= last
+        o_start, o_relative_h, o_relative_w = o_row, o_row, o_member - o_output
+    else:
+        o_output = o_member
+        o_kernel = tl.minimum(o_step, KERNEL_W - 1)
+        m_step = o_step < KERNEL_W
+        o_start = -window_start(o_row, rows.members, KERNEL_H, 1)
+        o_relative_h, o_relative_w = -o_row, window_start(o_member, members, KERNEL_W, 1) + o_step - o_member
+    o_output = (o_output * DILATION_W + residue[:, None]).to(OFFSET)
+    o_weight = o_output * weight.w + o_kernel.to(OFFSET) * weight.k + o_start.to(OFFSET) * weight.c
+    o_statistics = o_output * statistics.w
+    if not TRANSPOSED:
+        o_output_row = (o_row * WINDOW.dilation[0] + rows.residue).to(OFFSET)
+        o_weight += o_output_row * weight.h
+        o_statistics += o_output_row * statistics.h
+    o_rpb = (o_relative_h + KERNEL_H - 1) * rpb.h + (o_relative_w + KERNEL_W - 1) * rpb.w
+    return Taps(
+        weight.ptr + (i_batch * weight.b + i_group * weight.g)[:, None] + o_weight,
+        rpb.ptr + (i_group * rpb.g)[:, None] + o_rpb,
+        statistics.ptr + (i_batch * statistics.b + i_group * statistics.g)[:, None] + o_statistics,
+        m_step,
+        (m_column & (rows.first + o_tap // COLUMNS < rows.members))[:, None],
+        o_start,
+    )
+
+
+@triton.jit
+def load_taps(
+    taps, weight, rpb, rows, source, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """[R·P, S] of a source row: weights, or logits + rpb in units of log 2 with SOFTMAX; 0, or −inf, where none."""
+    KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
+    shift = window_row(rows, source, KERNEL_H, TRANSPOSED)
+    m_tap = taps.m_step & (taps.row + shift >= 0) & (taps.row + shift < KERNEL_H)
+    o_source = tl.cast(shift, OFFSET) * weight.c
+    if TRANSPOSED:
+        o_source += tl.cast(source * WINDOW.dilation[0] + rows.residue, OFFSET) * weight.h
+    b_taps = tl.load(taps.p_weight + o_source, mask=m_tap, other=float("-inf") if SOFTMAX else 0)
+    if SOFTMAX:
+        b_taps = b_taps.to(ACCUMULATOR)
+        if HAS_RPB:
+            o_relative = (-source if TRANSPOSED else source) * rpb.h
+            b_taps += tl.load(taps.p_rpb + o_relative, mask=m_tap, other=0).to(ACCUMULATOR)
+        b_taps *= LOG2_E
+    return b_taps
+
+
+def own_problem(features: Tensor, window: Window, transposed: bool = False) -> OwnProblem:
+    """Of a launch whose sources [B,G,C,H,W] are inputs; outputs if ``transposed``."""
+    channels, height, width = features.shape[2:]
+    strides = features.stride()
+    aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
+    steps = inverse_steps(window, width, 1) if transposed else window.kernel_size[1]
+    aligned = aligned and features.data_ptr() % 16 == 0
+    return OwnProblem(channels, height * width, window.kernel_size[0], steps, aligned, features.dtype)
+
+
+def own_sizes(features: Tensor, window: Window, config: OwnConfig, *tensors: Tensor) -> tuple[dict[str, Any], int]:
+    """Sizes, types and blocks, which both kernels take alike; and how many tiles there are."""
+    batch, groups, channels, height, width = features.shape
+    dilation = window.dilation[0]
+    row_tiles = dilation * ceil_divide(ceil_divide(height, dilation), config.rows)
+    arguments = {
+        "batch": batch,
+        "groups": groups,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "row_tiles": row_tiles,
+        "WINDOW": window,
+        **precision(features, *tensors),
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+    }
+    return arguments, row_tiles * ceil_divide(batch * groups * width, config.columns)
