@@ -125,8 +125,8 @@ class OwnProblem(NamedTuple):
 
     channels: int
     pixels: int
-    taps: int  # rows of the window
-    steps: int  # columns of sources that an own column may meet
+    kernel_h: int
+    kernel_w: int
     aligned: bool  # a pixel's channels are adjacent in memory and begin at 16 bytes
     dtype: torch.dtype
 
@@ -152,7 +152,7 @@ class OwnConfig:
     def valid(self, problem: OwnProblem) -> bool:
         """At most 64 taps and 64 sums of a source row per thread, and no idle threads."""
         elements = self.columns * problem.block / (32 * self.num_warps)
-        taps = self.rows * next_power_of_2(problem.steps) * max(1, elements / problem.lane)
+        taps = self.rows * next_power_of_2(problem.kernel_w) * max(1, elements / problem.lane)
         return elements >= 1 and (taps <= 64 or self.rows == 1) and self.rows * elements <= 64
 
 
@@ -170,7 +170,7 @@ def own_heuristic(problem: OwnProblem) -> OwnConfig:
     """The config where nothing was tuned: a warp whose lanes load 16 bytes, and rows for at most 32 taps per lane."""
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return OwnConfig(4, 128)
-    rows = max(1, min(4, 32 // next_power_of_2(problem.steps)))
+    rows = max(1, min(4, 32 // next_power_of_2(problem.kernel_w)))
     return OwnConfig(rows, max(1, 32 * problem.lane // problem.block), max(1, problem.block // (32 * problem.lane)))
 
 

@@ -12,7 +12,6 @@ from kernels.neighborhood import eager, own_correlate, own_mix, shared
 from kernels.neighborhood.configs import OwnProblem, SharedProblem, windows_and_most
 from kernels.neighborhood.references import Softmax
 from kernels.windows import Pair, Window
-from kernels.windows_triton import inverse_steps
 
 BATCH, HEADS = 2, 2  # the least that shows a stride mistaken
 
@@ -60,15 +59,9 @@ def _shared(problem: SharedProblem, device: torch.device) -> tuple[Saved, Window
     return _saved(kernel_size, size, problem.channels, problem.dtype, device)
 
 
-def _own(problem: OwnProblem, device: torch.device, transposed: bool = False) -> tuple[Saved, Window]:
-    """A map of about as many pixels, whose columns meet as many columns of sources."""
-    side = max(problem.taps, round(problem.pixels**0.5))
-    columns = problem.steps
-    if transposed:  # the odd window whose inputs are met by that many outputs, or nearest
-        sizes = range(1, side + 1, 2)
-        columns = min(sizes, key=lambda n: abs(inverse_steps(Window.neighborhood((n, n)), side, 1) - problem.steps))
-    width = max(columns, side)
-    return _saved((problem.taps, columns), (side, width), problem.channels, problem.dtype, device)
+def _own(problem: OwnProblem, device: torch.device) -> tuple[Saved, Window]:
+    kernel_size = problem.kernel_h, problem.kernel_w
+    return _saved(kernel_size, near_square(problem.pixels), problem.channels, problem.dtype, device)
 
 
 @own_mix.softmax_mix.example
@@ -85,7 +78,7 @@ def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
 
 @own_mix.transpose.example
 def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _own(problem, device, transposed=True)
+    saved, window = _own(problem, device)
     return saved.logits, saved.grad, window, saved.softmax
 
 

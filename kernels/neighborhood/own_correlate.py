@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.aggregation.tiles import stack
 from kernels.launch import launch, next_power_of_2
 from kernels.neighborhood.configs import OWN_CONFIGS, OwnConfig, own_correlate_heuristic
-from kernels.neighborhood.own_tiles import columns_of, load_taps, own_problem, own_sizes, rows_of, taps_of
+from kernels.neighborhood.own_tiles import columns_of, image_of, load_taps, own_problem, own_sizes, rows_of, taps_of
 from kernels.neighborhood.references import Softmax, reference_correlate
 from kernels.neighborhood.tiles import LOG2_E, features_view, kernel_view, table_view
 from kernels.tuning import tunable
@@ -50,27 +50,35 @@ def _correlate_kernel(
     i_column = i_program // row_tiles * COLUMNS
     rows = rows_of(i_program % row_tiles, height, ROWS, KERNEL_H, DILATION_H, False)
     targets = taps_of(
-        target, rpb, statistics, rows, i_column, batch, groups, width, WINDOW, False, OFFSET, ROWS, COLUMNS, STEPS
+        target, rpb, statistics, rows, i_column, 0, batch, groups, width, WINDOW, False, OFFSET, ROWS, COLUMNS, STEPS
     )
     if SOFTMAX:
         taps = taps_of(
-            logits, rpb, statistics, rows, i_column, batch, groups, width, WINDOW, False, OFFSET, ROWS, COLUMNS, STEPS
+            logits,
+            rpb,
+            statistics,
+            rows,
+            i_column,
+            0,
+            batch,
+            groups,
+            width,
+            WINDOW,
+            False,
+            OFFSET,
+            ROWS,
+            COLUMNS,
+            STEPS,
         )
         b_statistics = tl.load(taps.p_statistics) * LOG2_E
-    o_column, i_group, i_batch, _m_column = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width)
+    columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, KERNEL_W, DILATION_W, False)
     o_channel = tl.arange(0, CHANNELS)
     m_channel = (o_channel < channels)[None, :]
-    o_start = window_start(o_column, width, KERNEL_W, DILATION_W)
-    o_image = (i_batch * value.b + i_group * value.g)[:, None]
-    p_value = value.ptr + o_image + (
-        o_start.to(OFFSET)[:, None] * value.w + o_channel.to(OFFSET)[None, :] * value.c
-    )  # fmt: skip
-    p_grad = grad.ptr + (i_batch * grad.b + i_group * grad.g)[:, None] + (
-        o_column.to(OFFSET)[:, None] * grad.w + o_channel.to(OFFSET)[None, :] * grad.c
-    )  # fmt: skip
-    p_out = out.ptr + (i_batch * out.b + i_group * out.g)[:, None] + (
-        o_column.to(OFFSET)[:, None] * out.w + o_channel.to(OFFSET)[None, :] * out.c
-    )  # fmt: skip
+    o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
+    p_value = image_of(value, columns)[:, None] + (o_first[:, None] * value.w + o_channel.to(OFFSET)[None, :] * value.c)
+    o_column = columns.column.to(OFFSET)[:, None]
+    p_grad = image_of(grad, columns)[:, None] + (o_column * grad.w + o_channel.to(OFFSET)[None, :] * grad.c)
+    p_out = image_of(out, columns)[:, None] + (o_column * out.w + o_channel.to(OFFSET)[None, :] * out.c)
     grads, deltas = (), ()
     for r in tl.static_range(ROWS):
         o_row = tl.minimum(rows.first + r, rows.members - 1) * DILATION_H + rows.residue
@@ -83,23 +91,29 @@ def _correlate_kernel(
         deltas = deltas + (b_delta,)
     for i_source in range(rows.begin, rows.end):
         o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
-        products = ()
-        for i in tl.static_range(KERNEL_W):
-            p_seen = p_value + (o_source * value.h + i * DILATION_W * value.w)
-            b_seen = tl.load(p_seen, mask=m_channel, other=0).to(ACCUMULATOR)
-            for r in tl.static_range(ROWS):
-                b_product = tl.zeros([COLUMNS], ACCUMULATOR)
-                row = tl.minimum(rows.first + r, rows.members - 1)
-                kernel_h = i_source - window_start(row, rows.members, KERNEL_H, 1)
-                if (kernel_h >= 0) & (kernel_h < KERNEL_H):
-                    b_product = tl.sum(grads[r] * b_seen, axis=1) - deltas[r]
-                products = products + (tl.reshape(b_product, [COLUMNS, 1]),)
-        for _pad in tl.static_range((STEPS - KERNEL_W) * ROWS):
-            products = products + (tl.zeros([COLUMNS, 1], ACCUMULATOR),)
-        b_target = stack(products, COLUMNS, 1, STEPS)
         if SOFTMAX:
             b_logits = load_taps(taps, logits, rpb, rows, i_source, WINDOW, False, True, HAS_RPB, ACCUMULATOR, OFFSET)
-            b_target *= tl.exp2(b_logits - b_statistics)
+            b_weight = tl.exp2(b_logits - b_statistics)
+        seen = ()
+        for i in tl.static_range(KERNEL_W):
+            p_seen = p_value + (o_source * value.h + i * DILATION_W * value.w)
+            seen = seen + (tl.load(p_seen, mask=m_channel, other=0).to(ACCUMULATOR),)
+        products = ()
+        for r in tl.static_range(ROWS):
+            own = (tl.zeros([COLUMNS, 1], ACCUMULATOR),) * STEPS
+            kernel_h = i_source - window_start(tl.minimum(rows.first + r, rows.members - 1), rows.members, KERNEL_H, 1)
+            if (kernel_h >= 0) & (kernel_h < KERNEL_H):
+                for i in tl.static_range(KERNEL_W):
+                    b_product = tl.sum(grads[r] * seen[i], axis=1) - deltas[r]
+                    own = own[:i] + (tl.reshape(b_product, [COLUMNS, 1]),) + own[i + 1 :]
+            products = products + (own,)
+        slots = ()
+        for i in tl.static_range(STEPS):
+            for r in tl.static_range(ROWS):
+                slots = slots + (products[r][i],)
+        b_target = stack(slots, COLUMNS, 1, STEPS)
+        if SOFTMAX:
+            b_target *= b_weight
         m_target = targets.m_own & targets.m_step & (targets.row + i_source >= 0) & (targets.row + i_source < KERNEL_H)
         p_target = targets.p_weight + tl.cast(i_source, OFFSET) * target.c
         tl.store(p_target, b_target.to(target.ptr.dtype.element_ty), mask=m_target)

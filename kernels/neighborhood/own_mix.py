@@ -1,5 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportAssignmentType=false
 # Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Clamped windows of which nearly every output has its own: weighted sums, in rows of outputs.
 
@@ -26,11 +27,11 @@ from kernels.layout import empty_like_layout
 from kernels.neighborhood.configs import OWN_CONFIGS, OwnConfig, own_heuristic
 from kernels.neighborhood.own_tiles import (
     columns_of,
+    image_of,
     load_taps,
     own_problem,
     own_sizes,
     rows_of,
-    seen_by,
     taps_of,
     window_row,
 )
@@ -51,7 +52,7 @@ __all__ = ["mix", "softmax_mix", "transpose"]
 
 @triton.jit
 def _log_sum_exp(
-    taps, weight, rpb, rows, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    taps, weight, rpb, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
     """log2 Σ_k 2^logits [R·P] of own rows; logits of small windows are held in registers, those of large read twice."""
@@ -95,11 +96,9 @@ def _sum_kernel(
     out,  # [B, G, C, H, W]
     batch, groups, channels, height, width, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, SEEN: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """SEEN: columns of sources that an own column may meet, of which every one does with the first Kw unless
-    TRANSPOSED."""
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     DILATION_H: tl.constexpr = WINDOW.dilation[0]
@@ -108,63 +107,63 @@ def _sum_kernel(
     i_block, i_rest = i_program % channel_blocks, i_program // channel_blocks
     i_column = i_rest // row_tiles * COLUMNS
     rows = rows_of(i_rest % row_tiles, height, ROWS, KERNEL_H, DILATION_H, TRANSPOSED)
-    taps = taps_of(
-        weight, rpb, statistics, rows, i_column, batch, groups, width,
-        WINDOW, TRANSPOSED, OFFSET, ROWS, COLUMNS, STEPS,
-    )  # fmt: skip
-    o_column, i_group, i_batch, m_column = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width)
+    columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, KERNEL_W, DILATION_W, TRANSPOSED)
     o_channel = i_block * CHANNELS + tl.arange(0, CHANNELS)
-    residue, o_member = o_column % DILATION_W, o_column // DILATION_W
-    members = (width - residue + DILATION_W - 1) // DILATION_W
-    if TRANSPOSED:
-        o_first, o_last = seen_by(o_member, members, KERNEL_W)
-    else:
-        o_first = window_start(o_member, members, KERNEL_W, 1)
-        o_last = o_first + KERNEL_W - 1
-    p_source = source.ptr + (i_batch * source.b + i_group * source.g)[:, None] + (
-        (o_first * DILATION_W + residue).to(OFFSET)[:, None] * source.w + o_channel.to(OFFSET)[None, :] * source.c
-    )  # fmt: skip
     m_channel = (o_channel < channels)[None, :]
-
-    if SOFTMAX and not TRANSPOSED:
-        b_statistics = _log_sum_exp(taps, weight, rpb, rows, WINDOW, HAS_RPB, ACCUMULATOR, OFFSET)[:, None]
-        if i_block == 0:
-            tl.store(taps.p_statistics, b_statistics / LOG2_E, mask=taps.m_own)
+    o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
+    p_source = image_of(source, columns)[:, None] + (
+        o_first[:, None] * source.w + o_channel.to(OFFSET)[None, :] * source.c
+    )
     # ROWS times [P, C]
     sums = (tl.zeros([COLUMNS, CHANNELS], ACCUMULATOR),) * ROWS
-    for i_source in range(rows.begin, rows.end):
-        b_taps = load_taps(taps, weight, rpb, rows, i_source, WINDOW, TRANSPOSED, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET)
-        o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
-        if SOFTMAX:
-            if TRANSPOSED:
-                p_statistics = taps.p_statistics + o_source * statistics.h
-                b_statistics = tl.load(p_statistics, mask=taps.m_step, other=0) * LOG2_E
-            b_taps = tl.exp2(b_taps - b_statistics)
-        steps = unstack(b_taps, COLUMNS, 1, STEPS)
-        seen = ()
-        for i in tl.static_range(SEEN):
-            m_seen = m_channel & (o_first + i <= o_last)[:, None] if TRANSPOSED else m_channel
-            p_seen = p_source + (o_source * source.h + i * DILATION_W * source.w)
-            seen = seen + (tl.load(p_seen, mask=m_seen, other=0).to(ACCUMULATOR),)
-        new = ()
-        for r in tl.static_range(ROWS):
-            b_sum = sums[r]
-            row = tl.minimum(rows.first + r, rows.members - 1)
-            if not TRANSPOSED:
-                row = -window_start(row, rows.members, KERNEL_H, 1)
-            kernel_h = row + window_row(rows, i_source, KERNEL_H, TRANSPOSED)
-            if (kernel_h >= 0) & (kernel_h < KERNEL_H):
-                for i in tl.static_range(SEEN):
-                    b_sum += tl.reshape(steps[i * ROWS + r], [COLUMNS, 1]).to(ACCUMULATOR) * seen[i]
-            new = new + (b_sum,)
-        sums = new
+    # Kw columns of sources at a time; near a border an input is in the windows of more outputs than that.
+    most = tl.max(columns.last - columns.first) + 1 if TRANSPOSED else KERNEL_W
+    for first_step in range(0, most, KERNEL_W):
+        taps = taps_of(
+            weight, rpb, statistics, rows, i_column, first_step, batch, groups, width,
+            WINDOW, TRANSPOSED, OFFSET, ROWS, COLUMNS, STEPS,
+        )  # fmt: skip
+        if SOFTMAX and not TRANSPOSED:
+            b_statistics = _log_sum_exp(taps, weight, rpb, WINDOW, HAS_RPB, ACCUMULATOR, OFFSET)[:, None]
+            if i_block == 0:
+                tl.store(taps.p_statistics, b_statistics / LOG2_E, mask=taps.m_own)
+        for i_source in range(rows.begin, rows.end):
+            b_taps = load_taps(
+                taps, weight, rpb, rows, i_source, WINDOW, TRANSPOSED, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET
+            )
+            o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
+            if SOFTMAX:
+                if TRANSPOSED:
+                    p_statistics = taps.p_statistics + o_source * statistics.h
+                    b_statistics = tl.load(p_statistics, mask=taps.m_step, other=0) * LOG2_E
+                b_taps = tl.exp2(b_taps - b_statistics)
+            steps = unstack(b_taps, COLUMNS, 1, STEPS)
+            seen = ()
+            for i in tl.static_range(KERNEL_W):
+                m_seen = m_channel
+                if TRANSPOSED:
+                    m_seen = m_channel & (columns.first + first_step + i <= columns.last)[:, None]
+                p_seen = p_source + (o_source * source.h + tl.cast((first_step + i) * DILATION_W, OFFSET) * source.w)
+                seen = seen + (tl.load(p_seen, mask=m_seen, other=0).to(ACCUMULATOR),)
+            new = ()
+            for r in tl.static_range(ROWS):
+                b_sum = sums[r]
+                row = tl.minimum(rows.first + r, rows.members - 1)
+                if not TRANSPOSED:
+                    row = -window_start(row, rows.members, KERNEL_H, 1)
+                kernel_h = row + window_row(rows, i_source, KERNEL_H, TRANSPOSED)
+                if (kernel_h >= 0) & (kernel_h < KERNEL_H):
+                    for i in tl.static_range(KERNEL_W):
+                        b_sum += tl.reshape(steps[i * ROWS + r], [COLUMNS, 1]).to(ACCUMULATOR) * seen[i]
+                new = new + (b_sum,)
+            sums = new
 
-    p_out = out.ptr + (i_batch * out.b + i_group * out.g)[:, None] + (
-        o_column.to(OFFSET)[:, None] * out.w + o_channel.to(OFFSET)[None, :] * out.c
-    )  # fmt: skip
+    p_out = image_of(out, columns)[:, None] + (
+        columns.column.to(OFFSET)[:, None] * out.w + o_channel.to(OFFSET)[None, :] * out.c
+    )
     for r in tl.static_range(ROWS):
         o_row = tl.cast((rows.first + r) * DILATION_H + rows.residue, OFFSET)
-        m_out = m_column[:, None] & m_channel & (rows.first + r < rows.members)
+        m_out = columns.mask[:, None] & m_channel & (rows.first + r < rows.members)
         tl.store(p_out + o_row * out.h, sums[r].to(out.ptr.dtype.element_ty), mask=m_out)
 
 
@@ -199,7 +198,7 @@ def mix(weight: Tensor, value: Tensor, window: Window, *, config: OwnConfig) -> 
 @tunable(
     OWN_CONFIGS,
     own_heuristic,
-    problem=lambda weight, grad, window, *_: own_problem(grad, window, transposed=True),
+    problem=lambda weight, grad, window, *_: own_problem(grad, window),
     reference=reference_transpose,
     name="own_windows.transpose",
 )
@@ -214,7 +213,7 @@ def _sum(
     weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: OwnConfig
 ) -> Tensor:
     out = empty_like_layout(source, source.shape)
-    problem, block = own_problem(source, window, transposed), min(64, next_power_of_2(source.shape[2]))
+    block = own_problem(source, window).block
     sizes, tiles = own_sizes(source, window, config, weight, out)
     channel_blocks = ceil_divide(source.shape[2], block)
     arguments: dict[str, Any] = {
@@ -228,8 +227,7 @@ def _sum(
         "TRANSPOSED": transposed,
         "SOFTMAX": softmax is not None,
         "HAS_RPB": softmax is not None and softmax.rpb is not None,
-        "SEEN": problem.steps,
-        "STEPS": next_power_of_2(problem.steps),
+        "STEPS": next_power_of_2(window.kernel_size[1]),
         "CHANNELS": block,
     }
     # One program per (channel block, tile of rows, columns of all images and heads), fastest first.

@@ -25,20 +25,9 @@ from kernels.launch import ceil_divide
 from kernels.neighborhood.configs import OwnConfig, OwnProblem
 from kernels.neighborhood.tiles import LOG2_E
 from kernels.windows import Window
-from kernels.windows_triton import inverse_steps, window_start
+from kernels.windows_triton import window_start
 
-__all__ = [
-    "Rows",
-    "Taps",
-    "columns_of",
-    "load_taps",
-    "own_problem",
-    "own_sizes",
-    "rows_of",
-    "seen_by",
-    "taps_of",
-    "window_row",
-]
+__all__ = ["columns_of", "image_of", "load_taps", "own_problem", "own_sizes", "rows_of", "taps_of", "window_row"]
 
 
 class Rows(NamedTuple):
@@ -49,6 +38,20 @@ class Rows(NamedTuple):
     residue: Any
     begin: Any  # source members from here
     end: Any  # to here, exclusively
+
+
+class Columns(NamedTuple):
+    """Columns that a program owns, [P] or one for each of the taps' rows [R·P]."""
+
+    column: Any
+    group: Any
+    batch: Any
+    mask: Any  # which there are; the others repeat one that is
+    residue: Any
+    member: Any
+    members: Any
+    first: Any  # source members from here
+    last: Any  # to here
 
 
 class Taps(NamedTuple):
@@ -63,10 +66,16 @@ class Taps(NamedTuple):
 
 
 @triton.jit
-def seen_by(o_member, members, KERNEL: tl.constexpr):
-    """(first, last) of the outputs along an axis whose clamped windows hold input ``o_member``."""
-    first = tl.where(o_member < KERNEL, 0, o_member - KERNEL // 2)
-    return first, tl.where(o_member >= members - KERNEL, members - 1, o_member + KERNEL // 2)
+def _sources(top, bottom, members, KERNEL: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(first, last) of the inputs in the windows of members ``top`` to ``bottom``; if TRANSPOSED of the outputs whose
+    windows hold one of them."""
+    if TRANSPOSED:
+        first = tl.where(top < KERNEL, 0, top - KERNEL // 2)
+        last = tl.where(bottom >= members - KERNEL, members - 1, bottom + KERNEL // 2)
+    else:
+        first = window_start(top, members, KERNEL, 1)
+        last = window_start(bottom, members, KERNEL, 1) + KERNEL - 1
+    return first, last
 
 
 @triton.jit
@@ -75,21 +84,26 @@ def rows_of(i_tile, height, ROWS: tl.constexpr, KERNEL: tl.constexpr, DILATION: 
     residue, first = i_tile % DILATION, i_tile // DILATION * ROWS
     members = (height - residue + DILATION - 1) // DILATION
     top, bottom = tl.minimum(first, members - 1), tl.minimum(first + ROWS, members) - 1
-    if TRANSPOSED:
-        begin, _last = seen_by(top, members, KERNEL)
-        _first, last = seen_by(bottom, members, KERNEL)
-    else:
-        begin = window_start(top, members, KERNEL, 1)
-        last = window_start(bottom, members, KERNEL, 1) + KERNEL - 1
+    begin, last = _sources(top, bottom, members, KERNEL, TRANSPOSED)
     return Rows(first, members, residue, begin, last + 1)
 
 
 @triton.jit
-def columns_of(o_column, batch, groups, width):
-    """(column, group, batch entry, which exist) of positions on the axis of all images' columns."""
+def columns_of(o_column, batch, groups, width, KERNEL: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Positions on the axis of all images' columns."""
     o_inside = tl.minimum(o_column, batch * groups * width - 1)
-    i_image = o_inside // width
-    return o_inside % width, (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64), o_column == o_inside
+    column, i_image = o_inside % width, o_inside // width
+    residue, member = column % DILATION, column // DILATION
+    members = (width - residue + DILATION - 1) // DILATION
+    first, last = _sources(member, member, members, KERNEL, TRANSPOSED)
+    group, batch = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
+    return Columns(column, group, batch, o_column == o_inside, residue, member, members, first, last)
+
+
+@triton.jit
+def image_of(tensor, columns):
+    """Pointers to the images that columns belong to, [P]."""
+    return tensor.ptr + columns.batch * tensor.b + columns.group * tensor.g
 
 
 @triton.jit
@@ -102,7 +116,7 @@ def window_row(rows, source, KERNEL: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def taps_of(
-    weight, rpb, statistics, rows, i_column, batch, groups, width,
+    weight, rpb, statistics, rows, i_column, first_step, batch, groups, width,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -110,24 +124,25 @@ def taps_of(
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     DILATION_W: tl.constexpr = WINDOW.dilation[1]
-    o_tap, o_step = tl.arange(0, ROWS * COLUMNS), tl.arange(0, STEPS)[None, :]
-    o_column, i_group, i_batch, m_column = columns_of(i_column + o_tap % COLUMNS, batch, groups, width)
-    o_row = tl.minimum(rows.first + o_tap // COLUMNS, rows.members - 1)[:, None]
-    residue, o_member = o_column % DILATION_W, (o_column // DILATION_W)[:, None]
-    members = ((width - residue + DILATION_W - 1) // DILATION_W)[:, None]
+    o_slot = tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    columns = columns_of(
+        i_column + tl.arange(0, ROWS * COLUMNS) % COLUMNS, batch, groups, width, KERNEL_W, DILATION_W, TRANSPOSED
+    )
+    o_row = tl.minimum(rows.first + o_slot, rows.members - 1)[:, None]
+    o_member, members = columns.member[:, None], columns.members[:, None]
+    o_source = columns.first[:, None] + first_step + tl.arange(0, STEPS)[None, :]
     if TRANSPOSED:
-        first, last = seen_by(o_member, members, KERNEL_W)
-        o_output = tl.minimum(first + o_step, last)
+        m_step = o_source <= columns.last[:, None]
+        o_output = tl.minimum(o_source, columns.last[:, None])
         o_kernel = o_member - window_start(o_output, members, KERNEL_W, 1)
-        m_step = first + o_step <= last
         o_start, o_relative_h, o_relative_w = o_row, o_row, o_member - o_output
     else:
+        o_kernel = tl.arange(0, STEPS)[None, :]
+        m_step = o_kernel < KERNEL_W
         o_output = o_member
-        o_kernel = tl.minimum(o_step, KERNEL_W - 1)
-        m_step = o_step < KERNEL_W
         o_start = -window_start(o_row, rows.members, KERNEL_H, 1)
-        o_relative_h, o_relative_w = -o_row, window_start(o_member, members, KERNEL_W, 1) + o_step - o_member
-    o_output = (o_output * DILATION_W + residue[:, None]).to(OFFSET)
+        o_relative_h, o_relative_w = -o_row, o_source - o_member
+    o_output = (o_output * DILATION_W + columns.residue[:, None]).to(OFFSET)
     o_weight = o_output * weight.w + o_kernel.to(OFFSET) * weight.k + o_start.to(OFFSET) * weight.c
     o_statistics = o_output * statistics.w
     if not TRANSPOSED:
@@ -136,11 +151,11 @@ def taps_of(
         o_statistics += o_output_row * statistics.h
     o_rpb = (o_relative_h + KERNEL_H - 1) * rpb.h + (o_relative_w + KERNEL_W - 1) * rpb.w
     return Taps(
-        weight.ptr + (i_batch * weight.b + i_group * weight.g)[:, None] + o_weight,
-        rpb.ptr + (i_group * rpb.g)[:, None] + o_rpb,
-        statistics.ptr + (i_batch * statistics.b + i_group * statistics.g)[:, None] + o_statistics,
+        image_of(weight, columns)[:, None] + o_weight,
+        image_of(rpb, columns)[:, None] + o_rpb,
+        image_of(statistics, columns)[:, None] + o_statistics,
         m_step,
-        (m_column & (rows.first + o_tap // COLUMNS < rows.members))[:, None],
+        (columns.mask & (rows.first + o_slot < rows.members))[:, None],
         o_start,
     )
 
@@ -167,14 +182,12 @@ def load_taps(
     return b_taps
 
 
-def own_problem(features: Tensor, window: Window, transposed: bool = False) -> OwnProblem:
-    """Of a launch whose sources [B,G,C,H,W] are inputs; outputs if ``transposed``."""
+def own_problem(features: Tensor, window: Window) -> OwnProblem:
     channels, height, width = features.shape[2:]
     strides = features.stride()
     aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
-    steps = inverse_steps(window, width, 1) if transposed else window.kernel_size[1]
     aligned = aligned and features.data_ptr() % 16 == 0
-    return OwnProblem(channels, height * width, window.kernel_size[0], steps, aligned, features.dtype)
+    return OwnProblem(channels, height * width, *window.kernel_size, aligned, features.dtype)
 
 
 def own_sizes(features: Tensor, window: Window, config: OwnConfig, *tensors: Tensor) -> tuple[dict[str, Any], int]:

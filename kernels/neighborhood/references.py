@@ -29,7 +29,8 @@ def reference_softmax_mix(logits: Tensor, value: Tensor, rpb: Tensor | None, win
 
 
 def reference_mix(weight: Tensor, value: Tensor, window: Window) -> Tensor:
-    return algebra.aggregate(*at_least_float32(weight, value), window)
+    weight, value = at_least_float32(weight, value)
+    return algebra.aggregate(weight, value, window)
 
 
 def _reference_gradients(grad: Tensor, value: Tensor, window: Window, softmax: Softmax) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,8 @@ def reference_correlate(
 ) -> Tensor:
     if softmax is not None:
         return _reference_gradients(grad, value, window, softmax)[0]
-    return algebra.correlate(*at_least_float32(grad, value), window)
+    grad, value = at_least_float32(grad, value)
+    return algebra.correlate(grad, value, window)
 
 
 def reference_transpose(weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None) -> Tensor:
