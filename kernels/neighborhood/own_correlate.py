@@ -91,20 +91,23 @@ def _correlate_kernel(
         deltas = deltas + (b_delta,)
     for i_source in range(rows.begin, rows.end):
         o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
-        if SOFTMAX:
-            b_logits = load_taps(taps, logits, rpb, rows, i_source, WINDOW, False, True, HAS_RPB, ACCUMULATOR, OFFSET)
-            b_weight = tl.exp2(b_logits - b_statistics)
         seen = ()
         for i in tl.static_range(KERNEL_W):
             p_seen = p_value + (o_source * value.h + i * DILATION_W * value.w)
-            seen = seen + (tl.load(p_seen, mask=m_channel, other=0).to(ACCUMULATOR),)
+            seen = seen + (tl.load(p_seen, mask=m_channel, other=0),)
+        if SOFTMAX:
+            b_logits = load_taps(taps, logits, rpb, rows, i_source, WINDOW, False, True, HAS_RPB, ACCUMULATOR, OFFSET)
+            b_weight = tl.exp2(b_logits - b_statistics)
+        wide = ()
+        for i in tl.static_range(KERNEL_W):
+            wide = wide + (seen[i].to(ACCUMULATOR),)
         products = ()
         for r in tl.static_range(ROWS):
             own = (tl.zeros([COLUMNS, 1], ACCUMULATOR),) * STEPS
             kernel_h = i_source - window_start(tl.minimum(rows.first + r, rows.members - 1), rows.members, KERNEL_H, 1)
             if (kernel_h >= 0) & (kernel_h < KERNEL_H):
                 for i in tl.static_range(KERNEL_W):
-                    b_product = tl.sum(grads[r] * seen[i], axis=1) - deltas[r]
+                    b_product = tl.sum(grads[r] * wide[i], axis=1) - deltas[r]
                     own = own[:i] + (tl.reshape(b_product, [COLUMNS, 1]),) + own[i + 1 :]
             products = products + (own,)
         slots = ()

@@ -83,7 +83,7 @@ def _logits(taps, weight, rpb, kh, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.conste
     p_weight = taps.p_weight + o_kernel.to(OFFSET) * weight.c
     b_logits = tl.load(p_weight, mask=taps.m_step, other=float("-inf")).to(ACCUMULATOR)
     if HAS_RPB:
-        b_logits += tl.load(taps.p_rpb + o_kernel * rpb.h, mask=taps.m_step, other=0).to(ACCUMULATOR)
+        b_logits += tl.load(rpb.ptr + taps.o_rpb + o_kernel * rpb.h, mask=taps.m_step, other=0).to(ACCUMULATOR)
     return b_logits * LOG2_E
 
 
@@ -128,23 +128,26 @@ def _sum_kernel(
             if i_block == 0:
                 tl.store(taps.p_statistics, b_statistics / LOG2_E, mask=taps.m_own)
         for i_source in range(rows.begin, rows.end):
-            b_taps = load_taps(
-                taps, weight, rpb, rows, i_source, WINDOW, TRANSPOSED, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET
-            )
             o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
-            if SOFTMAX:
-                if TRANSPOSED:
-                    p_statistics = taps.p_statistics + o_source * statistics.h
-                    b_statistics = tl.load(p_statistics, mask=taps.m_step, other=0) * LOG2_E
-                b_taps = tl.exp2(b_taps - b_statistics)
-            steps = unstack(b_taps, COLUMNS, 1, STEPS)
             seen = ()
             for i in tl.static_range(KERNEL_W):
                 m_seen = m_channel
                 if TRANSPOSED:
                     m_seen = m_channel & (columns.first + first_step + i <= columns.last)[:, None]
                 p_seen = p_source + (o_source * source.h + tl.cast((first_step + i) * DILATION_W, OFFSET) * source.w)
-                seen = seen + (tl.load(p_seen, mask=m_seen, other=0).to(ACCUMULATOR),)
+                seen = seen + (tl.load(p_seen, mask=m_seen, other=0),)
+            b_taps = load_taps(
+                taps, weight, rpb, rows, i_source, WINDOW, TRANSPOSED, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET
+            )
+            if SOFTMAX:
+                if TRANSPOSED:
+                    p_statistics = taps.p_statistics + o_source * statistics.h
+                    b_statistics = tl.load(p_statistics, mask=taps.m_step, other=0) * LOG2_E
+                b_taps = tl.exp2(b_taps - b_statistics)
+            steps = unstack(b_taps, COLUMNS, 1, STEPS)
+            wide = ()
+            for i in tl.static_range(KERNEL_W):
+                wide = wide + (seen[i].to(ACCUMULATOR),)
             new = ()
             for r in tl.static_range(ROWS):
                 b_sum = sums[r]
@@ -154,7 +157,7 @@ def _sum_kernel(
                 kernel_h = row + window_row(rows, i_source, KERNEL_H, TRANSPOSED)
                 if (kernel_h >= 0) & (kernel_h < KERNEL_H):
                     for i in tl.static_range(KERNEL_W):
-                        b_sum += tl.reshape(steps[i * ROWS + r], [COLUMNS, 1]).to(ACCUMULATOR) * seen[i]
+                        b_sum += tl.reshape(steps[i * ROWS + r], [COLUMNS, 1]).to(ACCUMULATOR) * wide[i]
                 new = new + (b_sum,)
             sums = new
 

@@ -58,7 +58,7 @@ class Taps(NamedTuple):
     """Weights of a source row at window row 0, and what changes with the window row."""
 
     p_weight: Any  # [R·P, S], as the next two
-    p_rpb: Any
+    o_rpb: Any
     p_statistics: Any
     m_step: Any  # or [1, S]
     m_own: Any  # [R·P, 1]: which own rows and columns there are; the others repeat one that is
@@ -152,7 +152,7 @@ def taps_of(
     o_rpb = (o_relative_h + KERNEL_H - 1) * rpb.h + (o_relative_w + KERNEL_W - 1) * rpb.w
     return Taps(
         image_of(weight, columns)[:, None] + o_weight,
-        image_of(rpb, columns)[:, None] + o_rpb,
+        columns.group.to(tl.int32)[:, None] * rpb.g + o_rpb,
         image_of(statistics, columns)[:, None] + o_statistics,
         m_step,
         (columns.mask & (rows.first + o_slot < rows.members))[:, None],
@@ -177,7 +177,7 @@ def load_taps(
         b_taps = b_taps.to(ACCUMULATOR)
         if HAS_RPB:
             o_relative = (-source if TRANSPOSED else source) * rpb.h
-            b_taps += tl.load(taps.p_rpb + o_relative, mask=m_tap, other=0).to(ACCUMULATOR)
+            b_taps += tl.load(rpb.ptr + taps.o_rpb + o_relative, mask=m_tap, other=0).to(ACCUMULATOR)
         b_taps *= LOG2_E
     return b_taps
 
