@@ -31,6 +31,16 @@ def _algebra(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], o
     yield lambda: kernels.transpose(weight, x, (28, 28), window)
 
 
+def _large_windows(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    from kernels.aggregation import gather as kernels
+
+    window = Window((17, 17), padding=(8, 8))  # too large for rows to slide
+    weight, x = _meta(2, 8, 17, 17, 28, 28, dtype=dtype), _meta(2, 8, 16, 28, 28, dtype=dtype)
+    yield lambda: kernels.aggregate(weight, x, window)
+    yield lambda: kernels.correlate(x, x, window)
+    yield lambda: kernels.transpose(weight, x, (28, 28), window)
+
+
 def _generate(dtype: torch.dtype, channels_last: bool) -> Iterator[Callable[[], object]]:
     from kernels.aggregation.rows import correlate
     from kernels.involution import forward
@@ -113,6 +123,7 @@ def cases(dtype: torch.dtype) -> dict[str, Iterator[Callable[[], object]]]:
     return {
         "involution 128@28 K=7, channels first": _algebra(dtype, channels_last=False),
         "involution 128@28 K=7, channels last": _algebra(dtype, channels_last=True),
+        "involution 2x8x16@28 K=17": _large_windows(dtype),
         "involution, kernels generated, 128@28 K=7": _generate(dtype, channels_last=False),
         "involution, kernels generated, 128@28 K=7, channels last": _generate(dtype, channels_last=True),
         "neighborhood 8x16@14 K=13": _neighborhood(dtype, 14, 13),
