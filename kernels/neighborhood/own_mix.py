@@ -143,7 +143,7 @@ def _sum_kernel(
                 if TRANSPOSED:
                     p_statistics = taps.p_statistics + o_source * statistics.h
                     b_statistics = tl.load(p_statistics, mask=taps.m_step, other=0) * LOG2_E
-                b_taps = tl.exp2(b_taps - b_statistics)
+                b_taps = tl.exp2(b_taps - b_statistics).to(source.ptr.dtype.element_ty)
             steps = unstack(b_taps, COLUMNS, 1, STEPS)
             wide = ()
             for i in tl.static_range(KERNEL_W):
