@@ -49,29 +49,11 @@ def _correlate_kernel(
     i_program = tl.program_id(0)
     i_column = i_program // row_tiles * COLUMNS
     rows = rows_of(i_program % row_tiles, height, ROWS, KERNEL_H, DILATION_H, False)
-    targets = taps_of(
-        target, rpb, statistics, rows, i_column, 0, batch, groups, width, WINDOW, False, OFFSET, ROWS, COLUMNS, STEPS
-    )
-    if SOFTMAX:
-        taps = taps_of(
-            logits,
-            rpb,
-            statistics,
-            rows,
-            i_column,
-            0,
-            batch,
-            groups,
-            width,
-            WINDOW,
-            False,
-            OFFSET,
-            ROWS,
-            COLUMNS,
-            STEPS,
-        )
-        b_statistics = tl.load(taps.p_statistics) * LOG2_E
     columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, KERNEL_W, DILATION_W, False)
+    targets = taps_of(target, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
+    if SOFTMAX:
+        taps = taps_of(logits, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
+        b_statistics = tl.load(taps.p_statistics) * LOG2_E
     o_channel = tl.arange(0, CHANNELS)
     m_channel = (o_channel < channels)[None, :]
     o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
@@ -114,10 +96,10 @@ def _correlate_kernel(
         for i in tl.static_range(STEPS):
             for r in tl.static_range(ROWS):
                 slots = slots + (products[r][i],)
-        b_target = stack(slots, COLUMNS, 1, STEPS)
+        b_target = tl.reshape(stack(slots, COLUMNS, 1, STEPS), [ROWS, COLUMNS, STEPS])
         if SOFTMAX:
             b_target *= b_weight
-        m_target = targets.m_own & targets.m_step & (targets.row + i_source >= 0) & (targets.row + i_source < KERNEL_H)
+        m_target = targets.own & targets.mask & (targets.row + i_source >= 0) & (targets.row + i_source < KERNEL_H)
         p_target = targets.p_weight + tl.cast(i_source, OFFSET) * target.c
         tl.store(p_target, b_target.to(target.ptr.dtype.element_ty), mask=m_target)
 

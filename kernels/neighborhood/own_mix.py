@@ -55,7 +55,7 @@ def _log_sum_exp(
     taps, weight, rpb, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """log2 Σ_k 2^logits [R·P] of own rows; logits of small windows are held in registers, those of large read twice."""
+    """log2 Σ_k 2^logits [R, P, 1]; logits of small windows are held in registers, those of large ones read twice."""
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     HELD: tl.constexpr = KERNEL_H if KERNEL_H <= 8 else 0
     b_top = tl.full(taps.p_weight.shape, float("-inf"), ACCUMULATOR)
@@ -65,25 +65,25 @@ def _log_sum_exp(
         b_top = tl.maximum(b_top, held[kh])
     for kh in range(HELD, KERNEL_H):
         b_top = tl.maximum(b_top, _logits(taps, weight, rpb, kh, HAS_RPB, ACCUMULATOR, OFFSET))
-    b_max = tl.max(b_top, axis=1)
+    b_max = tl.max(b_top, axis=2, keep_dims=True)
     # −inf − (−inf) is NaN: where every logit is −inf, subtract 0 instead.
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_total = tl.zeros(taps.p_weight.shape, ACCUMULATOR)
     for kh in tl.static_range(HELD):
-        b_total += tl.exp2(held[kh] - b_max[:, None])
+        b_total += tl.exp2(held[kh] - b_max)
     for kh in range(HELD, KERNEL_H):
-        b_total += tl.exp2(_logits(taps, weight, rpb, kh, HAS_RPB, ACCUMULATOR, OFFSET) - b_max[:, None])
-    return b_max + tl.log2(tl.sum(b_total, axis=1))
+        b_total += tl.exp2(_logits(taps, weight, rpb, kh, HAS_RPB, ACCUMULATOR, OFFSET) - b_max)
+    return b_max + tl.log2(tl.sum(b_total, axis=2, keep_dims=True))
 
 
 @triton.jit
 def _logits(taps, weight, rpb, kh, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr):
-    """logits + rpb [R·P, S] of own rows at window row ``kh``, in units of log 2; −inf where there are none."""
+    """logits + rpb [R, P, S] of own rows at window row ``kh``, in units of log 2; −inf where there are none."""
     o_kernel = kh - taps.row
     p_weight = taps.p_weight + o_kernel.to(OFFSET) * weight.c
-    b_logits = tl.load(p_weight, mask=taps.m_step, other=float("-inf")).to(ACCUMULATOR)
+    b_logits = tl.load(p_weight, mask=taps.mask, other=float("-inf")).to(ACCUMULATOR)
     if HAS_RPB:
-        b_logits += tl.load(rpb.ptr + taps.o_rpb + o_kernel * rpb.h, mask=taps.m_step, other=0).to(ACCUMULATOR)
+        b_logits += tl.load(rpb.ptr + taps.o_rpb + o_kernel * rpb.h, mask=taps.mask, other=0).to(ACCUMULATOR)
     return b_logits * LOG2_E
 
 
@@ -119,14 +119,11 @@ def _sum_kernel(
     # Kw columns of sources at a time; near a border an input is in the windows of more outputs than that.
     most = tl.max(columns.last - columns.first) + 1 if TRANSPOSED else KERNEL_W
     for first_step in range(0, most, KERNEL_W):
-        taps = taps_of(
-            weight, rpb, statistics, rows, i_column, first_step, batch, groups, width,
-            WINDOW, TRANSPOSED, OFFSET, ROWS, COLUMNS, STEPS,
-        )  # fmt: skip
+        taps = taps_of(weight, rpb, statistics, rows, columns, first_step, WINDOW, TRANSPOSED, OFFSET, ROWS, STEPS)
         if SOFTMAX and not TRANSPOSED:
-            b_statistics = _log_sum_exp(taps, weight, rpb, WINDOW, HAS_RPB, ACCUMULATOR, OFFSET)[:, None]
+            b_statistics = _log_sum_exp(taps, weight, rpb, WINDOW, HAS_RPB, ACCUMULATOR, OFFSET)
             if i_block == 0:
-                tl.store(taps.p_statistics, b_statistics / LOG2_E, mask=taps.m_own)
+                tl.store(taps.p_statistics, b_statistics / LOG2_E, mask=taps.own)
         for i_source in range(rows.begin, rows.end):
             o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
             seen = ()
@@ -142,9 +139,9 @@ def _sum_kernel(
             if SOFTMAX:
                 if TRANSPOSED:
                     p_statistics = taps.p_statistics + o_source * statistics.h
-                    b_statistics = tl.load(p_statistics, mask=taps.m_step, other=0) * LOG2_E
+                    b_statistics = tl.load(p_statistics, mask=taps.mask, other=0) * LOG2_E
                 b_taps = tl.exp2(b_taps - b_statistics).to(source.ptr.dtype.element_ty)
-            steps = unstack(b_taps, COLUMNS, 1, STEPS)
+            steps = unstack(tl.reshape(b_taps, [ROWS * COLUMNS, STEPS]), COLUMNS, 1, STEPS)
             wide = ()
             for i in tl.static_range(KERNEL_W):
                 wide = wide + (seen[i].to(ACCUMULATOR),)

@@ -8,7 +8,7 @@ Its rows belong to one residue class of the dilation; rows and columns are count
 which windows are dense. The program walks over the *source* rows that its own rows meet, loads each once, and uses it
 for all of its rows that see it.
 
-What weighs a source row is one block of *taps* [R·P, S]: own row times column, by window columns, padded to a power of
+What weighs a source row is one block of *taps* [R, P, S]: own rows, columns, and window columns, padded to a power of
 two. Own rows of a tile are few and the same for all lanes; so whether a row sees a source row is a branch.
 """
 
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Columns that a program owns, [P] or one for each of the taps' rows [R·P]."""
+    """Columns that a program owns, [P] each."""
 
     column: Any
     group: Any
@@ -55,14 +55,14 @@ class Columns(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Weights of a source row at window row 0, and what changes with the window row."""
+    """Where the weights of a source row are, but for what depends on that row."""
 
-    p_weight: Any  # [R·P, S], as the next two
-    o_rpb: Any
-    p_statistics: Any
-    m_step: Any  # or [1, S]
-    m_own: Any  # [R·P, 1]: which own rows and columns there are; the others repeat one that is
-    row: Any  # [R·P, 1]: what ``window_row`` adds to, to find an own row's window row
+    p_weight: Any  # [R, P, S]
+    o_rpb: Any  # [R, P, S]
+    p_statistics: Any  # [R, P, 1]; [1, P, S] if TRANSPOSED
+    mask: Any  # [1, 1, S]; [1, P, S] if TRANSPOSED
+    own: Any  # [R, P, 1]: which own rows and columns there are; the others repeat one that is
+    row: Any  # [R, 1, 1]: what ``window_row`` adds to, to find an own row's window row
 
 
 @triton.jit
@@ -116,33 +116,28 @@ def window_row(rows, source, KERNEL: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def taps_of(
-    weight, rpb, statistics, rows, i_column, first_step, batch, groups, width,
-    WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, OFFSET: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+    weight, rpb, statistics, rows, columns, first_step, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The taps of a tile: outputs' weights, at own rows or, if TRANSPOSED, at source rows."""
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
-    DILATION_W: tl.constexpr = WINDOW.dilation[1]
-    o_slot = tl.arange(0, ROWS * COLUMNS) // COLUMNS
-    columns = columns_of(
-        i_column + tl.arange(0, ROWS * COLUMNS) % COLUMNS, batch, groups, width, KERNEL_W, DILATION_W, TRANSPOSED
-    )
-    o_row = tl.minimum(rows.first + o_slot, rows.members - 1)[:, None]
-    o_member, members = columns.member[:, None], columns.members[:, None]
-    o_source = columns.first[:, None] + first_step + tl.arange(0, STEPS)[None, :]
+    o_slot = tl.arange(0, ROWS)[:, None, None]
+    o_row = tl.minimum(rows.first + o_slot, rows.members - 1)
+    o_member, last = columns.member[None, :, None], columns.last[None, :, None]
+    o_source = columns.first[None, :, None] + first_step + tl.arange(0, STEPS)[None, None, :]
     if TRANSPOSED:
-        m_step = o_source <= columns.last[:, None]
-        o_output = tl.minimum(o_source, columns.last[:, None])
-        o_kernel = o_member - window_start(o_output, members, KERNEL_W, 1)
+        mask = o_source <= last
+        o_output = tl.minimum(o_source, last)
+        o_kernel = o_member - window_start(o_output, columns.members[None, :, None], KERNEL_W, 1)
         o_start, o_relative_h, o_relative_w = o_row, o_row, o_member - o_output
     else:
-        o_kernel = tl.arange(0, STEPS)[None, :]
-        m_step = o_kernel < KERNEL_W
+        o_kernel = tl.arange(0, STEPS)[None, None, :]
+        mask = o_kernel < KERNEL_W
         o_output = o_member
         o_start = -window_start(o_row, rows.members, KERNEL_H, 1)
         o_relative_h, o_relative_w = -o_row, o_source - o_member
-    o_output = (o_output * DILATION_W + columns.residue[:, None]).to(OFFSET)
+    o_output = (o_output * WINDOW.dilation[1] + columns.residue[None, :, None]).to(OFFSET)
     o_weight = o_output * weight.w + o_kernel.to(OFFSET) * weight.k + o_start.to(OFFSET) * weight.c
     o_statistics = o_output * statistics.w
     if not TRANSPOSED:
@@ -151,11 +146,11 @@ def taps_of(
         o_statistics += o_output_row * statistics.h
     o_rpb = (o_relative_h + KERNEL_H - 1) * rpb.h + (o_relative_w + KERNEL_W - 1) * rpb.w
     return Taps(
-        image_of(weight, columns)[:, None] + o_weight,
-        columns.group.to(tl.int32)[:, None] * rpb.g + o_rpb,
-        image_of(statistics, columns)[:, None] + o_statistics,
-        m_step,
-        (columns.mask & (rows.first + o_slot < rows.members))[:, None],
+        image_of(weight, columns)[None, :, None] + o_weight,
+        columns.group.to(tl.int32)[None, :, None] * rpb.g + o_rpb,
+        image_of(statistics, columns)[None, :, None] + o_statistics,
+        mask,
+        columns.mask[None, :, None] & (rows.first + o_slot < rows.members),
         o_start,
     )
 
@@ -165,10 +160,10 @@ def load_taps(
     taps, weight, rpb, rows, source, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """[R·P, S] of a source row: weights, or logits + rpb in units of log 2 with SOFTMAX; 0, or −inf, where none."""
+    """[R, P, S] of a source row: weights, or logits + rpb in units of log 2 with SOFTMAX; 0, or −inf, where none."""
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     shift = window_row(rows, source, KERNEL_H, TRANSPOSED)
-    m_tap = taps.m_step & (taps.row + shift >= 0) & (taps.row + shift < KERNEL_H)
+    m_tap = taps.mask & (taps.row + shift >= 0) & (taps.row + shift < KERNEL_H)
     o_source = tl.cast(shift, OFFSET) * weight.c
     if TRANSPOSED:
         o_source += tl.cast(source * WINDOW.dilation[0] + rows.residue, OFFSET) * weight.h
