@@ -26,7 +26,7 @@ from kernels.aggregation.configs import GATHERS, Gather, GatherProblem, gather_h
 from kernels.dtypes import at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
-from kernels.neighborhood.passes import form_of
+from kernels.neighborhood.launchers import form_of
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows import Pair, Window

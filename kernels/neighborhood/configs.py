@@ -59,6 +59,7 @@ class SharedProblem(NamedTuple):
     pixels: int
     positions: int
     outputs: int  # that share a window, at most
+    softmax: bool  # of logits
     dtype: torch.dtype
 
 
@@ -127,6 +128,7 @@ class OwnProblem(NamedTuple):
     pixels: int
     kernel_h: int
     kernel_w: int
+    softmax: bool  # of logits
     aligned: bool  # a pixel's channels are adjacent in memory and begin at 16 bytes
     dtype: torch.dtype
 
@@ -171,10 +173,11 @@ def own_heuristic(problem: OwnProblem) -> OwnConfig:
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return OwnConfig(4, 128)
     rows = max(1, min(4, 32 // next_power_of_2(problem.kernel_w)))
-    return OwnConfig(rows, max(1, 32 * problem.lane // problem.block), max(1, problem.block // (32 * problem.lane)))
+    columns = max(min(8, 32 * problem.lane // problem.block), 32 // problem.block, 1)
+    return OwnConfig(rows, columns, max(1, problem.block // (32 * problem.lane)))
 
 
 def own_correlate_heuristic(problem: OwnProblem) -> OwnConfig:
-    """At most two rows: gradients and products of each take up registers, and more warps hide more of the latency."""
+    """Two rows of a softmax at most, whose logits take up registers, too: more warps hide more of the latency."""
     config = own_heuristic(problem)
-    return config if interpreting() else replace(config, rows=min(2, config.rows))
+    return replace(config, rows=min(2, config.rows)) if problem.softmax and not interpreting() else config

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.aggregation.examples import near_square
-from kernels.neighborhood import eager, own_correlate, own_mix, shared
+from kernels.neighborhood import eager
 from kernels.neighborhood.configs import OwnProblem, SharedProblem, windows_and_most
-from kernels.neighborhood.references import Softmax
+from kernels.neighborhood.launchers import OWN, SHARED, Launchers, Softmax
 from kernels.windows import Pair, Window
 
 BATCH, HEADS = 2, 2  # the least that shows a stride mistaken
@@ -64,49 +65,28 @@ def _own(problem: OwnProblem, device: torch.device) -> tuple[Saved, Window]:
     return _saved(kernel_size, near_square(problem.pixels), problem.channels, problem.dtype, device)
 
 
-@own_mix.softmax_mix.example
-def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _own(problem, device)
-    return saved.logits, saved.value, saved.rpb, window
+def _register(form: Launchers, draw: Callable[[Any, torch.device], tuple[Saved, Window]]) -> None:
+    @form.mix.example
+    def _(problem: Any, device: torch.device) -> tuple[Any, ...]:
+        saved, window = draw(problem, device)
+        return saved.logits, saved.value, window
+
+    @form.softmax_mix.example
+    def _(problem: Any, device: torch.device) -> tuple[Any, ...]:
+        saved, window = draw(problem, device)
+        return saved.logits, saved.value, saved.rpb, window
+
+    @form.transpose.example
+    def _(problem: Any, device: torch.device) -> tuple[Any, ...]:
+        saved, window = draw(problem, device)
+        return saved.logits, saved.grad, window, saved.softmax if problem.softmax else None
+
+    @form.correlate.example
+    def _(problem: Any, device: torch.device) -> tuple[Any, ...]:
+        saved, window = draw(problem, device)
+        softmax = saved.softmax if problem.softmax else None
+        return saved.grad, saved.value, torch.empty_like(saved.logits), window, softmax
 
 
-@own_mix.mix.example
-def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _own(problem, device)
-    return saved.logits, saved.value, window
-
-
-@own_mix.transpose.example
-def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _own(problem, device)
-    return saved.logits, saved.grad, window, saved.softmax
-
-
-@own_correlate.correlate.example
-def _(problem: OwnProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _own(problem, device)
-    return saved.grad, saved.value, torch.empty_like(saved.logits), window, saved.softmax
-
-
-@shared.softmax_mix.example
-def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _shared(problem, device)
-    return saved.logits, saved.value, saved.rpb, window
-
-
-@shared.mix.example
-def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _shared(problem, device)
-    return saved.logits, saved.value, window
-
-
-@shared.correlate.example
-def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _shared(problem, device)
-    return saved.grad, saved.value, torch.empty_like(saved.logits), window, saved.softmax
-
-
-@shared.transpose.example
-def _(problem: SharedProblem, device: torch.device) -> tuple[Any, ...]:
-    saved, window = _shared(problem, device)
-    return saved.logits, saved.grad, window, saved.softmax
+_register(OWN, _own)
+_register(SHARED, _shared)

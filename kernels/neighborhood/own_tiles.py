@@ -18,16 +18,11 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.dtypes import precision
-from kernels.launch import ceil_divide
-from kernels.neighborhood.configs import OwnConfig, OwnProblem
 from kernels.neighborhood.tiles import LOG2_E
-from kernels.windows import Window
 from kernels.windows_triton import window_start
 
-__all__ = ["columns_of", "image_of", "load_taps", "own_problem", "own_sizes", "rows_of", "taps_of", "window_row"]
+__all__ = ["columns_of", "image_of", "load_taps", "rows_of", "taps_of", "window_row"]
 
 
 class Rows(NamedTuple):
@@ -175,31 +170,3 @@ def load_taps(
             b_taps += tl.load(rpb.ptr + taps.o_rpb + o_relative, mask=m_tap, other=0).to(ACCUMULATOR)
         b_taps *= LOG2_E
     return b_taps
-
-
-def own_problem(features: Tensor, window: Window) -> OwnProblem:
-    channels, height, width = features.shape[2:]
-    strides = features.stride()
-    aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
-    aligned = aligned and features.data_ptr() % 16 == 0
-    return OwnProblem(channels, height * width, *window.kernel_size, aligned, features.dtype)
-
-
-def own_sizes(features: Tensor, window: Window, config: OwnConfig, *tensors: Tensor) -> tuple[dict[str, Any], int]:
-    """Sizes, types and blocks, which both kernels take alike; and how many tiles there are."""
-    batch, groups, channels, height, width = features.shape
-    dilation = window.dilation[0]
-    row_tiles = dilation * ceil_divide(ceil_divide(height, dilation), config.rows)
-    arguments = {
-        "batch": batch,
-        "groups": groups,
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "row_tiles": row_tiles,
-        "WINDOW": window,
-        **precision(features, *tensors),
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-    }
-    return arguments, row_tiles * ceil_divide(batch * groups * width, config.columns)

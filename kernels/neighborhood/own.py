@@ -2,52 +2,27 @@
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportAssignmentType=false
 # Triton's constexpr and the values inside a kernel are opaque to a type checker.
-"""Clamped windows of which nearly every output has its own: weighted sums, in rows of outputs.
+"""Clamped windows of which nearly every output has its own: sums and products in rows of outputs.
 
     mix         Σ_k w[i,k] · value[nbr(i,k)]          softmax inside where logits are given
     transpose   Σ_{(i,k) reaching j} w[i,k] · g[i]    the same kernel: its sources are the outputs that see an input
+    correlate   Σ_c g[i,c] · value[nbr(i,k),c]        with p · (· − δ) on top: the gradient of logits
 
-See ``own_tiles`` for how a program cuts the map. A warp issues C·K²/32 multiply-adds per output, and a conversion for
-each source that a tile of rows loads.
+See ``own_tiles`` for how a program cuts the map. A warp issues C·K²/32 multiply-adds per output, and converts each
+source once for all rows of a tile.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.aggregation.tiles import unstack
-from kernels.dtypes import accumulator_dtype
-from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.layout import empty_like_layout
-from kernels.neighborhood.configs import OWN_CONFIGS, OwnConfig, own_heuristic
-from kernels.neighborhood.own_tiles import (
-    columns_of,
-    image_of,
-    load_taps,
-    own_problem,
-    own_sizes,
-    rows_of,
-    taps_of,
-    window_row,
-)
-from kernels.neighborhood.references import (
-    Softmax,
-    reference_mix,
-    reference_softmax_mix,
-    reference_transpose,
-)
-from kernels.neighborhood.tiles import LOG2_E, features_view, kernel_view, table_view
-from kernels.tuning import tunable
-from kernels.views import View, view
-from kernels.windows import Window
+from kernels.aggregation.tiles import stack, unstack
+from kernels.neighborhood.own_tiles import columns_of, image_of, load_taps, rows_of, taps_of, window_row
+from kernels.neighborhood.tiles import LOG2_E
 from kernels.windows_triton import window_start
 
-__all__ = ["mix", "softmax_mix", "transpose"]
+__all__ = ["correlate_kernel", "sum_kernel"]
 
 
 @triton.jit
@@ -88,13 +63,13 @@ def _logits(taps, weight, rpb, kh, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.conste
 
 
 @triton.jit
-def _sum_kernel(
+def sum_kernel(
     weight,  # [B, G, Kh, Kw, H, W], Kh under ``c``, Kw under ``k``: weights, or logits with SOFTMAX
     source,  # [B, G, C, H, W]: values; the gradient of the output if TRANSPOSED
     rpb,  # [G, 2Kh-1, 2Kw-1]
     statistics,  # [B, G, H, W]: log Σ_k exp, with SOFTMAX: written, or read if TRANSPOSED
     out,  # [B, G, C, H, W]
-    batch, groups, channels, height, width, row_tiles, channel_blocks,
+    sizes, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
@@ -103,6 +78,7 @@ def _sum_kernel(
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     DILATION_H: tl.constexpr = WINDOW.dilation[0]
     DILATION_W: tl.constexpr = WINDOW.dilation[1]
+    batch, groups, channels, height, width = sizes
     i_program = tl.program_id(0)
     i_block, i_rest = i_program % channel_blocks, i_program // channel_blocks
     i_column = i_rest // row_tiles * COLUMNS
@@ -167,69 +143,78 @@ def _sum_kernel(
         tl.store(p_out + o_row * out.h, sums[r].to(out.ptr.dtype.element_ty), mask=m_out)
 
 
-@tunable(
-    OWN_CONFIGS,
-    own_heuristic,
-    problem=lambda logits, value, _rpb, window: own_problem(value, window),
-    reference=reference_softmax_mix,
-    name="own_windows.softmax_mix",
-)
-def softmax_mix(
-    logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, *, config: OwnConfig
-) -> tuple[Tensor, Tensor]:
-    """(Σ_k softmax_k(logits + rpb) · value at nbr(i,k), like value; log Σ_k exp [B,G,H,W])."""
-    batch, groups, _, height, width = value.shape
-    statistics = torch.empty((batch, groups, height, width), dtype=accumulator_dtype(value.dtype), device=value.device)
-    return _sum(logits, value, window, Softmax(logits, rpb, value, statistics), False, config), statistics
-
-
-@tunable(
-    OWN_CONFIGS,
-    own_heuristic,
-    problem=lambda weight, value, window: own_problem(value, window),
-    reference=reference_mix,
-    name="own_windows.mix",
-)
-def mix(weight: Tensor, value: Tensor, window: Window, *, config: OwnConfig) -> Tensor:
-    """Σ_k weight · value at nbr(i,k), like value."""
-    return _sum(weight, value, window, None, False, config)
-
-
-@tunable(
-    OWN_CONFIGS,
-    own_heuristic,
-    problem=lambda weight, grad, window, *_: own_problem(grad, window),
-    reference=reference_transpose,
-    name="own_windows.transpose",
-)
-def transpose(
-    weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None, *, config: OwnConfig
-) -> Tensor:
-    """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad; w = softmax(weight + rpb) where ``softmax`` is given."""
-    return _sum(weight, grad, window, softmax, True, config)
-
-
-def _sum(
-    weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: OwnConfig
-) -> Tensor:
-    out = empty_like_layout(source, source.shape)
-    block = own_problem(source, window).block
-    sizes, tiles = own_sizes(source, window, config, weight, out)
-    channel_blocks = ceil_divide(source.shape[2], block)
-    arguments: dict[str, Any] = {
-        "weight": kernel_view(weight),
-        "source": features_view(source),
-        "rpb": table_view(softmax and softmax.rpb, source),
-        "statistics": View(out) if softmax is None else view(softmax.statistics, "b g h w"),
-        "out": features_view(out),
-        "channel_blocks": channel_blocks,
-        **sizes,
-        "TRANSPOSED": transposed,
-        "SOFTMAX": softmax is not None,
-        "HAS_RPB": softmax is not None and softmax.rpb is not None,
-        "STEPS": next_power_of_2(window.kernel_size[1]),
-        "CHANNELS": block,
-    }
-    # One program per (channel block, tile of rows, columns of all images and heads), fastest first.
-    launch(_sum_kernel, (channel_blocks * tiles,), out.device, arguments, num_warps=config.num_warps, num_stages=1)
-    return out
+@triton.jit
+def correlate_kernel(
+    grad,  # [B, G, C, H, W]
+    value,  # [B, G, C, H, W]
+    logits,  # [B, G, Kh, Kw, H, W], with SOFTMAX, as the next three
+    rpb,  # [G, 2Kh-1, 2Kw-1]
+    statistics,  # [B, G, H, W]: log Σ_k exp
+    out,  # [B, G, C, H, W]
+    target,  # [B, G, Kh, Kw, H, W], Kh under ``c``, Kw under ``k``, as those of logits
+    sizes, row_tiles,
+    WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
+    KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
+    DILATION_H: tl.constexpr = WINDOW.dilation[0]
+    DILATION_W: tl.constexpr = WINDOW.dilation[1]
+    batch, groups, channels, height, width = sizes
+    i_program = tl.program_id(0)
+    i_column = i_program // row_tiles * COLUMNS
+    rows = rows_of(i_program % row_tiles, height, ROWS, KERNEL_H, DILATION_H, False)
+    columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, KERNEL_W, DILATION_W, False)
+    targets = taps_of(target, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
+    if SOFTMAX:
+        taps = taps_of(logits, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
+        b_statistics = tl.load(taps.p_statistics) * LOG2_E
+    o_channel = tl.arange(0, CHANNELS)
+    m_channel = (o_channel < channels)[None, :]
+    o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
+    p_value = image_of(value, columns)[:, None] + (o_first[:, None] * value.w + o_channel.to(OFFSET)[None, :] * value.c)
+    o_column = columns.column.to(OFFSET)[:, None]
+    p_grad = image_of(grad, columns)[:, None] + (o_column * grad.w + o_channel.to(OFFSET)[None, :] * grad.c)
+    p_out = image_of(out, columns)[:, None] + (o_column * out.w + o_channel.to(OFFSET)[None, :] * out.c)
+    grads, deltas = (), ()
+    for r in tl.static_range(ROWS):
+        o_row = tl.minimum(rows.first + r, rows.members - 1) * DILATION_H + rows.residue
+        b_grad = tl.load(p_grad + tl.cast(o_row, OFFSET) * grad.h, mask=m_channel, other=0).to(ACCUMULATOR)
+        grads = grads + (b_grad,)
+        b_delta = tl.zeros([COLUMNS], ACCUMULATOR)
+        if SOFTMAX:  # δ = Σ_c grad · out, which equals Σ_k p · dp
+            b_out = tl.load(p_out + tl.cast(o_row, OFFSET) * out.h, mask=m_channel, other=0).to(ACCUMULATOR)
+            b_delta = tl.sum(b_grad * b_out, axis=1)
+        deltas = deltas + (b_delta,)
+    for i_source in range(rows.begin, rows.end):
+        o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
+        seen = ()
+        for i in tl.static_range(KERNEL_W):
+            p_seen = p_value + (o_source * value.h + i * DILATION_W * value.w)
+            seen = seen + (tl.load(p_seen, mask=m_channel, other=0),)
+        if SOFTMAX:
+            b_logits = load_taps(taps, logits, rpb, rows, i_source, WINDOW, False, True, HAS_RPB, ACCUMULATOR, OFFSET)
+            b_weight = tl.exp2(b_logits - b_statistics)
+        wide = ()
+        for i in tl.static_range(KERNEL_W):
+            wide = wide + (seen[i].to(ACCUMULATOR),)
+        products = ()
+        for r in tl.static_range(ROWS):
+            own = (tl.zeros([COLUMNS, 1], ACCUMULATOR),) * STEPS
+            kernel_h = i_source - window_start(tl.minimum(rows.first + r, rows.members - 1), rows.members, KERNEL_H, 1)
+            if (kernel_h >= 0) & (kernel_h < KERNEL_H):
+                for i in tl.static_range(KERNEL_W):
+                    b_product = tl.sum(grads[r] * wide[i], axis=1) - deltas[r]
+                    own = own[:i] + (tl.reshape(b_product, [COLUMNS, 1]),) + own[i + 1 :]
+            products = products + (own,)
+        slots = ()
+        for i in tl.static_range(STEPS):
+            for r in tl.static_range(ROWS):
+                slots = slots + (products[r][i],)
+        b_target = tl.reshape(stack(slots, COLUMNS, 1, STEPS), [ROWS, COLUMNS, STEPS])
+        if SOFTMAX:
+            b_target *= b_weight
+        m_target = targets.own & targets.mask & (targets.row + i_source >= 0) & (targets.row + i_source < KERNEL_H)
+        p_target = targets.p_weight + tl.cast(i_source, OFFSET) * target.c
+        tl.store(p_target, b_target.to(target.ptr.dtype.element_ty), mask=m_target)
