@@ -29,11 +29,11 @@ __all__ = ["correlate_kernel", "mix_kernel", "transpose_kernel"]
 
 @triton.jit
 def _load_weights(
-    weight, rpb, tile, o_kernel_h, o_kernel_w, m_weight, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    weight, rpb, tile, o_position, o_kernel_h, o_kernel_w, m_weight, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights at window positions, [P, S], 0 where ``m_weight`` is off; logits + rpb with SOFTMAX, −inf."""
-    o_position = (o_kernel_h * KERNEL_W + o_kernel_w).to(OFFSET) * weight.k
+    o_position = o_position.to(OFFSET) * weight.k
     p_weight = (weight.ptr + offsets(weight, tile, OFFSET))[:, None] + o_position[None, :]
     b_weight = tl.load(p_weight, mask=m_weight, other=float("-inf") if SOFTMAX else 0)
     if SOFTMAX:
@@ -100,8 +100,9 @@ def mix_kernel(
         b_weights = ()
         for i_step in tl.static_range(UNROLL):
             o_step = (i_chunk * UNROLL + i_step) * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
+            m_step = (o_step < KERNEL_H * KERNEL_W)[None, :]
             b_weight = _load_weights(
-                weight, rpb, tile, o_step // KERNEL_W, o_step % KERNEL_W, (o_step < KERNEL_H * KERNEL_W)[None, :],
+                weight, rpb, tile, o_step, o_step // KERNEL_W, o_step % KERNEL_W, m_step,
                 KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET,
             )  # fmt: skip
             b_weights = b_weights + (b_weight,)
@@ -172,7 +173,7 @@ def correlate_kernel(
         b_product = _dot(b_grad, tl.trans(b_value), tl.zeros([BLOCK_OUTPUTS, BLOCK_STEPS], ACCUMULATOR), UPCAST)
         if SOFTMAX:
             b_logits = _load_weights(
-                logits, rpb, tile, o_step // KERNEL_W, o_step % KERNEL_W, m_step,
+                logits, rpb, tile, o_step, o_step // KERNEL_W, o_step % KERNEL_W, m_step,
                 KERNEL_H, KERNEL_W, True, HAS_RPB, ACCUMULATOR, OFFSET,
             )  # fmt: skip
             b_product = tl.exp2(b_logits * LOG2_E - b_statistics[:, None]) * (b_product - b_delta[:, None])
@@ -213,7 +214,7 @@ def transpose_kernel(
         b_grad = _load_rows(source, offsets(source, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
         # [P, J]
         b_weight = _load_weights(
-            weight, rpb, tile, o_kernel_h, o_kernel_w, m_weight,
+            weight, rpb, tile, o_kernel_h * KERNEL_W + o_kernel_w, o_kernel_h, o_kernel_w, m_weight,
             KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET,
         )  # fmt: skip
         if SOFTMAX:
