@@ -49,7 +49,7 @@ def _grad_rpb_kernel(
         o_pixel = i_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
         o_row = (o_pixel // width)[None, :]
         o_column = (o_pixel % width)[None, :]
-        # The window position at this distance from this pixel: the inverse of relative_position.
+        # The window position at this distance from this pixel.
         o_start_h = window_start(o_row, height, KERNEL_H, DILATION_H)
         o_start_w = window_start(o_column, width, KERNEL_W, DILATION_W)
         o_kernel_h = o_relative_h - (KERNEL_H - 1) + (o_row - o_start_h) // DILATION_H

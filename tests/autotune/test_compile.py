@@ -126,4 +126,4 @@ def test_signature_specialises_as_triton_does():
     assert signature["source"].c == "i32"
     assert (source, channel) in attributes  # 128 is divisible by 16
     assert (names.index("channels"),) not in attributes  # 3 is not
-    assert constants[names.index("CLAMPED"),] is False
+    assert constants[names.index("TRANSPOSED"),] is False
