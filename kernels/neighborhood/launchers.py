@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernels.aggregation import eager as algebra
@@ -57,8 +56,8 @@ class Softmax(NamedTuple):
 
 
 def _reference_softmax_mix(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
-    logits, value, *table = at_least_float32(logits, value, *([] if rpb is None else [rpb]))
-    return eager.softmax_aggregate(logits, value, table[0] if table else None, window)
+    logits, value = at_least_float32(logits, value)
+    return eager.softmax_aggregate(logits, value, None if rpb is None else at_least_float32(rpb)[0], window)
 
 
 def _reference_mix(weight: Tensor, value: Tensor, window: Window) -> Tensor:
@@ -88,19 +87,6 @@ def _reference_transpose(weight: Tensor, grad: Tensor, window: Window, softmax: 
     return algebra.transpose(weight, grad, (grad.shape[3], grad.shape[4]), window)
 
 
-class Form(NamedTuple):
-    """How a form launches: ``sum`` is mix, and transpose if the flag before the config is set."""
-
-    name: str
-    configs: Sequence[Any]
-    mix_heuristic: Callable[..., Any]
-    transpose_heuristic: Callable[..., Any]
-    correlate_heuristic: Callable[..., Any]
-    problem: Callable[[Tensor, Tensor, Window, bool], Any]
-    sum: Callable[[Tensor, Tensor, Window, Softmax | None, bool, Any], Tensor]
-    correlate: Callable[[Tensor, Tensor, Tensor, Window, Softmax | None, Any], Tensor]
-
-
 class Launchers(NamedTuple):
     mix: Launcher[Tensor]
     softmax_mix: Launcher[tuple[Tensor, Tensor]]
@@ -108,60 +94,69 @@ class Launchers(NamedTuple):
     correlate: Launcher[Tensor]
 
 
-def _launchers(form: Form) -> Launchers:
+def _launchers(
+    name: str,
+    configs: Sequence[Any],
+    heuristics: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
+    problem_of: Callable[[Tensor, Tensor, Window, bool], Any],
+    launch_sum: Callable[[Tensor, Tensor, Window, Softmax | None, bool, Any], Tensor],
+    launch_correlate: Callable[[Tensor, Tensor, Tensor, Window, Softmax | None, Any], Tensor],
+) -> Launchers:
+    """``heuristics`` of mix, transpose and correlate; ``launch_sum`` is mix, or transpose where its flag is set."""
+
     @tunable(
-        form.configs,
-        form.mix_heuristic,
-        problem=lambda weight, value, window: form.problem(weight, value, window, False),
+        configs,
+        heuristics[0],
+        problem=lambda weight, value, window: problem_of(weight, value, window, False),
         reference=_reference_mix,
-        name=f"{form.name}.mix",
+        name=f"{name}.mix",
     )
     def mix(weight: Tensor, value: Tensor, window: Window, *, config: Any) -> Tensor:
         """Σ_k weight · value at nbr(i,k), like value."""
-        return form.sum(weight, value, window, None, False, config)
+        return launch_sum(weight, value, window, None, False, config)
 
     @tunable(
-        form.configs,
-        form.mix_heuristic,
-        problem=lambda logits, value, _rpb, window: form.problem(logits, value, window, True),
+        configs,
+        heuristics[0],
+        problem=lambda logits, value, _rpb, window: problem_of(logits, value, window, True),
         reference=_reference_softmax_mix,
-        name=f"{form.name}.softmax_mix",
+        name=f"{name}.softmax_mix",
     )
     def softmax_mix(
         logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, *, config: Any
     ) -> tuple[Tensor, Tensor]:
         """(Σ_k softmax_k(logits + rpb) · value at nbr(i,k), like value; log Σ_k exp [B,G,H,W])."""
-        statistics = torch.empty_like(value[:, :, 0], dtype=accumulator_dtype(value.dtype)).contiguous()
-        return form.sum(logits, value, window, Softmax(logits, rpb, value, statistics), False, config), statistics
+        statistics = value.new_empty(value[:, :, 0].shape, dtype=accumulator_dtype(value.dtype))
+        return launch_sum(logits, value, window, Softmax(logits, rpb, value, statistics), False, config), statistics
 
     @tunable(
-        form.configs,
-        form.transpose_heuristic,
-        problem=lambda weight, grad, window, softmax=None: form.problem(weight, grad, window, softmax is not None),
+        configs,
+        heuristics[1],
+        problem=lambda weight, grad, window, softmax=None: problem_of(weight, grad, window, softmax is not None),
         reference=_reference_transpose,
-        name=f"{form.name}.transpose",
+        name=f"{name}.transpose",
     )
     def transpose(
         weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None, *, config: Any
     ) -> Tensor:
         """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad; w = softmax(weight + rpb) where ``softmax`` is given."""
-        return form.sum(weight, grad, window, softmax, True, config)
+        return launch_sum(weight, grad, window, softmax, True, config)
 
     @tunable(
-        form.configs,
-        form.correlate_heuristic,
-        problem=lambda _grad, value, target, window, softmax=None: form.problem(
+        configs,
+        heuristics[2],
+        problem=lambda _grad, value, target, window, softmax=None: problem_of(
             target, value, window, softmax is not None
         ),
         reference=_reference_correlate,
-        name=f"{form.name}.correlate",
+        name=f"{name}.correlate",
     )
     def correlate(
         grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None = None, *, config: Any
     ) -> Tensor:
         """Fills ``target`` [B,G,Kh,Kw,H,W] with Σ_c grad · value at nbr(i,k); or with the gradient of ``softmax``'s
         logits, p · (that − δ)."""
-        return form.correlate(grad, value, target, window, softmax, config)
+        return launch_correlate(grad, value, target, window, softmax, config)
 
     return Launchers(mix, softmax_mix, transpose, correlate)
 
@@ -318,12 +313,12 @@ def _shared_correlate(
 
 
 OWN = own_mix, own_softmax_mix, own_transpose, own_correlate = _launchers(
-    Form("own_windows", OWN_CONFIGS, own_heuristic, own_heuristic, own_correlate_heuristic,
-         _own_problem, _own_sum, _own_correlate)
+    "own_windows", OWN_CONFIGS, (own_heuristic, own_heuristic, own_correlate_heuristic),
+    _own_problem, _own_sum, _own_correlate,
 )  # fmt: skip
 SHARED = shared_mix, shared_softmax_mix, shared_transpose, shared_correlate = _launchers(
-    Form("shared_windows", SHARED_CONFIGS, shared_heuristic, shared_transpose_heuristic, shared_gradient_heuristic,
-         _shared_problem, _shared_sum, _shared_correlate)
+    "shared_windows", SHARED_CONFIGS, (shared_heuristic, shared_transpose_heuristic, shared_gradient_heuristic),
+    _shared_problem, _shared_sum, _shared_correlate,
 )  # fmt: skip
 
 
