@@ -139,7 +139,8 @@ def _launchers(
     def transpose(
         weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None, *, config: Any
     ) -> Tensor:
-        """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad; w = softmax(weight + rpb) where ``softmax`` is given."""
+        """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad; w = softmax(weight + rpb) where ``softmax`` is given, and
+        then in the memory order of its output."""
         return launch_sum(weight, grad, window, softmax, True, config)
 
     @tunable(
@@ -204,7 +205,7 @@ def _own_tiles(features: Tensor, window: Window, config: OwnConfig) -> tuple[dic
 def _own_sum(
     weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: OwnConfig
 ) -> Tensor:
-    out = empty_like_layout(source, source.shape)
+    out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
     block = min(64, next_power_of_2(source.shape[2]))
     channel_blocks = ceil_divide(source.shape[2], block)
     cut, tiles = _own_tiles(source, window, config)
@@ -269,7 +270,7 @@ def _shared_tiles(features: Tensor, window: Window, config: SharedConfig) -> tup
 def _shared_sum(
     weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: SharedConfig
 ) -> Tensor:
-    out = empty_like_layout(source, source.shape)
+    out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
     batch, groups, _, height, width = source.shape
     cut, programs = _shared_tiles(source, window, config)
     arguments = {
