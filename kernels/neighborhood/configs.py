@@ -150,6 +150,7 @@ class OwnConfig:
     rows: int
     columns: int
     num_warps: int = 1
+    num_stages: int = 1
 
     def valid(self, problem: OwnProblem) -> bool:
         """At most 64 taps and 64 sums of a source row per thread, and no idle threads."""

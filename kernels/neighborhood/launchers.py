@@ -162,17 +162,30 @@ def _launchers(
     return Launchers(mix, softmax_mix, transpose, correlate)
 
 
-def _common(features: Tensor, softmax: Softmax | None, *tensors: Tensor) -> dict[str, Any]:
-    """What all kernels take alike."""
-    spare = View(features)
-    return {
-        "rpb": spare if softmax is None or softmax.rpb is None else view(softmax.rpb, "g h w"),
-        "statistics": spare if softmax is None else view(softmax.statistics, "b g h w"),
+class Cut(NamedTuple):
+    """How a kernel cuts the map: constants, number of programs, and how it sees a dynamic kernel."""
+
+    constants: dict[str, Any]
+    programs: int
+    view: Callable[[Tensor], View]
+
+
+def _launch(
+    kernel: Any, cut: Cut, features: Tensor, softmax: Softmax | None, config: Any, **tensors: Tensor | None
+) -> None:
+    """With a spare pointer for each tensor that there is none of."""
+    given = {"rpb": softmax and softmax.rpb, "statistics": softmax and softmax.statistics, **tensors}
+    views = {5: _features, 6: cut.view, 4: lambda t: view(t, "b g h w"), 3: lambda t: view(t, "g h w")}
+    arguments = {
+        **{name: View(features) if t is None else views[t.dim()](t) for name, t in given.items()},
+        **cut.constants,
         "sizes": Sizes(*features.shape),
         "SOFTMAX": softmax is not None,
         "HAS_RPB": softmax is not None and softmax.rpb is not None,
-        **precision(features, *tensors),
+        **precision(features, *(t for t in tensors.values() if t is not None)),
     }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(kernel, (cut.programs,), features.device, arguments, **options)
 
 
 def _features(tensor: Tensor) -> View:
@@ -192,14 +205,21 @@ def _own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: boo
     return OwnProblem(channels, height * width, *window.kernel_size, softmax, aligned, features.dtype)
 
 
-def _own_tiles(features: Tensor, window: Window, config: OwnConfig) -> tuple[dict[str, Any], int]:
-    """How the map is cut, and the number of tiles."""
-    batch, groups, _, height, width = features.shape
+def _own_cut(features: Tensor, window: Window, config: OwnConfig, block: int) -> Cut:
+    """One program per (block of channels, tile of rows, columns of all images and heads), fastest first."""
+    batch, groups, channels, height, width = features.shape
     dilation = window.dilation[0]
     row_tiles = dilation * ceil_divide(ceil_divide(height, dilation), config.rows)
-    steps = next_power_of_2(window.kernel_size[1])
-    cut = {"row_tiles": row_tiles, "WINDOW": window, "ROWS": config.rows, "COLUMNS": config.columns, "STEPS": steps}
-    return cut, row_tiles * ceil_divide(batch * groups * width, config.columns)
+    constants = {
+        "row_tiles": row_tiles,
+        "WINDOW": window,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "CHANNELS": block,
+        "STEPS": next_power_of_2(window.kernel_size[1]),
+    }
+    column_tiles = ceil_divide(batch * groups * width, config.columns)
+    return Cut(constants, ceil_divide(channels, block) * row_tiles * column_tiles, _kernel)
 
 
 def _own_sum(
@@ -207,39 +227,19 @@ def _own_sum(
 ) -> Tensor:
     out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
     block = min(64, next_power_of_2(source.shape[2]))
-    channel_blocks = ceil_divide(source.shape[2], block)
-    cut, tiles = _own_tiles(source, window, config)
-    arguments = {
-        **_common(source, softmax, weight, out),
-        **cut,
-        "weight": _kernel(weight),
-        "source": _features(source),
-        "out": _features(out),
-        "channel_blocks": channel_blocks,
-        "TRANSPOSED": transposed,
-        "CHANNELS": block,
-    }
-    # One program per (channel block, tile of rows, columns of all images and heads), fastest first.
-    launch(sum_kernel, (channel_blocks * tiles,), out.device, arguments, num_warps=config.num_warps, num_stages=1)
+    cut = _own_cut(source, window, config, block)
+    cut.constants["channel_blocks"] = ceil_divide(source.shape[2], block)
+    cut.constants["TRANSPOSED"] = transposed
+    _launch(sum_kernel, cut, source, softmax, config, weight=weight, source=source, out=out)
     return out
 
 
 def _own_correlate(
     grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: OwnConfig
 ) -> Tensor:
-    cut, tiles = _own_tiles(value, window, config)
-    arguments = {
-        **_common(value, softmax, grad, target),
-        **cut,
-        "grad": _features(grad),
-        "value": _features(value),
-        "logits": View(value) if softmax is None else _kernel(softmax.logits),
-        "out": View(value) if softmax is None else _features(softmax.out),
-        "target": _kernel(target),
-        "CHANNELS": next_power_of_2(value.shape[2]),
-    }
-    # One program per (tile of rows, columns of all images and heads), fastest first.
-    launch(correlate_kernel, (tiles,), value.device, arguments, num_warps=config.num_warps, num_stages=1)
+    cut = _own_cut(value, window, config, next_power_of_2(value.shape[2]))
+    given = {"logits": softmax and softmax.logits, "out": softmax and softmax.out}
+    _launch(correlate_kernel, cut, value, softmax, config, grad=grad, value=value, target=target, **given)
     return target
 
 
@@ -249,12 +249,12 @@ def _shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: b
     return SharedProblem(channels, height * width, positions, most, softmax, kernel.dtype)
 
 
-def _shared_tiles(features: Tensor, window: Window, config: SharedConfig) -> tuple[dict[str, Any], int]:
-    """How windows are cut, and the number of tiles of all of them."""
+def _shared_cut(features: Tensor, window: Window, config: SharedConfig) -> Cut:
+    """One program per (tile of a window's outputs, window, group, batch entry)."""
     batch, groups, channels, height, width = features.shape
     windows, most = windows_and_most(window, height, width)
     tiles = ceil_divide(most, config.block_outputs)
-    cut = {
+    constants = {
         "tiles": tiles,
         "windows": windows,
         "KERNEL_H": window.kernel_size[0],
@@ -264,7 +264,7 @@ def _shared_tiles(features: Tensor, window: Window, config: SharedConfig) -> tup
         "BLOCK_STEPS": config.block_steps,
         "BLOCK_CHANNELS": max(16, next_power_of_2(channels)),
     }
-    return cut, tiles * windows * groups * batch
+    return Cut(constants, tiles * windows * groups * batch, along_window)
 
 
 def _shared_sum(
@@ -272,44 +272,26 @@ def _shared_sum(
 ) -> Tensor:
     out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
     batch, groups, _, height, width = source.shape
-    cut, programs = _shared_tiles(source, window, config)
-    arguments = {
-        **_common(source, softmax, weight, out),
-        **cut,
-        "weight": along_window(weight),
-        "source": _features(source),
-        "out": _features(out),
-    }
+    cut = _shared_cut(source, window, config)
     if transposed:
         # One program per (block of inputs, group, batch entry).
-        arguments["input_blocks"] = ceil_divide(height * width, config.block_steps)
-        kernel, programs = transpose_kernel, arguments["input_blocks"] * groups * batch
+        cut.constants["input_blocks"] = blocks = ceil_divide(height * width, config.block_steps)
+        kernel, cut = transpose_kernel, cut._replace(programs=blocks * groups * batch)
     else:
-        # One program per (tile of a window's outputs, window, group, batch entry).
         steps = ceil_divide(window.kernel_size[0] * window.kernel_size[1], config.block_steps)
-        arguments["CHUNKS"] = ceil_divide(steps, MOST_STEPS)
-        arguments["UNROLL"] = ceil_divide(steps, arguments["CHUNKS"])
+        cut.constants["CHUNKS"] = chunks = ceil_divide(steps, MOST_STEPS)
+        cut.constants["UNROLL"] = ceil_divide(steps, chunks)
         kernel = mix_kernel
-    launch(kernel, (programs,), out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+    _launch(kernel, cut, source, softmax, config, weight=weight, source=source, out=out)
     return out
 
 
 def _shared_correlate(
     grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: SharedConfig
 ) -> Tensor:
-    cut, programs = _shared_tiles(value, window, config)
-    arguments = {
-        **_common(value, softmax, grad, target),
-        **cut,
-        "grad": _features(grad),
-        "value": _features(value),
-        "logits": View(value) if softmax is None else along_window(softmax.logits),
-        "out": View(value) if softmax is None else _features(softmax.out),
-        "target": along_window(target),
-    }
-    # One program per (tile of a window's outputs, window, group, batch entry).
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(shared_correlate_kernel, (programs,), value.device, arguments, **options)
+    given = {"logits": softmax and softmax.logits, "out": softmax and softmax.out}
+    cut = _shared_cut(value, window, config)
+    _launch(shared_correlate_kernel, cut, value, softmax, config, grad=grad, value=value, target=target, **given)
     return target
 
 
