@@ -35,13 +35,12 @@ from kernels.neighborhood.configs import (
 from kernels.neighborhood.own import correlate_kernel, sum_kernel
 from kernels.neighborhood.shared import correlate_kernel as shared_correlate_kernel
 from kernels.neighborhood.shared import mix_kernel, transpose_kernel
-from kernels.neighborhood.tiles import Sizes, along_window
 from kernels.tuning import tunable
 from kernels.tuning.choose import Launcher
 from kernels.views import View, view
 from kernels.windows import Window
 
-__all__ = ["OWN", "SHARED", "Launchers", "Softmax", "form_of"]
+__all__ = ["OWN", "SHARED", "Launchers", "Softmax", "along_window", "form_of"]
 
 MOST_STEPS = 6  # of a shared window, held in registers at once
 
@@ -162,6 +161,16 @@ def _launchers(
     return Launchers(mix, softmax_mix, transpose, correlate)
 
 
+class Sizes(NamedTuple):
+    """Of the features [B, G, C, H, W]."""
+
+    batch: int
+    groups: int
+    channels: int
+    height: int
+    width: int
+
+
 class Cut(NamedTuple):
     """How a kernel cuts the map: constants, number of programs, and how it sees a dynamic kernel."""
 
@@ -195,6 +204,13 @@ def _features(tensor: Tensor) -> View:
 def _kernel(kernel: Tensor) -> View:
     """[B, G, Kh, Kw, H, W], Kh under ``c`` and Kw under ``k``."""
     return view(kernel, "b g c k h w")
+
+
+def along_window(kernel: Tensor) -> View:
+    """[B, G, Kh, Kw, H, W] with one stride along its window positions, as [B, G, H, W, K²]."""
+    stride_b, stride_g, stride_kh, stride_kw, stride_h, stride_w = kernel.stride()
+    stride_k = stride_kw if kernel.shape[3] > 1 else stride_kh
+    return View(kernel, b=stride_b, g=stride_g, h=stride_h, w=stride_w, k=stride_k)
 
 
 def _own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> OwnProblem:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kernels.neighborhood.tiles import LOG2_E
 from kernels.windows_triton import window_start
 
-__all__ = ["columns_of", "image_of", "load_taps", "rows_of", "taps_of", "window_row"]
+__all__ = ["LOG2_E", "columns_of", "image_of", "load_taps", "rows_of", "taps_of", "window_row"]
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Rows(NamedTuple):

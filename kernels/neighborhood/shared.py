@@ -20,11 +20,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.neighborhood.tiles import LOG2_E
 from kernels.views import at
 from kernels.windows_triton import offsets, pixels_of_window, split_program
 
 __all__ = ["correlate_kernel", "mix_kernel", "transpose_kernel"]
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
