@@ -33,6 +33,16 @@ def _algebra(dtype: torch.dtype, channels_last: bool) -> Launches:
     yield lambda: kernels.transpose(weight, x, (28, 28), K7)
 
 
+def _large_windows(dtype: torch.dtype) -> Launches:
+    from kernels.aggregation import gather as kernels
+
+    window, meta = Window((17, 17), padding=(8, 8)), _meta(dtype)  # too large for rows to slide
+    weight, x = meta(2, 8, 17, 17, 28, 28), meta(2, 8, 16, 28, 28)
+    yield lambda: kernels.aggregate(weight, x, window)
+    yield lambda: kernels.correlate(x, x, window)
+    yield lambda: kernels.transpose(weight, x, (28, 28), window)
+
+
 def _generate(dtype: torch.dtype, channels_last: bool) -> Launches:
     from kernels.aggregation.rows import correlate
     from kernels.involution import forward
@@ -51,8 +61,7 @@ def _generate(dtype: torch.dtype, channels_last: bool) -> Launches:
 
 def _neighborhood(dtype: torch.dtype, length: int, kernel_size: int, dilation: int = 1) -> Launches:
     from kernels.aggregation import gather as algebra
-    from kernels.neighborhood.backward import softmax_aggregate_backward
-    from kernels.neighborhood.forward import softmax_aggregate
+    from kernels.neighborhood.passes import softmax_aggregate, softmax_aggregate_backward
 
     # OverLoCK-T: 16 value channels per head.
     meta, window = _meta(dtype), Window.neighborhood((kernel_size, kernel_size), (dilation, dilation))
@@ -107,6 +116,7 @@ def cases(dtype: torch.dtype) -> dict[str, Launches]:
     return {
         "involution 128@28 K=7, channels first": _algebra(dtype, channels_last=False),
         "involution 128@28 K=7, channels last": _algebra(dtype, channels_last=True),
+        "involution 2x8x16@28 K=17": _large_windows(dtype),
         "involution, kernels generated, 128@28 K=7": _generate(dtype, channels_last=False),
         "involution, kernels generated, 128@28 K=7, channels last": _generate(dtype, channels_last=True),
         "neighborhood 8x16@14 K=13": _neighborhood(dtype, 14, 13),

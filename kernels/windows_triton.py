@@ -13,29 +13,13 @@ Vocabulary of every kernel in this repository:
 ``b_``  blocks of values, their shape in a comment above
 ======  =====================================================================================
 
-A *step* enumerates what one position exchanges values with. Forward, step k is the window position k of an output.
-Inverse, the steps of an input run over the outputs that may reach it, at most ``inverse_steps`` of them.
+A *step* enumerates what one position exchanges values with: step k is the window position k.
 """
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
-from kernels.windows import Window
-
-
-def inverse_steps(window: Window, length: int, axis: int) -> int:
-    """Upper bound on the outputs to be tried per input along ``axis``.
-
-    Zero-padded: one candidate per window position. Clamped: in a class of fewer than 2K members some input is in every
-    window; in a larger one the inputs nearest a border are in the most, K + K//2. Classes differ by one member.
-    """
-    kernel_size, dilation = window.kernel_size[axis], window.dilation[axis]
-    if not window.clamped:
-        return kernel_size
-    members = -(-length // dilation)
-    return min(members, 2 * kernel_size - 1) if members <= 2 * kernel_size else kernel_size + kernel_size // 2
 
 
 @triton.jit
@@ -74,45 +58,20 @@ def window_start(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr)
 
 
 @triton.jit
-def neighbour(
-    o_output, o_step, length,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, CLAMPED: tl.constexpr,
-):  # fmt: skip
-    """Window position ``o_step`` of output ``o_output``: (input position, whether it is inside the input)."""
-    if CLAMPED:
-        o_input = window_start(o_output, length, KERNEL, DILATION) + o_step * DILATION
-    else:
-        o_input = o_output * STRIDE - PADDING + o_step * DILATION
+def neighbour(o_output, o_step, length, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
+    """Position ``o_step`` of the zero-padded window of output ``o_output``: (input, whether it is inside)."""
+    o_input = o_output * STRIDE - PADDING + o_step * DILATION
     return o_input, (o_input >= 0) & (o_input < length)
 
 
 @triton.jit
 def inverse_neighbour(
-    o_input, o_step, length, output_length,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, CLAMPED: tl.constexpr,
-):  # fmt: skip
-    """Candidate ``o_step`` for an output whose window holds ``o_input``: (output, window position, whether it does)."""
-    if CLAMPED:
-        residue = o_input % DILATION
-        member = o_input // DILATION
-        members = (length - residue + DILATION - 1) // DILATION
-        o_member = tl.where(member < KERNEL, 0, member - KERNEL // 2) + o_step
-        o_window = member - _clamped_start(o_member, members, KERNEL)
-        o_output = o_member * DILATION + residue
-        valid = (o_window >= 0) & (o_window < KERNEL) & (o_member < members)
-    else:
-        o_window = o_step
-        scaled = o_input + PADDING - o_window * DILATION
-        o_output = scaled // STRIDE
-        valid = (scaled >= 0) & (o_output * STRIDE == scaled) & (o_output < output_length)
-    return o_output, o_window, valid
-
-
-@triton.jit
-def relative_position(o_output, o_input, KERNEL: tl.constexpr, DILATION: tl.constexpr):
-    """Index into the relative position bias: (neighbour − query)/dilation + K − 1, in 0..2K−2 for a true neighbour."""
-    # Shifted to be non-negative before dividing: Triton's integer division truncates.
-    return (o_input - o_output + (KERNEL - 1) * DILATION) // DILATION
+    o_input, o_step, output_length, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
+):
+    """The output whose zero-padded window holds ``o_input`` at position ``o_step``: (output, whether there is one)."""
+    scaled = o_input + PADDING - o_step * DILATION
+    o_output = scaled // STRIDE
+    return o_output, (scaled >= 0) & (o_output * STRIDE == scaled) & (o_output < output_length)
 
 
 class Pixels(NamedTuple):

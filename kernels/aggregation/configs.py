@@ -175,20 +175,14 @@ class Gather:
         )
 
     def constants(self, window: Window) -> dict[str, int]:
-        """What the compiler knows of any window and of the blocks."""
-        return self.clamped(window) | {
+        """What the compiler knows of a window and of the blocks."""
+        return {
+            "KERNEL_H": window.kernel_size[0],
+            "KERNEL_W": window.kernel_size[1],
             "STRIDE_H": window.stride[0],
             "STRIDE_W": window.stride[1],
             "PADDING_H": window.padding[0],
             "PADDING_W": window.padding[1],
-            "CLAMPED": window.clamped,
-        }
-
-    def clamped(self, window: Window) -> dict[str, int]:
-        """The same of a window that is known to be clamped."""
-        return {
-            "KERNEL_H": window.kernel_size[0],
-            "KERNEL_W": window.kernel_size[1],
             "DILATION_H": window.dilation[0],
             "DILATION_W": window.dilation[1],
             "BLOCK_PIXELS": self.block_pixels,
@@ -221,8 +215,3 @@ def gather_heuristic(problem: GatherProblem) -> Gather:
         return Gather(pixels, channels, max(1, min(steps, 2**19 // (channels * pixels))))
     channels, steps = min(channels, 32), min(steps, 16) if problem.kernel_fastest else 1
     return Gather(min(pixels, max(16, min(128, 16384 // (channels * steps)))), channels, steps)
-
-
-def wide_gather_heuristic(problem: GatherProblem) -> Gather:
-    """The same on twice the threads, where more blocks live at once."""
-    return replace(gather_heuristic(problem), num_warps=8)

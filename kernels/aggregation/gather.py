@@ -1,15 +1,14 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-"""The algebra for windows that do not slide: clamped ones, and those too large for ``rows``. Two kernels.
+"""The algebra for windows that do not slide: those too large for ``rows``, and clamped ones (``neighborhood``).
 
-A gather that sums (aggregate, transpose) and one that multiplies (correlate). ``transpose`` is ``aggregate`` read from
-the other end: each input position looks up the outputs whose windows hold it, so nothing is atomic, every element is
-written once, and the same input gives the same bits.
+Two kernels: a gather that sums (aggregate, transpose) and one that multiplies (correlate). ``transpose`` is
+``aggregate`` read from the other end: each input position looks up the outputs whose windows hold it, so nothing is
+atomic, every element is written once, and the same input gives the same bits.
 
 Cost per output pixel and group, in elements: aggregate reads K² weights and C values and writes C; correlate reads 2·C
 and writes K²; transpose reads K² weights and C gradients and writes C. Neighbouring pixels share all but a few of
-their neighbours, which L1 and L2 serve; the dynamic kernel itself is read exactly once and sets the floor. Clamped
-windows that many outputs share are dense matrix products instead (``neighborhood.shared``).
+their neighbours, which L1 and L2 serve; the dynamic kernel itself is read exactly once and sets the floor.
 """
 
 import math
@@ -24,12 +23,11 @@ from kernels.aggregation.configs import GATHERS, Gather, GatherProblem, gather_h
 from kernels.dtypes import at_least_float32, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
-from kernels.neighborhood import shared
-from kernels.neighborhood.configs import shares_windows
+from kernels.neighborhood.launchers import form_of
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows import Pair, Window
-from kernels.windows_triton import inverse_neighbour, inverse_steps, neighbour, split_program
+from kernels.windows_triton import inverse_neighbour, neighbour, split_program
 
 KERNEL_AXES = "b g c k h w"
 
@@ -42,8 +40,7 @@ def _gather_sum_kernel(
     groups, channels, source_height, source_width, height, width,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    CLAMPED: tl.constexpr, TRANSPOSED: tl.constexpr, STEPS_H: tl.constexpr, STEPS_W: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
     i_pixel, i_channel, i_group, i_batch = split_program(
@@ -60,26 +57,20 @@ def _gather_sum_kernel(
 
     # [C, P]
     b_sum = tl.zeros([BLOCK_CHANNELS, BLOCK_PIXELS], ACCUMULATOR)
-    for first_step in range(0, STEPS_H * STEPS_W, BLOCK_STEPS):
+    for first_step in range(0, KERNEL_H * KERNEL_W, BLOCK_STEPS):
         o_step = (first_step + tl.arange(0, BLOCK_STEPS))[:, None]
-        m_step = m_pixel & (o_step < STEPS_H * STEPS_W)
-        # Both [S, P]: where the source is, and the dynamic kernel's entry that weighs it.
+        m_step = m_pixel & (o_step < KERNEL_H * KERNEL_W)
+        # Both [S, P]: where the source is, and the output whose dynamic kernel weighs it.
+        o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
         if TRANSPOSED:
-            o_source_h, o_kernel_h, m_row = inverse_neighbour(
-                o_row, o_step // STEPS_W, height, source_height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED
-            )
-            o_source_w, o_kernel_w, m_column = inverse_neighbour(
-                o_column, o_step % STEPS_W, width, source_width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
+            o_source_h, m_row = inverse_neighbour(o_row, o_kernel_h, source_height, STRIDE_H, PADDING_H, DILATION_H)
+            o_source_w, m_column = inverse_neighbour(
+                o_column, o_kernel_w, source_width, STRIDE_W, PADDING_W, DILATION_W
             )
             o_output_h, o_output_w = o_source_h, o_source_w
         else:
-            o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
-            o_source_h, m_row = neighbour(
-                o_row, o_kernel_h, source_height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED
-            )
-            o_source_w, m_column = neighbour(
-                o_column, o_kernel_w, source_width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
-            )
+            o_source_h, m_row = neighbour(o_row, o_kernel_h, source_height, STRIDE_H, PADDING_H, DILATION_H)
+            o_source_w, m_column = neighbour(o_column, o_kernel_w, source_width, STRIDE_W, PADDING_W, DILATION_W)
             o_output_h, o_output_w = o_row, o_column
         m_step = m_step & m_row & m_column
         # [S, P]
@@ -114,7 +105,7 @@ def _correlate_kernel(
     groups, channels, source_height, source_width, height, width,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    CLAMPED: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
     i_pixel, _i_channel, i_group, i_batch = split_program(tl.cdiv(height * width, BLOCK_PIXELS), 1, groups)
@@ -128,12 +119,8 @@ def _correlate_kernel(
     for first_step in range(0, KERNEL_H * KERNEL_W, BLOCK_STEPS):
         o_step = (first_step + tl.arange(0, BLOCK_STEPS))[:, None]
         o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
-        o_input_h, m_row = neighbour(
-            o_row, o_kernel_h, source_height, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, CLAMPED
-        )
-        o_input_w, m_column = neighbour(
-            o_column, o_kernel_w, source_width, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, CLAMPED
-        )
+        o_input_h, m_row = neighbour(o_row, o_kernel_h, source_height, STRIDE_H, PADDING_H, DILATION_H)
+        o_input_w, m_column = neighbour(o_column, o_kernel_w, source_width, STRIDE_W, PADDING_W, DILATION_W)
         m_step = m_pixel & (o_step < KERNEL_H * KERNEL_W)
         m_input = m_step & m_row & m_column
         o_input = o_input_h.to(OFFSET) * x.h + o_input_w.to(OFFSET) * x.w
@@ -180,7 +167,7 @@ def _common_arguments(
 
 
 def _gather_sum(
-    weight: Tensor, source: Tensor, out: Tensor, window: Window, steps: Pair, transposed: bool, config: Gather
+    weight: Tensor, source: Tensor, out: Tensor, window: Window, transposed: bool, config: Gather
 ) -> Tensor:
     batch, groups, channels, height, width = out.shape
     # One program per (pixel tile, channel block, group, batch entry), on one axis: the others end at 65,535.
@@ -192,16 +179,9 @@ def _gather_sum(
         "out": view(out, "b g c h w"),
         **_common_arguments(source, out, window, config, weight),
         "TRANSPOSED": transposed,
-        "STEPS_H": steps[0],
-        "STEPS_W": steps[1],
     }
     launch(_gather_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return out
-
-
-def _candidates(window: Window, size: Pair) -> Pair:
-    """Outputs to be tried per input along each axis."""
-    return inverse_steps(window, size[0], 0), inverse_steps(window, size[1], 1)
 
 
 @tunable(
@@ -214,20 +194,20 @@ def _candidates(window: Window, size: Pair) -> Pair:
 def gather_aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Gather) -> Tensor:
     """``aggregate`` with every output's own window."""
     out = empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
-    return _gather_sum(weight, x, out, window, window.kernel_size, transposed=False, config=config)
+    return _gather_sum(weight, x, out, window, transposed=False, config=config)
 
 
 @tunable(
     GATHERS,
     gather_heuristic,
-    problem=lambda weight, g, size, window: gather_problem(weight, g, size, _candidates(window, size)),
+    problem=lambda weight, g, size, window: gather_problem(weight, g, size, window.kernel_size),
     reference=lambda weight, g, size, window: eager.transpose(*at_least_float32(weight, g), size, window),
     name="gather.transpose",
 )
 def gather_transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, *, config: Gather) -> Tensor:
     """``transpose`` with every output's own window."""
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
-    return _gather_sum(weight, g, out, window, _candidates(window, input_size), transposed=True, config=config)
+    return _gather_sum(weight, g, out, window, transposed=True, config=config)
 
 
 def _correlation_problem(g: Tensor, x: Tensor, window: Window) -> GatherProblem:
@@ -263,8 +243,8 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]; [B,G,C,H',W'] in the memory order of x."""
     if x.numel() == 0:
         return empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
-    if shares_windows(weight, window, x.shape[3], x.shape[4]):
-        return shared.mix(weight, x, window)
+    if window.clamped:
+        return form_of(weight, window, x).mix(weight, x, window)
     return gather_aggregate(weight, x, window)
 
 
@@ -272,8 +252,8 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]; [B,G,C,H,W] in the memory order of g."""
     if g.numel() == 0:
         return empty_like_layout(g, (*g.shape[:3], *input_size))
-    if shares_windows(weight, window, *input_size):
-        return shared.transpose(weight, g, window)
+    if window.clamped:
+        return form_of(weight, window, g).transpose(weight, g, window)
     return gather_transpose(weight, g, input_size, window)
 
 
@@ -282,6 +262,6 @@ def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
     out = empty_kernel_layout(g, window.kernel_size)
     if g.numel() == 0:
         return out
-    if shares_windows(out, window, x.shape[3], x.shape[4]):
-        return shared.correlate(g, x, out, window)
+    if window.clamped:
+        return form_of(out, window, x).correlate(g, x, out, window)
     return gather_correlate(g, x, window)

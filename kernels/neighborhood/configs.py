@@ -1,4 +1,4 @@
-"""Which config each neighbourhood kernel runs with: dense products where outputs share windows, gathers elsewhere."""
+"""Which config each neighbourhood kernel runs with: dense products where outputs share windows, rows elsewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from kernels.launch import next_power_of_2
 from kernels.windows import Window
 
 __all__ = [
+    "OWN_CONFIGS",
     "SHARED_CONFIGS",
+    "OwnConfig",
+    "OwnProblem",
     "SharedConfig",
     "SharedProblem",
+    "own_correlate_heuristic",
+    "own_heuristic",
     "shared_gradient_heuristic",
     "shared_heuristic",
     "shared_transpose_heuristic",
@@ -54,6 +59,7 @@ class SharedProblem(NamedTuple):
     pixels: int
     positions: int
     outputs: int  # that share a window, at most
+    softmax: bool  # of logits
     dtype: torch.dtype
 
 
@@ -113,3 +119,66 @@ def shared_transpose_heuristic(problem: SharedProblem) -> SharedConfig:
     """The same on at least two warps: masks and window positions of every input take up registers."""
     config = shared_gradient_heuristic(problem)
     return replace(config, num_warps=max(2, config.num_warps))
+
+
+class OwnProblem(NamedTuple):
+    """What the choice of a config depends on where outputs have windows of their own."""
+
+    channels: int
+    pixels: int
+    kernel_h: int
+    kernel_w: int
+    softmax: bool  # of logits
+    aligned: bool  # a pixel's channels are adjacent in memory and begin at 16 bytes
+    dtype: torch.dtype
+
+    @property
+    def block(self) -> int:
+        """Channels of a program, of those that are summed apart."""
+        return min(64, next_power_of_2(self.channels))
+
+    @property
+    def lane(self) -> int:
+        """Channels that a lane loads at once: 16 bytes."""
+        return min(self.block, 16 // self.dtype.itemsize) if self.aligned and self.channels == self.block else 1
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """Rows by columns of outputs (or inputs) that a program owns."""
+
+    rows: int
+    columns: int
+    num_warps: int = 1
+    num_stages: int = 1
+
+    def valid(self, problem: OwnProblem) -> bool:
+        """At most 64 taps and 64 sums of a source row per thread, and no idle threads."""
+        elements = self.columns * problem.block / (32 * self.num_warps)
+        taps = self.rows * next_power_of_2(problem.kernel_w) * max(1, elements / problem.lane)
+        return elements >= 1 and (taps <= 64 or self.rows == 1) and self.rows * elements <= 64
+
+
+OWN_CONFIGS = tuple(
+    OwnConfig(rows, columns, warps)
+    for rows, columns, warps in (
+        (4, 8, 1), (2, 8, 1), (1, 8, 1), (4, 16, 1), (2, 16, 1), (1, 16, 1), (4, 4, 1), (2, 4, 1), (1, 4, 1),
+        (4, 16, 2), (2, 16, 2), (1, 16, 2), (4, 32, 1), (2, 32, 1), (1, 32, 1), (1, 64, 1),
+    )
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def own_heuristic(problem: OwnProblem) -> OwnConfig:
+    """The config where nothing was tuned: a warp whose lanes load 16 bytes, and rows for at most 32 taps per lane."""
+    if interpreting():  # cost there is per block operation, whatever the size of the block
+        return OwnConfig(4, 128)
+    rows = max(1, min(4, 32 // next_power_of_2(problem.kernel_w)))
+    columns = max(min(8, 32 * problem.lane // problem.block), 32 // problem.block, 1)
+    return OwnConfig(rows, columns, max(1, problem.block // (32 * problem.lane)))
+
+
+def own_correlate_heuristic(problem: OwnProblem) -> OwnConfig:
+    """Two rows of a softmax at most, whose logits take up registers, too: more warps hide more of the latency."""
+    config = own_heuristic(problem)
+    return replace(config, rows=min(2, config.rows)) if problem.softmax and not interpreting() else config

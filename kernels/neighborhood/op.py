@@ -179,7 +179,7 @@ def _window_of(logits: Tensor, dilation: list[int]) -> Window:
 def _softmax_aggregate(logits, value, rpb, dilation, backend):
     """The output, and log Σ_k exp(logits + rpb) [B, G, H, W] in float32 (float64 for float64)."""
     if resolve(backend, value) == "triton":
-        from kernels.neighborhood.forward import softmax_aggregate as run
+        from kernels.neighborhood.passes import softmax_aggregate as run
     else:
         run = eager.softmax_aggregate
     return run(logits, value, rpb, _window_of(logits, dilation))
@@ -200,7 +200,7 @@ def _(logits, value, rpb, dilation, backend):
 def _softmax_aggregate_backward(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
     """Gradients of logits, value and rpb; the last is empty where there is no rpb."""
     if resolve(backend, value) == "triton":
-        from kernels.neighborhood.backward import softmax_aggregate_backward as run
+        from kernels.neighborhood.passes import softmax_aggregate_backward as run
     else:
         run = eager.softmax_aggregate_backward
     window = _window_of(logits, dilation)

@@ -36,9 +36,10 @@ def _entry(launcher, config):
 
 
 def _problems():
-    """One problem of every kernel that the operators launch, from tiny shapes: windows of their own and shared ones."""
+    """One problem of every kernel that the operators launch, from tiny shapes: own, shared and very large windows."""
     found = {}
     shared = [workloads.neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
+    shared.append(workloads.involution("tiny", 1, 16, (5, 5), 17, 16))  # too large for rows to slide
     shared.append(workloads.contmix("tiny", 1, 2, 16, (5, 5), (3, 5), context=9))
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
         for workload in (*workloads.benchmark_workloads(quick=True), *shared):

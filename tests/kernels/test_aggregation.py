@@ -1,14 +1,11 @@
 """The Triton algebra beyond the rules for every operator."""
 
-import itertools
-
 import torch
 
 from kernels.aggregation import gather, rows
 from kernels.aggregation.configs import Gather, GatherProblem
 from kernels.launch import fits_int32, record_launches
 from kernels.windows import Window
-from kernels.windows_triton import inverse_steps
 from tests.support import random_tensor
 
 
@@ -20,20 +17,6 @@ def test_rows_pad_their_kernels_with_zeros():
     assert out.permute(0, 4, 5, 3, 1, 2).is_contiguous()
     assert torch.equal(out[:, :, :3], rows.correlate(x, x, window))
     assert not out[:, :, 3].any()
-
-
-def test_inverse_steps_reach_every_output():
-    """The bound of the inverse rule, against the windows themselves, wherever a clamped window fits."""
-    for length, dilation, kernel_size in itertools.product(range(1, 32), (1, 2, 3), (1, 3, 5, 9)):
-        if kernel_size * dilation > length:
-            continue
-        window = Window.neighborhood((kernel_size, 1), (dilation, 1))
-        reaches = [[i // dilation for i in (window.neighbours(length, 0) == p).any(1).nonzero()] for p in range(length)]
-        for position, members in enumerate(reaches):
-            member = position // dilation
-            first = 0 if member < kernel_size else member - kernel_size // 2
-            assert first <= min(members)
-            assert max(members) - first < inverse_steps(window, length, 0), (length, dilation, kernel_size)
 
 
 def test_a_config_that_cannot_pay_is_invalid():

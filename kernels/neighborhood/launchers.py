@@ -1,0 +1,326 @@
+"""The four launchers of either form of neighbourhood kernels: one signature, one reference, whatever computes it.
+
+mix, softmax_mix    Σ_k w[i,k] · value[nbr(i,k)], where w may be a softmax of logits + rpb
+transpose           Σ_{(i,k) reaching j} w[i,k] · g[i]
+correlate           Σ_c g[i,c] · value[nbr(i,k),c]; or the gradient of a softmax's logits, p · (that − δ)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kernels.aggregation import eager as algebra
+from kernels.dtypes import accumulator_dtype, at_least_float32, precision, upcast
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.layout import empty_like_layout
+from kernels.neighborhood import eager
+from kernels.neighborhood.configs import (
+    OWN_CONFIGS,
+    SHARED_CONFIGS,
+    OwnConfig,
+    OwnProblem,
+    SharedConfig,
+    SharedProblem,
+    own_correlate_heuristic,
+    own_heuristic,
+    shared_gradient_heuristic,
+    shared_heuristic,
+    shared_transpose_heuristic,
+    shares_windows,
+    windows_and_most,
+)
+from kernels.neighborhood.own import correlate_kernel, sum_kernel
+from kernels.neighborhood.shared import correlate_kernel as shared_correlate_kernel
+from kernels.neighborhood.shared import mix_kernel, transpose_kernel
+from kernels.tuning import tunable
+from kernels.tuning.choose import Launcher
+from kernels.views import View, view
+from kernels.windows import Window
+
+__all__ = ["OWN", "SHARED", "Launchers", "Softmax", "along_window", "form_of"]
+
+MOST_STEPS = 6  # of a shared window, held in registers at once
+
+
+class Softmax(NamedTuple):
+    """What the backward pass of a softmax reads besides gradient and value."""
+
+    logits: Tensor  # [B, G, Kh, Kw, H, W]
+    rpb: Tensor | None  # [G, 2Kh-1, 2Kw-1]
+    out: Tensor  # [B, G, C, H, W]
+    statistics: Tensor  # [B, G, H, W]: log Σ_k exp
+
+
+def _reference_softmax_mix(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
+    logits, value = at_least_float32(logits, value)
+    return eager.softmax_aggregate(logits, value, None if rpb is None else at_least_float32(rpb)[0], window)
+
+
+def _reference_mix(weight: Tensor, value: Tensor, window: Window) -> Tensor:
+    weight, value = at_least_float32(weight, value)
+    return algebra.aggregate(weight, value, window)
+
+
+def _reference_gradients(grad: Tensor, value: Tensor, window: Window, softmax: Softmax) -> tuple[Tensor, Tensor]:
+    grad, value, logits, out = at_least_float32(grad, value, softmax.logits, softmax.out)
+    rpb = None if softmax.rpb is None else at_least_float32(softmax.rpb)[0]
+    return eager.softmax_aggregate_backward(grad, logits, value, rpb, out, softmax.statistics, window)[:2]
+
+
+def _reference_correlate(
+    grad: Tensor, value: Tensor, _target: Tensor, window: Window, softmax: Softmax | None = None
+) -> Tensor:
+    if softmax is not None:
+        return _reference_gradients(grad, value, window, softmax)[0]
+    grad, value = at_least_float32(grad, value)
+    return algebra.correlate(grad, value, window)
+
+
+def _reference_transpose(weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None) -> Tensor:
+    if softmax is not None:  # whose gradient of value does not depend on value
+        return _reference_gradients(grad, grad, window, softmax)[1]
+    weight, grad = at_least_float32(weight, grad)
+    return algebra.transpose(weight, grad, (grad.shape[3], grad.shape[4]), window)
+
+
+class Launchers(NamedTuple):
+    mix: Launcher[Tensor]
+    softmax_mix: Launcher[tuple[Tensor, Tensor]]
+    transpose: Launcher[Tensor]
+    correlate: Launcher[Tensor]
+
+
+def _launchers(
+    name: str,
+    configs: Sequence[Any],
+    heuristics: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
+    problem_of: Callable[[Tensor, Tensor, Window, bool], Any],
+    launch_sum: Callable[[Tensor, Tensor, Window, Softmax | None, bool, Any], Tensor],
+    launch_correlate: Callable[[Tensor, Tensor, Tensor, Window, Softmax | None, Any], Tensor],
+) -> Launchers:
+    """``heuristics`` of mix, transpose and correlate; ``launch_sum`` is mix, or transpose where its flag is set."""
+
+    @tunable(
+        configs,
+        heuristics[0],
+        problem=lambda weight, value, window: problem_of(weight, value, window, False),
+        reference=_reference_mix,
+        name=f"{name}.mix",
+    )
+    def mix(weight: Tensor, value: Tensor, window: Window, *, config: Any) -> Tensor:
+        """Σ_k weight · value at nbr(i,k), like value."""
+        return launch_sum(weight, value, window, None, False, config)
+
+    @tunable(
+        configs,
+        heuristics[0],
+        problem=lambda logits, value, _rpb, window: problem_of(logits, value, window, True),
+        reference=_reference_softmax_mix,
+        name=f"{name}.softmax_mix",
+    )
+    def softmax_mix(
+        logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, *, config: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(Σ_k softmax_k(logits + rpb) · value at nbr(i,k), like value; log Σ_k exp [B,G,H,W])."""
+        statistics = value.new_empty(value[:, :, 0].shape, dtype=accumulator_dtype(value.dtype))
+        return launch_sum(logits, value, window, Softmax(logits, rpb, value, statistics), False, config), statistics
+
+    @tunable(
+        configs,
+        heuristics[1],
+        problem=lambda weight, grad, window, softmax=None: problem_of(weight, grad, window, softmax is not None),
+        reference=_reference_transpose,
+        name=f"{name}.transpose",
+    )
+    def transpose(
+        weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None, *, config: Any
+    ) -> Tensor:
+        """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad; w = softmax(weight + rpb) where ``softmax`` is given, and
+        then in the memory order of its output."""
+        return launch_sum(weight, grad, window, softmax, True, config)
+
+    @tunable(
+        configs,
+        heuristics[2],
+        problem=lambda _grad, value, target, window, softmax=None: problem_of(
+            target, value, window, softmax is not None
+        ),
+        reference=_reference_correlate,
+        name=f"{name}.correlate",
+    )
+    def correlate(
+        grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None = None, *, config: Any
+    ) -> Tensor:
+        """Fills ``target`` [B,G,Kh,Kw,H,W] with Σ_c grad · value at nbr(i,k); or with the gradient of ``softmax``'s
+        logits, p · (that − δ)."""
+        return launch_correlate(grad, value, target, window, softmax, config)
+
+    return Launchers(mix, softmax_mix, transpose, correlate)
+
+
+class Sizes(NamedTuple):
+    """Of the features [B, G, C, H, W]."""
+
+    batch: int
+    groups: int
+    channels: int
+    height: int
+    width: int
+
+
+class Cut(NamedTuple):
+    """How a kernel cuts the map: constants, number of programs, and how it sees a dynamic kernel."""
+
+    constants: dict[str, Any]
+    programs: int
+    view: Callable[[Tensor], View]
+
+
+def _launch(
+    kernel: Any, cut: Cut, features: Tensor, softmax: Softmax | None, config: Any, **tensors: Tensor | None
+) -> None:
+    """With a spare pointer for each tensor that there is none of."""
+    given = {"rpb": softmax and softmax.rpb, "statistics": softmax and softmax.statistics, **tensors}
+    views = {5: _features, 6: cut.view, 4: lambda t: view(t, "b g h w"), 3: lambda t: view(t, "g h w")}
+    arguments = {
+        **{name: View(features) if t is None else views[t.dim()](t) for name, t in given.items()},
+        **cut.constants,
+        "sizes": Sizes(*features.shape),
+        "SOFTMAX": softmax is not None,
+        "HAS_RPB": softmax is not None and softmax.rpb is not None,
+        **precision(features, *(t for t in tensors.values() if t is not None)),
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(kernel, (cut.programs,), features.device, arguments, **options)
+
+
+def _features(tensor: Tensor) -> View:
+    return view(tensor, "b g c h w")
+
+
+def _kernel(kernel: Tensor) -> View:
+    """[B, G, Kh, Kw, H, W], Kh under ``c`` and Kw under ``k``."""
+    return view(kernel, "b g c k h w")
+
+
+def along_window(kernel: Tensor) -> View:
+    """[B, G, Kh, Kw, H, W] with one stride along its window positions, as [B, G, H, W, K²]."""
+    stride_b, stride_g, stride_kh, stride_kw, stride_h, stride_w = kernel.stride()
+    stride_k = stride_kw if kernel.shape[3] > 1 else stride_kh
+    return View(kernel, b=stride_b, g=stride_g, h=stride_h, w=stride_w, k=stride_k)
+
+
+def _own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> OwnProblem:
+    _, _, channels, height, width = features.shape
+    strides = features.stride()
+    aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
+    aligned = aligned and features.data_ptr() % 16 == 0
+    return OwnProblem(channels, height * width, *window.kernel_size, softmax, aligned, features.dtype)
+
+
+def _own_cut(features: Tensor, window: Window, config: OwnConfig, block: int) -> Cut:
+    """One program per (block of channels, tile of rows, columns of all images and heads), fastest first."""
+    batch, groups, channels, height, width = features.shape
+    dilation = window.dilation[0]
+    row_tiles = dilation * ceil_divide(ceil_divide(height, dilation), config.rows)
+    constants = {
+        "row_tiles": row_tiles,
+        "WINDOW": window,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "CHANNELS": block,
+        "STEPS": next_power_of_2(window.kernel_size[1]),
+    }
+    column_tiles = ceil_divide(batch * groups * width, config.columns)
+    return Cut(constants, ceil_divide(channels, block) * row_tiles * column_tiles, _kernel)
+
+
+def _own_sum(
+    weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: OwnConfig
+) -> Tensor:
+    out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
+    block = min(64, next_power_of_2(source.shape[2]))
+    cut = _own_cut(source, window, config, block)
+    cut.constants["channel_blocks"] = ceil_divide(source.shape[2], block)
+    cut.constants["TRANSPOSED"] = transposed
+    _launch(sum_kernel, cut, source, softmax, config, weight=weight, source=source, out=out)
+    return out
+
+
+def _own_correlate(
+    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: OwnConfig
+) -> Tensor:
+    cut = _own_cut(value, window, config, next_power_of_2(value.shape[2]))
+    given = {"logits": softmax and softmax.logits, "out": softmax and softmax.out}
+    _launch(correlate_kernel, cut, value, softmax, config, grad=grad, value=value, target=target, **given)
+    return target
+
+
+def _shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> SharedProblem:
+    _, _, channels, height, width = features.shape
+    positions, most = window.kernel_size[0] * window.kernel_size[1], windows_and_most(window, height, width)[1]
+    return SharedProblem(channels, height * width, positions, most, softmax, kernel.dtype)
+
+
+def _shared_cut(features: Tensor, window: Window, config: SharedConfig) -> Cut:
+    """One program per (tile of a window's outputs, window, group, batch entry)."""
+    batch, groups, channels, height, width = features.shape
+    windows, most = windows_and_most(window, height, width)
+    tiles = ceil_divide(most, config.block_outputs)
+    constants = {
+        "tiles": tiles,
+        "windows": windows,
+        "KERNEL_H": window.kernel_size[0],
+        "KERNEL_W": window.kernel_size[1],
+        "UPCAST": upcast(features.dtype),
+        "BLOCK_OUTPUTS": config.block_outputs,
+        "BLOCK_STEPS": config.block_steps,
+        "BLOCK_CHANNELS": max(16, next_power_of_2(channels)),
+    }
+    return Cut(constants, tiles * windows * groups * batch, along_window)
+
+
+def _shared_sum(
+    weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: SharedConfig
+) -> Tensor:
+    out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
+    batch, groups, _, height, width = source.shape
+    cut = _shared_cut(source, window, config)
+    if transposed:
+        # One program per (block of inputs, group, batch entry).
+        cut.constants["input_blocks"] = blocks = ceil_divide(height * width, config.block_steps)
+        kernel, cut = transpose_kernel, cut._replace(programs=blocks * groups * batch)
+    else:
+        steps = ceil_divide(window.kernel_size[0] * window.kernel_size[1], config.block_steps)
+        cut.constants["CHUNKS"] = chunks = ceil_divide(steps, MOST_STEPS)
+        cut.constants["UNROLL"] = ceil_divide(steps, chunks)
+        kernel = mix_kernel
+    _launch(kernel, cut, source, softmax, config, weight=weight, source=source, out=out)
+    return out
+
+
+def _shared_correlate(
+    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: SharedConfig
+) -> Tensor:
+    given = {"logits": softmax and softmax.logits, "out": softmax and softmax.out}
+    cut = _shared_cut(value, window, config)
+    _launch(shared_correlate_kernel, cut, value, softmax, config, grad=grad, value=value, target=target, **given)
+    return target
+
+
+OWN = own_mix, own_softmax_mix, own_transpose, own_correlate = _launchers(
+    "own_windows", OWN_CONFIGS, (own_heuristic, own_heuristic, own_correlate_heuristic),
+    _own_problem, _own_sum, _own_correlate,
+)  # fmt: skip
+SHARED = shared_mix, shared_softmax_mix, shared_transpose, shared_correlate = _launchers(
+    "shared_windows", SHARED_CONFIGS, (shared_heuristic, shared_transpose_heuristic, shared_gradient_heuristic),
+    _shared_problem, _shared_sum, _shared_correlate,
+)  # fmt: skip
+
+
+def form_of(kernel: Tensor, window: Window, features: Tensor) -> Launchers:
+    """Dense matrix products where many outputs share a window, else rows of outputs with windows of their own."""
+    return SHARED if shares_windows(kernel, window, features.shape[3], features.shape[4]) else OWN
