@@ -13,22 +13,6 @@ from kernels.backend import interpreting
 from kernels.launch import next_power_of_2
 from kernels.windows import Window
 
-__all__ = [
-    "OWN_CONFIGS",
-    "SHARED_CONFIGS",
-    "OwnConfig",
-    "OwnProblem",
-    "SharedConfig",
-    "SharedProblem",
-    "own_correlate_heuristic",
-    "own_heuristic",
-    "shared_gradient_heuristic",
-    "shared_heuristic",
-    "shared_transpose_heuristic",
-    "shares_windows",
-    "windows_and_most",
-]
-
 # The least number of outputs that fill the rows of a matrix product.
 OUTPUTS_PER_WINDOW = 16
 

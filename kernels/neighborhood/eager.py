@@ -33,15 +33,6 @@ from kernels.layout import channels_fastest, empty_like_layout
 from kernels.parallel import Part, Work, alone, in_turn, over_maps
 from kernels.windows import Window
 
-__all__ = [
-    "Logits",
-    "softmax_aggregate",
-    "softmax_aggregate_backward",
-    "softmax_aggregate_made",
-    "softmax_aggregate_made_backward",
-]
-
-
 # What one logit costs beyond its products, in multiply-adds of a matrix product: bias, exp, sum and copies.
 LOGIT_COST = 32
 

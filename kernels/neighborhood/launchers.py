@@ -40,8 +40,6 @@ from kernels.tuning.choose import Launcher
 from kernels.views import View, view
 from kernels.windows import Window
 
-__all__ = ["OWN", "SHARED", "Launchers", "Softmax", "along_window", "form_of"]
-
 MOST_STEPS = 6  # of a shared window, held in registers at once
 
 

@@ -15,8 +15,6 @@ from kernels.neighborhood import eager
 from kernels.registration import once_differentiable, operator, without_autocast
 from kernels.windows import Pair, Window
 
-__all__ = ["na2d_av", "na2d_qk", "na2d_softmax_av", "softmax_aggregate"]
-
 
 def channels_first(tensor: Tensor) -> Tensor:
     """[B, heads, H, W, D] seen as [B, heads, D, H, W]."""

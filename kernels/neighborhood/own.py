@@ -21,8 +21,6 @@ from kernels.aggregation.tiles import stack, unstack
 from kernels.neighborhood.own_tiles import LOG2_E, columns_of, image_of, load_taps, rows_of, taps_of, window_row
 from kernels.windows_triton import window_start
 
-__all__ = ["correlate_kernel", "sum_kernel"]
-
 
 @triton.jit
 def _log_sum_exp(

@@ -21,8 +21,6 @@ import triton.language as tl
 
 from kernels.windows_triton import window_start
 
-__all__ = ["LOG2_E", "columns_of", "image_of", "load_taps", "rows_of", "taps_of", "window_row"]
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -23,8 +23,6 @@ from kernels.neighborhood.launchers import Softmax, along_window, form_of
 from kernels.windows import Window
 from kernels.windows_triton import split_program, window_start
 
-__all__ = ["softmax_aggregate", "softmax_aggregate_backward"]
-
 # Tile of the bias gradient; in the interpreter, where every operation costs the same, one that holds a whole small map.
 RPB_BLOCK_PIXELS, RPB_BLOCK_RELATIVE = (256, 1024) if interpreting() else (32, 32)
 BATCH_PARTS, BATCH_BLOCK = (1, 2**16) if interpreting() else (4, 1024)

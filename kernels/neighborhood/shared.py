@@ -23,8 +23,6 @@ import triton.language as tl
 from kernels.views import at
 from kernels.windows_triton import offsets, pixels_of_window, split_program
 
-__all__ = ["correlate_kernel", "mix_kernel", "transpose_kernel"]
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
