@@ -313,7 +313,7 @@ def _measure(
 
     # A copy of this size, not of a large one: small tensors stay in caches, and so does a copy of them.
     speed = timing.copy_bandwidth(device, size=max(4, floor_bytes // 2), seconds=settings.seconds / 4)
-    floor_ms, busy = 1000 * floor_bytes / speed, timing.OtherWork()
+    floor_ms, busy = 1000 * floor_bytes / speed, report.OtherWork()
     times, baseline = time_and_memory(calls, settings), [*paths][-1]
     timed = []
     for name, found in times.items():

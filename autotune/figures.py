@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
 from autotune import pages, plots, report, timing
+from autotune.results import microseconds
 from autotune.tables import Table, number
 from kernels.files import atomic_write, write_json
 from kernels.tuning.store import shipped_folder
@@ -116,6 +118,34 @@ def _compiled_table(record: dict[str, Any]) -> str:
     return f"triton {record['triton']}, {record['architecture']}, {record['dtype']}.\n\n{table}"
 
 
+def _tuned_table(record: dict[str, Any]) -> str:
+    """The shipped configs of a GPU: what the heuristic's choice takes, and the tuned one."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for key in record["entries"]:
+        kernel, *fields = key.split()
+        for field in fields:
+            values.setdefault(kernel, {}).setdefault(field.partition("=")[0], set()).add(field)
+    rows, ratios = [], []
+    for key, entry in record["entries"].items():
+        kernel, *fields = key.split()
+        # What all of a kernel's problems share says nothing; of a single one everything is told.
+        telling = [field for field in fields if len(values[kernel][field.partition("=")[0]]) > 1] or fields
+        config = " ".join(f"{name}={value}" for name, value in entry["config"].items())
+        if heuristic := entry.get("heuristic_milliseconds"):
+            tuned = entry["milliseconds"]
+            ratios.append(heuristic / tuned)
+            found = [microseconds(heuristic), microseconds(tuned), f"{ratios[-1]:.2f}×"]
+            rows.append([f"`{kernel}`", " ".join(telling), config, *found])
+    headings = ["kernel", "problem", "tuned config", "heuristic, µs", "tuned, µs", "speed-up"]
+    table = Table(headings, rows, 3).markdown()
+    if not ratios:
+        return table
+    return (
+        f"{record['gpu']}: {len(ratios)} problems; tuning gains {statistics.median(ratios):.2f}× in the median and "
+        f"{max(ratios):.2f}× at most, and keeps the heuristic's config in {sum(r == 1 for r in ratios)}.\n\n{table}"
+    )
+
+
 def _compiled() -> dict[str, Any]:
     """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
     from autotune.compile import reports_of
@@ -151,7 +181,8 @@ def sections(results: Path) -> dict[Path, dict[str, str]]:
             "models": _models_table(counted, top1),
             "profile": "\n\n".join(map(_profile_table, profiles)),
             "compiled": _compiled_table(compiled),
-            **pages.sections(gpus, _predicted(results), shipped),
+            "tuned": "\n\n".join(map(_tuned_table, shipped)),
+            **pages.sections(gpus, _predicted(results)),
         },
     }
 

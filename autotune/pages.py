@@ -139,7 +139,7 @@ def _readme(folder: Folder) -> Iterator[str]:
         )
 
 
-# ---- single kernels: predicted beside measured, what the GPU counted, tuned configs
+# ---- single kernels: predicted beside measured, what the GPU counted
 
 
 def _predicted(records: Sequence[Row], folder: Folder | None) -> str:
@@ -219,34 +219,6 @@ def _counters_table(folder: Folder) -> Iterator[str]:
     yield Table([*headings, "L1", "L2", "DRAM"], rows, 3).markdown()
 
 
-def _tuned(record: Row) -> str:
-    """The shipped configs of a GPU: what the heuristic's choice takes, and the tuned one."""
-    values: dict[str, dict[str, set[str]]] = {}
-    for key in record["entries"]:
-        kernel, *fields = key.split()
-        for field in fields:
-            values.setdefault(kernel, {}).setdefault(field.partition("=")[0], set()).add(field)
-    rows, ratios = [], []
-    for key, entry in record["entries"].items():
-        kernel, *fields = key.split()
-        # What all of a kernel's problems share says nothing; of a single one everything is told.
-        telling = [field for field in fields if len(values[kernel][field.partition("=")[0]]) > 1] or fields
-        config = " ".join(f"{name}={value}" for name, value in entry["config"].items())
-        if heuristic := entry.get("heuristic_milliseconds"):
-            tuned = entry["milliseconds"]
-            ratios.append(heuristic / tuned)
-            found = [microseconds(heuristic), microseconds(tuned), f"{ratios[-1]:.2f}×"]
-            rows.append([f"`{kernel}`", " ".join(telling), config, *found])
-    headings = ["kernel", "problem", "tuned config", "heuristic, µs", "tuned, µs", "speed-up"]
-    table = Table(headings, rows, 3).markdown()
-    if not ratios:
-        return table
-    return (
-        f"{record['gpu']}: {len(ratios)} problems; tuning gains {statistics.median(ratios):.2f}× in the median and "
-        f"{max(ratios):.2f}× at most, and keeps the heuristic's config in {sum(r == 1 for r in ratios)}.\n\n{table}"
-    )
-
-
 # ---- what a page is made of
 
 
@@ -259,7 +231,7 @@ def readme(measured: Sequence[Folder]) -> str:
     return _joined(measured, _readme)
 
 
-def sections(measured: Sequence[Folder], predicted: Sequence[Row], shipped: Sequence[Row]) -> dict[str, str]:
+def sections(measured: Sequence[Folder], predicted: Sequence[Row]) -> dict[str, str]:
     """Section of the page of results -> its text."""
     same = next((folder for folder in measured if folder.path.name == PREDICTED_FOR), None)
     return {
@@ -270,7 +242,6 @@ def sections(measured: Sequence[Folder], predicted: Sequence[Row], shipped: Sequ
         "predicted": _predicted(predicted, same),
         "gpu kernels": _unpredicted(predicted, same) if same else "",
         "gpu counters": _joined(measured, _counters_told, _counters_table),
-        "tuned": "\n\n".join(map(_tuned, shipped)),
     }
 
 

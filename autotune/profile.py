@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         messages.print(f"[red]error:[/] {escape(str(error))}")
         return 2
 
-    path, start, others = folder / "profile.json", time.monotonic(), timing.OtherWork()
+    path, start, others = folder / "profile.json", time.monotonic(), report.OtherWork()
     time.sleep(LOOK_SECONDS)
     if (warning := report.busy(others.cores(), record["machine"]["cpu_count"])) is not None:
         messages.print(f"[yellow]warning:[/] {warning}; times will vary", soft_wrap=True)

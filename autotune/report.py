@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,32 @@ def _cells(row: Row) -> list[str]:
     cells = [cell for path in PATHS for cell in (number(row[path]["p50_ms"]), spread(row[path]))]
     peaks = [megabytes(row[path]["peak_bytes"]) for path in PATHS]
     return [*cells, times(row["speed_up"]), *peaks, percent(row["floor"]["fraction"]) if "floor" in row else "–"]
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Seconds: by the clock, of work on all cores of the machine, and of this process's own. None where unknown."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, fields)
+    ticks = user + nice + system + interrupts + soft_interrupts + stolen
+    return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+class OtherWork:
+    """How busy the machine is with something else, from now on."""
+
+    def __init__(self) -> None:
+        self._start = _cpu_seconds()
+
+    def cores(self) -> float | None:
+        """Cores that other processes (and other guests of a virtual machine's host) kept busy until now, on average."""
+        now = _cpu_seconds()
+        if self._start is None or now is None:
+            return None
+        clock, work, own = (after - before for before, after in zip(self._start, now, strict=True))
+        return max(0.0, (work - own) / clock) if clock > 0 else None
 
 
 def busy(cores: float | None, cpu_count: int | None) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from autotune import pages, report
-from autotune.figures import PUBLISHED, _predicted, count_model, sections, updated
+from autotune.figures import PUBLISHED, _predicted, _tuned_table, count_model, sections, updated
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
@@ -143,20 +143,20 @@ def test_counts_are_near_the_published_ones(name):
 
 
 def test_a_row_shows_the_gpus_time_where_it_was_captured_and_compares_like_with_like(folder):
-    text = pages.sections([folder], [], [])["gpu operators"]
+    text = pages.sections([folder], [])["gpu operators"]
     assert "| forward | 50.0 | 40.0 | 300 | 10.0 | 20% | 4,000 (80.0×) | 500 (10.0×) | – |" in text
     assert "| forward+backward | – | 113 | 2,000 | 10.0 | 0.50% | 16,000 (8.00×) | 1,000 (0.50×) | – |" in text
     assert "skipped" not in text
 
 
 def test_calls_that_wait_for_the_host_are_named(folder):
-    text = pages.sections([folder], [], [])["gpu operators"]
+    text = pages.sections([folder], [])["gpu operators"]
     for kind in ("forward", "forward+backward"):
         assert f"The host bounds 1 of 1 eager {kind} calls" in text
     assert text.count(": `na2d_av` 8×16@14² K=13.") == 2
     busy = operator_row("forward", {"ours": 0.09, "naive": 5.0}, {"ours": 0.05, "naive": 4.0})
     folder.operators = [busy]
-    assert "The host bounds" not in pages.sections([folder], [], [])["gpu operators"]
+    assert "The host bounds" not in pages.sections([folder], [])["gpu operators"]
 
 
 def test_only_a_batch_of_128_has_the_kernels_times_beside_it(folder):
@@ -166,7 +166,7 @@ def test_only_a_batch_of_128_has_the_kernels_times_beside_it(folder):
 
 
 def test_the_machine_and_what_was_not_reached_are_told(folder):
-    text = pages.sections([folder], [], [])["gpu"]
+    text = pages.sections([folder], [])["gpu"]
     assert "**NVIDIA H200**, driver 580.1, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2030-01-02" in text
     assert "a copy moves 4.20 TB/s, a bfloat16 matrix product reaches 680 TFLOP/s and float32 arithmetic 51.0" in text
     assert "2 of 3 rows of operators and 1 of 2 rows of models" in text
@@ -175,7 +175,7 @@ def test_the_machine_and_what_was_not_reached_are_told(folder):
 
 
 def test_models_and_the_hosts_time(folder):
-    sections = pages.sections([folder], [], [])
+    sections = pages.sections([folder], [])
     assert "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 3.00× | 2.50× |" in sections["gpu models"]
     assert "training" not in sections["gpu models"]
     assert sections["gpu host"].splitlines()[2:] == [
@@ -194,7 +194,7 @@ def test_the_readmes_table_and_where_ours_loses(folder):
 
 
 def test_predictions_stand_beside_our_kernels_and_everything(folder):
-    sections = pages.sections([folder], [PREDICTED], [])
+    sections = pages.sections([folder], [PREDICTED])
     lines = sections["predicted"].splitlines()
     assert lines[0].startswith(
         "Our kernels take 1.20 to 2.00 times as long as predicted, 1.60 times in the median; 1 of"
@@ -207,13 +207,13 @@ def test_predictions_stand_beside_our_kernels_and_everything(folder):
 
 
 def test_predictions_stand_alone_where_nothing_was_measured():
-    sections = pages.sections([], [PREDICTED], [])
+    sections = pages.sections([], [PREDICTED])
     assert "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | – | – | – |" in sections["predicted"]
     assert "times as long" not in sections["predicted"]
 
 
 def test_counters_show_the_longest_launch(folder):
-    text = pages.sections([folder], [], [])["gpu counters"]
+    text = pages.sections([folder], [])["gpu counters"]
     assert text.count("| av.14 |") == 1
     assert "| av.14 | forward | mix | 41.0 | 254 | 1.9 | 12% | 60% | 40% | 30% | 10% |" in text
     assert "with at least 200 registers per thread have 1.9 warps per scheduler" in text
@@ -232,7 +232,7 @@ def test_tuned_configs_beside_the_heuristics():
             "mix rows=7 dtype=bfloat16": entry(0.04, 0.02),
         },
     }
-    text = pages.sections([], [], [record])["tuned"]
+    text = _tuned_table(record)
     assert (
         "G: 3 problems; tuning gains 1.50× in the median and 2.00× at most, and keeps the heuristic's config in 1."
         in text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotune import timing
+from autotune import report, timing
 from autotune.timing import Timing
 from tests.support import DEVICE
 
@@ -119,15 +119,15 @@ def test_machine_is_described_in_json():
 
 def test_other_work_is_what_this_process_did_not_do(monkeypatch):
     clocks = iter([(10.0, 100.0, 5.0), (14.0, 109.0, 6.0)])  # by the clock, of all cores, of our own
-    monkeypatch.setattr(timing, "_cpu_seconds", lambda: next(clocks))
-    assert timing.OtherWork().cores() == pytest.approx((9 - 1) / 4)
-    monkeypatch.setattr(timing, "_cpu_seconds", lambda: None)
-    assert timing.OtherWork().cores() is None
+    monkeypatch.setattr(report, "_cpu_seconds", lambda: next(clocks))
+    assert report.OtherWork().cores() == pytest.approx((9 - 1) / 4)
+    monkeypatch.setattr(report, "_cpu_seconds", lambda: None)
+    assert report.OtherWork().cores() is None
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
 def test_other_work_is_read_from_the_machine():
-    before, after = timing._cpu_seconds(), timing._cpu_seconds()
+    before, after = report._cpu_seconds(), report._cpu_seconds()
     assert before is not None
     assert after is not None
     assert all(first <= second for first, second in zip(before, after, strict=True))
