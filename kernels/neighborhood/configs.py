@@ -22,8 +22,10 @@ __all__ = [
     "SharedProblem",
     "own_correlate_heuristic",
     "own_heuristic",
+    "own_problem",
     "shared_gradient_heuristic",
     "shared_heuristic",
+    "shared_problem",
     "shared_transpose_heuristic",
     "shares_windows",
     "windows_and_most",
@@ -63,6 +65,12 @@ class SharedProblem(NamedTuple):
     dtype: torch.dtype
 
 
+def shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> SharedProblem:
+    _, _, channels, height, width = features.shape
+    positions, most = window.kernel_size[0] * window.kernel_size[1], windows_and_most(window, height, width)[1]
+    return SharedProblem(channels, height * width, positions, most, softmax, kernel.dtype)
+
+
 @dataclass(frozen=True)
 class SharedConfig:
     """Outputs of one window and window positions (or inputs) that a matrix product takes."""
@@ -85,8 +93,8 @@ class SharedConfig:
 SHARED_CONFIGS = tuple(
     SharedConfig(outputs, steps, warps)
     for outputs, steps, warps in (
-        (16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 2), (32, 32, 2), (32, 64, 4), (32, 128, 4),
-        (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 32, 4), (128, 64, 8),
+        (16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 2), (32, 32, 2), (32, 32, 4), (32, 64, 4), (32, 128, 4),
+        (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 32, 4), (128, 64, 8),
     )
 )  # fmt: skip
 
@@ -141,6 +149,14 @@ class OwnProblem(NamedTuple):
     def lane(self) -> int:
         """Channels that a lane loads at once: 16 bytes."""
         return min(self.block, 16 // self.dtype.itemsize) if self.aligned and self.channels == self.block else 1
+
+
+def own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> OwnProblem:
+    _, _, channels, height, width = features.shape
+    strides = features.stride()
+    aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
+    aligned = aligned and features.data_ptr() % 16 == 0
+    return OwnProblem(channels, height * width, *window.kernel_size, softmax, aligned, features.dtype)
 
 
 @dataclass(frozen=True)
