@@ -195,6 +195,11 @@ def own_heuristic(problem: OwnProblem) -> OwnConfig:
 
 
 def own_correlate_heuristic(problem: OwnProblem) -> OwnConfig:
-    """Two rows of a softmax at most, whose logits take up registers, too: more warps hide more of the latency."""
+    """All channels at once, on more warps where there are many; and two rows of a softmax at most, whose logits take up
+    registers, too."""
     config = own_heuristic(problem)
-    return replace(config, rows=min(2, config.rows)) if problem.softmax and not interpreting() else config
+    if interpreting():
+        return config
+    warps = config.num_warps * max(1, next_power_of_2(problem.channels) // 64)
+    rows = min(2, config.rows) if problem.softmax else config.rows
+    return replace(config, rows=rows, num_warps=max(1, min(8, warps, config.columns * problem.block // 32)))
