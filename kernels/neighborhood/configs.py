@@ -47,6 +47,12 @@ class SharedProblem(NamedTuple):
     dtype: torch.dtype
 
 
+def shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> SharedProblem:
+    _, _, channels, height, width = features.shape
+    positions, most = window.kernel_size[0] * window.kernel_size[1], windows_and_most(window, height, width)[1]
+    return SharedProblem(channels, height * width, positions, most, softmax, kernel.dtype)
+
+
 @dataclass(frozen=True)
 class SharedConfig:
     """Outputs of one window and window positions (or inputs) that a matrix product takes."""
@@ -69,8 +75,8 @@ class SharedConfig:
 SHARED_CONFIGS = tuple(
     SharedConfig(outputs, steps, warps)
     for outputs, steps, warps in (
-        (16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 2), (32, 32, 2), (32, 64, 4), (32, 128, 4),
-        (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 32, 4), (128, 64, 8),
+        (16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 2), (32, 32, 2), (32, 32, 4), (32, 64, 4), (32, 128, 4),
+        (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 32, 4), (128, 64, 8),
     )
 )  # fmt: skip
 
@@ -123,8 +129,16 @@ class OwnProblem(NamedTuple):
 
     @property
     def lane(self) -> int:
-        """Channels that a lane loads at once: 16 bytes."""
-        return min(self.block, 16 // self.dtype.itemsize) if self.aligned and self.channels == self.block else 1
+        """Channels that a lane loads at once: 16 bytes where a compiler sees that they are aligned."""
+        return min(self.block, 16 // self.dtype.itemsize) if self.aligned and self.channels % 16 == 0 else 1
+
+
+def own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> OwnProblem:
+    _, _, channels, height, width = features.shape
+    strides = features.stride()
+    aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
+    aligned = aligned and features.data_ptr() % 16 == 0
+    return OwnProblem(channels, height * width, *window.kernel_size, softmax, aligned, features.dtype)
 
 
 @dataclass(frozen=True)
@@ -163,6 +177,11 @@ def own_heuristic(problem: OwnProblem) -> OwnConfig:
 
 
 def own_correlate_heuristic(problem: OwnProblem) -> OwnConfig:
-    """Two rows of a softmax at most, whose logits take up registers, too: more warps hide more of the latency."""
+    """All channels at once, on more warps where there are many; and two rows of a softmax at most, whose logits take up
+    registers, too."""
     config = own_heuristic(problem)
-    return replace(config, rows=min(2, config.rows)) if problem.softmax and not interpreting() else config
+    if interpreting():
+        return config
+    warps = config.num_warps * max(1, next_power_of_2(problem.channels) // 64)
+    rows = min(2, config.rows) if problem.softmax else config.rows
+    return replace(config, rows=rows, num_warps=max(1, min(8, warps, config.columns * problem.block // 32)))

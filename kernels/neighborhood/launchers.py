@@ -16,22 +16,7 @@ from kernels.aggregation import eager as algebra
 from kernels.dtypes import accumulator_dtype, at_least_float32, precision, upcast
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import empty_like_layout
-from kernels.neighborhood import eager
-from kernels.neighborhood.configs import (
-    OWN_CONFIGS,
-    SHARED_CONFIGS,
-    OwnConfig,
-    OwnProblem,
-    SharedConfig,
-    SharedProblem,
-    own_correlate_heuristic,
-    own_heuristic,
-    shared_gradient_heuristic,
-    shared_heuristic,
-    shared_transpose_heuristic,
-    shares_windows,
-    windows_and_most,
-)
+from kernels.neighborhood import configs, eager
 from kernels.neighborhood.own import correlate_kernel, sum_kernel
 from kernels.neighborhood.shared import correlate_kernel as shared_correlate_kernel
 from kernels.neighborhood.shared import mix_kernel, transpose_kernel
@@ -93,7 +78,7 @@ class Launchers(NamedTuple):
 
 def _launchers(
     name: str,
-    configs: Sequence[Any],
+    candidates: Sequence[Any],
     heuristics: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
     problem_of: Callable[[Tensor, Tensor, Window, bool], Any],
     launch_sum: Callable[[Tensor, Tensor, Window, Softmax | None, bool, Any], Tensor],
@@ -102,7 +87,7 @@ def _launchers(
     """``heuristics`` of mix, transpose and correlate; ``launch_sum`` is mix, or transpose where its flag is set."""
 
     @tunable(
-        configs,
+        candidates,
         heuristics[0],
         problem=lambda weight, value, window: problem_of(weight, value, window, False),
         reference=_reference_mix,
@@ -113,7 +98,7 @@ def _launchers(
         return launch_sum(weight, value, window, None, False, config)
 
     @tunable(
-        configs,
+        candidates,
         heuristics[0],
         problem=lambda logits, value, _rpb, window: problem_of(logits, value, window, True),
         reference=_reference_softmax_mix,
@@ -127,7 +112,7 @@ def _launchers(
         return launch_sum(logits, value, window, Softmax(logits, rpb, value, statistics), False, config), statistics
 
     @tunable(
-        configs,
+        candidates,
         heuristics[1],
         problem=lambda weight, grad, window, softmax=None: problem_of(weight, grad, window, softmax is not None),
         reference=_reference_transpose,
@@ -141,7 +126,7 @@ def _launchers(
         return launch_sum(weight, grad, window, softmax, True, config)
 
     @tunable(
-        configs,
+        candidates,
         heuristics[2],
         problem=lambda _grad, value, target, window, softmax=None: problem_of(
             target, value, window, softmax is not None
@@ -211,15 +196,7 @@ def along_window(kernel: Tensor) -> View:
     return View(kernel, b=stride_b, g=stride_g, h=stride_h, w=stride_w, k=stride_k)
 
 
-def _own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> OwnProblem:
-    _, _, channels, height, width = features.shape
-    strides = features.stride()
-    aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
-    aligned = aligned and features.data_ptr() % 16 == 0
-    return OwnProblem(channels, height * width, *window.kernel_size, softmax, aligned, features.dtype)
-
-
-def _own_cut(features: Tensor, window: Window, config: OwnConfig, block: int) -> Cut:
+def _own_cut(features: Tensor, window: Window, config: configs.OwnConfig, block: int) -> Cut:
     """One program per (block of channels, tile of rows, columns of all images and heads), fastest first."""
     batch, groups, channels, height, width = features.shape
     dilation = window.dilation[0]
@@ -237,7 +214,7 @@ def _own_cut(features: Tensor, window: Window, config: OwnConfig, block: int) ->
 
 
 def _own_sum(
-    weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: OwnConfig
+    weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: configs.OwnConfig
 ) -> Tensor:
     out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
     block = min(64, next_power_of_2(source.shape[2]))
@@ -249,7 +226,7 @@ def _own_sum(
 
 
 def _own_correlate(
-    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: OwnConfig
+    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: configs.OwnConfig
 ) -> Tensor:
     cut = _own_cut(value, window, config, next_power_of_2(value.shape[2]))
     given = {"logits": softmax and softmax.logits, "out": softmax and softmax.out}
@@ -257,16 +234,10 @@ def _own_correlate(
     return target
 
 
-def _shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> SharedProblem:
-    _, _, channels, height, width = features.shape
-    positions, most = window.kernel_size[0] * window.kernel_size[1], windows_and_most(window, height, width)[1]
-    return SharedProblem(channels, height * width, positions, most, softmax, kernel.dtype)
-
-
-def _shared_cut(features: Tensor, window: Window, config: SharedConfig) -> Cut:
+def _shared_cut(features: Tensor, window: Window, config: configs.SharedConfig) -> Cut:
     """One program per (tile of a window's outputs, window, group, batch entry)."""
     batch, groups, channels, height, width = features.shape
-    windows, most = windows_and_most(window, height, width)
+    windows, most = configs.windows_and_most(window, height, width)
     tiles = ceil_divide(most, config.block_outputs)
     constants = {
         "tiles": tiles,
@@ -282,7 +253,12 @@ def _shared_cut(features: Tensor, window: Window, config: SharedConfig) -> Cut:
 
 
 def _shared_sum(
-    weight: Tensor, source: Tensor, window: Window, softmax: Softmax | None, transposed: bool, config: SharedConfig
+    weight: Tensor,
+    source: Tensor,
+    window: Window,
+    softmax: Softmax | None,
+    transposed: bool,
+    config: configs.SharedConfig,
 ) -> Tensor:
     out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
     batch, groups, _, height, width = source.shape
@@ -301,7 +277,7 @@ def _shared_sum(
 
 
 def _shared_correlate(
-    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: SharedConfig
+    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: configs.SharedConfig
 ) -> Tensor:
     given = {"logits": softmax and softmax.logits, "out": softmax and softmax.out}
     cut = _shared_cut(value, window, config)
@@ -310,15 +286,17 @@ def _shared_correlate(
 
 
 OWN = own_mix, own_softmax_mix, own_transpose, own_correlate = _launchers(
-    "own_windows", OWN_CONFIGS, (own_heuristic, own_heuristic, own_correlate_heuristic),
-    _own_problem, _own_sum, _own_correlate,
+    "own_windows", configs.OWN_CONFIGS,
+    (configs.own_heuristic, configs.own_heuristic, configs.own_correlate_heuristic),
+    configs.own_problem, _own_sum, _own_correlate,
 )  # fmt: skip
 SHARED = shared_mix, shared_softmax_mix, shared_transpose, shared_correlate = _launchers(
-    "shared_windows", SHARED_CONFIGS, (shared_heuristic, shared_transpose_heuristic, shared_gradient_heuristic),
-    _shared_problem, _shared_sum, _shared_correlate,
+    "shared_windows", configs.SHARED_CONFIGS,
+    (configs.shared_heuristic, configs.shared_transpose_heuristic, configs.shared_gradient_heuristic),
+    configs.shared_problem, _shared_sum, _shared_correlate,
 )  # fmt: skip
 
 
 def form_of(kernel: Tensor, window: Window, features: Tensor) -> Launchers:
     """Dense matrix products where many outputs share a window, else rows of outputs with windows of their own."""
-    return SHARED if shares_windows(kernel, window, features.shape[3], features.shape[4]) else OWN
+    return SHARED if configs.shares_windows(kernel, window, features.shape[3], features.shape[4]) else OWN
