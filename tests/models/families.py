@@ -61,6 +61,7 @@ FAMILY = {
         (
             ("overlock_xt_224x224", "eager"),
             ("overlock_xt_256x192", "eager"),
+            ("overlock_xt_256x192", "triton"),
             ("overlock_xt_256x192", "inference"),
             ("overlock_xt_reparam_224x224", "eager"),
             ("overlock_xt_reparam_224x224", "reference"),
@@ -86,7 +87,7 @@ FAMILY = {
             "rednet101": Published(25.65, 0.005, 4.74),
             "rednet152": Published(33.98, 0.005, 6.79),
         },
-        tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "inference")),
+        tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         ("stem.0.conv.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer2.1.conv1.weight", "head."),
         (5, 9),
         (),

@@ -95,20 +95,6 @@ def test_golden_logits_and_gradient_norms(name, backend):
     assert x.grad.norm().item() == pytest.approx(float(expected["input_grad_norm"]), rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["overlock_xt", "rednet26"])
-@torch.no_grad()
-def test_whole_models_on_triton(name):
-    """At a size that the interpreter runs in seconds; their golden logits are compared on the eager path."""
-    device = device_of_triton()
-    model, x = fill(create_model(name)).to(device), images(1, 3, 64, 96, device=device)
-    logits = []
-    for backend in ("triton", "eager"):
-        with kernels.use_backend(backend):
-            logits.append(model(x))
-    assert_close(*logits, 1e-5)
-
-
 # ---- every backend, every size
 
 
