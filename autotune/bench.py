@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
 import math
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 
 import kernels
 import models
@@ -32,7 +34,7 @@ from autotune import suite, timing, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
 from autotune.ceilings import launch_overhead, measure_ceilings
-from autotune.measure import Settings
+from autotune.measure import Settings, one_line
 from autotune.networks import measure_model
 from autotune.operators import PASSES, operator_cases
 from autotune.results import Folder, incidents, tables
@@ -60,6 +62,12 @@ PLANS = (  # the most telling first: where time is short, the last are skipped
     *(Plan(name, "training", compiled=True) for name in ("overlock_xt", "rednet50", "volo_d1")),
     *(Plan(name, "latency", compiled=True) for name in ("overlock_t", "rednet50", "volo_d1")),
 )
+# What somebody would otherwise use: a network of as many operations, and VOLO's best known implementation.
+PEERS = {
+    "rednet50": ("torchvision", "resnet50"),
+    "overlock_xt": ("torchvision", "convnext_tiny"),
+    "volo_d1": ("timm", "volo_d1_224"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,12 +105,24 @@ def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case
     cases = []
     for plan in plans:
         count = 1 if plan.kind == "latency" else batch
+        peer = PEERS.get(plan.model) if plan.compiled else None
         facts = {"name": plan.model, "model": plan.model, "batch": count, "size": list(size), "pass": plan.kind}
-        cases.append(Case(facts, functools.partial(_measure_plan, plan, settings, count, size)))
+        facts |= {} if peer is None else {"peer": peer[1]}
+        cases.append(Case(facts, functools.partial(_measure_plan, plan, peer, settings, count, size)))
     return cases
 
 
-def _measure_plan(plan: Plan, settings: Settings, batch: int, size: workloads.Size) -> dict[str, Any]:
+def _peer(library: str, name: str) -> nn.Module:
+    """A network of torchvision or timm with random weights."""
+    torch.manual_seed(0)
+    if library == "timm":
+        return importlib.import_module("timm").create_model(name, pretrained=False)
+    return importlib.import_module("torchvision").models.get_model(name, weights=None)
+
+
+def _measure_plan(
+    plan: Plan, peer: tuple[str, str] | None, settings: Settings, batch: int, size: workloads.Size
+) -> dict[str, Any]:
     """Ours with random weights, channels last, for inference in the form it is deployed in."""
     training = plan.kind == "training"
     options = {"return_dense": False} if plan.model.startswith("volo") else {}
@@ -110,8 +130,16 @@ def _measure_plan(plan: Plan, settings: Settings, batch: int, size: workloads.Si
     model = model if training else models.optimize_for_inference(model)
     place: dict[str, Any] = {"device": settings.device, "memory_format": torch.channels_last}
     model, images = model.to(**place), workloads.random_images(batch, size).to(**place)
-    latency = plan.kind == "latency"
-    return measure_model(model, images, settings, training=training, compiled=plan.compiled, latency=latency)
+    latency, left_out, other = plan.kind == "latency", {}, None
+    if peer is not None:
+        try:
+            other = _peer(*peer).train(training).to(**place)
+        except Exception as error:  # not installed, or beside another torch: ours is still worth its time
+            left_out["peer"] = one_line(error)
+    found = measure_model(
+        model, images, settings, training=training, compiled=plan.compiled, latency=latency, peer=other
+    )
+    return found | ({"left_out": found["left_out"] | left_out} if found else {})
 
 
 def _environment(device: torch.device, *, quick: bool) -> dict[str, Any]:

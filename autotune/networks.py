@@ -118,12 +118,13 @@ def measure_model(
     training: bool,
     compiled: bool = False,
     latency: bool = False,
+    peer: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Check a float32 model on its first images, then time it in the precision asked for, to which it is converted.
 
     A contender that cannot run is left out with the reason. ``compiled``: what the compiler makes of the model takes
     part; for ``latency`` as CUDA graphs on a GPU, where launching hundreds of small kernels one by one takes longer
-    than running them.
+    than running them. ``peer``, another network on the same images, is timed beside it, and compiled where ours is.
 
     Raises:
         DisagreementError: our logits or gradients are not those of the naive path; nothing was timed then.
@@ -138,26 +139,38 @@ def measure_model(
     timed, timed_images = model.to(settings.dtype), images.to(settings.dtype)
     one_pass = model_pass(timed, timed_images, training=training)
     calls = {"ours": on_backend(settings.backend, one_pass), "naive": on_backend("reference", one_pass)}
+    modules: dict[str, Any] = {"compiled": timed}
+    if peer is not None:
+        modules["peer_compiled"] = peer.to(settings.dtype)
+        calls["peer"] = model_pass(peer, timed_images, training=training)
     if compiled and settings.compiler is not None:
         mode = "reduce-overhead" if latency and settings.compiler == "inductor" else None
-        module: Any = torch.compile(timed, dynamic=False, backend=settings.compiler, mode=mode)
-        calls["compiled"] = on_backend(settings.backend, model_pass(module, timed_images, training=training))
+        for name, module in modules.items():
+            module: Any = torch.compile(module, dynamic=False, backend=settings.compiler, mode=mode)
+            calls[name] = on_backend(settings.backend, model_pass(module, timed_images, training=training))
     if settings.compile_only:
-        if "compiled" in calls:
-            calls["compiled"]()
+        for name in modules.keys() & calls.keys():
+            calls[name]()
         return {}
     # Two results in the timed precision, each that far from the exact one, and some room for another batch.
     bound = 4 * max(agreement["rounding"], agreement["tolerance"])
 
-    def judged(name: str) -> dict[str, str]:
-        pair: dict[str, Call] = {n: functools.partial(_joined, calls[n]) for n in ("ours", name) if n in calls}
+    def judged(name: str, original: str = "ours") -> dict[str, str]:
+        if name not in calls:
+            return {}
+        pair: dict[str, Call] = {"ours": functools.partial(_joined, calls[original])}
+        pair[name] = functools.partial(_joined, calls[name])
         reasons = leave_out(pair, pair["ours"](), bound, "logits or gradients")
         return {name: reason for name, reason in reasons.items() if calls.pop(name)}
 
     with batch_norms_held(timed):
         left_out = judged("naive")
-    left_out |= judged("compiled")  # which would compile again for batch norms that are held
+    # Not with batch norms held, for which they would be compiled again.
+    left_out |= judged("compiled") | judged("peer_compiled", "peer")
     found = time_and_memory(calls, settings, in_turns if settings.thorough else timing.measure)
     for times in found.values():
         times["images_per_second"] = 1000 * images.shape[0] / times["p50_ms"]
-    return {**agreement, "contenders": found, "left_out": left_out, "speed_up": ratios(found)}
+    speed_up = ratios(found)
+    if {"compiled", "peer_compiled"} <= found.keys():  # like with like
+        speed_up["peer_compiled"] = found["peer_compiled"]["p50_ms"] / found["compiled"]["p50_ms"]
+    return {**agreement, "contenders": found, "left_out": left_out, "speed_up": speed_up}

@@ -120,16 +120,19 @@ def operators_table(folder: Folder) -> Table:
 
 def models_table(folder: Folder) -> Table:
     found = [row for row in folder.models if row["status"] == "ok"]
-    paths = [name for name in ("ours", "naive", "compiled") if any(name in row["contenders"] for row in found)]
+    names = ("ours", "naive", "compiled", "peer", "peer_compiled")
+    paths = [name for name in names if any(name in row["contenders"] for row in found)]
     rows = []
     for row in found:
         speeds = [row["contenders"].get(name, {}).get("images_per_second") for name in paths]
         peaks = [row["contenders"].get(name, {}).get("peak_bytes") for name in ("naive", "ours")]
-        where = [f"`{row['name']}`", "×".join(map(str, row["size"])), row["pass"], str(row["batch"])]
+        beside = f" beside {row['peer']}" if "peer" in row else ""
+        where = [f"`{row['name']}`{beside}", "×".join(map(str, row["size"])), row["pass"], str(row["batch"])]
         memory = times(peaks[0] / peaks[1] if peaks[0] and peaks[1] else None)
         told = ["–" if speed is None else f"{speed:,.0f}" for speed in speeds]
         rows.append([*where, *told, times(row["speed_up"].get("naive")), memory])
-    headings = ["model", "size", "pass", "batch", *(f"{name}, images/s" for name in paths), "speed-up"]
+    told = [f"{name.replace('_', ' ')}, images/s" for name in paths]
+    headings = ["model", "size", "pass", "batch", *told, "speed-up"]
     return Table([*headings, "peak memory, naive / ours"], rows, 3, "Models")
 
 

@@ -236,6 +236,24 @@ def test_a_model_meets_the_naive_path_and_a_compiler():
     assert row["left_out"] == {}
 
 
+def test_a_model_meets_its_peer():
+    """Compiled against compiled; a compiled peer that computes something else is left out."""
+    settings, images = dataclasses.replace(SETTINGS, seconds=0.0), workloads.random_images(2, (32, 32)).to(HERE)
+    row = measure_model(_model(), images, settings, training=False, compiled=True, peer=_model())
+    times = {name: found["p50_ms"] for name, found in row["contenders"].items()}
+    assert list(times) == ["ours", "naive", "peer", "compiled", "peer_compiled"]
+    assert row["speed_up"]["peer"] == pytest.approx(times["peer"] / times["ours"])
+    assert row["speed_up"]["peer_compiled"] == pytest.approx(times["peer_compiled"] / times["compiled"])
+
+    class Other(nn.Module):
+        def forward(self, images):
+            return torch.full((images.shape[0], 10), 1.0 + torch.compiler.is_compiling(), device=images.device)
+
+    row = measure_model(_model(), images, settings, training=False, compiled=True, peer=Other())
+    assert "peer" in row["contenders"]
+    assert list(row["left_out"]) == ["peer_compiled"]
+
+
 def test_other_precisions_round_no_more_than_the_naive_path():
     settings = dataclasses.replace(SETTINGS, dtype=torch.bfloat16, seconds=0.0)
     row = measure_model(_model(), workloads.random_images(2, (64, 64)).to(HERE), settings, training=False)
