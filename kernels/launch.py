@@ -16,20 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = [
-    "Launch",
-    "ceil_divide",
-    "fits_int32",
-    "launch",
-    "launch_again",
-    "next_power_of_2",
-    "pointers_suffice",
-    "record_launches",
-    "recording",
-    "watching",
-    "watching_launches",
-]
-
 
 class Launch(NamedTuple):
     """A kernel with everything its launch needs. ``options`` holds num_warps and num_stages."""

@@ -23,8 +23,6 @@ from torch.utils import _pytree
 
 from kernels.windows import Window
 
-__all__ = ["WINDOW", "Operator", "fields_of", "once_differentiable", "operator", "window_of", "without_autocast"]
-
 WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
 
 

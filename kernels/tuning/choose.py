@@ -33,24 +33,6 @@ from kernels.launch import recording, watching
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
-__all__ = [
-    "Choice",
-    "Launcher",
-    "Request",
-    "bucket",
-    "config_of",
-    "forget",
-    "gpu_name",
-    "key_of",
-    "look_up",
-    "observing",
-    "remember",
-    "repeated",
-    "stale",
-    "triton_version",
-    "tunable",
-]
-
 Config = Any  # a frozen dataclass with ``valid(problem)``
 Problem = Any  # a NamedTuple of what the choice depends on, with a field ``pixels``
 Outputs = TypeVar("Outputs")

@@ -19,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.launch import Launch, launch_again, pointers_suffice, watching_launches
 
-__all__ = ["Repeat", "key_of_call", "repeat_of", "tensors_of"]
-
 aten = torch.ops.aten
 ALLOCATING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
 # What may happen beside allocations, views and launches: nothing that writes.
