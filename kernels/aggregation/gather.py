@@ -253,7 +253,7 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
     if g.numel() == 0:
         return empty_like_layout(g, (*g.shape[:3], *input_size))
     if window.clamped:
-        return form_of(weight, window, g).transpose(weight, g, window)
+        return form_of(weight, window, g).transpose(g, weight, window)
     return gather_transpose(weight, g, input_size, window)
 
 

@@ -79,7 +79,7 @@ def _register(form: Launchers, draw: Callable[[Any, torch.device], tuple[Saved, 
     @form.transpose.example
     def _(problem: Any, device: torch.device) -> tuple[Any, ...]:
         saved, window = draw(problem, device)
-        return saved.logits, saved.grad, window, saved.softmax if problem.softmax else None
+        return saved.grad, saved.softmax if problem.softmax else saved.logits, window
 
     @form.correlate.example
     def _(problem: Any, device: torch.device) -> tuple[Any, ...]:

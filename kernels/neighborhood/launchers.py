@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels.aggregation import eager as algebra
@@ -62,9 +63,9 @@ def _reference_correlate(
     return algebra.correlate(grad, value, window)
 
 
-def _reference_transpose(weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None) -> Tensor:
-    if softmax is not None:  # whose gradient of value does not depend on value
-        return _reference_gradients(grad, grad, window, softmax)[1]
+def _reference_transpose(grad: Tensor, weight: Tensor | Softmax, window: Window) -> Tensor:
+    if isinstance(weight, Softmax):  # whose gradient of value does not depend on value
+        return _reference_gradients(grad, grad, window, weight)[1]
     weight, grad = at_least_float32(weight, grad)
     return algebra.transpose(weight, grad, (grad.shape[3], grad.shape[4]), window)
 
@@ -108,22 +109,24 @@ def _launchers(
         logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, *, config: Any
     ) -> tuple[Tensor, Tensor]:
         """(Σ_k softmax_k(logits + rpb) · value at nbr(i,k), like value; log Σ_k exp [B,G,H,W])."""
-        statistics = value.new_empty(value[:, :, 0].shape, dtype=accumulator_dtype(value.dtype))
+        shape = (*value.shape[:2], *value.shape[3:])
+        statistics = torch.empty(shape, dtype=accumulator_dtype(value.dtype), device=value.device)
         return launch_sum(logits, value, window, Softmax(logits, rpb, value, statistics), False, config), statistics
 
     @tunable(
         candidates,
         heuristics[1],
-        problem=lambda weight, grad, window, softmax=None: problem_of(weight, grad, window, softmax is not None),
+        problem=lambda grad, weight, window: problem_of(
+            *(weight.logits, grad, window, True) if isinstance(weight, Softmax) else (weight, grad, window, False)
+        ),
         reference=_reference_transpose,
         name=f"{name}.transpose",
     )
-    def transpose(
-        weight: Tensor, grad: Tensor, window: Window, softmax: Softmax | None = None, *, config: Any
-    ) -> Tensor:
-        """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad; w = softmax(weight + rpb) where ``softmax`` is given, and
-        then in the memory order of its output."""
-        return launch_sum(weight, grad, window, softmax, True, config)
+    def transpose(grad: Tensor, weight: Tensor | Softmax, window: Window, *, config: Any) -> Tensor:
+        """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad; or with a softmax's weights, and then like its output."""
+        if isinstance(weight, Softmax):
+            return launch_sum(weight.logits, grad, window, weight, True, config)
+        return launch_sum(weight, grad, window, None, True, config)
 
     @tunable(
         candidates,
