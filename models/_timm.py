@@ -23,6 +23,10 @@ def register_with_timm() -> None:
     Importing timm takes seconds and needs torchvision, so ``import models`` does not import it. Where timm was imported
     before, ``import models`` calls this function itself.
 
+    timm's own requirements may replace the installed torch. ``pip install --no-deps timm huggingface_hub safetensors
+    pyyaml`` leaves it alone; torchvision must come from the same index as torch, or its import fails with ``operator
+    torchvision::nms does not exist``.
+
     Raises:
         ImportError: timm, or what it needs, is not installed.
     """

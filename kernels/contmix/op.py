@@ -90,7 +90,7 @@ def _matrix(key: Tensor) -> Tensor:
 def _projected(key: Tensor, proj_weight: Tensor) -> Tensor:
     """projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], [B, G, Dq, ΣK²]: in float32 at least, for rounding between two
     linear steps would reach the logits; channels adjacent in memory, so that each window position is one read."""
-    if key.device.type == "cuda" and key.dtype.itemsize == 2:
+    if key.device.type == "cuda" and torch.version.cuda and key.dtype.itemsize == 2:
         projected = torch.mm(proj_weight, _matrix(key).t(), out_dtype=torch.float32)
     else:
         wide_key, wide_weight = at_least_float32(key, proj_weight)
