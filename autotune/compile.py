@@ -199,7 +199,8 @@ def reports_of(
     reports, failures = [], []
     for name, launch, architecture in track(work, "Compiling", console=console, transient=True):
         try:
-            reports.append(compile_launch(name, launch, architecture, instructions=instructions))
+            report = compile_launch(name, launch, architecture, instructions=instructions)
+            reports += [] if report in reports else [report]  # as of a launch for every part of a batch
         except Exception as error:  # the table must show every kernel, whatever the compiler raised for one
             failures.append(f"{name}, {launch.kernel.__name__} for {architecture}: {type(error).__name__}: {error}")
     return reports, failures

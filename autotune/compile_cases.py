@@ -76,15 +76,17 @@ def _neighborhood(dtype: torch.dtype, length: int, kernel_size: int, dilation: i
     yield lambda: algebra.transpose(logits, heads_last, (length, length), window)
 
 
-def _contmix(dtype: torch.dtype, length: int, kernel_sizes: list[int], heads: int = 8, channels: int = 16) -> Launches:
+def _contmix(
+    dtype: torch.dtype, length: int, kernel_sizes: list[int], heads: int = 8, channels: int = 16, batch: int = 128
+) -> Launches:
     from kernels.contmix import passes as kernels
 
     meta, exact, positions = _meta(dtype), _meta(torch.float32), sum(size**2 for size in kernel_sizes)
-    projected = exact(positions, 128, heads, channels).permute(1, 2, 3, 0)
+    projected = exact(positions, batch, heads, channels).permute(1, 2, 3, 0)
     rpb = [meta(heads, 2 * size - 1, 2 * size - 1) for size in kernel_sizes]
-    value = meta(128, len(kernel_sizes), heads, channels, length, length)
-    statistics = exact(128, len(kernel_sizes), heads, length, length)
-    inputs = (meta(128, heads, channels, length, length), projected, meta(positions), rpb, value)
+    value = meta(batch, len(kernel_sizes), heads, channels, length, length)
+    statistics = exact(batch, len(kernel_sizes), heads, length, length)
+    inputs = (meta(batch, heads, channels, length, length), projected, meta(positions), rpb, value)
     yield lambda: kernels.contmix(*inputs, kernel_sizes)
     yield lambda: kernels.contmix_backward(value, *inputs, value, statistics, kernel_sizes)
 
@@ -124,6 +126,6 @@ def cases(dtype: torch.dtype) -> dict[str, Launches]:
         "depthwise 64@56 K=17": _depthwise(dtype, 64, 56, 17),
         "depthwise 256@14 K=13, channels last": _depthwise(dtype, 256, 14, 13, channels_last=True),
         "contmix 8x16@14 K=5, 13": _contmix(dtype, 14, [5, 13]),
-        "contmix 8x16@56 K=13": _contmix(dtype, 56, [13]),
+        "contmix 8x16@56 K=13": _contmix(dtype, 56, [13], batch=8),
         "contmix 32x8@7 K=5, 7": _contmix(dtype, 7, [5, 7], 32, 8),  # OverLoCK-S
     }

@@ -20,9 +20,13 @@ VECTOR: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def aligned(offset):
-    """The same number: divided and multiplied again, which tells Triton how accesses align."""
-    return offset // VECTOR * VECTOR
+def aligned(offset, CHANNELS: tl.constexpr):
+    """The same number: divided and multiplied again, which tells Triton how accesses align. Where a map has 16 channels,
+    or 32, its strides tell that themselves."""
+    if CHANNELS % 16 == 0:
+        return offset
+    else:
+        return offset // VECTOR * VECTOR
 
 
 @triton.jit
@@ -43,7 +47,11 @@ def load_heads(view, o_pixel, m_pixel, i_head, heads, CHANNELS: tl.constexpr, HE
     o_flat = tl.arange(0, HEADS * BLOCK)
     o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
     m_flat = (o_head < heads) & (o_channel < CHANNELS)
-    p_flat = view.ptr + aligned(o_pixel)[:, None] + (o_head * aligned(view.g) + o_channel * view.c)[None, :]
+    p_flat = (
+        view.ptr
+        + aligned(o_pixel, CHANNELS)[:, None]
+        + (o_head * aligned(view.g, CHANNELS) + o_channel * view.c)[None, :]
+    )
     b_flat = tl.load(p_flat, mask=m_pixel[:, None] & m_flat[None, :], other=0)
     return tl.reshape(b_flat, [o_pixel.shape[0], HEADS, BLOCK])
 
@@ -56,7 +64,11 @@ def store_heads(view, o_pixel, m_pixel, i_head, heads, b_heads, CHANNELS: tl.con
     o_flat = tl.arange(0, HEADS * BLOCK)
     o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
     m_flat = (o_head < heads) & (o_channel < CHANNELS)
-    p_flat = view.ptr + aligned(o_pixel)[:, None] + (o_head * aligned(view.g) + o_channel * view.c)[None, :]
+    p_flat = (
+        view.ptr
+        + aligned(o_pixel, CHANNELS)[:, None]
+        + (o_head * aligned(view.g, CHANNELS) + o_channel * view.c)[None, :]
+    )
     b_flat = tl.reshape(b_heads, [b_heads.shape[0], HEADS * BLOCK]).to(view.ptr.dtype.element_ty)
     tl.store(p_flat, b_flat, mask=m_pixel[:, None] & m_flat[None, :])
 
@@ -65,7 +77,7 @@ def store_heads(view, o_pixel, m_pixel, i_head, heads, b_heads, CHANNELS: tl.con
 def load_pixels(view, o_pixel, m_pixel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """[P, C] of a map [C, ...]."""
     o_channel = tl.arange(0, BLOCK)
-    p_pixel = view.ptr + aligned(o_pixel)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    p_pixel = view.ptr + aligned(o_pixel, CHANNELS)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
     return tl.load(p_pixel, mask=m_pixel[:, None] & (o_channel < CHANNELS)[None, :], other=0)
 
 
@@ -73,7 +85,7 @@ def load_pixels(view, o_pixel, m_pixel, CHANNELS: tl.constexpr, BLOCK: tl.conste
 def store_pixels(view, o_pixel, m_pixel, b_pixels, CHANNELS: tl.constexpr):
     """The inverse of ``load_pixels``."""
     o_channel = tl.arange(0, b_pixels.shape[1])
-    p_pixel = view.ptr + aligned(o_pixel)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    p_pixel = view.ptr + aligned(o_pixel, CHANNELS)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
     m_pixels = m_pixel[:, None] & (o_channel < CHANNELS)[None, :]
     tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=m_pixels)
 
