@@ -21,8 +21,8 @@ VECTOR: tl.constexpr = tl.constexpr(8)
 
 @triton.jit
 def aligned(offset, CHANNELS: tl.constexpr):
-    """The same number: divided and multiplied again, which tells Triton how accesses align. Where a map has 16 channels,
-    or 32, its strides tell that themselves."""
+    """The same number: divided and multiplied again, which tells Triton how accesses align. Strides of maps with 16
+    channels, or 32, tell that themselves."""
     if CHANNELS % 16 == 0:
         return offset
     else:
