@@ -126,7 +126,7 @@ def models_table(folder: Folder) -> Table:
     for row in found:
         speeds = [row["contenders"].get(name, {}).get("images_per_second") for name in paths]
         peaks = [row["contenders"].get(name, {}).get("peak_bytes") for name in ("naive", "ours")]
-        beside = f" beside {row['peer']}" if "peer" in row else ""
+        beside = f" beside {row['peer']}" if row.get("peer") else ""
         where = [f"`{row['name']}`{beside}", "×".join(map(str, row["size"])), row["pass"], str(row["batch"])]
         memory = times(peaks[0] / peaks[1] if peaks[0] and peaks[1] else None)
         told = ["–" if speed is None else f"{speed:,.0f}" for speed in speeds]
