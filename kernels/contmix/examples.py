@@ -37,9 +37,10 @@ def _inputs(problem: Problem, device: torch.device, shared: bool) -> tuple[Input
     (height, width), relative = _size(problem, shared), 2 * problem.kernel_size - 1
     leading = problem.batch, problem.groups
     projected = random(problem.kernel_size**2, *leading, problem.query_channels).permute(1, 2, 3, 0)
+    query = as_read(random(*leading, problem.query_channels, height, width) / problem.query_channels**0.5)
     inputs = Inputs(
-        as_read(random(*leading, problem.query_channels, height, width) / problem.query_channels**0.5),
-        keys_as_read(projected.to(accumulator_dtype(problem.dtype))),
+        query,
+        keys_as_read(projected.to(accumulator_dtype(problem.dtype)), query.shape[2]),
         random(problem.kernel_size**2),
         random(problem.groups, relative, relative),
         as_read(random(*leading, problem.channels, height, width)),

@@ -25,16 +25,18 @@ def as_read(features: Tensor) -> Tensor:
     """[B, ..., C, H, W] as the kernels read it, else its copy: a pixel's channels adjacent in memory, their number and
     all other strides multiples of VECTOR; channels that fill the number up are 0."""
     channels = features.shape[-3]
+    # A product of 8 channels of a wider type takes more registers than there are, one of 16 does not.
+    vector = VECTOR.value if features.dtype.itemsize == 2 else 16
     strides = [stride for axis, stride in enumerate(features.stride()) if axis != features.ndim - 3]
-    if features.stride(-3) == 1 and not any(number % VECTOR.value for number in (channels, *strides)):
+    if features.stride(-3) == 1 and not any(number % vector for number in (channels, *strides)):
         return features
     by_pixel = features.movedim((-2, -1, -3), (1, 2, -1))
-    return F.pad(by_pixel, (0, -channels % VECTOR.value)).contiguous().movedim((1, 2, -1), (-2, -1, -3))
+    return F.pad(by_pixel, (0, -channels % vector)).contiguous().movedim((1, 2, -1), (-2, -1, -3))
 
 
-def keys_as_read(projected: Tensor) -> Tensor:
-    """[B, G, Dq, ΣK²] with as many channels as queries that are read, adjacent in memory."""
-    filled = -projected.shape[2] % VECTOR.value
+def keys_as_read(projected: Tensor, channels: int) -> Tensor:
+    """[B, G, Dq, ΣK²] with as many channels, adjacent in memory, as queries that are read."""
+    filled = channels - projected.shape[2]
     return F.pad(projected.movedim(2, -1), (0, filled)).movedim(-1, 2) if filled else projected
 
 
@@ -53,8 +55,9 @@ def contmix(
         return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
     if value.numel() == 0:
         return eager.empty_outputs(value)
-    read = as_read(value)
-    out, statistics = _forward(as_read(query), keys_as_read(projected), bias, rpb, read, kernel_sizes)
+    read_query, read = as_read(query), as_read(value)
+    keys = keys_as_read(projected, read_query.shape[2])
+    out, statistics = _forward(read_query, keys, bias, rpb, read, kernel_sizes)
     return _as_given(out, read, value), statistics
 
 
@@ -88,10 +91,10 @@ def contmix_backward(
         zeros = torch.zeros_like
         return zeros(query), zeros(projected), zeros(bias), [zeros(table) for table in rpb], zeros(value)
     read_query, read_value = as_read(query), as_read(value)
+    keys = keys_as_read(projected, read_query.shape[2])
     grad_query, grad_value, grad_projected, grad_bias, *grad_rpb = _backward(
-        as_read(grad), read_query, read_value, as_read(out), keys_as_read(projected), bias, rpb, statistics,
-        kernel_sizes,
-    )  # fmt: skip
+        as_read(grad), read_query, read_value, as_read(out), keys, bias, rpb, statistics, kernel_sizes
+    )
     grad_projected = grad_projected[:, :, : query.shape[2]]
     grad_query, grad_value = _as_given(grad_query, read_query, query), _as_given(grad_value, read_value, value)
     return grad_query, grad_projected, grad_bias, grad_rpb, grad_value

@@ -52,8 +52,7 @@ def test_windows_of_many_blocks(threshold, size, monkeypatch):
 
 @pytest.mark.parametrize("channels", [8, 10])
 def test_channels_last_at_any_pitch(channels):
-    """Kernels read 8 channels at once: a pitch or number of channels that is no multiple of 8 is copied, any other is
-    read as it is."""
+    """Kernels read 8 channels at once, 16 of float32: another pitch or number of channels is copied."""
     operator, tensors = _contmix((6, 7), groups=2, kernel_sizes=(3, 5))
     expected = {}
     for pitch in (2 * channels, 2 * channels + 1):
@@ -61,9 +60,11 @@ def test_channels_last_at_any_pitch(channels):
             torch.manual_seed(0)
             wide = torch.zeros(2, 6, 7, *leading, pitch, device=DEVICE)
             wide[..., pitch - 2 * channels :] = torch.randn(2, 6, 7, *leading, 2 * channels, device=DEVICE)
-            last = wide[..., pitch - 2 * channels :].unflatten(-1, (2, channels))
-            tensors[name] = last.movedim((1, 2), (-2, -1))
-        assert (passes.as_read(tensors["query"]) is tensors["query"]) == (channels == 8 and pitch == 16)
+            for dtype, vector in ((torch.float16, 8), (torch.float32, 16)):
+                last = wide.to(dtype)[..., pitch - 2 * channels :].unflatten(-1, (2, channels))
+                tensors[name] = last.movedim((1, 2), (-2, -1))
+                fits = channels % vector == 0 and pitch % vector == 0
+                assert (passes.as_read(tensors[name]) is tensors[name]) == fits
         tensors["key"] = torch.randn(2, 2, channels, 6, device=DEVICE)
         ours = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
         for backend in ("eager", "triton"):
