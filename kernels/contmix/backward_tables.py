@@ -22,7 +22,7 @@ def _first_row(i_class, length, KERNEL: tl.constexpr, LAST: tl.constexpr):
 @triton.jit
 def _fold_kernel(
     sums,  # [N, G, rows, W, K / ROWS · S]: Σ of ds over the images of a part
-    totals,  # [N, G, M, K / ROWS · S]: the same, of several outputs
+    totals,  # [N, G, M, K / ROWS · S]: the same, of several outputs; at the same distance from each other throughout
     bias,  # [K²]: written
     rpb,  # [G, 2K-1, 2K-1]: written
     pieces,  # [I, E]: parts of one more gradient
@@ -71,11 +71,8 @@ def _fold_kernel(
         b_total = tl.zeros([PLACES, POSITIONS], ACCUMULATOR)
         for i_place in range(0, parts * groups * places, PLACES):
             o_place = i_place + tl.arange(0, PLACES)
-            m_place, o_image = o_place < parts * groups * places, o_place // places
-            o_place = o_place % places * totals.h + o_image % groups * totals.g
-            o_place = o_place + (o_image // groups).to(tl.int64) * totals.b
-            mask = m_place[:, None] & (o_kernel < KERNEL)[None, :]
-            b_total += tl.load(p_totals[None, :] + o_place[:, None], mask=mask, other=0)
+            mask = (o_place < parts * groups * places)[:, None] & (o_kernel < KERNEL)[None, :]
+            b_total += tl.load(p_totals[None, :] + (o_place.to(tl.int64) * totals.h)[:, None], mask=mask, other=0)
         p_bias = bias.ptr + (kernel_h * KERNEL + o_kernel) * bias.k
         tl.store(p_bias, tl.sum(b_total, 0).to(bias.ptr.dtype.element_ty), mask=o_kernel < KERNEL)
     else:
