@@ -2,12 +2,13 @@
 
     python notebooks/results/predicted/collect.py FOLDER_OF_THE_EMULATOR [CASE ...]
 
-from the repository's root; the folder holds ``predict.py``. Cases that are named replace those of the file, the others
-stay. Takes minutes. Times are sums over a case's launches, in microseconds.
+from the repository's root; the folder holds ``predict.py``. Cases that begin with a name replace those of the file, the
+others stay. Takes minutes. Times are sums over a case's launches, in microseconds.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,28 +21,26 @@ def main(folder: str, *wanted: str) -> None:
 
     path = Path(__file__).with_name(f"triton_{triton.__version__}.json")
     rows = {(row["case"], row["pass"]): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    for name in wanted or predict.CASES:
-        for backward in (False, True):
-            found = [predict.predict(launch) for launch in predict.run_case(predict.CASES[name], backward=backward)]
-            if not found:
-                continue
-            longest = max(found, key=lambda launch: launch["predicted"])
-            row = {
-                "case": name,
-                "pass": "backward" if backward else "forward",
-                "launches": len(found),
-                "floor_microseconds": round(sum(launch["floor"] for launch in found), 2),
-                "microseconds": round(sum(launch["predicted"] for launch in found), 2),
-                "bound_by": f"{longest['kernel']}: {longest['bound']}",
-                "spilled_bytes": sum(launch["spilled"] for launch in found),
-            }
-            rows[row["case"], row["pass"]] = row
-            print(row, flush=True)
-    order = list(predict.CASES)
-    ordered = sorted(rows.values(), key=lambda row: (order.index(row["case"]), row["pass"] == "backward"))
-    path.write_text(
-        json.dumps({"triton": triton.__version__, "architecture": "sm_90", "rows": ordered}, indent=1) + "\n"
-    )
+    order = [name for name in predict.CASES if not wanted or name.startswith(wanted)]
+    for name, backward in itertools.product(order, (False, True)):
+        found = [predict.predict(launch) for launch in predict.run_case(predict.CASES[name], backward=backward)]
+        if not found:
+            continue
+        longest = max(found, key=lambda launch: launch["predicted"])
+        rows[name, "backward" if backward else "forward"] = {
+            "case": name,
+            "pass": "backward" if backward else "forward",
+            "launches": len(found),
+            "floor_microseconds": round(sum(launch["floor"] for launch in found), 2),
+            "microseconds": round(sum(launch["predicted"] for launch in found), 2),
+            "bound_by": f"{longest['kernel']}: {longest['bound']}",
+            "spilled_bytes": sum(launch["spilled"] for launch in found),
+        }
+        print(rows[name, "backward" if backward else "forward"], flush=True)
+        cases = list(predict.CASES)
+        ordered = sorted(rows.values(), key=lambda row: (cases.index(row["case"]), row["pass"] == "backward"))
+        record = {"triton": triton.__version__, "architecture": "sm_90", "rows": ordered}
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
