@@ -43,18 +43,16 @@ def _large_windows(dtype: torch.dtype) -> Launches:
     yield lambda: kernels.transpose(weight, x, (28, 28), window)
 
 
-def _generate(dtype: torch.dtype, channels_last: bool) -> Launches:
+def _generate(dtype: torch.dtype) -> Launches:
     from kernels.aggregation.rows import correlate
     from kernels.involution import forward
 
     # RedNet-50's second stage: kernels of 128 channels from 32 features.
     meta = _meta(dtype)
-    maps = functools.partial(meta, memory_format=_format(channels_last))
+    maps = functools.partial(meta, memory_format=torch.channels_last)
     x, weight = maps(128, 128, 28, 28).unflatten(1, (8, 16)), meta(8 * 49, 32)
     inputs = (x, maps(128, 32, 28, 28), weight, meta(8 * 49), K7)
     yield lambda: forward.involution_generate(*inputs)
-    if not channels_last:
-        return  # the backward pass lays channels last first
     yield lambda: forward.involution_generate_transpose(x, *inputs)
     yield lambda: correlate(x, x, K7, padded=True)
 
@@ -118,8 +116,7 @@ def cases(dtype: torch.dtype) -> dict[str, Launches]:
         "involution 128@28 K=7, channels first": _algebra(dtype, channels_last=False),
         "involution 128@28 K=7, channels last": _algebra(dtype, channels_last=True),
         "involution 2x8x16@28 K=17": _large_windows(dtype),
-        "involution, kernels generated, 128@28 K=7": _generate(dtype, channels_last=False),
-        "involution, kernels generated, 128@28 K=7, channels last": _generate(dtype, channels_last=True),
+        "involution, kernels generated, 128@28 K=7": _generate(dtype),
         "neighborhood 8x16@14 K=13": _neighborhood(dtype, 14, 13),
         "neighborhood 8x16@56 K=7 d=2": _neighborhood(dtype, 56, 7, dilation=2),
         "outlook 6x32@28 K=3 s=2": _outlook(dtype),

@@ -13,6 +13,7 @@ from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.contmix.tiles import VECTOR
 from kernels.layout import empty_like_layout
+from kernels.reorder import in_channels_last, in_order_of
 from kernels.tuning import repeated
 
 
@@ -30,6 +31,8 @@ def as_read(features: Tensor) -> Tensor:
     strides = [stride for axis, stride in enumerate(features.stride()) if axis != features.ndim - 3]
     if features.stride(-3) == 1 and not any(number % vector for number in (channels, *strides)):
         return features
+    if channels % vector == 0 and features.is_contiguous():
+        return in_channels_last(features)
     by_pixel = features.movedim((-2, -1, -3), (1, 2, -1))
     return F.pad(by_pixel, (0, -channels % vector)).contiguous().movedim((1, 2, -1), (-2, -1, -3))
 
@@ -44,6 +47,8 @@ def _as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
     """A result in the memory order of the features that were given, where the kernels read others."""
     if read is given:
         return result
+    if result.shape == given.shape:
+        return in_order_of(given, result)
     return empty_like_layout(given, given.shape).copy_(result.narrow(-3, 0, given.shape[-3]))
 
 

@@ -13,13 +13,9 @@ from kernels.dtypes import accumulator_dtype
 from kernels.involution import generate
 from kernels.involution.forward import involution_generate_transpose
 from kernels.launch import next_power_of_2
-from kernels.layout import channels_fastest, empty_like_layout, empty_like_map
+from kernels.layout import empty_like_map
+from kernels.reorder import in_channels_last, in_order_of
 from kernels.windows import Window
-
-
-def _channels_last(maps: Tensor) -> Tensor:
-    """[B, G, C, H, W] with a pixel's channels adjacent in memory."""
-    return maps if channels_fastest(maps) else maps.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
 
 
 def backward(
@@ -31,9 +27,10 @@ def backward(
     steps = next_power_of_2(kernel_h)
     # Where pixels are adjacent, a transposed product or a padded block of sums does not fit the registers: a copy is
     # the lesser cost.
-    grad, pixels_last = _channels_last(grad), _channels_last(x)
+    given, grad, pixels_last = features, in_channels_last(grad), in_channels_last(x)
+    features = in_channels_last(features)
     grad_x = involution_generate_transpose(grad, pixels_last, features, weight, bias, window)
-    grad_x = grad_x if pixels_last is x else empty_like_layout(x, x.shape).copy_(grad_x)
+    grad_x = grad_x if pixels_last is x else in_order_of(x, grad_x)
     # [Kw·G·S, R], as the entries of a pixel's gradient lie in memory
     span = weight.reshape(groups, kernel_h, kernel_w, number).permute(2, 0, 1, 3)
     span = torch.nn.functional.pad(span, (0, 0, 0, steps - kernel_h)).flatten(0, 2)
@@ -48,13 +45,10 @@ def backward(
         entries = rows.correlate(grad[images], pixels_last[images], window, padded=True).permute(0, 4, 5, 3, 1, 2)
         entries = entries.flatten(3).flatten(0, 2)
         chunk = slice(images.start * height * width, images.start * height * width + entries.shape[0])
-        if by_pixel.is_contiguous():
-            torch.mm(entries, span, out=by_pixel[images].flatten(0, 2))
-        else:
-            by_pixel[images] = (entries @ span).view(by_pixel[images].shape)
+        torch.mm(entries, span, out=by_pixel[images].flatten(0, 2))
         grad_span += entries.t() @ pixels[chunk]
     grad_span = grad_span.view(kernel_w, groups, steps, -1)[:, :, :kernel_h].permute(1, 2, 0, 3).flatten(0, 2)
     grad_weight, grad_bias = (
         part.to(weight.dtype, copy=True) for part in (grad_span[:, :number], grad_span[:, number])
     )
-    return grad_x, grad_features, grad_weight, grad_bias
+    return grad_x, grad_features if features is given else in_order_of(given, grad_features), grad_weight, grad_bias

@@ -153,9 +153,9 @@ def _fused(backend: str, window: Window, *maps: Tensor) -> bool:
 def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
     window = window_of(kernel_size, stride, padding, dilation, clamped)
     if _fused(backend, window, x, features):
-        from kernels.involution.forward import involution_generate
+        from kernels.involution.forward import forward
 
-        return involution_generate(x, features, weight, bias, window)
+        return forward(x, features, weight, bias, window)
     return generate.forward(x, features, weight, bias, window, algebra(backend, window, x))
 
 

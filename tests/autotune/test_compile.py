@@ -29,7 +29,7 @@ def _compile(*arguments):
 
 def _kernel_names():
     """Every kernel this repository launches, read from the source."""
-    sources = "\n".join(path.read_text() for path in ROOT.glob("kernels/*/*.py"))
+    sources = "\n".join(path.read_text() for path in ROOT.glob("kernels/**/*.py"))
     return {name.strip("_") for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", sources)}
 
 
@@ -52,7 +52,6 @@ SPILLS = {
         "weighted_sum_kernel": 8,
     },
 }
-ON_AMD = {"weighted_sum_kernel": 692}  # of generated kernels
 
 
 @pytest.mark.slow
@@ -66,7 +65,7 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     assert result["failures"] == []
     assert {report["kernel"] for report in result["reports"]} == _kernel_names()
     assert all(0 < report["registers"] <= 512 for report in result["reports"])
-    known = ON_AMD if architecture.startswith("gfx") else SPILLS[dtype]
+    known = {} if architecture.startswith("gfx") else SPILLS[dtype]
     spilled = [report for report in result["reports"] if report["spilled_bytes"] > known.get(report["kernel"], 0)]
     assert {f"{report['case']}, {report['kernel']}": report["spilled_bytes"] for report in spilled} == {}
     assert done.returncode == int(any(report["spilled_bytes"] for report in result["reports"]))
