@@ -152,10 +152,10 @@ def _predicted(records: Sequence[Row], folder: Folder | None) -> str:
     for row in records[0]["rows"] if records else []:
         key = row["case"], row["pass"]
         own, everything = (folder.microseconds(*key, own=own) if folder else None for own in (True, False))
-        if own:
-            ratios.append(own / row["microseconds"])
+        ratio = own / row["microseconds"] if folder and own and folder.as_predicted(row) else None
+        ratios += [] if ratio is None else [ratio]
         counted = [str(row["launches"]), number(row["floor_microseconds"]), *(number(c.get(key)) for c in columns)]
-        found = [number(own), number(ratios[-1] if own else None), number(everything)]
+        found = [number(own), number(ratio), number(everything)]
         rows.append([*key, row["bound_by"].replace("_kernel", ""), *counted, *found])
     headings = ["case", "pass", "predicted bound", "launches", "floor, µs"]
     headings += [f"predicted, Triton {record['triton']}, µs" for record in records]
@@ -279,10 +279,12 @@ def _comparison(row: Row) -> plots.Comparison:
 
 
 def _beside(folder: Folder, record: Row, kind: str) -> list[plots.Comparison]:
+    """Of the cases whose passes are both as predicted."""
+    changed = {row["case"] for row in record["rows"] if not folder.as_predicted(row)}
     lines = []
     for row in record["rows"]:
         time = folder.microseconds(row["case"], kind, own=True)
-        if row["pass"] == kind and time:
+        if row["pass"] == kind and time and row["case"] not in changed:
             operator, _, shape = row["case"].partition(".")
             lines.append(plots.Comparison(operator, shape, row["microseconds"], time, floor=row["floor_microseconds"]))
     return lines

@@ -60,6 +60,11 @@ class Folder:
             return None
         return math.fsum(k["microseconds"] for k in self.launched[case, kind] if not own or _is_ours(k["kernel"]))
 
+    def as_predicted(self, row: Row) -> bool:
+        """Whether a case launched as many of our kernels as are predicted: otherwise its code has changed."""
+        launched = self.launched.get((row["case"], row["pass"]), [])
+        return sum(_is_ours(kernel["kernel"]) for kernel in launched) == row["launches"]
+
     def beside(self, row: Row) -> float | None:
         """Of a row of bench.json: the sum of the kernels, where kernels.json has its shape."""
         side = re.search(r"@(\d+)²", row["shape"])
