@@ -84,7 +84,7 @@ def _empty_last(maps: Tensor) -> Tensor:
 
 def in_channels_last(maps: Tensor) -> Tensor:
     """Maps [B, ..., H, W] with a pixel's channels adjacent in memory: themselves, or a copy."""
-    if channels_fastest(maps):
+    if channels_fastest(maps) or maps.movedim((-2, -1), (1, 2)).is_contiguous():  # groups of one channel, or one pixel
         return maps
     return _to_last(maps) if maps.is_contiguous() and maps.numel() > 0 else _empty_last(maps).copy_(maps)
 

@@ -22,5 +22,7 @@ def test_the_order_changes_and_nothing_else(shape, dtype):
 def test_what_is_in_order_is_not_copied():
     last = random_tensor(2, 4, 5, 3).permute(0, 3, 1, 2)
     assert in_channels_last(last) is last
+    groups = last.unflatten(1, (3, 1))
+    assert in_channels_last(groups) is groups
     expanded = random_tensor(1, 3, 1, 1).expand(2, 3, 4, 5)
     assert torch.equal(in_channels_last(expanded), expanded)
