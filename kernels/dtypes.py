@@ -36,6 +36,11 @@ def precision(*tensors: Tensor) -> dict[str, Any]:
     return {"ACCUMULATOR": accumulator(tensors[0].dtype), "OFFSET": tl.int32 if fits_int32(*tensors) else tl.int64}
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether kernels may have matrix products of that type: on a GPU Triton has none of float64."""
+    return dtype != torch.float64 or interpreting()
+
+
 def upcast(dtype: torch.dtype) -> bool:
     """Whether a kernel must convert operands of matrix products first: the interpreter's are wrong for bfloat16."""
     return interpreting() and dtype == torch.bfloat16

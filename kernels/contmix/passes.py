@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import interpreting
 from kernels.contmix import eager
 from kernels.contmix.backward_own import grad_own
 from kernels.contmix.backward_shared import Targets, grad_inputs_shared, grad_tables_shared
@@ -12,14 +11,10 @@ from kernels.contmix.configs import Inputs, Saved, shares_windows
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.contmix.tiles import VECTOR
+from kernels.dtypes import multiplies
 from kernels.layout import empty_like_layout
 from kernels.reorder import in_channels_last, in_order_of
 from kernels.tuning import repeated
-
-
-def _no_double_products(value: Tensor) -> bool:
-    """There is no float64 matrix product in Triton on a GPU."""
-    return value.dtype == torch.float64 and not interpreting()
 
 
 def as_read(features: Tensor) -> Tensor:
@@ -56,7 +51,7 @@ def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """(out like value; log Σ_k exp [B, M, G, H, W])"""
-    if _no_double_products(value):
+    if not multiplies(value.dtype):
         return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
     if value.numel() == 0:
         return eager.empty_outputs(value)
@@ -90,7 +85,7 @@ def contmix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, in value's type, bias, rpb and value; query's and value's in the memory order of
     their tensors."""
-    if _no_double_products(value):
+    if not multiplies(value.dtype):
         return eager.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
     if value.numel() == 0:
         zeros = torch.zeros_like

@@ -21,7 +21,7 @@ from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, heuristic
 from kernels.depthwise.forward import common_arguments, in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of
-from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32
+from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32, multiplies
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.tuning import tunable
 
@@ -157,7 +157,7 @@ def _chunks(programs: int, image_blocks: int, tile_blocks: int) -> tuple[int, in
 def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config) -> Tensor:
     """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
     batch, channels = x.shape[:2]
-    if config.library or (x.dtype == torch.float64 and not interpreting()):
+    if config.library or not multiplies(x.dtype):
         return eager.weight_gradient(grad, x, kernel_size)
     if x.numel() == 0:
         return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)

@@ -41,7 +41,7 @@ from kernels.backend import interpreting
 from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, Problem, heuristic, tile_shape
 from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows, rows_of, vector_of
-from kernels.dtypes import at_least_float32, precision
+from kernels.dtypes import at_least_float32, multiplies, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_map
 from kernels.tuning import tunable
@@ -212,7 +212,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
 
     ``flipped`` takes weight[c, K−1−k] instead: the gradient of x is the flipped convolution of the gradient of out.
     """
-    if config.library or (x.dtype == torch.float64 and not interpreting()):  # not every GPU has products in float64
+    if config.library or not multiplies(x.dtype):
         return eager.convolve(x, weight, bias, flipped)
     if x.numel() == 0:
         return empty_like_map(x)

@@ -7,8 +7,9 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import reference
 from kernels.aggregation.configs import slides
 from kernels.aggregation.op import aggregate, algebra
-from kernels.backend import get_backend, interpreting, resolve
+from kernels.backend import get_backend, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
+from kernels.dtypes import multiplies
 from kernels.involution import generate
 from kernels.layout import empty_like_layout, empty_like_map
 from kernels.registration import WINDOW, derivative, fields_of, operator, window_of, without_autocast
@@ -141,9 +142,9 @@ def involution2d_generate(
 
 
 def _fused(backend: str, window: Window, *maps: Tensor) -> bool:
-    """Whether one launch generates and uses the kernels: Triton has no float64 matrix product on a GPU."""
+    """Whether one launch generates and uses the kernels."""
     triton = "eager" not in [resolve(backend, each) for each in maps]
-    return triton and slides(window) and (maps[0].dtype != torch.float64 or interpreting())
+    return triton and slides(window) and multiplies(maps[0].dtype)
 
 
 @operator(

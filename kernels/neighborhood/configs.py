@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import interpreting
+from kernels.dtypes import multiplies
 from kernels.launch import next_power_of_2
 from kernels.windows import Window
 
@@ -28,8 +29,8 @@ def windows_and_most(window: Window, height: int, width: int) -> tuple[int, int]
 
 def shares_windows(kernel: Tensor, window: Window, height: int, width: int) -> bool:
     """Whether windows serve at least 16 outputs each on average, and ``kernel`` [B, G, Kh, Kw, H, W] has one stride
-    along them. Triton has no float64 matrix product on every GPU."""
-    if not window.clamped or window.dilation != (1, 1) or (kernel.dtype == torch.float64 and not interpreting()):
+    along them and a type whose matrices may be multiplied."""
+    if not window.clamped or window.dilation != (1, 1) or not multiplies(kernel.dtype):
         return False
     if min(kernel.shape[2:4]) > 1 and kernel.stride(2) != kernel.shape[3] * kernel.stride(3):
         return False
