@@ -22,17 +22,9 @@ from kernels.contmix.backward_tables import fold
 from kernels.contmix.configs import OWN, Own, Saved, Sizes, grad_own_heuristic, problem_of, steps_of_own, types
 from kernels.contmix.forward_own import bias_of_step, logits_of_pairs, own_arguments, values_of_pairs
 from kernels.contmix.forward_shared import views_of
-from kernels.contmix.tiles import (
-    LOG2_E,
-    dot,
-    join,
-    key_scale,
-    load_heads,
-    pixels_of_pairs,
-    rpb_base,
-    store_heads,
-)
+from kernels.contmix.tiles import join, key_scale, load_heads, pixels_of_pairs, rpb_base, store_heads
 from kernels.launch import ceil_divide, launch
+from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows_triton import offsets

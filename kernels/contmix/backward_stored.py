@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.configs import Saved, Sizes, block, steps_of_own, types
-from kernels.contmix.tiles import dot, load_heads, load_pixels, store_heads, store_pixels
+from kernels.contmix.tiles import load_heads, load_pixels, store_heads, store_pixels
 from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.products import dot
 from kernels.views import at, view
 from kernels.windows_triton import window_start
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from kernels.contmix.configs import OWN, Inputs, Own, Sizes, own_heuristic, problem_of, steps_of_own, types
 from kernels.contmix.forward_shared import forward_reference, views_of
 from kernels.contmix.tiles import (
-    LOG2_E,
-    dot,
     halves,
     key_scale,
     load_biases,
@@ -31,6 +29,7 @@ from kernels.contmix.tiles import (
     store_heads,
 )
 from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows_triton import offsets

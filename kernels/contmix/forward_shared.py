@@ -28,18 +28,10 @@ from kernels.contmix.configs import (
     tiles_and_windows,
     types,
 )
-from kernels.contmix.tiles import (
-    LOG2_E,
-    dot,
-    key_scale,
-    load_biases,
-    load_keys,
-    load_pixels,
-    rpb_base,
-    store_pixels,
-)
+from kernels.contmix.tiles import key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
 from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
+from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 from kernels.windows_triton import offsets, pixels_of_window

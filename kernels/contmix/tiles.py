@@ -4,9 +4,8 @@
 
 """What ContMix's kernels share: pixels of a tile, products with projected keys, relative biases, tuples of weights.
 
-Logits live in units of log 2, so that a softmax takes ``exp2``, one instruction. Projected keys come in float32, for
-rounding them between the two exchanged linear steps would cost more than the definition's own rounding; a product of
-16-bit numbers takes each key as the sum of two.
+Projected keys come in float32, for rounding them between the two exchanged linear steps would cost more than the
+definition's own rounding; a product of 16-bit numbers takes each key as the sum of two.
 """
 
 import triton
@@ -14,7 +13,6 @@ import triton.language as tl
 
 from kernels.windows_triton import Pixels, window_start
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # What every stride of a map but its channels' is a multiple of: 16 bytes of a 16-bit type.
 VECTOR: tl.constexpr = tl.constexpr(8)
 
@@ -88,14 +86,6 @@ def store_pixels(view, o_pixel, m_pixel, b_pixels, CHANNELS: tl.constexpr):
     p_pixel = view.ptr + aligned(o_pixel, CHANNELS)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
     m_pixels = m_pixel[:, None] & (o_channel < CHANNELS)[None, :]
     tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=m_pixels)
-
-
-@triton.jit
-def dot(a, b, accumulator, UPCAST: tl.constexpr):
-    """accumulator + a @ b; float32 exactly, not in tf32."""
-    if UPCAST:
-        a, b = a.to(accumulator.dtype), b.to(accumulator.dtype)
-    return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=accumulator.dtype)
 
 
 @triton.jit

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from kernels.aggregation.tiles import stack, unstack
-from kernels.neighborhood.own_tiles import LOG2_E, columns_of, image_of, load_taps, rows_of, taps_of, window_row
+from kernels.neighborhood.own_tiles import columns_of, image_of, load_taps, rows_of, taps_of, window_row
+from kernels.products import LOG2_E
 from kernels.windows_triton import window_start
 
 

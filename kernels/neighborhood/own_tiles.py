@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from kernels.products import LOG2_E
 from kernels.windows_triton import window_start
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Rows(NamedTuple):

@@ -20,10 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.products import LOG2_E, dot
 from kernels.views import at
 from kernels.windows_triton import offsets, pixels_of_window, split_program
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -63,13 +62,6 @@ def _load_positions(
     o_row, o_column = tile.start_h + o_step // KERNEL_W, tile.start_w + o_step % KERNEL_W
     o_input = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
     return _load_rows(value, o_input, o_step < KERNEL_H * KERNEL_W, channels, OFFSET, BLOCK_CHANNELS)
-
-
-@triton.jit
-def _dot(b_left, b_right, b_sum, UPCAST: tl.constexpr):
-    if UPCAST:
-        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, b_sum, input_precision="ieee", out_dtype=b_sum.dtype)
 
 
 @triton.jit
@@ -123,7 +115,7 @@ def mix_kernel(
             if SOFTMAX:
                 b_weight = tl.exp2(b_weight * LOG2_E - b_shift[:, None])
                 b_part += b_weight
-            b_sum = _dot(b_weight.to(b_value.dtype), b_value, b_sum, UPCAST)
+            b_sum = dot(b_weight.to(b_value.dtype), b_value, b_sum, UPCAST)
         if SOFTMAX:
             b_total = b_total * b_rescale + tl.sum(b_part, axis=1)
     if SOFTMAX:
@@ -169,7 +161,7 @@ def correlate_kernel(
         m_step = (o_step < KERNEL_H * KERNEL_W)[None, :]
         b_value = _load_positions(value, tile, o_step, channels, KERNEL_H, KERNEL_W, OFFSET, BLOCK_CHANNELS)
         # [P, S]
-        b_product = _dot(b_grad, tl.trans(b_value), tl.zeros([BLOCK_OUTPUTS, BLOCK_STEPS], ACCUMULATOR), UPCAST)
+        b_product = dot(b_grad, tl.trans(b_value), tl.zeros([BLOCK_OUTPUTS, BLOCK_STEPS], ACCUMULATOR), UPCAST)
         if SOFTMAX:
             b_logits = _load_weights(
                 logits, rpb, tile, o_step, o_step // KERNEL_W, o_step % KERNEL_W, m_step,
@@ -220,7 +212,7 @@ def transpose_kernel(
             b_statistics = tl.load(statistics.ptr + tile.row * statistics.h + tile.column * statistics.w) * LOG2_E
             # An output whose logits are all −inf has NaN weights, but only where its window is.
             b_weight = tl.where(m_weight, tl.exp2(b_weight * LOG2_E - b_statistics[:, None]), 0.0).to(b_grad.dtype)
-        b_sum = _dot(tl.trans(b_weight), b_grad, b_sum, UPCAST)
+        b_sum = dot(tl.trans(b_weight), b_grad, b_sum, UPCAST)
     o_channel = tl.arange(0, BLOCK_CHANNELS)
     o_out = o_row.to(OFFSET) * out.h + o_column.to(OFFSET) * out.w
     tl.store(
