@@ -140,7 +140,7 @@ class Tuning:
         key = key_of(request.launcher, request.problem)
         if key in self.found or key in self.skipped:
             return
-        if self.force or look_up(request.launcher, request.problem, gpu_name(self.device)).source == "heuristic":
+        if self.force or not look_up(request.launcher, request.problem, gpu_name(self.device)).tuned:
             self.found[key] = None
             self.work.update(dict.fromkeys(builds(request, self.most)))
 

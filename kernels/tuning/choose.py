@@ -1,13 +1,14 @@
 """Which config a launch uses: tuned where somebody tuned it, a documented heuristic everywhere else.
 
-Look-up order for a problem, exact at every step and never "close enough":
+Look-up order for a problem, which must be the very same at every step:
 
 1. the user's store,
 2. the configs shipped for this GPU in kernels/tuning/configs,
-3. the kernel's heuristic, a function of the problem.
+3. those shipped for a GPU with the same chip,
+4. the kernel's heuristic, a function of the problem.
 
 ``@tunable`` makes a launcher that asks in this order when it is called without a config. Nothing is ever timed here:
-``autotune.tuning()`` sets ``on_miss``, which is then asked for a config where only the heuristic has one.
+``autotune.tuning()`` sets ``on_miss``, which is then asked for a config where nothing was tuned on this GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +59,16 @@ class Request(NamedTuple):
 
 class Choice(NamedTuple):
     config: Config
-    source: str  # "store", "shipped" or "heuristic"
+    source: str  # "store", "shipped", "same chip" or "heuristic"
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it was found on this very GPU."""
+        return self.source in ("store", "shipped")
+
+
+# One chip, and as many multiprocessors in use: memory sizes and speeds alone differ.
+SAME_CHIP = dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"), "NVIDIA H200")
 
 
 class Launcher(Generic[Outputs]):
@@ -263,8 +273,11 @@ def _store(folder: Path, gpu: str) -> tuple[Store, dict[str, dict[str, Any]]]:
 def look_up(launcher: Launcher, problem: Problem, gpu: str) -> Choice:
     """The config of a problem by the order above."""
     key = key_of(launcher, problem)
-    for name, folder in (("store", user_folder()), ("shipped", shipped_folder())):
-        entry = _store(folder, gpu)[1].get(key)
+    places = [("store", user_folder(), gpu), ("shipped", shipped_folder(), gpu)]
+    if gpu in SAME_CHIP:
+        places.append(("same chip", shipped_folder(), SAME_CHIP[gpu]))
+    for name, folder, of_gpu in places:
+        entry = _store(folder, of_gpu)[1].get(key)
         if entry is not None and stale(entry, launcher) is None:
             config = config_of(entry, launcher, problem)
             if config is not None and config.valid(problem):
@@ -291,7 +304,7 @@ def _choose_again() -> None:
     _repeats.clear()
 
 
-# What is asked for a config where no file has one, instead of the heuristic.
+# What is asked for a config where nothing was tuned on this GPU.
 on_miss: Callable[[Request], Config] | None = None
 _observer: Callable[[Request], object] | None = None
 
@@ -335,8 +348,9 @@ def _decide(request: Request) -> Config:
     if device.type != "cuda":  # the interpreter, or meta tensors whose launch is recorded
         config = launcher.heuristic(problem)
     else:
-        config, source = look_up(launcher, problem, gpu_name(device))
-        if source == "heuristic" and on_miss is not None:
+        choice = look_up(launcher, problem, gpu_name(device))
+        config = choice.config
+        if not choice.tuned and on_miss is not None:
             # A capturing stream may not be synchronised, and timing does that: the next launch is asked again.
             keep = not torch.cuda.is_current_stream_capturing()
             config = on_miss(request) if keep else config

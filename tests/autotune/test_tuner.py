@@ -101,6 +101,18 @@ def test_store_before_shipped_before_heuristic(tmp_path):
     assert look_up(TOY, problem, "another GPU").source == "heuristic"
 
 
+def test_a_gpu_takes_what_was_tuned_on_the_same_chip_until_it_is_tuned_itself(tmp_path):
+    problem, (gpu, chip) = Problem(100), next(iter(choose.SAME_CHIP.items()))
+    Store(tmp_path / "shipped", chip).update({key_of(TOY, problem): _entry(32)})
+    choice = look_up(TOY, problem, gpu)
+    assert choice == (Config(32), "same chip")
+    assert not choice.tuned
+    Store(user_folder(), gpu).update({key_of(TOY, problem): _entry(64)})
+    choose.forget()
+    assert look_up(TOY, problem, gpu) == (Config(64), "store")
+    assert look_up(TOY, problem, gpu).tuned
+
+
 def test_neighbouring_large_maps_share_and_small_ones_do_not():
     assert bucket(3136) == bucket(3000) == 4096
     assert bucket(257) == 512
