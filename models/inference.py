@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract
 from models.layers import DepthwiseConv2d, DilatedReparamBlock, LayerScale
-from models.layers.fusion import affine, as_built, convolves, fold_after
+from models.layers.fusion import CONVOLUTIONS, affine, as_built, convolves, fold_after
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -104,7 +104,7 @@ def fold_sequence(layers: nn.Sequential) -> None:
         scale_and_shift = _affine(layer)
         if scale_and_shift is None:
             continue
-        if as_built(before, (nn.Conv2d, DepthwiseConv2d)):
+        if as_built(before, (*CONVOLUTIONS, DepthwiseConv2d)):
             fold_after(before, *scale_and_shift)
         elif convolves(after, 1):
             _fold_before(after, *scale_and_shift)

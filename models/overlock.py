@@ -28,11 +28,13 @@ from models.layers import (
     GlobalResponseNorm,
     LayerNorm2d,
     LayerScale,
+    PointwiseConv2d,
     ResidualDepthwiseConv2d,
     SqueezeExcite,
 )
 from models.layers.basic import add_scaled, to_channels_last
-from models.layers.fusion import as_built, last_convolution, leaf
+from models.layers.fusion import as_built, last_convolution
+from models.layers.tracing import leaf
 from models.registry import variant
 
 
@@ -54,7 +56,7 @@ def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
 def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
     """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
     inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
-    return [nn.Conv2d(channels, hidden, 1), *inside, nn.Conv2d(hidden, channels, 1)]
+    return [PointwiseConv2d(channels, hidden), *inside, PointwiseConv2d(hidden, channels)]
 
 
 class RepConvBlock(nn.Module):
@@ -125,14 +127,14 @@ class DynamicConvBlock(ContMix):
             nn.Conv2d(width, width, 3, padding=1, groups=width),
             nn.BatchNorm2d(width),
             GELU2d(),
-            nn.Conv2d(width, channels, 1),
+            PointwiseConv2d(width, channels),
             GlobalResponseNorm(channels),
         )
-        self.dyconv_proj = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        self.dyconv_proj = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels))
         self.lepe = nn.Sequential(DilatedReparamBlock(channels, kernel_size, merged=reparam), nn.BatchNorm2d(channels))
         self.se_layer = SqueezeExcite(channels)
-        self.gate = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.SiLU())
-        self.proj = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 1))
+        self.gate = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels), nn.SiLU())
+        self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv2d(channels, width))
         self.dwconv2 = ResidualDepthwiseConv2d(width)
         self.norm2 = LayerNorm2d(width, eps=1e-6)
         self.mlp = nn.Sequential(*feed_forward(width, mlp_ratio * channels))
@@ -265,7 +267,7 @@ class OverLoCK(BackboneContract):
         self.patch_embed2 = downsample(d0, d1)
         self.patch_embed3 = downsample(d1, d2)
         self.patch_embed4 = downsample(d2, d3)
-        self.high_level_proj = nn.Conv2d(d3, context, 1)
+        self.high_level_proj = PointwiseConv2d(d3, context)
         self.patch_embedx = ContextDownsample(d2, d3, context)
         self.blocks1, self.blocks2, self.blocks3, self.blocks4 = map(base_stage, range(4))
         self.sub_blocks3, self.sub_blocks4 = map(focus_stage, range(2))
@@ -281,7 +283,7 @@ class OverLoCK(BackboneContract):
                 nn.BatchNorm2d(d3), nn.AdaptiveAvgPool2d(1), self.make_classifier(d3, self.num_classes)
             )
             self.head = nn.Sequential(
-                nn.Conv2d(d3 + context, self.head_hidden_size, 1, bias=False),
+                PointwiseConv2d(d3 + context, self.head_hidden_size, bias=False),
                 nn.BatchNorm2d(self.head_hidden_size),
                 nn.SiLU(),
                 nn.AdaptiveAvgPool2d(1),
@@ -298,7 +300,7 @@ class OverLoCK(BackboneContract):
             self.extra_norm[i] = LayerNorm2d(widths[i], eps=1e-6)
         self.left_out += [f"extra_norm.{i}" for i in range(5) if i not in wanted]
         if context_skip:
-            self.h_proj = nn.Sequential(nn.Conv2d(widths[4], widths[3], 1), LayerScale(widths[3], initial=1e-5))
+            self.h_proj = nn.Sequential(PointwiseConv2d(widths[4], widths[3]), LayerScale(widths[3], initial=1e-5))
         else:
             self.left_out.append("h_proj")
 

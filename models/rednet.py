@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import integer, integers
-from models.layers import DropPath, Involution2d
+from models.layers import DropPath, Involution2d, PointwiseConv2d
 from models.layers.basic import to_channels_last
-from models.layers.fusion import affine, as_built, fold_after
+from models.layers.fusion import CONVOLUTIONS, affine, as_built, fold_after
 from models.layers.involution import conv_bn_relu
 from models.registry import variant
 
@@ -37,11 +37,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, width: int, stride: int = 1, drop_path: float = 0.0) -> None:
         super().__init__()
         out_channels = width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.conv1 = PointwiseConv2d(in_channels, width, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = Involution2d(width, 7, stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.conv3 = PointwiseConv2d(width, out_channels, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or in_channels != out_channels:
@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
         """Batch norms go into the convolutions before them; ``bn2`` follows the involution and stays."""
         for conv, name in ((self.conv1, "bn1"), (self.conv3, "bn3")):
             norm = affine(getattr(self, name))
-            if norm is not None and as_built(conv, nn.Conv2d):
+            if norm is not None and as_built(conv, CONVOLUTIONS):
                 fold_after(conv, *norm)
                 setattr(self, name, nn.Identity())
         return self
@@ -191,7 +191,7 @@ class InvolutionFPN(nn.Module):
         self.num_outs = len(self.in_channels) if num_outs is None else integer("num_outs", num_outs)
         if self.num_outs < len(self.in_channels):
             raise ValueError(f"num_outs must be at least the number of maps, {len(in_channels)}, got {num_outs}")
-        self.lateral_convs = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in self.in_channels)
+        self.lateral_convs = nn.ModuleList(PointwiseConv2d(channels, out_channels) for channels in self.in_channels)
         self.fpn_convs = nn.ModuleList(
             Involution2d(out_channels, kernel_size, group_channels=group_channels, reduction=reduction)
             for _ in self.in_channels

@@ -18,6 +18,7 @@ from models.layers.contmix import ContMix
 from models.layers.depthwise import DepthwiseConv2d, DilatedReparamBlock, ResidualDepthwiseConv2d
 from models.layers.involution import Involution2d
 from models.layers.outlook import OutlookAttention
+from models.layers.pointwise import PointwiseConv2d
 
 __all__ = [
     "ContMix",
@@ -30,6 +31,7 @@ __all__ = [
     "LayerNorm2d",
     "LayerScale",
     "OutlookAttention",
+    "PointwiseConv2d",
     "ResidualDepthwiseConv2d",
     "SqueezeExcite",
 ]

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from kernels.backend import transforming
 from models.checks import integer, number
-from models.layers.fusion import as_built, leaf
+from models.layers.fusion import as_built
+from models.layers.pointwise import PointwiseConv2d
+from models.layers.tracing import leaf
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, reduction: int = 8, minimum: int = 16) -> None:
         super().__init__()
         hidden = max(integer("minimum", minimum), integer("channels", channels) // integer("reduction", reduction))
-        inward, outward = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        inward, outward = PointwiseConv2d(channels, hidden), PointwiseConv2d(hidden, channels)
         self.proj = nn.Sequential(nn.AdaptiveAvgPool2d(1), inward, nn.GELU(), outward, nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:

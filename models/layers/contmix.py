@@ -9,7 +9,9 @@ from torch import Tensor, nn
 import kernels
 from models.checks import integer
 from models.layers.basic import to_channels_last
-from models.layers.fusion import convolves, fold_after, last_convolution, leaf
+from models.layers.fusion import convolves, fold_after, last_convolution
+from models.layers.pointwise import PointwiseConv2d
+from models.layers.tracing import leaf
 
 
 class ContMix(nn.Module):
@@ -57,7 +59,7 @@ class ContMix(nn.Module):
         self.kernel_sizes = (self.SMALL_KERNEL, kernel_size)
         self.scale = (channels / num_heads) ** -0.5
         self.rpb1, self.rpb2 = (nn.Parameter(torch.zeros(num_heads, 2 * k - 1, 2 * k - 1)) for k in self.kernel_sizes)
-        query, key = (nn.Conv2d(c, channels // 2, 1, bias=False) for c in (channels, context_channels))
+        query, key = (PointwiseConv2d(c, channels // 2, bias=False) for c in (channels, context_channels))
         self.weight_query = nn.Sequential(query, nn.BatchNorm2d(channels // 2))
         pool = nn.AdaptiveAvgPool2d(self.CONTEXT_SIZE)
         self.weight_key = nn.Sequential(pool, key, nn.BatchNorm2d(channels // 2))

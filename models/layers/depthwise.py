@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import kernels
 from models.checks import flag, integer, one_of
-from models.layers.fusion import affine, as_built, convolves, leaf
+from models.layers.fusion import affine, as_built, convolves
+from models.layers.tracing import leaf
 
 
 class ResidualDepthwiseConv2d(nn.Conv2d):

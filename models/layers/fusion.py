@@ -1,19 +1,20 @@
-"""Layers as others see them: what a parent may fuse, what inference folds, and what ``torch.fx`` takes as one node."""
+"""Layers as their parents see them: what may be fused, and what inference folds."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+from models.layers.pointwise import PointwiseConv2d
 
 # The last two stand for plain tensors while PyTorch traces a model.
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+CONVOLUTIONS = (nn.Conv2d, PointwiseConv2d)
 
 
 def as_built(module: Any, kinds: type | tuple[type, ...], device: torch.device | None = None) -> bool:
@@ -43,7 +44,7 @@ def convolves(
     kernel_size: int,
     device: torch.device | None = None,
     *,
-    kinds: type | tuple[type, ...] = nn.Conv2d,
+    kinds: type | tuple[type, ...] = CONVOLUTIONS,
     dilation: int = 1,
     groups: int = 1,
 ) -> bool:
@@ -77,18 +78,4 @@ def last_convolution(layers: nn.Module) -> nn.Conv2d | None:
     if not as_built(layers, nn.Sequential):
         return None
     last: Any = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)][-1]
-    return last if as_built(last, nn.Conv2d) else None
-
-
-def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a ``forward`` whose steps depend on its input: ``torch.fx`` records a call of the module instead."""
-
-    @functools.wraps(forward)
-    def traced_as_one(self: nn.Module, *inputs: Any) -> Any:
-        for x in inputs:
-            if isinstance(x, fx.Proxy):
-                tracer: Any = x.tracer
-                return tracer.create_proxy("call_module", tracer.path_of_module(self), inputs, {})
-        return forward(self, *inputs)
-
-    return traced_as_one
+    return last if as_built(last, CONVOLUTIONS) else None

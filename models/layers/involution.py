@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 import kernels
 from models.checks import integer
-from models.layers.fusion import as_built, convolves, leaf
+from models.layers.fusion import as_built, convolves
+from models.layers.pointwise import PointwiseConv2d
+from models.layers.tracing import leaf
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
     """ReLU(BN(convolution)): [B, in_channels, H, W] -> [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    if kernel_size == stride == 1:
+        conv = PointwiseConv2d(in_channels, out_channels, bias=False)
+    else:
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
 
 

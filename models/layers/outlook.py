@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import kernels
 from models.checks import integer
-from models.layers.fusion import leaf
+from models.layers.tracing import leaf
 
 
 def check_heads(dim: int, num_heads: int) -> None:

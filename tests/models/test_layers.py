@@ -20,9 +20,11 @@ from models.layers import (
     LayerNorm2d,
     LayerScale,
     OutlookAttention,
+    PointwiseConv2d,
     ResidualDepthwiseConv2d,
     SqueezeExcite,
 )
+from models.layers.pointwise import is_matrix
 from tests.support import assert_close, random_tensor
 
 TOLERANCE = 1e-12
@@ -106,6 +108,36 @@ def test_global_response_norm_of_a_silent_channel_has_a_gradient():
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
+    layer = randomise(PointwiseConv2d(6, 5))
+    whole = random_tensor(3, 8, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    maps = [whole[:, :6], whole[:, 2:], whole[:1, :6], whole[:, :6, :1], whole[:, :6, :1, :1], whole[:, :6, :, :1]]
+    expected = [F.conv2d(x, layer.weight, layer.bias) for x in maps]
+    monkeypatch.setattr("models.layers.pointwise._multiplies", is_matrix)
+    for x, want in zip(maps, expected, strict=True):
+        assert_close(layer(x), want, 1e-14)
+    gradients = [torch.autograd.grad(out.sin().sum(), layer.parameters()) for out in (layer(maps[0]), expected[0])]
+    for found, want in zip(*gradients, strict=True):
+        assert_close(found, want, 1e-13)
+
+
+def test_what_lies_as_a_matrix():
+    x = random_tensor(3, 8, 5, 4).contiguous(memory_format=torch.channels_last)
+    for pixels in (x, x[:, 2:], x[:1, :6], x[:, :, :, :1][:, :, :1], x[1:], x.flatten(2)[:, :, :1, None].clone()):
+        rows = pixels.permute(0, 2, 3, 1)
+        assert is_matrix(pixels) == (rows.reshape(-1, rows.shape[3]).data_ptr() == pixels.data_ptr()), pixels.stride()
+    for other in (
+        x.contiguous(),
+        x[:, :, 1:4],
+        x[:, :, :, 1:],
+        x[:, ::2],
+        x.transpose(2, 3),
+        x[0],
+        x[:1].expand(3, -1, -1, -1),
+    ):
+        assert not is_matrix(other), other.stride()
 
 
 def sum_of_branches(block: DilatedReparamBlock, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""1×1 convolutions, on a GPU as the matrix products they are."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.backend import transforming
+from models.layers.tracing import leaf
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """out[b,o,i] = Σ_c weight[o,c] · x[b,c,i] (+ bias[o]): PyTorch's convolution in all but its ``forward``.
+
+    PyTorch's adds the bias in a pass over the output of its own, and copies slices of channels. In
+    channels-last memory in 16 bits on a GPU this one is a matrix product, which does neither. Elsewhere it is
+    PyTorch's; so it is in float32, where convolutions may run on tensor cores and matrix products by default may not.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        if transforming() or not _multiplies(input):
+            return super().forward(input)
+        pixels = input.permute(0, 2, 3, 1)
+        out = F.linear(pixels.reshape(-1, pixels.shape[3]), self.weight.flatten(1), self.bias)
+        return out.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
+
+
+def _multiplies(x: Tensor) -> bool:
+    """Whether x is multiplied in 16 bits on a GPU, and lies as the rows of a matrix."""
+    if x.device.type != "cuda":
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype in (torch.float16, torch.bfloat16) and is_matrix(x)
+
+
+def is_matrix(x: Tensor) -> bool:
+    """Whether the pixels of x [B, C, H, W] are rows of one matrix: channels-last maps, and slices of their channels."""
+    if x.ndim != 4:
+        return False
+    (images, channels, height, width), (image, channel, row, column) = x.shape, x.stride()
+    # The stride along an axis of one element says nothing.
+    column = column if width > 1 else row if height > 1 else image
+    rows = height == 1 or row == width * column
+    return channel == 1 and column >= channels and rows and (images == 1 or image == height * width * column)
