@@ -125,7 +125,9 @@ def _reference(g: Tensor, x: Tensor, window: Window, padded: bool = False) -> Te
 @tunable(
     CONFIGS,
     correlate_heuristic,
-    problem=lambda g, x, window, padded=False: problem_of(x, g.shape[3:], window, kernel=None if padded else g),
+    problem=lambda g, x, window, padded=False: problem_of(
+        x, g.shape[3:], window, kernel=None if padded else g, padded=padded
+    ),
     reference=_reference,
     name="correlate.rows",
 )

@@ -193,7 +193,7 @@ def turned(window: Window, *tensors: Tensor) -> tuple[Window, tuple[Tensor, ...]
 
 def problem_of(
     x: Tensor, size: Pair | torch.Size, window: Window, *, kernel: Tensor | None = None, features: int = 0,
-    transposed: bool = False,
+    transposed: bool = False, padded: bool = False,
 ) -> Problem:  # fmt: skip
     """The problem of a launch over ``size`` = (rows, columns) positions."""
     axis = int(kernel is not None and by_columns(kernel, x))
@@ -202,7 +202,7 @@ def problem_of(
     aligned = strides[0] % 16 == strides[3] % 16 == strides[4] % 16 == 0 and x.data_ptr() % 16 == 0
     return Problem(
         x.shape[2], x.shape[1], size[0] * size[1], size[axis], window.kernel_size[axis],
-        window.stride[axis] if transposed else 1, transposed, features, last, last and aligned, x.dtype,
+        window.stride[axis] if transposed else 1, transposed, features, last, last and aligned, padded, x.dtype,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     convolve(x, w)[i]        = Σ_k w[k] · x[i − K//2 + k]   d/dw = weight_gradient(dy, x)   d/dx = convolve(dy, flip w)
     weight_gradient(g, x)[k] = Σ_i g[i] · x[i − K//2 + k]   d/dg = convolve(x, dv)         d/dx = convolve(g, flip dv)
 
-The two registered operators run the Triton kernels, or PyTorch's convolution where that is quicker or steered to what
+The registered operators run the Triton kernels, or PyTorch's convolution where that is quicker or steered to what
 is quick, and are closed under differentiation; where it needs no steering the eager path is PyTorch's operator itself.
 """
 
@@ -96,6 +96,20 @@ def _(grad, x, kernel_size, backend):
     return x.new_empty((x.shape[1], 1, kernel_size, kernel_size))
 
 
+@operator("depthwise_conv2d_bias_gradient", "(Tensor grad, str backend) -> Tensor")
+def _bias_gradient(grad, backend):
+    if resolve(backend, grad) == "triton":
+        from kernels.depthwise.backward import bias_gradient
+
+        return bias_gradient(grad)
+    return grad.sum((0, 2, 3))
+
+
+@_bias_gradient.register_fake
+def _(grad, backend):
+    return grad.new_empty(grad.shape[1])
+
+
 def _save(ctx, inputs, output):
     """Both tensor arguments that a derivative needs come first, the backend last."""
     ctx.save_for_backward(*inputs[:2])
@@ -110,7 +124,7 @@ def _convolution_backward(ctx, grad):
         ctx,
         lambda: _convolve(grad, weight, None, not flipped, backend),
         lambda: _weight_gradient(*factors, weight.shape[-1], backend),
-        lambda: grad.sum((0, 2, 3)),
+        lambda: _bias_gradient(grad, backend),
     )
 
 
@@ -123,8 +137,17 @@ def _weight_gradient_backward(ctx, grad_weight):
     )
 
 
+def _save_shape(ctx, inputs, output):
+    ctx.shape = inputs[0].shape
+
+
+def _bias_gradient_backward(ctx, grad_bias):
+    return grad_bias[:, None, None].expand(ctx.shape), None
+
+
 _convolve.register_autograd(_convolution_backward, setup_context=_save)
 _weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)
+_bias_gradient.register_autograd(_bias_gradient_backward, setup_context=_save_shape)
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.depthwise_conv2d)

@@ -46,6 +46,13 @@ def test_pytorch_instead(channels_last):
     assert_close(gradient, backward.weight_gradient(x, x, 5), GRADIENT_TOLERANCE[x.dtype])
 
 
+@pytest.mark.parametrize("shape", [(2, 70, 5, 9), (3, 1, 4, 4), (1, 130, 1, 1), (2, 8, 40, 33), (0, 3, 4, 4)])
+def test_bias_gradient(shape):
+    grad = random_tensor(*shape).to(memory_format=torch.channels_last)
+    for given in (grad, grad.contiguous(), grad[:, :, ::2]):
+        assert_close(backward.bias_gradient(given), given.double().sum((0, 2, 3)), GRADIENT_TOLERANCE[grad.dtype])
+
+
 def test_tuning_takes_pytorch_where_it_wins():
     x, weight = random_tensor(1, 2, 8, 16), random_tensor(2, 1, 5, 5)
     requests = []
