@@ -39,6 +39,9 @@ class Folder:
         self.path = path
         self.environment, self.tests = self.load("environment.json"), self.load("tests.json")
         self.operators, self.models = (self.load(name).get("rows", []) for name in ("bench.json", "models.json"))
+        # They were measured in turns, so that none is left out, and are read one operator after the other.
+        order = list(dict.fromkeys(row["operator"] for row in self.operators))
+        self.operators.sort(key=lambda row: (-row.get("batch", 0), order.index(row["operator"])))
         self.kernels, self.counters = self.load("kernels.json"), self.load("ncu.json")
         timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
         self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
