@@ -73,11 +73,13 @@ class SharedConfig:
         )
 
 
+# Not (64, 32, 8), (64, 64, 4) and (64, 64, 8): of them Triton 3.6 and 3.7 make sm_90 code of ``mix`` with 16 channels
+# that gives NaN in an emulator, and an H200 lost its context over one of them.
 SHARED_CONFIGS = tuple(
     SharedConfig(outputs, steps, warps)
     for outputs, steps, warps in (
         (16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 2), (32, 32, 2), (32, 32, 4), (32, 64, 4), (32, 128, 4),
-        (64, 16, 4), (64, 32, 4), (64, 32, 8), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 32, 4), (128, 64, 8),
+        (64, 16, 4), (64, 32, 4), (64, 128, 8), (128, 32, 4), (128, 64, 8),
     )
 )  # fmt: skip
 
