@@ -58,6 +58,8 @@ def _reached(folder: Folder) -> Iterator[str]:
     yield f"The run measured {listed(parts)}" + (
         f"; it had no time to compare {missing} with anything." if missing else "."
     )
+    if any("commit" in row for row in folder.operators):
+        yield "A row that names a commit beside its shape was measured at that one, the others at the one above."
     if folder.tests:
         counts = folder.tests["counts"]
         told = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped") if name in counts)
@@ -135,11 +137,26 @@ def _readme(folder: Folder) -> Iterator[str]:
             "form: the host takes longer to launch the kernels than the GPU to run them."
         )
     for row in (row for row in folder.models if row["status"] == "ok"):
-        ours, naive = (row["contenders"][name]["images_per_second"] for name in ("ours", "naive"))
-        yield (
-            f"`{row['name']}`, {row['pass']} at batch {row['batch']}: {ours:,.0f} images per second, {naive:,.0f} "
-            f"on the naive path ({times(row['speed_up']['naive'])})."
-        )
+        yield f"`{row['name']}`, {row['pass']} at batch {row['batch']}: {_speeds(row)}."
+
+
+def _speeds(row: Row) -> str:
+    """Images per second of a model, of what a compiler makes of it, and of what it is compared with."""
+    speeds = {name: f"{found['images_per_second']:,.0f}" for name, found in row["contenders"].items()}
+    told = [f"{speeds['ours']} images per second"]
+    if "naive" in speeds:
+        told.append(f"{speeds['naive']} on the naive path ({times(row['speed_up']['naive'])})")
+    if "compiled" in speeds:
+        told.append(f"{speeds['compiled']} compiled by PyTorch")
+    elif "compiled" in row.get("left_out", {}):
+        told.append("compiled by PyTorch something else, and so not timed")
+    if "peer" in speeds:
+        told.append(f"`{row['peer']}` {speeds['peer']}")
+    if "peer_compiled" in speeds:
+        beside = row["speed_up"].get("peer_compiled") if "compiled" in speeds else None
+        ratio = "" if beside is None else f" (ours is {times(beside)} as fast)"
+        told.append(f"`{row['peer']}` compiled {speeds['peer_compiled']}{ratio}")
+    return ", ".join(told)
 
 
 # ---- single kernels: predicted beside measured, what the GPU counted

@@ -115,7 +115,9 @@ def operators_table(folder: Folder) -> Table:
     rows = []
     for row in folder.timed():
         graph, eager = row.get("graph", {}).get("ours", {}).get("p50_ms"), row["contenders"]["ours"]["p50_ms"]
-        cells = [f"`{row['operator']}`", f"{row['model']} {row['shape']}", row["pass"], microseconds(graph)]
+        of_commit = f" ({row['commit'][:7]})" if "commit" in row else ""  # another than the folder's
+        shape = f"{row['model']} {row['shape']}{of_commit}"
+        cells = [f"`{row['operator']}`", shape, row["pass"], microseconds(graph)]
         cells += [number(folder.beside(row)), microseconds(eager)]
         cells += [microseconds(row["floor"]["ms"]), percent(row["floor"]["fraction"])]
         for name in OTHERS:
@@ -175,7 +177,8 @@ def summary(folder: Path, phases: Sequence[Row]) -> str:
     if launch := results.environment.get("launch_microseconds"):
         parts.append(f"A tuned launch takes the host {number(launch['added'])} µs more than Triton's own.")
     done = [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("message", "")] for p in phases]
-    parts.append(Table(("phase", "state", "seconds", ""), done, 4).markdown())
+    if done:
+        parts.append(Table(("phase", "state", "seconds", ""), done, 4).markdown())
     if results.tests:
         counts = ", ".join(f"{count} {name}" for name, count in results.tests["counts"].items())
         told = f"Tests: {counts or 'none ran'}{'' if results.tests['complete'] else ' (cut short)'}."
