@@ -149,7 +149,7 @@ def _speeds(row: Row) -> str:
     if "compiled" in speeds:
         told.append(f"{speeds['compiled']} compiled by PyTorch")
     elif "compiled" in row.get("left_out", {}):
-        told.append("compiled by PyTorch something else, and so not timed")
+        told.append("what PyTorch compiled of it disagreed and was not timed")
     if "peer" in speeds:
         told.append(f"`{row['peer']}` {speeds['peer']}")
     if "peer_compiled" in speeds:
