@@ -233,7 +233,7 @@ def _sum_pixels(pixels: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
     """[N, C] -> sums over ``chunks`` of N, [chunks, C]."""
     number, channels = pixels.shape
     partial = torch.empty((chunks, channels), dtype=dtype, device=pixels.device)
-    # One chunk is summed by few programs: the narrower their blocks, the more there are, and the fewer steps each takes.
+    # One chunk is summed by few programs: the narrower their blocks, the more there are, and the shorter each takes.
     block_channels = min(64 if chunks > 1 else 16, next_power_of_2(channels))
     arguments = {
         "grad_ptr": pixels,
