@@ -108,6 +108,8 @@ def _depthwise(
     weight, bias = meta(channels, 1, kernel_size, kernel_size), meta(channels)
     yield lambda: forward.convolve(x, weight, bias)
     yield lambda: backward.weight_gradient(x, x, kernel_size)
+    if channels_last:  # else it is PyTorch's sum
+        yield lambda: backward.bias_gradient(x)
 
 
 def cases(dtype: torch.dtype) -> dict[str, Launches]:
