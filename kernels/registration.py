@@ -8,10 +8,12 @@ thread of PyTorch's own.
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _profiler_enabled
@@ -20,6 +22,11 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 from kernels.windows import Window
+
+# Before 2.14 Inductor may read a view by padded strides that the buffer below it does not keep in the end: wrong values
+# and no error (pytorch/pytorch#192575). OverLoCK-XT met that, and whatever views a map before an operator can.
+if torch.__version__ < "2.14" and "TORCHINDUCTOR_COMPREHENSIVE_PADDING" not in os.environ:
+    torch._inductor.config.comprehensive_padding = False
 
 WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
@@ -73,3 +74,22 @@ def test_dynamic_sizes_in_inductor(monkeypatch):
     for batch, height, width in ((2, 5, 6), (3, 7, 9)):
         x, weight = random_tensor(batch, 4, height, width), random_tensor(batch, 2, 1, 1, height + 2, width + 2)
         torch.testing.assert_close(compiled(x, weight), function(x, weight))
+
+
+@pytest.mark.slow
+def test_views_of_maps_in_inductor(monkeypatch):
+    """One operator takes a map as it is, another a view of it. Inductor would pad such a map on a GPU, and PyTorch 2.11
+    then read the view by strides that the map did not have."""
+    monkeypatch.undo()
+    torch.compiler.reset()
+
+    def function(attn, weight, a, b, c, d, e):
+        x = a + b * c + d * e  # enough to be stored before it is used
+        value = x.unflatten(1, (12, 28)).permute(0, 1, 3, 4, 2)
+        return kernels.na2d_av(attn, value, 3), kernels.depthwise_conv2d(x, weight)
+
+    maps = [random_tensor(2, 336, 7, 7).to(memory_format=torch.channels_last) for _ in range(5)]
+    inputs = random_tensor(2, 12, 7, 7, 9), random_tensor(336, 1, 5, 5), *maps
+    with torch._inductor.config.patch(disable_padding_cpu=False):
+        found = torch.compile(function, fullgraph=True, dynamic=False)(*inputs)
+    torch.testing.assert_close(found, function(*inputs))
