@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models.commands.progress import console
 from models.weight_files import read_safely, reason_of
 
 BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt", ".lock"
@@ -19,24 +18,10 @@ def plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What a run wrote to continue from, on the CPU. ValueError for any other file; code in it is not run."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
     try:
         state = read_safely(path)
     except Exception as error:  # a malformed file can make the reader fail in any way
-        raise ValueError(f"{path} {reason_of(error)}") from error
+        raise ValueError(f"it {reason_of(error)}") from error
     if not isinstance(state, dict) or not {"step", "settings"} <= state.keys():
-        raise ValueError(f"{path} is not a training state: it has no step and no settings")
+        raise ValueError("it has no step and no settings")
     return state
-
-
-def event_writer(output: Path, step: int) -> Any:
-    """TensorBoard's writer, which leaves out what a killed run wrote after ``step``; None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    except Exception as error:  # an installation that does not fit must not end a training
-        console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
-        return None
-    return SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

@@ -5,8 +5,8 @@
 
 DIR holds train and val, each with one folder for every class. The run keeps in --output: state.pt (to continue),
 log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights, which tell evaluate and
-classify (--run) what they are of, and where TensorBoard is installed its events. Call the same command again after a
-kill and it continues, with the result it would have had.
+classify (--run) what they are of. Call the same command again after a kill and it continues, with the result it would
+have had.
 
 AdamW; linear warm-up, then half a cosine; random-resized crops and flips; label smoothing; the averaged weights (EMA)
 are the ones evaluated and kept. OverLoCK trains with its auxiliary loss; VOLO on its summed logits, or, with
@@ -19,7 +19,7 @@ with from scratch on ImageNet-1k, and options beside it change that:
             mix-token; the authors' token labels come from a larger network, here each token has its image's label
 
 The images per step are divided among the processes; where a GPU holds fewer, --accumulate divides them further.
-Mixup, CutMix, RandAugment, erasing and repeated augmentation are timm's and need it installed.
+Mixup, CutMix, RandAugment and erasing are timm's and need it installed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from models.commands.augmentation import rand_augment, random_erasing
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
-from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
+from models.commands.images import Augmentation, Preprocessing
 from models.commands.progress import console
 from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
 from models.commands.training import Trainer
@@ -148,8 +148,6 @@ def run(arguments: argparse.Namespace) -> int:
             _tell(trainer, arguments.model, training, validation, resumed)
         try:
             trainer.fit()
-        except (UnreadableImageError, FloatingPointError) as error:
-            raise CommandError(str(error)) from error
         except WriteError as error:
             raise CommandError(f"{error}; the same command continues from the last state, once it can") from error
         if distributed.rank() == 0:
@@ -191,7 +189,6 @@ def make_trainer(
         "training_images": training.digest(),
         "validation_images": None if validation is None else validation.digest(),
     }
-    images = EvaluationImages([] if validation is None else validation.samples, preprocessing, preprocessing.channels)
     options = {name: value for name, value in arguments.options.items() if name not in NOT_KEPT}
     metadata = Metadata(arguments.model, options, **asdict(preprocessing), classes=tuple(training.classes))
     try:
@@ -202,7 +199,7 @@ def make_trainer(
         model.to(device),
         recipe,
         TrainingImages(training.samples, augmentation, recipe.seed),
-        None if validation is None else images,
+        None if validation is None else EvaluationImages(validation.samples, preprocessing),
         device,
         folder=arguments.output,
         settings=settings,

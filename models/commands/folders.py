@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.commands.images import Augmentation, UnreadableImageError, read_image
+from models.commands.images import Augmentation, Preprocessing, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-Item = tuple[Tensor, int] | str  # an image and its label; or why a file cannot be decoded, as workers cannot raise it
 
 
 class ImageFolder:
@@ -38,11 +36,11 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(f"DIR: there is no folder {self.root}")
-        seen = {os.path.realpath(self.root)}
+        root = os.path.realpath(self.root)  # to which a link may lead back
         self.classes = sorted(
             entry.name
-            for entry in os.scandir(self.root)
-            if entry.is_dir() and not entry.name.startswith(".") and os.path.realpath(entry.path) not in seen
+            for entry in os.scandir(root)
+            if entry.is_dir() and not entry.name.startswith(".") and os.path.realpath(entry.path) != root
         )
         if not self.classes:
             raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
@@ -50,7 +48,7 @@ class ImageFolder:
         for label, name in enumerate(self.classes):
             if len(name.splitlines()) > 1:  # names are kept one per line
                 raise ValueError(f"DIR: the class folder {name!r} has a line break in its name")
-            found = sorted(_images_below(os.path.join(self.root, name), set(seen)))
+            found = sorted(_images_below(os.path.join(self.root, name), {root}))
             if not found:
                 raise ValueError(f"DIR: the class folder {self.root / name} holds no image ({' '.join(SUFFIXES)})")
             self.samples += [(path, label) for path in found]
@@ -64,41 +62,38 @@ class ImageFolder:
 
 
 def _images_below(folder: str, seen: set[str]) -> Iterator[str]:
-    """Of every folder once, whichever links lead to it, and of none that was ``seen`` before."""
-    seen.add(os.path.realpath(folder))
+    """Of every folder once, whichever links lead to it, and of none that is in ``seen``."""
     for path, folders, files in os.walk(folder, followlinks=True):
-        real = {os.path.realpath(os.path.join(path, name)): name for name in sorted(folders, reverse=True)}
-        folders[:] = sorted(name for target, name in real.items() if target not in seen)
-        seen |= real.keys()
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.join(path, name)
 
 
-class EvaluationImages(Dataset[Item]):
+class EvaluationImages(Dataset[tuple[Tensor, int]]):
     """Index -> (image, label), the same each time."""
 
-    def __init__(
-        self, samples: Sequence[tuple[str, int]], transform: Callable[[Image.Image], Tensor], channels: int = 3
-    ) -> None:
-        self.samples, self.transform, self.channels = samples, transform, channels
+    def __init__(self, samples: Sequence[tuple[str, int]], preprocessing: Preprocessing) -> None:
+        self.samples, self.preprocessing = samples, preprocessing
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        try:
-            return self.transform(read_image(path, self.channels)), label
-        except UnreadableImageError as error:
-            return str(error)
+        return self.preprocessing(read_image(path, self.preprocessing.channels)), label
 
 
-class TrainingImages(Dataset[Item]):
-    """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
+class TrainingImages(Dataset[tuple[Tensor, int]]):
+    """(epoch, index) -> (augmented image, label).
 
-    What is drawn depends on seed, draw and index alone: not on the process that draws, nor on what came before. So a
-    run that continues after a kill sees what it would have seen.
+    The augmentation depends on seed, epoch and index alone: neither on the process that draws it nor on what was drawn
+    before. So a run that continues after a kill sees what it would have seen.
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]], augmentation: Augmentation, seed: int) -> None:
@@ -107,28 +102,13 @@ class TrainingImages(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        draw, index = key
-        generator = random.Random(f"{self.seed} {draw} {index}")
-        channels = self.augmentation.preprocessing.channels
-        return EvaluationImages(self.samples, lambda image: self.augmentation(image, generator), channels)[index]
-
-
-class Batch(NamedTuple):
-    """images [B, C, H, W] and labels [B] of what could be read, and a message for each file that could not."""
-
-    images: Tensor
-    labels: Tensor
-    unreadable: list[str]
-
-
-def collate(items: Sequence[Item]) -> Batch:
-    read = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([image for image, _ in read]) if read else torch.empty(0, 0, 0, 0)
-    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
-    return Batch(images, labels, [item for item in items if isinstance(item, str)])
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        path, label = self.samples[index]
+        generator = random.Random(f"{self.seed} {epoch} {index}")
+        return self.augmentation(read_image(path, self.augmentation.preprocessing.channels), generator), label
 
 
 def loader(dataset: Dataset[Any], device: torch.device, workers: int, **options: Any) -> DataLoader[Any]:
-    """Batches as ``collate`` makes them, loaded by ``workers`` processes (0: by this one)."""
-    return DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda", **options)
+    """Batches, loaded by ``workers`` processes (0: by this one)."""
+    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)

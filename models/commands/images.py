@@ -18,17 +18,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from models._contract import BackboneContract
+from models.commands.dispatch import CommandError
 from models.commands.sampling import seeded
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for so many channels
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands PostScript, for one, to another program
-BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 LONGEST = 8  # times a crop's ratio of sides: what of a strip is resized
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(CommandError, ValueError):
     """A file that is no image, or a damaged one; the message names it."""
+
+    def __str__(self) -> str:  # a DataLoader puts the traceback of its worker in front of the message
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:
@@ -74,12 +77,8 @@ def _eight_bits(file: Image.Image) -> Image.Image:
         return file
     if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
         kind = "floating-point" if file.mode == "F" else "signed or 32-bit"
-        raise ValueError(f"its values are {kind} numbers, of which none is known to be white; save it in 8 or 16 bits")
-    tags = getattr(file, "tag_v2", {})  # a TIFF's: it may have 12 bits
-    white = 2 ** tags.get(BITS, (16,))[0] - 1
-    pixels = (np.asarray(file).astype(np.uint32) * 255 + white // 2) // white
-    pixels = pixels.clip(max=255).astype(np.uint8)
-    return Image.fromarray(255 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels)
+        raise ValueError(f"its values are {kind} numbers, and nothing says which is white; save it in 8 or 16 bits")
+    return Image.fromarray(((np.asarray(file).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 @dataclass(frozen=True)
