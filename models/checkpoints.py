@@ -77,20 +77,6 @@ def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = 
         warnings.warn(note, stacklevel=2)
 
 
-def load_pretrained(model: nn.Module, url: str) -> None:
-    """``load_checkpoint`` for the official weights at ``url``.
-
-    Raises:
-        ValueError: as ``load_checkpoint``, or ``url`` is empty: nobody publishes weights that can be downloaded.
-    """
-    if not url:
-        raise ValueError(
-            f"pretrained: no official weights of this {type(model).__name__} can be downloaded; "
-            "get the file by hand and pass checkpoint=PATH"
-        )
-    load_checkpoint(model, url)
-
-
 def local_file(path_or_url: PathLike) -> Path:
     """The file itself, downloaded where it is named by its address. Errors as for ``load_checkpoint``."""
     if not isinstance(path_or_url, str | os.PathLike):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from models.checks import integers, number, one_of
 from models.weight_files import is_safetensors, reason_of
 
 MARK, VERSION = "dynamic_kernels", "1"
@@ -34,7 +34,7 @@ class Metadata:
         classes: a name for every class.
 
     Raises:
-        ValueError: an entry that cannot be; the message begins with its name.
+        TypeError, ValueError: an entry of another type or out of range; the message begins with its name.
     """
 
     model: str
@@ -47,19 +47,19 @@ class Metadata:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        channels = len(self.mean) if isinstance(self.mean, tuple) else 0
-        for name, holds in (
-            ("model", isinstance(self.model, str)),
-            ("model_args", isinstance(self.model_args, dict)),
-            ("size", _numbers(self.size, 2, 1, 1 << 15) and all(isinstance(side, int) for side in self.size)),
-            ("crop_pct", _numbers((self.crop_pct,), 1, 0.01, 2)),
-            ("interpolation", self.interpolation in ("bilinear", "bicubic")),
-            ("mean", channels in (1, 3) and _numbers(self.mean, channels, -10, 10)),
-            ("std", _numbers(self.std, channels, 1e-6, 1e3)),
-            ("classes", isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)),
-        ):
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be")
+        for name, kind in (("model", str), ("model_args", dict), ("mean", tuple), ("std", tuple), ("classes", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        integers("size", self.size, 2, 1, 1 << 15)
+        number("crop_pct", self.crop_pct, 0.01, 2.01)
+        one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        one_of("len(mean)", len(self.mean), (1, 3))
+        one_of("len(std)", len(self.std), (len(self.mean),))
+        for mean, std in zip(self.mean, self.std, strict=True):
+            number("mean", mean, -10, 10)
+            number("std", std, 1e-6, 1e3)
+        if not all(isinstance(name, str) for name in self.classes):
+            raise TypeError(f"classes must be strings, got {self.classes!r}")
 
     def header(self) -> dict[str, str]:
         """Entries of a .safetensors header. TypeError where model_args hold more than plain values."""
@@ -89,7 +89,7 @@ class Metadata:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
-    """What the file says of itself; None where it says nothing, as in any other format, or is none.
+    """What the file says of itself; None where it says nothing, as files of any other format, or does not exist.
 
     Raises:
         ValueError: it says what cannot be.
@@ -107,19 +107,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
     if header[MARK] != VERSION:
         raise ValueError(f"checkpoint: the header of {path} is of version {header[MARK]!r}, not {VERSION}")
     try:
-        return Metadata(**{known.name: _tuples(json.loads(header[known.name])) for known in fields(Metadata)})
+        entries = {known.name: json.loads(header[known.name]) for known in fields(Metadata)}
+        return Metadata(**{name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()})
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"checkpoint: the header of {path} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _tuples(value: Any) -> Any:
-    """``value`` as it was before JSON made lists of its tuples."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    return {name: _tuples(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-def _numbers(values: Any, count: int, least: float, most: float) -> bool:
-    """Whether these are so many finite numbers between the bounds."""
-    kinds = isinstance(values, tuple) and len(values) == count and all(type(v) in (int, float) for v in values)
-    return kinds and all(math.isfinite(v) and least <= v <= most for v in values)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from models._contract import BackboneContract
-from models.checkpoints import load_checkpoint, load_pretrained, local_file
+from models.checkpoints import load_checkpoint, local_file
 from models.checks import flag
 from models.inference import optimize_for_inference
 from models.metadata import read_metadata
@@ -51,8 +51,12 @@ def variant(
         flag("pretrained", pretrained)
         model = family(**{**options, **kwargs})
         model.pretrained_cfg = dict(config if config_of is None else config_of(model))
+        if pretrained and not model.pretrained_cfg["url"]:
+            raise ValueError(
+                f"pretrained: {name} has no official weights to download; pass their file, checkpoint=PATH"
+            )
         if pretrained:
-            load_pretrained(model, model.pretrained_cfg["url"])
+            load_checkpoint(model, model.pretrained_cfg["url"])
         return model
 
     build.__name__ = build.__qualname__ = name

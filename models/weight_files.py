@@ -8,7 +8,7 @@ import threading
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 PathLike = str | os.PathLike[str]
 
-# Where training scripts put the state dict, and where they put averages of the weights, each in order of preference.
+# Where training scripts put the state dict, in order of preference; those of AVERAGES hold averages of the weights.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "params", "weights")
 CONTAINERS += ("module", "student", "teacher", "shadow")
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
+CONTAINERS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
+AVERAGES = set(CONTAINERS[-7:])
 MOST_TABLES = 100  # containers inside containers that are looked into
 # torch.compile, activation checkpointing and FSDP add a component to a name wherever they wrap a module.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
@@ -82,9 +83,10 @@ def read_weights(path: PathLike) -> Weights:
         content = reader(path)
     except Exception as error:  # a malformed file can make the readers fail in any way
         raise ValueError(f"checkpoint: {path} {reason_of(error)}") from error
-    under, averaged = _averages(content)
-    last = _state_dict(content)
-    if not last and not averaged:
+    found = list(_tables(content, (), set()))
+    last = next((table for keys, table in found if not AVERAGES & set(keys)), None)
+    under, averaged = next(((k, table) for keys, table in found for k in keys if k in AVERAGES), ("", None))
+    if not found:
         raise ValueError(f"checkpoint: {path} holds no state dict{_instead(content)}")
     return Weights(last, averaged, under)
 
@@ -171,36 +173,21 @@ def reason_of(error: Exception) -> str:
 # ---- what is around a state dict
 
 
-def _is_new(content: Any, seen: set[int]) -> bool:
-    """Whether this is a table not met before: a file may hold one inside itself, and more of them than anyone needs."""
-    new = isinstance(content, Mapping) and id(content) not in seen and len(seen) < MOST_TABLES
+def _tables(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """The tensors by name of every container that has any, the preferred ones first, and the keys that lead there.
+
+    A file may hold a container inside itself, and more of them than anyone needs: each is looked into once.
+    """
+    if not isinstance(content, Mapping) or id(content) in seen or len(seen) >= MOST_TABLES:
+        return
     seen.add(id(content))
-    return new
-
-
-def _state_dict(content: Any, seen: set[int] | None = None) -> dict[str, Tensor] | None:
-    """The tensors by name in the first container that has any, else in ``content`` itself."""
-    seen = set() if seen is None else seen
-    if not _is_new(content, seen):
-        return None
     for key in CONTAINERS:
-        if found := _state_dict(content.get(key), seen):
-            return found
-    return {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)} or None
-
-
-def _averages(content: Any, seen: set[int] | None = None) -> tuple[str, dict[str, Tensor] | None]:
-    seen = set() if seen is None else seen
-    if not _is_new(content, seen):
-        return "", None
-    for key in AVERAGES:
         # MMEngine exchanges the two as it saves: its state_dict is the average.
-        if key == "ema_state_dict" and "message_hub" in content:
-            continue
-        if found := _state_dict(content.get(key)):
-            return key, found
-    inside = (_averages(content.get(key), seen) for key in CONTAINERS)
-    return next((found for found in inside if found[1]), ("", None))
+        if key != "ema_state_dict" or "message_hub" not in content:
+            yield from _tables(content.get(key), (*keys, key), seen)
+    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if tensors:
+        yield keys, tensors
 
 
 def _instead(content: Any) -> str:

@@ -383,7 +383,7 @@ def test_pretrained_configuration(family, monkeypatch):
     for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
         assert model.get_submodule(name).weight.shape[0] == 1000
     loaded = []
-    monkeypatch.setattr(registry, "load_pretrained", lambda model, url: loaded.append(url))
+    monkeypatch.setattr(registry, "load_checkpoint", lambda model, url: loaded.append(url))
     for (variant, size), address in FAMILY[family].addresses.items():
         assert on_meta(variant, **({} if size is None else {"img_size": size})).default_cfg["url"] == address
         if size is None:
