@@ -107,7 +107,8 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
     if header[MARK] != VERSION:
         raise ValueError(f"checkpoint: the header of {path} is of version {header[MARK]!r}, not {VERSION}")
     try:
-        entries = {known.name: json.loads(header[known.name]) for known in fields(Metadata)}
-        return Metadata(**{name: tuple(v) if isinstance(v, list) else v for name, v in entries.items()})
+        entries: dict[str, Any] = {known.name: json.loads(header[known.name]) for known in fields(Metadata)}
+        entries |= {name: tuple(value) for name, value in entries.items() if isinstance(value, list)}
+        return Metadata(**entries)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"checkpoint: the header of {path} is damaged: {type(error).__name__}: {error}") from error
