@@ -12,7 +12,7 @@ A family derives from ``BackboneContract`` and provides
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.checks import flag, integer, number, one_of
+from models.feature_info import FeatureInfo
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -39,39 +40,6 @@ def pretrained_config(**overrides: Any) -> dict[str, Any]:
         "std": IMAGENET_STD,
         "classifier": (),
     } | overrides
-
-
-class FeatureInfo(list[dict[str, Any]]):
-    """``dict(num_chs=…, reduction=…, module=…)`` of every feature map, with timm's accessors.
-
-    Each gives its entry of the returned maps, ``out_indices`` (None: all), of one map ``idx``, or of several.
-    """
-
-    def __init__(self, maps: Iterable[dict[str, Any]], out_indices: Sequence[int] | None = None) -> None:
-        super().__init__(maps)
-        self.out_indices = tuple(range(len(self)) if out_indices is None else out_indices)
-
-    def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
-        if isinstance(idx, int):
-            return self[idx][key]
-        return [self[i][key] for i in (self.out_indices if idx is None else idx)]
-
-    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
-        return self.get("num_chs", idx)
-
-    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Pixels of the image per position of the map and axis."""
-        return self.get("reduction", idx)
-
-    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
-        """The dicts, or ``keys`` of them."""
-        if isinstance(idx, int):
-            return {key: self[idx][key] for key in keys or self[idx]}
-        return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
-
-    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The module after which the map is taken."""
-        return self.get("module", idx)
 
 
 class Stage(nn.Sequential):

@@ -23,6 +23,13 @@ def integer(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> int
     return result
 
 
+def odd(name: str, value: Any) -> int:
+    """An odd integer of at least 1."""
+    if integer(name, value) % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {value}")
+    return int(value)
+
+
 def integers(
     name: str, values: Any, length: int | None = None, minimum: int = 1, maximum: int = MOST
 ) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import SplitResult, quote, unquote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 from rich.console import Console
@@ -103,6 +104,16 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class _Redirects(HTTPRedirectHandler):
+    """Follows to other http addresses, from https to https alone; Python by itself follows to ftp as well."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        scheme = urlsplit(newurl).scheme
+        if scheme != "https" and scheme != req.type:
+            raise HTTPError(newurl, code, f"a redirection from {req.type} to {scheme} is not followed", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _download(parts: SplitResult, file: Path, path: Path) -> None:
     """ConnectionError after several attempts, or at once where the server refuses."""
     address = parts._replace(path=quote(parts.path, SAFE), query=quote(parts.query, SAFE), fragment="").geturl()
@@ -113,9 +124,7 @@ def _download(parts: SplitResult, file: Path, path: Path) -> None:
             file.unlink(missing_ok=True)  # what is there may be a link to somewhere else
             target = open(file, "xb")  # noqa: SIM115
         try:
-            with target, urlopen(request, timeout=TIMEOUT) as response:
-                if not response.url.startswith(("https:", f"{parts.scheme}:")):
-                    raise ConnectionError(f"it leads to {response.url}, which is not followed")
+            with target, build_opener(_Redirects).open(request, timeout=TIMEOUT) as response:
                 with wrap_file(response, response.length or 0, **told) as body:
                     while block := body.read(1 << 18):
                         with writing(file):

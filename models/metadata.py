@@ -14,50 +14,64 @@ from typing import Any
 from safetensors import safe_open
 
 from models.checks import integers, number, one_of
-from models.weight_files import is_safetensors, reason_of
+from models.safe_load import reason_of
+from models.weight_files import is_safetensors
 
 MARK, VERSION = "dynamic_kernels", "1"
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """How a model was built and what it was shown.
+class InputFormat:
+    """The images that a model was trained for.
 
     Args:
-        model: its name, as for ``create_model``.
-        model_args: what its function was given, but for the number of classes.
-        size: height and width of its images, in pixels.
+        size: height and width, in pixels.
         crop_pct: share of an image's shorter side that the test crop takes.
         interpolation: "bilinear" or "bicubic".
-        mean: of each channel, in 0..1.
+        mean: of each channel, in 0..1; its length is the number of channels.
         std: of each channel.
-        classes: a name for every class.
 
     Raises:
         TypeError, ValueError: an entry of another type or out of range; the message begins with its name.
     """
 
-    model: str
-    model_args: dict[str, Any]
     size: tuple[int, int]
     crop_pct: float
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name, kind in (("model", str), ("model_args", dict), ("mean", tuple), ("std", tuple), ("classes", tuple)):
-            if not isinstance(getattr(self, name), kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         integers("size", self.size, 2, 1, 1 << 15)
         number("crop_pct", self.crop_pct, 0.01, 2.01)
         one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
-        one_of("len(mean)", len(self.mean), (1, 3))
-        one_of("len(std)", len(self.std), (len(self.mean),))
-        for mean, std in zip(self.mean, self.std, strict=True):
-            number("mean", mean, -10, 10)
-            number("std", std, 1e-6, 1e3)
+        for name, least, below in (("mean", -10, 10), ("std", 1e-6, 1e3)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) not in (1, 3) or len(values) != len(self.mean):
+                raise ValueError(f"{name} must be 1 or 3 numbers, as many as mean, got {values!r}")
+            for value in values:
+                number(name, value, least, below)
+
+
+@dataclass(frozen=True)
+class Metadata(InputFormat):
+    """How a model was built and what it was shown.
+
+    Args:
+        model: its name, as for ``create_model``.
+        model_args: what its function was given, but for the number of classes.
+        classes: a name for every class.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in (("model", str), ("model_args", dict), ("classes", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         if not all(isinstance(name, str) for name in self.classes):
             raise TypeError(f"classes must be strings, got {self.classes!r}")
 

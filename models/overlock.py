@@ -20,21 +20,9 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integers
-from models.layers import (
-    ContMix,
-    DilatedReparamBlock,
-    DropPath,
-    GELU2d,
-    GlobalResponseNorm,
-    LayerNorm2d,
-    LayerScale,
-    PointwiseConv2d,
-    ResidualDepthwiseConv2d,
-    SqueezeExcite,
-)
-from models.layers.basic import add_scaled, to_channels_last
-from models.layers.fusion import as_built, last_convolution
-from models.layers.tracing import leaf
+from models.layers import DilatedReparamBlock, GELU2d, LayerNorm2d, LayerScale, PointwiseConv2d
+from models.layers.basic import to_channels_last
+from models.layers.overlock_blocks import DynamicConvBlock, RepConvBlock
 from models.registry import variant
 
 
@@ -51,115 +39,6 @@ def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
     """[B, in_channels, H, W] -> [B, out_channels, ⌈H/2⌉, ⌈W/2⌉]."""
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-
-
-def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
-    """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
-    inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
-    return [PointwiseConv2d(channels, hidden), *inside, PointwiseConv2d(hidden, channels)]
-
-
-class RepConvBlock(nn.Module):
-    """Base-Net and Overview-Net block: x ← x + dw₃(x), then ls(x) + drop_path(MLP(SE(BN(dilated reparam_K(LN(x)))))).
-
-    x [B, channels, H, W]; ``mlp_ratio`` is the MLP's hidden width over ``channels``, ``residual_scale`` gives the
-    residual its layer scale ls, ``reparam`` builds the merged form.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        *,
-        mlp_ratio: int = 4,
-        drop_path: float = 0.0,
-        residual_scale: bool = False,
-        reparam: bool = False,
-    ) -> None:
-        super().__init__()
-        self.dwconv = ResidualDepthwiseConv2d(channels)
-        self.proj = nn.Sequential(
-            LayerNorm2d(channels, eps=1e-6),
-            DilatedReparamBlock(channels, kernel_size, merged=reparam),
-            nn.BatchNorm2d(channels),
-            SqueezeExcite(channels),
-            *feed_forward(channels, mlp_ratio * channels),
-            DropPath(drop_path),
-        )
-        self.ls = LayerScale(channels) if residual_scale else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(x)
-        return add_scaled(self.ls, x, self.proj(x))
-
-    def folded(self) -> nn.Module:
-        _move_shift(self.ls, self.proj)
-        return self
-
-
-class DynamicConvBlock(ContMix):
-    """Focus-Net block: mixes features x under the guidance of the context h, and updates both.
-
-    A ``ContMix`` by inheritance because the official names put its parameters directly in the block. Its kernel size
-    K is that of the static large kernel, too. In the ``first`` block h is the reference itself as yet, so there is
-    nothing to renew it from.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        context_channels: int,
-        kernel_size: int,
-        num_heads: int,
-        *,
-        mlp_ratio: int = 3,
-        drop_path: float = 0.0,
-        first: bool = False,
-        reparam: bool = False,
-    ) -> None:
-        super().__init__(channels, context_channels, kernel_size, num_heads)
-        width = channels + context_channels
-        self.x_scale = None if first else LayerScale(context_channels)
-        self.h_scale = None if first else LayerScale(context_channels)
-        self.dwconv1 = ResidualDepthwiseConv2d(width)
-        self.norm1 = LayerNorm2d(width, eps=1e-6)
-        self.fusion = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, groups=width),
-            nn.BatchNorm2d(width),
-            GELU2d(),
-            PointwiseConv2d(width, channels),
-            GlobalResponseNorm(channels),
-        )
-        self.dyconv_proj = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels))
-        self.lepe = nn.Sequential(DilatedReparamBlock(channels, kernel_size, merged=reparam), nn.BatchNorm2d(channels))
-        self.se_layer = SqueezeExcite(channels)
-        self.gate = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels), nn.SiLU())
-        self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv2d(channels, width))
-        self.dwconv2 = ResidualDepthwiseConv2d(width)
-        self.norm2 = LayerNorm2d(width, eps=1e-6)
-        self.mlp = nn.Sequential(*feed_forward(width, mlp_ratio * channels))
-        self.ls1 = LayerScale(width)
-        self.ls2 = LayerScale(width)
-        self.drop_path = DropPath(drop_path)
-
-    @leaf
-    def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
-        """x [B, d, H, W], h and h_reference [B, c, H, W] -> new x and h, one above the other: [B, d + c, H, W]."""
-        if self.x_scale is not None and self.h_scale is not None:
-            h = add_scaled(self.h_scale, h_reference, self.x_scale(h))
-        residual = self.dwconv1(torch.cat((x, h), 1))
-        features = self.norm1(residual)
-        x = self.fusion(features)
-        mixed = self.dyconv_proj(self.mix(x, features)) + self.lepe(x)
-        x = add_scaled(self.ls1, residual, self.drop_path(self.proj(self.se_layer(mixed) * self.gate(x))))
-        x = self.dwconv2(x)
-        return add_scaled(self.ls2, x, self.drop_path(self.mlp(self.norm2(x))))
-
-    def folded(self) -> nn.Module:
-        _move_shift(self.ls1, self.proj)
-        _move_shift(self.ls2, self.mlp)
-        _move_shift(self.h_scale, self.x_scale)
-        return super().folded()
 
 
 class FocusStage(Stage):
@@ -451,14 +330,6 @@ class OverLoCK(BackboneContract):
                 (r"^patch_embedx", (4, *first)),
             ],
         }
-
-
-def _move_shift(scale: Any, branch: Any) -> None:
-    """Layer scale and branch are summed, so the last convolution of the branch, or its own scale, may add the shift."""
-    last = branch if as_built(branch, LayerScale) else last_convolution(branch)
-    if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
-        last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
-        scale.bias = None
 
 
 def _initialise(module: nn.Module) -> None:

@@ -28,7 +28,7 @@ from kernels.files import write_json
 from models.commands import arguments as common
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import plain
-from models.commands.folders import EvaluationImages, ImageFolder, loader
+from models.commands.folders import UNREADABLE, EvaluationImages, ImageFolder, loader
 from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console
 from models.commands.types import DTYPES, positive
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result here, as JSON")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
+    group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out, and say so")
     group.add_argument("--resume", type=Path, metavar="FILE", help="keep the count here, and continue from it")
     told = "batches between writes of it (%(default)s)"
     group.add_argument("--save-every", type=positive, default=20, metavar="N", help=told)
@@ -63,7 +64,7 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
     Raises:
         ValueError: the file is another's, or counts something else; the message names what differs.
     """
-    count = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "seconds": 0.0}
+    count = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "skipped": [], "seconds": 0.0}
     if path is None or not path.exists():
         return count
     if not path.is_file():  # a pipe would be waited for, a device would never end
@@ -72,7 +73,8 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
         written = json.loads(path.read_text(encoding="utf-8"))
         count = {name: written[name] for name in count}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
-        possible = 0 <= count["top1"] <= count["top5"] <= count["position"] <= total and count["seconds"] > 0
+        images = count["position"] - len(count["skipped"])
+        possible = 0 <= count["top1"] <= count["top5"] <= images <= count["position"] <= total and count["seconds"] > 0
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:
@@ -119,13 +121,16 @@ def run(arguments: argparse.Namespace) -> int:
         count = read_count(arguments.resume, settings, len(folder.samples))
     place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (optimize_for_inference(model) if arguments.inference else model).to(place)
-    count_images(model, EvaluationImages(folder.samples, preprocessing), count, arguments)
-    images, seconds = count["position"], count["seconds"]
+    count_images(model, EvaluationImages(folder.samples, preprocessing, arguments.skip_unreadable), count, arguments)
+    images, seconds = count["position"] - len(count["skipped"]), count["seconds"]
+    if images == 0:
+        raise CommandError(f"DIR: no image in {folder.root} can be read")
     result = {
         "checkpoint": "official" if arguments.pretrained else arguments.checkpoint,
         **{name: settings[name] for name in ("model", "size", "crop_pct", "interpolation", "dtype")},
         **{name: 100 * count[name] / images for name in ("top1", "top5")},
         "images": images,
+        "skipped": count["skipped"],
         "seconds": seconds,
         "images_per_second": images / seconds,
     }
@@ -136,6 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
         seen = f"{height}×{width} (crop {result['crop_pct']}, {result['interpolation']}, {result['dtype']})"
         print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %")
         print(f"{arguments.model} on {images} images at {seen}, {images / seconds:.1f} images/s with loading")
+    for path in result["skipped"]:
+        console.print(f"left out, since it cannot be read: {path}", markup=False)
     sys.stdout.flush()  # before the file, whose disk may be full
     if arguments.output is not None:
         write_json(arguments.output, result)
@@ -164,7 +171,7 @@ def count_images(model: nn.Module, images: EvaluationImages, count: dict[str, An
     """Brings ``count`` to the end of the images; with --resume, also on disk.
 
     Raises:
-        UnreadableImageError: a file that cannot be decoded.
+        UnreadableImageError: a file that cannot be decoded, and --skip-unreadable was not given.
     """
     place = next(model.parameters()).device
     rest = Subset(images, range(count["position"], len(images)))
@@ -175,6 +182,8 @@ def count_images(model: nn.Module, images: EvaluationImages, count: dict[str, An
             bar.say(f"continues after {count['position']} of {len(images)} images")
         for number, (logits, labels) in enumerate(predict(model, batches, place, DTYPES[arguments.dtype]), 1):
             top1, top5 = count_correct(logits, labels).tolist()
+            skipped = (labels == UNREADABLE).nonzero().flatten().tolist()
+            count["skipped"] += [images.samples[count["position"] + index][0] for index in skipped]
             count["top1"] += top1
             count["top5"] += top5
             count["position"] += len(labels)
@@ -182,4 +191,5 @@ def count_images(model: nn.Module, images: EvaluationImages, count: dict[str, An
             due = number % arguments.save_every == 0 or count["position"] == len(images)
             if due and arguments.resume is not None:
                 write_json(arguments.resume, count)
-            bar.advance(len(labels), f"top-1 {100 * count['top1'] / count['position']:.2f} %")
+            read = count["position"] - len(count["skipped"])
+            bar.advance(len(labels), f"top-1 {100 * count['top1'] / max(1, read):.2f} %")

@@ -5,8 +5,8 @@
 
 DIR holds train and val, each with one folder for every class. The run keeps in --output: state.pt (to continue),
 log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights, which tell evaluate and
-classify (--run) what they are of. Call the same command again after a kill and it continues, with the result it would
-have had.
+classify (--run) what they are of, and where TensorBoard is installed its events. Call the same command again after a
+kill and it continues, with the result it would have had.
 
 AdamW; linear warm-up, then half a cosine; random-resized crops and flips; label smoothing; the averaged weights (EMA)
 are the ones evaluated and kept. OverLoCK trains with its auxiliary loss; VOLO on its summed logits, or, with
@@ -19,7 +19,7 @@ with from scratch on ImageNet-1k, and options beside it change that:
             mix-token; the authors' token labels come from a larger network, here each token has its image's label
 
 The images per step are divided among the processes; where a GPU holds fewer, --accumulate divides them further.
-Mixup, CutMix, RandAugment and erasing are timm's and need it installed.
+Mixup, CutMix, RandAugment, erasing and repeated augmentation are timm's and need it installed.
 """
 
 from __future__ import annotations
@@ -190,7 +190,9 @@ def make_trainer(
         "validation_images": None if validation is None else validation.digest(),
     }
     options = {name: value for name, value in arguments.options.items() if name not in NOT_KEPT}
-    metadata = Metadata(arguments.model, options, **asdict(preprocessing), classes=tuple(training.classes))
+    metadata = Metadata(
+        **asdict(preprocessing), model=arguments.model, model_args=options, classes=tuple(training.classes)
+    )
     try:
         metadata.header()
     except TypeError as error:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.commands.images import Augmentation, Preprocessing, read_image
+from models.commands.images import Augmentation, Preprocessing, UnreadableImageError, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+UNREADABLE = -1
 
 
 class ImageFolder:
@@ -76,23 +77,28 @@ def _images_below(folder: str, seen: set[str]) -> Iterator[str]:
 
 
 class EvaluationImages(Dataset[tuple[Tensor, int]]):
-    """Index -> (image, label), the same each time."""
+    """Index -> (image, label), the same each time; with ``skip`` the label of an unreadable file is ``UNREADABLE``."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], preprocessing: Preprocessing) -> None:
-        self.samples, self.preprocessing = samples, preprocessing
+    def __init__(self, samples: Sequence[tuple[str, int]], preprocessing: Preprocessing, skip: bool = False) -> None:
+        self.samples, self.preprocessing, self.skip = samples, preprocessing, skip
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.preprocessing(read_image(path, self.preprocessing.channels)), label
+        try:
+            return self.preprocessing(read_image(path, self.preprocessing.channels)), label
+        except UnreadableImageError:
+            if not self.skip:
+                raise
+            return torch.zeros(self.preprocessing.channels, *self.preprocessing.size), UNREADABLE
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """(epoch, index) -> (augmented image, label).
+    """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
 
-    The augmentation depends on seed, epoch and index alone: neither on the process that draws it nor on what was drawn
+    The augmentation depends on seed, draw and index alone: neither on the process that draws it nor on what was drawn
     before. So a run that continues after a kill sees what it would have seen.
     """
 
@@ -103,9 +109,9 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
+        draw, index = key
         path, label = self.samples[index]
-        generator = random.Random(f"{self.seed} {epoch} {index}")
+        generator = random.Random(f"{self.seed} {draw} {index}")
         return self.augmentation(read_image(path, self.augmentation.preprocessing.channels), generator), label
 
 

@@ -20,10 +20,12 @@ from torch import Tensor
 from models._contract import BackboneContract
 from models.commands.dispatch import CommandError
 from models.commands.sampling import seeded
+from models.metadata import InputFormat
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for so many channels
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands PostScript, for one, to another program
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 LONGEST = 8  # times a crop's ratio of sides: what of a strip is resized
 
 
@@ -77,30 +79,21 @@ def _eight_bits(file: Image.Image) -> Image.Image:
         return file
     if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
         kind = "floating-point" if file.mode == "F" else "signed or 32-bit"
-        raise ValueError(f"its values are {kind} numbers, and nothing says which is white; save it in 8 or 16 bits")
-    return Image.fromarray(((np.asarray(file).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        raise ValueError(f"its values are {kind} numbers, of which none is known to be white; save it in 8 or 16 bits")
+    tags = getattr(file, "tag_v2", {})  # a TIFF's: it may have 12 bits
+    white = 2 ** tags.get(BITS, (16,))[0] - 1
+    pixels = (np.asarray(file).astype(np.uint32) * 255 + white // 2) // white
+    pixels = pixels.clip(max=255).astype(np.uint8)
+    return Image.fromarray(255 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels)
 
 
-@dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(InputFormat):
     """The test crop: resize until the centred crop of ``size`` covers ``crop_pct`` of the shorter side, then cut it.
 
     Sides are rounded as torchvision's ``Resize`` and ``CenterCrop`` do, which the published numbers were measured
-    with; a ``crop_pct`` above 1 leaves a black frame, as there. Then (x / 255 − mean) / std, channel by channel.
-
-    Args:
-        size: height and width of the result, in pixels.
-        crop_pct: share of the shorter side that is kept.
-        interpolation: "bilinear" or "bicubic", both antialiased.
-        mean: of each channel, in 0..1; its length is the number of channels.
-        std: of each channel.
+    with; a ``crop_pct`` above 1 leaves a black frame, as there. Interpolation is antialiased. Then (x / 255 − mean) /
+    std, channel by channel.
     """
-
-    size: tuple[int, int]
-    crop_pct: float
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     @classmethod
     def of(

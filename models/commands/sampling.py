@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from models.commands import distributed
+from models.commands.augmentation import timm_part
 from models.commands.recipe import Recipe
 
 
@@ -38,32 +39,44 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """The keys (epoch, index) of every batch of a run from one step on, for the process of this rank.
+    """The keys (draw, index) of every batch of a run from one step on, for the process of this rank.
 
-    Each epoch is a new permutation; its images that fill no whole step are left out.
+    Each epoch is a new permutation; its images that fill no whole step are left out. The draw, epoch · repeats + copy,
+    numbers what an image was augmented to: with ``repeats`` an epoch sees fewer images, each of them so many times.
 
     Raises:
         ValueError: there are fewer images than a step takes.
+        ImportError: repeated augmentation needs timm.
     """
 
     def __init__(self, dataset: Dataset[Any], recipe: Recipe, first_step: int = 0) -> None:
         self.recipe, self.first_step = recipe, first_step
-        ranks, length = distributed.world_size(), len(dataset)  # pyright: ignore[reportArgumentType]
+        self.ranks, self.rank = distributed.world_size(), distributed.rank()
+        length = len(dataset)  # pyright: ignore[reportArgumentType]
         self.images = recipe.batch * recipe.accumulate  # per step, in this process
-        self.steps_per_epoch = length // (self.images * ranks)
+        self.steps_per_epoch = length // (self.images * self.ranks)
         if self.steps_per_epoch == 0:
-            per_step = f"{self.images * ranks} images (--batch × --accumulate × processes)"
+            per_step = f"{self.images * self.ranks} images (--batch × --accumulate × processes)"
             raise ValueError(f"a step takes {per_step}, there are only {length}")
-        self.sampler = DistributedSampler(dataset, ranks, distributed.rank(), seed=recipe.seed, drop_last=True)
+        if recipe.repeats > 1:
+            repeated = timm_part("distributed_sampler", "RepeatAugSampler", "--repeats")
+            self.sampler = repeated(dataset, self.ranks, self.rank, num_repeats=recipe.repeats, selected_round=0)
+        else:
+            self.sampler = DistributedSampler(dataset, self.ranks, self.rank, seed=recipe.seed, drop_last=True)
 
     def __len__(self) -> int:
         return (self.recipe.epochs * self.steps_per_epoch - self.first_step) * self.recipe.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first_epoch, start = divmod(self.first_step, self.steps_per_epoch)
+        repeats = self.recipe.repeats
         for epoch in range(first_epoch, self.recipe.epochs):
-            self.sampler.set_epoch(epoch)
-            keys = [(epoch, index) for index in self.sampler][: self.steps_per_epoch * self.images]
+            # timm's sampler knows no seed but the epoch; it deals an image's copies out in turn.
+            self.sampler.set_epoch(epoch if repeats == 1 else seed_of(self.recipe.seed, epoch))
+            keys = [
+                (epoch * repeats + (self.rank + position * self.ranks) % repeats, index)
+                for position, index in enumerate(self.sampler)
+            ][: self.steps_per_epoch * self.images]
             for first in range(start * self.images, len(keys), self.recipe.batch):
                 yield keys[first : first + self.recipe.batch]
             start = 0

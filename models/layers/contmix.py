@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from models.checks import integer
+from models.checks import integer, odd
 from models.layers.basic import to_channels_last
 from models.layers.fusion import convolves, fold_after, last_convolution
 from models.layers.pointwise import PointwiseConv2d
@@ -48,9 +48,7 @@ class ContMix(nn.Module):
     def __init__(self, channels: int, context_channels: int, kernel_size: int, num_heads: int) -> None:
         super().__init__()
         channels, context_channels = integer("channels", channels), integer("context_channels", context_channels)
-        kernel_size, num_heads = integer("kernel_size", kernel_size), integer("num_heads", num_heads)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        kernel_size, num_heads = odd("kernel_size", kernel_size), integer("num_heads", num_heads)
         if channels % (2 * num_heads):
             raise ValueError(f"channels must be a multiple of 2·num_heads = {2 * num_heads}, got {channels}")
         self.channels = channels

@@ -488,51 +488,10 @@ def test_another_number_of_channels_sums_or_tiles_the_first_convolution(in_chans
         torch.testing.assert_close(ours.weight, tiled * (3 / in_chans))
 
 
-def test_features_only_takes_the_stages_it_has(source, tmp_path):
-    torch.save(mmcls(source.state_dict()), tmp_path / "file.pth")
-    model = fresh(features_only=True, out_indices=(0, 1))
-    models.load_checkpoint(model, tmp_path / "file.pth")
-    assert equal(model.layer2, source.layer2)
-
-
-class Positions(nn.Module):
-    def __init__(self, height, width):
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.zeros(1, height, width, 4))
-
-
-def test_a_position_embedding_is_resized(tmp_path):
-    small, large = Positions(4, 4), Positions(9, 6)
-    rows = torch.linspace(-1, 1, 4)
-    small.pos_embed.data[:] = rows[None, :, None, None] * torch.arange(1, 5)
-    models.save_checkpoint(small, tmp_path / "file.pth")
-    models.load_checkpoint(large, tmp_path / "file.pth")
-    resized = large.pos_embed.detach()
-    torch.testing.assert_close(resized, resized[:, :, :1].expand_as(resized))  # constant rows stay constant
-    torch.testing.assert_close(resized, -resized.flip(1))
-    torch.testing.assert_close(resized[..., 3], 4 * resized[..., 0])
-    assert (resized[0, 1:, 0, 0] > resized[0, :-1, 0, 0]).all()
-
-
-def test_a_family_may_adapt_the_state_itself(source, tmp_path):
-    class Renamed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.zeros(3))
-
-        def adapt_state_dict(self, state):
-            return {"scale": state["gamma"]}
-
-    torch.save({"gamma": torch.arange(3.0)}, tmp_path / "file.pth")
-    model = Renamed()
-    models.load_checkpoint(model, tmp_path / "file.pth")
-    assert torch.equal(model.scale, torch.arange(3.0))
-
-
 # ---- what a file says of itself
 
 
-METADATA = Metadata("rednet26", {"in_chans": 1}, (64, 96), 0.9, "bilinear", (0.5,), (0.25,), ("ant", "bee", "猫"))
+METADATA = Metadata((64, 96), 0.9, "bilinear", (0.5,), (0.25,), "rednet26", {"in_chans": 1}, ("ant", "bee", "猫"))
 
 
 def test_a_file_says_how_its_model_is_built_and_fed(tmp_path):

@@ -152,6 +152,9 @@ def test_evaluate_names_what_it_cannot_use(tmp_path, photographs, weights, capsy
     arguments = evaluate(folder, *loaded, "--output", output, "--workers", 1)
     assert str(damaged) in refused(capsys, *arguments)
     assert not output.exists()
+    assert run(*arguments, "--skip-unreadable") == 0
+    result = json.loads(output.read_text())
+    assert (result["images"], result["skipped"]) == (14, [str(damaged)])
 
     (tmp_path / "empty" / "dog").mkdir(parents=True)
     for arguments, told in (

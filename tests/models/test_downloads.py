@@ -122,8 +122,8 @@ def test_a_broken_transfer_is_started_afresh(script, server, weights):
         ([(404, None, {})], "404"),
         ([(503, None, {})] * 3, "503"),
         ([HALF] * 3, r"broke off \d+ bytes before its end"),
-        ([(302, None, {"Location": "ftp://127.0.0.1:1/weights.pth"})] * 3, "refused"),
-        ([(302, None, {"Location": "file:///etc/passwd"})], "not allowed"),
+        ([(302, None, {"Location": "ftp://127.0.0.1/weights.pth"})], "not followed"),
+        ([(302, None, {"Location": "file:///etc/passwd"})], "not (followed|allowed)"),
     ],
 )
 def test_what_cannot_be_had_is_said_and_a_file_put_there_by_hand_is_taken(script, message, server, cache, weights):

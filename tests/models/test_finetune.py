@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_keeps_its_state(photographs, t
     assert told.err.strip().endswith("error: cannot write /dev/full: No space left on device")
 
 
-# ---- recipes, timm
+# ---- recipes, TensorBoard, timm
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,29 @@ def test_a_recipe_is_shared_among_batches_and_changed_by_options(tmp_path, photo
     assert "published for 8 images per step, not 4" in capsys.readouterr().err
 
 
-PARTS = {"--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1}
+def test_events_are_written_where_tensorboard_is(tmp_path, photographs, monkeypatch):
+    written: list[tuple[object, ...]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((Path(folder).name, purge_step))
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def close(self):
+            written.append(("closed",))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert run(*finetune(photographs, tmp_path, "--epochs", 1, "--log-every", 3)) == 0
+    rows = [row for row in log_of(tmp_path) if "loss" in row]
+    assert written[0] == ("tensorboard", 1)
+    assert [scalar[1:] for scalar in written if scalar[0] == "loss"] == [(row["loss"], row["step"]) for row in rows]
+    assert any(scalar[0] == "top1" for scalar in written)
+    assert written[-1] == ("closed",)
+
+
+PARTS = {"--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1, "--repeats": 3}
 
 
 @pytest.mark.parametrize("option", PARTS)
@@ -341,6 +364,12 @@ for name, options in {"plain": [], **{name: [name, value] for name, value in PAR
 assert len(set(first.values())) == len(first), first  # each does something
 assert train("bad", "--rand-augment", "rand-q9") == 2
 assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augment", "rand-m9-inc1") == 0
+
+from models.commands.recipe import Recipe
+from models.commands.sampling import TrainingBatches
+keys = [key for batch in TrainingBatches(range(24), Recipe(epochs=2, batch=4, repeats=3)) for key in batch]
+assert len(keys) == len(set(keys)) == 48  # each copy of an image once
+assert len({index for draw, index in keys if draw < 3}) == 8
 """
 
 

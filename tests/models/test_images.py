@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -33,11 +34,24 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
     assert np.array_equal(np.asarray(photograph(path)), read)
 
 
+def test_a_tiff_says_which_value_is_white(tmp_path):
+    deep = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    path = tmp_path / "deep.tif"
+    Image.fromarray(deep).save(path, tiffinfo={262: 0})  # white is zero
+    assert np.abs(np.asarray(read_image(path, 1)) - (255 - deep / 257.0)).max() <= 0.5
+
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}  # 2 × 1 pixels of 12 bits, at 8
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    pixels = struct.pack(">I", (4095 << 12) | 1024)[1:] + b"\0"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 12) + pixels + struct.pack("<H", len(tags)) + directory + bytes(4))
+    assert np.asarray(read_image(path, 1)).tolist() == [[255, 64]]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_numbers_without_a_scale_are_refused_by_name(tmp_path, dtype):
     path = tmp_path / "scan.tif"
     Image.fromarray(np.ones((9, 9), dtype)).save(path)
-    with pytest.raises(UnreadableImageError, match=r"scan\.tif .*nothing says which is white"):
+    with pytest.raises(UnreadableImageError, match=r"scan\.tif .*none is known to be white"):
         read_image(path)
 
 
