@@ -1,4 +1,4 @@
-"""What a backbone's feature maps are: channels, reduction, and the module that gives each."""
+"""The feature maps of a backbone: their channels, reduction and modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a weight file says of itself: its model, the images it was trained for, the classes it tells apart.
+"""What a weight file says of itself: its model, the images that it was trained for, and its classes.
 
 ``finetune`` writes it into the header of a .safetensors file, each entry as JSON under its own name.
 """
@@ -59,7 +59,7 @@ class Metadata(InputFormat):
 
     Args:
         model: its name, as for ``create_model``.
-        model_args: what its function was given, but for the number of classes.
+        model_args: the arguments of its function, except for the number of classes.
         classes: a name for every class.
     """
 
@@ -84,7 +84,7 @@ class Metadata(InputFormat):
         return {**self.model_args, "num_classes": len(self.classes)}
 
     def apply_to(self, model: Any) -> None:
-        """Makes this the configuration of one of ``models``, in timm's words; class names where they are as many."""
+        """Writes this into ``model.pretrained_cfg``, in timm's words; class names only if their number fits."""
         config = {name: value for name, value in model.pretrained_cfg.items() if name != "label_names"} | {
             "input_size": (model.in_chans, *self.size),
             "crop_pct": self.crop_pct,
@@ -103,10 +103,10 @@ class Metadata(InputFormat):
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
-    """What the file says of itself; None where it says nothing, as files of any other format, or does not exist.
+    """What the file says of itself; None if it says nothing, has another format or does not exist.
 
     Raises:
-        ValueError: it says what cannot be.
+        ValueError: an entry of the header is missing or out of range.
     """
     path = Path(path)
     if not os.path.isfile(path) or not is_safetensors(path):

@@ -1,11 +1,11 @@
-"""OverLoCK: an overview first, a close look next, with context-mixing dynamic kernels (arXiv 2502.20087, CVPR 2025).
+"""OverLoCK: first an overview, then a close look, with context-mixing dynamic kernels (arXiv 2502.20087, CVPR 2025).
 
 Base-Net encodes the image down to 1/16, Overview-Net glances at it at 1/32, and Focus-Net looks again at 1/16 and
 1/32 under the guidance of that glance: every position's convolution kernels come from its affinity to the context.
 
-State-dict names and shapes are those of the official release (LMMMEng/OverLoCK, Apache-2.0), whose weights load as
-they are. Three defects of that code are not kept: its ``*_reparam`` models drop their keyword arguments and their S
-and B sizes never load weights; a map smaller than the kernel can be enlarged to one pixel too few.
+State-dict names and shapes are those of the official release (LMMMEng/OverLoCK, Apache-2.0), whose weights load
+unchanged. Three defects of that code are mended: its ``*_reparam`` models drop their keyword arguments, their S and B
+sizes never load weights, and a map smaller than the kernel can be enlarged to one pixel too few.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class ContextDownsample(nn.Module):
 class OverLoCK(BackboneContract):
     """OverLoCK classifier, or backbone for dense prediction.
 
-    A classifier returns logits [B, num_classes]; while training dict(main=…, aux=…), the second from Overview-Net,
-    unless ``return_plain_logits`` was called.
+    A classifier returns logits [B, num_classes]; in training it returns dict(main=…, aux=…), the second from
+    Overview-Net, unless ``return_plain_logits`` was called.
     With ``features_only`` the model is the official dense-prediction backbone and returns the chosen of four maps,
     [B, C, H, W] at 1/4, 1/8, 1/16 and 1/32 (each size rounded up), layer-normed:
 
         [LN₀(blocks1), LN₁(blocks2), LN₂(sub_blocks3), LN₃(sub_blocks4) + h_proj(LN₄(blocks4))]
 
-    The third stage takes LN₁'s output there, where the classifier's takes that of blocks2. Official detection
-    backbones are of this form; official segmentation backbones end in LN₃ alone (``context_skip=False``).
+    Its third stage takes the output of LN₁, a classifier's that of blocks2. Official detection backbones have this
+    form; official segmentation backbones end in LN₃ alone (``context_skip=False``).
 
     Args:
         depth: blocks of the stages 1-3 (Base-Net) and 4 (Overview-Net).
@@ -171,7 +171,7 @@ class OverLoCK(BackboneContract):
         self.apply(_initialise)
 
     def _norm_maps(self, widths: Sequence[int], context_skip: bool) -> None:
-        """Gives the chosen maps their norms, of these widths, and the last the context, whose norm is the fifth."""
+        """Norms for the chosen maps, of these widths; the fifth is for the context that is added to the last map."""
         last = self.out_indices[-1]
         context_skip = context_skip and last == 3
         wanted = {*self.out_indices, *([1] if last > 1 else []), *([4] if context_skip else [])}
@@ -200,8 +200,8 @@ class OverLoCK(BackboneContract):
     def forward_base(self, x: Tensor, last: int = 3) -> list[Tensor]:
         """Base-Net: image -> maps at 1/4, 1/8 and 1/16, as many as feature map ``last`` needs."""
         self._check_image(x)
-        # Layer norms and 1×1 convolutions read whole pixels; every layer keeps the format it is given. An image of one
-        # channel has both formats at once, hence the second call.
+        # Layer norms and 1×1 convolutions read whole pixels; every layer keeps its input's memory format. An image of
+        # one channel has both formats at once, hence the second call.
         x = self.blocks1(to_channels_last(self.patch_embed1(to_channels_last(x))))
         maps = [self.extra_norm[0](x)]
         if last > 0:
@@ -269,7 +269,7 @@ class OverLoCK(BackboneContract):
     def reparam(self) -> OverLoCK:
         """Merges every dilated branch into its large kernel, in place: the ``*_reparam`` form, with the same logits.
 
-        Final: the batch norms' running statistics are part of the merged kernels from here on.
+        This cannot be undone: the batch norms' running statistics become a part of the merged kernels.
         """
         for module in self.modules():
             if isinstance(module, DilatedReparamBlock):
@@ -277,19 +277,19 @@ class OverLoCK(BackboneContract):
         return self
 
     def folded(self) -> nn.Module:
-        """Without training's second output."""
+        """Removes the second output of training."""
         if self.classifiers.pop("aux_head.2", None):
             del self.aux_head
         return self
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Separate branches merged for a ``*_reparam`` model, and a file of another form where it serves this one.
+        """Merges the branches for a ``*_reparam`` model, and accepts files of other forms where they can serve.
 
-        A classifier's file serves either backbone, a segmentation backbone's file serves a detection backbone: norms
-        and projections that the file lacks keep their present values, and a warning names them.
+        A classifier's file serves either backbone, and a segmentation backbone's file a detection backbone: norms and
+        projections that the file lacks keep their present values, and a warning names them.
 
         Raises:
-            ValueError: a backbone's file for a classifier, or a detection backbone's for one of segmentation.
+            ValueError: a backbone's file for a classifier, or a detection backbone's for a segmentation backbone.
         """
         if self.classifiers and any(name.startswith("extra_norm.") for name in state):
             raise ValueError(
@@ -314,13 +314,13 @@ class OverLoCK(BackboneContract):
         return state
 
     def no_weight_decay(self) -> set[str]:
-        """Relative position biases, and the scales and shifts that are not stored as vectors."""
+        """Relative position biases, and scales and shifts that are not stored as vectors."""
         kept = {"rpb1", "rpb2", "gamma", "beta"}
         names = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in kept}
         return names | {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, LayerScale)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        block, first = ("", ()) if coarse else (r"\.(\d+)", (0,))  # a downsampling belongs to the block after it
+        block, first = ("", ()) if coarse else (r"\.(\d+)", (0,))  # a downsampling counts with the block after it
         return {
             "stem": r"^patch_embed1",
             "base": [(rf"^blocks(\d){block}", None), (r"^patch_embed(\d)", first)],

@@ -92,7 +92,7 @@ def create_model(
         name: one of ``list_models()``.
         pretrained: load the official ImageNet weights, where they can be downloaded.
         checkpoint: a weight file (path or URL) to load instead, see ``load_checkpoint``. What the file says of its
-            model, as its number of classes, stands in for keyword arguments that are not given.
+            model, such as its number of classes, replaces keyword arguments that are not given.
         inference: return the model's inference form, see ``optimize_for_inference``.
         use_ema: take the checkpoint's averaged weights where it has both, see ``load_checkpoint``.
         **kwargs: passed on to the entry point: num_classes, in_chans, drop_path_rate, features_only, out_indices, ...

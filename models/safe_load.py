@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# What may stand beside the weights, as a date, a path or a configuration. None of these names is ever looked up.
+# Dates, paths, configurations and the like beside the weights. These names are never looked up.
 HARMLESS = re.compile(
     r"(argparse|types|decimal|fractions|uuid|typing|datetime|zoneinfo|pathlib|numpy|collections|torch\.torch_version"
     r"|mmengine|mmcv|omegaconf|pytorch_lightning|lightning|lightning_fabric|addict|yacs|detectron2|fvcore|easydict|box"
@@ -25,7 +25,7 @@ _reading = threading.Lock()
 
 
 class Bystander:
-    """What stands beside the weights: read past, whatever it was, and never used."""
+    """Stands in for an object beside the weights, which is skipped and never used."""
 
     def __new__(cls, *_: Any) -> Any:
         return object.__new__(cls)
@@ -45,7 +45,7 @@ class Row(Bystander):
 
 
 def read_safely(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors and plain values; what is ``HARMLESS`` beside them is read past.
+    """What ``torch.save`` wrote, on the CPU: tensors and plain values; stand-ins for ``HARMLESS`` objects beside them.
 
     Raises:
         pickle.UnpicklingError: the file asks for anything else, which is refused and not run.
@@ -54,14 +54,14 @@ def read_safely(path: Path) -> Any:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     if zipped:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums; 0 means "not computed"
+        with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums; 0 means "not computed"
             checked = any(member.CRC for member in archive.infolist())
             if checked and (damaged := archive.testzip()):
                 raise zipfile.BadZipFile(f"{damaged} does not have the checksum it should have")
     stand_ins: dict[str, type] = {}
     while True:
         try:
-            # What is allowed is the process's: without the lock, a thread that is done would forbid it to another.
+            # safe_globals acts on the whole process: a thread that leaves it would take it from another.
             with _reading, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
                 with torch.serialization.safe_globals([(kind, name) for name, kind in stand_ins.items()]):
@@ -74,7 +74,7 @@ def read_safely(path: Path) -> Any:
 
 
 def refused_name(error: Exception) -> str | None:
-    """What a file asked for in vain, as MODULE.NAME."""
+    """The name that a file asked for and that was refused, as MODULE.NAME."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     return None if refused is None else refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
 

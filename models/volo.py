@@ -45,14 +45,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(hidden, dim, PATCH_SIZE // 2, PATCH_SIZE // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels-last convolutions are the faster ones and leave tokens with their channels side by side. Without that
-        # every residual sum of the next stage would inherit channels-first strides, and every layer norm copy.
+        # Channels-last convolutions are faster and leave a token's channels side by side in memory. Otherwise every
+        # residual sum of the next stage would inherit channels-first strides, and every layer norm would copy.
         x = to_channels_last(x)
         return self.proj(self.conv(x)).permute(0, 2, 3, 1).contiguous()
 
 
 class Downsample(nn.Module):
-    """One token for every 2×2: [B, H, W, C] -> [B, H // 2, W // 2, C']. An odd last row or column is left out."""
+    """One token for every 2×2: [B, H, W, C] -> [B, H // 2, W // 2, C']. An odd last row or column is dropped."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class VOLO(BackboneContract):
     returned: entry b belongs to image b throughout and takes that image's own token labels. The class logits are of the
     mixture, image b for 1 − (box area) / (h·w) and image B − 1 − b for the rest. The box is an int64 tensor (top, left,
     bottom, right), half open, in coarse tokens; zeros without mix-token. It is drawn from torch's generator on the
-    image's device, and stays there: no synchronisation.
+    image's device and stays there, so nothing waits for the device.
 
     Sizes: any H, W >= 32. An image is padded with zeros below and to the right to a multiple of 8, giving
     ceil(H / 8) × ceil(W / 8) fine tokens and h × w = ⌊ceil(H / 8) / 2⌋ × ⌊ceil(W / 8) / 2⌋ coarse ones. The last of an
@@ -123,7 +123,7 @@ class VOLO(BackboneContract):
             stem_dim: channels of the patch embedding's convolutions.
             img_size: side in pixels, or (height, width), of the position embedding. Other images work too.
             num_classes, in_chans, features_only, out_indices: see ``BackboneContract``.
-            drop_path_rate: of the last transformer block in training; rates rise linearly from the first Outlooker,
+            drop_path_rate: of the last transformer block in training; rates rise linearly from the first Outlooker on,
                 but Outlookers themselves are never dropped.
             return_dense: return the triple above in training.
             mix_token: draw and mix a box in training; only with ``return_dense``.
@@ -162,7 +162,7 @@ class VOLO(BackboneContract):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Truncated normal 0.02 for linear maps, class token and position embedding; PyTorch's own for convolutions."""
+        """Truncated normal 0.02 for linear maps, class token and position embedding; PyTorch's default elsewhere."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -178,7 +178,7 @@ class VOLO(BackboneContract):
         return (height, width), (-(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
-        """Makes the position embedding for another image size, by resizing it. ``patch_size`` is always 8."""
+        """Resizes the position embedding for another image size. ``patch_size`` is always 8."""
         if patch_size not in (None, PATCH_SIZE, (PATCH_SIZE, PATCH_SIZE)):
             raise ValueError(f"patch_size must be {PATCH_SIZE}, got {patch_size}")
         self.img_size, grid = self._grid(self.img_size if img_size is None else img_size)

@@ -1,4 +1,4 @@
-"""Reading weight files: never running code from them, and out of what training scripts put around a state dict."""
+"""Finds the state dict in a weight file, whatever a training script put around it and before its names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "
 CONTAINERS += ("module", "student", "teacher", "shadow")
 CONTAINERS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
 AVERAGES = set(CONTAINERS[-7:])
-MOST_TABLES = 100  # containers inside containers that are looked into
+MOST_TABLES = 100  # containers that are searched
 # torch.compile, activation checkpointing and FSDP add a component to a name wherever they wrap a module.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
 # Attributes that hold the model in somebody else's: DistributedDataParallel's, OpenMMLab's, Lightning modules' own.
@@ -44,14 +44,14 @@ def read_state_dict(path: PathLike) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds code, is damaged, or is no weight file; the message says which.
+        ValueError: the file holds code, is damaged, or is not a weight file; the message says which.
     """
     last, averaged, _ = read_weights(path)
     return averaged or last or {}
 
 
 def read_weights(path: PathLike) -> Weights:
-    """Every state dict in the file, at least one. Errors as for ``read_state_dict``."""
+    """The state dicts in the file, at least one. Errors as for ``read_state_dict``."""
     path = Path(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"checkpoint: no file {path}")
@@ -79,7 +79,7 @@ def read_weights(path: PathLike) -> Weights:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file is of that format, whatever it is called: the length of a JSON header, then the header."""
+    """Whether the file has that format, which begins with the length of a JSON header, whatever its name."""
     with open(path, "rb") as file:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
@@ -92,7 +92,7 @@ def is_safetensors(path: Path) -> bool:
 def _tables(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """The tensors by name of every container that has any, the preferred ones first, and the keys that lead there.
 
-    A file may hold a container inside itself, and more of them than anyone needs: each is looked into once.
+    A file may hold a container inside itself, or very many: each is searched once, up to ``MOST_TABLES``.
     """
     if not isinstance(content, Mapping) or id(content) in seen or len(seen) >= MOST_TABLES:
         return
@@ -107,7 +107,7 @@ def _tables(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tup
 
 
 def _instead(content: Any) -> str:
-    """What is there in place of a state dict, for a message."""
+    """What the file holds in place of a state dict, for a message."""
     for _ in range(MOST_TABLES):
         inner = [content[key] for key in CONTAINERS if isinstance(content, Mapping) and key in content]
         if not inner or not isinstance(inner[0], Mapping):
@@ -125,7 +125,7 @@ def _instead(content: Any) -> str:
 def entries_for(
     own: Set[str], parameters: Set[str], heads: Set[str], path: PathLike, use_ema: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's entries under the model's names, of the averaged weights or the last; and what is to be told.
+    """The file's entries under the model's names, averaged or last, and notes for the user.
 
     Args:
         own: names of the model's entries, without wrappers.
@@ -149,19 +149,19 @@ def entries_for(
         return state, [*notes, f"{path} holds averaged weights ({under!r}) under names that are not this model's"]
     if not use_ema:
         return state, notes
-    # Averages of parameters alone leave the buffers, which are running averages anyway, to the last weights.
+    # If only parameters were averaged, the buffers, running averages anyway, come from the last weights.
     buffers = {name: tensor for name, tensor in state.items() if name not in parameters}
     note = f"{path} holds averaged weights ({under!r}) beside the last ones: the averaged are taken"
     return buffers | smoothed, [*notes, f"{note} (use_ema=False: the last)"]
 
 
 def unwrapped_name(name: str) -> str:
-    """An entry's name without what wrappers around modules add to it."""
+    """An entry's name without the components that wrappers around modules add."""
     return WRAPPER.sub("", name)
 
 
 def is_bookkeeping(name: str) -> bool:
-    """Whether this is a counter, of which a file may have more or fewer than a model."""
+    """Whether this is a counter: a file may have more or fewer of them than a model."""
     return name.rpartition(".")[2] in BOOKKEEPING
 
 
@@ -170,7 +170,7 @@ def part_of(name: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names, or as many of them as a message can hold."""
+    """The names for a message, the first ``LISTED_NAMES`` of them."""
     names = list(names)
     more = f", … and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more
@@ -179,10 +179,10 @@ def listed(names: Iterable[str]) -> str:
 def _entries(
     state: Mapping[str, Tensor], own: Set[str], heads: Set[str], path: PathLike
 ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], str] | None, list[str]]:
-    """``state`` under the model's names; averaged weights in it and the prefix they have; and what was left out.
+    """``state`` under the model's names; the averaged weights in it and their prefix; notes on what was left out.
 
-    A wrapper's prefix is taken for one where the model's names follow it. Behind "backbone." only a classifier's own
-    head, which OpenMMLab puts beside it, is taken from outside.
+    A prefix counts as a wrapper's if the model's names follow it. A head that stands beside the prefix, where OpenMMLab
+    puts it, is taken, too.
     """
     state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     fitting = Counter(prefix for name in state for prefix in _prefixes(name) if name[len(prefix) :] in own)
@@ -204,8 +204,8 @@ def _entries(
         taken.update((name[len(outside) :], state[name]) for name in found)
         left_out = [name for name in left_out if name not in found]
     left_out = [name for name in left_out if not is_bookkeeping(name)]
-    if left_out and "backbone" not in prefix.split("."):  # a backbone's neck and heads go without saying
-        return taken, smoothed, [f"left out of {path}, for being outside of {prefix!r}: {listed(left_out)}"]
+    if left_out and "backbone" not in prefix.split("."):  # for a backbone nobody expects neck and heads
+        return taken, smoothed, [f"left out of {path}, since they are not behind {prefix!r}: {listed(left_out)}"]
     return taken, smoothed, []
 
 
@@ -219,7 +219,7 @@ def _prefixes(name: str) -> Iterable[str]:
 
 
 def _best(prefixes: list[str], fitting: Mapping[str, int], path: PathLike) -> str:
-    """The prefix that most of the model's names follow; "" where none does."""
+    """The prefix that most of the model's names follow; "" if there is none."""
     ordered = sorted(prefixes, key=lambda prefix: (-fitting[prefix], len(prefix)))
     first, second = (*ordered, "", "")[:2]
     if second and fitting[first] == fitting[second]:

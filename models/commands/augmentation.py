@@ -1,4 +1,4 @@
-"""timm's augmentations, where timm is installed: none of them is copied here."""
+"""timm's augmentations, which need timm to be installed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def timm_part(module: str, name: str, option: str) -> Any:
     """``timm.data.module.name``, for ``option``. ImportError where timm is not installed, or does not work here."""
     try:
         return getattr(importlib.import_module(f"timm.data.{module}"), name)
-    except Exception as error:  # an installation that does not fit can fail in any way
+    except Exception as error:  # a broken installation can fail in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ImportError(f"{option} needs timm, which cannot be imported here ({reason}); pip install timm") from error
 
 
 def rand_augment(config: str, size: Sequence[int], mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """RandAugment (arXiv 1909.13719) as timm writes it, ``config``; what is shifted in has the colour ``mean``.
+    """RandAugment (arXiv 1909.13719), with ``config`` in timm's notation; pixels shifted in have the colour ``mean``.
 
     Raises:
         ImportError: timm cannot be used.
@@ -30,8 +30,8 @@ def rand_augment(config: str, size: Sequence[int], mean: Sequence[float]) -> Cal
     colour = tuple(min(255, round(255 * share)) for share in mean)
     try:
         return make(config, {"translate_const": int(min(size) * 0.45), "img_mean": colour})
-    except Exception as error:  # timm asserts, or fails further inside
-        raise ValueError(f"--rand-augment must be as in rand-m9-mstd0.5-inc1, got {config!r}") from error
+    except Exception as error:  # timm asserts, or fails deeper inside
+        raise ValueError(f"--rand-augment must be written like rand-m9-mstd0.5-inc1, got {config!r}") from error
 
 
 def random_erasing(probability: float) -> Callable[[Tensor], Tensor]:

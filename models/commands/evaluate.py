@@ -4,8 +4,8 @@
   python -m models evaluate flowers/val --run run --output result.json
 
 DIR holds one folder for each class, numbered in the order of their names: ImageNet's folders are named by synset
-(n01440764, n01443537, …), which gives the published numbers. With --resume FILE a run that was killed continues where
-it last wrote FILE, and its result is the one it would have had.
+(n01440764, n01443537, …), which gives the published numbers. With --resume FILE a run that was killed continues from
+its last count in FILE, and ends with the same result.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result here, as JSON")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
-    group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out, and say so")
+    group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out and list them")
     group.add_argument("--resume", type=Path, metavar="FILE", help="keep the count here, and continue from it")
-    told = "batches between writes of it (%(default)s)"
-    group.add_argument("--save-every", type=positive, default=20, metavar="N", help=told)
+    text = "batches between writes of that count (%(default)s)"
+    group.add_argument("--save-every", type=positive, default=20, metavar="N", help=text)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -59,16 +59,16 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[str, Any]:
-    """The count so far, of ``total`` images; from nothing where there is no such file.
+    """The count so far of ``total`` images, read from ``path`` if that exists.
 
     Raises:
-        ValueError: the file is another's, or counts something else; the message names what differs.
+        ValueError: the file is no such count, or one with other settings; the message names what differs.
     """
     count = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "skipped": [], "seconds": 0.0}
     if path is None or not path.exists():
         return count
     if not path.is_file():  # a pipe would be waited for, a device would never end
-        raise ValueError(f"--resume must be a regular file, {path} is none")
+        raise ValueError(f"--resume must be a regular file, and {path} is not")
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         count = {name: written[name] for name in count}
@@ -85,11 +85,11 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
 
 
 def check_classes(folder: ImageFolder, count: int, model: str) -> None:
-    """ValueError unless the folder has as many classes as the model tells apart."""
+    """ValueError unless the folder has as many classes as the model."""
     if len(folder.classes) != count:
         hint = f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
         found = f"{folder.root} holds {len(folder.classes)} class folders"
-        raise ValueError(f"DIR: {found}, but {model} tells {count} classes apart{hint}")
+        raise ValueError(f"DIR: {found}, but {model} has {count} classes{hint}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,8 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_classes(folder, model.num_classes, arguments.model)
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:
-            told = ", ".join(sorted(unlike)[:5])
-            console.print(f"note: the weights are of other classes than the folders of DIR; only one has {told}")
+            text = ", ".join(sorted(unlike)[:5])
+            console.print(f"note: the class names of the weights and of DIR differ; only one of them has {text}")
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of [B, classes] have their label first, and among the first five; of fewer classes, among all: [2]."""
+    """[2]: how many rows of [B, classes] rank their label first, and how many among the first five or fewer classes."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack((hits[:, 0].sum(), hits.sum()))
 
@@ -168,7 +168,7 @@ def predict(
 
 
 def count_images(model: nn.Module, images: EvaluationImages, count: dict[str, Any], arguments: Any) -> None:
-    """Brings ``count`` to the end of the images; with --resume, also on disk.
+    """Continues ``count`` to the end of the images; with --resume it is also kept on disk.
 
     Raises:
         UnreadableImageError: a file that cannot be decoded, and --skip-unreadable was not given.

@@ -1,4 +1,4 @@
-"""The files of a training run, each of them found whole after a kill."""
+"""The files of a training run. Each of them is whole even after a kill."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.json
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they are once written and read again: tuples are lists."""
+    """The settings as JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(settings))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a run wrote to continue from, on the CPU. ValueError for any other file; code in it is not run."""
+    """The state from which a run continues, on the CPU. ValueError for any other file; code in it is not run."""
     try:
         state = read_safely(path)
     except Exception as error:  # a malformed file can make the reader fail in any way
@@ -34,7 +34,7 @@ def event_writer(output: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    except Exception as error:  # an installation that does not fit must not end a training
+    except Exception as error:  # a broken installation must not end a training
         console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
         return None
     return SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

@@ -3,7 +3,7 @@
   python -m models finetune flowers --model overlock_t --pretrained --output run
   torchrun --nproc-per-node 8 -m models finetune imagenet --model overlock_t --recipe overlock --dtype fp16 --output run
 
-DIR holds train and val, each with one folder for every class. The run keeps in --output: state.pt (to continue),
+DIR holds train and val, each with one folder per class. The run keeps in --output: state.pt (to continue),
 log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights, which tell evaluate and
 classify (--run) what they are of, and where TensorBoard is installed its events. Call the same command again after a
 kill and it continues, with the result it would have had.
@@ -49,11 +49,11 @@ from models.commands.types import Number, natural, positive
 from models.metadata import Metadata
 
 LOCK_SECONDS = 15.0
-NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # of the model's arguments: the training's alone
+NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # arguments of the model that only training needs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", type=Path, metavar="DIR", help="holds train and val; or one folder for each class")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="holds train and val, or one folder per class")
     parser.add_argument("--val", type=Path, metavar="DIR", help="images to evaluate on (DIR/val)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run is kept")
     parser.add_argument("--restart", action="store_true", help="begin anew even if --output holds a run")
@@ -69,20 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             how = {"action": "store_true"}
         elif isinstance(kind, tuple):
             how = {"choices": kind}
-        told = text if known.default in (None, "", False) else f"{text} ({known.default})"
-        group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=told, **how)
+        text = text if known.default in (None, "", False) else f"{text} ({known.default})"
+        group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=text, **how)
 
     common.add_image_arguments(parser)
     common.add_device_arguments(parser, loads=True)
     group = parser.add_argument_group("bookkeeping")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    told = "steps between states (%(default)s; 0: epochs)"
-    group.add_argument("--save-every", type=natural, default=500, metavar="N", help=told)
+    text = "steps between states (%(default)s; 0: epochs)"
+    group.add_argument("--save-every", type=natural, default=500, metavar="N", help=text)
     group.add_argument("--log-every", type=positive, default=50, metavar="N", help="steps per row (%(default)s)")
 
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
-    """--recipe's, or the default one, with what is given beside it; the model's options are completed likewise.
+    """The recipe of --recipe, or the default one, changed by the options given; completes the model's options, too.
 
     Raises:
         ValueError: a value that cannot be used; the message begins with its option.
@@ -140,7 +140,9 @@ def run(arguments: argparse.Namespace) -> int:
             resumed = not arguments.restart and trainer.resume()
             if distributed.rank() == 0:
                 if not resumed:
-                    (arguments.output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
+                    (arguments.output / STATE).unlink(
+                        missing_ok=True
+                    )  # before the files below, which do not belong to it
                 write_json(arguments.output / "settings.json", trainer.settings)
                 names = "".join(f"{name}\n" for name in training.classes).encode("utf-8", "surrogateescape")
                 atomic_write(arguments.output / "classes.txt", names)
@@ -165,8 +167,8 @@ def make_trainer(
     validation: ImageFolder | None,
     device: torch.device,
 ) -> Trainer:
-    """Nothing is written yet. ValueError, TypeError or OSError for what cannot be used."""
-    torch.manual_seed(recipe.seed)  # for the classifier, or all of the model, where no file gives it
+    """The trainer; nothing is written yet. ValueError, TypeError or OSError for what cannot be used."""
+    torch.manual_seed(recipe.seed)  # for whatever the weight file does not hold
     model = common.build_model(arguments, num_classes=len(training.classes), training=True)
     preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
     augmentation = Augmentation(
@@ -214,17 +216,17 @@ def make_trainer(
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """In a folder that no other run writes. What loads images for a killed run needs seconds to notice, hence to wait.
+    """Locks the folder of the run. Waits a while: the loaders of a killed run take seconds to notice and end.
 
     Raises:
-        CommandError: another run is still at work there.
+        CommandError: another run is still writing there.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:
         with locked(output / LOCK, LOCK_SECONDS):
             yield
     except filelock.Timeout:
-        raise CommandError(f"--output: another finetune is at work in {output}") from None
+        raise CommandError(f"--output: another finetune is writing to {output}") from None
 
 
 def _tell(trainer: Trainer, model: str, training: ImageFolder, validation: ImageFolder | None, resumed: bool) -> None:

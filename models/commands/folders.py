@@ -37,7 +37,7 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(f"DIR: there is no folder {self.root}")
-        root = os.path.realpath(self.root)  # to which a link may lead back
+        root = os.path.realpath(self.root)  # a link may lead back to it
         self.classes = sorted(
             entry.name
             for entry in os.scandir(root)
@@ -47,7 +47,7 @@ class ImageFolder:
             raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
-            if len(name.splitlines()) > 1:  # names are kept one per line
+            if len(name.splitlines()) > 1:  # classes.txt has one name per line
                 raise ValueError(f"DIR: the class folder {name!r} has a line break in its name")
             found = sorted(_images_below(os.path.join(self.root, name), {root}))
             if not found:
@@ -55,7 +55,7 @@ class ImageFolder:
             self.samples += [(path, label) for path in found]
 
     def digest(self) -> str:
-        """Changes with the set of files, not with where the folder lies."""
+        """A hash of the files' names relative to the folder."""
         digest = hashlib.sha256()
         for path, _ in self.samples:
             digest.update(os.fsencode(os.path.relpath(path, self.root)) + b"\0")
@@ -63,7 +63,7 @@ class ImageFolder:
 
 
 def _images_below(folder: str, seen: set[str]) -> Iterator[str]:
-    """Of every folder once, whichever links lead to it, and of none that is in ``seen``."""
+    """Paths of images; each folder is read once, whichever links lead to it, unless it is in ``seen``."""
     for path, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
         if real in seen:

@@ -1,4 +1,4 @@
-"""How to train: all that a run's result follows from, beside the data; and what each family's authors trained with."""
+"""How to train: every setting that a run's result depends on, and the settings that each family's authors used."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def _option(default: Any, flag: str, kind: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Everything here decides the result, nothing else does.
+    """How to train. The result depends on these settings, the model and the data alone.
 
-    Each field's metadata holds its option on the command line, the values that it may have, and what it means.
+    Each field's metadata holds its option on the command line, its permitted values, and its meaning.
     """
 
     epochs: int = _option(10, "--epochs", positive, "passes over the training images")
@@ -30,21 +30,21 @@ class Recipe:
     optimizer: str = _option("adamw", "--optimizer", ("adamw", "sgd"), "sgd: with Nesterov's momentum of 0.9")
     learning_rate: float = _option(1e-4, "--lr", Number(above=0), "peak, reached after the warm-up")
     final_learning_rate: float = _option(1e-6, "--min-lr", ANY, "learning rate of the last step")
-    warmup_epochs: float | None = _option(None, "--warmup-epochs", ANY, "linear warm-up; a tenth of the epochs")
-    first_learning_rate: float | None = _option(None, "--warmup-lr", ANY, "where the warm-up begins; a step above 0")
+    warmup_epochs: float | None = _option(None, "--warmup-epochs", ANY, "linear warm-up (a tenth of the epochs)")
+    first_learning_rate: float | None = _option(None, "--warmup-lr", ANY, "where the warm-up begins (one step above 0)")
     weight_decay: float = _option(0.05, "--weight-decay", ANY, "for matrices and kernels")
     decay_vectors: bool = _option(False, "--decay-vectors", bool, "biases and scales decay too")
     label_smoothing: float = _option(0.1, "--label-smoothing", BELOW_ONE, "share of the label that all classes get")
     auxiliary_weight: float = _option(0.4, "--aux-weight", ANY, "of OverLoCK's auxiliary loss")
-    clip_norm: float = _option(5.0, "--clip", ANY, "largest norm of the gradient, 0: any")
+    clip_norm: float = _option(5.0, "--clip", ANY, "largest norm of the gradient (0: unlimited)")
     ema_decay: float = _option(0.999, "--ema", BELOW_ONE, "decay of the averaged weights, 0: none")
-    least_area: float = _option(0.08, "--least-area", SHARE, "smallest crop, as a share")
+    least_area: float = _option(0.08, "--least-area", SHARE, "smallest crop, as a share of the image's area")
     flip: float = _option(0.5, "--flip", FRACTION, "chance of mirroring")
-    mixup: float = _option(0.0, "--mixup", ANY, "alpha of mixup; by timm, as what follows")
+    mixup: float = _option(0.0, "--mixup", ANY, "alpha of mixup; this and what follows are timm's")
     cutmix: float = _option(0.0, "--cutmix", ANY, "alpha of CutMix; with both, each half of the time")
     rand_augment: str = _option("", "--rand-augment", str, "RandAugment, as in rand-m9-mstd0.5-inc1")
-    erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part")
-    repeats: int = _option(1, "--repeats", positive, "repeated augmentation: times that an epoch sees an image")
+    erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part of an image")
+    repeats: int = _option(1, "--repeats", positive, "repeated augmentation: copies of an image per epoch")
     dtype: str = _option("fp32", "--dtype", tuple(DTYPES), "bf16 and fp16 by autocast, fp16 with scaled gradients")
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")
 

@@ -1,4 +1,4 @@
-"""Which images each step sees, and random numbers that follow from what is drawn, not from what was drawn before."""
+"""Which images each step sees, and random numbers that do not depend on what was drawn before."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         first_epoch, start = divmod(self.first_step, self.steps_per_epoch)
         repeats = self.recipe.repeats
         for epoch in range(first_epoch, self.recipe.epochs):
-            # timm's sampler knows no seed but the epoch; it deals an image's copies out in turn.
+            # timm's sampler is seeded by the epoch alone, and gives the copies of an image to the ranks in turn.
             self.sampler.set_epoch(epoch if repeats == 1 else seed_of(self.recipe.seed, epoch))
             keys = [
                 (epoch * repeats + (self.rank + position * self.ranks) % repeats, index)

@@ -1,9 +1,8 @@
 """The training loop behind ``python -m models finetune``: on one process or several, and the same after a kill.
 
-A run is a function of its settings and its step number. What is random in a step (which images, their crops, dropped
-paths, mixed boxes) is drawn from generators seeded with the run's seed and that number; learning rate and averaging
-follow from the number too. So the state to keep is the weights, the optimiser's moments and the number itself, and a
-run that continues from it takes the path it would have taken.
+Everything random in a step (which images, their crops, dropped paths, mixed boxes) is drawn from generators seeded with
+the run's seed and the number of the step; learning rate and averaging follow from that number, too. So the state of a
+run is its weights, the optimiser's moments and the number, and a run that continues takes the path it would have taken.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Trainer:
         self.folder, self.settings, self.metadata = folder, plain(settings or {}), metadata
         self.save_every, self.log_every, self.workers = save_every, log_every, workers
         self.training, self.validation = training, validation
-        self.output = folder if distributed.rank() == 0 else None  # where this process writes
+        self.output = folder if distributed.rank() == 0 else None  # None in processes that write nothing
         self.dtype = DTYPES[recipe.dtype]
         self.steps_per_epoch = TrainingBatches(training, recipe).steps_per_epoch
         self.total_steps = recipe.epochs * self.steps_per_epoch
@@ -103,10 +102,10 @@ class Trainer:
     # ---- the state
 
     def resume(self) -> bool:
-        """Takes up the state in ``output``, if there is one.
+        """Continues from the state in ``folder``; False if there is none.
 
         Raises:
-            ValueError: it is damaged, or of a run with other settings; the message names them.
+            ValueError: the state is damaged, or its run had other settings, which the message names.
         """
         if self.folder is None or not (self.folder / STATE).exists():
             return False
@@ -122,13 +121,13 @@ class Trainer:
             if not differing:
                 self._take_up(state)
                 return True
-        except Exception as error:  # a state that was changed can make its readers fail in any way
+        except Exception as error:  # a changed file can make its readers fail in any way
             reason = next(iter(str(error).strip().splitlines()), "")
             reason = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
             anew = f"--restart begins anew, with --checkpoint {last} from the last epoch's weights"
             raise ValueError(f"{path} is not a state of this run: {reason}; {anew}") from error
         ways = "another --output keeps both runs, --restart begins anew"
-        if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
+        if own.get("epochs", 0) > known.get("epochs", 0):  # the learning rate has already fallen
             ways += f", with --checkpoint {last} the weights are trained for longer"
         raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
 
@@ -180,7 +179,7 @@ class Trainer:
             CommandError: the loss is no longer finite. The last state written is from before that.
             kernels.files.WriteError: a file of the run cannot be written; the files before it are whole.
         """
-        if self.output is not None:  # without what a killed run wrote after its last state
+        if self.output is not None:  # drops what a killed run wrote after its last state
             atomic_write(self.output / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
             self._board = event_writer(self.output, self.step)
         wrapped: nn.Module = self.model
@@ -208,7 +207,7 @@ class Trainer:
 
     @property
     def _epoch(self) -> int:
-        """Of the step just done, from 1."""
+        """Epoch of the step just done, from 1."""
         return -(-self.step // self.steps_per_epoch)
 
     def _told(self) -> str:
@@ -221,7 +220,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
         for part in range(recipe.accumulate):
-            waits = part + 1 < recipe.accumulate  # for the last part, which sums over the processes
+            waits = part + 1 < recipe.accumulate  # the last part sums the gradients over the processes
             parallel = wrapped if isinstance(wrapped, DistributedDataParallel) else None
             with parallel.no_sync() if parallel is not None and waits else contextlib.nullcontext():
                 loss = self._loss(wrapped, next(batches), self.step * recipe.accumulate + part)
@@ -238,7 +237,7 @@ class Trainer:
         self.step += 1
 
     def _loss(self, wrapped: nn.Module, batch: list[Tensor], number: int) -> Tensor:
-        """A batch's share of its step's loss; what is random follows from the batch's ``number`` in the run."""
+        """A batch's share of its step's loss; ``number`` counts the run's batches and seeds what is random."""
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         seed = seed_of(self.recipe.seed, number, distributed.rank())
         if self.mix is not None:
@@ -285,7 +284,7 @@ class Trainer:
         bar.say(f"{self._told()}{scores} ({row['seconds']:.0f} s)")
 
     def _evaluate(self, model: nn.Module, images: Dataset[Any]) -> dict[str, float]:
-        """Top-1 and top-5 in per cent, every process on its share of the images."""
+        """Top-1 and top-5 in per cent; each process evaluates its share of the images."""
         distributed.broadcast_buffers(model)
         count = len(images)  # pyright: ignore[reportArgumentType]
         share = Subset(images, range(distributed.rank(), count, distributed.world_size()))

@@ -17,7 +17,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 class OutlookAttention(nn.Module):
-    """Every window of K×K tokens is mixed by attention that a single linear map reads off the token at its centre.
+    """Mixes every window of K×K tokens by attention, which a linear map computes from the token at its centre.
 
         logits[i]  = A·pool(x)[i] + a                                       heads × K² targets × K² sources for window i
         out[j]     = P·(Σ_{i, t: j is target t of window i} Σ_s softmax_s(logits[i] / √d)[t, s] · (V·x)[nbr(i, s)]) + p

@@ -70,9 +70,8 @@ class RepConvBlock(nn.Module):
 class DynamicConvBlock(ContMix):
     """Focus-Net block: mixes features x under the guidance of the context h, and updates both.
 
-    A ``ContMix`` by inheritance because the official names put its parameters directly in the block. Its kernel size
-    K is that of the static large kernel, too. In the ``first`` block h is the reference itself as yet, so there is
-    nothing to renew it from.
+    It inherits from ``ContMix`` because the official names put ContMix's parameters directly into the block. Its kernel
+    size K is also that of the static large kernel. In the ``first`` block h is the reference itself and is not renewed.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class DynamicConvBlock(ContMix):
 
     @leaf
     def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
-        """x [B, d, H, W], h and h_reference [B, c, H, W] -> new x and h, one above the other: [B, d + c, H, W]."""
+        """x [B, d, H, W], h and h_reference [B, c, H, W] -> new x and h, concatenated: [B, d + c, H, W]."""
         if self.x_scale is not None and self.h_scale is not None:
             h = add_scaled(self.h_scale, h_reference, self.x_scale(h))
         residual = self.dwconv1(torch.cat((x, h), 1))
@@ -133,7 +132,7 @@ class DynamicConvBlock(ContMix):
 
 
 def _move_shift(scale: Any, branch: Any) -> None:
-    """Layer scale and branch are summed, so the last convolution of the branch, or its own scale, may add the shift."""
+    """Lets the branch's last convolution (or layer scale) add the shift of ``scale``: their outputs are summed."""
     last = branch if as_built(branch, LayerScale) else last_convolution(branch)
     if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
         last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)

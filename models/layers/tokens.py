@@ -1,4 +1,4 @@
-"""Transformer blocks on tokens, for themselves or for a class token, and what is done to maps of tokens."""
+"""Transformer blocks on tokens, class attention, position embeddings, and the mixing of mix-token."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(LN(x)), then x + MLP(LN(x)): an Outlooker or a transformer block, as ``attn`` has it."""
+    """x + attn(LN(x)), then x + MLP(LN(x)): an Outlooker or a transformer block, depending on ``attn``."""
 
     def __init__(self, attn: nn.Module, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class ClassBlock(Block):
-    """The same for the class token alone, which attends to all tokens; the others pass unchanged."""
+    """A ``Block`` that changes only the class token, which attends to all tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         token = x[:, :1] + self.drop_path(self.attn(self.norm1(x)))
@@ -103,7 +103,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
 def random_box(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """CutMix's box (arXiv 1905.04899, section 3.1): centre uniform, sides √(1 − λ) of the map's, λ ~ Beta(1, 1).
 
-    Clipped at the border, hence sometimes smaller, or empty. int64 (top, left, bottom, right), half open.
+    Clipped at the border, so it may be smaller or empty. int64 (top, left, bottom, right), half open.
     """
     share, *centres = torch.rand(3, device=device).unbind()  # Beta(1, 1) is the uniform distribution: share is 1 − λ
     starts, stops = [], []
@@ -117,9 +117,9 @@ def random_box(height: int, width: int, device: torch.device | str | None = None
 
 @fx.wrap
 def mix_box(x: Tensor, box: Tensor) -> Tensor:
-    """Inside the box the tokens of the opposite batch entry, outside one's own: [B, H, W, C] -> [B, H, W, C].
+    """Takes the tokens inside the box from the opposite batch entry: [B, H, W, C] -> [B, H, W, C].
 
-    Its own inverse. A mask rather than a slice: the box never has to leave the device.
+    It is its own inverse. It uses a mask, not a slice, so that the box never leaves the device.
     """
     top, left, bottom, right = box.unbind()
     rows, columns = (torch.arange(length, device=x.device) for length in x.shape[1:3])

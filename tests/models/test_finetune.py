@@ -175,8 +175,13 @@ def test_what_a_run_cannot_tell_is_asked_for(finished, photographs, tmp_path, ca
     averaged = "holds averaged weights ('average') beside the last ones"
     state += ["--model", "tiny_volo", "--size", 64]
     for folder, arguments, told, absent in (
-        (renamed, ["--run", finished], "other classes than the folders of DIR; only one has cat, dog", averaged),
-        (photographs / "val", state, averaged, "other classes"),
+        (
+            renamed,
+            ["--run", finished],
+            "class names of the weights and of DIR differ; only one of them has cat, dog",
+            averaged,
+        ),
+        (photographs / "val", state, averaged, "class names"),
         (photographs / "val", [*state, "--no-ema"], "", averaged),
     ):
         assert run(*evaluate(folder, *arguments)) == 0
@@ -190,7 +195,7 @@ def test_a_folder_is_one_runs_at_a_time(copied, photographs, capsys):
     with locked(copied / ".lock", 0):
         for options in ([], ["--restart"]):
             told = refused(capsys, *finetune(photographs, copied, *SIZED, *options))
-            assert f"another finetune is at work in {copied}" in told
+            assert f"another finetune is writing to {copied}" in told
     assert (copied / "state.pt").read_bytes() == before
     assert run(*finetune(photographs, copied, *SIZED)) == 0
     assert "already finished" in capsys.readouterr().err
