@@ -37,11 +37,11 @@ import torch
 from kernels.files import WriteError, atomic_write, locked, write_json
 from models.commands import arguments as common
 from models.commands import distributed
-from models.commands.augmentation import rand_augment, random_erasing
+from models.commands.augmentation import Augmentation, rand_augment, random_erasing
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
-from models.commands.images import Augmentation, Preprocessing
+from models.commands.images import Preprocessing
 from models.commands.progress import console
 from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
 from models.commands.training import Trainer
@@ -195,10 +195,7 @@ def make_trainer(
     metadata = Metadata(
         **asdict(preprocessing), model=arguments.model, model_args=options, classes=tuple(training.classes)
     )
-    try:
-        metadata.header()
-    except TypeError as error:
-        raise ValueError(f"--model-kwargs: {error}") from error
+    metadata.header()  # TypeError for options that cannot be written
     return Trainer(
         model.to(device),
         recipe,

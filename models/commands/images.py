@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import random
 import stat
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,6 @@ from torch import Tensor
 
 from models._contract import BackboneContract
 from models.commands.dispatch import CommandError
-from models.commands.sampling import seeded
 from models.metadata import InputFormat
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for so many channels
@@ -149,47 +145,3 @@ class Preprocessing(InputFormat):
 def _centred(length: int, available: int) -> int:
     """First pixel of ``length`` centred pixels; negative if they are more than are ``available``."""
     return -((length - available) // 2) if length > available else round((available - length) / 2)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random-resized crop (arXiv 1409.4842, section 6) and horizontal flip, then ``preprocessing.normalise``.
-
-    Args:
-        preprocessing: gives size, interpolation, mean and std.
-        least_area: the crop takes a share of the image's area drawn from ``least_area``..1.
-        flip: probability of mirroring.
-        change: applied to the flipped image, for example timm's RandAugment; draws from the global generators.
-        erase: applied to the normalised image, for example timm's random erasing; likewise.
-    """
-
-    preprocessing: Preprocessing
-    least_area: float = 0.08
-    flip: float = 0.5
-    change: Callable[[Image.Image], Image.Image] | None = None
-    erase: Callable[[Tensor], Tensor] | None = None
-
-    def box(self, width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of the crop: aspect ratio log-uniform in 3/4..4/3."""
-        for _ in range(10):
-            area = width * height * generator.uniform(self.least_area, 1)
-            ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = generator.randint(0, width - w), generator.randint(0, height - h)
-                return left, top, left + w, top + h
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # a long strip: take its middle
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
-
-    def __call__(self, image: Image.Image, generator: random.Random) -> Tensor:
-        height, width = self.preprocessing.size
-        box = self.box(image.width, image.height, generator)
-        image = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box=box)
-        if generator.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.change is None and self.erase is None:
-            return self.preprocessing.normalise(image)
-        with seeded(generator.getrandbits(56)):
-            x = self.preprocessing.normalise(image if self.change is None else self.change(image))
-            return x if self.erase is None else self.erase(x)

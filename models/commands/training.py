@@ -25,15 +25,14 @@ from kernels.files import atomic_write, writing
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
-from models.commands.augmentation import mixing
+from models.commands.augmentation import mixing, seed_of, seeded
 from models.commands.dispatch import CommandError
 from models.commands.evaluate import count_correct, predict
 from models.commands.files import BEST, LAST, LOG, STATE, event_writer, plain, read_state
-from models.commands.folders import loader
+from models.commands.folders import TrainingBatches, loader
 from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss, warmed_up_ema
 from models.commands.progress import Bar
 from models.commands.recipe import OPTIONS, Recipe
-from models.commands.sampling import TrainingBatches, seed_of, seeded
 from models.commands.types import DTYPES
 from models.metadata import Metadata
 

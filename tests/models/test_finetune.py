@@ -371,7 +371,7 @@ assert train("bad", "--rand-augment", "rand-q9") == 2
 assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augment", "rand-m9-inc1") == 0
 
 from models.commands.recipe import Recipe
-from models.commands.sampling import TrainingBatches
+from models.commands.folders import TrainingBatches
 keys = [key for batch in TrainingBatches(range(24), Recipe(epochs=2, batch=4, repeats=3)) for key in batch]
 assert len(keys) == len(set(keys)) == 48  # each copy of an image once
 assert len({index for draw, index in keys if draw < 3}) == 8

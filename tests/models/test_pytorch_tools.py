@@ -1,4 +1,4 @@
-"""PyTorch's own tools on every family; compiling them in one graph is in the families' own tests."""
+"""PyTorch's own tools on every family: compilation, precision, copies, torch.func, changed layers, processes."""
 
 from __future__ import annotations
 

@@ -15,14 +15,14 @@ from torch.utils.data import Dataset, TensorDataset
 
 import kernels
 from models._contract import BackboneContract
-from models.commands.folders import ImageFolder, TrainingImages
-from models.commands.images import Augmentation, Preprocessing
+from models.commands.augmentation import Augmentation, seed_of, seeded
+from models.commands.folders import ImageFolder, TrainingBatches, TrainingImages
+from models.commands.images import Preprocessing
 from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss
 from models.commands.recipe import Recipe
-from models.commands.sampling import TrainingBatches, seed_of, seeded
 from models.commands.training import Trainer
 from models.overlock import OverLoCK
-from models.rednet import Bottleneck, RedNet
+from models.rednet import RedNet
 from models.volo import VOLO
 from tests.models.families import on_meta
 from tests.models.running import tiny_volo
@@ -169,22 +169,6 @@ def test_accumulated_batches_are_one_large_batch(optimizer):
 # ---- scikit-learn's handwritten digits, on either CPU path alike
 
 
-class NarrowRedNet(RedNet):
-    """RedNet's stem and head around one bottleneck per stage, a quarter as wide."""
-
-    def __init__(self) -> None:
-        super().__init__((1, 1, 1, 1), num_classes=10, in_chans=1)
-        channels = 64
-        for stage, info in enumerate(self.feature_info):
-            width = 16 * 2**stage
-            block = Bottleneck(channels, width, stride=1 if stage == 0 else 2)
-            setattr(self, info["module"], nn.Sequential(block))
-            channels = info["num_chs"] = Bottleneck.expansion * width
-        self.head = nn.Sequential()
-        self.head.add_module("fc", nn.Linear(channels, 10))
-        self._initialise()
-
-
 SMALL: dict[str, Any] = {"num_classes": 10, "in_chans": 1}
 OVERLOCK: dict[str, Any] = {
     "depth": (1, 1, 1, 1), "sub_depth": (1, 1), "embed_dim": (16, 16, 32, 32), "sub_num_heads": (1, 1),
@@ -197,7 +181,7 @@ def narrow_volo(**options: bool) -> VOLO:
 
 
 FAMILIES: dict[str, tuple[Callable[[], BackboneContract], Recipe]] = {
-    "rednet": (NarrowRedNet, Recipe(epochs=3, batch=24, learning_rate=6e-3, ema_decay=0)),
+    "rednet": (lambda: RedNet((1, 1, 0, 0), **SMALL), Recipe(epochs=3, batch=24, learning_rate=6e-3, ema_decay=0)),
     "volo": (lambda: narrow_volo(return_dense=False), Recipe(epochs=3, batch=48, learning_rate=3e-3, ema_decay=0.8)),
     "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=3, batch=48, learning_rate=6e-3, ema_decay=0)),
     "volo with token labels": (narrow_volo, Recipe()),
