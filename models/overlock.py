@@ -194,8 +194,10 @@ class OverLoCK(BackboneContract):
             return super().forward(x)
         x = self.forward_base(x)[-1]
         context = self.forward_overview(x)
-        features = self.forward_focus(x, context)[-1]
-        return self.forward_heads(features, context)
+        main = self.forward_head(self.forward_focus(x, context)[-1])
+        if self.training and self.return_aux:
+            return {"main": main, "aux": self._flat(self.aux_head(context))}
+        return main
 
     def forward_base(self, x: Tensor, last: int = 3) -> list[Tensor]:
         """Base-Net: image -> maps at 1/4, 1/8 and 1/16, as many as feature map ``last`` needs."""
@@ -227,12 +229,6 @@ class OverLoCK(BackboneContract):
             x = self.extra_norm[3](self.sub_blocks4(x, h, reference))
             maps.append(x if self.h_proj is None else x + self.h_proj(self.extra_norm[4](context)))
         return maps
-
-    def forward_heads(self, features: Tensor, context: Tensor) -> Tensor | dict[str, Tensor]:
-        main = self.forward_head(features)
-        if self.training and self.return_aux:
-            return {"main": main, "aux": self._flat(self.aux_head(context))}
-        return main
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, 1.25·d3, h, w] -> logits [B, num_classes], or the pooled [B, 1024] before them."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integer, integers, number
@@ -30,6 +30,8 @@ from models.registry import variant
 
 PATCH_SIZE = 8  # pixels per side of a fine token
 DOWNSAMPLING = 2  # fine tokens per side of a coarse one
+for _function in ("mix_box", "random_box", "resize_position_embedding"):
+    fx.wrap(_function)  # torch.fx records a call, since their steps depend on sizes
 
 
 class PatchEmbed(nn.Module):
@@ -231,15 +233,9 @@ class VOLO(BackboneContract):
     def _forward_token_labels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self._embed(x)
         grid = (x.shape[1] // DOWNSAMPLING, x.shape[2] // DOWNSAMPLING)
-        if self.mix_token:
-            box = random_box(*grid, x.device)
-            x = mix_box(x, box * DOWNSAMPLING)
-        else:
-            box = x.new_zeros(4, dtype=torch.int64)
-        x = self._forward_tokens(x, len(self.feature_info) - 1)[0]
-        token_logits = self.aux_head(x[:, 1:])
-        if self.mix_token:
-            token_logits = mix_box(token_logits.unflatten(1, grid), box).flatten(1, 2)
+        box = random_box(*grid, x.device) if self.mix_token else x.new_zeros(4, dtype=torch.int64)
+        x = self._forward_tokens(mix_box(x, box * DOWNSAMPLING), len(self.feature_info) - 1)[0]
+        token_logits = mix_box(self.aux_head(x[:, 1:]).unflatten(1, grid), box).flatten(1, 2)  # back to their images
         return self.head(x[:, 0]), token_logits, box
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

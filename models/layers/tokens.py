@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from models.layers.basic import DropPath
 from models.layers.outlook import check_heads
@@ -91,7 +91,6 @@ class ClassBlock(Block):
         return torch.cat((token, x[:, 1:]), 1)
 
 
-@fx.wrap
 def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """[1, h, w, C] -> [1, *grid, C]: bicubic over pixel areas (``align_corners=False``), without antialiasing."""
     if embedding.shape[1:3] == grid:
@@ -99,7 +98,6 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
     return F.interpolate(embedding.permute(0, 3, 1, 2), grid, mode="bicubic").permute(0, 2, 3, 1)
 
 
-@fx.wrap
 def random_box(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """CutMix's box (arXiv 1905.04899, section 3.1): centre uniform, sides √(1 − λ) of the map's, λ ~ Beta(1, 1).
 
@@ -115,7 +113,6 @@ def random_box(height: int, width: int, device: torch.device | str | None = None
     return torch.stack((*starts, *stops))
 
 
-@fx.wrap
 def mix_box(x: Tensor, box: Tensor) -> Tensor:
     """Takes the tokens inside the box from the opposite batch entry: [B, H, W, C] -> [B, H, W, C].
 
