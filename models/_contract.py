@@ -2,17 +2,17 @@
 
 A family derives from ``BackboneContract`` and provides
 
-* ``stages``: for each feature map, the modules and parameters that it is the first to need; then those of the head;
+* ``stages``: the modules and parameters of each feature map that no earlier map needs; then those of the head;
 * ``classifiers``: module name of each classifier -> its number of input features, the main one first;
 * ``_forward_stages(x, last)`` and ``forward_head(x, pre_logits=False)``;
-* ``group_matcher``, and what it does its own way: ``no_weight_decay``, ``adapt_state_dict``, ``return_plain_logits``,
+* ``group_matcher``, and where it differs: ``no_weight_decay``, ``adapt_state_dict``, ``return_plain_logits``,
   ``folded`` (its inference form), ``global_pools``, ``fixed_input_size``, ``training_only``, ``plain_options``.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.checks import flag, integer, number, one_of
+from models.feature_info import FeatureInfo
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,41 +42,8 @@ def pretrained_config(**overrides: Any) -> dict[str, Any]:
     } | overrides
 
 
-class FeatureInfo(list[dict[str, Any]]):
-    """``dict(num_chs=…, reduction=…, module=…)`` of every feature map, with timm's accessors.
-
-    Each gives its entry of the returned maps, ``out_indices`` (None: all), of one map ``idx``, or of several.
-    """
-
-    def __init__(self, maps: Iterable[dict[str, Any]], out_indices: Sequence[int] | None = None) -> None:
-        super().__init__(maps)
-        self.out_indices = tuple(range(len(self)) if out_indices is None else out_indices)
-
-    def get(self, key: str, idx: int | Sequence[int] | None = None) -> Any:
-        if isinstance(idx, int):
-            return self[idx][key]
-        return [self[i][key] for i in (self.out_indices if idx is None else idx)]
-
-    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
-        return self.get("num_chs", idx)
-
-    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
-        """Pixels of the image per position of the map and axis."""
-        return self.get("reduction", idx)
-
-    def get_dicts(self, keys: Sequence[str] | None = None, idx: int | Sequence[int] | None = None) -> Any:
-        """The dicts, or ``keys`` of them."""
-        if isinstance(idx, int):
-            return {key: self[idx][key] for key in keys or self[idx]}
-        return [self.get_dicts(keys, i) for i in (self.out_indices if idx is None else idx)]
-
-    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
-        """The module after which the map is taken."""
-        return self.get("module", idx)
-
-
 class Stage(nn.Sequential):
-    """Blocks one after another; each is computed again in the backward pass where gradient checkpointing is on."""
+    """Blocks in sequence. With gradient checkpointing each block is computed again in the backward pass."""
 
     grad_checkpointing = False
 
@@ -98,18 +66,20 @@ class BackboneContract(nn.Module):
         in_chans: channels of the image.
         drop_path_rate: stochastic depth of the last block in training, in [0, 1).
         features_only: return feature maps instead of logits.
-        out_indices: which maps; a number means the last so many, None all. What they do not need is not built.
+        out_indices: which maps; a number n means the last n, None all. Stages that they do not need are not built.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range, or ``out_indices`` without
+        TypeError, ValueError: an argument has another type or is out of range, or ``out_indices`` comes without
             ``features_only``; the message names it.
     """
 
-    sides: ClassVar = (32, 16384)  # smallest and largest of an image, in pixels
+    sides: ClassVar = (32, 16384)  # of an image: smallest and largest, in pixels
     fixed_input_size: ClassVar = False  # whether ``img_size`` is an argument
-    global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # what forward_head can do, its default first
+    global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # the poolings of forward_head, its default first
     training_only: ClassVar[tuple[str, ...]] = ()  # modules that evaluation does not use
-    plain_options: ClassVar[dict[str, Any]] = {}  # arguments with which training returns what evaluation does
+    plain_options: ClassVar[
+        dict[str, Any]
+    ] = {}  # arguments with which training returns logits alone, as evaluation does
     stages: ClassVar[tuple[tuple[str, ...], ...]]
 
     num_classes: int
@@ -186,16 +156,16 @@ class BackboneContract(nn.Module):
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that must not decay although they are no vectors."""
+        """Names of parameters that must not decay although they have several dimensions."""
         return set()
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The entries of a weight file as ``load_checkpoint`` is to compare them with the model's own."""
+        """The entries of a weight file in the form in which ``load_checkpoint`` compares them with the model's."""
         absent = tuple(f"{name}." for name in self.left_out)
         return {name: t for name, t in state.items() if name not in self.left_out and not name.startswith(absent)}
 
     def return_plain_logits(self) -> None:
-        """Training returns logits alone, as evaluation does: for scripts that know of no other targets."""
+        """Makes training return logits alone, as evaluation does, for scripts that expect nothing else."""
 
     @staticmethod
     def make_classifier(in_features: int, num_classes: int) -> nn.Module:
@@ -226,8 +196,8 @@ class BackboneContract(nn.Module):
         """Feature maps of an image [B, in_chans, H, W], with or without the final features; timm's signature.
 
         Args:
-            indices: which of the model's maps; a number means the last so many, None all.
-            norm: accepted for timm's sake; the maps are as they are.
+            indices: which of the model's maps; a number n means the last n, None all.
+            norm: accepted for timm's sake, and without effect.
             stop_early: do not run past the last wanted map.
             output_fmt: "NCHW".
             intermediates_only: return the maps alone.
@@ -259,7 +229,7 @@ class BackboneContract(nn.Module):
         return self.get_submodule(next(iter(self.classifiers))) if self.classifiers else nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts new classifiers of ``num_classes`` outputs (0: none) in place of all the present ones.
+        """Replaces all classifiers by new ones of ``num_classes`` outputs (0: none).
 
         ``global_pool``: one of ``global_pools``; "" returns the features unpooled, and needs ``num_classes`` 0.
         """
@@ -278,7 +248,7 @@ class BackboneContract(nn.Module):
             setattr(self.get_submodule(parent), child, new.to(device=like.device, dtype=like.dtype).train(old.training))
 
     def set_global_pool(self, global_pool: str, num_classes: int | None = None) -> None:
-        """How ``forward_head`` pools, see ``reset_classifier``; the classifiers stay."""
+        """Sets how ``forward_head`` pools (see ``reset_classifier``); the classifiers stay."""
         self.global_pool, previous = one_of("global_pool", global_pool, self.global_pools), self.global_pool
         classes = self.num_classes if num_classes is None else num_classes
         if global_pool == "" and classes and self.classifiers:
@@ -290,7 +260,7 @@ class BackboneContract(nn.Module):
     ) -> list[int]:
         """Removes the stages after the last of the feature maps ``indices``, which are returned as numbers from 0.
 
-        With ``prune_head`` or the last stage the head goes, too; with ``prune_norm`` the norm before it, if any.
+        The head goes with ``prune_head`` or with the last stage, the norm before it with ``prune_norm``.
         """
         if self.features_only:
             raise ValueError("a features_only model is built without the stages it does not need: choose out_indices")
@@ -302,9 +272,9 @@ class BackboneContract(nn.Module):
         return chosen
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory in training: a block's activations are computed again in the backward pass.
+        """Saves memory in training: a block's activations are computed again in the backward pass.
 
-        Batch norms then see every batch twice, so their running statistics move at twice the usual pace.
+        Batch norms then see every batch twice, so their running statistics move twice as fast.
         """
         self.grad_checkpointing = flag("enable", enable)
         for module in self.modules():
@@ -312,7 +282,7 @@ class BackboneContract(nn.Module):
                 module.grad_checkpointing = enable
 
     def _check_image(self, x: Tensor) -> None:
-        """ValueError or TypeError naming ``x`` unless it is a floating-point [B, in_chans, H, W] of sufficient size."""
+        """ValueError or TypeError unless ``x`` is a floating-point [B, in_chans, H, W] of sufficient size."""
         if isinstance(x, fx.Proxy):
             return
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:

@@ -14,11 +14,11 @@ from models.checkpoints import load_checkpoint
 from models.checks import one_of
 from models.registry import entry_points
 
-SOURCES = ("file", "hf_hub_id", "state_dict", "url")  # entries of a configuration that say where weights are
+SOURCES = ("file", "hf_hub_id", "state_dict", "url")  # entries of a configuration that name weights
 
 
 def register_with_timm() -> None:
-    """Enters every model into timm's registry, once: a name that timm has already stays as it is.
+    """Enters every model into timm's registry, except under names that timm already has.
 
     Importing timm takes seconds and needs torchvision, so ``import models`` does not import it. Where timm was imported
     before, ``import models`` calls this function itself.
@@ -67,7 +67,7 @@ def _as_timm_calls_it(timm_models: Any, entry_point: Callable[..., Any]) -> Call
         elsewhere = any(overrides.get(source) for source in SOURCES)
         if pretrained and not elsewhere and cache_dir is not None:
             raise ValueError(f"cache_dir: {name} keeps official weights in torch.hub's folder; set TORCH_HOME instead")
-        # What a configuration says of the model is the default of its arguments, as for timm's own models.
+        # As for timm's own models, a configuration gives the defaults of the arguments.
         if overrides.get("num_classes") is not None:
             options.setdefault("num_classes", overrides["num_classes"])
         if overrides.get("input_size") is not None:
@@ -76,18 +76,18 @@ def _as_timm_calls_it(timm_models: Any, entry_point: Callable[..., Any]) -> Call
                 options.setdefault("img_size", tuple(overrides["input_size"][1:]))
         with contextlib.nullcontext() if device is None else torch.device(device):
             model = entry_point(pretrained=pretrained and not elsewhere, **options).to(dtype=dtype)
-        if output_stride is not None:  # no family has a dilated form
+        if output_stride is not None:  # the families have no dilated forms
             one_of("output_stride", output_stride, (model.feature_info[-1]["reduction"],))
         pool = overrides.get("global_pool") if global_pool is None else global_pool
         if pool is not None:
             model.set_global_pool(pool)
-        model.return_plain_logits()  # all that timm's losses take
+        model.return_plain_logits()  # timm's losses take nothing else
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": name, **overrides}
         model.pretrained_model_args = pretrained_model_args or {}
         file_alone = overrides.get("source") != "local-dir" and not overrides.get("state_dict")
         if pretrained and overrides.get("file") and file_alone:
             load_checkpoint(model, overrides["file"])
-            model.pretrained_cfg = {**model.pretrained_cfg, **overrides}  # before what the file says of itself
+            model.pretrained_cfg = {**model.pretrained_cfg, **overrides}  # overrides what the file says of itself
         elif pretrained and elsewhere:
             timm_models.load_pretrained(
                 model,

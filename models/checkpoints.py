@@ -1,4 +1,4 @@
-"""Weight files in and out of models: checked as a whole before a model changes."""
+"""Loads weight files into models, which change only if the whole file fits, and writes them."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ PathLike = str | os.PathLike[str]
 def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = True) -> None:
     """Copies the weights of a file into ``model``; either all of them fit and are copied, or nothing changes.
 
-    Takes what training scripts write: a plain state dict or one inside a container such as ``"state_dict"``, names
-    behind ``module.``, ``model.``, ``backbone.`` and their like in any order, counters beside the weights. Of a
-    detector or segmenter it takes the backbone. Warnings tell what is not simply copied: averaged weights (EMA) are
-    preferred to the last ones; a classifier that the file lacks, or has for another number of classes, stays as it is.
-    With another ``in_chans`` the first convolution is summed (1 channel) or tiled; a ``pos_embed`` of another size is
+    It takes what training scripts write: a plain state dict or one inside a container such as ``"state_dict"``; names
+    behind ``module.``, ``model.``, ``backbone.`` and the like, in any order; counters beside the weights. From a
+    detector or segmenter it takes the backbone. A warning says so where averaged weights (EMA) are preferred to the
+    last ones, and where a classifier is kept because the file has none or one for another number of classes. For
+    another ``in_chans`` the first convolution is summed (1 channel) or tiled; a ``pos_embed`` of another size is
     resized. What the file says of its images (see ``models.metadata``) goes into ``model.pretrained_cfg``.
 
     Args:
-        model: one of ``models``, also compiled, wrapped for training or on the meta device, which then gets the
-            file's tensors; another ``nn.Module`` works as long as names and shapes agree.
+        model: one of ``models``, also compiled, wrapped for training, or on the meta device, where it gets the file's
+            tensors; any other ``nn.Module`` whose names and shapes agree.
         path_or_url: a ``torch.save`` or ``.safetensors`` file, or its http(s) address, see ``downloads.fetch``.
-        use_ema: take the averaged weights where the file has both, as timm does.
+        use_ema: take the averaged weights if the file has both, as timm does.
 
     Raises:
         FileNotFoundError: no such file.
-        ConnectionError: the address cannot be reached and nothing is cached.
-        ValueError: the file holds code, is damaged, is no weight file, or does not fit; the message lists the names.
+        ConnectionError: the file is not cached and cannot be downloaded.
+        ValueError: the file holds code, is damaged, is not a weight file, or does not fit; the message lists the names.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -61,14 +61,14 @@ def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = 
     state = _with_counters(state)
     adapt: Any = getattr(model, "adapt_state_dict", dict)
     state = adapt(state)
-    if getattr(model, "features_only", False):  # neither the classifier nor the stages after the last wanted map
+    if getattr(model, "features_only", False):  # drops the classifier and the stages after the last wanted map
         own_parts = {part_of(name) for name in own}
         state = {name: tensor for name, tensor in state.items() if part_of(name) in own_parts}
     state = {name: tensor for name, tensor in state.items() if name in own or not is_bookkeeping(name)}
     state = _adapted_shapes(_with_classifiers(state, model, own, notes), model, own)
     _check_fit(state, own, type(model).__name__, path)
     on_meta = any(tensor.is_meta for tensor in own.values())
-    if on_meta:  # memory of the model's own, in its dtype and layout, whatever the file's tensors share
+    if on_meta:  # new memory in the model's dtype and layout: tensors of the file may share theirs
         state = {name: torch.empty_like(own[name], device=t.device).copy_(t) for name, t in state.items()}
     model.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=on_meta)
     if metadata is not None and hasattr(model, "pretrained_cfg"):
@@ -77,22 +77,8 @@ def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = 
         warnings.warn(note, stacklevel=2)
 
 
-def load_pretrained(model: nn.Module, url: str) -> None:
-    """``load_checkpoint`` for the official weights at ``url``.
-
-    Raises:
-        ValueError: as ``load_checkpoint``, or ``url`` is empty: nobody publishes weights that can be downloaded.
-    """
-    if not url:
-        raise ValueError(
-            f"pretrained: no official weights of this {type(model).__name__} can be downloaded; "
-            "get the file by hand and pass checkpoint=PATH"
-        )
-    load_checkpoint(model, url)
-
-
 def local_file(path_or_url: PathLike) -> Path:
-    """The file itself, downloaded where it is named by its address. Errors as for ``load_checkpoint``."""
+    """The path of the file, which is downloaded if given by its address. Errors as for ``load_checkpoint``."""
     if not isinstance(path_or_url, str | os.PathLike):
         raise TypeError(f"path_or_url must be a str or a path, got {type(path_or_url).__name__}")
     if isinstance(path_or_url, str) and path_or_url.lower().startswith(("http://", "https://")):
@@ -101,12 +87,12 @@ def local_file(path_or_url: PathLike) -> Path:
 
 
 def save_checkpoint(model: nn.Module, path: PathLike, metadata: Metadata | None = None) -> None:
-    """Writes the state dict of ``model``; a reader finds the old file or the new one, never half of one.
+    """Writes the state dict of ``model`` atomically: a reader finds the old file or the new one.
 
     Args:
         model: any module.
         path: ending in ``.safetensors``, or in ``.pth`` or ``.pt`` for ``torch.save``'s format.
-        metadata: what the file is to say of itself, for ``.safetensors`` alone.
+        metadata: what the file says of itself; for ``.safetensors`` only.
 
     Raises:
         ValueError: another ending.
@@ -164,7 +150,7 @@ def _plain(tensor: Tensor) -> bool:
 def _with_classifiers(
     state: Mapping[str, Tensor], model: nn.Module, own: Mapping[str, Tensor], notes: list[str]
 ) -> dict[str, Tensor]:
-    """``state`` with the model's own classifier where the file has none, or one for other classes."""
+    """``state`` with the model's own classifier if the file has none, or one for another number of classes."""
     state = dict(state)
     for classifier in getattr(model, "classifiers", {}):
         entries = (f"{classifier}.weight", f"{classifier}.bias")
@@ -172,7 +158,7 @@ def _with_classifiers(
         rows = {len(tensor) for tensor in found if tensor.ndim > 0}
         if not found:
             head = f"{part_of(classifier)}."
-            if any(name.startswith(head) for name in state):  # the layers before the classifier
+            if any(name.startswith(head) for name in state):  # the file has the layers before the classifier
                 head = f"{classifier}."
             kept = [name for name in own if name.startswith(head)]
             state.update((name, own[name].clone()) for name in kept)
@@ -190,7 +176,7 @@ def _with_classifiers(
 
 
 def _adapted_shapes(state: dict[str, Tensor], model: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with first convolution and position embedding brought to the model's shapes."""
+    """``state`` with its first convolution and position embedding in the model's shapes."""
     state = dict(state)
     for name, tensor in state.items():
         if name not in own or tensor.shape == own[name].shape or tensor.ndim != 4 or own[name].ndim != 4:
@@ -207,7 +193,7 @@ def _adapted_shapes(state: dict[str, Tensor], model: nn.Module, own: Mapping[str
 
 
 def _with_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with a counter of 0 for every batch norm that has none, as of old, or an average of some."""
+    """``state`` with a counter of 0 for every batch norm that has none (old files) or an average of several."""
     state = dict(state)
     for name in [name for name in state if name.endswith("running_mean")]:
         counter = f"{name.removesuffix('running_mean')}num_batches_tracked"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-MOST = 2**16  # of what a network has: channels, blocks, heads, pixels per side
+MOST = 2**16  # bound of channels, blocks, heads and pixels per side
 
 
 def integer(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> int:
@@ -21,6 +21,13 @@ def integer(name: str, value: Any, minimum: int = 1, maximum: int = MOST) -> int
     if result > maximum:
         raise ValueError(f"{name} must be <= {maximum}, got {value}")
     return result
+
+
+def odd(name: str, value: Any) -> int:
+    """An odd integer of at least 1."""
+    if integer(name, value) % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {value}")
+    return int(value)
 
 
 def integers(
@@ -40,7 +47,7 @@ def number(name: str, value: Any, minimum: float, below: float) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     result = float(value)
-    if not minimum <= result < below:  # not so for NaN either
+    if not minimum <= result < below:  # false for NaN, too
         raise ValueError(f"{name} must lie in [{minimum:g}, {below:g}), got {value}")
     return result
 

@@ -21,30 +21,30 @@ from rich.progress import wrap_file
 from kernels.files import WriteError, atomic_write, locked, writing
 
 ATTEMPTS, TIMEOUT = 3, 30.0  # seconds without a byte after which a transfer counts as broken
-LONGEST_NAME = 200  # bytes; file systems take 255, and the files beside it have longer names
-SAFE = "!#$%&'()*+,/:;=?@[]~"  # what of an address is sent as it is; other scripts go as %XX
+LONGEST_NAME = 200  # bytes; file systems take 255, and the names of the files beside it are longer
+SAFE = "!#$%&'()*+,/:;=?@[]~"  # characters of an address that are not sent as %XX
 
 
 def fetch(url: str, check: Callable[[Path], object] | None = None) -> Path:
     """Path of the file behind ``url`` in ``torch.hub.get_dir()/checkpoints``, downloaded unless it lies there.
 
-    A broken transfer is started afresh. The file appears under its name only when it is complete and ``check`` accepts
-    it. NAME.sha256 beside it says where it came from and pins its checksum, in the format of ``sha256sum --check``.
+    A broken transfer starts again from the beginning. The file gets its name only when it is complete and ``check``
+    accepts it. NAME.sha256 beside it records its address and pins its checksum, in the format of ``sha256sum --check``.
 
     Args:
         url: http(s) address; its last component names the file.
         check: called with the path of a file not seen before; raises ValueError to refuse it.
 
     Raises:
-        ConnectionError: the file could not be had; the message names ``url`` and where to put the file by hand.
-        ValueError: ``url`` names no file, ``check`` refused the file, or it is not the one seen first.
+        ConnectionError: the download failed; the message names ``url`` and where to put the file by hand.
+        ValueError: ``url`` does not name a file, ``check`` refused it, or its checksum is not the pinned one.
         kernels.files.WriteError: the file or the folder cannot be written.
     """
     try:
         parts = urlsplit(url)
         name = unquote(parts.path).rpartition("/")[2]
         named = parts.hostname and parts.port != 0 and name not in ("", ".", "..") and name.isprintable()
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         named = False
     if not named or parts.scheme not in ("http", "https"):
         raise ValueError(f"url must be http(s)://HOST/…/FILE, got {url!r}")
@@ -56,7 +56,9 @@ def fetch(url: str, check: Callable[[Path], object] | None = None) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     path, pin, incomplete = folder / name, folder / f"{name}.sha256", folder / f"incomplete-{name}"
-    source = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()  # without secrets
+    source = parts._replace(
+        netloc=parts.netloc.rpartition("@")[2], query="", fragment=""
+    ).geturl()  # without passwords and tokens
     with locked(folder / f"{name}.lock", -1):
         known, pinned = _read_pin(pin)
         if known not in (None, source):
@@ -105,7 +107,7 @@ def _sha256(path: Path) -> str:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows to other http addresses, from https to https alone; Python by itself follows to ftp as well."""
+    """Follows redirections to http(s), from https only to https. By default Python would follow to ftp, too."""
 
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
         scheme = urlsplit(newurl).scheme
@@ -115,13 +117,13 @@ class _Redirects(HTTPRedirectHandler):
 
 
 def _download(parts: SplitResult, file: Path, path: Path) -> None:
-    """ConnectionError after several attempts, or at once where the server refuses."""
+    """Downloads to ``file``. ConnectionError after several attempts, or at once if the server refuses."""
     address = parts._replace(path=quote(parts.path, SAFE), query=quote(parts.query, SAFE), fragment="").geturl()
     request, console = Request(address, headers={"User-Agent": "dynamic-kernels"}), Console(stderr=True)
     told = {"description": escape(path.name), "console": console, "disable": not sys.stderr.isatty()}
     for attempt in range(1, ATTEMPTS + 1):
         with writing(file):
-            file.unlink(missing_ok=True)  # what is there may be a link to somewhere else
+            file.unlink(missing_ok=True)  # it may be a link to somewhere else
             target = open(file, "xb")  # noqa: SIM115
         try:
             with target, build_opener(_Redirects).open(request, timeout=TIMEOUT) as response:

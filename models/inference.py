@@ -5,10 +5,10 @@
     residual convolution        x + W∗x + b             = (W + δ)∗x + b             δ: 1 at the window's centre
     layer scale and branch      (s·x + t) + (W∗y + b)   = s·x + (W∗y + (b + t))     one multiply-add
 
-Affine layers, s·x + t for each channel, are batch norms with their running statistics and layer scales. Blocks and
-families say themselves, by a method ``folded``, what they become; here is the order, and the rule for layers in
-sequence. Layers that these rules do not reach stay: the batch norm after an involution, whose kernels are computed
-from its input, and layers that were replaced, wrapped or hooked.
+Affine layers compute s·x + t per channel: batch norms with running statistics, and layer scales. Blocks and families
+say what they become by a method ``folded``; this module has the order, and the rule for layers in sequence. Some
+layers stay: the batch norm after an involution, whose kernels depend on its input, and layers that were replaced,
+wrapped or hooked.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def optimize_for_inference(model: Model) -> Model:
-    """A copy of a trained model that computes the same with fewer passes over its feature maps.
+    """Returns a copy of a trained model that computes the same with fewer passes over its feature maps.
 
     Batch norms and layer scales are folded into convolutions, dilated branches are merged, what only training uses is
-    left out, and convolution weights lie in channels-last memory as the feature maps of every family do. Class and
-    methods are those of the given model. The entries of its state dict are not: load weights before.
+    left out, and the weights of convolutions lie in channels-last memory, as feature maps do. The copy has the class
+    and the methods of the given model, but other state-dict entries: load weights before.
 
     The copy is in evaluation mode and its parameters are frozen (``requires_grad=False``); gradients still reach the
-    image. It can be moved to any device or dtype, and is what to hand to ``torch.compile`` or ``torch.export``.
+    image. It can be moved to any device or dtype; give this copy to ``torch.compile`` or ``torch.export``.
 
     Args:
-        model: an ``OverLoCK``, ``RedNet`` or ``VOLO`` in evaluation mode, which stays as it is. One that has been
-            optimised already gives its equal.
+        model: an ``OverLoCK``, ``RedNet`` or ``VOLO`` in evaluation mode, which is not changed. An optimised model
+            gives an equal copy.
 
     Raises:
         TypeError: any other module; also one of these that is compiled or wrapped.
@@ -60,11 +60,11 @@ def optimize_for_inference(model: Model) -> Model:
     optimised = copy.deepcopy(model).requires_grad_(False)
     optimised.zero_grad(set_to_none=True)
     optimised.set_grad_checkpointing(False)
-    optimised.to(torch.promote_types(dtype, torch.float32))  # weights are rounded once, when all is folded
+    optimised.to(torch.promote_types(dtype, torch.float32))  # so that weights are rounded once, after folding
     _fold(optimised)
     optimised.to(dtype)
     for module in optimised.modules():
-        # A weight in another format than the image is copied at every call.
+        # A weight in another memory format than the image would be copied at every call.
         if isinstance(module, nn.Conv2d) and "weight" in module._parameters:
             weight = module.weight.contiguous(memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight, requires_grad=False)
@@ -85,7 +85,7 @@ def _refuse_training(model: nn.Module, _inputs: Any) -> None:
 
 
 def _fold(module: nn.Module) -> nn.Module:
-    """What stands in the place of ``module``: its children are folded first, so that a parent finds convolutions."""
+    """The folded form of ``module``. Children are folded first, so that their parent finds plain convolutions."""
     for name, child in module.named_children():
         setattr(module, name, _fold(child))
     if isinstance(module, nn.Sequential):
@@ -95,7 +95,7 @@ def _fold(module: nn.Module) -> nn.Module:
 
 
 def fold_sequence(layers: nn.Sequential) -> None:
-    """Every affine layer goes into the convolution before it, else into the one after it."""
+    """Folds every affine layer into the convolution before it, or else into the one after it."""
     for index, layer in enumerate(layers):
         before: Any = layers[index - 1] if index > 0 else None
         after: Any = layers[index + 1] if index + 1 < len(layers) else None

@@ -1,4 +1,4 @@
-"""What a weight file says of itself: its model, the images it was trained for, the classes it tells apart.
+"""What a weight file says of itself: its model, the images that it was trained for, and its classes.
 
 ``finetune`` writes it into the header of a .safetensors file, each entry as JSON under its own name.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,52 +13,67 @@ from typing import Any
 
 from safetensors import safe_open
 
-from models.weight_files import is_safetensors, reason_of
+from models.checks import integers, number, one_of
+from models.safe_load import reason_of
+from models.weight_files import is_safetensors
 
 MARK, VERSION = "dynamic_kernels", "1"
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """How a model was built and what it was shown.
+class InputFormat:
+    """The images that a model was trained for.
 
     Args:
-        model: its name, as for ``create_model``.
-        model_args: what its function was given, but for the number of classes.
-        size: height and width of its images, in pixels.
+        size: height and width, in pixels.
         crop_pct: share of an image's shorter side that the test crop takes.
         interpolation: "bilinear" or "bicubic".
-        mean: of each channel, in 0..1.
+        mean: of each channel, in 0..1; its length is the number of channels.
         std: of each channel.
-        classes: a name for every class.
 
     Raises:
-        ValueError: an entry that cannot be; the message begins with its name.
+        TypeError, ValueError: an entry of another type or out of range; the message begins with its name.
     """
 
-    model: str
-    model_args: dict[str, Any]
     size: tuple[int, int]
     crop_pct: float
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        integers("size", self.size, 2, 1, 1 << 15)
+        number("crop_pct", self.crop_pct, 0.01, 2.01)
+        one_of("interpolation", self.interpolation, ("bilinear", "bicubic"))
+        for name, least, below in (("mean", -10, 10), ("std", 1e-6, 1e3)):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) not in (1, 3) or len(values) != len(self.mean):
+                raise ValueError(f"{name} must be 1 or 3 numbers, as many as mean, got {values!r}")
+            for value in values:
+                number(name, value, least, below)
+
+
+@dataclass(frozen=True)
+class Metadata(InputFormat):
+    """How a model was built and what it was shown.
+
+    Args:
+        model: its name, as for ``create_model``.
+        model_args: the arguments of its function, except for the number of classes.
+        classes: a name for every class.
+    """
+
+    model: str
+    model_args: dict[str, Any]
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        channels = len(self.mean) if isinstance(self.mean, tuple) else 0
-        for name, holds in (
-            ("model", isinstance(self.model, str)),
-            ("model_args", isinstance(self.model_args, dict)),
-            ("size", _numbers(self.size, 2, 1, 1 << 15) and all(isinstance(side, int) for side in self.size)),
-            ("crop_pct", _numbers((self.crop_pct,), 1, 0.01, 2)),
-            ("interpolation", self.interpolation in ("bilinear", "bicubic")),
-            ("mean", channels in (1, 3) and _numbers(self.mean, channels, -10, 10)),
-            ("std", _numbers(self.std, channels, 1e-6, 1e3)),
-            ("classes", isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)),
-        ):
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot be")
+        super().__post_init__()
+        for name, kind in (("model", str), ("model_args", dict), ("classes", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        if not all(isinstance(name, str) for name in self.classes):
+            raise TypeError(f"classes must be strings, got {self.classes!r}")
 
     def header(self) -> dict[str, str]:
         """Entries of a .safetensors header. TypeError where model_args hold more than plain values."""
@@ -70,7 +84,7 @@ class Metadata:
         return {**self.model_args, "num_classes": len(self.classes)}
 
     def apply_to(self, model: Any) -> None:
-        """Makes this the configuration of one of ``models``, in timm's words; class names where they are as many."""
+        """Writes this into ``model.pretrained_cfg``, in timm's words; class names only if their number fits."""
         config = {name: value for name, value in model.pretrained_cfg.items() if name != "label_names"} | {
             "input_size": (model.in_chans, *self.size),
             "crop_pct": self.crop_pct,
@@ -89,10 +103,10 @@ class Metadata:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
-    """What the file says of itself; None where it says nothing, as in any other format, or is none.
+    """What the file says of itself; None if it says nothing, has another format or does not exist.
 
     Raises:
-        ValueError: it says what cannot be.
+        ValueError: an entry of the header is missing or out of range.
     """
     path = Path(path)
     if not os.path.isfile(path) or not is_safetensors(path):
@@ -107,19 +121,8 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
     if header[MARK] != VERSION:
         raise ValueError(f"checkpoint: the header of {path} is of version {header[MARK]!r}, not {VERSION}")
     try:
-        return Metadata(**{known.name: _tuples(json.loads(header[known.name])) for known in fields(Metadata)})
+        entries: dict[str, Any] = {known.name: json.loads(header[known.name]) for known in fields(Metadata)}
+        entries |= {name: tuple(value) for name, value in entries.items() if isinstance(value, list)}
+        return Metadata(**entries)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"checkpoint: the header of {path} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _tuples(value: Any) -> Any:
-    """``value`` as it was before JSON made lists of its tuples."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    return {name: _tuples(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-def _numbers(values: Any, count: int, least: float, most: float) -> bool:
-    """Whether these are so many finite numbers between the bounds."""
-    kinds = isinstance(values, tuple) and len(values) == count and all(type(v) in (int, float) for v in values)
-    return kinds and all(math.isfinite(v) and least <= v <= most for v in values)

@@ -1,11 +1,11 @@
-"""OverLoCK: an overview first, a close look next, with context-mixing dynamic kernels (arXiv 2502.20087, CVPR 2025).
+"""OverLoCK: first an overview, then a close look, with context-mixing dynamic kernels (arXiv 2502.20087, CVPR 2025).
 
 Base-Net encodes the image down to 1/16, Overview-Net glances at it at 1/32, and Focus-Net looks again at 1/16 and
 1/32 under the guidance of that glance: every position's convolution kernels come from its affinity to the context.
 
-State-dict names and shapes are those of the official release (LMMMEng/OverLoCK, Apache-2.0), whose weights load as
-they are. Three defects of that code are not kept: its ``*_reparam`` models drop their keyword arguments and their S
-and B sizes never load weights; a map smaller than the kernel can be enlarged to one pixel too few.
+State-dict names and shapes are those of the official release (LMMMEng/OverLoCK, Apache-2.0), whose weights load
+unchanged. Three defects of that code are mended: its ``*_reparam`` models drop their keyword arguments, their S and B
+sizes never load weights, and a map smaller than the kernel can be enlarged to one pixel too few.
 """
 
 from __future__ import annotations
@@ -20,21 +20,9 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integers
-from models.layers import (
-    ContMix,
-    DilatedReparamBlock,
-    DropPath,
-    GELU2d,
-    GlobalResponseNorm,
-    LayerNorm2d,
-    LayerScale,
-    PointwiseConv2d,
-    ResidualDepthwiseConv2d,
-    SqueezeExcite,
-)
-from models.layers.basic import add_scaled, to_channels_last
-from models.layers.fusion import as_built, last_convolution
-from models.layers.tracing import leaf
+from models.layers import DilatedReparamBlock, GELU2d, LayerNorm2d, LayerScale, PointwiseConv2d
+from models.layers.basic import to_channels_last
+from models.layers.overlock_blocks import DynamicConvBlock, RepConvBlock
 from models.registry import variant
 
 
@@ -51,115 +39,6 @@ def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
     """[B, in_channels, H, W] -> [B, out_channels, ⌈H/2⌉, ⌈W/2⌉]."""
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-
-
-def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
-    """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
-    inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
-    return [PointwiseConv2d(channels, hidden), *inside, PointwiseConv2d(hidden, channels)]
-
-
-class RepConvBlock(nn.Module):
-    """Base-Net and Overview-Net block: x ← x + dw₃(x), then ls(x) + drop_path(MLP(SE(BN(dilated reparam_K(LN(x)))))).
-
-    x [B, channels, H, W]; ``mlp_ratio`` is the MLP's hidden width over ``channels``, ``residual_scale`` gives the
-    residual its layer scale ls, ``reparam`` builds the merged form.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        *,
-        mlp_ratio: int = 4,
-        drop_path: float = 0.0,
-        residual_scale: bool = False,
-        reparam: bool = False,
-    ) -> None:
-        super().__init__()
-        self.dwconv = ResidualDepthwiseConv2d(channels)
-        self.proj = nn.Sequential(
-            LayerNorm2d(channels, eps=1e-6),
-            DilatedReparamBlock(channels, kernel_size, merged=reparam),
-            nn.BatchNorm2d(channels),
-            SqueezeExcite(channels),
-            *feed_forward(channels, mlp_ratio * channels),
-            DropPath(drop_path),
-        )
-        self.ls = LayerScale(channels) if residual_scale else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(x)
-        return add_scaled(self.ls, x, self.proj(x))
-
-    def folded(self) -> nn.Module:
-        _move_shift(self.ls, self.proj)
-        return self
-
-
-class DynamicConvBlock(ContMix):
-    """Focus-Net block: mixes features x under the guidance of the context h, and updates both.
-
-    A ``ContMix`` by inheritance because the official names put its parameters directly in the block. Its kernel size
-    K is that of the static large kernel, too. In the ``first`` block h is the reference itself as yet, so there is
-    nothing to renew it from.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        context_channels: int,
-        kernel_size: int,
-        num_heads: int,
-        *,
-        mlp_ratio: int = 3,
-        drop_path: float = 0.0,
-        first: bool = False,
-        reparam: bool = False,
-    ) -> None:
-        super().__init__(channels, context_channels, kernel_size, num_heads)
-        width = channels + context_channels
-        self.x_scale = None if first else LayerScale(context_channels)
-        self.h_scale = None if first else LayerScale(context_channels)
-        self.dwconv1 = ResidualDepthwiseConv2d(width)
-        self.norm1 = LayerNorm2d(width, eps=1e-6)
-        self.fusion = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, groups=width),
-            nn.BatchNorm2d(width),
-            GELU2d(),
-            PointwiseConv2d(width, channels),
-            GlobalResponseNorm(channels),
-        )
-        self.dyconv_proj = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels))
-        self.lepe = nn.Sequential(DilatedReparamBlock(channels, kernel_size, merged=reparam), nn.BatchNorm2d(channels))
-        self.se_layer = SqueezeExcite(channels)
-        self.gate = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels), nn.SiLU())
-        self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv2d(channels, width))
-        self.dwconv2 = ResidualDepthwiseConv2d(width)
-        self.norm2 = LayerNorm2d(width, eps=1e-6)
-        self.mlp = nn.Sequential(*feed_forward(width, mlp_ratio * channels))
-        self.ls1 = LayerScale(width)
-        self.ls2 = LayerScale(width)
-        self.drop_path = DropPath(drop_path)
-
-    @leaf
-    def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
-        """x [B, d, H, W], h and h_reference [B, c, H, W] -> new x and h, one above the other: [B, d + c, H, W]."""
-        if self.x_scale is not None and self.h_scale is not None:
-            h = add_scaled(self.h_scale, h_reference, self.x_scale(h))
-        residual = self.dwconv1(torch.cat((x, h), 1))
-        features = self.norm1(residual)
-        x = self.fusion(features)
-        mixed = self.dyconv_proj(self.mix(x, features)) + self.lepe(x)
-        x = add_scaled(self.ls1, residual, self.drop_path(self.proj(self.se_layer(mixed) * self.gate(x))))
-        x = self.dwconv2(x)
-        return add_scaled(self.ls2, x, self.drop_path(self.mlp(self.norm2(x))))
-
-    def folded(self) -> nn.Module:
-        _move_shift(self.ls1, self.proj)
-        _move_shift(self.ls2, self.mlp)
-        _move_shift(self.h_scale, self.x_scale)
-        return super().folded()
 
 
 class FocusStage(Stage):
@@ -188,15 +67,15 @@ class ContextDownsample(nn.Module):
 class OverLoCK(BackboneContract):
     """OverLoCK classifier, or backbone for dense prediction.
 
-    A classifier returns logits [B, num_classes]; while training dict(main=…, aux=…), the second from Overview-Net,
-    unless ``return_plain_logits`` was called.
+    A classifier returns logits [B, num_classes]; in training it returns dict(main=…, aux=…), the second from
+    Overview-Net, unless ``return_plain_logits`` was called.
     With ``features_only`` the model is the official dense-prediction backbone and returns the chosen of four maps,
     [B, C, H, W] at 1/4, 1/8, 1/16 and 1/32 (each size rounded up), layer-normed:
 
         [LN₀(blocks1), LN₁(blocks2), LN₂(sub_blocks3), LN₃(sub_blocks4) + h_proj(LN₄(blocks4))]
 
-    The third stage takes LN₁'s output there, where the classifier's takes that of blocks2. Official detection
-    backbones are of this form; official segmentation backbones end in LN₃ alone (``context_skip=False``).
+    Its third stage takes the output of LN₁, a classifier's that of blocks2. Official detection backbones have this
+    form; official segmentation backbones end in LN₃ alone (``context_skip=False``).
 
     Args:
         depth: blocks of the stages 1-3 (Base-Net) and 4 (Overview-Net).
@@ -292,7 +171,7 @@ class OverLoCK(BackboneContract):
         self.apply(_initialise)
 
     def _norm_maps(self, widths: Sequence[int], context_skip: bool) -> None:
-        """Gives the chosen maps their norms, of these widths, and the last the context, whose norm is the fifth."""
+        """Norms for the chosen maps, of these widths; the fifth is for the context that is added to the last map."""
         last = self.out_indices[-1]
         context_skip = context_skip and last == 3
         wanted = {*self.out_indices, *([1] if last > 1 else []), *([4] if context_skip else [])}
@@ -315,14 +194,16 @@ class OverLoCK(BackboneContract):
             return super().forward(x)
         x = self.forward_base(x)[-1]
         context = self.forward_overview(x)
-        features = self.forward_focus(x, context)[-1]
-        return self.forward_heads(features, context)
+        main = self.forward_head(self.forward_focus(x, context)[-1])
+        if self.training and self.return_aux:
+            return {"main": main, "aux": self._flat(self.aux_head(context))}
+        return main
 
     def forward_base(self, x: Tensor, last: int = 3) -> list[Tensor]:
         """Base-Net: image -> maps at 1/4, 1/8 and 1/16, as many as feature map ``last`` needs."""
         self._check_image(x)
-        # Layer norms and 1×1 convolutions read whole pixels; every layer keeps the format it is given. An image of one
-        # channel has both formats at once, hence the second call.
+        # Layer norms and 1×1 convolutions read whole pixels; every layer keeps its input's memory format. An image of
+        # one channel has both formats at once, hence the second call.
         x = self.blocks1(to_channels_last(self.patch_embed1(to_channels_last(x))))
         maps = [self.extra_norm[0](x)]
         if last > 0:
@@ -348,12 +229,6 @@ class OverLoCK(BackboneContract):
             x = self.extra_norm[3](self.sub_blocks4(x, h, reference))
             maps.append(x if self.h_proj is None else x + self.h_proj(self.extra_norm[4](context)))
         return maps
-
-    def forward_heads(self, features: Tensor, context: Tensor) -> Tensor | dict[str, Tensor]:
-        main = self.forward_head(features)
-        if self.training and self.return_aux:
-            return {"main": main, "aux": self._flat(self.aux_head(context))}
-        return main
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, 1.25·d3, h, w] -> logits [B, num_classes], or the pooled [B, 1024] before them."""
@@ -390,7 +265,7 @@ class OverLoCK(BackboneContract):
     def reparam(self) -> OverLoCK:
         """Merges every dilated branch into its large kernel, in place: the ``*_reparam`` form, with the same logits.
 
-        Final: the batch norms' running statistics are part of the merged kernels from here on.
+        This cannot be undone: the batch norms' running statistics become a part of the merged kernels.
         """
         for module in self.modules():
             if isinstance(module, DilatedReparamBlock):
@@ -398,19 +273,19 @@ class OverLoCK(BackboneContract):
         return self
 
     def folded(self) -> nn.Module:
-        """Without training's second output."""
+        """Removes the second output of training."""
         if self.classifiers.pop("aux_head.2", None):
             del self.aux_head
         return self
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Separate branches merged for a ``*_reparam`` model, and a file of another form where it serves this one.
+        """Merges the branches for a ``*_reparam`` model, and accepts files of other forms where they can serve.
 
-        A classifier's file serves either backbone, a segmentation backbone's file serves a detection backbone: norms
-        and projections that the file lacks keep their present values, and a warning names them.
+        A classifier's file serves either backbone, and a segmentation backbone's file a detection backbone: norms and
+        projections that the file lacks keep their present values, and a warning names them.
 
         Raises:
-            ValueError: a backbone's file for a classifier, or a detection backbone's for one of segmentation.
+            ValueError: a backbone's file for a classifier, or a detection backbone's for a segmentation backbone.
         """
         if self.classifiers and any(name.startswith("extra_norm.") for name in state):
             raise ValueError(
@@ -435,13 +310,13 @@ class OverLoCK(BackboneContract):
         return state
 
     def no_weight_decay(self) -> set[str]:
-        """Relative position biases, and the scales and shifts that are not stored as vectors."""
+        """Relative position biases, and scales and shifts that are not stored as vectors."""
         kept = {"rpb1", "rpb2", "gamma", "beta"}
         names = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in kept}
         return names | {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, LayerScale)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        block, first = ("", ()) if coarse else (r"\.(\d+)", (0,))  # a downsampling belongs to the block after it
+        block, first = ("", ()) if coarse else (r"\.(\d+)", (0,))  # a downsampling counts with the block after it
         return {
             "stem": r"^patch_embed1",
             "base": [(rf"^blocks(\d){block}", None), (r"^patch_embed(\d)", first)],
@@ -451,14 +326,6 @@ class OverLoCK(BackboneContract):
                 (r"^patch_embedx", (4, *first)),
             ],
         }
-
-
-def _move_shift(scale: Any, branch: Any) -> None:
-    """Layer scale and branch are summed, so the last convolution of the branch, or its own scale, may add the shift."""
-    last = branch if as_built(branch, LayerScale) else last_convolution(branch)
-    if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
-        last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
-        scale.bias = None
 
 
 def _initialise(module: nn.Module) -> None:

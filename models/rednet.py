@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + self.downsample(x))
 
     def folded(self) -> nn.Module:
-        """Batch norms go into the convolutions before them; ``bn2`` follows the involution and stays."""
+        """Folds batch norms into the convolutions before them; ``bn2`` follows the involution and stays."""
         for conv, name in ((self.conv1, "bn1"), (self.conv3, "bn3")):
             norm = affine(getattr(self, name))
             if norm is not None and as_built(conv, CONVOLUTIONS):
@@ -134,7 +134,7 @@ class RedNet(BackboneContract):
 
     def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
         self._check_image(x)
-        # Every layer keeps the format it is given; 1×1 convolutions and involutions read whole pixels.
+        # Every layer keeps its input's memory format; 1×1 convolutions and involutions read whole pixels.
         x = self.maxpool(self.stem(to_channels_last(x)))
         maps = []
         for info in self.feature_info[: last + 1]:
@@ -168,11 +168,11 @@ class InvolutionFPN(nn.Module):
         pyramid = neck(backbone(image))                       # 256 channels at 1/4, 1/8, 1/16, 1/32 and 1/64
 
     Args:
-        num_outs: number of outputs; None as many as there are maps.
+        num_outs: number of outputs; None means one per map.
         kernel_size, group_channels, reduction: of the involutions, as in ``Involution2d``.
 
     Raises:
-        ValueError: an option out of its range; in the forward pass, maps that are not those announced.
+        ValueError: an option out of its range; in the forward pass, maps of other channels than ``in_channels``.
     """
 
     def __init__(

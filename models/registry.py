@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from models._contract import BackboneContract
-from models.checkpoints import load_checkpoint, load_pretrained, local_file
+from models.checkpoints import load_checkpoint, local_file
 from models.checks import flag
 from models.inference import optimize_for_inference
 from models.metadata import read_metadata
@@ -51,8 +51,12 @@ def variant(
         flag("pretrained", pretrained)
         model = family(**{**options, **kwargs})
         model.pretrained_cfg = dict(config if config_of is None else config_of(model))
+        if pretrained and not model.pretrained_cfg["url"]:
+            raise ValueError(
+                f"pretrained: {name} has no official weights to download; pass their file, checkpoint=PATH"
+            )
         if pretrained:
-            load_pretrained(model, model.pretrained_cfg["url"])
+            load_checkpoint(model, model.pretrained_cfg["url"])
         return model
 
     build.__name__ = build.__qualname__ = name
@@ -88,7 +92,7 @@ def create_model(
         name: one of ``list_models()``.
         pretrained: load the official ImageNet weights, where they can be downloaded.
         checkpoint: a weight file (path or URL) to load instead, see ``load_checkpoint``. What the file says of its
-            model, as its number of classes, stands in for keyword arguments that are not given.
+            model, such as its number of classes, replaces keyword arguments that are not given.
         inference: return the model's inference form, see ``optimize_for_inference``.
         use_ema: take the checkpoint's averaged weights where it has both, see ``load_checkpoint``.
         **kwargs: passed on to the entry point: num_classes, in_chans, drop_path_rate, features_only, out_indices, ...

@@ -15,94 +15,23 @@ from torch import Tensor, fx, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integer, integers, number
-from models.layers import DropPath, OutlookAttention
+from models.layers import OutlookAttention
 from models.layers.basic import to_channels_last
-from models.layers.outlook import check_heads
+from models.layers.tokens import (
+    Attention,
+    Block,
+    ClassAttention,
+    ClassBlock,
+    mix_box,
+    random_box,
+    resize_position_embedding,
+)
 from models.registry import variant
 
 PATCH_SIZE = 8  # pixels per side of a fine token
 DOWNSAMPLING = 2  # fine tokens per side of a coarse one
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q·kᵀ / √d)·v with d = C / heads: [B, N, C] -> [B, N, C]."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        check_heads(dim, num_heads)
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = _split_heads(self.qkv(x), 3, self.num_heads)
-        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
-
-
-class ClassAttention(nn.Module):
-    """Attention with the class token as its only query: [B, 1 + N, C], class token first -> [B, 1, C]."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        check_heads(dim, num_heads)
-        super().__init__()
-        self.num_heads = num_heads
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        (query,) = _split_heads(self.q(x[:, :1]), 1, self.num_heads)
-        key, value = _split_heads(self.kv(x), 2, self.num_heads)
-        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q·kᵀ / √d)·v: [B, heads, N, d] each. PyTorch's fused attention has no forward-mode derivative."""
-    if torch.autograd.forward_ad._current_level < 0:
-        return F.scaled_dot_product_attention(query, key, value)
-    return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
-
-
-def _split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """[B, N, parts·C] -> ``parts`` views [B, heads, N, C / heads]."""
-    return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-class Mlp(nn.Module):
-    """W₂·GELU(W₁·x) over the last dimension."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """x + attn(LN(x)), then x + MLP(LN(x)): an Outlooker or a transformer block, as ``attn`` has it."""
-
-    def __init__(self, attn: nn.Module, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class ClassBlock(Block):
-    """The same for the class token alone, which attends to all tokens; the others pass unchanged."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        token = x[:, :1] + self.drop_path(self.attn(self.norm1(x)))
-        token = token + self.drop_path(self.mlp(self.norm2(token)))
-        return torch.cat((token, x[:, 1:]), 1)
+for _function in ("mix_box", "random_box", "resize_position_embedding"):
+    fx.wrap(_function)  # torch.fx records a call, since their steps depend on sizes
 
 
 class PatchEmbed(nn.Module):
@@ -118,14 +47,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(hidden, dim, PATCH_SIZE // 2, PATCH_SIZE // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels-last convolutions are the faster ones and leave tokens with their channels side by side. Without that
-        # every residual sum of the next stage would inherit channels-first strides, and every layer norm copy.
+        # Channels-last convolutions are faster and leave a token's channels side by side in memory. Otherwise every
+        # residual sum of the next stage would inherit channels-first strides, and every layer norm would copy.
         x = to_channels_last(x)
         return self.proj(self.conv(x)).permute(0, 2, 3, 1).contiguous()
 
 
 class Downsample(nn.Module):
-    """One token for every 2×2: [B, H, W, C] -> [B, H // 2, W // 2, C']. An odd last row or column is left out."""
+    """One token for every 2×2: [B, H, W, C] -> [B, H // 2, W // 2, C']. An odd last row or column is dropped."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -150,7 +79,7 @@ class VOLO(BackboneContract):
     returned: entry b belongs to image b throughout and takes that image's own token labels. The class logits are of the
     mixture, image b for 1 − (box area) / (h·w) and image B − 1 − b for the rest. The box is an int64 tensor (top, left,
     bottom, right), half open, in coarse tokens; zeros without mix-token. It is drawn from torch's generator on the
-    image's device, and stays there: no synchronisation.
+    image's device and stays there, so nothing waits for the device.
 
     Sizes: any H, W >= 32. An image is padded with zeros below and to the right to a multiple of 8, giving
     ceil(H / 8) × ceil(W / 8) fine tokens and h × w = ⌊ceil(H / 8) / 2⌋ × ⌊ceil(W / 8) / 2⌋ coarse ones. The last of an
@@ -196,7 +125,7 @@ class VOLO(BackboneContract):
             stem_dim: channels of the patch embedding's convolutions.
             img_size: side in pixels, or (height, width), of the position embedding. Other images work too.
             num_classes, in_chans, features_only, out_indices: see ``BackboneContract``.
-            drop_path_rate: of the last transformer block in training; rates rise linearly from the first Outlooker,
+            drop_path_rate: of the last transformer block in training; rates rise linearly from the first Outlooker on,
                 but Outlookers themselves are never dropped.
             return_dense: return the triple above in training.
             mix_token: draw and mix a box in training; only with ``return_dense``.
@@ -235,7 +164,7 @@ class VOLO(BackboneContract):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Truncated normal 0.02 for linear maps, class token and position embedding; PyTorch's own for convolutions."""
+        """Truncated normal 0.02 for linear maps, class token and position embedding; PyTorch's default elsewhere."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -251,7 +180,7 @@ class VOLO(BackboneContract):
         return (height, width), (-(-height // PATCH_SIZE) // DOWNSAMPLING, -(-width // PATCH_SIZE) // DOWNSAMPLING)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: Any = None) -> None:
-        """Makes the position embedding for another image size, by resizing it. ``patch_size`` is always 8."""
+        """Resizes the position embedding for another image size. ``patch_size`` is always 8."""
         if patch_size not in (None, PATCH_SIZE, (PATCH_SIZE, PATCH_SIZE)):
             raise ValueError(f"patch_size must be {PATCH_SIZE}, got {patch_size}")
         self.img_size, grid = self._grid(self.img_size if img_size is None else img_size)
@@ -304,15 +233,9 @@ class VOLO(BackboneContract):
     def _forward_token_labels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self._embed(x)
         grid = (x.shape[1] // DOWNSAMPLING, x.shape[2] // DOWNSAMPLING)
-        if self.mix_token:
-            box = random_box(*grid, x.device)
-            x = mix_box(x, box * DOWNSAMPLING)
-        else:
-            box = x.new_zeros(4, dtype=torch.int64)
-        x = self._forward_tokens(x, len(self.feature_info) - 1)[0]
-        token_logits = self.aux_head(x[:, 1:])
-        if self.mix_token:
-            token_logits = mix_box(token_logits.unflatten(1, grid), box).flatten(1, 2)
+        box = random_box(*grid, x.device) if self.mix_token else x.new_zeros(4, dtype=torch.int64)
+        x = self._forward_tokens(mix_box(x, box * DOWNSAMPLING), len(self.feature_info) - 1)[0]
+        token_logits = mix_box(self.aux_head(x[:, 1:]).unflatten(1, grid), box).flatten(1, 2)  # back to their images
         return self.head(x[:, 0]), token_logits, box
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -325,42 +248,6 @@ class VOLO(BackboneContract):
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters(recurse=False)}
-
-
-@fx.wrap
-def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[1, h, w, C] -> [1, *grid, C]: bicubic over pixel areas (``align_corners=False``), without antialiasing."""
-    if embedding.shape[1:3] == grid:
-        return embedding
-    return F.interpolate(embedding.permute(0, 3, 1, 2), grid, mode="bicubic").permute(0, 2, 3, 1)
-
-
-@fx.wrap
-def random_box(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """CutMix's box (arXiv 1905.04899, section 3.1): centre uniform, sides √(1 − λ) of the map's, λ ~ Beta(1, 1).
-
-    Clipped at the border, hence sometimes smaller, or empty. int64 (top, left, bottom, right), half open.
-    """
-    share, *centres = torch.rand(3, device=device).unbind()  # Beta(1, 1) is the uniform distribution: share is 1 − λ
-    starts, stops = [], []
-    for centre, length in zip(centres, (height, width), strict=True):
-        centre = (centre * length).long()
-        half = (share.sqrt() * length).long() // 2
-        starts.append((centre - half).clamp(min=0))
-        stops.append((centre + half).clamp(max=length))
-    return torch.stack((*starts, *stops))
-
-
-@fx.wrap
-def mix_box(x: Tensor, box: Tensor) -> Tensor:
-    """Inside the box the tokens of the opposite batch entry, outside one's own: [B, H, W, C] -> [B, H, W, C].
-
-    Its own inverse. A mask rather than a slice: the box never has to leave the device.
-    """
-    top, left, bottom, right = box.unbind()
-    rows, columns = (torch.arange(length, device=x.device) for length in x.shape[1:3])
-    inside = ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))
-    return torch.where(inside[..., None], x.flip(0), x)
 
 
 RELEASE = "https://github.com/sail-sg/volo/releases/download/volo_1"

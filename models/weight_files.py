@@ -1,28 +1,27 @@
-"""Reading weight files: never running code from them, and out of what training scripts put around a state dict."""
+"""Finds the state dict in a weight file, whatever a training script put around it and before its names."""
 
 from __future__ import annotations
 
 import os
 import re
-import threading
-import warnings
-import zipfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-import torch
 from torch import Tensor
+
+from models.safe_load import read_safely, reason_of
 
 PathLike = str | os.PathLike[str]
 
-# Where training scripts put the state dict, and where they put averages of the weights, each in order of preference.
+# Where training scripts put the state dict, in order of preference; those of AVERAGES hold averages of the weights.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "params", "weights")
 CONTAINERS += ("module", "student", "teacher", "shadow")
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
-MOST_TABLES = 100  # containers inside containers that are looked into
+CONTAINERS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
+AVERAGES = set(CONTAINERS[-7:])
+MOST_TABLES = 100  # containers that are searched
 # torch.compile, activation checkpointing and FSDP add a component to a name wherever they wrap a module.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
 # Attributes that hold the model in somebody else's: DistributedDataParallel's, OpenMMLab's, Lightning modules' own.
@@ -30,17 +29,6 @@ OUTER = {"module", "model", "net", "network", "backbone", "encoder", "student"}
 AVERAGED = {"model_ema", "ema_model", "ema", "ema_net", "net_ema", "averaged_model", "average_model", "teacher_ema"}
 BOOKKEEPING = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  # thop's, averages', batch norms'
 LISTED_NAMES = 10
-
-# What may stand beside the weights, as a date, a path or a configuration. None of these names is ever looked up.
-HARMLESS = re.compile(
-    r"(argparse|types|decimal|fractions|uuid|typing|datetime|zoneinfo|pathlib|numpy|collections|torch\.torch_version"
-    r"|mmengine|mmcv|omegaconf|pytorch_lightning|lightning|lightning_fabric|addict|yacs|detectron2|fvcore|easydict|box"
-    r"|ml_collections)\."
-    r"|builtins\.(frozenset|slice|range|int|float|str|bool|list|dict|tuple|object|type)$"
-)
-MOST_STAND_INS = 100
-TABLES = re.compile(r"\.(defaultdict|ChainMap|Dict|CfgNode|EasyDict|Box|ConfigDict|AttributeDict)$")
-_reading = threading.Lock()
 
 
 class Weights(NamedTuple):
@@ -56,14 +44,14 @@ def read_state_dict(path: PathLike) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds code, is damaged, or is no weight file; the message says which.
+        ValueError: the file holds code, is damaged, or is not a weight file; the message says which.
     """
     last, averaged, _ = read_weights(path)
     return averaged or last or {}
 
 
 def read_weights(path: PathLike) -> Weights:
-    """Every state dict in the file, at least one. Errors as for ``read_state_dict``."""
+    """The state dicts in the file, at least one. Errors as for ``read_state_dict``."""
     path = Path(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"checkpoint: no file {path}")
@@ -82,129 +70,44 @@ def read_weights(path: PathLike) -> Weights:
         content = reader(path)
     except Exception as error:  # a malformed file can make the readers fail in any way
         raise ValueError(f"checkpoint: {path} {reason_of(error)}") from error
-    under, averaged = _averages(content)
-    last = _state_dict(content)
-    if not last and not averaged:
+    found = list(_tables(content, (), set()))
+    last = next((table for keys, table in found if not AVERAGES & set(keys)), None)
+    under, averaged = next(((k, table) for keys, table in found for k in keys if k in AVERAGES), ("", None))
+    if not found:
         raise ValueError(f"checkpoint: {path} holds no state dict{_instead(content)}")
     return Weights(last, averaged, under)
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file is of that format, whatever it is called: the length of a JSON header, then the header."""
+    """Whether the file has that format, which begins with the length of a JSON header, whatever its name."""
     with open(path, "rb") as file:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
     return path.suffix == ".safetensors" or (start[8:9] == b"{" and length <= path.stat().st_size - 8)
 
 
-# ---- what torch.save wrote
-
-
-class Bystander:
-    """What stands beside the weights: read past, whatever it was, and never used."""
-
-    def __new__(cls, *_: Any) -> Any:
-        return object.__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class Table(Bystander):
-    def __new__(cls, *_: Any) -> Any:
-        return OrderedDict()
-
-
-class Row(Bystander):
-    def __new__(cls, *_: Any) -> Any:
-        return []
-
-
-def read_safely(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors and plain values; what is ``HARMLESS`` beside them is read past.
-
-    Raises:
-        pickle.UnpicklingError: the file asks for anything else, which is refused and not run.
-        Exception: of any kind, for a damaged file.
-    """
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums; 0 means "not computed"
-            checked = any(member.CRC for member in archive.infolist())
-            if checked and (damaged := archive.testzip()):
-                raise zipfile.BadZipFile(f"{damaged} does not have the checksum it should have")
-    stand_ins: dict[str, type] = {}
-    while True:
-        try:
-            # What is allowed is the process's: without the lock, a thread that is done would forbid it to another.
-            with _reading, warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected pickle protocol")
-                with torch.serialization.safe_globals([(kind, name) for name, kind in stand_ins.items()]):
-                    return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            name = refused_name(error)
-            if name is None or name in stand_ins or not HARMLESS.match(name) or len(stand_ins) == MOST_STAND_INS:
-                raise
-            stand_ins[name] = Row if name == "collections.deque" else Table if TABLES.search(name) else Bystander
-
-
-def refused_name(error: Exception) -> str | None:
-    """What a file asked for in vain, as MODULE.NAME."""
-    refused = re.search(r"GLOBAL (\S+)", str(error))
-    return None if refused is None else refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-
-
-def reason_of(error: Exception) -> str:
-    """What is wrong with a file that cannot be read, without PyTorch's advice to read it unsafely."""
-    message = str(error)
-    if refused := refused_name(error):
-        name = refused.removeprefix("builtins.")
-        return f"was refused: it asks to call {name}, and only tensors and plain values are read"
-    if "TorchScript" in message:
-        return "is a TorchScript program, not a state dict"
-    detail = re.search(r"WeightsUnpickler error:\s*(.+)", message)
-    message = detail[1] if detail else re.split(r"\.\s|\n", message)[0]
-    return f"is damaged, truncated or holds more than tensors and plain values ({type(error).__name__}: {message})"
-
-
 # ---- what is around a state dict
 
 
-def _is_new(content: Any, seen: set[int]) -> bool:
-    """Whether this is a table not met before: a file may hold one inside itself, and more of them than anyone needs."""
-    new = isinstance(content, Mapping) and id(content) not in seen and len(seen) < MOST_TABLES
+def _tables(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """The tensors by name of every container that has any, the preferred ones first, and the keys that lead there.
+
+    A file may hold a container inside itself, or very many: each is searched once, up to ``MOST_TABLES``.
+    """
+    if not isinstance(content, Mapping) or id(content) in seen or len(seen) >= MOST_TABLES:
+        return
     seen.add(id(content))
-    return new
-
-
-def _state_dict(content: Any, seen: set[int] | None = None) -> dict[str, Tensor] | None:
-    """The tensors by name in the first container that has any, else in ``content`` itself."""
-    seen = set() if seen is None else seen
-    if not _is_new(content, seen):
-        return None
     for key in CONTAINERS:
-        if found := _state_dict(content.get(key), seen):
-            return found
-    return {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)} or None
-
-
-def _averages(content: Any, seen: set[int] | None = None) -> tuple[str, dict[str, Tensor] | None]:
-    seen = set() if seen is None else seen
-    if not _is_new(content, seen):
-        return "", None
-    for key in AVERAGES:
         # MMEngine exchanges the two as it saves: its state_dict is the average.
-        if key == "ema_state_dict" and "message_hub" in content:
-            continue
-        if found := _state_dict(content.get(key)):
-            return key, found
-    inside = (_averages(content.get(key), seen) for key in CONTAINERS)
-    return next((found for found in inside if found[1]), ("", None))
+        if key != "ema_state_dict" or "message_hub" not in content:
+            yield from _tables(content.get(key), (*keys, key), seen)
+    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if tensors:
+        yield keys, tensors
 
 
 def _instead(content: Any) -> str:
-    """What is there in place of a state dict, for a message."""
+    """What the file holds in place of a state dict, for a message."""
     for _ in range(MOST_TABLES):
         inner = [content[key] for key in CONTAINERS if isinstance(content, Mapping) and key in content]
         if not inner or not isinstance(inner[0], Mapping):
@@ -222,7 +125,7 @@ def _instead(content: Any) -> str:
 def entries_for(
     own: Set[str], parameters: Set[str], heads: Set[str], path: PathLike, use_ema: bool = True
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The file's entries under the model's names, of the averaged weights or the last; and what is to be told.
+    """The file's entries under the model's names, averaged or last, and notes for the user.
 
     Args:
         own: names of the model's entries, without wrappers.
@@ -246,19 +149,19 @@ def entries_for(
         return state, [*notes, f"{path} holds averaged weights ({under!r}) under names that are not this model's"]
     if not use_ema:
         return state, notes
-    # Averages of parameters alone leave the buffers, which are running averages anyway, to the last weights.
+    # If only parameters were averaged, the buffers, running averages anyway, come from the last weights.
     buffers = {name: tensor for name, tensor in state.items() if name not in parameters}
     note = f"{path} holds averaged weights ({under!r}) beside the last ones: the averaged are taken"
     return buffers | smoothed, [*notes, f"{note} (use_ema=False: the last)"]
 
 
 def unwrapped_name(name: str) -> str:
-    """An entry's name without what wrappers around modules add to it."""
+    """An entry's name without the components that wrappers around modules add."""
     return WRAPPER.sub("", name)
 
 
 def is_bookkeeping(name: str) -> bool:
-    """Whether this is a counter, of which a file may have more or fewer than a model."""
+    """Whether this is a counter: a file may have more or fewer of them than a model."""
     return name.rpartition(".")[2] in BOOKKEEPING
 
 
@@ -267,7 +170,7 @@ def part_of(name: str) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names, or as many of them as a message can hold."""
+    """The names for a message, the first ``LISTED_NAMES`` of them."""
     names = list(names)
     more = f", … and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more
@@ -276,10 +179,10 @@ def listed(names: Iterable[str]) -> str:
 def _entries(
     state: Mapping[str, Tensor], own: Set[str], heads: Set[str], path: PathLike
 ) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], str] | None, list[str]]:
-    """``state`` under the model's names; averaged weights in it and the prefix they have; and what was left out.
+    """``state`` under the model's names; the averaged weights in it and their prefix; notes on what was left out.
 
-    A wrapper's prefix is taken for one where the model's names follow it. Behind "backbone." only a classifier's own
-    head, which OpenMMLab puts beside it, is taken from outside.
+    A prefix counts as a wrapper's if the model's names follow it. A head that stands beside the prefix, where OpenMMLab
+    puts it, is taken, too.
     """
     state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     fitting = Counter(prefix for name in state for prefix in _prefixes(name) if name[len(prefix) :] in own)
@@ -301,8 +204,8 @@ def _entries(
         taken.update((name[len(outside) :], state[name]) for name in found)
         left_out = [name for name in left_out if name not in found]
     left_out = [name for name in left_out if not is_bookkeeping(name)]
-    if left_out and "backbone" not in prefix.split("."):  # a backbone's neck and heads go without saying
-        return taken, smoothed, [f"left out of {path}, for being outside of {prefix!r}: {listed(left_out)}"]
+    if left_out and "backbone" not in prefix.split("."):  # for a backbone nobody expects neck and heads
+        return taken, smoothed, [f"left out of {path}, since they are not behind {prefix!r}: {listed(left_out)}"]
     return taken, smoothed, []
 
 
@@ -316,7 +219,7 @@ def _prefixes(name: str) -> Iterable[str]:
 
 
 def _best(prefixes: list[str], fitting: Mapping[str, int], path: PathLike) -> str:
-    """The prefix that most of the model's names follow; "" where none does."""
+    """The prefix that most of the model's names follow; "" if there is none."""
     ordered = sorted(prefixes, key=lambda prefix: (-fitting[prefix], len(prefix)))
     first, second = (*ordered, "", "")[:2]
     if second and fitting[first] == fitting[second]:

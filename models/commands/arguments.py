@@ -22,7 +22,7 @@ from models.registry import create_model
 
 
 def model_option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as Python writes it; what is no Python value is a string."""
+    """NAME=VALUE, where VALUE is read as a Python literal, or else as a string."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
@@ -33,7 +33,7 @@ def model_option(text: str) -> tuple[str, Any]:
 
 
 def best_of_run(text: str) -> str:
-    """DIR -> its best weights."""
+    """The path of the best weights in the folder of a training run."""
     path = Path(text) / BEST
     if not os.path.isfile(path):
         raise argparse.ArgumentTypeError(f"must be a finetune's --output with {BEST} in it, got {text!r}")
@@ -43,7 +43,7 @@ def best_of_run(text: str) -> str:
 def check_parent(path: Path | None, option: str) -> None:
     """ValueError naming ``option`` unless a file can be put at ``path``, where one is given."""
     if path is not None and path.is_dir():
-        raise ValueError(f"{option} must name a file, {path} is a folder")
+        raise ValueError(f"{option} must name a file, but {path} is a folder")
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {path.parent}")
 
@@ -51,43 +51,45 @@ def check_parent(path: Path | None, option: str) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help='one of those that "list" shows (default: the run\'s)')
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", metavar="FILE", help="weights: .pth, .pth.tar or .safetensors, or a URL")
-    told = "the best weights of a finetune's --output, with its model, sizes and classes"
-    weights.add_argument("--run", type=best_of_run, dest="checkpoint", metavar="DIR", help=told)
+    weights.add_argument(
+        "--checkpoint", metavar="FILE", help="weights: a .pth, .pth.tar or .safetensors file, or its URL"
+    )
+    text = "the best weights of a finetune's --output, with its model, sizes and classes"
+    weights.add_argument("--run", type=best_of_run, dest="checkpoint", metavar="DIR", help=text)
     weights.add_argument("--pretrained", action="store_true", help="the official ImageNet weights, downloaded once")
-    told = "use_ema=False: the last weights of a file that has averaged ones beside them"
-    parser.add_argument("--no-ema", action="store_true", help=told)
-    told = "what else the model's function takes, as in drop_path_rate=0.2"
+    text = "use_ema=False: the last weights of a file that has averaged ones beside them"
+    parser.add_argument("--no-ema", action="store_true", help=text)
+    text = "what else the model's function takes, as in drop_path_rate=0.2"
     kwargs: dict[str, Any] = {"type": model_option, "nargs": "+", "default": [], "metavar": "NAME=VALUE"}
-    parser.add_argument("--model-kwargs", help=told, **kwargs)
+    parser.add_argument("--model-kwargs", help=text, **kwargs)
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the model sees (default: as its weights were tested)")
     group.add_argument("--size", type=image_size, metavar="SIDE", help="pixels, or HEIGHTxWIDTH")
-    share, told = Number(at_least=0.01, at_most=2), "of the image's shorter side that is seen"
-    group.add_argument("--crop-pct", type=share, metavar="SHARE", help=told)
+    share, text = Number(at_least=0.01, at_most=2), "of the image's shorter side that is seen"
+    group.add_argument("--crop-pct", type=share, metavar="SHARE", help=text)
     group.add_argument("--interpolation", choices=("bilinear", "bicubic"), help="how images are resized")
 
 
 def add_device_argument(parser: Any) -> None:
-    told = "cpu, cuda, cuda:1 (default: a GPU where there is one)"
-    parser.add_argument("--device", type=device, metavar="NAME", help=told)
+    text = "cpu, cuda, cuda:1 (default: a GPU where there is one)"
+    parser.add_argument("--device", type=device, metavar="NAME", help=text)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -> None:
-    """``loads``: no more than the device and what loads images; batch and dtype are a recipe's."""
+    """With ``loads`` only the device and the loading of images: a recipe holds batch and dtype itself."""
     group = parser.add_argument_group("where and how it runs")
     add_device_argument(group)
     if not loads:
         group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
         group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
-    most, told = min(4, os.cpu_count() or 1), "that load images (%(default)s)"
-    group.add_argument("--workers", type=processes, default=most, metavar="N", help=told)
+    most, text = min(4, os.cpu_count() or 1), "that load images (%(default)s)"
+    group.add_argument("--workers", type=processes, default=most, metavar="N", help=text)
 
 
 def complete(arguments: argparse.Namespace) -> None:
-    """Adds the weights' file (None: none), what it says of itself, and the model's name where it is not given.
+    """Adds ``file`` and ``metadata`` of the weights (None without any), and the model's name where it is not given.
 
     Raises:
         ValueError, OSError: a weight file that cannot be used, or no model is named.
@@ -96,7 +98,7 @@ def complete(arguments: argparse.Namespace) -> None:
     arguments.metadata = None if arguments.file is None else read_metadata(arguments.file)
     if arguments.model is None:
         if arguments.metadata is None:
-            raise ValueError("--model is needed: no weights are given that say which model they are of")
+            raise ValueError("--model is needed: the weights, if any, do not say which model they belong to")
         arguments.model = arguments.metadata.model
 
 
@@ -105,9 +107,9 @@ def build_model(
 ) -> BackboneContract:
     """The model that ``add_model_arguments`` describes, its weights loaded; its options go into ``arguments.options``.
 
-    ``num_classes`` None: as many as the checkpoint has. What a checkpoint says of its model stands in for options that
-    are not given. For ``training`` a VOLO returns its summed logits, unless return_dense is asked for. Warnings, as of
-    a classifier that starts anew, become notes.
+    ``num_classes`` None takes the checkpoint's number. What a checkpoint says of its model replaces options that are
+    not given. For ``training`` a VOLO returns its summed logits, unless return_dense is asked for. Warnings, for
+    example about a classifier that starts anew, are printed as notes.
 
     Raises:
         ValueError, TypeError, OSError: a name, an option or a weight file that cannot be used.
@@ -133,7 +135,7 @@ def build_model(
         if (bias := next(found, None)) is not None:
             options["num_classes"] = len(bias)
     if said is not None:
-        note(f"{arguments.checkpoint} was trained as {said}: taken where no option says otherwise")
+        note(f"{arguments.checkpoint} was trained as {said}; options given here override that")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         model: Any = create_model(

@@ -1,9 +1,9 @@
-"""Name what photographs show: the five most probable classes of each, and a picture of them.
+"""Name what photographs show: the five most probable classes of each, printed and drawn.
 
   python -m models classify cat.jpg dog.jpg --model overlock_t --pretrained
   python -m models classify cat.jpg --run run
 
-Without --pretrained or --checkpoint the weights are random and so are the answers; that is said.
+Without --pretrained, --checkpoint or --run the weights are random, and so are the answers; the command says so.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ GUESSES = 5
 SIDE = 800  # pixels of a photograph in the picture, at most
 MOST_DRAWN = 100
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
-RANDOM = "RANDOM WEIGHTS: neither --pretrained nor --checkpoint was given, these answers mean nothing"
+RANDOM = "RANDOM WEIGHTS: neither --pretrained nor --checkpoint was given, these answers are meaningless"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a photograph")
     common.add_model_arguments(parser)
     common.add_image_arguments(parser)
-    parser.add_argument("--classes", metavar="FILE", help="a class name a line (default: ImageNet's, else numbers)")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="one class name per line (default: the weights', or ImageNet's)"
+    )
     common.add_device_argument(parser)
     picture = Path("classification.png")
     parser.add_argument("--output", type=Path, default=picture, metavar="FILE", help="the picture (%(default)s)")
@@ -44,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """ValueError unless a picture can be put at ``path``, in a format that its name says."""
+    """ValueError unless a picture can be written to ``path``, in the format of its ending."""
     common.check_parent(path, "--output")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--output must end in {', '.join(SUFFIXES)}, got {path.name!r}")
 
 
 def imagenet_classes() -> list[str]:
-    """A short name for each of ImageNet-1k's classes, in the published order, each name once."""
+    """A short, unique name for each class of ImageNet-1k, in the published order."""
     return resources.files("models").joinpath("data/imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -73,7 +75,7 @@ def class_names(count: int, file: str | None, known: Sequence[str] | None) -> li
 
 
 def draw(photographs: list[Image.Image], rows: list[dict[str, Any]], title: str, path: Path, warn: bool) -> None:
-    """Each photograph beside the bars of its guesses."""
+    """Draws each photograph beside the bars of its guesses."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -110,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         common.complete(arguments)
         model = common.build_model(arguments).eval()
         if model.num_classes == 0:
-            raise CommandError("--model-kwargs num_classes=0 leaves nothing to classify with")
+            raise CommandError("--model-kwargs num_classes=0 leaves no class to choose")
         names = class_names(model.num_classes, arguments.classes, model.default_cfg.get("label_names"))
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         inputs, photographs = [], []
@@ -144,6 +146,6 @@ def run(arguments: argparse.Namespace) -> int:
     title = RANDOM if weights == "random" else f"{arguments.model}, {weights} weights"
     draw(photographs, rows, title, arguments.output, warn=weights == "random")
     left_out = len(rows) - len(photographs)
-    told = f", without the last {left_out} images" if left_out else ""
-    console.print(f"picture: {arguments.output}{told}", markup=False)
+    text = f", without the last {left_out} images" if left_out else ""
+    console.print(f"picture: {arguments.output}{text}", markup=False)
     return 0

@@ -22,12 +22,12 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class CommandError(Exception):
-    """What the user gave cannot be used: the message is shown without a traceback, and the exit code is 2."""
+    """Something that the user gave cannot be used. Shown without a traceback; the exit code is 2."""
 
 
 @contextlib.contextmanager
 def input_errors() -> Iterator[None]:
-    """Around checks of what the user gave: turns the errors with which functions refuse input into ``CommandError``."""
+    """For checks of what the user gave: turns the errors with which functions refuse input into ``CommandError``."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -37,8 +37,8 @@ def input_errors() -> Iterator[None]:
 def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> int:
     """Runs the command that ``argv`` begins with and returns its exit code; SystemExit for malformed arguments.
 
-    2 says that nothing was wrong with the program but with what it was given or where it runs, 130 that the user
-    interrupted it, 141 that nobody reads its output any more.
+    Exit code 2: the input or the machine is at fault, not the program; 130: the user interrupted it; 141: nobody reads
+    its output any more.
     """
     name, code = f"python -m {package} {argv[0]}", 2
     for stream in (sys.stdout, sys.stderr):
@@ -72,7 +72,7 @@ def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Seq
 
 def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
     with input_errors():
-        kernels.get_backend()  # refuses what the environment variable presets
+        kernels.get_backend()  # refuses a wrong DYNAMIC_KERNELS_BACKEND
     try:
         module = importlib.import_module(module_name)
         parser = argparse.ArgumentParser(
@@ -90,7 +90,7 @@ def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
 
 
 def _give_up_stdout() -> bool:
-    """Leaves out what can no longer be written, if anything: Python would try once more while it ends."""
+    """Drops output that cannot be written, which Python would try to flush again as it ends. True if there was any."""
     try:
         sys.stdout.flush()
         return False

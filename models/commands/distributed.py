@@ -1,4 +1,4 @@
-"""One process, or those that torchrun started."""
+"""The processes of a run: one, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def process_group(device: torch.device | None) -> Iterator[torch.device]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
-    dist.destroy_process_group()  # not after an error: the others would be waited for
+    dist.destroy_process_group()  # not after an error, when it would wait for the others
 
 
 def _joined() -> bool:
@@ -44,14 +44,14 @@ def world_size() -> int:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """In place."""
+    """Replaces ``tensor`` by its sum over all processes and returns it."""
     if _joined():
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Gives every process the first one's buffers: batch norms' statistics differ until their next joint step."""
+    """Copies the first process's buffers to all others: each has its own running statistics."""
     if _joined():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)

@@ -4,8 +4,8 @@
   python -m models evaluate flowers/val --run run --output result.json
 
 DIR holds one folder for each class, numbered in the order of their names: ImageNet's folders are named by synset
-(n01440764, n01443537, …), which gives the published numbers. With --resume FILE a run that was killed continues where
-it last wrote FILE, and its result is the one it would have had.
+(n01440764, n01443537, …), which gives the published numbers. With --resume FILE a run that was killed continues from
+its last count in FILE, and ends with the same result.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from kernels.files import write_json
 from models.commands import arguments as common
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import plain
-from models.commands.folders import Batch, EvaluationImages, ImageFolder, loader
+from models.commands.folders import UNREADABLE, EvaluationImages, ImageFolder, loader
 from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console
-from models.commands.types import DTYPES, natural, positive
+from models.commands.types import DTYPES, positive
 from models.inference import optimize_for_inference
 
 
@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("--output", type=Path, metavar="FILE", help="write the result here, as JSON")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
+    group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out and list them")
     group.add_argument("--resume", type=Path, metavar="FILE", help="keep the count here, and continue from it")
-    told = "batches between writes of it (%(default)s)"
-    group.add_argument("--save-every", type=positive, default=20, metavar="N", help=told)
-    group.add_argument("--skip-unreadable", action="store_true", help="leave damaged images out, and say so")
+    text = "batches between writes of that count (%(default)s)"
+    group.add_argument("--save-every", type=positive, default=20, metavar="N", help=text)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -59,24 +59,22 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[str, Any]:
-    """The count so far, of ``total`` images; from nothing where there is no such file.
+    """The count so far of ``total`` images, read from ``path`` if that exists.
 
     Raises:
-        ValueError: the file is another's, or counts something else; the message names what differs.
+        ValueError: the file is no such count, or one with other settings; the message names what differs.
     """
-    fresh = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "skipped": [], "seconds": 0.0}
+    count = {"settings": settings, "position": 0, "top1": 0, "top5": 0, "skipped": [], "seconds": 0.0}
     if path is None or not path.exists():
-        return fresh
+        return count
     if not path.is_file():  # a pipe would be waited for, a device would never end
-        raise ValueError(f"--resume must be a regular file, {path} is none")
+        raise ValueError(f"--resume must be a regular file, and {path} is not")
     try:
-        count = json.loads(path.read_text(encoding="utf-8"))
-        count = {name: count[name] for name in fresh}
+        written = json.loads(path.read_text(encoding="utf-8"))
+        count = {name: written[name] for name in count}
         differing = [name for name in settings if count["settings"].get(name) != settings[name]]
-        read = count["position"] - len(count["skipped"])
-        whole = all(natural.holds(count[name]) for name in ("top1", "top5", "position"))
-        possible = whole and count["top1"] <= count["top5"] <= read <= count["position"] <= total
-        possible = possible and count["seconds"] >= 0 and all(isinstance(message, str) for message in count["skipped"])
+        images = count["position"] - len(count["skipped"])
+        possible = 0 <= count["top1"] <= count["top5"] <= images <= count["position"] <= total and count["seconds"] > 0
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"--resume: {path} is not a count that evaluate wrote") from error
     if differing:
@@ -86,25 +84,12 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
     return count
 
 
-def result_of(count: dict[str, Any], total: int) -> dict[str, Any]:
-    images, seconds = count["position"] - len(count["skipped"]), count["seconds"]
-    return {
-        **{name: count["settings"][name] for name in ("model", "size", "crop_pct", "interpolation", "dtype")},
-        **{name: 100 * count[name] / images if images else None for name in ("top1", "top5")},
-        "images": images,
-        "of": total,
-        "skipped": count["skipped"],
-        "seconds": seconds,
-        "images_per_second": images / seconds if seconds else None,
-    }
-
-
 def check_classes(folder: ImageFolder, count: int, model: str) -> None:
-    """ValueError unless the folder has as many classes as the model tells apart."""
+    """ValueError unless the folder has as many classes as the model."""
     if len(folder.classes) != count:
         hint = f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
         found = f"{folder.root} holds {len(folder.classes)} class folders"
-        raise ValueError(f"DIR: {found}, but {model} tells {count} classes apart{hint}")
+        raise ValueError(f"DIR: {found}, but {model} has {count} classes{hint}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -121,8 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_classes(folder, model.num_classes, arguments.model)
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:
-            told = ", ".join(sorted(unlike)[:5])
-            console.print(f"note: the weights are of other classes than the folders of DIR; only one has {told}")
+            text = ", ".join(sorted(unlike)[:5])
+            console.print(f"note: the class names of the weights and of DIR differ; only one of them has {text}")
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,
@@ -136,82 +121,75 @@ def run(arguments: argparse.Namespace) -> int:
         count = read_count(arguments.resume, settings, len(folder.samples))
     place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (optimize_for_inference(model) if arguments.inference else model).to(place)
-    count_images(model, folder, preprocessing, count, arguments)
-    weights = "official" if arguments.pretrained else arguments.checkpoint
-    result = {"checkpoint": weights, **result_of(count, len(folder.samples))}
+    count_images(model, EvaluationImages(folder.samples, preprocessing, arguments.skip_unreadable), count, arguments)
+    images, seconds = count["position"] - len(count["skipped"]), count["seconds"]
+    if images == 0:
+        raise CommandError(f"DIR: no image in {folder.root} can be read")
+    result = {
+        "checkpoint": "official" if arguments.pretrained else arguments.checkpoint,
+        **{name: settings[name] for name in ("model", "size", "crop_pct", "interpolation", "dtype")},
+        **{name: 100 * count[name] / images for name in ("top1", "top5")},
+        "images": images,
+        "skipped": count["skipped"],
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+    }
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
-        _print(result)
+        height, width = result["size"]
+        seen = f"{height}×{width} (crop {result['crop_pct']}, {result['interpolation']}, {result['dtype']})"
+        print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %")
+        print(f"{arguments.model} on {images} images at {seen}, {images / seconds:.1f} images/s with loading")
+    for path in result["skipped"]:
+        console.print(f"left out, since it cannot be read: {path}", markup=False)
     sys.stdout.flush()  # before the file, whose disk may be full
     if arguments.output is not None:
         write_json(arguments.output, result)
     return 0
 
 
-def count_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of [B, classes] have their label first, and among the first five; of fewer classes, among all."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return hits[:, 0].sum(), hits.sum()
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """[2]: how many rows of [B, classes] rank their label first, and how many among the first five or fewer classes."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack((hits[:, 0].sum(), hits.sum()))
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module, batches: DataLoader[Any], device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Each batch with its logits in float32 and its labels, both on ``device``. ``model`` is in evaluation mode."""
-    for batch in batches:
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
-        if len(labels) == 0:
-            yield batch, torch.empty(0, 1, device=device), labels
-            continue
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of each batch in float32, and its labels. ``model`` is on ``device`` and in evaluation mode."""
+    for images, labels in batches:
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)
-        yield batch, logits.float(), labels
+        yield logits.float(), labels
 
 
-def count_images(
-    model: nn.Module, folder: ImageFolder, preprocessing: Preprocessing, count: dict[str, Any], arguments: Any
-) -> None:
-    """Brings ``count`` to the folder's end; with --resume, also on disk.
+def count_images(model: nn.Module, images: EvaluationImages, count: dict[str, Any], arguments: Any) -> None:
+    """Continues ``count`` to the end of the images; with --resume it is also kept on disk.
 
     Raises:
-        CommandError: an image cannot be read, and --skip-unreadable was not given.
+        UnreadableImageError: a file that cannot be decoded, and --skip-unreadable was not given.
     """
     place = next(model.parameters()).device
-    images = EvaluationImages(folder.samples, preprocessing, preprocessing.channels)
     rest = Subset(images, range(count["position"], len(images)))
     batches = loader(rest, place, arguments.workers, batch_size=arguments.batch)
     started, earlier = time.perf_counter(), count["seconds"]
     with Bar(len(images), count["position"]) as bar:
         if count["position"]:
             bar.say(f"continues after {count['position']} of {len(images)} images")
-        for number, (batch, logits, labels) in enumerate(predict(model, batches, place, DTYPES[arguments.dtype]), 1):
-            if batch.unreadable and not arguments.skip_unreadable:
-                raise CommandError(f"{batch.unreadable[0]} (--skip-unreadable leaves such images out)")
-            top1, top5 = count_correct(logits, labels)
-            seen = len(labels) + len(batch.unreadable)
-            count["top1"] += int(top1)
-            count["top5"] += int(top5)
-            count["position"] += seen
-            count["skipped"] += batch.unreadable
+        for number, (logits, labels) in enumerate(predict(model, batches, place, DTYPES[arguments.dtype]), 1):
+            top1, top5 = count_correct(logits, labels).tolist()
+            skipped = (labels == UNREADABLE).nonzero().flatten().tolist()
+            count["skipped"] += [images.samples[count["position"] + index][0] for index in skipped]
+            count["top1"] += top1
+            count["top5"] += top5
+            count["position"] += len(labels)
             count["seconds"] = earlier + time.perf_counter() - started
             due = number % arguments.save_every == 0 or count["position"] == len(images)
             if due and arguments.resume is not None:
                 write_json(arguments.resume, count)
             read = count["position"] - len(count["skipped"])
-            if read:
-                bar.advance(seen, f"top-1 {100 * count['top1'] / read:.2f} %")
-
-
-def _print(result: dict[str, Any]) -> None:
-    if result["images"]:
-        print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %")
-    speed = f", {result['images_per_second']:.1f} images/s with loading" if result["images_per_second"] else ""
-    seen = f"{result['size'][0]}×{result['size'][1]} (crop {result['crop_pct']}, {result['interpolation']}"
-    print(f"{result['model']} on {result['images']} images at {seen}, {result['dtype']}){speed}")
-    if result["skipped"]:
-        console.print(f"[bold yellow]{len(result['skipped'])} images were left out, they cannot be read:[/]")
-        for message in result["skipped"]:
-            console.print(f"  {message}", markup=False)
+            bar.advance(len(labels), f"top-1 {100 * count['top1'] / max(1, read):.2f} %")

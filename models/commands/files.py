@@ -1,4 +1,4 @@
-"""The files of a training run, each of them found whole after a kill."""
+"""The files of a training run. Each of them is whole even after a kill."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from models.commands.progress import console
-from models.weight_files import read_safely, reason_of
+from models.safe_load import read_safely, reason_of
 
 BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt", ".lock"
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """As they are once written and read again: tuples are lists."""
+    """The settings as JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(settings))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a run wrote to continue from, on the CPU. ValueError for any other file; code in it is not run."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+    """The state from which a run continues, on the CPU. ValueError for any other file; code in it is not run."""
     try:
         state = read_safely(path)
     except Exception as error:  # a malformed file can make the reader fail in any way
-        raise ValueError(f"{path} {reason_of(error)}") from error
+        raise ValueError(f"it {reason_of(error)}") from error
     if not isinstance(state, dict) or not {"step", "settings"} <= state.keys():
-        raise ValueError(f"{path} is not a training state: it has no step and no settings")
+        raise ValueError("it has no step and no settings")
     return state
 
 
@@ -36,7 +34,7 @@ def event_writer(output: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    except Exception as error:  # an installation that does not fit must not end a training
+    except Exception as error:  # a broken installation must not end a training
         console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
         return None
     return SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

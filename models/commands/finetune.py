@@ -3,7 +3,7 @@
   python -m models finetune flowers --model overlock_t --pretrained --output run
   torchrun --nproc-per-node 8 -m models finetune imagenet --model overlock_t --recipe overlock --dtype fp16 --output run
 
-DIR holds train and val, each with one folder for every class. The run keeps in --output: state.pt (to continue),
+DIR holds train and val, each with one folder per class. The run keeps in --output: state.pt (to continue),
 log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights, which tell evaluate and
 classify (--run) what they are of, and where TensorBoard is installed its events. Call the same command again after a
 kill and it continues, with the result it would have had.
@@ -37,11 +37,11 @@ import torch
 from kernels.files import WriteError, atomic_write, locked, write_json
 from models.commands import arguments as common
 from models.commands import distributed
-from models.commands.augmentation import rand_augment, random_erasing
+from models.commands.augmentation import Augmentation, rand_augment, random_erasing
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
-from models.commands.images import Augmentation, Preprocessing, UnreadableImageError
+from models.commands.images import Preprocessing
 from models.commands.progress import console
 from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
 from models.commands.training import Trainer
@@ -49,11 +49,11 @@ from models.commands.types import Number, natural, positive
 from models.metadata import Metadata
 
 LOCK_SECONDS = 15.0
-NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # of the model's arguments: the training's alone
+NOT_KEPT = ("num_classes", "drop_path_rate", "return_dense")  # arguments of the model that only training needs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", type=Path, metavar="DIR", help="holds train and val; or one folder for each class")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="holds train and val, or one folder per class")
     parser.add_argument("--val", type=Path, metavar="DIR", help="images to evaluate on (DIR/val)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the run is kept")
     parser.add_argument("--restart", action="store_true", help="begin anew even if --output holds a run")
@@ -69,20 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             how = {"action": "store_true"}
         elif isinstance(kind, tuple):
             how = {"choices": kind}
-        told = text if known.default in (None, "", False) else f"{text} ({known.default})"
-        group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=told, **how)
+        text = text if known.default in (None, "", False) else f"{text} ({known.default})"
+        group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=text, **how)
 
     common.add_image_arguments(parser)
     common.add_device_arguments(parser, loads=True)
     group = parser.add_argument_group("bookkeeping")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    told = "steps between states (%(default)s; 0: epochs)"
-    group.add_argument("--save-every", type=natural, default=500, metavar="N", help=told)
+    text = "steps between states (%(default)s; 0: epochs)"
+    group.add_argument("--save-every", type=natural, default=500, metavar="N", help=text)
     group.add_argument("--log-every", type=positive, default=50, metavar="N", help="steps per row (%(default)s)")
 
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
-    """--recipe's, or the default one, with what is given beside it; the model's options are completed likewise.
+    """The recipe of --recipe, or the default one, changed by the options given; completes the model's options, too.
 
     Raises:
         ValueError: a value that cannot be used; the message begins with its option.
@@ -140,7 +140,9 @@ def run(arguments: argparse.Namespace) -> int:
             resumed = not arguments.restart and trainer.resume()
             if distributed.rank() == 0:
                 if not resumed:
-                    (arguments.output / STATE).unlink(missing_ok=True)  # first: the files below no longer belong to it
+                    (arguments.output / STATE).unlink(
+                        missing_ok=True
+                    )  # before the files below, which do not belong to it
                 write_json(arguments.output / "settings.json", trainer.settings)
                 names = "".join(f"{name}\n" for name in training.classes).encode("utf-8", "surrogateescape")
                 atomic_write(arguments.output / "classes.txt", names)
@@ -148,8 +150,6 @@ def run(arguments: argparse.Namespace) -> int:
             _tell(trainer, arguments.model, training, validation, resumed)
         try:
             trainer.fit()
-        except (UnreadableImageError, FloatingPointError) as error:
-            raise CommandError(str(error)) from error
         except WriteError as error:
             raise CommandError(f"{error}; the same command continues from the last state, once it can") from error
         if distributed.rank() == 0:
@@ -167,8 +167,8 @@ def make_trainer(
     validation: ImageFolder | None,
     device: torch.device,
 ) -> Trainer:
-    """Nothing is written yet. ValueError, TypeError or OSError for what cannot be used."""
-    torch.manual_seed(recipe.seed)  # for the classifier, or all of the model, where no file gives it
+    """The trainer; nothing is written yet. ValueError, TypeError or OSError for what cannot be used."""
+    torch.manual_seed(recipe.seed)  # for whatever the weight file does not hold
     model = common.build_model(arguments, num_classes=len(training.classes), training=True)
     preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
     augmentation = Augmentation(
@@ -191,18 +191,16 @@ def make_trainer(
         "training_images": training.digest(),
         "validation_images": None if validation is None else validation.digest(),
     }
-    images = EvaluationImages([] if validation is None else validation.samples, preprocessing, preprocessing.channels)
     options = {name: value for name, value in arguments.options.items() if name not in NOT_KEPT}
-    metadata = Metadata(arguments.model, options, **asdict(preprocessing), classes=tuple(training.classes))
-    try:
-        metadata.header()
-    except TypeError as error:
-        raise ValueError(f"--model-kwargs: {error}") from error
+    metadata = Metadata(
+        **asdict(preprocessing), model=arguments.model, model_args=options, classes=tuple(training.classes)
+    )
+    metadata.header()  # TypeError for options that cannot be written
     return Trainer(
         model.to(device),
         recipe,
         TrainingImages(training.samples, augmentation, recipe.seed),
-        None if validation is None else images,
+        None if validation is None else EvaluationImages(validation.samples, preprocessing),
         device,
         folder=arguments.output,
         settings=settings,
@@ -215,17 +213,17 @@ def make_trainer(
 
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
-    """In a folder that no other run writes. What loads images for a killed run needs seconds to notice, hence to wait.
+    """Locks the folder of the run. Waits a while: the loaders of a killed run take seconds to notice and end.
 
     Raises:
-        CommandError: another run is still at work there.
+        CommandError: another run is still writing there.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:
         with locked(output / LOCK, LOCK_SECONDS):
             yield
     except filelock.Timeout:
-        raise CommandError(f"--output: another finetune is at work in {output}") from None
+        raise CommandError(f"--output: another finetune is writing to {output}") from None
 
 
 def _tell(trainer: Trainer, model: str, training: ImageFolder, validation: ImageFolder | None, resumed: bool) -> None:

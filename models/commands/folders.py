@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from models.commands.images import Augmentation, UnreadableImageError, read_image
+from models.commands import distributed
+from models.commands.augmentation import Augmentation, seed_of, timm_part
+from models.commands.images import Preprocessing, UnreadableImageError, read_image
+from models.commands.recipe import Recipe
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-Item = tuple[Tensor, int] | str  # an image and its label; or why a file cannot be decoded, as workers cannot raise it
+UNREADABLE = -1
 
 
 class ImageFolder:
@@ -38,25 +40,25 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(f"DIR: there is no folder {self.root}")
-        seen = {os.path.realpath(self.root)}
+        root = os.path.realpath(self.root)  # a link may lead back to it
         self.classes = sorted(
             entry.name
-            for entry in os.scandir(self.root)
-            if entry.is_dir() and not entry.name.startswith(".") and os.path.realpath(entry.path) not in seen
+            for entry in os.scandir(root)
+            if entry.is_dir() and not entry.name.startswith(".") and os.path.realpath(entry.path) != root
         )
         if not self.classes:
             raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
-            if len(name.splitlines()) > 1:  # names are kept one per line
+            if len(name.splitlines()) > 1:  # classes.txt has one name per line
                 raise ValueError(f"DIR: the class folder {name!r} has a line break in its name")
-            found = sorted(_images_below(os.path.join(self.root, name), set(seen)))
+            found = sorted(_images_below(os.path.join(self.root, name), {root}))
             if not found:
                 raise ValueError(f"DIR: the class folder {self.root / name} holds no image ({' '.join(SUFFIXES)})")
             self.samples += [(path, label) for path in found]
 
     def digest(self) -> str:
-        """Changes with the set of files, not with where the folder lies."""
+        """A hash of the files' names relative to the folder."""
         digest = hashlib.sha256()
         for path, _ in self.samples:
             digest.update(os.fsencode(os.path.relpath(path, self.root)) + b"\0")
@@ -64,41 +66,43 @@ class ImageFolder:
 
 
 def _images_below(folder: str, seen: set[str]) -> Iterator[str]:
-    """Of every folder once, whichever links lead to it, and of none that was ``seen`` before."""
-    seen.add(os.path.realpath(folder))
+    """Paths of images; each folder is read once, whichever links lead to it, unless it is in ``seen``."""
     for path, folders, files in os.walk(folder, followlinks=True):
-        real = {os.path.realpath(os.path.join(path, name)): name for name in sorted(folders, reverse=True)}
-        folders[:] = sorted(name for target, name in real.items() if target not in seen)
-        seen |= real.keys()
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
         for name in files:
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield os.path.join(path, name)
 
 
-class EvaluationImages(Dataset[Item]):
-    """Index -> (image, label), the same each time."""
+class EvaluationImages(Dataset[tuple[Tensor, int]]):
+    """Index -> (image, label), the same each time; with ``skip`` the label of an unreadable file is ``UNREADABLE``."""
 
-    def __init__(
-        self, samples: Sequence[tuple[str, int]], transform: Callable[[Image.Image], Tensor], channels: int = 3
-    ) -> None:
-        self.samples, self.transform, self.channels = samples, transform, channels
+    def __init__(self, samples: Sequence[tuple[str, int]], preprocessing: Preprocessing, skip: bool = False) -> None:
+        self.samples, self.preprocessing, self.skip = samples, preprocessing, skip
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
         try:
-            return self.transform(read_image(path, self.channels)), label
-        except UnreadableImageError as error:
-            return str(error)
+            return self.preprocessing(read_image(path, self.preprocessing.channels)), label
+        except UnreadableImageError:
+            if not self.skip:
+                raise
+            return torch.zeros(self.preprocessing.channels, *self.preprocessing.size), UNREADABLE
 
 
-class TrainingImages(Dataset[Item]):
+class TrainingImages(Dataset[tuple[Tensor, int]]):
     """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
 
-    What is drawn depends on seed, draw and index alone: not on the process that draws, nor on what came before. So a
-    run that continues after a kill sees what it would have seen.
+    The augmentation depends on seed, draw and index alone: neither on the process that draws it nor on what was drawn
+    before. So a run that continues after a kill sees what it would have seen.
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]], augmentation: Augmentation, seed: int) -> None:
@@ -107,28 +111,57 @@ class TrainingImages(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         draw, index = key
+        path, label = self.samples[index]
         generator = random.Random(f"{self.seed} {draw} {index}")
-        channels = self.augmentation.preprocessing.channels
-        return EvaluationImages(self.samples, lambda image: self.augmentation(image, generator), channels)[index]
+        return self.augmentation(read_image(path, self.augmentation.preprocessing.channels), generator), label
 
 
-class Batch(NamedTuple):
-    """images [B, C, H, W] and labels [B] of what could be read, and a message for each file that could not."""
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """The keys (draw, index) of every batch of a run from one step on, for the process of this rank.
 
-    images: Tensor
-    labels: Tensor
-    unreadable: list[str]
+    Each epoch is a new permutation; its images that fill no whole step are left out. The draw, epoch · repeats + copy,
+    numbers what an image was augmented to: with ``repeats`` an epoch sees fewer images, each of them so many times.
 
+    Raises:
+        ValueError: there are fewer images than a step takes.
+        ImportError: repeated augmentation needs timm.
+    """
 
-def collate(items: Sequence[Item]) -> Batch:
-    read = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([image for image, _ in read]) if read else torch.empty(0, 0, 0, 0)
-    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
-    return Batch(images, labels, [item for item in items if isinstance(item, str)])
+    def __init__(self, dataset: Dataset[Any], recipe: Recipe, first_step: int = 0) -> None:
+        self.recipe, self.first_step = recipe, first_step
+        self.ranks, self.rank = distributed.world_size(), distributed.rank()
+        length = len(dataset)  # pyright: ignore[reportArgumentType]
+        self.images = recipe.batch * recipe.accumulate  # per step, in this process
+        self.steps_per_epoch = length // (self.images * self.ranks)
+        if self.steps_per_epoch == 0:
+            per_step = f"{self.images * self.ranks} images (--batch × --accumulate × processes)"
+            raise ValueError(f"a step takes {per_step}, there are only {length}")
+        if recipe.repeats > 1:
+            repeated = timm_part("distributed_sampler", "RepeatAugSampler", "--repeats")
+            self.sampler = repeated(dataset, self.ranks, self.rank, num_repeats=recipe.repeats, selected_round=0)
+        else:
+            self.sampler = DistributedSampler(dataset, self.ranks, self.rank, seed=recipe.seed, drop_last=True)
+
+    def __len__(self) -> int:
+        return (self.recipe.epochs * self.steps_per_epoch - self.first_step) * self.recipe.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first_epoch, start = divmod(self.first_step, self.steps_per_epoch)
+        repeats = self.recipe.repeats
+        for epoch in range(first_epoch, self.recipe.epochs):
+            # timm's sampler is seeded by the epoch alone, and gives the copies of an image to the ranks in turn.
+            self.sampler.set_epoch(epoch if repeats == 1 else seed_of(self.recipe.seed, epoch))
+            keys = [
+                (epoch * repeats + (self.rank + position * self.ranks) % repeats, index)
+                for position, index in enumerate(self.sampler)
+            ][: self.steps_per_epoch * self.images]
+            for first in range(start * self.images, len(keys), self.recipe.batch):
+                yield keys[first : first + self.recipe.batch]
+            start = 0
 
 
 def loader(dataset: Dataset[Any], device: torch.device, workers: int, **options: Any) -> DataLoader[Any]:
-    """Batches as ``collate`` makes them, loaded by ``workers`` processes (0: by this one)."""
-    return DataLoader(dataset, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda", **options)
+    """Batches, loaded by ``workers`` processes (0: by this one)."""
+    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)

@@ -1,15 +1,12 @@
-"""Photographs to model inputs: the crop that the papers test with, and the random one that training uses."""
+"""From photographs to a model's input: the crop that the papers test with, and the random crop of training."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
-import random
 import stat
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,29 +15,33 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from models._contract import BackboneContract
-from models.commands.sampling import seeded
+from models.commands.dispatch import CommandError
+from models.metadata import InputFormat
 
 MODES = {1: "L", 3: "RGB"}  # PIL's mode for so many channels
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands PostScript, for one, to another program
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # Pillow would hand PostScript to another program
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
-LONGEST = 8  # times a crop's ratio of sides: what of a strip is resized
+LONGEST = 8  # a strip is cut to this many times the ratio of the crop's sides before it is resized
 
 
-class UnreadableImageError(ValueError):
-    """A file that is no image, or a damaged one; the message names it."""
+class UnreadableImageError(CommandError, ValueError):
+    """A file that cannot be read as an image; the message names it."""
+
+    def __str__(self) -> str:  # a DataLoader puts the traceback of its worker in front of the message
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:
     """The whole image, decoded and upright, in 1 (grey) or 3 (RGB) channels of 8 bits; 16 bits are scaled to them.
 
     Raises:
-        UnreadableImageError: the file is missing, damaged or no image, or nothing says which of its values is white.
+        UnreadableImageError: the file is missing, damaged or not an image, or does not say which value is white.
     """
     try:
         with _opened(path) as file:
             file.load()
-            with contextlib.suppress(Exception):  # damaged EXIF, beside pixels that are whole
+            with contextlib.suppress(Exception):  # EXIF may be damaged where the pixels are whole
                 ImageOps.exif_transpose(file, in_place=True)
             return _eight_bits(file).convert(MODES[channels])
     except Exception as error:  # decoders fail in any way on a malformed file
@@ -48,7 +49,7 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
 
 
 def check_image(path: str | Path) -> None:
-    """``UnreadableImageError`` where already the file's first bytes show it."""
+    """Raises UnreadableImageError if the file's first bytes show that it is not an image."""
     try:
         _opened(path).close()
     except Exception as error:
@@ -58,14 +59,14 @@ def check_image(path: str | Path) -> None:
 def _opened(path: str | Path) -> Image.Image:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is not a regular file")  # a pipe would never end
-    with warnings.catch_warnings():  # of more than 89 megapixels; twice as many are an error
+    with warnings.catch_warnings():  # raised above 89 megapixels; above twice as many Pillow raises an error
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(path, formats=FORMATS)
 
 
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImageError:
     unknown = isinstance(error, Image.UnidentifiedImageError)
-    reason = f"it is none of {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
+    reason = f"its format is not one of {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
     return UnreadableImageError(f"{path} cannot be read as an image: {reason}")
 
 
@@ -74,34 +75,21 @@ def _eight_bits(file: Image.Image) -> Image.Image:
         return file
     if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
         kind = "floating-point" if file.mode == "F" else "signed or 32-bit"
-        raise ValueError(f"its values are {kind} numbers, of which none is known to be white; save it in 8 or 16 bits")
-    tags = getattr(file, "tag_v2", {})  # a TIFF's: it may have 12 bits
+        raise ValueError(f"its values are {kind} numbers, and nothing says which is white; save it in 8 or 16 bits")
+    tags = getattr(file, "tag_v2", {})  # a TIFF may have 12 bits
     white = 2 ** tags.get(BITS, (16,))[0] - 1
     pixels = (np.asarray(file).astype(np.uint32) * 255 + white // 2) // white
     pixels = pixels.clip(max=255).astype(np.uint8)
     return Image.fromarray(255 - pixels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else pixels)
 
 
-@dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(InputFormat):
     """The test crop: resize until the centred crop of ``size`` covers ``crop_pct`` of the shorter side, then cut it.
 
     Sides are rounded as torchvision's ``Resize`` and ``CenterCrop`` do, which the published numbers were measured
-    with; a ``crop_pct`` above 1 leaves a black frame, as there. Then (x / 255 − mean) / std, channel by channel.
-
-    Args:
-        size: height and width of the result, in pixels.
-        crop_pct: share of the shorter side that is kept.
-        interpolation: "bilinear" or "bicubic", both antialiased.
-        mean: of each channel, in 0..1; its length is the number of channels.
-        std: of each channel.
+    with; a ``crop_pct`` above 1 leaves a black frame, as there. Interpolation is antialiased. Then (x / 255 − mean) /
+    std, channel by channel.
     """
-
-    size: tuple[int, int]
-    crop_pct: float
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     @classmethod
     def of(
@@ -111,7 +99,7 @@ class Preprocessing:
         crop_pct: float | None = None,
         interpolation: str | None = None,
     ) -> Preprocessing:
-        """What the model's official weights expect, except for what is given.
+        """What the model's weights expect, except for what is given here.
 
         Raises:
             ValueError: the model takes images of neither 1 nor 3 channels.
@@ -120,7 +108,7 @@ class Preprocessing:
         mean, std = tuple(config["mean"]), tuple(config["std"])
         if model.in_chans not in MODES:
             raise ValueError(f"in_chans must be 1 or 3 for image files, got {model.in_chans}")
-        if model.in_chans == 1:  # grey is the mean of the three
+        if model.in_chans == 1:  # grey: the mean of the three channels
             mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         size = size or tuple(config["input_size"][1:])
         return cls(size, crop_pct or config["crop_pct"], interpolation or config["interpolation"], mean, std)
@@ -130,14 +118,14 @@ class Preprocessing:
         return len(self.mean)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """What the model sees of the image, [height, width] = ``size``."""
+        """The part of the image that the model sees, resized to ``size``."""
         longest = math.ceil(LONGEST * max(self.size) / min(self.size) * min(image.size))
-        if max(image.size) > longest:  # a strip: resized as a whole it might take gigabytes
+        if max(image.size) > longest:  # a strip might take gigabytes if it were resized as a whole
             left, top = (max(0, side - longest) // 2 for side in image.size)
             image = image.crop((left, top, image.width - left, image.height - top))
         targets = [math.floor(side / self.crop_pct) for side in self.size]
         sides = [image.height, image.width]
-        axis = max((0, 1), key=lambda axis: targets[axis] / sides[axis])  # the one that just fits
+        axis = max((0, 1), key=lambda axis: targets[axis] / sides[axis])  # the side that just fits
         resized = [max(1, targets[axis] * side // sides[axis]) for side in sides]
         resized[axis] = targets[axis]
         image = image.resize((resized[1], resized[0]), RESAMPLING[self.interpolation])
@@ -155,49 +143,5 @@ class Preprocessing:
 
 
 def _centred(length: int, available: int) -> int:
-    """First pixel of a centred stretch; negative where it is longer than what there is."""
+    """First pixel of ``length`` centred pixels; negative if they are more than are ``available``."""
     return -((length - available) // 2) if length > available else round((available - length) / 2)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random-resized crop (arXiv 1409.4842, section 6) and horizontal flip, then ``preprocessing.normalise``.
-
-    Args:
-        preprocessing: gives size, interpolation, mean and std.
-        least_area: the crop takes a share of the image's area drawn from ``least_area``..1.
-        flip: probability of mirroring.
-        change: of the flipped image, as timm's RandAugment; it draws from the global generators.
-        erase: of the normalised one, as timm's random erasing; likewise.
-    """
-
-    preprocessing: Preprocessing
-    least_area: float = 0.08
-    flip: float = 0.5
-    change: Callable[[Image.Image], Image.Image] | None = None
-    erase: Callable[[Tensor], Tensor] | None = None
-
-    def box(self, width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of the crop: aspect ratio log-uniform in 3/4..4/3."""
-        for _ in range(10):
-            area = width * height * generator.uniform(self.least_area, 1)
-            ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = generator.randint(0, width - w), generator.randint(0, height - h)
-                return left, top, left + w, top + h
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))  # a long strip: its middle
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
-
-    def __call__(self, image: Image.Image, generator: random.Random) -> Tensor:
-        height, width = self.preprocessing.size
-        box = self.box(image.width, image.height, generator)
-        image = image.resize((width, height), RESAMPLING[self.preprocessing.interpolation], box=box)
-        if generator.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.change is None and self.erase is None:
-            return self.preprocessing.normalise(image)
-        with seeded(generator.getrandbits(56)):
-            x = self.preprocessing.normalise(image if self.change is None else self.change(image))
-            return x if self.erase is None else self.erase(x)

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal; elsewhere one line every so often, for the log of a long run."""
+"""Progress on stderr: a bar on a terminal, elsewhere a line now and then for the log of a long run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Bar:
     """``with Bar(total) as bar``: call ``advance`` after each step and ``say`` for a line that stays."""
 
     def __init__(self, total: int, done: int = 0, *, shown: bool = True, seconds: float = 30.0) -> None:
-        """Without a terminal, a line every ``seconds``; ``shown`` is False in all processes but the first."""
+        """Without a terminal a line is printed every ``seconds``; ``shown`` is False in all processes but the first."""
         self.total, self.done, self.shown, self.seconds = total, done, shown, seconds
         self.drawn = shown and console.is_terminal
         columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -33,17 +33,17 @@ class Bar:
         if self.drawn:
             self._bar.stop()
 
-    def describe(self, told: str) -> None:
-        """What is being done, beside the bar."""
-        self._bar.update(self._task, description=escape(told))
+    def describe(self, status: str) -> None:
+        """Shows what is being done beside the bar."""
+        self._bar.update(self._task, description=escape(status))
 
-    def advance(self, count: int, told: str) -> None:
-        """``count`` more are done; ``told`` is how it stands."""
+    def advance(self, count: int, status: str) -> None:
+        """Adds ``count`` to what is done and shows ``status`` beside it."""
         self.done += count
-        self._bar.update(self._task, advance=count, description=escape(told))
+        self._bar.update(self._task, advance=count, description=escape(status))
         if self.shown and not self.drawn and time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()
-            self.say(f"[{self.done}/{self.total}] {told}")
+            self.say(f"[{self.done}/{self.total}] {status}")
 
     def say(self, line: str) -> None:
         if self.shown:

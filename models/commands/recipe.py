@@ -1,4 +1,4 @@
-"""How to train: all that a run's result follows from, beside the data; and what each family's authors trained with."""
+"""How to train: every setting that a run's result depends on, and the settings that each family's authors used."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def _option(default: Any, flag: str, kind: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Everything here decides the result, nothing else does.
+    """How to train. The result depends on these settings, the model and the data alone.
 
-    Each field's metadata holds its option on the command line, the values that it may have, and what it means.
+    Each field's metadata holds its option on the command line, its permitted values, and its meaning.
     """
 
     epochs: int = _option(10, "--epochs", positive, "passes over the training images")
@@ -30,25 +30,23 @@ class Recipe:
     optimizer: str = _option("adamw", "--optimizer", ("adamw", "sgd"), "sgd: with Nesterov's momentum of 0.9")
     learning_rate: float = _option(1e-4, "--lr", Number(above=0), "peak, reached after the warm-up")
     final_learning_rate: float = _option(1e-6, "--min-lr", ANY, "learning rate of the last step")
-    warmup_epochs: float | None = _option(None, "--warmup-epochs", ANY, "linear warm-up; a tenth of the epochs")
-    first_learning_rate: float | None = _option(None, "--warmup-lr", ANY, "where the warm-up begins; a step above 0")
+    warmup_epochs: float | None = _option(None, "--warmup-epochs", ANY, "linear warm-up (a tenth of the epochs)")
+    first_learning_rate: float | None = _option(None, "--warmup-lr", ANY, "where the warm-up begins (one step above 0)")
     weight_decay: float = _option(0.05, "--weight-decay", ANY, "for matrices and kernels")
     decay_vectors: bool = _option(False, "--decay-vectors", bool, "biases and scales decay too")
-    layer_decay: float = _option(1.0, "--layer-decay", SHARE, "factor of the rate per layer, from last to first")
     label_smoothing: float = _option(0.1, "--label-smoothing", BELOW_ONE, "share of the label that all classes get")
     auxiliary_weight: float = _option(0.4, "--aux-weight", ANY, "of OverLoCK's auxiliary loss")
-    clip_norm: float = _option(5.0, "--clip", ANY, "largest norm of the gradient, 0: any")
+    clip_norm: float = _option(5.0, "--clip", ANY, "largest norm of the gradient (0: unlimited)")
     ema_decay: float = _option(0.999, "--ema", BELOW_ONE, "decay of the averaged weights, 0: none")
-    least_area: float = _option(0.08, "--least-area", SHARE, "smallest crop, as a share")
+    least_area: float = _option(0.08, "--least-area", SHARE, "smallest crop, as a share of the image's area")
     flip: float = _option(0.5, "--flip", FRACTION, "chance of mirroring")
-    mixup: float = _option(0.0, "--mixup", ANY, "alpha of mixup; by timm, as what follows")
+    mixup: float = _option(0.0, "--mixup", ANY, "alpha of mixup; this and what follows are timm's")
     cutmix: float = _option(0.0, "--cutmix", ANY, "alpha of CutMix; with both, each half of the time")
     rand_augment: str = _option("", "--rand-augment", str, "RandAugment, as in rand-m9-mstd0.5-inc1")
-    erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part")
-    repeats: int = _option(1, "--repeats", positive, "repeated augmentation: times that an epoch sees an image")
+    erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part of an image")
+    repeats: int = _option(1, "--repeats", positive, "repeated augmentation: copies of an image per epoch")
     dtype: str = _option("fp32", "--dtype", tuple(DTYPES), "bf16 and fp16 by autocast, fp16 with scaled gradients")
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")
-    freeze_backbone: bool = _option(False, "--freeze-backbone", bool, "train nothing but the classifier")
 
     def __post_init__(self) -> None:
         """Raises ValueError, whose message begins with the field's name."""
@@ -78,18 +76,16 @@ OPTIONS = {known.name: known.metadata["flag"] for known in fields(Recipe)}  # fi
 class Published:
     """The training from scratch on ImageNet-1k that a family's authors published.
 
-    What a recipe cannot say differs: learning rates here follow the step and not the epoch, crops are resized with the
-    model's own interpolation, and batch norms are not synchronised between processes.
+    Three things differ that a recipe cannot say: learning rates follow the step here and not the epoch, crops are
+    resized with the model's own interpolation, and batch norms are not synchronised between processes.
 
     Args:
-        source: where it is published.
         images: per step, in all processes together.
         settings: fields of ``Recipe``; what is not named keeps ``Recipe``'s default.
         options: of the model.
         variants: model -> its own learning rate and drop path rate; None: one training for all models.
     """
 
-    source: str
     images: int
     settings: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
@@ -100,64 +96,39 @@ class Published:
         if self.variants is None:
             return self.settings, self.options
         if model not in self.variants:
-            raise ValueError(f"--recipe: {self.source} trains {', '.join(self.variants)}, not {model}")
+            raise ValueError(f"--recipe: it was published for {', '.join(self.variants)}, not for {model}")
         learning_rate, drop_path_rate = self.variants[model]
         return self.settings | {"learning_rate": learning_rate}, self.options | {"drop_path_rate": drop_path_rate}
 
 
-CHANGES = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "label_smoothing": 0.1, "least_area": 0.08}
+COMMON = {"weight_decay": 0.05, "final_learning_rate": 1e-5, "first_learning_rate": 1e-6, "label_smoothing": 0.1}
+COMMON |= {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25, "least_area": 0.08}
 
 PUBLISHED = {
-    # Stochastic depth is the models' own. The authors' rate is 1e-3 per 1,024 images, and they took 2,048.
+    # arXiv 2502.20087 and github.com/LMMMEng/OverLoCK: a rate of 1e-3 per 1,024 images, and 2,048 images per step.
     "overlock": Published(
-        "arXiv 2502.20087 and github.com/LMMMEng/OverLoCK",
         2048,
-        {
-            "epochs": 300,
-            "learning_rate": 2e-3,
-            "final_learning_rate": 1e-5,
-            "first_learning_rate": 1e-6,
-            "warmup_epochs": 5,
-            "weight_decay": 0.05,
-            "clip_norm": 5.0,
-            "ema_decay": 0.9999,
-            "auxiliary_weight": 0.4,
-            "mixup": 0.8,
-            "cutmix": 1.0,
-            **CHANGES,
-        },
+        {"epochs": 300, "warmup_epochs": 5, "learning_rate": 2e-3, "clip_norm": 5.0, "ema_decay": 0.9999}
+        | {"auxiliary_weight": 0.4, "mixup": 0.8, "cutmix": 1.0}
+        | COMMON,
     ),
+    # arXiv 2103.06255 and github.com/d-li14/involution
     "rednet": Published(
-        "arXiv 2103.06255 and github.com/d-li14/involution",
         2048,
         {
             "epochs": 130,
-            "optimizer": "sgd",
-            "learning_rate": 0.8,
-            "final_learning_rate": 0.0,
-            "first_learning_rate": 0.2,
             "warmup_epochs": 5,
-            "weight_decay": 1e-4,
-            "decay_vectors": True,
-            "label_smoothing": 0.1,
-            "clip_norm": 0.0,
-            "ema_decay": 0.0,
-        },
+            "learning_rate": 0.8,
+            "first_learning_rate": 0.2,
+            "final_learning_rate": 0.0,
+        }
+        | {"optimizer": "sgd", "weight_decay": 1e-4, "decay_vectors": True, "clip_norm": 0.0, "ema_decay": 0.0}
+        | {"label_smoothing": 0.1},
     ),
-    # The authors' token labels come from a larger network; here each token has its image's label.
+    # arXiv 2106.13112 and github.com/sail-sg/volo
     "volo": Published(
-        "arXiv 2106.13112 and github.com/sail-sg/volo",
         1024,
-        {
-            "epochs": 300,
-            "final_learning_rate": 1e-5,
-            "first_learning_rate": 1e-6,
-            "warmup_epochs": 20,
-            "weight_decay": 0.05,
-            "clip_norm": 0.0,
-            "ema_decay": 0.0,
-            **CHANGES,
-        },
+        {"epochs": 300, "warmup_epochs": 20, "clip_norm": 0.0, "ema_decay": 0.0} | COMMON,
         {"return_dense": True},
         {"volo_d1": (1.6e-3, 0.1), "volo_d2": (1e-3, 0.2), "volo_d3": (1e-3, 0.5)},
     ),

@@ -1,9 +1,8 @@
 """The training loop behind ``python -m models finetune``: on one process or several, and the same after a kill.
 
-A run is a function of its settings and its step number. What is random in a step (which images, their crops, dropped
-paths, mixed boxes) is drawn from generators seeded with the run's seed and that number; learning rate and averaging
-follow from the number too. So the state to keep is the weights, the optimiser's moments and the number itself, and a
-run that continues from it takes the path it would have taken.
+Everything random in a step (which images, their crops, dropped paths, mixed boxes) is drawn from generators seeded with
+the run's seed and the number of the step; learning rate and averaging follow from that number, too. So the state of a
+run is its weights, the optimiser's moments and the number, and a run that continues takes the path it would have taken.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,14 @@ from kernels.files import atomic_write, writing
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
-from models.commands.augmentation import mixing
+from models.commands.augmentation import mixing, seed_of, seeded
+from models.commands.dispatch import CommandError
 from models.commands.evaluate import count_correct, predict
 from models.commands.files import BEST, LAST, LOG, STATE, event_writer, plain, read_state
-from models.commands.folders import Batch, loader
-from models.commands.images import UnreadableImageError
-from models.commands.optimisation import Objective, cosine_with_warmup, parameter_groups, warmed_up_ema
+from models.commands.folders import TrainingBatches, loader
+from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss, warmed_up_ema
 from models.commands.progress import Bar
 from models.commands.recipe import OPTIONS, Recipe
-from models.commands.sampling import TrainingBatches, seed_of, seeded
 from models.commands.types import DTYPES
 from models.metadata import Metadata
 
@@ -49,8 +46,8 @@ class Trainer:
     Args:
         model: of one of the families, with its classifier, on ``device``.
         recipe: how to train.
-        training: (draw, index) -> (image, label) or why not, and a length; ``TrainingBatches`` gives the keys.
-        validation: index -> (image, label) or why not; None evaluates nothing.
+        training: (draw, index) -> (image, label), and a length; ``TrainingBatches`` gives the keys.
+        validation: index -> (image, label); None evaluates nothing.
         device: where the model is.
         folder: an existing one for state, log, weights and, where TensorBoard is installed, events; None keeps nothing.
         settings: what must be the same for a run to continue; plain values.
@@ -79,17 +76,11 @@ class Trainer:
         self.folder, self.settings, self.metadata = folder, plain(settings or {}), metadata
         self.save_every, self.log_every, self.workers = save_every, log_every, workers
         self.training, self.validation = training, validation
-        self.output = folder if distributed.rank() == 0 else None  # where this process writes
+        self.output = folder if distributed.rank() == 0 else None  # None in processes that write nothing
         self.dtype = DTYPES[recipe.dtype]
-        self.objective = Objective(recipe.label_smoothing, recipe.auxiliary_weight)
-        self.step = 0
         self.steps_per_epoch = TrainingBatches(training, recipe).steps_per_epoch
         self.total_steps = recipe.epochs * self.steps_per_epoch
-        if recipe.freeze_backbone:
-            model.requires_grad_(False)
-            for name in model.classifiers:
-                model.get_submodule(name).requires_grad_(True)
-        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay, recipe.decay_vectors)
+        groups = parameter_groups(model, recipe.weight_decay, recipe.decay_vectors)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
             if recipe.optimizer == "sgd"
@@ -101,60 +92,59 @@ class Trainer:
         self.average: AveragedModel | None = None
         if recipe.ema_decay:
             self.average = AveragedModel(model, multi_avg_fn=warmed_up_ema(recipe.ema_decay), use_buffers=True)
+        self.step = 0
         self.best: float | None = None
         self.log: list[dict[str, Any]] = []
-        self._interval_loss, self._interval_steps = torch.zeros((), device=device), 0
+        self._losses = torch.zeros((), device=device)  # summed since the last row of the log
         self._board: Any = None
 
     # ---- the state
 
     def resume(self) -> bool:
-        """Takes up the state in ``output``, if there is one.
+        """Continues from the state in ``folder``; False if there is none.
 
         Raises:
-            ValueError: it is damaged, or of a run with other settings; the message names them.
+            ValueError: the state is damaged, or its run had other settings, which the message names.
         """
         if self.folder is None or not (self.folder / STATE).exists():
             return False
-        path, last = self.folder / STATE, self.folder / LAST
-        anew = f"--restart begins anew, with --checkpoint {last} from the last epoch's weights"
+        path, last, own = self.folder / STATE, self.folder / LAST, self.settings
         try:
             state = read_state(path)
-            known, own = plain(asdict(Recipe())) | state["settings"], self.settings
-            if known == known | own:
-                self._take_up(path, state)
+            known = state["settings"]
+            differing = [
+                f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {value!r}"
+                for name, value in own.items()
+                if known.get(name) != value
+            ]
+            if not differing:
+                self._take_up(state)
                 return True
-        except ValueError as error:
-            raise ValueError(f"{error}; {anew}") from error
-        except Exception as error:  # a state that was changed can make its readers fail in any way
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ValueError(f"{path} is not a state of this run ({type(error).__name__}: {reason}); {anew}") from error
-        differing = [
-            f"{OPTIONS.get(name, name)} was {known.get(name)!r}, is {value!r}"
-            for name, value in own.items()
-            if known.get(name) != value
-        ]
+        except Exception as error:  # a changed file can make its readers fail in any way
+            reason = next(iter(str(error).strip().splitlines()), "")
+            reason = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
+            anew = f"--restart begins anew, with --checkpoint {last} from the last epoch's weights"
+            raise ValueError(f"{path} is not a state of this run: {reason}; {anew}") from error
         ways = "another --output keeps both runs, --restart begins anew"
-        if own.get("epochs", 0) > known.get("epochs", 0):  # its learning rates have fallen already
+        if own.get("epochs", 0) > known.get("epochs", 0):  # the learning rate has already fallen
             ways += f", with --checkpoint {last} the weights are trained for longer"
         raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(differing)}; {ways}")
 
-    def _take_up(self, path: Path, state: dict[str, Any]) -> None:
+    def _take_up(self, state: dict[str, Any]) -> None:
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.total_steps:
-            raise ValueError(f"{path} is not a state of this run: it is of step {state['step']!r}")
+            raise ValueError(f"it is of step {state['step']!r}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step, self.best, self.log = state["step"], state["best"], state["log"]
-        self._interval_loss.copy_(state["interval_loss"])
-        self._interval_steps = state["interval_steps"]
+        self._losses.copy_(state["losses"])
 
     def _save(self) -> None:
         if self.output is None:
             return
-        self._check_finite(self._interval_loss.item())
+        self._check_finite(self._losses.item())
         state = {
             "settings": self.settings,
             "step": self.step,
@@ -164,8 +154,7 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "best": self.best,
             "log": self.log,
-            "interval_loss": self._interval_loss,
-            "interval_steps": self._interval_steps,
+            "losses": self._losses,
         }
         atomic_write(self.output / STATE, lambda file: torch.save(state, file))
 
@@ -186,22 +175,20 @@ class Trainer:
 
         Raises:
             UnreadableImageError: a file that cannot be decoded.
-            FloatingPointError: the loss is no longer finite. The last state written is from before that.
+            CommandError: the loss is no longer finite. The last state written is from before that.
             kernels.files.WriteError: a file of the run cannot be written; the files before it are whole.
         """
-        if self.output is not None:  # without what a killed run wrote after its last state
+        if self.output is not None:  # drops what a killed run wrote after its last state
             atomic_write(self.output / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
             self._board = event_writer(self.output, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
-            places = [self.device] if self.device.type == "cuda" else None
-            unused = self.recipe.freeze_backbone  # OverLoCK's auxiliary head
-            wrapped = DistributedDataParallel(self.model, places, find_unused_parameters=unused)
+            wrapped = DistributedDataParallel(self.model, [self.device] if self.device.type == "cuda" else None)
         keys = TrainingBatches(self.training, self.recipe, self.step)
         batches = iter(loader(self.training, self.device, self.workers, batch_sampler=keys))
-        self.model.train(not self.recipe.freeze_backbone)
-        self._clock = self._epoch_clock = time.perf_counter()
-        self._timed_steps = 0
+        self.model.train()
+        self._epoch_started = time.perf_counter()
+        self._since = self._epoch_started, self.step  # for the speed of the log's next row
         with Bar(self.total_steps, self.step, shown=self.output is not None) as bar:
             while self.step < self.total_steps:
                 self._train_step(wrapped, batches)
@@ -219,26 +206,25 @@ class Trainer:
 
     @property
     def _epoch(self) -> int:
-        """Of the step just done, from 1."""
+        """Epoch of the step just done, from 1."""
         return -(-self.step // self.steps_per_epoch)
 
     def _told(self) -> str:
         losses = [f" loss {row['loss']:.4f}" for row in self.log[-2:] if "loss" in row]
         return f"epoch {self._epoch}/{self.recipe.epochs}{''.join(losses[-1:])}"
 
-    def _train_step(self, wrapped: nn.Module, batches: Iterator[Batch]) -> None:
+    def _train_step(self, wrapped: nn.Module, batches: Iterator[list[Tensor]]) -> None:
         recipe, warmup = self.recipe, round(self.recipe.warmup * self.steps_per_epoch)
         rates = (recipe.learning_rate, recipe.final_learning_rate, recipe.first_learning_rate)
-        rate = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate_scale"]
+            group["lr"] = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
         for part in range(recipe.accumulate):
-            waits = part + 1 < recipe.accumulate  # for the last part, which sums over the processes
+            waits = part + 1 < recipe.accumulate  # the last part sums the gradients over the processes
             parallel = wrapped if isinstance(wrapped, DistributedDataParallel) else None
             with parallel.no_sync() if parallel is not None and waits else contextlib.nullcontext():
                 loss = self._loss(wrapped, next(batches), self.step * recipe.accumulate + part)
                 self.scaler.scale(loss).backward()
-            self._interval_loss += loss.detach()
+            self._losses += loss.detach()
         if recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
@@ -248,15 +234,10 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
-        self._interval_steps += 1
-        self._timed_steps += 1
 
-    def _loss(self, wrapped: nn.Module, batch: Batch, number: int) -> Tensor:
-        """A batch's share of its step's loss; what is random follows from the batch's ``number`` in the run."""
-        if batch.unreadable:
-            raise UnreadableImageError(batch.unreadable[0])
-        images = batch.images.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
+    def _loss(self, wrapped: nn.Module, batch: list[Tensor], number: int) -> Tensor:
+        """A batch's share of its step's loss; ``number`` counts the run's batches and seeds what is random."""
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         seed = seed_of(self.recipe.seed, number, distributed.rank())
         if self.mix is not None:
             with seeded(seed):
@@ -264,24 +245,24 @@ class Trainer:
         torch.manual_seed(seed)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = wrapped(images)
-        return self.objective(output, labels) / self.recipe.accumulate
+        recipe = self.recipe
+        return training_loss(output, labels, recipe.label_smoothing, recipe.auxiliary_weight) / recipe.accumulate
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; a lower --lr may help")
+            raise CommandError(f"the loss is not finite at step {self.step}; a lower --lr may help")
 
     def _end_interval(self) -> None:
-        total = distributed.sum_over_processes(self._interval_loss.clone())
-        loss = total.item() / (self._interval_steps * distributed.world_size())
+        steps = self.step - (self.log[-1]["step"] if self.log else 0)
+        loss = distributed.sum_over_processes(self._losses).item() / (steps * distributed.world_size())
+        self._losses.zero_()
         self._check_finite(loss)
-        now = time.perf_counter()
-        images = self._timed_steps * self.recipe.batch * self.recipe.accumulate * distributed.world_size()
-        rate, speed = max(group["lr"] for group in self.optimizer.param_groups), images / (now - self._clock)
-        self._interval_loss.zero_()
-        self._interval_steps = self._timed_steps = 0
-        self._clock = now
+        (then, first), now = self._since, time.perf_counter()
+        self._since = now, self.step
+        images = (self.step - first) * self.recipe.batch * self.recipe.accumulate * distributed.world_size()
+        rate = self.optimizer.param_groups[0]["lr"]
         row = {"step": self.step, "epoch": self._epoch, "loss": loss, "learning_rate": rate}
-        self._record({**row, "images_per_second": speed})
+        self._record({**row, "images_per_second": images / (now - then)})
 
     def _end_epoch(self, bar: Bar) -> None:
         kept = self.model if self.average is None else self.average.module
@@ -292,27 +273,25 @@ class Trainer:
             better = self.best is None or row["top1"] > self.best
             row["best_top1"] = self.best = row["top1"] if better else self.best
             scores = f", top-1 {row['top1']:.2f} %, best {row['best_top1']:.2f} %"
-        row["seconds"] = time.perf_counter() - self._epoch_clock
+        row["seconds"] = time.perf_counter() - self._epoch_started
         for name in (LAST, BEST) if better else (LAST,):
             if self.output is not None:
                 save_checkpoint(kept, self.output / name, self.metadata)
         self._record(row)
-        self._clock = self._epoch_clock = time.perf_counter()
+        self._epoch_started = time.perf_counter()
+        self._since = self._epoch_started, self.step
         bar.say(f"{self._told()}{scores} ({row['seconds']:.0f} s)")
 
     def _evaluate(self, model: nn.Module, images: Dataset[Any]) -> dict[str, float]:
-        """Top-1 and top-5 in per cent, every process on its share of the images."""
+        """Top-1 and top-5 in per cent; each process evaluates its share of the images."""
         distributed.broadcast_buffers(model)
         count = len(images)  # pyright: ignore[reportArgumentType]
         share = Subset(images, range(distributed.rank(), count, distributed.world_size()))
         batches = loader(share, self.device, self.workers, batch_size=self.recipe.batch)
         totals = torch.zeros(2, dtype=torch.int64, device=self.device)
-        was_training = model.training
         model.eval()
-        for batch, logits, labels in predict(model, batches, self.device, self.dtype):
-            if batch.unreadable:
-                raise UnreadableImageError(batch.unreadable[0])
-            totals += torch.stack(count_correct(logits, labels))
-        model.train(was_training)
+        for logits, labels in predict(model, batches, self.device, self.dtype):
+            totals += count_correct(logits, labels)
+        model.train()
         top1, top5 = (100 * hits / count for hits in distributed.sum_over_processes(totals).tolist())
         return {"top1": top1, "top5": top5}

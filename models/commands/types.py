@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LARGEST = 2**31 - 1  # that a whole number without a bound of its own may be
+LARGEST = 2**31 - 1  # bound of whole numbers that have no other
 LONGEST_SIDE = 16384
 
 
 @dataclass(frozen=True)
 class Number:
-    """What a number must be: a type for argparse, and a check of values that come from Python."""
+    """A number within bounds: a type for argparse, and a check of values that come from Python."""
 
     at_least: float = -math.inf
     at_most: float = math.inf
@@ -55,11 +55,11 @@ FRACTION = Number(at_least=0, at_most=1)
 
 
 def device(text: str) -> torch.device:
-    """A device that is there and computes: cpu, cuda, cuda:1."""
+    """A device that exists here and computes: cpu, cuda, cuda:1."""
     try:
         place = torch.empty(0, device=text).device
         if place.type == "meta":
-            raise RuntimeError("meta tensors hold no numbers")
+            raise RuntimeError("meta tensors hold no values")
         return place
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]

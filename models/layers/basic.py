@@ -1,4 +1,4 @@
-"""Norms, scales and gates of the families, on feature maps [B, C, H, W], in channels-last memory where it matters."""
+"""Norms, scales and gates of the families, on feature maps [B, C, H, W], mostly in channels-last memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def to_channels_last(x: Tensor) -> Tensor:
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): zeroes a sample's whole branch with probability ``rate`` while training.
 
-    Kept samples are divided by 1 − rate, so that the expectation stays.
+    Kept samples are divided by 1 − rate, which keeps the expectation.
     """
 
     def __init__(self, rate: float) -> None:
@@ -42,16 +42,16 @@ class DropPath(nn.Module):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of [B, C, H, W]; the output is channels-last, and input that is so takes no copy."""
+    """Layer norm over the channels of [B, C, H, W]. The output is channels-last; channels-last input is not copied."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class GELU2d(nn.GELU):
-    """GELU of channels-last [B, C, H, W], handed over as the contiguous [B, H, W, C] it is.
+    """GELU of channels-last [B, C, H, W], computed on the contiguous view [B, H, W, C].
 
-    PyTorch's CPU kernel takes that as one array, in half the time.
+    PyTorch's CPU kernel treats that as one array, which halves the time.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class GELU2d(nn.GELU):
 class LayerScale(nn.Module):
     """out = weight[c]·x + bias[c]; ``weight`` is stored as [C, 1, 1, 1], a 1×1 depthwise kernel.
 
-    Inference folds the bias into a neighbour: then it is None.
+    ``bias`` is None once inference has folded it into a neighbour.
     """
 
     def __init__(self, channels: int, initial: float = 1.0) -> None:
@@ -95,7 +95,7 @@ class GlobalResponseNorm(nn.Module):
     @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-            # PyTorch's CPU vector_norm is not vectorised for channels-last input: four times as slow as these.
+            # PyTorch's CPU vector_norm is not vectorised for channels-last input, and takes four times as long.
             # The bound keeps the gradient of a channel of zeros at zero.
             norm = x.square().sum((2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         else:

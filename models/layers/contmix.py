@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from models.checks import integer
+from models.checks import integer, odd
 from models.layers.basic import to_channels_last
 from models.layers.fusion import convolves, fold_after, last_convolution
 from models.layers.pointwise import PointwiseConv2d
@@ -26,8 +26,8 @@ class ContMix(nn.Module):
     x₁ and x₂ are the two halves of x's channels; windows slide inward at the border (arXiv 2502.20087, section 3.3).
     Maps with a side below K are enlarged bilinearly beforehand and pooled back afterwards.
 
-    Shapes: x [B, d, H, W], features [B, d + context_channels, H, W] -> [B, d, H, W], in channels-last memory. OverLoCK
-    takes as context its glance at the whole image; a map that is to mix itself is its own context::
+    Shapes: x [B, d, H, W], features [B, d + context_channels, H, W] -> [B, d, H, W], in channels-last memory. The
+    context of OverLoCK is its overview of the whole image; a map can also be its own context::
 
         layer = ContMix(64, context_channels=64, kernel_size=13, num_heads=4)
         layer(x, torch.cat((x, x), 1))                        # [2, 64, 28, 28] for x of that shape
@@ -48,9 +48,7 @@ class ContMix(nn.Module):
     def __init__(self, channels: int, context_channels: int, kernel_size: int, num_heads: int) -> None:
         super().__init__()
         channels, context_channels = integer("channels", channels), integer("context_channels", context_channels)
-        kernel_size, num_heads = integer("kernel_size", kernel_size), integer("num_heads", num_heads)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        kernel_size, num_heads = odd("kernel_size", kernel_size), integer("num_heads", num_heads)
         if channels % (2 * num_heads):
             raise ValueError(f"channels must be a multiple of 2·num_heads = {2 * num_heads}, got {channels}")
         self.channels = channels
@@ -67,11 +65,11 @@ class ContMix(nn.Module):
 
     @leaf
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        """x [B, d, H, W] is mixed by kernels that come from features, f and c one above the other -> [B, d, H, W]."""
+        """Mixes x [B, d, H, W] by kernels computed from features, which are f and c concatenated -> [B, d, H, W]."""
         return self.mix(x, features)
 
     def mix(self, x: Tensor, features: Tensor) -> Tensor:
-        """What ``forward`` does, for a layer that is a ``ContMix`` and more."""
+        """What ``forward`` does, for subclasses with another ``forward``."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
         expected = [x.shape[0], self.channels + self.context_channels, x.shape[2], x.shape[3]]
@@ -96,7 +94,7 @@ class ContMix(nn.Module):
         return mixed if enlarged == size else F.adaptive_avg_pool2d(mixed, size)
 
     def _mix_in_steps(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The same with every logit in memory: ``weight_proj`` is called, whatever stands in its place."""
+        """The same with every logit in memory, by calling ``weight_proj``, which may have been replaced."""
         affinity = query.flatten(3).transpose(2, 3) @ key  # [B, G, H·W, 49]
         logits = self.weight_proj(affinity.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, G, H·W, 25 + K²]
         logits = logits.unflatten(2, query.shape[3:]).split([size**2 for size in self.kernel_sizes], -1)
@@ -105,7 +103,7 @@ class ContMix(nn.Module):
         return torch.stack(mixed, 1).movedim(-1, 3)
 
     def folded(self) -> nn.Module:
-        """The scale (d/G)^−½ goes into the key's convolution."""
+        """Folds the scale (d/G)^−½ into the key's convolution."""
         conv = last_convolution(self.weight_key)
         if conv is not None:
             scale = conv.weight.new_full((conv.out_channels,), self.scale)
@@ -118,7 +116,7 @@ class ContMix(nn.Module):
         kernel_size, short = self.kernel_sizes[-1], min(height, width)
         if short >= kernel_size:
             return height, width
-        # The quotient first, in floating point: what the official weights were trained with, to the pixel. A square
-        # map's side may round to K − 1 this way.
+        # As in the official code, whose weights were trained so, the quotient is rounded first. A square map's side may
+        # then become K − 1, hence the maximum.
         ratio = kernel_size / short
         return max(kernel_size, int(ratio * height)), max(kernel_size, int(ratio * width))

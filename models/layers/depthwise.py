@@ -49,13 +49,13 @@ class DepthwiseConv2d(nn.Conv2d):
 class DilatedReparamBlock(nn.Module):
     """BN(K×K depthwise of x) + Σ BN(dilated depthwise of x), one K×K kernel with bias once merged (arXiv 2311.15599).
 
-    While batch norms use their running statistics every branch is linear, so the sum is itself one K×K convolution.
-    It is computed as such, merged or not, as long as every branch is what was built here. ``merge`` makes it permanent.
+    While batch norms use their running statistics every branch is linear, and the sum is one K×K convolution. It is
+    computed as such, merged or not, as long as nobody replaced a branch. ``merge`` makes it permanent.
 
     Args:
         channels: C of the [B, C, H, W] input and output.
         kernel_size: K, one of 17, 15, 13, 7.
-        merged: build the form that ``merge`` leads to.
+        merged: build the form that ``merge`` produces.
     """
 
     BRANCHES: ClassVar = {  # K -> (kernel size, dilation) of each parallel branch
@@ -85,7 +85,7 @@ class DilatedReparamBlock(nn.Module):
         return not hasattr(self, "origin_bn")
 
     def branches(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """The convolution and batch norm of every branch still separate, the K×K one first; none once merged."""
+        """The convolution and batch norm of every separate branch, the K×K one first; [] once merged."""
         if self.merged:
             return []
         names = [f"k{size}_{dilation}" for size, dilation in self.BRANCHES[self.kernel_size]]
@@ -95,8 +95,8 @@ class DilatedReparamBlock(nn.Module):
     def merged_parameters(self, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
         """Kernel [C, 1, K, K] and bias [C] of the one convolution that equals the sum of all branches.
 
-        None where there is none: batch statistics are used, or a branch is not what was built. Each branch is added by
-        operations of its own. Stacking them would be quicker, but their gradients would be views of one tensor.
+        None if a branch uses batch statistics, or was replaced, wrapped or hooked. The branches are added one by one:
+        stacking them would be faster, but would make their gradients views of one tensor.
         """
         parts = []
         sizes = ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
@@ -119,10 +119,10 @@ class DilatedReparamBlock(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Replaces all branches by their sum, with the batch norms' running statistics; only once.
+        """Replaces all branches by their sum, computed with the batch norms' running statistics.
 
         Raises:
-            ValueError: a branch is not what was built here: wrapped, parametrised, hooked or of another kind.
+            ValueError: a branch was replaced, wrapped, parametrised or hooked.
         """
         if self.merged:
             return
@@ -139,12 +139,12 @@ class DilatedReparamBlock(nn.Module):
         self.lk_origin = merged.train(self.training)
 
     def merge_entries(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Replaces the entries of separate branches by those of the merged kernel, where ``state`` has them all."""
+        """Replaces the entries of separate branches by those of the merged kernel, if ``state`` has them all."""
         separate = DilatedReparamBlock(self.channels, self.kernel_size).double()
         own = separate.state_dict()
         found = {name: state[prefix + name] for name in own if prefix + name in state}
         if found.keys() != own.keys() or any(found[name].shape != own[name].shape for name in own):
-            return  # merged already, or not a file for this model: the loader's to judge
+            return  # merged already, or not a file for this model: the loader decides
         separate.load_state_dict(found)
         separate.merge()
         for name in found:
@@ -156,7 +156,7 @@ class DilatedReparamBlock(nn.Module):
         self.merge()
 
     def folded(self) -> nn.Module:
-        """Merged; as it is where its branches are not what was built."""
+        """Merges the branches unless one was replaced, wrapped or hooked."""
         if not self.merged and self.merged_parameters() is not None:
             self.merge()
         return self

@@ -1,4 +1,4 @@
-"""Layers as their parents see them: what may be fused, and what inference folds."""
+"""What a parent may fuse of its children, and what inference folds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CONVOLUTIONS = (nn.Conv2d, PointwiseConv2d)
 def as_built(module: Any, kinds: type | tuple[type, ...], device: torch.device | None = None) -> bool:
     """Whether calling ``module`` would compute what a class of ``kinds`` computes with its parameters as they stand.
 
-    Only then may a parent read the parameters and compute something equal in fewer steps. It is not so for a wrapper
-    or a subclass (LoRA, quantisation, FSDP), a parametrisation, hooks (``weight_norm``, ``prune``, offloading), a
-    replaced ``forward``, or parameters that are not plain tensors on ``device`` (None: on any). Hooks that are
-    registered for all modules of a process do not count: they see calls, and a fused child is not called.
+    Only then may a parent read the parameters and compute the same in fewer steps. It is False for a wrapper or a
+    subclass (LoRA, quantisation, FSDP), a parametrisation, hooks (``weight_norm``, ``prune``, offloading), a replaced
+    ``forward``, and parameters that are not plain tensors on ``device`` (None: on any). Hooks that are registered for
+    all modules of the process do not matter: they see calls, and a fused child is not called.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if type(module) not in kinds or "forward" in module.__dict__:
@@ -56,7 +56,7 @@ def convolves(
 
 
 def affine(norm: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift [C] of a batch norm that computes scale[c]·x + shift[c], from its statistics; None of others."""
+    """Scale and shift [C] of a batch norm that computes scale[c]·x + shift[c], from its statistics; None for others."""
     if not as_built(norm, BATCH_NORMS, device) or norm.training or norm.running_mean is None:
         return None
     scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -74,7 +74,7 @@ def fold_after(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
 
 
 def last_convolution(layers: nn.Module) -> nn.Conv2d | None:
-    """The last layer in sequence that does anything, where it is a convolution that may be folded into."""
+    """The last layer in sequence apart from identities, if it is a convolution that may be folded into; else None."""
     if not as_built(layers, nn.Sequential):
         return None
     last: Any = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)][-1]

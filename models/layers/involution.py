@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from models.checks import integer
+from models.checks import integer, odd
 from models.layers.fusion import as_built, convolves
 from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
@@ -64,10 +64,8 @@ class Involution2d(nn.Module):
         group_channels: int = 16,
         reduction: int = 4,
     ) -> None:
-        channels, kernel_size = integer("channels", channels), integer("kernel_size", kernel_size)
+        channels, kernel_size = integer("channels", channels), odd("kernel_size", kernel_size)
         stride, dilation = integer("stride", stride), integer("dilation", dilation)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         for name, divisor in (("group_channels", group_channels), ("reduction", reduction)):
             if channels % integer(name, divisor):
                 raise ValueError(f"{name} must divide channels = {channels}, got {divisor}")

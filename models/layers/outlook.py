@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from models.checks import integer
+from models.checks import integer, odd
 from models.layers.tracing import leaf
 
 
@@ -17,7 +17,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 class OutlookAttention(nn.Module):
-    """Every window of K×K tokens is mixed by attention that a single linear map reads off the token at its centre.
+    """Mixes every window of K×K tokens by attention, which a linear map computes from the token at its centre.
 
         logits[i]  = A·pool(x)[i] + a                                       heads × K² targets × K² sources for window i
         out[j]     = P·(Σ_{i, t: j is target t of window i} Σ_s softmax_s(logits[i] / √d)[t, s] · (V·x)[nbr(i, s)]) + p
@@ -42,9 +42,7 @@ class OutlookAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int = 3, stride: int = 2) -> None:
-        kernel_size, stride = integer("kernel_size", kernel_size), integer("stride", stride)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        kernel_size, stride = odd("kernel_size", kernel_size), integer("stride", stride)
         if stride > kernel_size:
             raise ValueError(f"stride must lie in 1..kernel_size = {kernel_size} to reach every token, got {stride}")
         check_heads(dim, num_heads)

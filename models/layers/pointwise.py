@@ -1,4 +1,4 @@
-"""1×1 convolutions, on a GPU as the matrix products they are."""
+"""1×1 convolutions, computed as matrix products on a GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from models.layers.tracing import leaf
 class PointwiseConv2d(nn.Conv2d):
     """out[b,o,i] = Σ_c weight[o,c] · x[b,c,i] (+ bias[o]): PyTorch's convolution in all but its ``forward``.
 
-    PyTorch's adds the bias in a pass over the output of its own, and copies slices of channels. In
-    channels-last memory in 16 bits on a GPU this one is a matrix product, which does neither. Elsewhere it is
-    PyTorch's; so it is in float32, where convolutions may run on tensor cores and matrix products by default may not.
+    PyTorch's convolution adds the bias in a second pass over the output, and copies slices of channels. This layer is a
+    matrix product, which does neither, for 16-bit channels-last maps on a GPU. Otherwise it is PyTorch's convolution:
+    also in float32, where convolutions may use tensor cores and matrix products by default may not.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
@@ -31,7 +31,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def _multiplies(x: Tensor) -> bool:
-    """Whether x is multiplied in 16 bits on a GPU, and lies as the rows of a matrix."""
+    """Whether x is multiplied in 16 bits on a GPU, and its pixels are the rows of a matrix."""
     if x.device.type != "cuda":
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
@@ -43,7 +43,7 @@ def is_matrix(x: Tensor) -> bool:
     if x.ndim != 4:
         return False
     (images, channels, height, width), (image, channel, row, column) = x.shape, x.stride()
-    # The stride along an axis of one element says nothing.
+    # The stride of an axis of length 1 is arbitrary.
     column = column if width > 1 else row if height > 1 else image
     rows = height == 1 or row == width * column
     return channel == 1 and column >= channels and rows and (images == 1 or image == height * width * column)

@@ -1,4 +1,4 @@
-"""What ``torch.fx`` takes as one node."""
+"""Modules that ``torch.fx`` records as one node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx, nn
 
 
 def leaf(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a ``forward`` whose steps depend on its input: ``torch.fx`` records a call of the module instead."""
+    """Decorates a ``forward`` whose steps depend on its input: ``torch.fx`` records one call of the module."""
 
     @functools.wraps(forward)
     def traced_as_one(self: nn.Module, *inputs: Any) -> Any:

@@ -40,6 +40,14 @@ def fresh(**kwargs) -> Any:
     return models.create_model("rednet26", **arguments)
 
 
+def loaded(content: Any, folder: Path, model: Any = None, **options: Any) -> Any:
+    """``model``, or a fresh one, with what ``torch.save`` wrote of ``content``."""
+    torch.save(content, folder / "file.pth")
+    model = fresh() if model is None else model
+    models.load_checkpoint(model, folder / "file.pth", **options)
+    return model
+
+
 def equal(a: Any, b: Any) -> bool:
     a, b = (module.state_dict() if isinstance(module, nn.Module) else module for module in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -142,61 +150,60 @@ def moved(state):
     return {name: tensor + 1 for name, tensor in state.items()}
 
 
-AVERAGED = {
-    "timm": lambda last, ema: {"state_dict": last, "state_dict_ema": ema, "arch": "rednet26"},
-    "timm's old scripts": lambda last, ema: {"model": last, "model_ema": prefixed(ema, "module."), "epoch": 3},
-    "a table of averages": lambda last, ema: {"model": last, "ema": {"decay": 0.9, "shadow": ema}},
-    "a module in an average": lambda last, ema: {"params": last, "params_ema": {"module": ema, "n": 3}},
-    "finetune's state": lambda last, ema: {
-        "settings": {},
-        "step": 3,
-        "model": last,
-        "average": {"n_averaged": torch.tensor(2), **prefixed(ema, "module.")},
-    },
-    "Lightning": lambda last, ema: {"state_dict": prefixed(last, "model.") | prefixed(ema, "ema_model.module.")},
-    "parameters alone": lambda last, ema: {
-        "state_dict": ema | {name: last[name] for name in last if name not in PARAMETERS},
-        "state_dict_ema": {name: ema[name] for name in PARAMETERS},
-    },
-}
 PARAMETERS = [name for name, _ in models.create_model("rednet26", num_classes=5).named_parameters()]
+PREFERRED, UNUSABLE = (
+    r"file\.pth holds averaged weights .* beside the last ones: the averaged",
+    "that are not this model's",
+)
+AVERAGED = {  # name -> content, and the warning
+    "timm": (lambda last, ema: {"state_dict": last, "state_dict_ema": ema, "arch": "rednet26"}, PREFERRED),
+    "timm's old scripts": (
+        lambda last, ema: {"model": last, "model_ema": prefixed(ema, "module."), "epoch": 3},
+        PREFERRED,
+    ),
+    "a table of averages": (lambda last, ema: {"model": last, "ema": {"decay": 0.9, "shadow": ema}}, PREFERRED),
+    "a module in an average": (lambda last, ema: {"params": last, "params_ema": {"module": ema, "n": 3}}, PREFERRED),
+    "finetune's state": (
+        lambda last, ema: {
+            "settings": {},
+            "step": 3,
+            "model": last,
+            "average": {"n_averaged": torch.tensor(2), **prefixed(ema, "module.")},
+        },
+        PREFERRED,
+    ),
+    "Lightning": (
+        lambda last, ema: {"state_dict": prefixed(last, "model.") | prefixed(ema, "ema_model.module.")},
+        PREFERRED,
+    ),
+    "parameters alone": (
+        lambda last, ema: {"state_dict": last, "state_dict_ema": {name: ema[name] for name in PARAMETERS}},
+        PREFERRED,
+    ),
+    "MMEngine, which exchanges them": (
+        lambda last, ema: {"state_dict": ema, "ema_state_dict": last, "message_hub": {}},
+        None,
+    ),
+    "of something else": (lambda last, ema: {"model": last, "ema": {"0": torch.ones(1)}}, UNUSABLE),
+}
 
 
 @pytest.mark.parametrize("layout", AVERAGED)
 def test_averaged_weights_are_preferred_with_a_word(layout, source, tmp_path):
     last, averaged = source.state_dict(), moved(source.state_dict())
-    torch.save(AVERAGED[layout](last, averaged), tmp_path / "file.pth")
-    model = fresh()
-    with pytest.warns(UserWarning, match=r"file\.pth holds averaged weights .* beside the last ones: the averaged"):
-        models.load_checkpoint(model, tmp_path / "file.pth")
-    if layout == "parameters alone":
+    content, warning = AVERAGED[layout]
+    content = content(last, averaged)
+    with pytest.warns(UserWarning, match=warning) if warning else warnings.catch_warnings():
+        model = loaded(content, tmp_path)
+    if layout == "parameters alone":  # the buffers are the last ones
         averaged |= {name: last[name] for name in last if name not in PARAMETERS}
-    assert equal(model, averaged)
-    if layout == "parameters alone":
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        models.load_checkpoint(model, tmp_path / "file.pth", use_ema=False)
-        assert equal(model, last)
-        assert equal(
-            models.create_model("rednet26", num_classes=5, checkpoint=tmp_path / "file.pth", use_ema=False), last
-        )
-
-
-def test_what_mmengine_calls_ema_are_the_last_weights(source, tmp_path):
-    last = moved(source.state_dict())
-    torch.save({"state_dict": source.state_dict(), "ema_state_dict": last, "message_hub": {}}, tmp_path / "file.pth")
-    model = fresh()
-    models.load_checkpoint(model, tmp_path / "file.pth")
-    assert equal(model, source)
-
-
-def test_averages_of_something_else_are_named(source, tmp_path):
-    torch.save({"model": source.state_dict(), "ema": {"0": torch.ones(1)}}, tmp_path / "file.pth")
-    model = fresh()
-    with pytest.warns(UserWarning, match="under names that are not this model's"):
-        models.load_checkpoint(model, tmp_path / "file.pth")
-    assert equal(model, source)
+    assert equal(model, last if warning == UNUSABLE else averaged)
+    if warning == PREFERRED:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert equal(loaded(content, tmp_path, use_ema=False), last)
+            options = {"num_classes": 5, "checkpoint": tmp_path / "file.pth", "use_ema": False}
+            assert equal(models.create_model("rednet26", **options), last)
 
 
 # ---- wrapped models, and models without memory
@@ -246,10 +253,10 @@ def test_a_model_on_the_meta_device_gets_the_tensors(name, source, tmp_path):
 
 def test_entries_that_share_memory_do_not_share_it_in_a_model(tmp_path):
     shared = torch.arange(4.0)
-    torch.save({"a.weight": shared.view(2, 2), "b.weight": shared.view(2, 2)}, tmp_path / "file.pth")
     with torch.device("meta"):
         a, b = (nn.Linear(2, 2, bias=False) for _ in "ab")
-    models.load_checkpoint(nn.ModuleDict({"a": a, "b": b}), tmp_path / "file.pth")
+    content = {"a.weight": shared.view(2, 2), "b.weight": shared.view(2, 2)}
+    loaded(content, tmp_path, nn.ModuleDict({"a": a, "b": b}))
     with torch.no_grad():
         a.weight.zero_()
     assert b.weight.sum() == 6
@@ -278,9 +285,8 @@ def test_a_meta_buffer_that_no_file_has_is_named(tmp_path):
 
 
 def test_a_model_with_a_backbone_of_its_own_keeps_the_prefix(source, tmp_path):
-    torch.save(prefixed(source.state_dict(), "backbone."), tmp_path / "file.pth")
     detector = nn.ModuleDict({"backbone": fresh()})
-    models.load_checkpoint(detector, tmp_path / "file.pth")
+    loaded(prefixed(source.state_dict(), "backbone."), tmp_path, detector)
     assert equal(detector["backbone"], source)
 
 
@@ -331,11 +337,10 @@ NORM = "layer1.0.bn1.weight"
     ],
 )
 def test_a_mismatch_lists_the_names_and_changes_nothing(change, message, source, tmp_path):
-    torch.save(changed(source.state_dict(), **change), tmp_path / "file.pth")
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"(?s)file\.pth (does not fit RedNet\n  |holds tensors).*" + message):
-        models.load_checkpoint(model, tmp_path / "file.pth")
+        loaded(changed(source.state_dict(), **change), tmp_path, model)
     assert equal(model, before)
 
 
@@ -447,22 +452,19 @@ def test_another_number_of_classes_keeps_the_fresh_classifier(source, tmp_path):
 
 def test_a_file_without_a_head_leaves_the_models_own(source, tmp_path):
     headless = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("head.")}
-    torch.save(headless, tmp_path / "file.pth")
     model = fresh()
     head = copy.deepcopy(model.head)
     with pytest.warns(UserWarning, match="^head keeps its own values: the file has none"):
-        models.load_checkpoint(model, tmp_path / "file.pth")
+        loaded(headless, tmp_path, model)
     assert equal(model.head, head)
     assert equal(model.layer4, source.layer4)
     models.load_checkpoint(fresh(num_classes=0), tmp_path / "file.pth")
 
 
 def test_a_model_twice_in_a_file_is_refused(source, tmp_path):
-    torch.save(
-        prefixed(source.state_dict(), "student.") | prefixed(source.state_dict(), "model."), tmp_path / "file.pth"
-    )
+    state = source.state_dict()
     with pytest.raises(ValueError, match=r"holds the model twice, behind 'model\.' and behind 'student\.'"):
-        models.load_checkpoint(fresh(), tmp_path / "file.pth")
+        loaded(prefixed(state, "student.") | prefixed(state, "model."), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["weights", "model.bin", "a.pth"])
@@ -488,51 +490,10 @@ def test_another_number_of_channels_sums_or_tiles_the_first_convolution(in_chans
         torch.testing.assert_close(ours.weight, tiled * (3 / in_chans))
 
 
-def test_features_only_takes_the_stages_it_has(source, tmp_path):
-    torch.save(mmcls(source.state_dict()), tmp_path / "file.pth")
-    model = fresh(features_only=True, out_indices=(0, 1))
-    models.load_checkpoint(model, tmp_path / "file.pth")
-    assert equal(model.layer2, source.layer2)
-
-
-class Positions(nn.Module):
-    def __init__(self, height, width):
-        super().__init__()
-        self.pos_embed = nn.Parameter(torch.zeros(1, height, width, 4))
-
-
-def test_a_position_embedding_is_resized(tmp_path):
-    small, large = Positions(4, 4), Positions(9, 6)
-    rows = torch.linspace(-1, 1, 4)
-    small.pos_embed.data[:] = rows[None, :, None, None] * torch.arange(1, 5)
-    models.save_checkpoint(small, tmp_path / "file.pth")
-    models.load_checkpoint(large, tmp_path / "file.pth")
-    resized = large.pos_embed.detach()
-    torch.testing.assert_close(resized, resized[:, :, :1].expand_as(resized))  # constant rows stay constant
-    torch.testing.assert_close(resized, -resized.flip(1))
-    torch.testing.assert_close(resized[..., 3], 4 * resized[..., 0])
-    assert (resized[0, 1:, 0, 0] > resized[0, :-1, 0, 0]).all()
-
-
-def test_a_family_may_adapt_the_state_itself(source, tmp_path):
-    class Renamed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.zeros(3))
-
-        def adapt_state_dict(self, state):
-            return {"scale": state["gamma"]}
-
-    torch.save({"gamma": torch.arange(3.0)}, tmp_path / "file.pth")
-    model = Renamed()
-    models.load_checkpoint(model, tmp_path / "file.pth")
-    assert torch.equal(model.scale, torch.arange(3.0))
-
-
 # ---- what a file says of itself
 
 
-METADATA = Metadata("rednet26", {"in_chans": 1}, (64, 96), 0.9, "bilinear", (0.5,), (0.25,), ("ant", "bee", "猫"))
+METADATA = Metadata((64, 96), 0.9, "bilinear", (0.5,), (0.25,), "rednet26", {"in_chans": 1}, ("ant", "bee", "猫"))
 
 
 def test_a_file_says_how_its_model_is_built_and_fed(tmp_path):

@@ -31,7 +31,7 @@ INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000],
           for option in ("--lr", "--min-lr", "--warmup-epochs", "--warmup-lr", "--weight-decay", "--aux-weight",
                          "--clip", "--mixup", "--cutmix")),
         *((f"models finetune D --model M --output O {option}", option, [*NUMBER, "-0.1", "1.1"])
-          for option in ("--layer-decay", "--label-smoothing", "--ema", "--drop-path", "--least-area", "--flip",
+          for option in ("--label-smoothing", "--ema", "--drop-path", "--least-area", "--flip",
                          "--erasing")),
         ("models evaluate D --model M --batch", "--batch", [*INTEGER, "0"]),
         ("models evaluate D --model M --save-every", "--save-every", [*INTEGER, "0"]),

@@ -126,23 +126,6 @@ def test_backends_compute_the_definition(family, backend):
 
 
 @by_family
-def test_training_in_float64_computes_the_definition(family):
-    """Batch statistics, auxiliary outputs and all."""
-    results = []
-    for backend in ("auto", "reference"):
-        model = narrow(family).double().to(DEVICE).train()
-        with kernels.use_backend(backend):
-            loss = loss_of(model, images(2, 3, 33, 47, dtype=torch.float64))
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-        results.append((loss, gradients, [b for b in model.buffers() if b.is_floating_point()]))
-    (loss, gradients, statistics), (expected_loss, expected, expected_statistics) = results
-    assert_close(loss, expected_loss, 1e-12)
-    assert_gradients(gradients, expected, 1e-8)
-    for ours, right in zip(statistics, expected_statistics, strict=True):
-        assert_close(ours, right, 1e-12)
-
-
-@by_family
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (72, 40), (65, 129), (97, 224), (32, 320)])
 @torch.no_grad()
 def test_any_size_from_32_pixels(family, size):
@@ -181,8 +164,8 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
     assert all(torch.equal(ours, expected[index]) for index, ours in zip(model.out_indices, maps, strict=True))
     info, last = model.feature_info, model.out_indices[-1]
     assert info.channels() == [m.shape[1] for m in maps]
-    assert info.reduction() == [64 // m.shape[2] for m in maps]
     assert info.get_dicts(["num_chs"]) == [{"num_chs": channels} for channels in info.channels()]
+    assert info.reduction() == [64 // m.shape[2] for m in maps]
     assert [type(model.get_submodule(module)) for module in info.module_name()]
     assert (info.channels(last), info.reduction([last])) == (info[last]["num_chs"], [info[last]["reduction"]])
     loss_of(model.train(), x).backward()
@@ -383,7 +366,7 @@ def test_pretrained_configuration(family, monkeypatch):
     for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
         assert model.get_submodule(name).weight.shape[0] == 1000
     loaded = []
-    monkeypatch.setattr(registry, "load_pretrained", lambda model, url: loaded.append(url))
+    monkeypatch.setattr(registry, "load_checkpoint", lambda model, url: loaded.append(url))
     for (variant, size), address in FAMILY[family].addresses.items():
         assert on_meta(variant, **({} if size is None else {"img_size": size})).default_cfg["url"] == address
         if size is None:

@@ -42,13 +42,16 @@ def test_torch_export(family):
 
 
 @pytest.mark.slow
-@by_family
+@pytest.mark.parametrize("form", [*FAMILIES, "features"])
 @torch.no_grad()
-def test_onnx_export(family, tmp_path):
-    """No custom operator in the file, and onnxruntime, which knows none, computes the same."""
+def test_onnx_export(form, tmp_path):
+    """No custom operator in the file, and onnxruntime, which knows none, computes the same; "features": several maps,
+    of a model as it is trained.
+    """
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = exported_form(family)
+    several = form == "features"
+    model = narrow("rednet", features_only=True, out_indices=(0, 1)) if several else exported_form(form)
     program = torch.onnx.export(model, (image(2),), dynamo=True, dynamic_shapes=({0: Dim("batch")},), verbose=False)
     assert program is not None
     assert {node.domain for node in program.model.graph} <= {"", "pkg.onnxscript.torch_lib.common"}
@@ -56,22 +59,9 @@ def test_onnx_export(family, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (argument,) = session.get_inputs()
     for batch in (2, 3):
-        (logits,) = session.run(None, {argument.name: image(batch).numpy()})
-        assert_close(torch.from_numpy(logits), model(image(batch)), 1e-5)
-
-
-@torch.no_grad()
-def test_onnx_export_of_the_training_form_and_of_several_maps(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = narrow("rednet", features_only=True, out_indices=(0, 1))
-    program = torch.onnx.export(model, (image(1),), dynamo=True, verbose=False)
-    assert program is not None
-    program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    maps = session.run(None, {session.get_inputs()[0].name: image(1).numpy()})
-    for ours, expected in zip(maps, model(image(1)), strict=True):
-        assert_close(torch.from_numpy(ours), expected, 1e-5)
+        found = session.run(None, {argument.name: image(batch).numpy()})
+        for ours, expected in zip(found, model(image(batch)) if several else [model(image(batch))], strict=True):
+            assert_close(torch.from_numpy(ours), expected, 1e-5)
 
 
 class OneOfEach(nn.Module):

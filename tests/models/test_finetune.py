@@ -175,8 +175,13 @@ def test_what_a_run_cannot_tell_is_asked_for(finished, photographs, tmp_path, ca
     averaged = "holds averaged weights ('average') beside the last ones"
     state += ["--model", "tiny_volo", "--size", 64]
     for folder, arguments, told, absent in (
-        (renamed, ["--run", finished], "other classes than the folders of DIR; only one has cat, dog", averaged),
-        (photographs / "val", state, averaged, "other classes"),
+        (
+            renamed,
+            ["--run", finished],
+            "class names of the weights and of DIR differ; only one of them has cat, dog",
+            averaged,
+        ),
+        (photographs / "val", state, averaged, "class names"),
         (photographs / "val", [*state, "--no-ema"], "", averaged),
     ):
         assert run(*evaluate(folder, *arguments)) == 0
@@ -190,7 +195,7 @@ def test_a_folder_is_one_runs_at_a_time(copied, photographs, capsys):
     with locked(copied / ".lock", 0):
         for options in ([], ["--restart"]):
             told = refused(capsys, *finetune(photographs, copied, *SIZED, *options))
-            assert f"another finetune is at work in {copied}" in told
+            assert f"another finetune is writing to {copied}" in told
     assert (copied / "state.pt").read_bytes() == before
     assert run(*finetune(photographs, copied, *SIZED)) == 0
     assert "already finished" in capsys.readouterr().err
@@ -204,13 +209,13 @@ class Hostile:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda state: b"nonsense", "state.pt is damaged"),
+        (lambda state: b"nonsense", "state of this run: it is damaged"),
         (lambda state: {**state, "settings": Hostile()}, "asks to call exec"),
-        (lambda state: {"step": 1}, "is not a training state"),
-        (lambda state: {**state, "settings": [1]}, "is not a state of this run"),
-        (lambda state: {**state, "optimizer": {}}, "is not a state of this run (KeyError"),
-        (lambda state: {**state, "model": {}}, "is not a state of this run (RuntimeError"),
-        (lambda state: {**state, "average": None}, "is not a state of this run"),
+        (lambda state: {"step": 1}, "it has no step"),
+        (lambda state: {**state, "settings": [1]}, "is not a state of this run: AttributeError"),
+        (lambda state: {**state, "optimizer": {}}, "is not a state of this run: KeyError"),
+        (lambda state: {**state, "model": {}}, "is not a state of this run: RuntimeError"),
+        (lambda state: {**state, "average": None}, "is not a state of this run: "),
         (lambda state: {**state, "step": 10**9}, "is of step 1000000000"),
         (lambda state: {**state, "step": "3"}, "is of step '3'"),
     ],
@@ -278,7 +283,7 @@ def test_a_recipe_is_shared_among_batches_and_changed_by_options(tmp_path, photo
     base += ["--workers", 0, "--device", "cpu", "--drop-path", 0]
     assert "8 images per step, which 3 batches" in refused(capsys, *base, "--accumulate", 3)
     assert "--warmup-epochs must be below the 2 epochs" in refused(capsys, *base, "--epochs", 2)
-    assert "volo_d1, volo_d2, volo_d3, not tiny_volo" in refused(capsys, *base, "--recipe", "volo")
+    assert "volo_d1, volo_d2, volo_d3, not for tiny_volo" in refused(capsys, *base, "--recipe", "volo")
     assert not (tmp_path / "run").exists()
     changed = [*base, "--accumulate", 2, "--epochs", 1, "--warmup-epochs", 0.5, "--lr", 0.01, "--warmup-lr", 0]
     assert run(*changed) == 0
@@ -366,7 +371,7 @@ assert train("bad", "--rand-augment", "rand-q9") == 2
 assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augment", "rand-m9-inc1") == 0
 
 from models.commands.recipe import Recipe
-from models.commands.sampling import TrainingBatches
+from models.commands.folders import TrainingBatches
 keys = [key for batch in TrainingBatches(range(24), Recipe(epochs=2, batch=4, repeats=3)) for key in batch]
 assert len(keys) == len(set(keys)) == 48  # each copy of an image once
 assert len({index for draw, index in keys if draw < 3}) == 8

@@ -51,7 +51,7 @@ def test_a_tiff_says_which_value_is_white(tmp_path):
 def test_numbers_without_a_scale_are_refused_by_name(tmp_path, dtype):
     path = tmp_path / "scan.tif"
     Image.fromarray(np.ones((9, 9), dtype)).save(path)
-    with pytest.raises(UnreadableImageError, match=r"scan\.tif .*none is known to be white"):
+    with pytest.raises(UnreadableImageError, match=r"scan\.tif .*nothing says which is white"):
         read_image(path)
 
 

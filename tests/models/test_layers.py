@@ -25,7 +25,7 @@ from models.layers import (
     SqueezeExcite,
 )
 from models.layers.pointwise import is_matrix
-from tests.support import assert_close, random_tensor
+from tests.support import DEVICE, assert_close, random_tensor
 
 TOLERANCE = 1e-12
 
@@ -228,41 +228,76 @@ def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
             block.merge()
 
 
-def contmix_definition(layer: ContMix, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """SPEC's steps 3 and 4, one output position at a time."""
-    size = (x.shape[2], x.shape[3])
-    enlarged = layer.mixing_size(*size)
-    if enlarged != size:
-        x, features = (F.interpolate(t, enlarged, mode="bilinear") for t in (x, features))
-    channels, heads, (height, width) = layer.channels, layer.num_heads, enlarged
-    query = layer.weight_query(features[:, :channels]).unflatten(1, (heads, -1))
-    key = layer.weight_key(features[:, channels:]).unflatten(1, (heads, -1)).flatten(3)
-    affinity = torch.einsum("bgcij,bgcl->bgijl", query, key) * (channels / heads) ** -0.5
-    logits = affinity @ layer.weight_proj.weight.flatten(1).t() + layer.weight_proj.bias
-    out = []
-    halves = zip(x.chunk(2, 1), layer.kernel_sizes, (layer.rpb1, layer.rpb2), (0, 25), strict=True)
-    for half, k, rpb, first in halves:
-        value, mixed = half.unflatten(1, (heads, -1)), torch.empty_like(half.unflatten(1, (heads, -1)))
-        for i in range(height):
-            for j in range(width):
-                top, left = min(max(i - k // 2, 0), height - k), min(max(j - k // 2, 0), width - k)
-                bias = rpb[:, top - i + k - 1 : top - i + 2 * k - 1, left - j + k - 1 : left - j + 2 * k - 1]
-                kernel = (logits[:, :, i, j, first : first + k * k] + bias.flatten(1)).softmax(-1)
-                mixed[..., i, j] = torch.einsum(
-                    "bgk,bgck->bgc", kernel, value[..., top : top + k, left : left + k].flatten(3)
-                )
-        out.append(mixed.flatten(1, 2))
-    mixed = torch.cat(out, 1)
-    return mixed if enlarged == size else F.adaptive_avg_pool2d(mixed, size)
+# ---- the three layers that compute kernels
 
 
-@pytest.mark.parametrize("size", [(9, 8), (4, 7), (3, 3)])
-def test_contmix(size):
-    layer = randomise(ContMix(12, 5, 7, num_heads=2)).eval()
-    x = random_tensor(2, 12, *size, dtype=torch.float64, device="cpu")
-    features = random_tensor(2, 17, *size, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        assert_close(layer(x, features), contmix_definition(layer, x, features), 1e-11)
+def pooled(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """The mean of every stride × stride pixels, at the border of those that exist."""
+    rows = [x[:, :, i : i + stride].split(stride, 3) for i in range(0, x.shape[2], stride)]
+    return torch.stack([torch.stack([pixels.mean((2, 3)) for pixels in row], -1) for row in rows], -2)
+
+
+def involution(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
+    """By unfolding, as the official code's fallback."""
+    size, dilation, summary = layer.kernel_size, layer.dilation, pooled(x, layer.stride)
+    weight = layer.conv2(layer.conv1(summary)).unflatten(1, (layer.groups, 1, size**2))
+    patches = F.unfold(x, size, dilation, size // 2 * dilation, layer.stride)
+    patches = patches.unflatten(1, (layer.groups, -1, size**2)).unflatten(-1, summary.shape[2:])
+    return (weight * patches).sum(3).flatten(1, 2)
+
+
+def outlook(layer: OutlookAttention, x: torch.Tensor) -> torch.Tensor:
+    """By unfolding and folding, as the official code."""
+    taps, heads = layer.kernel_size**2, layer.num_heads
+    window: Any = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.kernel_size // 2}
+    logits = layer.attn(pooled(x.movedim(3, 1), layer.stride).flatten(2).mT).unflatten(-1, (heads, taps, taps))
+    attention = (logits * (layer.dim // heads) ** -0.5).softmax(-1)  # [B, windows, heads, K², K²]
+    value = F.unfold(layer.v(x).movedim(3, 1), **window).unflatten(1, (heads, -1, taps))
+    mixed = torch.einsum("bwhts,bhcsw->bhctw", attention, value).flatten(1, 3)
+    return layer.proj(F.fold(mixed, x.shape[1:3], **window).movedim(1, 3))
+
+
+def contmix(layer: ContMix, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """SPEC's steps 3 and 4."""
+    enlarged, bias = layer.mixing_size(x.shape[2], x.shape[3]), layer.weight_proj.bias
+    assert bias is not None
+    big, features = (F.interpolate(t, enlarged, mode="bilinear") for t in (x, features))
+    query, key = layer.weight_query(features[:, : layer.channels]), layer.weight_key(features[:, layer.channels :])
+    heads = (layer.num_heads, layer.channels // 2 // layer.num_heads)
+    mixed = kernels.reference.contmix2d(
+        query.unflatten(1, heads) * (layer.channels / layer.num_heads) ** -0.5,
+        key.unflatten(1, heads).flatten(3),
+        big.unflatten(1, (2, *heads)),
+        layer.weight_proj.weight.flatten(1),
+        bias,
+        [layer.rpb1, layer.rpb2],
+        kernel_sizes=layer.kernel_sizes,
+    )
+    return F.adaptive_avg_pool2d(mixed.flatten(1, 3), (x.shape[2], x.shape[3]))
+
+
+def mixing(*size: int) -> list[tuple[int, ...]]:
+    return [(2, 12, *size), (2, 17, *size)]
+
+
+@pytest.mark.parametrize(
+    ("layer", "definition", "shapes"),
+    [
+        (Involution2d(8, 3, group_channels=4, reduction=2), involution, [(1, 8, 5, 4)]),
+        (Involution2d(8, 3, 2, group_channels=4, reduction=2), involution, [(1, 8, 5, 7)]),
+        (Involution2d(8, 3, 3, dilation=2, group_channels=4, reduction=2), involution, [(1, 8, 7, 8)]),
+        (OutlookAttention(8, 2), outlook, [(1, 5, 7, 8)]),
+        (OutlookAttention(8, 2, stride=1), outlook, [(1, 4, 3, 8)]),
+        (OutlookAttention(8, 2, kernel_size=5, stride=3), outlook, [(1, 7, 6, 8)]),
+        *((ContMix(12, 5, 7, num_heads=2), contmix, mixing(*size)) for size in ((9, 8), (4, 7), (3, 3))),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@torch.no_grad()
+def test_dynamic_layers(layer, definition, shapes):
+    layer = randomise(layer).to(DEVICE).eval()
+    inputs = [random_tensor(*shape, dtype=torch.float64) for shape in shapes]
+    assert_close(layer(*inputs), definition(layer, *inputs), 1e-11)
 
 
 def test_contmix_mixing_size():
@@ -280,36 +315,7 @@ def test_contmix_mixing_size():
     assert ContMix(4, 1, 15, num_heads=1).mixing_size(11, 11) == (15, 15)  # 15 / 11 · 11 < 15 in floating point
 
 
-# ---- the three layers to reuse
-
-
-class Mixer(nn.Module):
-    """A network of one's own: all three layers after one another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.involution = Involution2d(16, 5, stride=2, group_channels=8)
-        self.contmix = ContMix(16, context_channels=16, kernel_size=7, num_heads=2)
-        self.outlook = OutlookAttention(16, num_heads=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.involution(x)
-        x = x + self.contmix(x, torch.cat((x, x), 1))
-        return x + self.outlook(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def test_reused_layers_agree_with_the_naive_path():
-    network, image = randomise(Mixer()).eval(), random_tensor(2, 16, 17, 22, dtype=torch.float64, device="cpu")
-    results = []
-    for backend in ("auto", "reference"):
-        x = image.clone().requires_grad_()
-        with kernels.use_backend(backend):
-            out = network(x)
-            gradients = torch.autograd.grad(out.square().sum(), [x, *network.parameters()])
-        assert out.shape == (2, 16, 9, 11)
-        results.append((out, *gradients))
-    for ours, expected in zip(*results, strict=True):
-        assert_close(ours, expected, 1e-10)
+# ---- refusals
 
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
@@ -323,7 +329,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (Involution2d, {"dilation": 0}, "dilation must be >= 1, got 0"),
     (Involution2d, {"group_channels": 5}, "group_channels must divide channels = 16, got 5"),
     (Involution2d, {"reduction": 64}, "reduction must divide channels = 16, got 64"),
-    (OutlookAttention, {"kernel_size": 4}, "kernel_size must be odd and positive, got 4"),
+    (OutlookAttention, {"kernel_size": 4}, "kernel_size must be odd, got 4"),
     (OutlookAttention, {"stride": 4}, "stride must lie in 1..kernel_size = 3"),
     (OutlookAttention, {"num_heads": 3}, "num_heads must divide dim = 16, got 3"),
     (DilatedReparamBlock, {"kernel_size": 9}, r"kernel_size must be one of .*got 9"),

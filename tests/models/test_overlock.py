@@ -145,6 +145,8 @@ def test_reparam_keeps_the_logits():
         built = small(reparam=True).eval()
         built.load_state_dict(merged.state_dict())
         assert_close(built(x), expected, 1e-5)
+        synchronised: Any = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+        assert_close(synchronised.reparam()(x), expected, 1e-5)
     merged.train()(x)["main"].square().mean().backward()  # it can still be trained
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's own tools on every family; compiling them in one graph is in the families' own tests."""
+"""PyTorch's own tools on every family: compilation, precision, copies, torch.func, changed layers, processes."""
 
 from __future__ import annotations
 
@@ -76,20 +76,94 @@ def test_training_compiles_in_one_graph(family):
         assert float((grad - other).norm()) <= 1e-4 * float(other.norm()) + 1e-6, name
 
 
+# ---- what leaves a model as it is
+
+
+def reloaded(model: Any) -> Any:
+    file, other = io.BytesIO(), copy.deepcopy(model)
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.zero_()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+def checkpointed(model: Any) -> Any:
+    model.set_grad_checkpointing()
+    return model
+
+
+def offloaded(model: Any) -> Any:
+    """As accelerate does it: a module's parameters are on meta until it is called."""
+
+    def put_away(module: nn.Module) -> None:
+        for name, tensor in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(tensor.to("meta")))
+
+    for module in leaves(model).values():
+        if list(module.children()):
+            continue  # a block: its own parameters stay
+        there = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}
+        forward = module.forward
+
+        def fetch(*inputs: Tensor, module: Any = module, there: Any = there, forward: Any = forward) -> Tensor:
+            for name, tensor in there.items():
+                setattr(module, name, nn.Parameter(tensor))
+            out = forward(*inputs)
+            put_away(module)
+            return out
+
+        put_away(module)
+        module.forward = fetch
+    return model
+
+
+def synchronised(model: Any) -> Any:
+    converted: Any = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert {type(module) for module in converted.modules()}.isdisjoint({nn.BatchNorm2d})
+    return converted
+
+
+SAME: dict[str, Any] = {
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "reloaded": reloaded,
+    "channels-last": lambda model: model.to(memory_format=torch.channels_last),
+    "checkpointed": checkpointed,
+    "synchronised": synchronised,
+    "offloaded": offloaded,
+}
+
+
 @by_family
-def test_gradient_checkpointing_changes_no_gradient(family):
-    model, x = in_training(family).to(DEVICE), images(2, 3, 48, 64)
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        loss_of(model, x).backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert_close(gradients[1][name], gradient, 1e-6, name)
+@pytest.mark.parametrize("change", SAME)
+def test_a_model_computes_the_same(family, change):
+    model = in_training(family) if change == "checkpointed" else narrow(family)
+    other = SAME[change](copy.deepcopy(model).to(DEVICE))
+    assert other.feature_info.channels() == model.feature_info.channels()
+    x, found = images(2, 3, 64, 96), []
+    for tried, memory in ((model.to(DEVICE), torch.contiguous_format), (other, torch.channels_last)):
+        image = x.clone(memory_format=memory).requires_grad_()
+        loss = loss_of(tried, image)
+        loss.backward()
+        gradients = [p.grad for p in tried.parameters()] if change == "checkpointed" else []
+        found.append((loss, image.grad, *gradients))
+    for index, (expected, ours) in enumerate(zip(*found, strict=True)):
+        assert_close(ours, expected, 1e-5 if index == 0 else 1e-4)
 
 
-# ---- precision, memory format, copies
+@by_family
+@pytest.mark.parametrize("form", ["training", "evaluation", "features", "inference"])
+def test_symbolic_tracing(family, form):
+    """``torch.fx``, and so torchvision's ``create_feature_extractor``: one graph that serves any size."""
+    model = in_training(family) if form == "training" else narrow(family, features_only=form == "features")
+    model = models.optimize_for_inference(model) if form == "inference" else model
+    graph = torch.fx.symbolic_trace(model)
+    for size in ((2, 3, 64, 96), (1, 3, 40, 40)):
+        x = random_tensor(*size, device="cpu")
+        assert_close(loss_of(graph, x), loss_of(model, x), 1e-6)
 
 
 @by_family
@@ -105,35 +179,6 @@ def test_autocast(family, dtype, tolerance):
         loss = loss_of(model.train(), x)
     loss.float().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
-@by_family
-def test_channels_last(family):
-    model, x = prepared(family), images(2, 3, 64, 96).requires_grad_()
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    y = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    expected, out = model(x), last(y)
-    assert_close(out, expected, 1e-5)
-    (grad,) = torch.autograd.grad(out.square().sum(), y)
-    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
-    assert_close(grad, expected_grad, 1e-4)
-
-
-@by_family
-@torch.no_grad()
-def test_copies_of_every_kind(family):
-    model, x = prepared(family), images(2, 3, 64, 96)
-    expected = model(x)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    loaded = prepared(family)
-    for tensor in loaded.state_dict().values():
-        tensor.zero_()
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
-        assert torch.equal(other(x), expected)
-        assert other.feature_info.channels() == model.feature_info.channels()
 
 
 # ---- torch.func
@@ -232,90 +277,37 @@ class Adapted(nn.Module):
         return out + self.change * out
 
 
-@by_family
-@pytest.mark.parametrize("training", [False, True])
-def test_a_wrapped_layer_takes_effect(family, training):
-    model, x = in_training(family).train(training).to(DEVICE), images(2, 3, 64, 96)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    expected = loss_of(model, x)
-    kinds = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, kinds) and not name.startswith("aux_head"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Adapted(module))
-    loss = loss_of(model, x)
-    assert_close(loss, expected, 1e-5)
-    loss.backward()
-    changes = {name: p.grad for name, p in model.named_parameters() if name.endswith(".change")}
-    assert all(grad is not None and grad != 0 for grad in changes.values())
+LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+CHANGED = {  # what is put in a layer's place or around its weight, and the parameter to be trained then
+    "adapter": (Adapted, LAYERS, "change"),
+    "weight_norm": (nn.utils.weight_norm, nn.Conv2d, "weight_g"),
+    "parametrized": (nn.utils.parametrizations.weight_norm, nn.Conv2d, "weight.original0"),
+    "spectral_norm": (nn.utils.spectral_norm, nn.Conv2d, "weight_orig"),
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), nn.Conv2d, "weight_orig"),
+}
 
 
 @by_family
-@pytest.mark.parametrize("change", ["weight_norm", "spectral_norm", "l1_unstructured", "parametrized"])
-def test_old_and_new_parametrisations_train(family, change):
+@pytest.mark.parametrize("change", CHANGED)
+def test_changed_layers_take_effect_and_train(family, change):
+    function, kinds, part = CHANGED[change]
     model, x = in_training(family).to(DEVICE), images(1, 3, 64, 64)
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    for module in convolutions:
-        if change == "l1_unstructured":
-            prune.l1_unstructured(module, "weight", 0.3)
-        elif change == "parametrized":
-            nn.utils.parametrizations.weight_norm(module)
-        else:
-            getattr(nn.utils, change)(module)
+    expected = loss_of(model, x)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and not n.startswith("aux_head")]
+    for name, module in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, function(module))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
-    for _ in range(3):
+    for step in range(3):
         optimizer.zero_grad()
-        loss_of(model, x).backward()
+        loss = loss_of(model, x)
+        loss.backward()
+        if step == 0 and change in ("adapter", "weight_norm", "parametrized"):
+            assert_close(loss, expected, 1e-5)
         optimizer.step()
-    part = {"weight_norm": "weight_g", "parametrized": "weight.original0"}.get(change, "weight_orig")
     trained = {name: p.grad for name, p in model.named_parameters() if name.endswith(part)}
-    assert len(trained) == len(convolutions)
-    assert all(grad is not None for grad in trained.values())
-
-
-@by_family
-@torch.no_grad()
-def test_parameters_on_another_device_are_brought_by_their_module(family):
-    """Offloading, as accelerate does it: a module's parameters are on meta until it is called."""
-
-    def put_away(module: nn.Module) -> None:
-        for name, tensor in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(tensor.to("meta")))
-
-    model, x = prepared(family), images(1, 3, 64, 64)
-    expected = model(x)
-    for module in leaves(model).values():
-        if list(module.children()):
-            continue  # a block: its own parameters stay
-        there = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}
-        forward = module.forward
-
-        def fetch(*inputs: Tensor, module: Any = module, there: Any = there, forward: Any = forward) -> Tensor:
-            for name, tensor in there.items():
-                setattr(module, name, nn.Parameter(tensor))
-            out = forward(*inputs)
-            put_away(module)
-            return out
-
-        put_away(module)
-        module.forward = fetch
-    assert_close(model(x), expected, 1e-5)
-
-
-@by_family
-@pytest.mark.parametrize("training", [False, True])
-def test_symbolic_tracing(family, training):
-    """``torch.fx``, and so torchvision's ``create_feature_extractor``: one graph that serves any size."""
-    for model in (in_training(family).train(training), narrow(family, features_only=True, out_indices=(0, 2))):
-        graph = torch.fx.symbolic_trace(model)
-        for size in ((2, 3, 64, 96), (1, 3, 40, 40)):
-            x = random_tensor(*size, device="cpu")
-            assert_close(loss_of(graph, x), loss_of(model, x), 1e-6)
-    optimised = models.optimize_for_inference(narrow(family))
-    x = random_tensor(1, 3, 64, 64, device="cpu")
-    assert_close(torch.fx.symbolic_trace(optimised)(x), optimised(x), 1e-6)
+    assert len(trained) == len(layers)
+    assert all(grad is not None and grad.any() for grad in trained.values())
 
 
 @by_family
@@ -331,19 +323,6 @@ def test_forward_mode_derivatives(family):
 
 
 # ---- several processes
-
-
-@by_family
-@torch.no_grad()
-def test_synchronised_batch_norms(family):
-    model, x = prepared(family), images(2, 3, 64, 96)
-    converted: Any = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    assert not any(type(module) is nn.BatchNorm2d for module in converted.modules())
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
-    assert converted.state_dict().keys() == model.state_dict().keys()
-    assert_close(converted(x), model(x), 1e-6)
-    if family == "overlock":
-        assert_close(converted.reparam()(x), model(x), 1e-5)
 
 
 BLOCKS = ("RepConvBlock", "DynamicConvBlock", "Bottleneck", "Block", "ClassBlock")

@@ -21,15 +21,11 @@ def test_every_official_variant_is_listed_in_natural_order():
     assert models.rednet.rednet50.__module__ == "models.rednet"
 
 
-def test_create_model_is_the_entry_point_and_loads_a_checkpoint(tmp_path):
+def test_create_model_is_the_entry_point():
     model: Any = models.create_model("rednet26", num_classes=7, in_chans=1)
     assert type(model) is models.rednet.RedNet
     assert model.get_classifier().out_features == 7
     assert model.get_submodule("stem.0.conv").in_channels == 1
-    models.save_checkpoint(model, tmp_path / "weights.pth")
-    again = models.create_model("rednet26", checkpoint=tmp_path / "weights.pth", num_classes=7, in_chans=1)
-    for (name, tensor), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(tensor, other), name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from models.volo import (
     VOLO,
     Attention,
     ClassAttention,
-    OutlookAttention,
     mix_box,
     random_box,
     resize_position_embedding,
@@ -28,36 +27,6 @@ def image(height: int = 64, width: int = 64, batch: int = 3, **kwargs) -> torch.
 
 
 # ---- layers against their definitions
-
-
-def outlook_by_definition(layer: OutlookAttention, x: torch.Tensor) -> torch.Tensor:
-    """Window by window, head by head, position by position, for a batch of one."""
-    _, height, width, channels = x.shape
-    size, stride, heads = layer.kernel_size, layer.stride, layer.num_heads
-    dim = channels // heads
-    value = layer.v(x)[0].view(height, width, heads, dim)
-    out = torch.zeros_like(value)
-    for i in range(-(-height // stride)):
-        for j in range(-(-width // stride)):
-            tokens = x[0, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
-            logits = layer.attn(tokens.flatten(0, 1).mean(0)).view(heads, size**2, size**2)
-            attention = (logits * dim**-0.5).softmax(-1)
-            places = [
-                (i * stride - size // 2 + u, j * stride - size // 2 + v) for u in range(size) for v in range(size)
-            ]
-            inside = [k for k, (row, column) in enumerate(places) if 0 <= row < height and 0 <= column < width]
-            for target in inside:
-                for source in inside:
-                    out[places[target]] += attention[:, target, source, None] * value[places[source]]
-    return layer.proj(out.view(1, height, width, channels))
-
-
-@pytest.mark.parametrize(("size", "kernel_size", "stride"), [((5, 7), 3, 2), ((4, 3), 3, 1), ((7, 6), 5, 3)])
-@torch.no_grad()
-def test_outlook_attention_follows_its_definition(size, kernel_size, stride):
-    layer = golden_fill().fill_(OutlookAttention(8, 2, kernel_size, stride)).double().to(DEVICE)
-    x = random_tensor(1, *size, 8, dtype=torch.float64)
-    assert_close(layer(x), outlook_by_definition(layer, x), FORWARD_TOLERANCE[torch.float64])
 
 
 @torch.no_grad()

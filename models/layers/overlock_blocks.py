@@ -1,0 +1,139 @@
+"""OverLoCK's blocks: ``RepConvBlock`` of Base-Net and Overview-Net, ``DynamicConvBlock`` of Focus-Net."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.layers.basic import (
+    DropPath,
+    GELU2d,
+    GlobalResponseNorm,
+    LayerNorm2d,
+    LayerScale,
+    SqueezeExcite,
+    add_scaled,
+)
+from models.layers.contmix import ContMix
+from models.layers.depthwise import DilatedReparamBlock, ResidualDepthwiseConv2d
+from models.layers.fusion import as_built, last_convolution
+from models.layers.pointwise import PointwiseConv2d
+from models.layers.tracing import leaf
+
+
+def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
+    """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
+    inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
+    return [PointwiseConv2d(channels, hidden), *inside, PointwiseConv2d(hidden, channels)]
+
+
+class RepConvBlock(nn.Module):
+    """Base-Net and Overview-Net block: x ← x + dw₃(x), then ls(x) + drop_path(MLP(SE(BN(dilated reparam_K(LN(x)))))).
+
+    x [B, channels, H, W]; ``mlp_ratio`` is the MLP's hidden width over ``channels``, ``residual_scale`` gives the
+    residual its layer scale ls, ``reparam`` builds the merged form.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        mlp_ratio: int = 4,
+        drop_path: float = 0.0,
+        residual_scale: bool = False,
+        reparam: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dwconv = ResidualDepthwiseConv2d(channels)
+        self.proj = nn.Sequential(
+            LayerNorm2d(channels, eps=1e-6),
+            DilatedReparamBlock(channels, kernel_size, merged=reparam),
+            nn.BatchNorm2d(channels),
+            SqueezeExcite(channels),
+            *feed_forward(channels, mlp_ratio * channels),
+            DropPath(drop_path),
+        )
+        self.ls = LayerScale(channels) if residual_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(x)
+        return add_scaled(self.ls, x, self.proj(x))
+
+    def folded(self) -> nn.Module:
+        _move_shift(self.ls, self.proj)
+        return self
+
+
+class DynamicConvBlock(ContMix):
+    """Focus-Net block: mixes features x under the guidance of the context h, and updates both.
+
+    It inherits from ``ContMix`` because the official names put ContMix's parameters directly into the block. Its kernel
+    size K is also that of the static large kernel. In the ``first`` block h is the reference itself and is not renewed.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        kernel_size: int,
+        num_heads: int,
+        *,
+        mlp_ratio: int = 3,
+        drop_path: float = 0.0,
+        first: bool = False,
+        reparam: bool = False,
+    ) -> None:
+        super().__init__(channels, context_channels, kernel_size, num_heads)
+        width = channels + context_channels
+        self.x_scale = None if first else LayerScale(context_channels)
+        self.h_scale = None if first else LayerScale(context_channels)
+        self.dwconv1 = ResidualDepthwiseConv2d(width)
+        self.norm1 = LayerNorm2d(width, eps=1e-6)
+        self.fusion = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.BatchNorm2d(width),
+            GELU2d(),
+            PointwiseConv2d(width, channels),
+            GlobalResponseNorm(channels),
+        )
+        self.dyconv_proj = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels))
+        self.lepe = nn.Sequential(DilatedReparamBlock(channels, kernel_size, merged=reparam), nn.BatchNorm2d(channels))
+        self.se_layer = SqueezeExcite(channels)
+        self.gate = nn.Sequential(PointwiseConv2d(channels, channels, bias=False), nn.BatchNorm2d(channels), nn.SiLU())
+        self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv2d(channels, width))
+        self.dwconv2 = ResidualDepthwiseConv2d(width)
+        self.norm2 = LayerNorm2d(width, eps=1e-6)
+        self.mlp = nn.Sequential(*feed_forward(width, mlp_ratio * channels))
+        self.ls1 = LayerScale(width)
+        self.ls2 = LayerScale(width)
+        self.drop_path = DropPath(drop_path)
+
+    @leaf
+    def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
+        """x [B, d, H, W], h and h_reference [B, c, H, W] -> new x and h, concatenated: [B, d + c, H, W]."""
+        if self.x_scale is not None and self.h_scale is not None:
+            h = add_scaled(self.h_scale, h_reference, self.x_scale(h))
+        residual = self.dwconv1(torch.cat((x, h), 1))
+        features = self.norm1(residual)
+        x = self.fusion(features)
+        mixed = self.dyconv_proj(self.mix(x, features)) + self.lepe(x)
+        x = add_scaled(self.ls1, residual, self.drop_path(self.proj(self.se_layer(mixed) * self.gate(x))))
+        x = self.dwconv2(x)
+        return add_scaled(self.ls2, x, self.drop_path(self.mlp(self.norm2(x))))
+
+    def folded(self) -> nn.Module:
+        _move_shift(self.ls1, self.proj)
+        _move_shift(self.ls2, self.mlp)
+        _move_shift(self.h_scale, self.x_scale)
+        return super().folded()
+
+
+def _move_shift(scale: Any, branch: Any) -> None:
+    """Lets the branch's last convolution (or layer scale) add the shift of ``scale``: their outputs are summed."""
+    last = branch if as_built(branch, LayerScale) else last_convolution(branch)
+    if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
+        last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
+        scale.bias = None
