@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {  # name -> (module, one line of help)
     "profile": ("autotune.profile", "run operators and models on a real photograph, ours against the naive path"),
-    "figures": ("autotune.figures", "write the README's tables and figures from the committed results"),
+    "figures": ("notebooks.results.figures", "write the tables and figures of the pages from the committed results"),
     "tune": ("autotune.tune", "time configs for a model's or an operator's launches and keep the best"),
     "show": ("autotune.show", "show every tuned config, and which of them are out of date"),
     "verify": ("autotune.verify", "check every tuned config against the reference again"),

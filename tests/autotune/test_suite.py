@@ -14,7 +14,7 @@ from autotune.__main__ import main
 from autotune.cases import LOST
 from autotune.results import Folder, summary
 from autotune.suite import Phase, phases_of, read_test_log, run_phases
-from tests.autotune.test_pages import model_row, operator_row
+from tests.autotune.rows import model_row, operator_row
 
 ENVIRONMENT = dict(os.environ)
 
@@ -194,7 +194,7 @@ def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
         "A tuned launch takes the host 4.20 µs more than Triton's own.",
         "| tests | failed | 12 | lost the GPU |",
         "Tests: 7 passed, 1 failed (cut short).\n- tests/a.py::test_b: it broke",
-        "| `na2d_av` | M 8×16@14² K=13 | forward | – | – | 2,000 | 10.0 | 0.50% | 24,000 (12.0×) | – | – |",
+        "| `na2d_av` | M 8×16@14² K=13 | forward | – | 2,000 | 10.0 | 0.50% | 24,000 (12.0×) | – | – |",
         "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 1,600 | 3.00× | 2.50× |",
         "- failed: na2d_qk forward: it broke",
         "- left out: na2d_av M 14 forward, unfused: OutOfMemoryError: no memory",
