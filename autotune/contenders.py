@@ -6,24 +6,22 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from autotune import report, timing
 from autotune.contest import NAIVE, Contest
-from autotune.measure import Settings, check, largest_error, on_backend, one_line, time_and_memory
-from autotune.networks import batch_norms_held
+from autotune.measure import Settings, check, largest_error, one_line, time_and_memory
+from autotune.passes import Function, Pass, tensors_in, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
 from kernels.backend import interpreting, resolve
-
-Function = Callable[..., Any]
 
 
 def compare(
@@ -65,7 +63,10 @@ def compare(
     device = _device(function, (inputs, options))
     inputs, options = _detached((inputs, options), backward)
     modules = nn.ModuleList(module for module in (function, *others.values()) if isinstance(module, nn.Module))
-    run, on_gpu = _Pass(function, inputs, options, backward, modules), device.type == "cuda"
+    run, on_gpu = (
+        Pass(function, inputs, options, backward=backward, backend="auto", held=modules),
+        device.type == "cuda",
+    )
     if compiled or (compiled is None and on_gpu):
         others = {"compiled": torch.compile(function, dynamic=False), **others}
     with (
@@ -116,14 +117,6 @@ def _name(function: Function) -> str:
     return "function" if name == "<lambda>" else name
 
 
-def _weights(function: Function) -> list[nn.Parameter]:
-    return list(function.parameters()) if isinstance(function, nn.Module) else []
-
-
-def _tensors(structure: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
-
-
 def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
     kinds = [tensor.dtype for tensor in tensors if tensor.dtype in tolerances.GRADIENT]
     return max(kinds, key=tolerances.GRADIENT.__getitem__)
@@ -131,20 +124,20 @@ def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def _device(function: Function, given: Any) -> torch.device:
     """Where everything runs. ValueError where that is nowhere, or more than one place."""
-    tensors = _tensors(given)
+    tensors = tensors_in(given)
     if not tensors:
         raise ValueError("inputs must hold a tensor, there is none")
-    devices = sorted({str(tensor.device) for tensor in (*tensors, *_weights(function))})
+    devices = sorted({str(tensor.device) for tensor in (*tensors, *weights_of(function))})
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"inputs and weights must be on one device that computes, they are on {', '.join(devices)}")
-    if not any(tensor.dtype in tolerances.GRADIENT for tensor in (*tensors, *_weights(function))):
+    if not any(tensor.dtype in tolerances.GRADIENT for tensor in (*tensors, *weights_of(function))):
         raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, there is none")
     return tensors[0].device
 
 
 def _detached(structure: Any, gradients: bool) -> Any:
     """The same tensors, apart from whatever computed them; ``gradients`` has all require them where none does."""
-    every = gradients and not any(tensor.requires_grad for tensor in _tensors(structure))
+    every = gradients and not any(tensor.requires_grad for tensor in tensors_in(structure))
 
     def detached(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -155,52 +148,14 @@ def _detached(structure: Any, gradients: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _restored(modules: nn.ModuleList) -> Iterator[None]:
-    """Buffers, of which batch norms change theirs while they are timed, are afterwards what they were."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in modules.buffers()]
+def _restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Buffers are afterwards what they were: batch norms change theirs while they are timed."""
+    kept = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
     try:
         yield
     finally:
         for buffer, value in kept:
             buffer.data.copy_(value)
-
-
-class _Pass:
-    """One function of the inputs, called for its outputs, or for these and the gradients."""
-
-    def __init__(self, function: Function, inputs: Any, options: Any, backward: bool, modules: nn.ModuleList) -> None:
-        self.function, self.inputs, self.options, self.backward = function, inputs, options, backward
-        self.modules = modules  # of all contenders: one may call another
-        given, weights = _tensors((inputs, options)), _weights(function)
-        self.tensors = [*{id(tensor): tensor for tensor in (*given, *weights)}.values()]
-        self.leaves, self.weights = ([t for t in found if t.requires_grad] for found in (given, weights))
-        self.gradients: list[Tensor] = []
-
-    def __call__(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The outputs with the inputs' gradients, and the weights' gradients."""
-        with torch.set_grad_enabled(self.backward):
-            outputs = [t for t in _tensors(self.function(*self.inputs, **self.options)) if t.is_floating_point()]
-        if not outputs:
-            raise ValueError("function must return a floating-point tensor, or a structure that holds one")
-        results = [output.detach() for output in outputs]
-        if not self.backward:
-            return results, []
-        reached = [output for output in outputs if output.requires_grad]
-        wanted = [*self.leaves, *self.weights]
-        if not reached or not wanted:
-            raise ValueError("backward needs an input or a weight that the output's gradient reaches, there is none")
-        if not self.gradients:
-            random = torch.Generator().manual_seed(1)
-            self.gradients = [torch.randn(out.shape, generator=random).to(out) for out in reached]
-        gradients: Any = torch.autograd.grad(reached, wanted, self.gradients, allow_unused=True, materialize_grads=True)
-        return [*results, *gradients[: len(self.leaves)]], list(gradients[len(self.leaves) :])
-
-    def checked(self) -> list[Tensor]:
-        """For comparing: the same random numbers and statistics every time, the weights' gradients as one vector."""
-        torch.manual_seed(0)
-        with batch_norms_held(self.modules):
-            results, gradients = self()
-        return [*results, torch.cat([g.flatten() for g in gradients])] if gradients else results
 
 
 class _Operations(TorchDispatchMode):
@@ -222,7 +177,7 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> tuple[dict[str, str], int]:
+def _paths(run: Pass, device: torch.device, backends: Sequence[str] | None) -> tuple[dict[str, str], int]:
     """Name -> backend of those that run here and differ in what they run; the naive path is the last.
 
     And how many operations the first of them does, as far as PyTorch's counter knows.
@@ -241,7 +196,7 @@ def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> 
             continue
         operations = _Operations()
         with operations:
-            on_backend(backend, run.checked)()
+            run.on(backend).checked()
         ran[NAIVE if backend == "reference" else backend] = operations
     later = {tuple(operations.names): name for name, operations in ran.items()}  # the last of those that are alike
     found = {name: "reference" if name == NAIVE else name for name in ran if name in later.values()}
@@ -250,8 +205,8 @@ def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> 
     return found, next(iter(ran.values())).count
 
 
-def _exact(run: _Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """On the naive path, in float32 where the precision is less; ``naive`` where the function knows no other."""
+def _exact(run: Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """On the naive path, in float32 where the precision is less; ``naive`` where the function takes no other."""
 
     def upcast(leaf: Any) -> Any:
         half = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 4
@@ -259,20 +214,21 @@ def _exact(run: _Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
     with contextlib.suppress(RuntimeError, TypeError, ValueError):
         if dtype.itemsize < 4:
-            function, modules = run.function, run.modules
+            function, held = run.function, run.held
             if isinstance(function, nn.Module):
                 function = copy.deepcopy(function).float()
-                modules = nn.ModuleList([function])
+                held = [function]
             inputs, options = tree_map(upcast, (run.inputs, run.options))
-            return on_backend("reference", _Pass(function, inputs, options, run.backward, modules).checked)()
+            exact = Pass(function, inputs, options, backward=run.backward, backend="reference", held=held)
+            return exact.checked()
     return naive
 
 
 def _measure(
-    run: _Pass, others: dict[str, Function], settings: Settings, backends: Sequence[str] | None, same: bool
+    run: Pass, others: dict[str, Function], settings: Settings, backends: Sequence[str] | None, same: bool
 ) -> Contest:
     device = settings.device
-    naive = on_backend("reference", run.checked)()
+    naive = run.on("reference").checked()
     paths, operations = _paths(run, device, backends)
     dtype = _least_precise([*run.tensors, *naive])
     what, tolerance = (
@@ -284,11 +240,11 @@ def _measure(
     elif dtype != torch.float32:  # the function rounds at every step: it says itself how much
         tolerance = max(tolerances.GRADIENT[dtype], tolerances.OTHER_PRECISION * largest_error(naive, expected))
     errors: dict[str, float | None] = {}
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Pass] = {}
     for name, backend in paths.items():
-        error = largest_error(on_backend(backend, run.checked)(), expected)
+        calls[name] = run.on(backend)
+        error = largest_error(calls[name].checked(), expected)
         errors[name] = check(error, tolerance, f"{what} on {name}")["relative_error"]
-        calls[name] = on_backend(backend, run)
     # Another module may have other weights, so that only outputs and the inputs' gradients can be the same.
     expected = expected[: len(expected) - bool(run.backward and run.weights)]
     left_out: list[dict[str, Any]] = []
@@ -296,14 +252,14 @@ def _measure(
     for name, other in others.items():
         kinds[name] = "compiled" if name == "compiled" else "peer"
         backend = "reference" if name == "compiled" else "auto"
-        contender = _Pass(other, run.inputs, run.options, run.backward, run.modules)
+        contender = Pass(other, run.inputs, run.options, backward=run.backward, backend=backend, held=run.held)
         try:
-            found = on_backend(backend, contender.checked)()
+            found = contender.checked()
             errors[name] = None
             if same or name == "compiled":
                 error = largest_error(found[: len(expected)], expected)
                 errors[name] = check(error, tolerance, what)["relative_error"]
-            calls[name] = on_backend(backend, contender)
+            calls[name] = contender
         except Exception as error:  # another's function, or a compiler that gives up: one contender less
             row = {"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)}
             left_out.append(row)

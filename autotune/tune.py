@@ -33,7 +33,7 @@ import kernels
 from autotune import timing, tuner, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, device_lost
-from autotune.networks import model_pass
+from autotune.passes import Pass
 from autotune.precompile import Build, builds, precompile
 from autotune.tables import Table, times
 from autotune.tuner import Outcome
@@ -161,7 +161,7 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
         place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": layout}
         model = workloads.settled_model(arguments.model, workloads.random_images(2, (128, 128))).to(**place)
         images = workloads.random_images(batch, size).to(**place)
-        yield model_pass(model.train(arguments.training), images, training=arguments.training)
+        yield Pass(model.train(arguments.training), [images], backward=arguments.training, backend="triton")
         return
     found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
     patterns = ["*"] if arguments.all else arguments.operator

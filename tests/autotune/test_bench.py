@@ -263,7 +263,7 @@ def test_other_precisions_round_no_more_than_the_naive_path():
 
 @pytest.mark.parametrize(
     ("training", "damage", "message"),
-    [(False, lambda out: out * 1.01, "logits in float32"), (True, Halved.apply, "loss and gradients in float32")],
+    [(False, lambda out: out * 1.01, "logits in float32"), (True, Halved.apply, "logits and gradients in float32")],
 )
 def test_a_model_with_a_wrong_operator_is_never_timed(monkeypatch, training, damage, message):
     damaged(monkeypatch, "involution2d_generate", damage)
