@@ -8,15 +8,14 @@ from collections.abc import Sequence
 
 COMMANDS = {  # name -> (module, one line of help)
     "profile": ("autotune.profile", "run operators and models on a real photograph, ours against the naive path"),
-    "figures": ("notebooks.results.figures", "write the tables and figures of the pages from the committed results"),
     "tune": ("autotune.tune", "time configs for a model's or an operator's launches and keep the best"),
     "show": ("autotune.show", "show every tuned config, and which of them are out of date"),
     "verify": ("autotune.verify", "check every tuned config against the reference again"),
-    "bench": (
-        "autotune.bench",
-        "measure operators and models against naive and compiled; --suite for all of it",
-    ),
+    "bench": ("autotune.bench", "measure operators and models against naive and compiled"),
     "compile": ("autotune.compile", "compile the Triton kernels ahead of time for a named architecture, without a GPU"),
+    # What keeps this repository's own results lies beside them, and runs in a checkout only.
+    "suite": ("notebooks.results.suite", "measure everything on a GPU, tests and tuning included, within nine minutes"),
+    "figures": ("notebooks.results.figures", "write the tables and figures of the pages from the committed results"),
 }
 
 

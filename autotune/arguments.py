@@ -18,14 +18,16 @@ Item = TypeVar("Item")
 
 
 def matching(items: Sequence[Item], patterns: Sequence[str], name: Callable[[Item], str], option: str) -> list[Item]:
-    """The items that any pattern names: a shell pattern for the whole name, or a part of it, in any letter case.
+    """The items that any pattern names: the whole name, a shell pattern for it, or a part of it, in any letter case.
 
     ValueError, naming ``option``, where a pattern fits none.
     """
     chosen: set[int] = set()
     for given in patterns:
-        pattern = given.lower() if any(character in given for character in "*?[") else f"*{given.lower()}*"
-        hits = {index for index, item in enumerate(items) if fnmatch.fnmatchcase(name(item).lower(), pattern)}
+        names, whole = [name(item).lower() for item in items], given.lower()
+        pattern = whole if any(character in given for character in "*?[") else f"*{whole}*"
+        hits = {index for index, known in enumerate(names) if known == whole}
+        hits = hits or {index for index, known in enumerate(names) if fnmatch.fnmatchcase(known, pattern)}
         if not hits:
             known = dict.fromkeys(name(item).split()[0] for item in items)
             raise ValueError(f"{option} must match a name, {given!r} does not; names begin with {', '.join(known)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from autotune.passes import Function, Pass, tensors_in, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
 from kernels.backend import interpreting, resolve
+from models.commands.types import Number, positive
 
 
 def compare(
@@ -62,11 +62,9 @@ def compare(
     others = _checked(function, against, backends, seconds, min_runs)
     device = _device(function, (inputs, options))
     inputs, options = _detached((inputs, options), backward)
-    modules = nn.ModuleList(module for module in (function, *others.values()) if isinstance(module, nn.Module))
-    run, on_gpu = (
-        Pass(function, inputs, options, backward=backward, backend="auto", held=modules),
-        device.type == "cuda",
-    )
+    modules = [module for module in (function, *others.values()) if isinstance(module, nn.Module)]
+    run = Pass(function, inputs, options, backward=backward, backend="auto", held=modules)
+    on_gpu = device.type == "cuda"
     if compiled or (compiled is None and on_gpu):
         others = {"compiled": torch.compile(function, dynamic=False), **others}
     with (
@@ -74,9 +72,8 @@ def compare(
         torch.random.fork_rng(devices=[device] if on_gpu else []),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # float32 means float32, on every path
     ):
-        return _measure(
-            run, others, Settings(device, torch.float32, seconds=seconds, min_runs=min_runs), backends, same
-        )
+        settings = Settings(device, torch.float32, seconds=seconds, min_runs=min_runs)
+        return _measure(run, others, settings, backends, same)
 
 
 def _checked(
@@ -103,10 +100,9 @@ def _checked(
     known = ("triton", "eager", "reference")
     if backends is not None and (isinstance(backends, str) or not backends or not set(backends) <= set(known)):
         raise ValueError(f"backends must be some of {', '.join(known)}, got {backends!r}")
-    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-        raise ValueError(f"seconds must be a number of at least 0, got {seconds!r}")
-    if isinstance(min_runs, bool) or not isinstance(min_runs, int) or min_runs < 1:
-        raise ValueError(f"min_runs must be an integer of at least 1, got {min_runs!r}")
+    for name, value, kind in (("seconds", seconds, Number(at_least=0)), ("min_runs", min_runs, positive)):
+        if not kind.holds(value):
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
     return others
 
 
@@ -126,12 +122,12 @@ def _device(function: Function, given: Any) -> torch.device:
     """Where everything runs. ValueError where that is nowhere, or more than one place."""
     tensors = tensors_in(given)
     if not tensors:
-        raise ValueError("inputs must hold a tensor, there is none")
+        raise ValueError("inputs must hold a tensor, and they hold none")
     devices = sorted({str(tensor.device) for tensor in (*tensors, *weights_of(function))})
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"inputs and weights must be on one device that computes, they are on {', '.join(devices)}")
     if not any(tensor.dtype in tolerances.GRADIENT for tensor in (*tensors, *weights_of(function))):
-        raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, there is none")
+        raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, and they hold none")
     return tensors[0].device
 
 
@@ -231,45 +227,38 @@ def _measure(
     naive = run.on("reference").checked()
     paths, operations = _paths(run, device, backends)
     dtype = _least_precise([*run.tensors, *naive])
-    what, tolerance = (
-        ("outputs and gradients", tolerances.MODEL_GRADIENT) if run.backward else ("outputs", tolerances.LOGITS)
-    )
+    what, tolerance = "outputs", tolerances.LOGITS
+    if run.backward:
+        what, tolerance = "outputs and gradients", tolerances.MODEL_GRADIENT
     expected = _exact(run, naive, dtype)
     if dtype == torch.float64:
         tolerance = tolerances.FOREIGN_FLOAT64
     elif dtype != torch.float32:  # the function rounds at every step: it says itself how much
         tolerance = max(tolerances.GRADIENT[dtype], tolerances.OTHER_PRECISION * largest_error(naive, expected))
+    kinds = {name: NAIVE if backend == "reference" else "ours" for name, backend in paths.items()}
+    calls: dict[str, Pass] = {name: run.on(backend) for name, backend in paths.items()}
     errors: dict[str, float | None] = {}
-    calls: dict[str, Pass] = {}
-    for name, backend in paths.items():
-        calls[name] = run.on(backend)
-        error = largest_error(calls[name].checked(), expected)
-        errors[name] = check(error, tolerance, f"{what} on {name}")["relative_error"]
+    for name, call in calls.items():
+        errors[name] = check(largest_error(call.checked(), expected), tolerance, f"{what} on {name}")["relative_error"]
     # Another module may have other weights, so that only outputs and the inputs' gradients can be the same.
     expected = expected[: len(expected) - bool(run.backward and run.weights)]
     left_out: list[dict[str, Any]] = []
-    kinds = {name: NAIVE if backend == "reference" else "ours" for name, backend in paths.items()}
     for name, other in others.items():
-        kinds[name] = "compiled" if name == "compiled" else "peer"
-        backend = "reference" if name == "compiled" else "auto"
-        contender = Pass(other, run.inputs, run.options, backward=run.backward, backend=backend, held=run.held)
+        kinds[name], backend = ("compiled", "reference") if name == "compiled" else ("peer", "auto")
+        call = Pass(other, run.inputs, run.options, backward=run.backward, backend=backend, held=run.held)
         try:
-            found = contender.checked()
-            errors[name] = None
+            found, errors[name] = call.checked()[: len(expected)], None
             if same or name == "compiled":
-                error = largest_error(found[: len(expected)], expected)
-                errors[name] = check(error, tolerance, what)["relative_error"]
-            calls[name] = contender
+                errors[name] = check(largest_error(found, expected), tolerance, what)["relative_error"]
+            calls[name] = call
         except Exception as error:  # another's function, or a compiler that gives up: one contender less
-            row = {"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)}
-            left_out.append(row)
+            left_out.append({"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)})
     outputs = naive[: len(expected) - (len(run.leaves) if run.backward else 0)]
     floor_bytes = least_bytes(_nbytes(run.tensors), _nbytes(outputs), backward=run.backward)
     del expected, naive, outputs
 
-    # A copy of this size, not of a large one: small tensors stay in caches, and so does a copy of them.
-    speed = timing.copy_bandwidth(device, size=max(4, floor_bytes // 2), seconds=settings.seconds / 4)
-    floor_ms, busy = 1000 * floor_bytes / speed, report.OtherWork()
+    floor_ms = timing.copy_milliseconds(device, floor_bytes, seconds=settings.seconds / 4)
+    busy = report.other_work()
     times, baseline = time_and_memory(calls, settings), [*paths][-1]
     timed = []
     for name, found in times.items():
@@ -277,7 +266,7 @@ def _measure(
         row = {"name": name, "kind": kinds[name], "status": "ok", "relative_error": errors[name]}
         timed.append({**row, **found, **ratios})
     machine = timing.describe_machine(device)
-    warnings = report.busy(busy.cores(), machine["cpu_count"]), report.unsteady([[found] for found in times.values()])
+    warnings = report.busy(busy(), machine["cpu_count"]), report.unsteady([[found] for found in times.values()])
     return Contest(
         title=_name(run.function),
         backward=run.backward,

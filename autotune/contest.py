@@ -84,7 +84,7 @@ class Contest(Found):
         rows = self.timed
         with plots.style():
             panels = 1 if None in [row["peak_bytes"] for row in rows] else 2
-            figure, axes = plots.new_figure(4.5 + 3 * panels, 1.8 + 0.45 * len(rows), panels)
+            figure, (axes,) = plots.grid(1, panels, 4.5 + 3 * panels, 1.8 + 0.45 * len(rows))
             for position, row in enumerate(rows):
                 around = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
                 colour = plots.COLOURS[row["kind"]]

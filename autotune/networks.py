@@ -1,4 +1,4 @@
-"""A model against itself on the naive path, and against what a compiler makes of it.
+"""Models that are measured, what they see, and how: against the naive path, and what a compiler makes of them.
 
 Both paths must agree in float32; in another precision, which rounds at every layer, ours may round as much as naive's.
 """
@@ -6,15 +6,21 @@ Both paths must agree in float32; in another precision, which rounds at every la
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+import models
 from autotune import timing
 from autotune.measure import Settings, check, in_turns, largest_error, one_line, ratios, time_and_memory
 from autotune.passes import Pass, batch_norms_held
+from autotune.workloads import Size
 from kernels import tolerances
+from models._contract import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:  # a GPU machine measures without a photograph
+    from PIL import Image
 
 CHECKED_BATCH = 2  # images with which a model is checked
 
@@ -28,7 +34,7 @@ def _agreement(model: nn.Module, images: Tensor, settings: Settings, training: b
     what = "logits and gradients" if training else "logits"
 
     def results(backend: str, model: nn.Module, images: Tensor) -> list[Tensor]:
-        return Pass(model, [images], backward=training, backend=backend, held=[model]).checked()
+        return Pass(model, [images], backward=training, backend=backend, held=[model], squared=True).checked()
 
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours, naive = (results(backend, model, images) for backend in (settings.backend, "reference"))
@@ -73,7 +79,7 @@ def measure_model(
     timed, inputs = model.to(settings.dtype), [images.to(settings.dtype)]
 
     def one_pass(module: Any, backend: str = settings.backend) -> Pass:
-        return Pass(module, inputs, backward=training, backend=backend)
+        return Pass(module, inputs, backward=training, backend=backend, squared=True)
 
     calls = {"ours": one_pass(timed), "naive": one_pass(timed, "reference")}
     modules: dict[str, Any] = {"compiled": timed}
@@ -112,3 +118,66 @@ def measure_model(
     if {"compiled", "peer_compiled"} <= found.keys():  # like with like
         speed_up["peer_compiled"] = found["peer_compiled"]["p50_ms"] / found["compiled"]["p50_ms"]
     return {**agreement, "contenders": found, "left_out": left_out, "speed_up": speed_up}
+
+
+def photograph() -> Image.Image:
+    """The portrait of Grace Hopper that matplotlib ships, in RGB."""
+    from matplotlib.cbook import get_sample_data
+
+    from models.commands.images import read_image
+
+    return read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The photograph resized and centre-cropped to (height, width), ImageNet-normalised, repeated: [B, 3, H, W]."""
+    from models.commands.images import Preprocessing
+
+    prepared = Preprocessing(size, 1.0, "bicubic", IMAGENET_MEAN, IMAGENET_STD)(photo)
+    return prepared.repeat(batch, 1, 1, 1).to(device=device, dtype=dtype)
+
+
+def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
+    """A model with random weights of which none is zero.
+
+    Initialisations start some weights at zero (the last batch norm of a RedNet block, position biases), which would
+    leave their branches, and any mistake inside them, out of the output.
+    """
+    torch.manual_seed(seed)
+    model = models.create_model(name, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model
+
+
+@torch.no_grad()
+def settled_model(name: str, images: Tensor, seed: int = 0, **arguments: Any) -> nn.Module:
+    """A random model, in evaluation mode, whose batch norms have the statistics of ``images`` (several pixels of each
+    map): activations then neither shrink nor grow from layer to layer, as in no trained model they do.
+
+    Fresh batch norms normalise nothing: an involution squares its input, and in RedNet-50 activations overflow.
+    """
+    model = random_model(name, seed, **arguments).eval()
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+        norm.train()
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    return model
+
+
+def random_images(batch: int, size: Size, seed: int = 0) -> Tensor:
+    """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def photograph_model(name: str, photo: Image.Image) -> nn.Module:
+    """A random model for a photograph at any size."""
+    return settled_model(name, image_batch(photo, (224, 224), 1, torch.float32, torch.device("cpu")))

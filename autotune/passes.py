@@ -45,6 +45,7 @@ def batch_norms_held(modules: Iterable[nn.Module]) -> Iterator[None]:
 class Pass:
     """``function(*inputs, **options)`` on ``backend``.
 
+    Gradients begin at random ones of the outputs, or with ``squared`` at those of half the sum of the outputs' squares.
     While results are compared, the batch norms of the modules in ``held`` use their running statistics.
     """
 
@@ -57,9 +58,10 @@ class Pass:
         backward: bool,
         backend: str,
         held: Sequence[nn.Module] = (),
+        squared: bool = False,
     ) -> None:
         self.function, self.inputs, self.options = function, tuple(inputs), dict(options or {})
-        self.backward, self.backend, self.held = backward, backend, held
+        self.backward, self.backend, self.held, self.squared = backward, backend, held, squared
         given, weights = tensors_in((self.inputs, self.options)), weights_of(function)
         self.tensors = [*{id(tensor): tensor for tensor in (*given, *weights)}.values()]
         self.leaves, self.weights = ([t for t in found if t.requires_grad] for found in (given, weights))
@@ -91,7 +93,8 @@ class Pass:
                 )
             if not self.gradients:
                 random = torch.Generator().manual_seed(1)
-                self.gradients = [torch.randn(out.shape, generator=random).to(out) for out in reached]
+                drawn = (torch.randn(out.shape, generator=random).to(out) for out in reached)
+                self.gradients = [out.detach() for out in reached] if self.squared else list(drawn)
             options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
             gradients = torch.autograd.grad(reached, wanted, self.gradients, **options)
         return [*results, *gradients[: len(self.leaves)]], list(gradients[len(self.leaves) :])

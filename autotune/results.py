@@ -1,12 +1,12 @@
-"""Tables and sentences of what ``bench`` wrote: shown when it ends, and the suite's summary.
+"""Tables and sentences of what ``bench`` wrote.
 
-A folder holds environment.json, bench.json (operators), models.json and, of the suite, tests.json; each may be missing.
+A folder holds environment.json, bench.json (operators), models.json and, of make gpu, tests.json; each may be missing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,30 +100,3 @@ def incidents(folder: Folder) -> Iterator[str]:
             yield f"{row['status']}: {row['name']} {row['pass']}: {row.get('message', '')}"
         for name, reason in row.get("left_out", {}).items():
             yield f"left out: {row['name']} {row['pass']}, {name}: {reason}"
-
-
-def summary(folder: Path, phases: Sequence[Row]) -> str:
-    """summary.md: the phases, the tests, everything measured, and all that failed, was skipped or left out."""
-    results = Folder(folder)
-    machine = results.environment.get("machine", {})
-    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "python", "driver") if machine.get(name)]
-    parts = [
-        f"# {machine.get('device', 'unknown device')}",
-        " · ".join([*versions, f"commit {machine.get('commit')}", str(machine.get("date"))]),
-        "Medians. Every result was checked before it was timed."
-        if machine.get("device_type") == "cuda"
-        else "A trial of the command without a GPU: the numbers below say nothing.",
-    ]
-    if ceilings := results.environment.get("ceilings"):
-        parts.append(f"Ceilings: {ceilings_told(ceilings)}")
-    if launch := results.environment.get("launch_microseconds"):
-        parts.append(f"A tuned launch takes the host {number(launch['added'])} µs more than Triton's own.")
-    if done := [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("message", "")] for p in phases]:
-        parts.append(Table(("phase", "state", "seconds", ""), done, 4).markdown())
-    if results.tests:
-        counts = ", ".join(f"{count} {name}" for name, count in results.tests["counts"].items())
-        told = f"Tests: {counts or 'none ran'}{'' if results.tests['complete'] else ' (cut short)'}."
-        parts.append("\n".join([told, *(f"- {failure}" for failure in results.tests["failures"])]))
-    for table in tables(results):
-        parts += [f"{table.title}.", table.markdown()]
-    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {told}" for told in incidents(results))])) + "\n"

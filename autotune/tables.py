@@ -42,6 +42,11 @@ def microseconds(milliseconds: float | None) -> str:
     return f"{value:,.0f}" if value and value >= 1000 else number(value)
 
 
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """As in "rows=4 num_warps=2"."""
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
 def megabytes(count: int | None) -> str:
     return number(None if count is None else count / 1e6)
 

@@ -10,21 +10,6 @@ from .origins import origins_figure
 from .points import POINTS, Column, place, points_figure
 
 __all__ = [
-    "POINTS",
-    "Call",
-    "Column",
-    "around",
-    "bare",
-    "committed",
-    "contmix_kernels",
-    "involution_kernels",
-    "label",
-    "load",
-    "origins_figure",
-    "outlook_kernel",
-    "picture",
-    "place",
-    "points_figure",
-    "recorded",
-    "table",
-]
+    "POINTS", "Call", "Column", "around", "bare", "committed", "contmix_kernels", "involution_kernels", "label", "load",
+    "origins_figure", "outlook_kernel", "picture", "place", "points_figure", "recorded", "table",
+]  # fmt: skip

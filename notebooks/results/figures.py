@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from autotune import plots, report
 from autotune.compile import reports_of
-from autotune.tables import Table, microseconds, number
+from autotune.tables import Table, microseconds, number, settings_text
 from kernels.files import atomic_write, write_json
 from kernels.tuning.choose import triton_version
 from kernels.tuning.store import shipped_folder
@@ -93,7 +93,7 @@ def _models_table(published: dict[str, Any], counted: dict[str, Any], top1: dict
 def _profile_table(record: dict[str, Any]) -> str:
     machine, settings = record["machine"], record["settings"]
     if failed := [f"{row['name']} {row['pass']}" for row in record["rows"] if row["status"] != "ok"]:
-        raise ValueError(f"profile.json holds a failed line, {failed[0]}: it is no result to publish")
+        raise ValueError(f"profile.json holds a failed line and cannot be published: {failed[0]}")
     table = report.table(record)
     return (
         f"{machine['device']}, torch {machine['torch']}, {settings['dtype']}, batch {settings['batch']}; "
@@ -124,9 +124,8 @@ def _tuned_table(record: dict[str, Any]) -> str:
         same = set.intersection(*(set(p.items()) for other, p in problems.items() if other.split()[0] == kernel))
         telling = {name: value for name, value in problems[key].items() if (name, value) not in same} or problems[key]
         ratios.append(heuristic / entry["milliseconds"])
-        told = [" ".join(f"{name}={value}" for name, value in found.items()) for found in (telling, entry["config"])]
         found = [microseconds(heuristic), microseconds(entry["milliseconds"]), f"{ratios[-1]:.2f}×"]
-        rows.append([f"`{kernel}`", *told, *found])
+        rows.append([f"`{kernel}`", settings_text(telling), settings_text(entry["config"]), *found])
     headings = ["kernel", "problem", "tuned config", "heuristic, µs", "tuned, µs", "speed-up"]
     table = Table(headings, rows, 3).markdown()
     if not ratios:

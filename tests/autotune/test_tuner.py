@@ -2,14 +2,13 @@
 
 import dataclasses
 import importlib
-import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import autotune
-from autotune.tuner import measure_candidates, tune
+from autotune.tuner import disagreement, measure_candidates, tune
 from kernels.tuning import choose, tunable
 from kernels.tuning.choose import Request, bucket, key_of, look_up
 from kernels.tuning.store import Store, user_folder
@@ -160,12 +159,9 @@ def test_a_wrong_or_failing_candidate_is_never_chosen():
 
 
 def test_nan_never_agrees():
-    @tunable(TOY.configs, _heuristic, problem=_problem, reference=lambda x: torch.ones(2), name="nan")
-    def nan(x, *, config):
-        return torch.full((2,), float("nan"))
-
-    request = Request(nan, Problem(100), CPU, (torch.ones(100),), {})
-    assert all(outcome.rejected for outcome in measure_candidates(request, _clock(8)))
+    assert disagreement(torch.tensor([1.0, float("nan")]), torch.ones(2))
+    assert disagreement([torch.ones(2), torch.ones(2)], [torch.ones(2), torch.full((2,), 1.001)])
+    assert disagreement(torch.ones(2), torch.ones(2)) is None
 
 
 def test_nothing_is_kept_when_every_candidate_is_wrong():
@@ -242,9 +238,3 @@ def test_a_config_is_looked_up_once(monkeypatch):
     monkeypatch.setattr(TOY, "heuristic", lambda problem: asked.append(problem) or Config(16))
     assert [TOY.choose(torch.ones(100)).block for _ in range(3)] == [16, 16, 16]
     assert asked == [Problem(100)]
-
-
-def test_reading_a_missing_store_warns_of_nothing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        look_up(TOY, Problem(3), GPU)

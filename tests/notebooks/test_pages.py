@@ -9,7 +9,7 @@ from PIL import Image
 from autotune import report
 from notebooks.results import figures, pages
 from notebooks.results.folder import folders
-from tests.autotune.rows import model_row, operator_row
+from tests.notebooks.rows import model_row, operator_row
 
 MACHINE = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
 MACHINE |= {"commit": "0123456789abcdef", "date": "2030-01-02T03:04:05+00:00"}

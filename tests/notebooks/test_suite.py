@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 
-from autotune import bench, ceilings, suite
+from autotune import bench, ceilings
 from autotune.__main__ import main
 from autotune.cases import LOST
-from autotune.results import Folder, summary
-from autotune.suite import Phase, phases_of, read_test_log, run_phases
-from tests.autotune.rows import model_row, operator_row
+from autotune.results import Folder
+from notebooks.results import suite
+from notebooks.results.suite import Phase, phases_of, read_test_log, run_phases, summary
+from tests.notebooks.rows import model_row, operator_row
 
 ENVIRONMENT = dict(os.environ)
 
@@ -126,7 +127,7 @@ def test_the_whole_suite_on_tiny_shapes(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(suite, "_start", start_here)
     monkeypatch.setattr(suite, "_end", lambda process, seconds: None if process.pid == 0 else end(process, seconds))
-    assert main(["bench", "--suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert main(["suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     names = {"environment.json", "tests.json", "cpu.json", "bench.json", "models.json", "summary.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
     found = Folder(tmp_path)
@@ -166,7 +167,7 @@ def test_the_commands_of_the_full_suite_are_ones_the_parser_takes(tmp_path, monk
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_it_says_so(capsys):
-    assert main(["bench", "--suite"]) == 2
+    assert main(["suite"]) == 2
     assert "the suite measures a GPU" in capsys.readouterr().err
 
 
