@@ -254,7 +254,8 @@ def _measure(
         except Exception as error:  # another's function, or a compiler that gives up: one contender less
             left_out.append({"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)})
     outputs = naive[: len(expected) - (len(run.leaves) if run.backward else 0)]
-    floor_bytes = least_bytes(_nbytes(run.tensors), _nbytes(outputs), backward=run.backward)
+    read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (run.tensors, outputs))
+    floor_bytes = least_bytes(read, written, backward=run.backward)
     del expected, naive, outputs
 
     floor_ms = timing.copy_milliseconds(device, floor_bytes, seconds=settings.seconds / 4)
@@ -280,7 +281,3 @@ def _measure(
         machine=machine,
         warnings=[warning for warning in warnings if warning],
     )
-
-
-def _nbytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

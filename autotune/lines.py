@@ -62,7 +62,7 @@ def _model_cases(
 
 
 def chosen_cases(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> list[Case]:
-    """Of what the command line names, or else of all operators and each family's smallest model.
+    """Cases of what the command line names, or else of all operators and each family's smallest model.
 
     ValueError, naming the option, for what does not exist or fit together.
     """

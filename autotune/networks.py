@@ -154,10 +154,10 @@ def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
 
 @torch.no_grad()
 def settled_model(name: str, images: Tensor, seed: int = 0, **arguments: Any) -> nn.Module:
-    """A random model, in evaluation mode, whose batch norms have the statistics of ``images`` (several pixels of each
-    map): activations then neither shrink nor grow from layer to layer, as in no trained model they do.
+    """A random model, in evaluation mode, whose batch norms have the statistics of ``images`` (several pixels per map).
 
-    Fresh batch norms normalise nothing: an involution squares its input, and in RedNet-50 activations overflow.
+    Activations then keep their size from layer to layer, as in a trained model. Fresh batch norms normalise nothing: an
+    involution squares its input, and in RedNet-50 activations overflow.
     """
     model = random_model(name, seed, **arguments).eval()
     norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]

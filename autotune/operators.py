@@ -153,10 +153,7 @@ def measure_operator(workload: Workload, settings: Settings, *, backward: bool =
 
 
 def operator_cases(
-    found: Sequence[Workload],
-    settings: Settings,
-    passes: Sequence[str],
-    finish: Callable[..., Any] = lambda found: found,
+    found: Sequence[Workload], settings: Settings, passes: Sequence[str], finish: Callable[..., Any] = dict
 ) -> list[Case]:
     """A row for each workload and pass; ``finish`` makes it of what was measured."""
 

@@ -37,7 +37,7 @@ class Folder:
 
 
 def gpu_milliseconds(row: Row, contender: str) -> float | None:
-    """Of a contender of bench.json, in a CUDA graph where the row has one, as the row's speed-ups compare them."""
+    """A contender's time: in a CUDA graph where the row has one, as the row's speed-ups compare them."""
     return row.get("graph", row["contenders"]).get(contender, {}).get("p50_ms")
 
 

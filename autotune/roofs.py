@@ -94,7 +94,7 @@ def roofline(*what: Contest | Sweep | str) -> Figure:
             operators, which are measured at the models' shapes; without any, every operator that the models call.
 
     Raises:
-        TypeError, ValueError: one of them is nothing of the kind; nothing was measured then.
+        TypeError, ValueError: one of them is something else; nothing was measured then.
     """
     known = list(dict.fromkeys(workload.operator for workload in workloads.operator_workloads(1)))
     results: list[Contest | Sweep] = []

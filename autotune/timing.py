@@ -52,7 +52,7 @@ def best_device() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was asked to."""
+    """Wait until the device has done everything that it was asked to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -242,7 +242,7 @@ def version(distribution: str) -> str | None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What a measurement is worth nothing without: device, driver, versions, commit, date."""
+    """Device, driver, versions, commit and date, without which a measurement means nothing."""
     root = repository_root()
     commit = root and _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     machine: dict[str, Any] = {

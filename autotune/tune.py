@@ -93,7 +93,7 @@ class Attempts:
 
 @dataclass
 class Tuning:
-    """What launches met while ``tune`` runs them, and what tuning made of it."""
+    """The problems that launches met, and what tuning made of each."""
 
     device: torch.device
     most: int = tuner.MOST_CANDIDATES

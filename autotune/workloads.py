@@ -175,12 +175,12 @@ def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: in
 
 
 def channels_last(workload: Workload) -> Workload:
-    """An involution of the maps that RedNet has in ``torch.channels_last``."""
+    """The same with every input in ``torch.channels_last``, in which RedNet has its maps."""
     return replace(workload, inputs=tree_map(lambda spec: replace(spec, channels_last=True), workload.inputs))
 
 
 def generation(workload: Workload) -> Workload:
-    """An involution with its kernels generated inside, from RedNet's C/4 features, for one that is handed them."""
+    """The involution that generates its kernels from RedNet's C/4 features, for one that is given them."""
     batch, channels, *size = workload.output
     x, weight = tree_leaves(workload.inputs)
     groups, kernel_size = weight.shape[1:3]

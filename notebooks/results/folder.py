@@ -55,7 +55,7 @@ class Folder(results.Folder):
         return sum(_is_ours(kernel["kernel"]) for kernel in launched) == row["launches"]
 
     def beside(self, row: Row) -> float | None:
-        """Of a row of bench.json: the sum of the kernels, where kernels.json has its shape."""
+        """The sum of the kernels of a row of bench.json, where kernels.json has its shape."""
         side = re.search(r"@(\d+)²", row["shape"])
         if side is None or row["batch"] != 128:
             return None
@@ -72,6 +72,6 @@ def listed(words: Sequence[str]) -> str:
 
 
 def folders(parent: Path) -> list[Folder]:
-    """Of the GPUs that were measured."""
+    """The folders of the GPUs that were measured."""
     found = [Folder(path.parent) for path in sorted(parent.glob("*/environment.json"))]
     return [folder for folder in found if folder.environment["machine"]["device_type"] == "cuda"]

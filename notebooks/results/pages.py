@@ -71,7 +71,7 @@ def _models(folder: Folder) -> Iterator[str]:
 
 
 def _host(folder: Folder) -> Iterator[str]:
-    """Of every run that timed a launch."""
+    """A line for every run that timed a launch."""
     rows = []
     for record in (folder.counters, folder.environment):
         if found := record.get("launch_microseconds"):
@@ -271,7 +271,7 @@ def _comparison(row: Row) -> plots.Comparison:
 
 
 def _beside(folder: Folder, record: Row, kind: str) -> list[plots.Comparison]:
-    """Of the cases whose passes are both as predicted."""
+    """A line for each case whose passes are both as predicted."""
     changed = {row["case"] for row in record["rows"] if not folder.as_predicted(row)}
     lines = []
     for row in record["rows"]:

@@ -1,4 +1,4 @@
-"""Everything that a GPU is to say of this repository, within nine minutes: also ``make gpu``.
+"""Everything that this repository measures on a GPU, within nine minutes; ``make gpu`` runs it.
 
 Five phases, each a process of its own, so that none can take the others with it: environment and ceilings, the tests
 (while compilers fill their caches in the background), tuning into a fresh store, operators, models. Every phase has a

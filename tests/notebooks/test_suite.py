@@ -1,6 +1,5 @@
 """The suite behind ``make gpu``: phases that cannot take each other with them, and the summary of what they found."""
 
-import io
 import json
 import os
 import signal
@@ -92,41 +91,9 @@ def test_the_test_run_is_read_from_a_whole_or_a_cut_log():
     assert read_test_log("ERROR: not found: tests/kernels") == {"counts": {}, "failures": []}
 
 
-class _HereProcess:
-    """Stands in for a process: runs autotune's commands in this one, which has imported everything already."""
-
-    pid = 0
-
-    def __init__(self, command, environment, log):
-        assert command[:3] == [sys.executable, "-m", "autotune"]
-        stdout, out = sys.stdout, io.StringIO()
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("DYNAMIC_KERNELS_STORE", "TRITON_INTERPRET"):
-                patch.setenv(name, environment[name])
-            sys.stdout = out
-            try:
-                self.code = main(command[3:])
-            finally:
-                sys.stdout = stdout
-        log.write(out.getvalue().encode())
-
-    def wait(self, timeout):
-        return self.code
-
-    def poll(self):
-        return self.code
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tries the suite on a CPU, in the interpreter")
-def test_the_whole_suite_on_tiny_shapes(tmp_path, monkeypatch, capsys):
-    start, end = suite._start, suite._end
-
-    def start_here(command, environment, log):
-        return (start if "pytest" in command else _HereProcess)(command, environment, log)
-
-    monkeypatch.setattr(suite, "_start", start_here)
-    monkeypatch.setattr(suite, "_end", lambda process, seconds: None if process.pid == 0 else end(process, seconds))
+def test_the_whole_suite_on_tiny_shapes(tmp_path, capsys):
     assert main(["suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     names = {"environment.json", "tests.json", "cpu.json", "bench.json", "models.json", "summary.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
