@@ -45,7 +45,7 @@ def batch_norms_held(modules: Iterable[nn.Module]) -> Iterator[None]:
 class Pass:
     """``function(*inputs, **options)`` on ``backend``.
 
-    Gradients begin at random ones of the outputs, or with ``squared`` at those of half the sum of the outputs' squares.
+    Backward starts from random gradients of the outputs, or with ``squared`` from those of half their sum of squares.
     While results are compared, the batch norms of the modules in ``held`` use their running statistics.
     """
 
@@ -88,9 +88,7 @@ class Pass:
             reached = [output for output in outputs if output.requires_grad]
             wanted = [*self.leaves, *self.weights]
             if not reached or not wanted:
-                raise ValueError(
-                    "backward needs an input or a weight that the output's gradient reaches, there is none"
-                )
+                raise ValueError("backward needs an input or a weight that the gradient reaches, and there is none")
             if not self.gradients:
                 random = torch.Generator().manual_seed(1)
                 drawn = (torch.randn(out.shape, generator=random).to(out) for out in reached)
@@ -100,9 +98,9 @@ class Pass:
         return [*results, *gradients[: len(self.leaves)]], list(gradients[len(self.leaves) :])
 
     def checked(self) -> list[Tensor]:
-        """For comparing: the same random numbers and statistics every time, the weights' gradients as one vector.
+        """The same for a comparison: with fixed random numbers, and with the weights' gradients joined to one vector.
 
-        A single weight's gradient may be all but zero, and the error's share of it noise.
+        A single weight's gradient may be all but zero, and its relative error mere noise.
         """
         torch.manual_seed(0)
         with batch_norms_held(self.held):

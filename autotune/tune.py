@@ -119,10 +119,9 @@ class Tuning:
 
         def note(request: Request) -> None:
             key = key_of(request.launcher, request.problem)
-            known = key in self.found or key in self.attempts.fatal
-            if not known and (
-                self.force or not look_up(request.launcher, request.problem, gpu_name(self.device)).tuned
-            ):
+            if key in self.found or key in self.attempts.fatal:
+                return
+            if self.force or not look_up(request.launcher, request.problem, gpu_name(self.device)).tuned:
                 self.found[key] = None
                 self.work.update(dict.fromkeys(builds(request, self.most)))
 

@@ -52,8 +52,12 @@ GRACE = 12.0  # between the end of a phase's time and the end of its process
 FILLED_OPERATORS = (("involution*",), ("na2d*",), ("contmix*", "outlook*", "depthwise*"))
 FILLED_MODELS = ("overlock_t", "rednet50", "overlock_xt", "volo_d1")
 MODEL_TESTS = ("every_family", "layers", "overlock", "rednet", "volo", "inference", "pytorch_tools")
-# What launches kernels; the commands' own tests are as true on a CPU.
-TESTS = ("tests/kernels", *(f"tests/models/test_{name}.py" for name in MODEL_TESTS))
+# What launches kernels; the other tests are as true on a CPU.
+TESTS = (
+    "tests/kernels",
+    "--ignore=tests/kernels/test_store.py",
+    *(f"tests/models/test_{name}.py" for name in MODEL_TESTS),
+)
 RESTARTS = 3  # of a phase whose process lost the GPU or crashed
 MOST_LOG_LINES = 60
 CORES_FOR_BACKGROUND, MEMORY_FOR_BACKGROUND = 8, 64e9
