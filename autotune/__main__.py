@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = {  # name -> (module, one line of help)
     "profile": ("autotune.profile", "run operators and models on a real photograph, ours against the naive path"),
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in COMMANDS:
         from models.commands.dispatch import run_command  # brings PyTorch, which the overview does without
 
+        if COMMANDS[argv[0]][0].startswith("notebooks."):  # in the checkout, from wherever it is called
+            sys.path.append(str(Path(__file__).resolve().parents[1]))
         return run_command("autotune", COMMANDS, argv)
     parser = argparse.ArgumentParser(prog="python -m autotune", description="Measure and build the kernels.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import functools
-import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -42,13 +41,12 @@ def shape(text: str) -> tuple[int, ...]:
 
 def module(text: str) -> nn.Module:
     """PACKAGE.MODULE:NAME, the working directory's included: a module, or what makes one without arguments."""
-    path, _, name = text.partition(":")
-    if not path or not name:
+    if not all(text.partition(":")):
         raise argparse.ArgumentTypeError(f"must be PACKAGE.MODULE:NAME, as in mypackage.nets:Net, got {text!r}")
     if "" not in sys.path:  # that of an installed command
         sys.path.insert(0, "")
     try:
-        found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(path))
+        found: Any = pkgutil.resolve_name(text)
         found = found if isinstance(found, nn.Module) else found()
     except Exception as error:  # of the user's code, which may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
