@@ -1,6 +1,9 @@
 """Finding tuned configs for the kernels, and measuring them: ``python -m autotune --help``.
 
 ``compare``, ``sweep`` and ``roofline`` profile what they are handed; ``%load_ext autotune`` adds ``%profile layer(x)``.
+
+To read how anything is measured: ``timing``, ``passes`` and ``measure``, then ``operators`` (at the shapes of
+``workloads``) and ``networks``, whose rows ``cases`` keeps on disk. To read how configs are found: ``tuner``.
 """
 
 import importlib

@@ -32,8 +32,8 @@ import kernels
 from autotune import plots, report, timing
 from autotune.arguments import module, shape
 from autotune.cases import run_cases, written
-from autotune.lines import chosen_cases, given_batch
 from autotune.measure import Settings
+from autotune.profile_cases import chosen_cases, given_batch
 from autotune.workloads import Size
 from kernels.backend import BACKENDS, interpreting, resolve
 from kernels.files import write_json
