@@ -2,8 +2,8 @@
 
 ``compare``, ``sweep`` and ``roofline`` profile what they are handed; ``%load_ext autotune`` adds ``%profile layer(x)``.
 
-To read how anything is measured: ``timing``, ``passes`` and ``measure``, then ``operators`` (at the shapes of
-``workloads``) and ``networks``, whose rows ``cases`` keeps on disk. To read how configs are found: ``tuner``.
+How anything is measured: ``timing``, ``passes``, ``measure``, then ``operators`` (at the shapes of ``workloads``) and
+``networks``; ``cases`` keeps the rows on disk. How configs are found: ``tuner``.
 """
 
 import importlib

@@ -35,7 +35,8 @@ from autotune.arguments import matching
 from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
 from autotune.ceilings import launch_overhead, measure_ceilings
 from autotune.measure import Settings, one_line
-from autotune.operators import PASSES, operator_cases
+from autotune.operators import operator_cases
+from autotune.passes import PASSES
 from autotune.results import Folder, incidents, tables
 from kernels.backend import BACKENDS, interpreting, triton_installed
 from kernels.files import write_json

@@ -199,14 +199,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
     if not any(arguments.only in name for name in known):
         raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}")
-    reports, failures = reports_of(
-        arguments.arch,
-        arguments.dtype,
-        console,
-        only=arguments.only,
-        every_config=arguments.every_config,
-        instructions=not arguments.resources_only,
-    )
+    how = {"every_config": arguments.every_config, "instructions": not arguments.resources_only}
+    reports, failures = reports_of(arguments.arch, arguments.dtype, console, only=arguments.only, **how)
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from autotune import plots
+from autotune.passes import PASSES
 from autotune.tables import Found, Table, megabytes, number, percent, spread, times
 
 NAIVE = "naive"  # the row of the naive path
@@ -55,7 +56,7 @@ class Contest(Found):
 
     @property
     def heading(self) -> str:
-        return f"{self.title}, {'forward+backward' if self.backward else 'forward'}, {self.dtype}"
+        return f"{self.title}, {PASSES[self.backward]}, {self.dtype}"
 
     def record(self) -> dict[str, Any]:
         return asdict(self)

@@ -28,10 +28,10 @@ from autotune.measure import (
     ratios,
     time_and_memory,
 )
+from autotune.passes import PASSES
 from autotune.workloads import Inputs, Workload
 from kernels import tolerances
 
-PASSES = ("forward", "forward+backward")
 # A call shorter than this may be bound by its launches, and is timed in a CUDA graph as well: an eager backward
 # pass takes the host milliseconds.
 GRAPH_BELOW_MS = 10.0

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 
 Function = Callable[..., Any]
+PASSES = ("forward", "forward+backward")  # without and with gradients
 
 
 def tensors_in(structure: Any) -> list[Tensor]:

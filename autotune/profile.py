@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
     sizes: dict[str, Any] = {"dest": "sizes", "nargs": "+", "default": [(224, 224), (320, 256)]}
     what("--size", "--sizes", type=image_size, metavar="HxW", help="of the image (default: 224 320x256)", **sizes)
-    text = "(default: 4; on a GPU 128, or 16 if it has less than 40 GB)"
-    what("--batch", type=positive, metavar="B", help=text)
+    what("--batch", type=positive, metavar="B", help="(default: 4; on a GPU 128, or 16 if it has less than 40 GB)")
     what("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
     text = "forward and backward as well, as all operators are where none is named"
     what("--training", "--backward", dest="training", action="store_true", help=text)

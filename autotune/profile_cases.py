@@ -16,7 +16,8 @@ from autotune.arguments import matching
 from autotune.cases import Case
 from autotune.measure import Settings
 from autotune.networks import measure_model
-from autotune.operators import PASSES, operator_cases
+from autotune.operators import operator_cases
+from autotune.passes import PASSES
 from autotune.workloads import Size, Workload
 
 SMALLEST = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's

@@ -15,6 +15,7 @@ from autotune.ceilings import matmul_rate
 from autotune.contest import NAIVE, Contest
 from autotune.measure import Settings
 from autotune.operators import measure_operator
+from autotune.passes import PASSES
 from autotune.sweeps import Sweep
 
 CACHED_BYTES = (2**18, 2**20, 2**22)  # of a tensor
@@ -139,8 +140,7 @@ def _of_result(result: Contest | Sweep) -> Iterator[Measured]:
     times = {kind: [row["p50_ms"] / 1000 for row in result.timed if row["kind"] == kind] for kind in ("ours", NAIVE)}
     seconds = {kind: min(found) for kind, found in times.items() if found}
     seconds = seconds if "ours" in seconds else {"ours": seconds[NAIVE]}
-    one_pass = "forward+backward" if result.backward else "forward"
-    yield Measured(result.title, one_pass, result.floor_bytes, result.operations, seconds)
+    yield Measured(result.title, PASSES[result.backward], result.floor_bytes, result.operations, seconds)
 
 
 def _side_by_side(values: Sequence[float]) -> list[float]:

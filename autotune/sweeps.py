@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from autotune import plots, timing
 from autotune.measure import Settings
 from autotune.operators import measure_operator
+from autotune.passes import PASSES
 from autotune.tables import Found, Table, number, percent
 from autotune.tables import times as ratio
 from autotune.workloads import Workload, workload_of
@@ -85,8 +86,7 @@ class Sweep(Found):
             # Beside the title, or where that has no room, below.
             place = "outside upper right" if len(axes) == len(AXES) else "outside lower left"
             figure.legend(handles, ["ours", naive, "limit: a copy as large / the output alone"], loc=place, ncols=3)
-            heading = f"{self.operator}, {'forward+backward' if self.backward else 'forward'}"
-            return plots.finish(figure, heading, self.label)
+            return plots.finish(figure, f"{self.operator}, {PASSES[self.backward]}", self.label)
 
 
 def sweep(

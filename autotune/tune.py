@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how("--device", type=types.device, help="(default: the GPU)")
     effort = parser.add_argument_group("effort").add_argument
     effort("--force", action="store_true", help="tune again what is tuned")
-    most: dict[str, Any] = {"type": types.positive, "default": tuner.MOST_CANDIDATES}
-    effort("--candidates", metavar="N", help="(default: %(default)s)", **most)
+    most = tuner.MOST_CANDIDATES
+    effort("--candidates", type=types.positive, default=most, metavar="N", help="(default: %(default)s)")
     effort("--seconds", type=types.seconds, default=math.inf, metavar="S", help="begin none after that")
     effort("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
     text = "note there what is being tuned, and pass over what ended earlier runs with this file"

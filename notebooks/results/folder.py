@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autotune import results
-from autotune.operators import PASSES
+from autotune.passes import PASSES
 from autotune.results import Row
 
 # Names of cases in kernels.json and in the predictions, by operator.

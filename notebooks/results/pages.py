@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from matplotlib.figure import Figure
 
 from autotune import plots, report, results
-from autotune.operators import PASSES
+from autotune.passes import PASSES
 from autotune.results import OTHERS, Row, gpu_milliseconds
 from autotune.tables import Table, microseconds, number, times
 from notebooks.results.folder import Folder, listed
