@@ -41,7 +41,7 @@ notebooks: $(STAMP)
 
 # With the machine's own Python, not .venv: a GPU machine brings the torch and triton that fit its driver.
 gpu:
-	$(PYTHON) -m autotune bench --suite $(ARGS)
+	$(PYTHON) -m autotune suite $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,9 @@
 """Finding tuned configs for the kernels, and measuring them: ``python -m autotune --help``.
 
 ``compare``, ``sweep`` and ``roofline`` profile what they are handed; ``%load_ext autotune`` adds ``%profile layer(x)``.
+
+How anything is measured: ``timing``, ``passes``, ``measure``, then ``operators`` (at the shapes of ``workloads``) and
+``networks``; ``cases`` keeps the rows on disk. How configs are found: ``tuner``.
 """
 
 import importlib

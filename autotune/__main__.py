@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = {  # name -> (module, one line of help)
     "profile": ("autotune.profile", "run operators and models on a real photograph, ours against the naive path"),
-    "figures": ("autotune.figures", "write the README's tables and figures from the committed results"),
     "tune": ("autotune.tune", "time configs for a model's or an operator's launches and keep the best"),
     "show": ("autotune.show", "show every tuned config, and which of them are out of date"),
     "verify": ("autotune.verify", "check every tuned config against the reference again"),
-    "bench": (
-        "autotune.bench",
-        "measure operators and models against naive and compiled; --suite for all of it",
-    ),
+    "bench": ("autotune.bench", "measure operators and models against naive and compiled"),
     "compile": ("autotune.compile", "compile the Triton kernels ahead of time for a named architecture, without a GPU"),
+    # What keeps this repository's own results lies beside them, and runs in a checkout only.
+    "suite": ("notebooks.results.suite", "measure everything on a GPU, tests and tuning included, within nine minutes"),
+    "figures": ("notebooks.results.figures", "write the tables and figures of the pages from the committed results"),
 }
 
 
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in COMMANDS:
         from models.commands.dispatch import run_command  # brings PyTorch, which the overview does without
 
+        if COMMANDS[argv[0]][0].startswith("notebooks."):  # in the checkout, from wherever it is called
+            sys.path.append(str(Path(__file__).resolve().parents[1]))
         return run_command("autotune", COMMANDS, argv)
     parser = argparse.ArgumentParser(prog="python -m autotune", description="Measure and build the kernels.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

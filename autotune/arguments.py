@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import functools
-import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -18,14 +17,16 @@ Item = TypeVar("Item")
 
 
 def matching(items: Sequence[Item], patterns: Sequence[str], name: Callable[[Item], str], option: str) -> list[Item]:
-    """The items that any pattern names: a shell pattern for the whole name, or a part of it, in any letter case.
+    """The items that any pattern names: the whole name, a shell pattern for it, or a part of it, in any letter case.
 
     ValueError, naming ``option``, where a pattern fits none.
     """
     chosen: set[int] = set()
     for given in patterns:
-        pattern = given.lower() if any(character in given for character in "*?[") else f"*{given.lower()}*"
-        hits = {index for index, item in enumerate(items) if fnmatch.fnmatchcase(name(item).lower(), pattern)}
+        names, whole = [name(item).lower() for item in items], given.lower()
+        pattern = whole if any(character in given for character in "*?[") else f"*{whole}*"
+        hits = {index for index, known in enumerate(names) if known == whole}
+        hits = hits or {index for index, known in enumerate(names) if fnmatch.fnmatchcase(known, pattern)}
         if not hits:
             known = dict.fromkeys(name(item).split()[0] for item in items)
             raise ValueError(f"{option} must match a name, {given!r} does not; names begin with {', '.join(known)}")
@@ -40,13 +41,12 @@ def shape(text: str) -> tuple[int, ...]:
 
 def module(text: str) -> nn.Module:
     """PACKAGE.MODULE:NAME, the working directory's included: a module, or what makes one without arguments."""
-    path, _, name = text.partition(":")
-    if not path or not name:
+    if not all(text.partition(":")):
         raise argparse.ArgumentTypeError(f"must be PACKAGE.MODULE:NAME, as in mypackage.nets:Net, got {text!r}")
     if "" not in sys.path:  # that of an installed command
         sys.path.insert(0, "")
     try:
-        found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(path))
+        found: Any = pkgutil.resolve_name(text)
         found = found if isinstance(found, nn.Module) else found()
     except Exception as error:  # of the user's code, which may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -2,7 +2,6 @@
 
     python -m autotune bench --operator involution2d "contmix*" --out DIR
     python -m autotune bench --model overlock_t --out DIR
-    python -m autotune bench --suite                    all of it, tests and tuning included, in under nine minutes
 
 Without --operator, --model or --environment all three are run. Results are written after every row, so that whatever
 happens, what was measured is kept: environment.json, bench.json (operators), models.json. Weights of models are random:
@@ -21,26 +20,28 @@ import importlib
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import nn
 
 import kernels
 import models
-from autotune import suite, timing, workloads
+from autotune import networks, timing, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
 from autotune.ceilings import launch_overhead, measure_ceilings
 from autotune.measure import Settings, one_line
-from autotune.networks import measure_model
-from autotune.operators import PASSES, operator_cases
+from autotune.operators import operator_cases
+from autotune.passes import PASSES
 from autotune.results import Folder, incidents, tables
 from kernels.backend import BACKENDS, interpreting, triton_installed
+from kernels.files import write_json
 from models.commands import types
+from models.commands.dispatch import input_errors
 
 LIBRARIES = ("torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "pytest", "pytest-xdist")
 
@@ -72,38 +73,35 @@ PEERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--operator", nargs="+", metavar="PATTERN", help="operators at the models' shapes, by name")
-    what.add_argument("--model", nargs="+", metavar="NAME", help="models, inference and training; '*': the suite's")
-    what.add_argument("--environment", action="store_true", help="versions, ceilings, and the host's time for a launch")
-    what.add_argument("--suite", action="store_true", help="everything, with the tests and tuning, within nine minutes")
-    how = parser.add_argument_group("how")
-    how.add_argument("--device", type=types.device, help="(default: a GPU if there is one)")
-    how.add_argument("--backend", choices=BACKENDS, default=kernels.get_backend(), help="(default: %(default)s)")
-    how.add_argument("--dtype", type=types.dtype, metavar="NAME", help="(default: bf16, on a CPU fp32)")
-    how.add_argument("--batch", type=types.positive, metavar="B", help="(default: 128; operators at 800x1280: 2)")
-    how.add_argument("--size", type=types.image_size, metavar="HxW", help="(default: 224, operators 800x1280 as well)")
-    how.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes of things")
-    how.add_argument("--seconds", type=types.seconds, default=math.inf, metavar="S", help="measure no longer than that")
-    how.add_argument("--quick", action="store_true", help="smoke test: tiny shapes, two runs each; any device")
-    how.add_argument("--compile-only", action="store_true", help="only fill torch.compile's caches on disk")
-    how.add_argument("--resume", action="store_true", help="keep the rows that the files in --out hold already")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="(default: notebooks/results/DEVICE; --quick: build/...)"
-    )
+    what = parser.add_argument_group("what is measured").add_argument
+    what("--operator", nargs="+", metavar="PATTERN", help="operators at the models' shapes, by name")
+    what("--model", nargs="+", metavar="NAME", help="models, inference and training; '*': those of make gpu")
+    what("--environment", action="store_true", help="versions, ceilings, and the host's time for a launch")
+    how = parser.add_argument_group("how").add_argument
+    how("--device", type=types.device, help="(default: a GPU if there is one)")
+    how("--backend", choices=BACKENDS, default=kernels.get_backend(), help="(default: %(default)s)")
+    how("--dtype", type=types.dtype, metavar="NAME", help="(default: bf16, on a CPU fp32)")
+    how("--batch", type=types.positive, metavar="B", help="(default: 128; operators at 800x1280: 2)")
+    how("--size", type=types.image_size, metavar="HxW", help="(default: 224, operators 800x1280 as well)")
+    how("--no-compile", action="store_true", help="leave out what torch.compile makes of things")
+    how("--seconds", type=types.seconds, default=math.inf, metavar="S", help="measure no longer than that")
+    how("--quick", action="store_true", help="smoke test: tiny shapes, two runs each; any device")
+    how("--compile-only", action="store_true", help="only fill torch.compile's caches on disk")
+    how("--resume", action="store_true", help="keep the rows that the files in --out hold already")
+    how("--out", type=Path, metavar="DIR", help="(default: notebooks/results/DEVICE; --quick: build/...)")
 
 
-def _in_turns(found: list[workloads.Workload]) -> list[workloads.Workload]:
+def _in_turns(found: Sequence[workloads.Workload]) -> list[workloads.Workload]:
     """Each operator's first shape, then each one's second, and so on; larger batches first.
 
     Where time is short, every operator has been measured.
     """
-    turns, seen = [], Counter[Any]()
+    seen, places = Counter[Any](), []
     for workload in found:
         kind = (-workload.output[0], workload.operator)
-        turns.append((kind[0], seen[kind], workload))
+        places.append((kind[0], seen[kind]))
         seen[kind] += 1
-    return [workload for *_, workload in sorted(turns, key=lambda turn: turn[:2])]
+    return [found[index] for index in sorted(range(len(found)), key=places.__getitem__)]
 
 
 def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case]:
@@ -140,17 +138,17 @@ def _measure_plan(
     """Ours with random weights, channels last, for inference in the form it is deployed in."""
     training = plan.kind == "training"
     options = {"return_dense": False} if plan.model.startswith("volo") else {}
-    model = workloads.settled_model(plan.model, workloads.random_images(2, (128, 128)), **options).train(training)
+    model = networks.settled_model(plan.model, networks.random_images(2, (128, 128)), **options).train(training)
     model = model if training else models.optimize_for_inference(model)
     place: dict[str, Any] = {"device": settings.device, "memory_format": torch.channels_last}
-    model, images = model.to(**place), workloads.random_images(batch, size).to(**place)
+    model, images = model.to(**place), networks.random_images(batch, size).to(**place)
     latency, left_out, other = plan.kind == "latency", {}, None
     if peer is not None:
         try:
             other = _peer(*peer).train(training).to(**place)
         except Exception as error:  # not installed, or beside another torch: ours is still worth its time
             left_out["peer"] = one_line(error)
-    found = measure_model(
+    found = networks.measure_model(
         model, images, settings, training=training, compiled=plan.compiled, latency=latency, peer=other
     )
     return found | ({"left_out": found["left_out"] | left_out} if found else {})
@@ -176,9 +174,6 @@ def _known_ceilings(folder: Path, machine: dict[str, Any], device: torch.device,
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.suite:
-        return suite.run(arguments)
-    messages = Console(stderr=True, highlight=False)
     deadline = time.monotonic() + arguments.seconds
     quick, device = arguments.quick, arguments.device or timing.best_device()
     on_gpu = device.type == "cuda"
@@ -195,46 +190,39 @@ def run(arguments: argparse.Namespace) -> int:
     everything = not (arguments.environment or arguments.operator or arguments.model)
     folder = arguments.out or timing.results_folder(device, scratch=quick)
     machine = timing.describe_machine(device)
-    stated = {"device": device, "dtype": settings.dtype, "backend": settings.backend, "compiler": settings.compiler}
-    stated |= {"min_runs": settings.min_runs, "seconds": settings.seconds}
     record = {"schema": 1, "complete": False, "machine": machine}
+    stated = {
+        name: getattr(settings, name) for name in ("device", "dtype", "backend", "compiler", "min_runs", "seconds")
+    }
     record["settings"] = {name: str(value).removeprefix("torch.") for name, value in stated.items()}
     codes: list[int] = []
-    plans: list[tuple[str, list[Case], dict[str, Any]]] = []
-    try:
+    plans: list[tuple[Path, list[Case], dict[str, Any]]] = []
+    with input_errors():
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.environment or everything:
             environment = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
-            codes.append(int(not written(folder / "environment.json", environment, "environment")))
+            codes.append(int(not written("environment", write_json, folder / "environment.json", environment)))
         if arguments.operator or everything:
             found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
             found = matching(found, arguments.operator or ["*"], lambda workload: workload.name, "--operator")
             cases = operator_cases(_in_turns(found), settings, PASSES)
             if not arguments.compile_only:
                 settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))
-            plans.append(("bench.json", cases, {"ceilings": settings.ceilings}))
+            plans.append((folder / "bench.json", cases, {"ceilings": settings.ceilings}))
         if arguments.model or everything:
-            plans.append(("models.json", _model_cases(arguments, settings), {}))
-        for file, _, _ in plans if arguments.resume else ():
-            settled_rows(folder / file)  # a damaged file is refused before anything is measured
-    except (ValueError, OSError) as error:
-        messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return 2
-    try:
-        for file, cases, facts in plans:
-            if arguments.compile_only:  # what fails here will say so when it is measured
-                for case in cases:
-                    case.run(deadline)
-                    release()
-                continue
-            codes.append(run_cases(cases, folder / file, record | facts, deadline=deadline, resume=arguments.resume))
-            if codes[-1] == LOST:
-                break
-    except KeyboardInterrupt:
-        messages.print("[yellow]interrupted[/]; what was done by then is kept")
-        return 130
-    if not arguments.compile_only:
-        _print(folder)
+            plans.append((folder / "models.json", _model_cases(arguments, settings), {}))
+        for path, _, _ in plans if arguments.resume else ():
+            settled_rows(path)  # a damaged file is refused before anything is measured
+    if arguments.compile_only:  # what fails here will say so when it is measured
+        for case in (case for _, cases, _ in plans for case in cases):
+            case.run(deadline)
+            release()
+        return 0
+    for path, cases, facts in plans:
+        codes.append(run_cases(cases, path, record | facts, deadline=deadline, resume=arguments.resume))
+        if codes[-1] == LOST:
+            break
+    _print(folder)
     return max(codes, default=0)
 
 
@@ -244,8 +232,8 @@ def _print(folder: Path) -> None:
         found = Folder(folder)
         for table in tables(found):
             table.show(console)
-        for told in incidents(found):
-            console.print(told, markup=False, soft_wrap=True)
+        told = list(incidents(found))
     except ValueError as error:  # an earlier run's file
-        console.print(f"[yellow]warning:[/] {escape(f'{folder} holds a damaged file: {error}')}", soft_wrap=True)
-    console.print(f"Wrote {escape(str(folder))}", soft_wrap=True)
+        told = [f"warning: {folder} holds a damaged file: {error}"]
+    for line in (*told, f"Wrote {folder}"):
+        console.print(line, markup=False, soft_wrap=True)

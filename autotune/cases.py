@@ -1,4 +1,4 @@
-"""Rows of a measurement: one after another within a time limit, each on disk before the next begins."""
+"""Rows of a measurement: one after another within a time limit, each written to disk before the next begins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +38,17 @@ def device_lost(device: torch.device) -> bool:
 
 
 class TimeLimitError(BaseException):
-    """A row took longer than there was time. What skips a contender on an Exception does not catch it."""
+    """A row took longer than there was time.
+
+    No ``Exception``, so that the ``except Exception`` with which a contender is left out does not swallow it.
+    """
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitError in the block once ``seconds`` are over: at the next Python instruction, that is.
+    """Raise TimeLimitError in the block at the first Python instruction after ``seconds``.
 
-    Without effect off the main thread and on systems without SIGALRM.
+    It has no effect off the main thread and on systems without SIGALRM.
     """
     usable = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
     if not usable or math.isinf(seconds):
@@ -64,6 +67,10 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
+def row_name(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} {row['pass']}"
+
+
 @dataclass(frozen=True)
 class Case:
     """One row: what is known beforehand, and the function that measures the rest."""
@@ -73,7 +80,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.facts['name']} {self.facts['pass']}"
+        return row_name(self.facts)
 
     def run(self, deadline: float = math.inf) -> dict[str, Any]:
         """The finished row; what ``measure`` raises becomes part of it."""
@@ -89,31 +96,31 @@ class Case:
 
 
 def read_record(path: Path, *parts: str) -> dict[str, Any]:
-    """What an earlier run wrote. ValueError, naming the file, where it is damaged or lacks one of ``parts``."""
+    """What an earlier run wrote. ValueError that names the file where it is damaged or lacks one of ``parts``."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if missing := [part for part in parts if part not in record]:
             raise ValueError(f"it has no {missing[0]!r}")
         return record
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no result that can be read: {error}") from None
+        raise ValueError(f"{path} cannot be read as a result: {error}") from None
 
 
 def settled_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of an earlier run that need no second try; the one it ended in has failed. ValueError as above."""
     ended = {"status": "failed", "message": "the process ended while this was measured"}
+    rows = read_record(path, "rows")["rows"] if path.exists() else []
     try:
-        rows = read_record(path, "rows")["rows"] if path.exists() else []
-        _ = [f"{row['name']} {row['pass']}" for row in rows]
-        return [row | ended if row["status"] == "running" else row for row in rows if row["status"] != "skipped"]
+        rows = {row_name(row): row | ended if row["status"] == "running" else row for row in rows}
     except (KeyError, TypeError):
-        raise ValueError(f"{path} is no result that can be read: its rows are none") from None
+        raise ValueError(f"{path} cannot be read as a result: it has no rows") from None
+    return [row for row in rows.values() if row["status"] != "skipped"]
 
 
-def written(path: Path, record: dict[str, Any], what: str) -> bool:
-    """Whether ``record`` is on disk now. Where it cannot be (a full disk), a line says so, and measuring can go on."""
+def written(what: str, write: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether ``write(*arguments)`` could: where it cannot (a full disk), a line says so, and measuring goes on."""
     try:
-        write_json(path, record)
+        write(*arguments)
     except OSError as error:
         console.print(f"[red]error:[/] {escape(f'{what}: {error}')}", soft_wrap=True)
         return False
@@ -132,8 +139,9 @@ def run_cases(
     rows: list[dict[str, Any]] = record.setdefault("rows", [])
     if resume:
         rows.extend(settled_rows(path))
-    done = {f"{row['name']} {row['pass']}" for row in rows}
+    done = set(map(row_name, rows))
     todo = [case for case in cases if case.name not in done]
+    late = {"status": "skipped", "message": "there was no time left"}
     code, on_disk = 0, True
     with Bar(len(todo), seconds=0) as bar:
         for case in todo:
@@ -143,23 +151,20 @@ def run_cases(
                 write_json(path, record)
             began = time.monotonic()
             try:
-                if began < deadline:
-                    rows[-1] = case.run(deadline)
-                else:
-                    rows[-1] = case.facts | {"status": "skipped", "message": "there was no time left"}
+                rows[-1] = case.run(deadline) if began < deadline else case.facts | late
             except KeyboardInterrupt:
                 rows.pop()
-                written(path, record, case.name)
+                written(case.name, write_json, path, record)
                 raise
             rows[-1]["seconds"] = round(time.monotonic() - began, 2)
-            on_disk &= written(path, record, case.name)
+            on_disk &= written(case.name, write_json, path, record)
             bar.advance(1, f"{case.name}: {rows[-1]['status']}")
             release()
             if rows[-1]["status"] == "failed" and device_lost(torch.device(record["machine"]["device_type"])):
                 code = LOST
                 break
     record["complete"] = code == 0
-    on_disk &= written(path, record, "all rows")
+    on_disk &= written("all rows", write_json, path, record)
     return code or int(not on_disk or any(row["status"] == "failed" for row in rows))
 
 

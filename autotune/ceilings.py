@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from autotune import timing
 from kernels.launch import record_launches
@@ -22,15 +21,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: fl
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
         rows = a.chunk(torch.get_num_threads() if device.type == "cpu" else 1)
-        return (
-            2 * size**3 / timing.ceiling_seconds([functools.partial(torch.matmul, r, b) for r in rows], device, seconds)
-        )
+        parts = [functools.partial(torch.matmul, row, b) for row in rows]
+        return 2 * size**3 / timing.ceiling_seconds(parts, device, seconds)
     finally:
         torch.set_float32_matmul_precision(precision)
 
 
 def measure_ceilings(device: torch.device, *, quick: bool = False) -> dict[str, float]:
-    """Copy bandwidth (bytes read and written a second) and the rates (operations a second) of matrix products.
+    """Copy bandwidth (bytes read and written per second) and the rates of matrix products (operations per second).
 
     In bfloat16 a product runs on the matrix units; in float32, TF32 being off, on the units of ordinary arithmetic,
     which also do the sums of most kernels here.
@@ -41,24 +39,6 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> dict[str, 
         "bf16_operations_per_second": matmul_rate(device, torch.bfloat16, 128 if quick else 8192, seconds),
         "fp32_operations_per_second": matmul_rate(device, torch.float32, 128 if quick else 4096, seconds),
     }
-
-
-def _host_microseconds(
-    calls: dict[str, Callable[[], object]], device: torch.device, *, runs: int, turns: int
-) -> dict[str, float]:
-    """Host time of a call: medians over rounds that take turns, each a run of calls without waiting for the device."""
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(turns):
-        for name, call in calls.items():
-            timing.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(runs):
-                call()
-            rounds[name].append(1e6 * (time.perf_counter() - start) / runs)
-    timing.synchronize(device)
-    return {name: statistics.median(times) for name, times in rounds.items()}
 
 
 def launch_overhead(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
@@ -79,16 +59,14 @@ def launch_overhead(device: torch.device, *, quick: bool = False) -> dict[str, A
     with record_launches() as launches:
         gather_aggregate(weight, x, window, config=config)
     kernel, grid, arguments, options = launches[0]
-    backend = "triton"
-    found: dict[str, Any] = _host_microseconds(
-        {
-            "direct": lambda: kernel[grid](**arguments, **options),
-            "configured": lambda: gather_aggregate(weight, x, window, config=config),
-            "tuned": lambda: gather_aggregate(weight, x, window),
-            "operator": lambda: op.aggregate(weight, x, window, backend),
-        },
-        device,
-        runs=1 if quick else 200,
-        turns=1 if quick else 9,
-    )
+    calls: dict[str, Any] = {
+        "direct": lambda: kernel[grid](**arguments, **options),
+        "configured": lambda: gather_aggregate(weight, x, window, config=config),
+        "tuned": lambda: gather_aggregate(weight, x, window),
+        "operator": lambda: op.aggregate(weight, x, window, "triton"),
+    }
+    timers = {name: Timer("call()", globals={"call": call}) for name, call in calls.items()}
+    runs, turns = (1, 1) if quick else (200, 9)
+    rounds = [{name: 1e6 * timer.timeit(runs).mean for name, timer in timers.items()} for _ in range(turns)]
+    found = {name: statistics.median(times[name] for times in rounds) for name in calls}
     return found | {"added": found["tuned"] - found["direct"], "added_by_tuner": found["tuned"] - found["configured"]}

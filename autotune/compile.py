@@ -38,6 +38,7 @@ from autotune.tables import Table
 from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
+from models.commands.dispatch import CommandError
 from models.commands.types import DTYPES
 
 ARCHITECTURES = {
@@ -145,35 +146,21 @@ def compile_launch(case: str, launch: Launch, architecture: str, *, instructions
 
 def _output(launch: Launch) -> Tensor:
     """The tensor that a launch writes; a backward pass reads one called out."""
-    tensors = {}
-    for name, value in launch.arguments.items():
-        tensors |= {name.removesuffix("_ptr"): leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
+    named = {name.removesuffix("_ptr"): tree_leaves(value) for name, value in launch.arguments.items()}
+    tensors = {name: leaf for name, leaves in named.items() for leaf in leaves if isinstance(leaf, Tensor)}
     return next((tensors[name] for name in ("target", "partial", "out") if name in tensors), [*tensors.values()][-1])
 
 
-def _parse_list(known: dict[str, Any], what: str) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{what} must be among {', '.join(known)}; got {name!r}")
-        return names
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for option, known, what, default in (
-        ("--arch", ARCHITECTURES, "architecture", "sm_90"),
-        ("--dtype", DTYPES, "dtype", "bf16"),
-    ):
-        text = f"{what}s to build for: {', '.join(known)} (default: {default})"
-        kind = _parse_list(known, what)
-        parser.add_argument(option, type=kind, default=[default], metavar="NAME[,NAME]", help=text)
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    text = f"to build for: {', '.join(ARCHITECTURES)} (default: sm_90)"
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=["sm_90"], help=text, **several)
+    text = f"of the tensors: {', '.join(DTYPES)} (default: bf16)"
+    parser.add_argument("--dtype", choices=DTYPES, default=["bf16"], help=text, **several)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--resources-only", action="store_true", help="count no instructions; in half the time")
-    every = "what tuning may choose too: hundreds of builds, a second or two each"
-    parser.add_argument("--every-config", action="store_true", help=every)
+    text = "what tuning may choose too: hundreds of builds, a second or two each"
+    parser.add_argument("--every-config", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
 
 
@@ -207,25 +194,13 @@ def reports_of(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compile, report, and return 1 if a kernel does not build or spills."""
-    console = Console(stderr=arguments.json, highlight=False)
-    known = list(cases(torch.float16))
-    reason = None
+    console, known = Console(stderr=arguments.json, highlight=False), list(cases(torch.float16))
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
-        reason = "compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset"
-    elif not any(arguments.only in name for name in known):
-        reason = f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}"
-    if reason is not None:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(reason)}", soft_wrap=True)
-        return 2
-    reports, failures = reports_of(
-        arguments.arch,
-        arguments.dtype,
-        console,
-        only=arguments.only,
-        every_config=arguments.every_config,
-        instructions=not arguments.resources_only,
-    )
+        raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
+    if not any(arguments.only in name for name in known):
+        raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}")
+    how = {"every_config": arguments.every_config, "instructions": not arguments.resources_only}
+    reports, failures = reports_of(arguments.arch, arguments.dtype, console, only=arguments.only, **how)
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:

@@ -14,19 +14,16 @@ Launches = Iterator[Callable[[], object]]
 K7 = Window((7, 7), padding=(3, 3))
 
 
-def _meta(dtype: torch.dtype) -> Callable[..., Tensor]:
-    return functools.partial(torch.empty, dtype=dtype, device="meta")
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _meta(dtype: torch.dtype, channels_last: bool = False) -> Callable[..., Tensor]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return functools.partial(torch.empty, dtype=dtype, device="meta", memory_format=layout)
 
 
 def _algebra(dtype: torch.dtype, channels_last: bool) -> Launches:
     from kernels.aggregation import rows as kernels
 
     # RedNet-50's second stage: 128 channels in 8 groups at 28x28, K = 7.
-    maps = functools.partial(_meta(dtype), memory_format=_format(channels_last))
+    maps = _meta(dtype, channels_last)
     weight, x = maps(128, 8 * 49, 28, 28).unflatten(1, (8, 7, 7)), maps(128, 128, 28, 28).unflatten(1, (8, 16))
     yield lambda: kernels.aggregate(weight, x, K7)
     yield lambda: kernels.correlate(torch.empty_like(x), x, K7)
@@ -48,8 +45,7 @@ def _generate(dtype: torch.dtype) -> Launches:
     from kernels.involution import forward
 
     # RedNet-50's second stage: kernels of 128 channels from 32 features.
-    meta = _meta(dtype)
-    maps = functools.partial(meta, memory_format=torch.channels_last)
+    meta, maps = _meta(dtype), _meta(dtype, channels_last=True)
     x, weight = maps(128, 128, 28, 28).unflatten(1, (8, 16)), meta(8 * 49, 32)
     inputs = (x, maps(128, 32, 28, 28), weight, meta(8 * 49), K7)
     yield lambda: forward.involution_generate(*inputs)
@@ -103,8 +99,7 @@ def _depthwise(
 ) -> Launches:
     from kernels.depthwise import backward, forward
 
-    meta = _meta(dtype)
-    x = meta(128, channels, length, length, memory_format=_format(channels_last))
+    meta, x = _meta(dtype), _meta(dtype, channels_last)(128, channels, length, length)
     weight, bias = meta(channels, 1, kernel_size, kernel_size), meta(channels)
     yield lambda: forward.convolve(x, weight, bias)
     yield lambda: backward.weight_gradient(x, x, kernel_size)

@@ -5,25 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from autotune import report, timing
 from autotune.contest import NAIVE, Contest
-from autotune.measure import Settings, check, largest_error, on_backend, one_line, time_and_memory
-from autotune.networks import batch_norms_held
+from autotune.measure import Settings, check, largest_error, one_line, time_and_memory
+from autotune.passes import Function, Pass, tensors_in, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
 from kernels.backend import interpreting, resolve
-
-Function = Callable[..., Any]
+from models.commands.types import Number, positive
 
 
 def compare(
@@ -64,8 +62,9 @@ def compare(
     others = _checked(function, against, backends, seconds, min_runs)
     device = _device(function, (inputs, options))
     inputs, options = _detached((inputs, options), backward)
-    modules = nn.ModuleList(module for module in (function, *others.values()) if isinstance(module, nn.Module))
-    run, on_gpu = _Pass(function, inputs, options, backward, modules), device.type == "cuda"
+    modules = [module for module in (function, *others.values()) if isinstance(module, nn.Module)]
+    run = Pass(function, inputs, options, backward=backward, backend="auto", held=modules)
+    on_gpu = device.type == "cuda"
     if compiled or (compiled is None and on_gpu):
         others = {"compiled": torch.compile(function, dynamic=False), **others}
     with (
@@ -73,9 +72,8 @@ def compare(
         torch.random.fork_rng(devices=[device] if on_gpu else []),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # float32 means float32, on every path
     ):
-        return _measure(
-            run, others, Settings(device, torch.float32, seconds=seconds, min_runs=min_runs), backends, same
-        )
+        settings = Settings(device, torch.float32, seconds=seconds, min_runs=min_runs)
+        return _measure(run, others, settings, backends, same)
 
 
 def _checked(
@@ -102,10 +100,9 @@ def _checked(
     known = ("triton", "eager", "reference")
     if backends is not None and (isinstance(backends, str) or not backends or not set(backends) <= set(known)):
         raise ValueError(f"backends must be some of {', '.join(known)}, got {backends!r}")
-    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-        raise ValueError(f"seconds must be a number of at least 0, got {seconds!r}")
-    if isinstance(min_runs, bool) or not isinstance(min_runs, int) or min_runs < 1:
-        raise ValueError(f"min_runs must be an integer of at least 1, got {min_runs!r}")
+    for name, value, kind in (("seconds", seconds, Number(at_least=0)), ("min_runs", min_runs, positive)):
+        if not kind.holds(value):
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
     return others
 
 
@@ -116,14 +113,6 @@ def _name(function: Function) -> str:
     return "function" if name == "<lambda>" else name
 
 
-def _weights(function: Function) -> list[nn.Parameter]:
-    return list(function.parameters()) if isinstance(function, nn.Module) else []
-
-
-def _tensors(structure: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
-
-
 def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
     kinds = [tensor.dtype for tensor in tensors if tensor.dtype in tolerances.GRADIENT]
     return max(kinds, key=tolerances.GRADIENT.__getitem__)
@@ -131,20 +120,20 @@ def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def _device(function: Function, given: Any) -> torch.device:
     """Where everything runs. ValueError where that is nowhere, or more than one place."""
-    tensors = _tensors(given)
+    tensors = tensors_in(given)
     if not tensors:
-        raise ValueError("inputs must hold a tensor, there is none")
-    devices = sorted({str(tensor.device) for tensor in (*tensors, *_weights(function))})
+        raise ValueError("inputs must hold a tensor, and they hold none")
+    devices = sorted({str(tensor.device) for tensor in (*tensors, *weights_of(function))})
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"inputs and weights must be on one device that computes, they are on {', '.join(devices)}")
-    if not any(tensor.dtype in tolerances.GRADIENT for tensor in (*tensors, *_weights(function))):
-        raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, there is none")
+    if not any(tensor.dtype in tolerances.GRADIENT for tensor in (*tensors, *weights_of(function))):
+        raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, and they hold none")
     return tensors[0].device
 
 
 def _detached(structure: Any, gradients: bool) -> Any:
     """The same tensors, apart from whatever computed them; ``gradients`` has all require them where none does."""
-    every = gradients and not any(tensor.requires_grad for tensor in _tensors(structure))
+    every = gradients and not any(tensor.requires_grad for tensor in tensors_in(structure))
 
     def detached(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -155,52 +144,14 @@ def _detached(structure: Any, gradients: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _restored(modules: nn.ModuleList) -> Iterator[None]:
-    """Buffers, of which batch norms change theirs while they are timed, are afterwards what they were."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in modules.buffers()]
+def _restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Buffers are afterwards what they were: batch norms change theirs while they are timed."""
+    kept = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
     try:
         yield
     finally:
         for buffer, value in kept:
             buffer.data.copy_(value)
-
-
-class _Pass:
-    """One function of the inputs, called for its outputs, or for these and the gradients."""
-
-    def __init__(self, function: Function, inputs: Any, options: Any, backward: bool, modules: nn.ModuleList) -> None:
-        self.function, self.inputs, self.options, self.backward = function, inputs, options, backward
-        self.modules = modules  # of all contenders: one may call another
-        given, weights = _tensors((inputs, options)), _weights(function)
-        self.tensors = [*{id(tensor): tensor for tensor in (*given, *weights)}.values()]
-        self.leaves, self.weights = ([t for t in found if t.requires_grad] for found in (given, weights))
-        self.gradients: list[Tensor] = []
-
-    def __call__(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The outputs with the inputs' gradients, and the weights' gradients."""
-        with torch.set_grad_enabled(self.backward):
-            outputs = [t for t in _tensors(self.function(*self.inputs, **self.options)) if t.is_floating_point()]
-        if not outputs:
-            raise ValueError("function must return a floating-point tensor, or a structure that holds one")
-        results = [output.detach() for output in outputs]
-        if not self.backward:
-            return results, []
-        reached = [output for output in outputs if output.requires_grad]
-        wanted = [*self.leaves, *self.weights]
-        if not reached or not wanted:
-            raise ValueError("backward needs an input or a weight that the output's gradient reaches, there is none")
-        if not self.gradients:
-            random = torch.Generator().manual_seed(1)
-            self.gradients = [torch.randn(out.shape, generator=random).to(out) for out in reached]
-        gradients: Any = torch.autograd.grad(reached, wanted, self.gradients, allow_unused=True, materialize_grads=True)
-        return [*results, *gradients[: len(self.leaves)]], list(gradients[len(self.leaves) :])
-
-    def checked(self) -> list[Tensor]:
-        """For comparing: the same random numbers and statistics every time, the weights' gradients as one vector."""
-        torch.manual_seed(0)
-        with batch_norms_held(self.modules):
-            results, gradients = self()
-        return [*results, torch.cat([g.flatten() for g in gradients])] if gradients else results
 
 
 class _Operations(TorchDispatchMode):
@@ -222,7 +173,7 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> tuple[dict[str, str], int]:
+def _paths(run: Pass, device: torch.device, backends: Sequence[str] | None) -> tuple[dict[str, str], int]:
     """Name -> backend of those that run here and differ in what they run; the naive path is the last.
 
     And how many operations the first of them does, as far as PyTorch's counter knows.
@@ -241,7 +192,7 @@ def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> 
             continue
         operations = _Operations()
         with operations:
-            on_backend(backend, run.checked)()
+            run.on(backend).checked()
         ran[NAIVE if backend == "reference" else backend] = operations
     later = {tuple(operations.names): name for name, operations in ran.items()}  # the last of those that are alike
     found = {name: "reference" if name == NAIVE else name for name in ran if name in later.values()}
@@ -250,8 +201,8 @@ def _paths(run: _Pass, device: torch.device, backends: Sequence[str] | None) -> 
     return found, next(iter(ran.values())).count
 
 
-def _exact(run: _Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """On the naive path, in float32 where the precision is less; ``naive`` where the function knows no other."""
+def _exact(run: Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """On the naive path, in float32 where the precision is less; ``naive`` where the function takes no other."""
 
     def upcast(leaf: Any) -> Any:
         half = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 4
@@ -259,61 +210,56 @@ def _exact(run: _Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
     with contextlib.suppress(RuntimeError, TypeError, ValueError):
         if dtype.itemsize < 4:
-            function, modules = run.function, run.modules
+            function, held = run.function, run.held
             if isinstance(function, nn.Module):
                 function = copy.deepcopy(function).float()
-                modules = nn.ModuleList([function])
+                held = [function]
             inputs, options = tree_map(upcast, (run.inputs, run.options))
-            return on_backend("reference", _Pass(function, inputs, options, run.backward, modules).checked)()
+            exact = Pass(function, inputs, options, backward=run.backward, backend="reference", held=held)
+            return exact.checked()
     return naive
 
 
 def _measure(
-    run: _Pass, others: dict[str, Function], settings: Settings, backends: Sequence[str] | None, same: bool
+    run: Pass, others: dict[str, Function], settings: Settings, backends: Sequence[str] | None, same: bool
 ) -> Contest:
     device = settings.device
-    naive = on_backend("reference", run.checked)()
+    naive = run.on("reference").checked()
     paths, operations = _paths(run, device, backends)
     dtype = _least_precise([*run.tensors, *naive])
-    what, tolerance = (
-        ("outputs and gradients", tolerances.MODEL_GRADIENT) if run.backward else ("outputs", tolerances.LOGITS)
-    )
+    what, tolerance = "outputs", tolerances.LOGITS
+    if run.backward:
+        what, tolerance = "outputs and gradients", tolerances.MODEL_GRADIENT
     expected = _exact(run, naive, dtype)
     if dtype == torch.float64:
         tolerance = tolerances.FOREIGN_FLOAT64
     elif dtype != torch.float32:  # the function rounds at every step: it says itself how much
         tolerance = max(tolerances.GRADIENT[dtype], tolerances.OTHER_PRECISION * largest_error(naive, expected))
+    kinds = {name: NAIVE if backend == "reference" else "ours" for name, backend in paths.items()}
+    calls: dict[str, Pass] = {name: run.on(backend) for name, backend in paths.items()}
     errors: dict[str, float | None] = {}
-    calls: dict[str, Callable[[], object]] = {}
-    for name, backend in paths.items():
-        error = largest_error(on_backend(backend, run.checked)(), expected)
-        errors[name] = check(error, tolerance, f"{what} on {name}")["relative_error"]
-        calls[name] = on_backend(backend, run)
+    for name, call in calls.items():
+        errors[name] = check(largest_error(call.checked(), expected), tolerance, f"{what} on {name}")["relative_error"]
     # Another module may have other weights, so that only outputs and the inputs' gradients can be the same.
     expected = expected[: len(expected) - bool(run.backward and run.weights)]
     left_out: list[dict[str, Any]] = []
-    kinds = {name: NAIVE if backend == "reference" else "ours" for name, backend in paths.items()}
     for name, other in others.items():
-        kinds[name] = "compiled" if name == "compiled" else "peer"
-        backend = "reference" if name == "compiled" else "auto"
-        contender = _Pass(other, run.inputs, run.options, run.backward, run.modules)
+        kinds[name], backend = ("compiled", "reference") if name == "compiled" else ("peer", "auto")
+        call = Pass(other, run.inputs, run.options, backward=run.backward, backend=backend, held=run.held)
         try:
-            found = on_backend(backend, contender.checked)()
-            errors[name] = None
+            found, errors[name] = call.checked()[: len(expected)], None
             if same or name == "compiled":
-                error = largest_error(found[: len(expected)], expected)
-                errors[name] = check(error, tolerance, what)["relative_error"]
-            calls[name] = on_backend(backend, contender)
+                errors[name] = check(largest_error(found, expected), tolerance, what)["relative_error"]
+            calls[name] = call
         except Exception as error:  # another's function, or a compiler that gives up: one contender less
-            row = {"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)}
-            left_out.append(row)
+            left_out.append({"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)})
     outputs = naive[: len(expected) - (len(run.leaves) if run.backward else 0)]
-    floor_bytes = least_bytes(_nbytes(run.tensors), _nbytes(outputs), backward=run.backward)
+    read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (run.tensors, outputs))
+    floor_bytes = least_bytes(read, written, backward=run.backward)
     del expected, naive, outputs
 
-    # A copy of this size, not of a large one: small tensors stay in caches, and so does a copy of them.
-    speed = timing.copy_bandwidth(device, size=max(4, floor_bytes // 2), seconds=settings.seconds / 4)
-    floor_ms, busy = 1000 * floor_bytes / speed, report.OtherWork()
+    floor_ms = timing.copy_milliseconds(device, floor_bytes, seconds=settings.seconds / 4)
+    busy = report.other_work()
     times, baseline = time_and_memory(calls, settings), [*paths][-1]
     timed = []
     for name, found in times.items():
@@ -321,7 +267,7 @@ def _measure(
         row = {"name": name, "kind": kinds[name], "status": "ok", "relative_error": errors[name]}
         timed.append({**row, **found, **ratios})
     machine = timing.describe_machine(device)
-    warnings = report.busy(busy.cores(), machine["cpu_count"]), report.unsteady([[found] for found in times.values()])
+    warnings = report.busy(busy(), machine["cpu_count"]), report.unsteady([[found] for found in times.values()])
     return Contest(
         title=_name(run.function),
         backward=run.backward,
@@ -335,7 +281,3 @@ def _measure(
         machine=machine,
         warnings=[warning for warning in warnings if warning],
     )
-
-
-def _nbytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

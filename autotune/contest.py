@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from autotune import plots
+from autotune.passes import PASSES
 from autotune.tables import Found, Table, megabytes, number, percent, spread, times
 
 NAIVE = "naive"  # the row of the naive path
@@ -55,7 +56,7 @@ class Contest(Found):
 
     @property
     def heading(self) -> str:
-        return f"{self.title}, {'forward+backward' if self.backward else 'forward'}, {self.dtype}"
+        return f"{self.title}, {PASSES[self.backward]}, {self.dtype}"
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,7 +85,7 @@ class Contest(Found):
         rows = self.timed
         with plots.style():
             panels = 1 if None in [row["peak_bytes"] for row in rows] else 2
-            figure, axes = plots.new_figure(4.5 + 3 * panels, 1.8 + 0.45 * len(rows), panels)
+            figure, (axes,) = plots.grid(1, panels, 4.5 + 3 * panels, 1.8 + 0.45 * len(rows))
             for position, row in enumerate(rows):
                 around = [[row["p50_ms"] - row["p20_ms"]], [row["p80_ms"] - row["p50_ms"]]]
                 colour = plots.COLOURS[row["kind"]]

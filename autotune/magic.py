@@ -11,7 +11,7 @@ from IPython.core.magic import Magics, line_magic, magics_class
 from autotune.contenders import compare
 from autotune.contest import Contest
 
-OPTIONS = {"backward": None, "compiled": None, "different": None, "against": "NAME", "seconds": "S"}
+FLAGS, VALUES = ("backward", "compiled", "different"), ("against", "seconds")
 
 
 @magics_class
@@ -33,14 +33,12 @@ class ProfileMagics(Magics):
         while line.startswith("--"):
             option, _, line = line.partition(" ")
             name, _, value = option[2:].partition("=")
-            if name not in OPTIONS or bool(value) != (OPTIONS[name] is not None):
-                known = ", ".join(f"--{name}" for name in OPTIONS)
+            if name not in (VALUES if value else FLAGS):
+                known = ", ".join(f"--{name}" for name in (*FLAGS, *VALUES))
                 raise UsageError(f"%profile knows the options {known}, and not {option}; see %profile?")
-            if value:
-                chosen[name] = self.shell.ev(value)
-            else:
-                chosen |= {"same": False} if name == "different" else {name: True}
+            chosen[name] = self.shell.ev(value) if value else True
             line = line.strip()
+        chosen["same"] = not chosen.pop("different", False)
         function, inputs, keywords = self._taken_apart(line)
         return compare(function, *inputs, **chosen, **keywords)
 

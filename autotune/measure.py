@@ -24,7 +24,7 @@ class DisagreementError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, for a cell of a table: a disagreement speaks for itself, others with their type."""
+    """The first line of an error, for a cell of a table; with its type, except for a disagreement."""
     text = str(error) if isinstance(error, DisagreementError) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0]
 
@@ -75,7 +75,7 @@ def check(error: float, tolerance: float, what: str) -> dict[str, float]:
 
 
 def leave_out(calls: dict[str, Call], expected: list[Tensor], tolerance: float, what: str) -> dict[str, str]:
-    """Take those but ``ours`` out of ``calls`` that fail or compute something else: name -> reason."""
+    """Remove from ``calls`` all but ``ours`` that fail or compute something else, and return name -> reason."""
     reasons = {}
     for name in [name for name in calls if name != "ours"]:
         try:

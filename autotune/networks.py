@@ -1,82 +1,28 @@
-"""A model against itself on the naive path, and against what a compiler makes of it.
+"""Models that are measured, what they see, and how: against the naive path, and what a compiler makes of them.
 
 Both paths must agree in float32; in another precision, which rounds at every layer, ours may round as much as naive's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+import models
 from autotune import timing
-from autotune.measure import (
-    Call,
-    Settings,
-    check,
-    in_turns,
-    largest_error,
-    leave_out,
-    on_backend,
-    ratios,
-    time_and_memory,
-)
+from autotune.measure import Settings, check, in_turns, largest_error, one_line, ratios, time_and_memory
+from autotune.passes import Pass, batch_norms_held
+from autotune.workloads import Size
 from kernels import tolerances
+from models._contract import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:  # a GPU machine measures without a photograph
+    from PIL import Image
 
 CHECKED_BATCH = 2  # images with which a model is checked
-
-
-@contextlib.contextmanager
-def batch_norms_held(model: nn.Module) -> Iterator[None]:
-    """Batch norms use their running statistics inside, for comparing gradients.
-
-    With the batch's own statistics a random model amplifies rounding: RedNet-26's float32 gradients are then up to
-    1e-2 from the float64 ones on either path, and 6e-5 when held; in float64 the paths agree to 1e-12 either way.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
-    for norm in norms:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
-
-
-def model_pass(model: nn.Module, images: Tensor, *, training: bool) -> Call:
-    """A call that returns the logits; of ``training`` the loss and every parameter's gradient, without an optimiser."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def inference() -> list[Tensor]:
-        with torch.no_grad():
-            return _floating(model(images))
-
-    def forward_backward() -> list[Tensor]:
-        with torch.enable_grad():
-            loss = torch.stack([out.float().square().mean() for out in _floating(model(images))]).sum()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
-
-    return forward_backward if training else inference
-
-
-def _floating(output: Any) -> list[Tensor]:
-    """A model's outputs but for integer ones: logits, a dict of logits, or logits and the box of mixed tokens."""
-    if isinstance(output, Tensor):
-        return [output]
-    return [value for value in (output.values() if isinstance(output, dict) else output) if value.is_floating_point()]
-
-
-def _joined(call: Call) -> list[Tensor]:
-    """Outputs as they are, many gradients as one vector: single ones may be all but zero, and their ratio noise."""
-    torch.manual_seed(0)  # drops and mixes the same every time
-    first, *others = call()
-    return [first, torch.cat([gradient.flatten() for gradient in others])] if others else [first]
 
 
 def _agreement(model: nn.Module, images: Tensor, settings: Settings, training: bool) -> dict[str, float]:
@@ -84,14 +30,13 @@ def _agreement(model: nn.Module, images: Tensor, settings: Settings, training: b
 
     ``rounding`` is how far two paths may be from each other as they are timed.
     """
-    tolerance, what = (
-        (tolerances.MODEL_GRADIENT, "loss and gradients") if training else (tolerances.LOGITS, "logits")
-    )  # fmt: skip
+    tolerance = tolerances.MODEL_GRADIENT if training else tolerances.LOGITS
+    what = "logits and gradients" if training else "logits"
 
     def results(backend: str, model: nn.Module, images: Tensor) -> list[Tensor]:
-        return on_backend(backend, _joined)(model_pass(model, images, training=training))
+        return Pass(model, [images], backward=training, backend=backend, held=[model], squared=True).checked()
 
-    with batch_norms_held(model), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ours, naive = (results(backend, model, images) for backend in (settings.backend, "reference"))
         if training:  # two paths cannot agree better than either agrees with the exact gradients
             exact = results("reference", copy.deepcopy(model).double(), images.double())
@@ -124,43 +69,48 @@ def measure_model(
     A contender that cannot run is left out with the reason. ``compiled``: what the compiler makes of the model takes
     part; for ``latency`` as CUDA graphs on a GPU, where launching hundreds of small kernels one by one takes longer
     than running them. ``peer``, another network on the same images, is timed beside it, and compiled where ours is.
+    ``training``: the gradients of all weights as well, without an optimiser.
 
     Raises:
         DisagreementError: our logits or gradients are not those of the naive path; nothing was timed then.
     """
     model.train(training)
     agreement = {} if settings.compile_only else _agreement(model, images[:CHECKED_BATCH], settings, training)
-    timed, timed_images = model.to(settings.dtype), images.to(settings.dtype)
-    one_pass = model_pass(timed, timed_images, training=training)
-    calls = {"ours": on_backend(settings.backend, one_pass), "naive": on_backend("reference", one_pass)}
+    timed, inputs = model.to(settings.dtype), [images.to(settings.dtype)]
+
+    def one_pass(module: Any, backend: str = settings.backend) -> Pass:
+        return Pass(module, inputs, backward=training, backend=backend, squared=True)
+
+    calls = {"ours": one_pass(timed), "naive": one_pass(timed, "reference")}
     modules: dict[str, Any] = {"compiled": timed}
     if peer is not None:
         modules["peer_compiled"] = peer.to(settings.dtype)
-        calls["peer"] = model_pass(peer, timed_images, training=training)
+        calls["peer"] = one_pass(peer)
     if compiled and settings.compiler is not None:
         mode = "reduce-overhead" if latency and settings.compiler == "inductor" else None
         for name, module in modules.items():
-            module: Any = torch.compile(module, dynamic=False, backend=settings.compiler, mode=mode)
-            calls[name] = on_backend(settings.backend, model_pass(module, timed_images, training=training))
+            calls[name] = one_pass(torch.compile(module, dynamic=False, backend=settings.compiler, mode=mode))
     if settings.compile_only:
         for name in modules.keys() & calls.keys():
             calls[name]()
         return {}
     # Two results in the timed precision, each that far from the exact one, and some room for another batch.
     bound = 4 * max(agreement["rounding"], agreement["tolerance"])
+    left_out: dict[str, str] = {}
 
-    def judged(name: str, original: str = "ours") -> dict[str, str]:
-        if name not in calls:
-            return {}
-        pair: dict[str, Call] = {"ours": functools.partial(_joined, calls[original])}
-        pair[name] = functools.partial(_joined, calls[name])
-        reasons = leave_out(pair, pair["ours"](), bound, "logits or gradients")
-        return {name: reason for name, reason in reasons.items() if calls.pop(name)}
+    def judge(name: str, original: str = "ours") -> None:
+        if name in calls:
+            try:
+                check(largest_error(calls[name].checked(), calls[original].checked()), bound, "logits or gradients")
+            except Exception as error:  # out of memory, a compiler that gives up: one contender less
+                left_out[name] = one_line(error)
+                del calls[name]
 
-    with batch_norms_held(timed):
-        left_out = judged("naive")
+    with batch_norms_held([timed]):
+        judge("naive")
     # Not with batch norms held, for which they would be compiled again.
-    left_out |= judged("compiled") | judged("peer_compiled", "peer")
+    judge("compiled")
+    judge("peer_compiled", "peer")
     found = time_and_memory(calls, settings, in_turns if settings.thorough else timing.measure)
     for times in found.values():
         times["images_per_second"] = 1000 * images.shape[0] / times["p50_ms"]
@@ -168,3 +118,66 @@ def measure_model(
     if {"compiled", "peer_compiled"} <= found.keys():  # like with like
         speed_up["peer_compiled"] = found["peer_compiled"]["p50_ms"] / found["compiled"]["p50_ms"]
     return {**agreement, "contenders": found, "left_out": left_out, "speed_up": speed_up}
+
+
+def photograph() -> Image.Image:
+    """The portrait of Grace Hopper that matplotlib ships, in RGB."""
+    from matplotlib.cbook import get_sample_data
+
+    from models.commands.images import read_image
+
+    return read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The photograph resized and centre-cropped to (height, width), ImageNet-normalised, repeated: [B, 3, H, W]."""
+    from models.commands.images import Preprocessing
+
+    prepared = Preprocessing(size, 1.0, "bicubic", IMAGENET_MEAN, IMAGENET_STD)(photo)
+    return prepared.repeat(batch, 1, 1, 1).to(device=device, dtype=dtype)
+
+
+def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
+    """A model with random weights of which none is zero.
+
+    Initialisations start some weights at zero (the last batch norm of a RedNet block, position biases), which would
+    leave their branches, and any mistake inside them, out of the output.
+    """
+    torch.manual_seed(seed)
+    model = models.create_model(name, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.3)
+    return model
+
+
+@torch.no_grad()
+def settled_model(name: str, images: Tensor, seed: int = 0, **arguments: Any) -> nn.Module:
+    """A random model, in evaluation mode, whose batch norms have the statistics of ``images`` (several pixels per map).
+
+    Activations then keep their size from layer to layer, as in a trained model. Fresh batch norms normalise nothing: an
+    involution squares its input, and in RedNet-50 activations overflow.
+    """
+    model = random_model(name, seed, **arguments).eval()
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+        norm.train()
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    return model
+
+
+def random_images(batch: int, size: Size, seed: int = 0) -> Tensor:
+    """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def photograph_model(name: str, photo: Image.Image) -> nn.Module:
+    """A random model for a photograph at any size."""
+    return settled_model(name, image_batch(photo, (224, 224), 1, torch.float32, torch.device("cpu")))

@@ -1,6 +1,6 @@
 """An operator against its alternatives: the definition, which unfolds, the same compiled, and the hardware's limit.
 
-It is held against its definition in float32 (float64 in float64), so that the bound is on our rounding alone.
+It is compared with its definition in float32 (float64 in float64), so that the bound is on our rounding alone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from autotune.measure import (
     ratios,
     time_and_memory,
 )
+from autotune.passes import PASSES
 from autotune.workloads import Inputs, Workload
 from kernels import tolerances
 
-PASSES = ("forward", "forward+backward")
 # A call shorter than this may be bound by its launches, and is timed in a CUDA graph as well: an eager backward
 # pass takes the host milliseconds.
 GRAPH_BELOW_MS = 10.0
@@ -71,14 +71,12 @@ UNFUSED: dict[str, Callable[..., Tensor]] = {"contmix2d": contmix_chain, "involu
 def naive_bytes(workload: Workload, dtype: torch.dtype, *, backward: bool) -> int:
     """Estimate of what the naive path allocates: the unfolded neighbourhoods and their product with the kernel.
 
-    Both have an entry for every multiply-add, but outlook attention's, whose K² weights a source share one neighbour.
-    A backward pass keeps them and adds their gradients. The reference in float32 and its inputs come on top.
+    Both have an entry per multiply-add, or in outlook attention per K² of them, which share a neighbour. A backward
+    pass keeps them and adds their gradients. The reference in float32 and its inputs come on top.
     """
-    if workload.operator == "depthwise_conv2d":
-        entries = 0
-    else:
-        weights = workload.options["kernel_size"] ** 2 if workload.operator == "outlook_attention2d" else 1
-        entries = workload.multiply_adds // weights
+    entries = 0 if workload.operator == "depthwise_conv2d" else workload.multiply_adds
+    if workload.operator == "outlook_attention2d":
+        entries //= workload.options["kernel_size"] ** 2
     working = 2 * entries * (2 if backward else 1)
     return max(dtype.itemsize, 4) * working + 2 * workload.floor_bytes(torch.float32, backward=backward)
 
@@ -121,7 +119,7 @@ def contenders(workload: Workload, inputs: Inputs, gradient: Tensor | None, sett
 def measure_operator(workload: Workload, settings: Settings, *, backward: bool = False) -> dict[str, Any]:
     """Check every contender, then time it. A contender that cannot run, or disagrees, is left out with the reason.
 
-    Where the definition does not fit in the GPU's memory, ours is held against the eager path, in float32 as well.
+    Where the definition does not fit in the GPU's memory, ours is compared with the eager path, also in float32.
 
     Raises:
         DisagreementError: our output or a gradient is not that of the definition; nothing was timed then.
@@ -155,10 +153,7 @@ def measure_operator(workload: Workload, settings: Settings, *, backward: bool =
 
 
 def operator_cases(
-    found: Sequence[Workload],
-    settings: Settings,
-    passes: Sequence[str],
-    finish: Callable[..., Any] = lambda found: found,
+    found: Sequence[Workload], settings: Settings, passes: Sequence[str], finish: Callable[..., Any] = dict
 ) -> list[Case]:
     """A row for each workload and pass; ``finish`` makes it of what was measured."""
 

@@ -59,12 +59,14 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(STYLE)
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure, in inches, with ``columns`` axes side by side; it belongs to no window and needs no closing."""
+def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure of ``width`` × ``height`` inches with its rows × columns axes, to be made inside ``style()``.
+
+    It belongs to no window and needs no closing.
+    """
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False)
-    return figure, list(axes[0])
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def describe(figure: Figure, title: str, device: str) -> None:
@@ -82,14 +84,6 @@ def describe(figure: Figure, title: str, device: str) -> None:
         if any(box.overlaps(legend) for legend in legends):
             text.set_text(apart.format(text.get_text()))
         text.set_fontsize(min(size, size * 0.98 * figure.bbox.width / box.width))
-
-
-def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A figure of ``width`` × ``height`` inches in the common style, with its rows × columns axes; call inside
-    ``style()``."""
-    figure, _ = new_figure(width, height)
-    figure.clear()
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def finish(figure: Figure, title: str, device: str) -> Figure:
@@ -141,7 +135,8 @@ def comparison_figure(
     lines = panels[0][2]
     positions, group_starts = _positions(lines)
     with style():
-        figure, axes = new_figure(max(9.0, 3.6 + 3.2 * len(panels)), 1.7 + 0.27 * (positions[-1] + 1), len(panels))
+        height = 1.7 + 0.27 * (positions[-1] + 1)
+        figure, ((*axes,),) = grid(1, len(panels), max(9.0, 3.6 + 3.2 * len(panels)), height)
         for axis, (heading, quantity, comparisons) in zip(axes, panels, strict=True):
             _draw_panel(axis, positions, comparisons)
             axis.set_title(heading)

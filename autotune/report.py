@@ -7,13 +7,16 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
 
 from autotune import plots
+from autotune.cases import row_name
 from autotune.tables import Table, megabytes, number, percent, spread, times
 
 Row = dict[str, Any]
@@ -61,7 +64,17 @@ def _cells(row: Row) -> list[str]:
     return [*cells, times(row["speed_up"]), *peaks, percent(row["floor"]["fraction"]) if "floor" in row else "–"]
 
 
-def _cpu_seconds() -> tuple[float, float, float] | None:
+def show(record: Row, console: Console) -> None:
+    """The table, what speaks against its times, and what failed."""
+    table(record).show(console)
+    for warning in warnings(record):
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    for row in record["rows"]:
+        if row["status"] != "ok":
+            console.print(f"[red]failed[/] {escape(row_name(row) + ': ' + row['message'])}", soft_wrap=True)
+
+
+def _cpu_seconds() -> tuple[float, ...] | None:
     """Seconds: by the clock, of work on all cores of the machine, and of this process's own. None where unknown."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
@@ -72,19 +85,21 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
 
-class OtherWork:
-    """How busy the machine is with something else, from now on."""
+def other_work() -> Callable[[], float | None]:
+    """How busy the machine is with something else from now on: a call of the result tells.
 
-    def __init__(self) -> None:
-        self._start = _cpu_seconds()
+    It gives the cores that other processes (and other guests of a virtual machine's host) kept busy, on average.
+    """
+    start = _cpu_seconds()
 
-    def cores(self) -> float | None:
-        """Cores that other processes (and other guests of a virtual machine's host) kept busy until now, on average."""
+    def cores() -> float | None:
         now = _cpu_seconds()
-        if self._start is None or now is None:
+        if start is None or now is None:
             return None
-        clock, work, own = (after - before for before, after in zip(self._start, now, strict=True))
+        clock, work, own = (after - before for before, after in zip(start, now, strict=True))
         return max(0.0, (work - own) / clock) if clock > 0 else None
+
+    return cores
 
 
 def busy(cores: float | None, cpu_count: int | None) -> str | None:
@@ -128,29 +143,18 @@ def figures(record: Row) -> dict[str, Figure]:
         (kind, [row for row in operators if row["pass"] == kind and counts[row["name"]] == len(passes)])
         for kind in passes
     ]
-    other, batch = "naive (depthwise: PyTorch's)", record["settings"]["batch"]
-    plans = {
-        "profile_operators.png": (
-            "Operators: time of a call",
-            other,
-            [(kind, "time, ms", _times(found)) for kind, found in by_pass],
-        ),
-        "profile_memory.png": (
-            "Operators: peak memory of a call, beyond its inputs",
-            other,
-            [(kind, "peak memory, MB", _memories(found)) for kind, found in by_pass],
-        ),
-        "profile_models.png": (
-            "Models on a photograph (random weights)",
-            "naive",
-            [
-                ("time of an image", "time, ms", _times(models, batch)),
-                ("peak memory", "beyond weights and images, MB", _memories(models)),
-            ],
-        ),
-    }
+    times = [(kind, "time, ms", _times(found)) for kind, found in by_pass]
+    memories = [(kind, "peak memory, MB", _memories(found)) for kind, found in by_pass]
+    both = [("time of an image", "time, ms", _times(models, record["settings"]["batch"]))]
+    both.append(("peak memory", "beyond weights and images, MB", _memories(models)))
+    other = "naive (depthwise: PyTorch's)"
+    plans = [
+        ("profile_operators.png", "Operators: time of a call", other, times),
+        ("profile_memory.png", "Operators: peak memory of a call, beyond its inputs", other, memories),
+        ("profile_models.png", "Models on a photograph (random weights)", "naive", both),
+    ]
     drawn = {}
-    for file, (title, contender, panels) in plans.items():
+    for file, title, contender, panels in plans:
         if panels := [panel for panel in panels if panel[2]]:
             drawn[file] = plots.comparison_figure(panels, title=title, contender=contender, device=_setting(record))
     return drawn
@@ -177,25 +181,21 @@ def _memories(rows: Sequence[Row]) -> list[plots.Comparison]:
 # ---- against an earlier run
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['name']} {row['pass']}"
-
-
 def earlier_rows(path: Path, record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Row]:
     """Name -> row of an earlier profile.json, of the lines that were timed.
 
     Raises:
-        ValueError: the file is no profile.json, was measured in another way than ``record`` will be, or has none of
-            the lines ``names``.
+        ValueError: the file cannot be read as a profile.json, was measured in another way than ``record`` will be, or
+            has none of the lines ``names``.
     """
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        rows = {_name(row): row for row in earlier["rows"] if row["status"] == "ok" and row["ours"]["p20_ms"] >= 0}
+        rows = {row_name(row): row for row in earlier["rows"] if row["status"] == "ok" and row["ours"]["p20_ms"] >= 0}
         facts = [("device", earlier["machine"]["device"], record["machine"]["device"])]
         settings = earlier["settings"], record["settings"]
         facts += [(name, *(setting[name] for setting in settings)) for name in ("dtype", "batch", "implementation")]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is none"
+        reason = error.strerror if isinstance(error, OSError) else "it is something else"
         raise ValueError(f"--against must be a profile.json that can be read, {path} cannot: {reason}") from None
     for name, then, now in facts:
         if then != now:
@@ -213,19 +213,17 @@ def differences(rows: Sequence[Row], earlier: Mapping[str, Row], threshold: floa
     """
     found = []
     for row in rows:
-        before = earlier.get(_name(row))
+        before = earlier.get(row_name(row))
         if row["status"] != "ok" or before is None:
             continue
-        then, now = before["ours"], row["ours"]
+        then, now = ({f"p{n}": run["ours"][f"p{n}_ms"] for n in (20, 50, 80)} for run in (before, row))
         verdict = "same"
-        if now["p50_ms"] > then["p50_ms"] * (1 + threshold) and now["p20_ms"] > then["p80_ms"]:
-            verdict = "slower"
-        elif then["p50_ms"] > now["p50_ms"] * (1 + threshold) and then["p20_ms"] > now["p80_ms"]:
-            verdict = "faster"
+        for word, slow, fast in (("slower", now, then), ("faster", then, now)):
+            if slow["p50"] > fast["p50"] * (1 + threshold) and slow["p20"] > fast["p80"]:
+                verdict = word
         change, control = (row[path]["p50_ms"] / before[path]["p50_ms"] - 1 for path in PATHS)
-        spans = [{f"p{n}": run[f"p{n}_ms"] for n in (20, 50, 80)} for run in (then, now)]
-        found.append({"name": _name(row), "then": spans[0], "now": spans[1], "change": change, "control": control,
-                      "verdict": verdict})  # fmt: skip
+        facts = {"name": row_name(row), "then": then, "now": now, "change": change, "control": control}
+        found.append(facts | {"verdict": verdict})
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from autotune.ceilings import matmul_rate
 from autotune.contest import NAIVE, Contest
 from autotune.measure import Settings
 from autotune.operators import measure_operator
+from autotune.passes import PASSES
 from autotune.sweeps import Sweep
 
 CACHED_BYTES = (2**18, 2**20, 2**22)  # of a tensor
@@ -40,24 +40,18 @@ class Ceilings(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One operator at one shape: what it must move and do, and both paths' seconds (None: not measured)."""
+    """One operator at one shape: what it must move and do, and the seconds of the paths that were measured."""
 
     operator: str
     shape: str
     floor_bytes: int
     operations: int
-    ours_seconds: float
-    naive_seconds: float | None
+    seconds: dict[str, float]  # of "ours" and, where it was measured, of "naive"
 
     @property
     def intensity(self) -> float:
         """Operations per byte that must be moved."""
         return self.operations / self.floor_bytes
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Of the paths that were measured."""
-        return {"ours": self.ours_seconds} | ({"naive": self.naive_seconds} if self.naive_seconds else {})
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -74,22 +68,22 @@ def from_row(row: Mapping[str, Any]) -> Measured:
 
     A call that was captured as a CUDA graph has the graph's time: the host that launches it has no part in a roofline.
     """
-    seconds = {name: found["p50_ms"] / 1000 for name, found in row.get("graph", row["contenders"]).items()}
-    shape, floor = f"{row['model']} {row['shape']}", row["floor"]
-    return Measured(row["operator"], shape, floor["bytes"], floor["operations"], seconds["ours"], seconds.get("naive"))
+    found, floor = row.get("graph", row["contenders"]), row["floor"]
+    seconds = {path: found[path]["p50_ms"] / 1000 for path in ("ours", "naive") if path in found}
+    return Measured(row["operator"], f"{row['model']} {row['shape']}", floor["bytes"], floor["operations"], seconds)
 
 
 def measure_operators(
-    device: torch.device, dtype: torch.dtype, ceilings: Ceilings, operators: Sequence[str] | None = None
+    device: torch.device, dtype: torch.dtype, ceilings: Ceilings, operators: Sequence[str]
 ) -> list[Measured]:
-    """Operators at the models' shapes, forward, by default all; in batches of 4 on a CPU and of 128 on a GPU."""
+    """Operators at the models' shapes, forward; in batches of 4 on a CPU and of 128 on a GPU."""
     on_gpu = device.type == "cuda"
     settings = Settings(device, dtype, seconds=0.5 if on_gpu else 0.1, min_runs=3)
     settings.ceilings["copy_bytes_per_second"] = ceilings.bytes_per_second
     return [
         from_row(workload.facts | measure_operator(workload, settings))
         for workload in workloads.operator_workloads(128 if on_gpu else 4)
-        if operators is None or workload.operator in operators
+        if workload.operator in operators
     ]
 
 
@@ -101,7 +95,7 @@ def roofline(*what: Contest | Sweep | str) -> Figure:
             operators, which are measured at the models' shapes; without any, every operator that the models call.
 
     Raises:
-        TypeError, ValueError: one of them is nothing of the kind; nothing was measured then.
+        TypeError, ValueError: one of them is something else; nothing was measured then.
     """
     known = list(dict.fromkeys(workload.operator for workload in workloads.operator_workloads(1)))
     results: list[Contest | Sweep] = []
@@ -122,53 +116,31 @@ def roofline(*what: Contest | Sweep | str) -> Figure:
         ((kind, name, threads),) = places
         place, dtype = torch.empty(0, device=kind).device, getattr(torch, name)
     measured = [entry for result in results for entry in _of_result(result)]
-    with _threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
         ceilings = measure_ceilings(place, dtype)
         if names := [entry for entry in what if isinstance(entry, str)] or ([] if results else known):
             measured += measure_operators(place, dtype, ceilings, names)
         label = f"{timing.device_name(place)} · {str(dtype).removeprefix('torch.')}"
+    finally:
+        torch.set_num_threads(before)
     return roofline_figure(measured, ceilings, label)
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _of_result(result: Contest | Sweep) -> list[Measured]:
+def _of_result(result: Contest | Sweep) -> Iterator[Measured]:
     if isinstance(result, Sweep):
-        return [
-            Measured(
-                result.operator,
-                f"{row['axis']} {row[row['axis']]}",
-                row["floor_bytes"],
-                row["operations"],
-                row["ours_ms"] / 1000,
-                row["naive_ms"] and row["naive_ms"] / 1000,
-            )
-            for row in result.rows
-        ]
+        for row in result.rows:
+            seconds = {path: row[f"{path}_ms"] / 1000 for path in ("ours", "naive") if row[f"{path}_ms"]}
+            shape = f"{row['axis']} {row[row['axis']]}"
+            yield Measured(result.operator, shape, row["floor_bytes"], row["operations"], seconds)
+        return
     if not result.operations:
         raise ValueError(f"what must do something that PyTorch's counter knows, {result.title} has no operations")
-    seconds = {row["name"]: row["p50_ms"] / 1000 for row in result.timed if row["kind"] in ("ours", NAIVE)}
-    naive = seconds.pop(NAIVE, None)
-    ours = min(seconds.values()) if seconds else naive
-    assert ours is not None
-    one_pass = "forward+backward" if result.backward else "forward"
-    return [Measured(result.title, one_pass, result.floor_bytes, result.operations, ours, naive)]
-
-
-def from_record(record: Mapping[str, Any]) -> tuple[list[Measured], Ceilings]:
-    """The forward rows of a committed bench.json, of its first batch size, and the ceilings of the same run."""
-    rows = [row for row in record["rows"] if row["status"] == "ok" and row["pass"] == "forward"]
-    found = record["ceilings"]
-    ceilings = Ceilings(found["copy_bytes_per_second"], found["bf16_operations_per_second"])
-    return [from_row(row) for row in rows if row["batch"] == rows[0]["batch"]], ceilings
+    times = {kind: [row["p50_ms"] / 1000 for row in result.timed if row["kind"] == kind] for kind in ("ours", NAIVE)}
+    seconds = {kind: min(found) for kind, found in times.items() if found}
+    seconds = seconds if "ours" in seconds else {"ours": seconds[NAIVE]}
+    yield Measured(result.title, PASSES[result.backward], result.floor_bytes, result.operations, seconds)
 
 
 def _side_by_side(values: Sequence[float]) -> list[float]:

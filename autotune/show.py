@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from autotune.tables import Table
-from autotune.tunables import StoredEntry, find_tunables, stored_entries, why_unused
+from autotune.tables import Table, settings_text
+from autotune.tunables import StoredEntry, find_tunables, stored_entries, usable
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
 
@@ -31,35 +31,25 @@ def _rows(entries: Sequence[StoredEntry]) -> list[dict[str, Any]]:
         known = find_tunables()
     except ImportError:
         known = None
-    rows: list[dict[str, Any]] = []
+    rows, used = list[dict[str, Any]](), set[tuple[str, str]]()
     for stored in entries:
-        unused = "Triton is not installed here" if known is None else why_unused(stored.key, stored.entry, known)
-        place = {"gpu": stored.gpu, "source": stored.source, "key": stored.key}
-        before = {"gpu": stored.gpu, "source": "store", "key": stored.key}  # entries of the store come first
-        if (
-            unused is None
-            and stored.source == "shipped"
-            and any(not row["unused"] and row.items() >= before.items() for row in rows)
-        ):
+        found = "Triton is not installed here" if known is None else usable(stored.key, stored.entry, known)
+        unused = found if isinstance(found, str) else None
+        if unused is None and (stored.gpu, stored.key) in used:  # entries of the store come first
             unused = "the user's store has one"
-        kept = {name: _plain(stored.entry.get(name)) for name in ("config", "milliseconds", "heuristic_milliseconds")}
-        rows.append({**place, **kept, "unused": unused})
+        elif unused is None:
+            used.add((stored.gpu, stored.key))
+        row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key}
+        row |= {name: stored.entry.get(name) for name in ("config", "milliseconds", "heuristic_milliseconds")}
+        rows.append(row | {"unused": unused})
     return rows
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON has it: NaN and infinity as words, and what is nested beyond reason not at all."""
-    try:
-        return json.loads(json.dumps(value), parse_constant=str)
-    except RecursionError:
-        return "nested too deeply to be shown"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     cells = []
     for row in rows:
         config = row["config"]
-        config = " ".join(f"{n}={v}" for n, v in config.items()) if isinstance(config, dict) else repr(config)
+        config = settings_text(config) if isinstance(config, dict) else repr(config)
         state = "used" if row["unused"] is None else f"not used: {row['unused']}"
         words = [_shown(text) for text in (row["gpu"], row["source"], row["key"], config, state)]
         cells.append([*words, *(_milliseconds(row[name]) for name in ("milliseconds", "heuristic_milliseconds"))])

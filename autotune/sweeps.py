@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from autotune import plots, timing
 from autotune.measure import Settings
 from autotune.operators import measure_operator
+from autotune.passes import PASSES
 from autotune.tables import Found, Table, number, percent
 from autotune.tables import times as ratio
 from autotune.workloads import Workload, workload_of
@@ -85,8 +86,7 @@ class Sweep(Found):
             # Beside the title, or where that has no room, below.
             place = "outside upper right" if len(axes) == len(AXES) else "outside lower left"
             figure.legend(handles, ["ours", naive, "limit: a copy as large / the output alone"], loc=place, ncols=3)
-            heading = f"{self.operator}, {'forward+backward' if self.backward else 'forward'}"
-            return plots.finish(figure, heading, self.label)
+            return plots.finish(figure, f"{self.operator}, {PASSES[self.backward]}", self.label)
 
 
 def sweep(
@@ -125,7 +125,7 @@ def sweep(
         raise ValueError(f"over must map some of {', '.join(AXES)} to values, got {over!r}")
     values = {axis: list(numbers) for axis, numbers in over.items()}
     if empty := [axis for axis, numbers in values.items() if not numbers]:
-        raise ValueError(f"over must have a value for {empty[0]}, there is none")
+        raise ValueError(f"over must have a value for {empty[0]}, got none")
     place = timing.best_device() if device is None else torch.empty(0, device=device).device
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     if dtype not in tolerances.GRADIENT:
@@ -136,40 +136,31 @@ def sweep(
     base = {"size": size, "kernel_size": kernel_size, "channels": channels, "batch": batch}
     shapes = [(axis, base | {axis: value}) for axis, numbers in values.items() for value in numbers]
     # All are made before any is measured: ValueError where the operator does not take one.
-    workloads = {
-        (s, k, c, b): workload_of(operator, batch=b, channels=c, size=(s, s), kernel_size=k)
-        for s, k, c, b in (shape.values() for _, shape in shapes)
-    }
+    workloads = {tuple(shape.values()): _workload(operator, **shape) for _, shape in shapes}
     settings = Settings(place, dtype, backend, seconds, min_runs)
     measured = {key: _measure(workload, settings, backward) for key, workload in workloads.items()}
-    rows = []
-    for axis, shape in shapes:
-        s, k, c, b = shape.values()
-        rows.append({"axis": axis, **shape, **measured[s, k, c, b]})
+    rows = [{"axis": axis, **shape, **measured[tuple(shape.values())]} for axis, shape in shapes]
     precision = str(dtype).removeprefix("torch.")
     label = f"{timing.device_name(place)} · {precision}"
     return Sweep(operator, backward, rows, place.type, precision, torch.get_num_threads(), label)
 
 
+def _workload(operator: str, size: int, **shape: int) -> Workload:
+    return workload_of(operator, size=(size, size), **shape)
+
+
 def _measure(workload: Workload, settings: Settings, backward: bool) -> dict[str, Any]:
     moved = workload.floor_bytes(settings.dtype, backward=backward)
-    # A copy of this size, not of a large one: small tensors stay in caches, and so does a copy of them.
-    speed = timing.copy_bandwidth(settings.device, size=max(4, moved // 2), seconds=settings.seconds / 4)
-    settings = dataclasses.replace(settings, ceilings={"copy_bytes_per_second": speed})
+    copy_ms = timing.copy_milliseconds(settings.device, moved, seconds=settings.seconds / 4)
+    settings = dataclasses.replace(settings, ceilings={"copy_bytes_per_second": 1000 * moved / copy_ms})
     row = measure_operator(workload, settings, backward=backward)
-    ours, naive = (row["contenders"].get(path, {}) for path in ("ours", "naive"))
-    return {
-        "ours_ms": ours["p50_ms"],
-        "naive_ms": naive.get("p50_ms"),
-        "speed_up": row["speed_up"].get("naive"),
-        "of_floor": row["floor"]["fraction"],
-        "ours_peak_bytes": ours["peak_bytes"],
-        "naive_peak_bytes": naive.get("peak_bytes"),
-        "output_bytes": math.prod(workload.output) * settings.dtype.itemsize,
-        "floor_ms": row["floor"]["ms"],
-        "floor_bytes": moved,
-        "operations": row["floor"]["operations"],
-    }
+    found: dict[str, Any] = {}
+    for path in ("ours", "naive"):
+        times = row["contenders"].get(path, {})
+        found |= {f"{path}_ms": times.get("p50_ms"), f"{path}_peak_bytes": times.get("peak_bytes")}
+    found |= {"speed_up": row["speed_up"].get("naive"), "of_floor": row["floor"]["fraction"]}
+    found |= {"output_bytes": math.prod(workload.output) * settings.dtype.itemsize, "floor_bytes": moved}
+    return found | {"floor_ms": row["floor"]["ms"], "operations": row["floor"]["operations"]}
 
 
 def _curves(axis: Axes, values: list[int], curves: Mapping[str, list[float]]) -> None:

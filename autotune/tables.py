@@ -37,6 +37,16 @@ def percent(fraction: float) -> str:
     return f"{fraction:.0%}" if fraction >= 0.01 else f"{fraction:.2%}"
 
 
+def microseconds(milliseconds: float | None) -> str:
+    value = None if milliseconds is None else 1000 * milliseconds
+    return f"{value:,.0f}" if value and value >= 1000 else number(value)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """As in "rows=4 num_warps=2"."""
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
 def megabytes(count: int | None) -> str:
     return number(None if count is None else count / 1e6)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.utils.benchmark import Timer
 
 from kernels.backend import triton_installed
 
@@ -52,11 +52,9 @@ def best_device() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type != "cpu":
-        torch.accelerator.synchronize()
+    """Wait until the device has done everything that it was asked to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def measure(
@@ -153,6 +151,11 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, seconds: fl
     return 2 * source.nbytes / ceiling_seconds(parts, device, seconds)
 
 
+def copy_milliseconds(device: torch.device, moved: int, *, seconds: float) -> float:
+    """Time in which a copy moves so many bytes: one of that size, since small tensors stay in caches."""
+    return 1000 * moved / copy_bandwidth(device, size=max(4, moved // 2), seconds=seconds)
+
+
 def ceiling_seconds(parts: Sequence[Call], device: torch.device, seconds: float) -> float:
     """Seconds in which the device does all parts of what a ceiling is made of: on a GPU the median.
 
@@ -169,25 +172,11 @@ def ceiling_seconds(parts: Sequence[Call], device: torch.device, seconds: float)
         return measure({"parts": one_by_one}, device, seconds=seconds)["parts"].p50_ms / 1000
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ways = [(threads, one_by_one)]
+        ways: list[tuple[int, Call]] = [(threads, one_by_one)]
         if threads > 1:
             ways += [(1, one_by_one), (1, lambda: list(pool.map(lambda part: part(), parts)))]
-        try:
-            return min(_fastest(way, count, seconds / len(ways)) for count, way in ways)
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _fastest(call: Call, threads: int, seconds: float) -> float:
-    torch.set_num_threads(threads)
-    call()
-    best, end, now = math.inf, time.perf_counter() + seconds, 0.0
-    while now < end:
-        start = time.perf_counter()
-        call()
-        now = time.perf_counter()
-        best = min(best, now - start)
-    return best
+        timers = [Timer("way()", globals={"way": way}, num_threads=count) for count, way in ways]
+        return min(min(timer.blocked_autorange(min_run_time=seconds / len(ways)).times) for timer in timers)
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -202,12 +191,10 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 
 def _cpu_name() -> str:
-    name = ""
+    name = _output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else None
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found.group(1) if found else ""
-    elif platform.system() == "Darwin":
-        name = _output("sysctl", "-n", "machdep.cpu.brand_string") or ""
+        name = found and found[1]
     name = name or platform.processor() or platform.machine() or "CPU"
     return " ".join(re.sub(r"\((R|TM|C)\)|\b(CPU|Processor)\b|@", " ", name, flags=re.IGNORECASE).split())
 
@@ -223,10 +210,7 @@ def device_name(device: torch.device) -> str:
 
 def device_folder(device: torch.device) -> str:
     """A file name for the device's results: NVIDIA_H200, cpu_Intel_Xeon_2.50GHz."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type}_{_cpu_name()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}_{_cpu_name()}"
     return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.")
 
 
@@ -258,7 +242,7 @@ def version(distribution: str) -> str | None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What a measurement is worth nothing without: device, driver, versions, commit, date."""
+    """Device, driver, versions, commit and date, without which a measurement means nothing."""
     root = repository_root()
     commit = root and _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     machine: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kernels.tuning.choose import Launcher, Problem, config_of, key_of, stale
+from kernels.tuning.choose import Config, Launcher, Problem, config_of, key_of, stale
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
 
@@ -50,7 +50,7 @@ def problem_of(launcher: Launcher, key: str) -> Problem:
     try:
         problem = launcher.problem_type(**{name: READERS[types[name]](text) for name, text in texts.items()})
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"{key!r} is no problem of the kernel {launcher.name}") from None
+        raise ValueError(f"{key!r} does not name a problem of the kernel {launcher.name}") from None
     if key_of(launcher, problem) != key:
         raise ValueError(f"{key!r} is not how the kernel {launcher.name} writes this problem")
     return problem
@@ -75,13 +75,12 @@ def stored_entries(gpu: str | None = None) -> Iterator[StoredEntry]:
                 yield StoredEntry(path.stem, source, path, key, entry)
 
 
-def why_unused(key: str, entry: Mapping[str, Any], known: Mapping[str, Launcher]) -> str | None:
-    """Why a launch would pass an entry over, or None where it would use it."""
+def usable(key: str, entry: Mapping[str, Any], known: Mapping[str, Launcher]) -> tuple[Launcher, Problem, Config] | str:
+    """What a launch would use of an entry, or why it would pass it over."""
     launcher = known.get(key.partition(" ")[0])
     if launcher is None:
         return "there is no such kernel"
-    outdated = stale(dict(entry), launcher)
-    if outdated is not None:
+    if (outdated := stale(dict(entry), launcher)) is not None:
         return outdated
     try:
         problem = problem_of(launcher, key)
@@ -91,6 +90,6 @@ def why_unused(key: str, entry: Mapping[str, Any], known: Mapping[str, Launcher]
         config = config_of(dict(entry), launcher, problem)
         if config is None:
             return "the kernel offers no such config"
-        return None if config.valid(problem) else "the config is not valid for this problem"
+        return (launcher, problem, config) if config.valid(problem) else "the config is not valid for this problem"
     except Exception as error:  # no launch has zero channels or −5 pixels, so heuristics divide by them
         return f"no launch can meet this problem ({type(error).__name__}: {error})"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -30,12 +31,13 @@ from rich.markup import escape
 from rich.progress import track
 
 import kernels
-from autotune import timing, tuner, workloads
+from autotune import networks, timing, tuner, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, device_lost
-from autotune.networks import model_pass
+from autotune.measure import one_line
+from autotune.passes import Pass
 from autotune.precompile import Build, builds, precompile
-from autotune.tables import Table, times
+from autotune.tables import Table, settings_text, times
 from autotune.tuner import Outcome
 from kernels.backend import interpreting
 from kernels.files import atomic_write
@@ -43,7 +45,9 @@ from kernels.launch import record_launches
 from kernels.tuning.choose import Request, gpu_name, key_of, look_up, observing
 from kernels.tuning.store import Store, user_folder
 from models.commands import types
+from models.commands.dispatch import input_errors
 from models.commands.progress import Bar
+from models.commands.progress import console as messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how("--device", type=types.device, help="(default: the GPU)")
     effort = parser.add_argument_group("effort").add_argument
     effort("--force", action="store_true", help="tune again what is tuned")
-    most: dict[str, Any] = {"type": types.positive, "default": tuner.MOST_CANDIDATES}
-    effort("--candidates", metavar="N", help="(default: %(default)s)", **most)
+    most = tuner.MOST_CANDIDATES
+    effort("--candidates", type=types.positive, default=most, metavar="N", help="(default: %(default)s)")
     effort("--seconds", type=types.seconds, default=math.inf, metavar="S", help="begin none after that")
     effort("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
     text = "note there what is being tuned, and pass over what ended earlier runs with this file"
@@ -73,16 +77,29 @@ class LostDeviceError(Exception):
     """A kernel left the process unable to use the GPU."""
 
 
+class Attempts:
+    """Which problems were being tuned when an earlier process ended: kept in a file, one key per line."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        if path is not None and path.exists() and not path.is_file():
+            raise ValueError(f"--passing-over must name a regular file, got {path}")
+        self.fatal = set(path.read_text().splitlines()) if path is not None and path.exists() else set()
+
+    def note(self, *attempted: str) -> None:
+        if self.path is not None:
+            atomic_write(self.path, "".join(f"{key}\n" for key in (*sorted(self.fatal), *attempted)))
+
+
 @dataclass
 class Tuning:
-    """What launches met while ``tune`` runs them, and what tuning made of it."""
+    """The problems that launches met, and what tuning made of each."""
 
     device: torch.device
     most: int = tuner.MOST_CANDIDATES
     force: bool = False
     time_call: Callable[[Callable[[], object]], float] = tuner.median_milliseconds
-    beginning: Callable[[str], object] = lambda key: None
-    skipped: frozenset[str] = frozenset()
+    attempts: Attempts = field(default_factory=lambda: Attempts(None))
     deadline: float = math.inf
     found: dict[str, None] = field(default_factory=dict)
     work: dict[Build, None] = field(default_factory=dict)
@@ -99,8 +116,17 @@ class Tuning:
 
         Kernels are not run: from a model's later layers on the numbers are noise, but shapes are all that counts here.
         """
+
+        def note(request: Request) -> None:
+            key = key_of(request.launcher, request.problem)
+            if key in self.found or key in self.attempts.fatal:
+                return
+            if self.force or not look_up(request.launcher, request.problem, gpu_name(self.device)).tuned:
+                self.found[key] = None
+                self.work.update(dict.fromkeys(builds(request, self.most)))
+
         with record_launches():
-            self._run(calls, self._note)
+            self._run(calls, note)
 
     def tune(self, calls: Iterator[Callable[[], object]]) -> None:
         """Tune each where it is launched: later its tensors may be overwritten. Every result is stored at once."""
@@ -111,7 +137,7 @@ class Tuning:
                 if key not in self.found or key in self.rows or time.monotonic() > self.deadline:
                     return
                 bar.describe(key)
-                self.beginning(key)
+                self.attempts.note(key)
                 row = self._tuned(request)
                 if device_lost(self.device):
                     raise LostDeviceError(key)
@@ -134,23 +160,29 @@ class Tuning:
                 except LostDeviceError:
                     raise
                 except Exception as error:  # one operator less, most often for lack of memory
-                    self.errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
-
-    def _note(self, request: Request) -> None:
-        key = key_of(request.launcher, request.problem)
-        if key in self.found or key in self.skipped:
-            return
-        if self.force or not look_up(request.launcher, request.problem, gpu_name(self.device)).tuned:
-            self.found[key] = None
-            self.work.update(dict.fromkeys(builds(request, self.most)))
+                    self.errors.append(one_line(error))
 
     def _tuned(self, request: Request) -> dict[str, Any]:
+        """The row of one problem. A reference that does not fit in memory costs it alone."""
+        outcomes, failure = list[Outcome](), None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # that no candidate agreed is what the row says
-                return _row(request, tuner.tune(request, self.time_call, self.most))
-        except Exception as error:  # the reference may not fit in memory; the other problems still can be tuned
-            return _row(request, [], f"{type(error).__name__}: {error}".splitlines()[0])
+                outcomes = tuner.tune(request, self.time_call, self.most)
+        except Exception as error:
+            failure = one_line(error)
+        heuristic = tuner.heuristic_milliseconds(request, outcomes)
+        best = outcomes[0].milliseconds if outcomes else None
+        return {
+            "key": key_of(request.launcher, request.problem),
+            "heuristic_milliseconds": heuristic,
+            "milliseconds": best,
+            "gain": None if heuristic is None or best is None else heuristic / best,
+            "config": None if best is None else dataclasses.asdict(outcomes[0].config),
+            "tried": len(outcomes),
+            "rejected": {str(o.config): o.rejected for o in outcomes if o.rejected},
+            "failure": failure,
+        }
 
 
 def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], object]]:
@@ -159,32 +191,16 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
         layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
         place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": layout}
-        model = workloads.settled_model(arguments.model, workloads.random_images(2, (128, 128))).to(**place)
-        images = workloads.random_images(batch, size).to(**place)
-        yield model_pass(model.train(arguments.training), images, training=arguments.training)
+        model = networks.settled_model(arguments.model, networks.random_images(2, (128, 128))).to(**place)
+        images = networks.random_images(batch, size).to(**place)
+        yield Pass(model.train(arguments.training), [images], backward=arguments.training, backend="triton")
         return
     found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
     patterns = ["*"] if arguments.all else arguments.operator
     for workload in matching(found, patterns, lambda workload: workload.name, "--operator"):
         inputs = workload.draw_inputs(arguments.dtype, device)
         gradient = workload.draw_gradient(arguments.dtype, device)
-        yield lambda workload=workload, inputs=inputs, gradient=gradient: workload.run(inputs, gradient)
-
-
-def _row(request: Request, outcomes: Sequence[Outcome], failure: str | None = None) -> dict[str, Any]:
-    by_default = request.launcher.heuristic(request.problem)
-    heuristic = next((o.milliseconds for o in outcomes if o.config == by_default), None)
-    best = outcomes[0].milliseconds if outcomes else None
-    return {
-        "key": key_of(request.launcher, request.problem),
-        "heuristic_milliseconds": heuristic,
-        "milliseconds": best,
-        "gain": None if heuristic is None or best is None else heuristic / best,
-        "config": None if best is None else dataclasses.asdict(outcomes[0].config),
-        "tried": len(outcomes),
-        "rejected": {str(o.config): o.rejected for o in outcomes if o.rejected},
-        "failure": failure,
-    }
+        yield functools.partial(workload.run, inputs, gradient)
 
 
 def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
@@ -194,58 +210,33 @@ def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
             reason = row["failure"] or next(iter(row["rejected"].values()))
             cells.append([row["key"], f"none: {reason}"])
             continue
-        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
         found = (row[name] for name in ("heuristic_milliseconds", "milliseconds"))
         milliseconds = ["rejected" if value is None else f"{value:.4f}" for value in found]
-        cells.append([row["key"], config, *milliseconds, times(row["gain"])])
+        cells.append([row["key"], settings_text(row["config"]), *milliseconds, times(row["gain"])])
     return Table(["problem", "best config", "heuristic, ms", "best, ms", "gain"], cells, 2, title)
 
 
-class _Attempts:
-    """Which problems were being tuned when an earlier process ended: kept in a file, one key a line."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        if path is not None and path.exists() and not path.is_file():
-            raise ValueError(f"--passing-over must name a regular file, {path} is none")
-        self.fatal = set(path.read_text().splitlines()) if path is not None and path.exists() else set()
-
-    def note(self, *attempted: str) -> None:
-        if self.path is not None:
-            atomic_write(self.path, "".join(f"{key}\n" for key in (*sorted(self.fatal), *attempted)))
-
-
-def _device(arguments: argparse.Namespace) -> torch.device:
-    device = arguments.device or timing.best_device()
-    if device.type != "cuda" and not (arguments.quick and interpreting()):
-        raise ValueError("tuning times kernels on a GPU, and there is none here (PyTorch sees no CUDA or ROCm device)")
-    return device
-
-
 def run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False)
-    messages = Console(stderr=True, highlight=False)
-    code = 0
-    try:
-        attempts = _Attempts(arguments.passing_over)
-        device = _device(arguments)
+    console, code = Console(highlight=False), 0
+    with input_errors():
+        device = arguments.device or timing.best_device()
+        if device.type != "cuda" and not (arguments.quick and interpreting()):
+            raise ValueError(
+                "tuning times kernels on a GPU, and there is none here (PyTorch sees no CUDA or ROCm device)"
+            )
         tuning = Tuning(
             device,
             most=2 if arguments.quick else arguments.candidates,
             force=arguments.force,
             time_call=tuner.median_milliseconds if device.type == "cuda" else _interpreted_milliseconds,
-            beginning=attempts.note,
-            skipped=frozenset(attempts.fatal),
+            attempts=Attempts(arguments.passing_over),
             deadline=time.monotonic() + arguments.seconds,
         )
         tuning.collect(_launching(arguments, device))
         store = Store(user_folder(), gpu_name(device))
         if tuning.found:
             _check_writable(store)  # rather than after hours of tuning
-            attempts.note()
-    except (ValueError, OSError) as error:
-        messages.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return 2
+            tuning.attempts.note()
     try:
         if device.type == "cuda":
             compiled = precompile(list(tuning.work), arguments.seconds / 2)
@@ -254,31 +245,35 @@ def run(arguments: argparse.Namespace) -> int:
         if tuning.found:
             tuning.tune(_launching(arguments, device))
     except LostDeviceError as lost:
-        messages.print(f"[red]the GPU was lost[/] while tuning {escape(str(lost))}", soft_wrap=True)
+        messages.print(f"[red]the GPU was lost[/] while tuning {escape(str(lost))}")
         code = LOST
     except KeyboardInterrupt:
         code = 130
-    rows = list(tuning.rows.values())
+    rows, fatal = list(tuning.rows.values()), sorted(tuning.attempts.fatal)
     best = {row["key"]: row["config"] for row in rows if row["config"] is not None}
     stored = store.read()
     unwritten = [key for key, config in best.items() if stored.get(key, {}).get("config") != config]
     if arguments.json:
         record = {"gpu": gpu_name(device), "store": str(store.path), "tuned": rows, "left": tuning.left}
-        record |= {"passed_over": sorted(attempts.fatal), "errors": tuning.errors, "unwritten": unwritten}
-        print(json.dumps(record, indent=1))
+        print(json.dumps(record | {"passed_over": fatal, "errors": tuning.errors, "unwritten": unwritten}, indent=1))
     elif rows:
         _table(rows, f"Tuned on {gpu_name(device)}").show(console)
     elif not tuning.errors and not tuning.left:
         console.print("Everything is tuned already; --force tunes it again.")
-    for message in _messages(tuning, attempts.fatal, code):
-        messages.print(message, soft_wrap=True)
-    for key in unwritten:
-        messages.print(f"[red]not written[/] to {escape(str(store.path))}: {escape(key)}", soft_wrap=True)
+    if tuning.left and code != LOST:
+        why = "interrupted" if code == 130 else "not all"
+        left = f"{len(tuning.left)} of {len(tuning.found)} problems are left"
+        messages.print(f"[yellow]{why}[/]: {left}; the same command goes on")
+    told = [("passed over[/], it ended an earlier run:", key) for key in fatal]
+    told += [("failed[/]", error) for error in dict.fromkeys(tuning.errors)]
+    told += [(f"not written[/] to {escape(str(store.path))}:", key) for key in unwritten]
+    for what, which in told:
+        messages.print(f"[red]{what} {escape(which)}")
     if len(unwritten) < len(best):
-        messages.print(f"Wrote {escape(str(store.path))}", soft_wrap=True)
+        messages.print(f"Wrote {escape(str(store.path))}")
     if code != LOST:
-        attempts.note()
-    return code or int(bool(attempts.fatal or tuning.errors or unwritten or len(best) < len(rows)))
+        tuning.attempts.note()
+    return code or int(bool(fatal or tuning.errors or unwritten or len(best) < len(rows)))
 
 
 def _check_writable(store: Store) -> None:
@@ -287,16 +282,6 @@ def _check_writable(store: Store) -> None:
         warnings.simplefilter("always")
         if not store.update({}):
             raise ValueError(str(caught[-1].message).partition(";")[0])
-
-
-def _messages(tuning: Tuning, fatal: set[str], code: int) -> Iterator[str]:
-    if tuning.left and code != LOST:
-        why = "interrupted" if code == 130 else "not all"
-        yield f"[yellow]{why}[/]: {len(tuning.left)} of {len(tuning.found)} problems are left; the same command goes on"
-    for key in sorted(fatal):
-        yield f"[red]passed over[/], it ended an earlier run: {escape(key)}"
-    for error in dict.fromkeys(tuning.errors):
-        yield f"[red]failed[/] {escape(error)}"
 
 
 def _interpreted_milliseconds(call: Callable[[], object]) -> float:

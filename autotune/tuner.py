@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from autotune import timing
+from autotune.measure import one_line
 from kernels import tolerances
 from kernels.tuning import choose
 from kernels.tuning.choose import Config, Problem, Request, gpu_name, key_of, remember, triton_version
@@ -44,10 +47,6 @@ def best_config(request: Request) -> Config:
     return tune(request)[0].config
 
 
-def _tensors(outputs: Outputs) -> Sequence[Tensor]:
-    return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-
 def disagreement(outputs: Outputs, reference: Outputs, problem: Problem = None) -> str | None:
     """Why a candidate is wrong, or None: relative norm against the reference, NaN never passes.
 
@@ -55,9 +54,8 @@ def disagreement(outputs: Outputs, reference: Outputs, problem: Problem = None) 
     bfloat16 output.
     """
     coarsest = tolerances.GRADIENT[getattr(problem, "dtype", torch.float64)]
-    for index, (out, expected) in enumerate(zip(_tensors(outputs), _tensors(reference), strict=True)):
-        norm = expected.double().norm().item()
-        error = (out.double() - expected.double()).norm().item() / (norm or 1.0)
+    for index, (out, expected) in enumerate(zip(tree_leaves(outputs), tree_leaves(reference), strict=True)):
+        error = timing.relative_error(out, expected)
         if not error <= max(tolerances.GRADIENT[out.dtype], coarsest):
             return f"output {index} is off by {error:.1e} (relative norm)"
     return None
@@ -90,8 +88,14 @@ def measure_candidates(
             time = None if rejected else time_call(lambda config=config: request.run(config))
             outcomes.append(Outcome(config, time, rejected))
         except Exception as error:  # out of shared memory, a compiler failure: one config less, not the end of tuning
-            outcomes.append(Outcome(config, None, f"{type(error).__name__}: {error}".splitlines()[0]))
+            outcomes.append(Outcome(config, None, one_line(error)))
     return sorted(outcomes, key=lambda o: (o.milliseconds is None, o.milliseconds or 0.0))
+
+
+def heuristic_milliseconds(request: Request, outcomes: Sequence[Outcome]) -> float | None:
+    """What the heuristic's config takes, None where it was not timed."""
+    by_default = request.launcher.heuristic(request.problem)
+    return next((outcome.milliseconds for outcome in outcomes if outcome.config == by_default), None)
 
 
 def tune(
@@ -104,20 +108,18 @@ def tune(
     If every candidate is rejected nothing is stored, the heuristic's config leads the list, and a warning says so.
     """
     outcomes = measure_candidates(request, time_call, most)
-    key, by_default = key_of(request.launcher, request.problem), request.launcher.heuristic(request.problem)
+    key = key_of(request.launcher, request.problem)
     if outcomes[0].milliseconds is None:
-        warnings.warn(
-            f"no config of {key} ran and agreed with the reference; first: {outcomes[0].rejected}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        message = f"no config of {key} ran and agreed with the reference; first: {outcomes[0].rejected}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        by_default = request.launcher.heuristic(request.problem)
         return sorted(outcomes, key=lambda o: o.config != by_default)
     entry: dict[str, Any] = {
         "config": dataclasses.asdict(outcomes[0].config),
         "triton": triton_version(),
         "source": request.launcher.source,
         "milliseconds": outcomes[0].milliseconds,
-        "heuristic_milliseconds": next((o.milliseconds for o in outcomes if o.config == by_default), None),
+        "heuristic_milliseconds": heuristic_milliseconds(request, outcomes),
         "candidates": len(outcomes),
     }
     remember(key, entry, gpu_name(request.device))

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from autotune import timing
+from autotune.measure import one_line
 from autotune.tables import Table
-from autotune.tunables import StoredEntry, find_tunables, problem_of, stored_entries, why_unused
+from autotune.tunables import StoredEntry, find_tunables, stored_entries, usable
 from autotune.tuner import disagreement
 from kernels.backend import interpreting, triton_installed
-from kernels.tuning.choose import Launcher, Problem, Request, config_of, gpu_name
+from kernels.tuning.choose import Launcher, Problem, Request, gpu_name
+from models.commands.dispatch import CommandError
 from models.commands.progress import Bar
 
 MOST_INTERPRETED = {"pixels": 64, "channels": 32, "images": 2}
@@ -46,47 +47,32 @@ def _reduced(problem: Problem) -> Problem:
 def check_entry(stored: StoredEntry, known: dict[str, Launcher], device: torch.device) -> dict[str, Any]:
     """Run one entry. Its row's ``status`` is ok, failed, or unchecked where launches would not use it either."""
     row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key, "config": stored.entry.get("config")}
-    unused = why_unused(stored.key, stored.entry, known)
-    if unused is not None:
-        return row | {"status": "unchecked", "reason": unused}
-    launcher = known[stored.key.partition(" ")[0]]
+    used = usable(stored.key, stored.entry, known)
+    if isinstance(used, str):
+        return row | {"status": "unchecked", "reason": used}
+    launcher, problem, config = used
     if launcher.make_example is None:
         return row | {"status": "unchecked", "reason": "the kernel offers no example to check it with"}
     try:
-        problem = problem_of(launcher, stored.key)
-        config = config_of(dict(stored.entry), launcher, problem)
         tried = _reduced(problem) if device.type == "cpu" else problem
         with torch.no_grad():
             request = Request(launcher, tried, device, launcher.make_example(tried, device), {})
             reason = disagreement(request.run(config), request.reference(), tried)
     except Exception as error:  # whatever a config does, the others are still to be checked
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = one_line(error)
     return row | {"status": "ok" if reason is None else "failed", "reason": reason}
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    cells = []
-    for row in rows:
-        reason = "" if row["reason"] is None else f": {row['reason']}"
-        cells.append([row["gpu"], row["source"], row["key"], f"{row['status']}{reason}"])
-    return Table(["GPU", "from", "problem", "state"], cells, 4, "Stored configs against the eager path")
 
 
 def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
-    messages = Console(stderr=True, highlight=False)
     device = timing.best_device()
     if not triton_installed() or (device.type != "cuda" and not interpreting()):
-        reason = "kernels run on a GPU, or on a CPU in Triton's interpreter: set TRITON_INTERPRET=1"
-        messages.print(f"[red]error:[/] {reason}", soft_wrap=True)
-        return 2
+        raise CommandError("kernels run on a GPU, or on a CPU in Triton's interpreter: set TRITON_INTERPRET=1")
     gpu = arguments.gpu or (gpu_name(device) if device.type == "cuda" else None)
     if device.type != "cuda":
         device = torch.device("cpu")
-    known = find_tunables()
+    known, entries, code = find_tunables(), list(stored_entries(gpu)), 0
     rows: list[dict[str, Any]] = []
-    code = 0
-    entries = list(stored_entries(gpu))
     try:
         with Bar(len(entries), seconds=0) as bar:
             for stored in entries:
@@ -95,11 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
                 bar.advance(1, f"{stored.key}: {rows[-1]['status']}")
     except KeyboardInterrupt:
         code = 130
-    failed = any(row["status"] == "failed" for row in rows)
     if arguments.json:
         print(json.dumps({"device": timing.device_name(device), "entries": rows}, indent=1))
     elif rows:
-        _table(rows).show(console)
+        cells = []
+        for row in rows:
+            state = row["status"] if row["reason"] is None else f"{row['status']}: {row['reason']}"
+            cells.append([row["gpu"], row["source"], row["key"], state])
+        Table(["GPU", "from", "problem", "state"], cells, 4, "Stored configs against the eager path").show(console)
     else:
         console.print("Nothing is tuned, so there is nothing to verify.")
-    return code or int(failed)
+    return code or int(any(row["status"] == "failed" for row in rows))

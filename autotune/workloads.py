@@ -1,4 +1,4 @@
-"""What is measured: every operator at the shapes the published models run it at, and a photograph for the models.
+"""Every operator at the shapes at which the published models run it.
 
 Each ``Workload`` is data: the inputs' shapes, the multiply-adds, and from them the fewest bytes that must move. Shapes
 follow from the image's size, so 224² gives the classification shapes and 800×1280 those of dense prediction.
@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
 
-if TYPE_CHECKING:  # a GPU machine measures without a photograph
-    from PIL import Image
-
-MODELS = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's smallest
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 Inputs = dict[str, Any]  # argument -> Tensor, or a tuple of tensors
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,14 +42,14 @@ class Input:
 class Workload:
     """One operator at one shape of one model.
 
-    ``inputs`` maps each tensor argument to its shape (a tuple of them where the argument is a tuple of tensors),
+    ``inputs`` maps each tensor argument to its ``Input`` (a tuple of them where the argument is a tuple of tensors),
     ``options`` holds the other arguments, ``multiply_adds`` counts those of the forward pass.
     """
 
     operator: str
     model: str
     shape: str
-    inputs: Mapping[str, Input | tuple[Input, ...]]
+    inputs: Mapping[str, Any]
     output: tuple[int, ...]
     multiply_adds: int
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -74,11 +66,11 @@ class Workload:
     def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Random tensors that require gradients, the same for the same seed on the same device."""
         generator = torch.Generator(device).manual_seed(seed)
-        return _map_tensors(lambda spec: spec.draw(generator, dtype, device), self.inputs)
+        return tree_map(lambda spec: spec.draw(generator, dtype, device), self.inputs)
 
     def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
         """A random gradient of the output, in the memory format of the first input, as the output is."""
-        first = tensors_of(self.inputs)[0]
+        first = tree_leaves(self.inputs)[0]
         spec = Input(self.output, channels_last=first.channels_last)
         return spec.draw(torch.Generator(device).manual_seed(seed), dtype, device).detach()
 
@@ -94,15 +86,15 @@ class Workload:
             out = function(**inputs)
         if gradient is None:
             return [out]
-        return [out.detach(), *torch.autograd.grad(out, tensors_of(inputs), gradient)]
+        return [out.detach(), *torch.autograd.grad(out, tree_leaves(inputs), gradient)]
 
     def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
         """Fewest bytes to move, forward or forward and backward."""
-        inputs = sum(math.prod(spec.shape) for spec in tensors_of(self.inputs))
+        inputs = sum(math.prod(spec.shape) for spec in tree_leaves(self.inputs))
         return dtype.itemsize * least_bytes(inputs, math.prod(self.output), backward=backward)
 
     def operations(self, *, backward: bool = False) -> int:
-        """Two a multiply-add; a backward pass does the forward's twice, once for each factor's gradient."""
+        """Two per multiply-add; a backward pass does the forward's twice, once for each factor's gradient."""
         return 2 * self.multiply_adds * (3 if backward else 1)
 
 
@@ -114,27 +106,9 @@ def least_bytes(inputs: int, output: int, *, backward: bool) -> int:
     return 3 * inputs + 2 * output if backward else inputs + output
 
 
-def _map_tensors(function: Callable[[Any], Any], inputs: Mapping[str, Any]) -> Inputs:
-    return {
-        name: tuple(map(function, value)) if isinstance(value, tuple) else function(value)
-        for name, value in inputs.items()
-    }
-
-
-def tensors_of(inputs: Mapping[str, Any]) -> list[Any]:
-    return [tensor for value in inputs.values() for tensor in (value if isinstance(value, tuple) else (value,))]
-
-
 def upcast(inputs: Inputs) -> Inputs:
     """Half-precision inputs in float32, others as they are."""
-
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.detach().float().requires_grad_() if tensor.dtype.itemsize < 4 else tensor
-
-    return _map_tensors(convert, inputs)
-
-
-Size = tuple[int, int]
+    return tree_map(lambda x: x.detach().float().requires_grad_() if x.dtype.itemsize < 4 else x, inputs)
 
 
 def _text(size: Size) -> str:
@@ -153,7 +127,7 @@ def neighborhood(operator: str, model: str, batch: int, heads: int, dim: int, si
     """``na2d_av``, ``na2d_qk`` or ``na2d_softmax_av``: all three do one multiply-add per weight and channel."""
     features, weights = Input((batch, heads, *size, dim)), Input((batch, heads, *size, kernel_size**2))
     rpb = Input((heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-    inputs: dict[str, Input] = {
+    inputs = {
         "na2d_av": {"attn": weights, "value": features},
         "na2d_qk": {"query": features, "key": features},
         "na2d_softmax_av": {"logits": weights, "value": features, "rpb": rpb},
@@ -187,12 +161,10 @@ def outlook(model: str, batch: int, heads: int, dim: int, size: Size, kernel_siz
     windows = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
     image = (batch, *size, heads * dim)
     inputs = {"logits": Input((batch, *windows, heads, kernel_size**2, kernel_size**2)), "value": Input(image)}
-    shape, multiply_adds = (
-        f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}",
-        math.prod(windows) * kernel_size**4,
-    )
+    shape = f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}"
+    multiply_adds = batch * heads * dim * math.prod(windows) * kernel_size**4
     options = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "scale": 1.0}
-    return Workload("outlook_attention2d", model, shape, inputs, image, batch * multiply_adds * heads * dim, options)
+    return Workload("outlook_attention2d", model, shape, inputs, image, multiply_adds, options)
 
 
 def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
@@ -203,17 +175,14 @@ def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: in
 
 
 def channels_last(workload: Workload) -> Workload:
-    """An involution of the maps that RedNet has in ``torch.channels_last``."""
-    inputs = {name: replace(spec, channels_last=True) for name, spec in workload.inputs.items()}  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return replace(workload, inputs=inputs)
+    """The same with every input in ``torch.channels_last``, in which RedNet has its maps."""
+    return replace(workload, inputs=tree_map(lambda spec: replace(spec, channels_last=True), workload.inputs))
 
 
 def generation(workload: Workload) -> Workload:
-    """An involution with its kernels generated inside, from RedNet's C/4 features, for one that is handed them."""
+    """The involution that generates its kernels from RedNet's C/4 features, for one that is given them."""
     batch, channels, *size = workload.output
-    x, weight = workload.inputs["x"], workload.inputs["weight"]
-    assert isinstance(x, Input)
-    assert isinstance(weight, Input)
+    x, weight = tree_leaves(workload.inputs)
     groups, kernel_size = weight.shape[1:3]
     rows, features = groups * kernel_size**2, channels // 4
     inputs = {
@@ -224,9 +193,8 @@ def generation(workload: Workload) -> Workload:
     }
     multiply_adds = workload.multiply_adds + batch * math.prod(size) * rows * features
     options = {"kernel_size": kernel_size, "groups": groups}
-    return Workload(
-        "involution2d_generate", workload.model, workload.shape, inputs, workload.output, multiply_adds, options
-    )
+    changes: dict[str, Any] = {"inputs": inputs, "multiply_adds": multiply_adds, "options": options}
+    return replace(workload, operator="involution2d_generate", **changes)
 
 
 def workload_of(operator: str, *, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
@@ -236,7 +204,7 @@ def workload_of(operator: str, *, batch: int, channels: int, size: Size, kernel_
     the channels for each.
 
     Raises:
-        ValueError: there is no such operator, or it does not take that shape.
+        ValueError: no operator has that name, or it does not take that shape.
     """
     for name, value in (("batch", batch), ("channels", channels), ("kernel_size", kernel_size), ("size", min(size))):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -247,7 +215,7 @@ def workload_of(operator: str, *, batch: int, channels: int, size: Size, kernel_
     if channels % multiple:
         raise ValueError(f"channels must be a multiple of {multiple} for {operator}, got {channels}")
     workload = build(batch, channels, size, kernel_size)
-    meta = _map_tensors(lambda spec: torch.empty(spec.shape, device="meta"), workload.inputs)
+    meta = tree_map(lambda spec: torch.empty(spec.shape, device="meta"), workload.inputs)
     try:
         with kernels.use_backend("eager"):
             getattr(kernels, operator)(**meta, **workload.options)
@@ -261,9 +229,10 @@ Build = Callable[[int, int, Size, int], Workload]
 OPERATORS: dict[str, tuple[Build, int]] = {
     "involution2d": (lambda b, c, s, k: involution("", b, c, s, k, 16), 16),
     "involution2d_generate": (lambda b, c, s, k: generation(involution("", b, c, s, k, 16)), 16),
-    "na2d_av": (lambda b, c, s, k: neighborhood("na2d_av", "", b, c // 16, 16, s, k), 16),
-    "na2d_qk": (lambda b, c, s, k: neighborhood("na2d_qk", "", b, c // 16, 16, s, k), 16),
-    "na2d_softmax_av": (lambda b, c, s, k: neighborhood("na2d_softmax_av", "", b, c // 16, 16, s, k), 16),
+    **{
+        name: (lambda b, c, s, k, name=name: neighborhood(name, "", b, c // 16, 16, s, k), 16)
+        for name in ("na2d_av", "na2d_qk", "na2d_softmax_av")
+    },
     "contmix2d": (lambda b, c, s, k: contmix("", b, c // 32, 16, s, (5, k)), 32),
     "outlook_attention2d": (lambda b, c, s, k: outlook("", b, c // 32, 32, s, k, 2), 32),
     "depthwise_conv2d": (lambda b, c, s, k: depthwise("", b, c, s, k), 1),
@@ -293,14 +262,15 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     ]
 
 
-def _tiny_workloads() -> Iterator[Workload]:
+def _tiny_workloads() -> list[Workload]:
     size = (6, 5)
-    yield involution("tiny", 1, 32, size, 3, 16)
-    for operator in ("na2d_av", "na2d_qk", "na2d_softmax_av"):
-        yield neighborhood(operator, "tiny", 1, 2, 16, size, 3)
-    yield contmix("tiny", 1, 2, 16, size, (3, 5), context=9)
-    yield outlook("tiny", 1, 2, 16, size, 3, 2)
-    yield depthwise("tiny", 1, 16, size, 5)
+    return [
+        involution("tiny", 1, 32, size, 3, 16),
+        *(neighborhood(name, "tiny", 1, 2, 16, size, 3) for name in ("na2d_av", "na2d_qk", "na2d_softmax_av")),
+        contmix("tiny", 1, 2, 16, size, (3, 5), context=9),
+        outlook("tiny", 1, 2, 16, size, 3, 2),
+        depthwise("tiny", 1, 16, size, 5),
+    ]
 
 
 def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, quick: bool = False) -> list[Workload]:
@@ -310,7 +280,7 @@ def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, q
     ``quick`` takes one tiny shape of each operator instead.
     """
     if quick:
-        found = list(_tiny_workloads())
+        found = _tiny_workloads()
     elif size is not None:
         found = operator_workloads(batch or 128, size)
     else:
@@ -323,80 +293,3 @@ def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, q
             workload = generation(workload)
         chosen.append(workload)
     return chosen
-
-
-def photograph(path: str | Path | None = None) -> Image.Image:
-    """A photograph in RGB, upright; by default the portrait of Grace Hopper that matplotlib ships.
-
-    Raises:
-        ValueError: there is no such file, or it is no image that can be read.
-    """
-    from matplotlib.cbook import get_sample_data
-
-    from models.commands.images import UnreadableImageError, read_image
-
-    source = Path(get_sample_data("grace_hopper.jpg", asfileobj=False) if path is None else path)
-    if not source.exists():
-        raise ValueError(f"image must be a file, but there is none at {source}")
-    try:
-        return read_image(source)
-    except UnreadableImageError as error:
-        raise ValueError(f"image must be a photograph that Pillow can read: {error}") from None
-
-
-def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The photograph resized and centre-cropped to (height, width), ImageNet-normalised, repeated: [B, 3, H, W]."""
-    from PIL import Image, ImageOps
-
-    fitted = ImageOps.fit(photo, (size[1], size[0]), method=Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
-    normalised = (pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
-    return normalised.permute(2, 0, 1).repeat(batch, 1, 1, 1).to(device=device, dtype=dtype)
-
-
-def random_model(name: str, seed: int = 0, **arguments: Any) -> nn.Module:
-    """A model with random weights of which none is zero.
-
-    Initialisations start some weights at zero (the last batch norm of a RedNet block, position biases), which would
-    leave their branches, and any mistake inside them, out of the output.
-    """
-    import models
-
-    torch.manual_seed(seed)
-    model = models.create_model(name, **arguments)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.3)
-    return model
-
-
-@torch.no_grad()
-def settled_model(name: str, images: Tensor, seed: int = 0, **arguments: Any) -> nn.Module:
-    """A random model, in evaluation mode, whose batch norms have the statistics of ``images`` (several pixels of each
-    map): activations then neither shrink nor grow from layer to layer, as in no trained model they do.
-
-    Fresh batch norms normalise nothing: an involution squares its input, and in RedNet-50 activations overflow.
-    """
-    model = random_model(name, seed, **arguments).eval()
-    norms = [norm for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = 1.0
-        norm.train()
-    model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
-    return model
-
-
-def random_images(batch: int, size: Size, seed: int = 0) -> Tensor:
-    """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def photograph_model(name: str, photo: Image.Image) -> nn.Module:
-    """A random model for a photograph at any size."""
-    return settled_model(name, image_batch(photo, (224, 224), 1, torch.float32, torch.device("cpu")))

@@ -1,30 +1,14 @@
 """What several notebooks share: the photograph and models, tables, the kernels in a model's own calls, their pictures.
 
-``calls`` takes dynamic kernels from what a model passes to ``kernels``, ``points`` draws them over the photograph,
-``origins`` is the picture that notebook 00 opens with. Everything else stands in the cells.
+``calls`` takes dynamic kernels from what a model passes to ``kernels``, ``points`` draws them over the photograph.
+Everything else stands in the cells.
 """
 
 from .calls import Call, around, contmix_kernels, involution_kernels, outlook_kernel, recorded
 from .common import bare, committed, label, load, picture, table
-from .origins import origins_figure
 from .points import POINTS, Column, place, points_figure
 
 __all__ = [
-    "POINTS",
-    "Call",
-    "Column",
-    "around",
-    "bare",
-    "committed",
-    "contmix_kernels",
-    "involution_kernels",
-    "label",
-    "load",
-    "origins_figure",
-    "outlook_kernel",
-    "picture",
-    "place",
-    "points_figure",
-    "recorded",
-    "table",
-]
+    "POINTS", "Call", "Column", "around", "bare", "committed", "contmix_kernels", "involution_kernels", "label", "load",
+    "outlook_kernel", "picture", "place", "points_figure", "recorded", "table",
+]  # fmt: skip

@@ -16,7 +16,7 @@ from PIL import ImageOps
 from torch import Tensor, nn
 
 import models
-from autotune import timing, workloads
+from autotune import networks, timing
 from autotune.tables import Table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -29,15 +29,15 @@ def label(device: torch.device, dtype: torch.dtype) -> str:
 
 def picture(side: int) -> tuple[Tensor, np.ndarray]:
     """The photograph, twice: ImageNet-normalised [1, 3, side, side], and [side, side, 3] in 0..1 to look at."""
-    photo = workloads.photograph()
+    photo = networks.photograph()
     pixels = np.asarray(ImageOps.fit(photo, (side, side)), dtype=np.float32) / 255
-    return workloads.image_batch(photo, (side, side), 1, torch.float32, torch.device("cpu")), pixels
+    return networks.image_batch(photo, (side, side), 1, torch.float32, torch.device("cpu")), pixels
 
 
 def load(name: str, checkpoint: str | None = None) -> tuple[nn.Module, str]:
     """A model with the weights of a file or address, or with seeded random ones, and a title that says which."""
     if checkpoint is None:
-        return workloads.settled_model(name, picture(224)[0]).eval(), f"{name}, random weights"
+        return networks.settled_model(name, picture(224)[0]).eval(), f"{name}, random weights"
     return models.create_model(name, checkpoint=checkpoint).eval(), f"{name}, weights of {os.path.basename(checkpoint)}"
 
 

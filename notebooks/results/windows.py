@@ -1,4 +1,4 @@
-"""The picture at the top of the README: which inputs an output sums, and where the weights of the sum come from.
+"""The picture that opens the README and notebook 00: which inputs an output sums, and where their weights come from.
 
     python notebooks/results/windows.py
 

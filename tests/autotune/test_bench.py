@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import kernels
-from autotune import bench, operators, timing, workloads
+from autotune import bench, networks, operators, timing, workloads
 from autotune.__main__ import main
 from autotune.cases import LOST, Case, run_cases
 from autotune.measure import DisagreementError, Settings
@@ -221,12 +221,12 @@ def test_generation_inside_is_the_same_involution():
 
 
 def _model(name="rednet26"):
-    return workloads.settled_model(name, workloads.random_images(2, (64, 64))).to(HERE)
+    return networks.settled_model(name, networks.random_images(2, (64, 64))).to(HERE)
 
 
 def test_a_model_meets_the_naive_path_and_a_compiler():
     settings = dataclasses.replace(SETTINGS, seconds=0.0)
-    images = workloads.random_images(3, (32, 32)).to(HERE)
+    images = networks.random_images(3, (32, 32)).to(HERE)
     row = measure_model(_model(), images, settings, training=False, compiled=True)
     assert row["relative_error"] <= row["tolerance"] == tolerances.LOGITS
     assert list(row["contenders"]) == ["ours", "naive", "compiled"]
@@ -238,7 +238,7 @@ def test_a_model_meets_the_naive_path_and_a_compiler():
 
 def test_a_model_meets_its_peer():
     """Compiled against compiled; a compiled peer that computes something else is left out."""
-    settings, images = dataclasses.replace(SETTINGS, seconds=0.0), workloads.random_images(2, (32, 32)).to(HERE)
+    settings, images = dataclasses.replace(SETTINGS, seconds=0.0), networks.random_images(2, (32, 32)).to(HERE)
     row = measure_model(_model(), images, settings, training=False, compiled=True, peer=_model())
     times = {name: found["p50_ms"] for name, found in row["contenders"].items()}
     assert list(times) == ["ours", "naive", "peer", "compiled", "peer_compiled"]
@@ -256,27 +256,27 @@ def test_a_model_meets_its_peer():
 
 def test_other_precisions_round_no_more_than_the_naive_path():
     settings = dataclasses.replace(SETTINGS, dtype=torch.bfloat16, seconds=0.0)
-    row = measure_model(_model(), workloads.random_images(2, (64, 64)).to(HERE), settings, training=False)
+    row = measure_model(_model(), networks.random_images(2, (64, 64)).to(HERE), settings, training=False)
     assert row["relative_error"] <= row["tolerance"] == tolerances.LOGITS
     assert 1e-3 < row["rounding"] < 0.5, "bfloat16 rounds: about 1 %"
 
 
 @pytest.mark.parametrize(
     ("training", "damage", "message"),
-    [(False, lambda out: out * 1.01, "logits in float32"), (True, Halved.apply, "loss and gradients in float32")],
+    [(False, lambda out: out * 1.01, "logits in float32"), (True, Halved.apply, "logits and gradients in float32")],
 )
 def test_a_model_with_a_wrong_operator_is_never_timed(monkeypatch, training, damage, message):
     damaged(monkeypatch, "involution2d_generate", damage)
     monkeypatch.setattr(timing, "measure", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(DisagreementError, match=message):
-        measure_model(_model(), workloads.random_images(2, (32, 32)).to(HERE), SETTINGS, training=training)
+        measure_model(_model(), networks.random_images(2, (32, 32)).to(HERE), SETTINGS, training=training)
 
 
 def test_models_see_the_photograph_and_their_weights_matter():
     """The check of a model could not fail if its output ignored the image or the branches to be checked."""
-    photo = workloads.photograph()
-    model: Any = workloads.random_model("rednet26").eval()
-    images = workloads.image_batch(photo, (64, 64), 1, torch.float32, torch.device("cpu"))
+    photo = networks.photograph()
+    model: Any = networks.random_model("rednet26").eval()
+    images = networks.image_batch(photo, (64, 64), 1, torch.float32, torch.device("cpu"))
     with torch.no_grad(), kernels.use_backend("reference"):
         out, mirrored = model(images), model(images.flip(-1))
         model.layer4[-1].conv2.conv2.conv.weight.mul_(1.01)
@@ -296,7 +296,7 @@ def test_a_damaged_file_is_named_before_anything_is_measured(tmp_path, capsys, c
     assert code == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert f"{tmp_path / file} is no result that can be read" in told
+    assert f"{tmp_path / file} cannot be read as a result" in told
     assert (tmp_path / file).read_text() == content
 
 

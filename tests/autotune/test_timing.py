@@ -120,9 +120,9 @@ def test_machine_is_described_in_json():
 def test_other_work_is_what_this_process_did_not_do(monkeypatch):
     clocks = iter([(10.0, 100.0, 5.0), (14.0, 109.0, 6.0)])  # by the clock, of all cores, of our own
     monkeypatch.setattr(report, "_cpu_seconds", lambda: next(clocks))
-    assert report.OtherWork().cores() == pytest.approx((9 - 1) / 4)
+    assert report.other_work()() == pytest.approx((9 - 1) / 4)
     monkeypatch.setattr(report, "_cpu_seconds", lambda: None)
-    assert report.OtherWork().cores() is None
+    assert report.other_work()() is None
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")

@@ -16,7 +16,7 @@ from autotune.tune import Tuning
 from kernels.tuning import choose
 from kernels.tuning.choose import key_of
 from kernels.tuning.store import Store, user_folder
-from tests.autotune.test_tuner import BLOCKS, TOY, Problem, own_store  # noqa: F401 - a fixture for every test here
+from tests.kernels.test_choose import BLOCKS, TOY, Problem, own_store  # noqa: F401 - a fixture for every test here
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from kernels.launch import record_launches
 from kernels.tuning import choose
 from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
 from kernels.tuning.store import Store
-from tests.autotune.test_tuner import TOY, Config, Problem, toy
+from tests.kernels.test_choose import TOY, Config, Problem, toy
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)

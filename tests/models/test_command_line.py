@@ -43,7 +43,7 @@ INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000],
         *((f"autotune {command} --device", "--device", ["meta", "abacus", "cuda:99", ""])
           for command in ("profile", "bench", "tune --all")),
         *((f"autotune {command}", command.split()[-1], [*INTEGER, "0"])
-          for command in ("profile --batch", "profile --threads", "bench --batch", "tune --all --batch",
+          for command in ("profile --batch", "bench --batch", "tune --all --batch",
                           "tune --all --candidates")),
         *((f"autotune {command}", command.split()[-1], [*NUMBER, "0", "-1"])
           for command in ("bench --seconds", "tune --all --seconds")),

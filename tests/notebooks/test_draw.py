@@ -152,7 +152,9 @@ def test_figures_of_a_committed_bench():
         row | {"batch": 2},
     ]
     ceilings = {"copy_bytes_per_second": 4e9, "bf16_operations_per_second": 8e11}
-    measured, found = roofs.from_record(_record("cuda", rows, ceilings=ceilings))
+    names: dict[str, Any] = {"plots": plots, "percent": percent, "Ceilings": roofs.Ceilings, "from_row": roofs.from_row}
+    exec(_cell("02_roofline", "def from_record").rpartition("\n\nrecords")[0], names)
+    measured, found = names["from_record"](_record("cuda", rows, ceilings=ceilings))
     assert [entry.seconds for entry in measured] == [
         {"ours": 0.002, "naive": 0.02},
         {"ours": 0.001},
@@ -162,7 +164,6 @@ def test_figures_of_a_committed_bench():
     assert found.balance == 200
     roof = roofs.roofline_figure(measured, found, "NVIDIA H200")
     assert "NVIDIA H200" in roof.get_supxlabel()
-    names: dict[str, Any] = {"plots": plots, "percent": percent}
     exec(_cell("02_roofline", "def achieved_figure").rpartition("\n\n")[0], names)
     achieved = names["achieved_figure"](measured, found, "NVIDIA H200")
     assert [text.get_text() for text in achieved.axes[0].texts] == ["50%", "100%", "200%"]  # of 4 GB/s

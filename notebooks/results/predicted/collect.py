@@ -16,7 +16,7 @@ from pathlib import Path
 
 def main(folder: str, *wanted: str) -> None:
     sys.path.insert(0, folder)
-    import predict
+    import predict  # pyright: ignore[reportMissingImports]
     import triton
 
     path = Path(__file__).with_name(f"triton_{triton.__version__}.json")

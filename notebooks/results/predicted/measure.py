@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 import kernels
 from autotune import timing, workloads
@@ -82,7 +83,7 @@ def main(file: str, *wanted: str) -> None:
             inputs = workload.draw_inputs(torch.bfloat16, device)
             gradient = workload.draw_gradient(torch.bfloat16, device)
             out = getattr(kernels, workload.operator)(**inputs, **workload.options)
-            leaves = workloads.tensors_of(inputs)
+            leaves = tree_leaves(inputs)
             passes = {
                 "forward": functools.partial(workload.run, inputs),
                 "backward": functools.partial(torch.autograd.grad, out, leaves, gradient, retain_graph=True),

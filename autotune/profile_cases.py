@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 import models
-from autotune import workloads
+from autotune import networks, workloads
 from autotune.arguments import matching
 from autotune.cases import Case
 from autotune.measure import Settings
 from autotune.networks import measure_model
-from autotune.operators import PASSES, operator_cases
+from autotune.operators import operator_cases
+from autotune.passes import PASSES
 from autotune.workloads import Size, Workload
+
+SMALLEST = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's
 
 
 def ours_and_naive(found: dict[str, Any]) -> dict[str, Any]:
@@ -34,14 +37,13 @@ def _model_cases(
     arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size], passes: Sequence[str]
 ) -> Iterator[Case]:
     """Models on the photograph at every size, and a module of the user's on random inputs."""
-    chosen = {name: name for name in arguments.model}
-    if not arguments.operator and not arguments.model and arguments.module is None:
-        chosen = workloads.MODELS
+    named = arguments.operator or arguments.model or arguments.module is not None
+    chosen = {name: name for name in arguments.model} if named else SMALLEST
 
     def family(name: str, size: Size, training: bool) -> dict[str, Any]:
-        photo = workloads.photograph()
-        model = workloads.photograph_model(name, photo).to(settings.device)
-        images = workloads.image_batch(photo, size, batch, torch.float32, settings.device)
+        photo = networks.photograph()
+        model = networks.photograph_model(name, photo).to(settings.device)
+        images = networks.image_batch(photo, size, batch, torch.float32, settings.device)
         return measure_model(model, images, settings, training=training)
 
     def own(shape: Sequence[int], training: bool) -> dict[str, Any]:
@@ -49,21 +51,19 @@ def _model_cases(
         model = copy.deepcopy(arguments.module).to(settings.device).float()
         return measure_model(model, images, settings, training=training)
 
-    measured = [
-        (n, title, f"{s[0]}×{s[1]}", functools.partial(family, n, s)) for n, title in chosen.items() for s in sizes
-    ]
+    measured = [(n, t, f"{s[0]}×{s[1]}", functools.partial(family, n, s)) for n, t in chosen.items() for s in sizes]
     if arguments.module is not None:
         title, shape = type(arguments.module).__name__, arguments.input or (batch, 3, *sizes[0])
         measured.append((title, title, "×".join(map(str, shape)), functools.partial(own, shape)))
     for name, title, shape, measure in measured:
         for kind in passes:
             facts = {"kind": "model", "name": f"{name} {shape}", "model": title, "shape": shape, "pass": kind}
-            training = functools.partial(measure, training=kind == PASSES[1])
-            yield Case(facts, lambda training=training: ours_and_naive(training()))
+            training = kind == PASSES[1]
+            yield Case(facts, lambda measure=measure, training=training: ours_and_naive(measure(training=training)))
 
 
 def chosen_cases(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> list[Case]:
-    """Of what the command line names, or else of all operators and each family's smallest model.
+    """Cases of what the command line names, or else of all operators and each family's smallest model.
 
     ValueError, naming the option, for what does not exist or fit together.
     """
@@ -74,7 +74,7 @@ def chosen_cases(arguments: argparse.Namespace, settings: Settings, batch: int, 
         passes = both if named else PASSES[:1] if arguments.quick else PASSES
         cases += operator_cases(_workloads(arguments, batch), settings, passes, ours_and_naive)
     if unknown := [name for name in arguments.model if name not in models.list_models()]:
-        raise ValueError(f"--model must be one of those that python -m models list shows, {unknown[0]!r} is none")
+        raise ValueError(f"--model must be a name that python -m models list shows, got {unknown[0]!r}")
     cases += _model_cases(arguments, settings, batch, sizes, both)
     return matching(cases, arguments.only, lambda case: case.name, "--only") if arguments.only else cases
 
@@ -85,15 +85,11 @@ def _workloads(arguments: argparse.Namespace, batch: int) -> list[Workload]:
         found = workloads.operator_workloads(batch)
         return matching(found, arguments.operator, lambda w: w.name, "--operator") if arguments.operator else found
     _, channels, *size = arguments.shape
-    known = list(workloads.OPERATORS)
-    parts = [name for name in arguments.operator if name not in known]  # a whole name is no part of another one's
-    names = [name for name in known if name in arguments.operator or name in matching(known, parts, str, "--operator")]
-    kernel_size = arguments.kernel_size or 7
+    shape: dict[str, Any] = {"batch": batch, "channels": channels, "size": tuple(size)}
+    shape["kernel_size"] = arguments.kernel_size or 7
+    names = matching(list(workloads.OPERATORS), arguments.operator, str, "--operator")
     try:
-        return [
-            workloads.workload_of(n, batch=batch, channels=channels, size=(size[0], size[1]), kernel_size=kernel_size)
-            for n in names
-        ]
+        return [workloads.workload_of(name, **shape) for name in names]
     except ValueError as error:
         raise ValueError(f"--shape and --kernel-size must suit the operator: {error}") from None
 

@@ -1,50 +1,33 @@
-"""What the pages show of a GPU's folder of notebooks/results: tables, sentences and figures from its files alone."""
+"""What the pages show of a GPU: tables, sentences and figures from its folder of notebooks/results alone."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from autotune import plots, report
-from autotune.operators import PASSES
-from autotune.results import (
-    OTHERS,
-    Folder,
-    ceilings_told,
-    gpu_milliseconds,
-    listed,
-    microseconds,
-    models_table,
-    operators_table,
-)
-from autotune.tables import Table, number, times
+from autotune import plots, report, results
+from autotune.passes import PASSES
+from autotune.results import OTHERS, Row, gpu_milliseconds
+from autotune.tables import Table, microseconds, number, times
+from notebooks.results.folder import Folder, listed
 
-Row = dict[str, Any]
 HOST_BOUND = 2.0  # a call that takes this many times as long as its work on the GPU waits for the host
 PREDICTED_FOR = "NVIDIA_H200"
 TELLING = 20.0  # microseconds from which a kernel's counters say more of the kernel than of its start
 MANY, FEW = 200, 100  # registers per thread
 
 
-def folders(results: Path) -> list[Folder]:
-    """Of the GPUs that were measured."""
-    found = [Folder(path.parent) for path in sorted(results.glob("*/environment.json"))]
-    return [folder for folder in found if folder.environment["machine"]["device_type"] == "cuda"]
-
-
 # ---- what was measured where, operators, models
 
 
 def _machine(folder: Folder) -> Iterator[str]:
-    machine, ceilings = folder.environment["machine"], folder.environment["ceilings"]
+    machine, ceilings = folder.environment["machine"], results.ceilings_told(folder.environment["ceilings"])
     yield (
         f"**{machine['device']}**, driver {machine['driver']}, torch {machine['torch']}, triton {machine['triton']}, "
-        f"commit {machine['commit'][:12]}, {machine['date'][:10]}. On it {ceilings_told(ceilings)}"
+        f"commit {machine['commit'][:12]}, {machine['date'][:10]}. On it {ceilings}"
     )
 
 
@@ -54,10 +37,8 @@ def _reached(folder: Folder) -> Iterator[str]:
         f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows of {what}"
         for what, rows in (("operators", folder.operators), ("models", folder.models))
     ]
-    missing = folder.unreached()
-    yield f"The run measured {listed(parts)}" + (
-        f"; it had no time to compare {missing} with anything." if missing else "."
-    )
+    missed = f"; it had no time to compare {folder.unreached} with anything" if folder.unreached else ""
+    yield f"The run measured {listed(parts)}{missed}."
     if any("commit" in row for row in folder.operators):
         yield "A row that names a commit beside its shape was measured at that one, the others at the one above."
     if folder.tests:
@@ -68,8 +49,9 @@ def _reached(folder: Folder) -> Iterator[str]:
     yield f"[{summary}]({summary}) names every row and test that was skipped or failed."
 
 
-def _host_bound(folder: Folder) -> Iterator[str]:
-    """Which calls wait for the host rather than for the GPU."""
+def _operators(folder: Folder) -> Iterator[str]:
+    """The table, and below it which calls wait for the host rather than for the GPU."""
+    yield results.operators_table(folder, folder.beside).markdown() + "\n"
     for kind in PASSES:
         rows, found = folder.timed(kind), dict[str, list[str]]()
         for row in rows:
@@ -84,8 +66,12 @@ def _host_bound(folder: Folder) -> Iterator[str]:
             )
 
 
-def _host_table(folder: Folder) -> Iterator[str]:
-    """Of every run that timed a launch."""
+def _models(folder: Folder) -> Iterator[str]:
+    yield results.models_table(folder).markdown()
+
+
+def _host(folder: Folder) -> Iterator[str]:
+    """A line for every run that timed a launch."""
     rows = []
     for record in (folder.counters, folder.environment):
         if found := record.get("launch_microseconds"):
@@ -100,63 +86,61 @@ def _host_table(folder: Folder) -> Iterator[str]:
 
 def _readme(folder: Folder) -> Iterator[str]:
     """The first shape of each operator, which has its largest map; the range over all; each model."""
+    forward, both = (folder.timed(kind) for kind in PASSES)
     first: dict[str, Row] = {}
-    for row in folder.timed(PASSES[0]):
+    for row in forward:
         first.setdefault(row["operator"], row)
     rows = []
     for row in first.values():
-        both = next((r for r in folder.timed(PASSES[1]) if r["name"] == row["name"]), {})
-        forward, backward = ([times(r.get("speed_up", {}).get(n)) for n in OTHERS[:2]] for r in (row, both))
-        call = number(gpu_milliseconds(both, "ours") if both else None)
-        where = [f"`{row['operator']}`", f"{row['model']} {row['shape']}"]
-        rows.append([*where, microseconds(gpu_milliseconds(row, "ours")), *forward, call, *backward])
-    trained = folder.timed(PASSES[1])
-    of = "GPU" if any("graph" in row for row in trained) else "call"
+        trained = next((r for r in both if r["name"] == row["name"]), {})
+        ratios = [[times(r.get("speed_up", {}).get(n)) for n in OTHERS[:2]] for r in (row, trained)]
+        where = [f"`{row['operator']}`", f"{row['model']} {row['shape']}", microseconds(gpu_milliseconds(row, "ours"))]
+        rows.append([*where, *ratios[0], number(gpu_milliseconds(trained, "ours") if trained else None), *ratios[1]])
+    of = "GPU" if any("graph" in row for row in both) else "call"
     headings = ["operator", "shape", "forward, GPU, µs", "naive", "compiled", f"forward+backward, {of}, ms"]
     yield Table([*headings, "naive", "compiled"], rows, 2).markdown()
     machine = folder.environment["machine"]
-    versions = f"torch {machine['torch']}, triton {machine['triton']}, {machine['date'][:10]}"
     yield (
-        f"\n*{machine['device']}, {versions}; bfloat16, batch 128: "
-        "each operator's largest map. naive, compiled: how many times as long the form that unfolds takes, eagerly and "
-        "compiled by PyTorch.*\n"
+        f"\n*{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date'][:10]}; "
+        "bfloat16, batch 128: each operator's largest map. naive, compiled: how many times as long the form that "
+        "unfolds takes, eagerly and compiled by PyTorch.*\n"
     )
     ranges = []
-    for kind in PASSES:
-        ratios = {n: [r["speed_up"][n] for r in folder.timed(kind) if n in r["speed_up"]] for n in OTHERS[:2]}
+    for kind, timed in zip(PASSES, (forward, both), strict=True):
+        ratios = {name: [r["speed_up"][name] for r in timed if name in r["speed_up"]] for name in OTHERS[:2]}
         told = [f"{number(min(v))} to {number(max(v))} times ({name})" for name, v in ratios.items() if v]
         ranges += [f"{kind} {listed(told)}"] if told else []
-    all_rows = len(folder.operators)
-    yield f"Over all {len(folder.timed())} rows that there was time for (of {all_rows}): {', '.join(ranges)}."
-    if missing := folder.unreached():
-        yield f"There was no time to compare {missing} with anything."
-    eager = [{name: found["p50_ms"] for name, found in row["contenders"].items()} for row in trained]
-    if slower := [found for found in eager if found.get("compiled", math.inf) < found["ours"]]:
+    measured = len(forward) + len(both)
+    yield f"Over all {measured} rows that there was time for (of {len(folder.operators)}): {', '.join(ranges)}."
+    if folder.unreached:
+        yield f"There was no time to compare {folder.unreached} with anything."
+    eager = [{name: found["p50_ms"] for name, found in row["contenders"].items()} for row in both]
+    if slower := sum(found.get("compiled", math.inf) < found["ours"] for found in eager):
         yield (
-            f"At {len(slower)} of {len(eager)} shapes the eager forward+backward call is slower than the compiled "
+            f"At {slower} of {len(eager)} shapes the eager forward+backward call is slower than the compiled "
             "form: the host takes longer to launch the kernels than the GPU to run them."
         )
-    for row in (row for row in folder.models if row["status"] == "ok"):
-        yield f"`{row['name']}`, {row['pass']} at batch {row['batch']}: {_speeds(row)}."
+    for row in folder.models:
+        if row["status"] == "ok":
+            yield f"`{row['name']}`, {row['pass']} at batch {row['batch']}: {', '.join(_speeds(row))}."
 
 
-def _speeds(row: Row) -> str:
+def _speeds(row: Row) -> Iterator[str]:
     """Images per second of a model, of what a compiler makes of it, and of what it is compared with."""
     speeds = {name: f"{found['images_per_second']:,.0f}" for name, found in row["contenders"].items()}
-    told = [f"{speeds['ours']} images per second"]
+    yield f"{speeds['ours']} images per second"
     if "naive" in speeds:
-        told.append(f"{speeds['naive']} on the naive path ({times(row['speed_up']['naive'])})")
+        yield f"{speeds['naive']} on the naive path ({times(row['speed_up']['naive'])})"
     if "compiled" in speeds:
-        told.append(f"{speeds['compiled']} compiled by PyTorch")
+        yield f"{speeds['compiled']} compiled by PyTorch"
     elif "compiled" in row.get("left_out", {}):
-        told.append("what PyTorch compiled of it disagreed and was not timed")
+        yield "what PyTorch compiled of it disagreed and was not timed"
     if "peer" in speeds:
-        told.append(f"`{row['peer']}` {speeds['peer']}")
+        yield f"`{row['peer']}` {speeds['peer']}"
     if "peer_compiled" in speeds:
         beside = row["speed_up"].get("peer_compiled") if "compiled" in speeds else None
         ratio = "" if beside is None else f" (ours is {times(beside)} as fast)"
-        told.append(f"`{row['peer']}` compiled {speeds['peer_compiled']}{ratio}")
-    return ", ".join(told)
+        yield f"`{row['peer']}` compiled {speeds['peer_compiled']}{ratio}"
 
 
 # ---- single kernels: predicted beside measured, what the GPU counted
@@ -171,9 +155,9 @@ def _predicted(records: Sequence[Row], folder: Folder | None) -> str:
         own, everything = (folder.microseconds(*key, own=own) if folder else None for own in (True, False))
         ratio = own / row["microseconds"] if folder and own and folder.as_predicted(row) else None
         ratios += [] if ratio is None else [ratio]
-        counted = [str(row["launches"]), number(row["floor_microseconds"]), *(number(c.get(key)) for c in columns)]
-        found = [number(own), number(ratio), number(everything)]
-        rows.append([*key, row["bound_by"].replace("_kernel", ""), *counted, *found])
+        predicted = [number(row["floor_microseconds"]), *(number(column.get(key)) for column in columns)]
+        measured = [number(own), number(ratio), number(everything)]
+        rows.append([*key, row["bound_by"].replace("_kernel", ""), str(row["launches"]), *predicted, *measured])
     headings = ["case", "pass", "predicted bound", "launches", "floor, µs"]
     headings += [f"predicted, Triton {record['triton']}, µs" for record in records]
     headings += ["measured, our kernels, µs", "measured / predicted", "measured, everything, µs"]
@@ -199,17 +183,15 @@ def _unpredicted(records: Sequence[Row], folder: Folder) -> str:
     return Table(headings, rows).markdown()
 
 
-def _counters_told(folder: Folder) -> Iterator[str]:
-    """What many registers and few do to the warps that are resident and to the issue slots."""
-    rows = [row for row in folder.counters.get("rows", []) if row["microseconds"] >= TELLING]
+def _counters(folder: Folder) -> Iterator[str]:
+    """What many registers and few do to resident warps and issue slots; the longest launch of each kernel."""
+    counted = folder.counters.get("rows", [])
 
-    def told(found: Sequence[Row], field: str) -> str:
-        digits = 1 if field == "warps_per_scheduler" else 0
-        ends = dict.fromkeys(f"{choose(row[field] for row in found):.{digits}f}" for choose in (min, max))
-        return " to ".join(ends)
+    def told(found: Sequence[Row], field: str, digits: int = 0) -> str:
+        return " to ".join(dict.fromkeys(f"{end(row[field] for row in found):.{digits}f}" for end in (min, max)))
 
-    for limits, words in (((MANY, 256), f"at least {MANY}"), ((0, FEW), f"fewer than {FEW}")):
-        some = [row for row in rows if limits[0] <= row["registers"] < limits[1]]
+    for least, most, words in ((MANY, 256, f"at least {MANY}"), (0, FEW, f"fewer than {FEW}")):
+        some = [row for row in counted if row["microseconds"] >= TELLING and least <= row["registers"] < most]
         families: dict[str, list[Row]] = {}
         for row in some:
             families.setdefault(row["case"].partition(".")[0], []).append(row)
@@ -217,26 +199,20 @@ def _counters_told(folder: Folder) -> Iterator[str]:
             issued = ", ".join(f"{told(found, 'issue_slots_percent')} % ({name})" for name, found in families.items())
             yield (
                 f"Kernels of {TELLING:g} µs and more with {words} registers per thread have "
-                f"{told(some, 'warps_per_scheduler')} warps per scheduler, an occupancy of "
+                f"{told(some, 'warps_per_scheduler', 1)} warps per scheduler, an occupancy of "
                 f"{told(some, 'occupancy_percent')} %, and issue in {issued} of the cycles."
             )
-
-
-def _counters_table(folder: Folder) -> Iterator[str]:
-    """The longest launch of each kernel in a case and pass."""
     longest: dict[tuple[str, ...], Row] = {}
-    for row in folder.counters.get("rows", []):
+    for row in counted:
         key = row["case"], row["pass"], row["kernel"].strip("_").removesuffix("_kernel")
-        if key not in longest or longest[key]["microseconds"] < row["microseconds"]:
-            longest[key] = row
-    shares = ("occupancy", "issue_slots", "l1", "l2", "dram")
-    rows = [
-        [*key, number(row["microseconds"]), str(row["registers"]), f"{row['warps_per_scheduler']:.1f}",
-         *(f"{row[f'{name}_percent']:.0f}%" for name in shares)]
-        for key, row in longest.items()
-    ]  # fmt: skip
+        longest[key] = max(longest.get(key, row), row, key=lambda found: found["microseconds"])
+    rows = []
+    for key, row in longest.items():
+        shares = [f"{row[f'{name}_percent']:.0f}%" for name in ("occupancy", "issue_slots", "l1", "l2", "dram")]
+        cells = [number(row["microseconds"]), str(row["registers"]), f"{row['warps_per_scheduler']:.1f}"]
+        rows.append([*key, *cells, *shares])
     headings = ["case", "pass", "kernel", "time, µs", "registers", "warps per scheduler", "occupancy", "issue slots"]
-    yield Table([*headings, "L1", "L2", "DRAM"], rows, 3).markdown()
+    yield "\n" + Table([*headings, "L1", "L2", "DRAM"], rows, 3).markdown()
 
 
 # ---- what a page is made of
@@ -256,12 +232,12 @@ def sections(measured: Sequence[Folder], predicted: Sequence[Row]) -> dict[str, 
     same = next((folder for folder in measured if folder.path.name == PREDICTED_FOR), None)
     return {
         "gpu": _joined(measured, _machine, _reached),
-        "gpu operators": _joined(measured, lambda folder: [operators_table(folder).markdown()], _host_bound),
-        "gpu models": _joined(measured, lambda folder: [models_table(folder).markdown()]),
-        "gpu host": _joined(measured, _host_table),
+        "gpu operators": _joined(measured, _operators),
+        "gpu models": _joined(measured, _models),
+        "gpu host": _joined(measured, _host),
         "predicted": _predicted(predicted, same),
         "gpu kernels": _unpredicted(predicted, same) if same else "",
-        "gpu counters": _joined(measured, _counters_told, _counters_table),
+        "gpu counters": _joined(measured, _counters),
     }
 
 
@@ -270,22 +246,21 @@ def figures(folder: Folder, predicted: Sequence[Row]) -> dict[str, tuple[Figure,
     drawn: dict[str, tuple[Figure, str]] = {}
     machine = folder.environment["machine"]
     device = f"{machine['device']} · bfloat16 · batch 128 · {machine['date'][:10]}"
-    rows = [row for row in folder.timed("forward") if {"ours", "naive"} <= set(row.get("graph", {}))]
+    rows = [row for row in folder.timed(PASSES[0]) if {"ours", "naive"} <= set(row.get("graph", {}))]
     if rows:
         order = list(dict.fromkeys(row["operator"] for row in rows))
         lines = [_comparison(row) for row in sorted(rows, key=lambda row: order.index(row["operator"]))]
         panels = [("forward, and the gain over the nearest other", "time on the GPU, µs", lines)]
         figure = plots.comparison_figure(panels, title="Operators on a GPU", device=device)
         drawn["operators.png"] = figure, report.fingerprint(folder.load("bench.json"))
-    panels = [
-        (kind, "time of our kernels, µs", _beside(folder, predicted[0], kind))
-        for kind in (("forward", "backward") if predicted else ())
-    ]
-    if panels and panels[0][2]:
-        figure = plots.comparison_figure(
-            panels, title="Predicted and measured", ours="predicted", contender="measured", device=device
-        )
-        drawn["predicted.png"] = figure, report.fingerprint({"measured": folder.kernels, "predicted": predicted[0]})
+    for record in predicted[:1]:
+        kinds = ("forward", "backward")
+        panels = [(kind, "time of our kernels, µs", _beside(folder, record, kind)) for kind in kinds]
+        if panels[0][2]:
+            figure = plots.comparison_figure(
+                panels, title="Predicted and measured", ours="predicted", contender="measured", device=device
+            )
+            drawn["predicted.png"] = figure, report.fingerprint({"measured": folder.kernels, "predicted": record})
     return drawn
 
 
@@ -296,7 +271,7 @@ def _comparison(row: Row) -> plots.Comparison:
 
 
 def _beside(folder: Folder, record: Row, kind: str) -> list[plots.Comparison]:
-    """Of the cases whose passes are both as predicted."""
+    """A line for each case whose passes are both as predicted."""
     changed = {row["case"] for row in record["rows"] if not folder.as_predicted(row)}
     lines = []
     for row in record["rows"]:

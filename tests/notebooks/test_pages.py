@@ -2,35 +2,17 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from autotune import pages, report
-from autotune.figures import PUBLISHED, _predicted, _tuned_table, count_model, sections, updated
+from autotune import report
+from notebooks.results import figures, pages
+from notebooks.results.folder import folders
+from tests.notebooks.rows import model_row, operator_row
 
-ROOT = Path(__file__).parents[2]
 MACHINE = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
 MACHINE |= {"commit": "0123456789abcdef", "date": "2030-01-02T03:04:05+00:00"}
-
-
-def operator_row(kind, contenders, graph=None, **changes):
-    """A row of na2d_av at 14², whose floor is 10 µs."""
-    compared = graph or contenders
-    ours = compared["ours"]
-    row = {"name": "na2d_av M 14", "operator": "na2d_av", "model": "M", "shape": "8×16@14² K=13", "batch": 128}
-    row |= {"pass": kind, "status": "ok", "floor": {"ms": 0.01, "fraction": 0.01 / ours}}
-    row["speed_up"] = {name: time / ours for name, time in compared.items() if name != "ours"}
-    for field, times in {"contenders": contenders, "graph": graph}.items():
-        row |= {field: {name: {"p50_ms": time} for name, time in times.items()}} if times else {}
-    return row | changes
-
-
-def model_row(**paths):
-    contenders = {name: {"images_per_second": speed, "peak_bytes": peak} for name, (speed, peak) in paths.items()}
-    row = {"name": "net", "size": [224, 192], "batch": 64, "pass": "inference", "status": "ok"}
-    return row | {"contenders": contenders, "speed_up": {"naive": 3.0008}}
 
 
 def counter_row(time, share):
@@ -95,27 +77,28 @@ def folder(tmp_path):
     cpu = tmp_path / "cpu" / "environment.json"
     cpu.parent.mkdir()
     cpu.write_text(json.dumps({"machine": {"device_type": "cpu"}}))
-    (found,) = pages.folders(tmp_path)
+    (found,) = folders(tmp_path)
     return found
 
 
 def test_the_pages_are_up_to_date():
-    for page, content in sections(ROOT / "notebooks" / "results").items():
+    for page, content in figures.sections().items():
         text = page.read_text()
-        assert updated(text, content) == text, f"{page}: run `make figures`"
+        assert figures.updated(text, content) == text, f"{page}: run `make figures`"
+    with pytest.raises(ValueError, match="section 'models' once, found 0 times"):
+        figures.updated("no markers", {"models": "table"})
 
 
 def shown_numbers(figure):
     """What a figure of the pages was drawn from."""
     if figure.name == "predicted.png":
-        predicted = _predicted(ROOT / "notebooks" / "results")[0]
-        return {"measured": json.loads(figure.with_name("kernels.json").read_text()), "predicted": predicted}
-    return json.loads(figure.with_name("bench.json" if figure.name == "operators.png" else "profile.json").read_text())
+        return {"measured": figures.load(figure.with_name("kernels.json")), "predicted": figures.predictions()[0]}
+    return figures.load(figure.with_name("bench.json" if figure.name == "operators.png" else "profile.json"))
 
 
 def test_every_figure_of_the_pages_shows_the_committed_numbers():
     drawn = 0
-    for page in (ROOT / "README.md", ROOT / "notebooks" / "results" / "README.md"):
+    for page in (figures.ROOT / "README.md", figures.RESULTS / "README.md"):
         for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
             path = page.parent / figure
             if path.name == "windows.png":  # shows no numbers
@@ -129,33 +112,69 @@ def test_every_figure_of_the_pages_shows_the_committed_numbers():
     assert drawn >= 5
 
 
-def test_a_missing_marker_is_an_error():
-    with pytest.raises(ValueError, match="section 'models' once, found 0 times"):
-        updated("no markers", {"models": "table"})
-
-
 @pytest.mark.parametrize("name", ["rednet26", "overlock_xt_reparam", "volo_d1"])
 def test_counts_are_near_the_published_ones(name):
-    parameters, operations = PUBLISHED[name]
-    counted = count_model(name)
-    assert counted["parameters_m"] == pytest.approx(parameters, rel=0.03)
-    assert counted["multiply_adds_g"] == pytest.approx(operations, rel=0.05)
+    published, counted = figures.load(figures.RESULTS / "published.json")[name], figures.count_model(name)
+    assert counted["parameters_m"] == pytest.approx(published["parameters_m"], rel=0.03)
+    assert counted["multiply_adds_g"] == pytest.approx(published["multiply_adds_g"], rel=0.05)
 
 
-def test_a_row_shows_the_gpus_time_where_it_was_captured_and_compares_like_with_like(folder):
-    text = pages.sections([folder], [])["gpu operators"]
-    assert "| forward | 50.0 | 40.0 | 300 | 10.0 | 20% | 4,000 (80.0×) | 500 (10.0×) | – |" in text
-    assert "| forward+backward | – | 113 | 2,000 | 10.0 | 0.50% | 16,000 (8.00×) | 1,000 (0.50×) | – |" in text
-    assert "skipped" not in text
+@pytest.mark.parametrize(
+    ("section", "shown", "not_shown"),
+    [
+        (
+            "gpu",
+            [
+                "**NVIDIA H200**, driver 580.1, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2030-01-02",
+                "a copy moves 4.20 TB/s, a bfloat16 matrix product reaches 680 TFLOP/s and float32 arithmetic 51.0",
+                "2 of 3 rows of operators and 1 of 2 rows of models",
+                "it had no time to compare `depthwise_conv2d` with anything.",
+                "7 passed, 1 failed, 2 skipped before their time was over",
+            ],
+            ["names a commit"],
+        ),
+        (  # the GPU's time where a call was captured, and like compared with like
+            "gpu operators",
+            [
+                "| forward | 50.0 | 40.0 | 300 | 10.0 | 20% | 4,000 (80.0×) | 500 (10.0×) | – |",
+                "| forward+backward | – | 113 | 2,000 | 10.0 | 0.50% | 16,000 (8.00×) | 1,000 (0.50×) | – |",
+                "The host bounds 1 of 1 eager forward calls, which take at least 2 times as long as their work on the "
+                "GPU: `na2d_av` 8×16@14² K=13.",
+                "The host bounds 1 of 1 eager forward+backward calls",
+            ],
+            ["skipped"],
+        ),
+        ("gpu models", ["| `net` | 224×192 | inference | 64 | 1,500 | 500 | 3.00× | 2.50× |"], ["training"]),
+        ("gpu host", ["| 2030-01-01 01:02 | 10 | 20 | 25 | 70 |\n| 2030-01-02 03:04 | 20 | 40 | 45 | 90 |"], []),
+        (
+            "predicted",
+            [
+                "Our kernels take 1.20 to 2.00 times as long as predicted, 1.60 times in the median; 1 of",
+                "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | 40.0 | 2.00 | 40.0 |",
+                "| av.14 | backward | mix: issue | 1 | 10.0 | 50.0 | 60.0 | 1.20 | 73.0 |",
+            ],
+            ["qk.14"],
+        ),
+        ("gpu kernels", ["| qk.14 | 40.0 | 40.0 | 60.0 | 73.0 |"], ["av.14"]),
+        (
+            "gpu counters",
+            [
+                "| av.14 | forward | mix | 41.0 | 254 | 1.9 | 12% | 60% | 40% | 30% | 10% |",
+                "with at least 200 registers per thread have 1.9 warps per scheduler",
+                "issue in 55 to 60 % (av) of the cycles",
+            ],
+            ["39.0"],
+        ),
+    ],
+)
+def test_a_section_says_what_the_files_hold(folder, section, shown, not_shown):
+    text = pages.sections([folder], [PREDICTED])[section]
+    assert [line for line in shown if line not in text] == []
+    assert [word for word in not_shown if word in text] == []
 
 
-def test_calls_that_wait_for_the_host_are_named(folder):
-    text = pages.sections([folder], [])["gpu operators"]
-    for kind in ("forward", "forward+backward"):
-        assert f"The host bounds 1 of 1 eager {kind} calls" in text
-    assert text.count(": `na2d_av` 8×16@14² K=13.") == 2
-    busy = operator_row("forward", {"ours": 0.09, "naive": 5.0}, {"ours": 0.05, "naive": 4.0})
-    folder.operators = [busy]
+def test_a_call_that_keeps_the_gpu_busy_is_not_bound_by_the_host(folder):
+    folder.operators = [operator_row("forward", {"ours": 0.09, "naive": 5.0}, {"ours": 0.05, "naive": 4.0})]
     assert "The host bounds" not in pages.sections([folder], [])["gpu operators"]
 
 
@@ -163,25 +182,6 @@ def test_only_a_batch_of_128_has_the_kernels_times_beside_it(folder):
     assert folder.beside(operator_row("forward", {"ours": 1.0})) == 40
     assert folder.beside(operator_row("forward", {"ours": 1.0}, batch=2)) is None
     assert folder.beside(operator_row("forward", {"ours": 1.0}, shape="8×16@50×80 K=13")) is None
-
-
-def test_the_machine_and_what_was_not_reached_are_told(folder):
-    text = pages.sections([folder], [])["gpu"]
-    assert "**NVIDIA H200**, driver 580.1, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2030-01-02" in text
-    assert "a copy moves 4.20 TB/s, a bfloat16 matrix product reaches 680 TFLOP/s and float32 arithmetic 51.0" in text
-    assert "2 of 3 rows of operators and 1 of 2 rows of models" in text
-    assert "it had no time to compare `depthwise_conv2d` with anything." in text
-    assert "7 passed, 1 failed, 2 skipped before their time was over" in text
-
-
-def test_models_and_the_hosts_time(folder):
-    sections = pages.sections([folder], [])
-    assert "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 3.00× | 2.50× |" in sections["gpu models"]
-    assert "training" not in sections["gpu models"]
-    assert sections["gpu host"].splitlines()[2:] == [
-        "| 2030-01-01 01:02 | 10 | 20 | 25 | 70 |",
-        "| 2030-01-02 03:04 | 20 | 40 | 45 | 90 |",
-    ]
 
 
 def test_the_readmes_table_and_where_ours_loses(folder):
@@ -193,52 +193,24 @@ def test_the_readmes_table_and_where_ours_loses(folder):
     assert "`net`, inference at batch 64: 1,500 images per second, 500 on the naive path (3.00×)." in text
 
 
-def test_predictions_stand_beside_our_kernels_and_everything(folder):
-    sections = pages.sections([folder], [PREDICTED])
-    lines = sections["predicted"].splitlines()
-    assert lines[0].startswith(
-        "Our kernels take 1.20 to 2.00 times as long as predicted, 1.60 times in the median; 1 of"
-    )
-    assert lines[-2:] == [
-        "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | 40.0 | 2.00 | 40.0 |",
-        "| av.14 | backward | mix: issue | 1 | 10.0 | 50.0 | 60.0 | 1.20 | 73.0 |",
-    ]
-    assert sections["gpu kernels"].splitlines()[2:] == ["| qk.14 | 40.0 | 40.0 | 60.0 | 73.0 |"]
-
-
 def test_predictions_stand_alone_where_nothing_was_measured():
-    sections = pages.sections([], [PREDICTED])
-    assert "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | – | – | – |" in sections["predicted"]
-    assert "times as long" not in sections["predicted"]
-
-
-def test_counters_show_the_longest_launch(folder):
-    text = pages.sections([folder], [])["gpu counters"]
-    assert text.count("| av.14 |") == 1
-    assert "| av.14 | forward | mix | 41.0 | 254 | 1.9 | 12% | 60% | 40% | 30% | 10% |" in text
-    assert "with at least 200 registers per thread have 1.9 warps per scheduler" in text
-    assert "issue in 55 to 60 % (av) of the cycles" in text
+    text = pages.sections([], [PREDICTED])["predicted"]
+    assert "| av.14 | forward | mix: issue | 1 | 10.0 | 20.0 | – | – | – |" in text
+    assert "times as long" not in text
 
 
 def test_tuned_configs_beside_the_heuristics():
     def entry(heuristic, tuned):
         return {"config": {"rows": 4, "num_warps": 2}, "heuristic_milliseconds": heuristic, "milliseconds": tuned}
 
-    record = {
-        "gpu": "G",
-        "entries": {
-            "sum rows=7 dtype=bfloat16": entry(0.03, 0.02),
-            "sum rows=14 dtype=bfloat16": entry(0.05, 0.05),
-            "mix rows=7 dtype=bfloat16": entry(0.04, 0.02),
-        },
-    }
-    text = _tuned_table(record)
-    assert (
-        "G: 3 problems; tuning gains 1.50× in the median and 2.00× at most, and keeps the heuristic's config in 1."
-        in text
-    )
-    assert "| `sum` | rows=7 | rows=4 num_warps=2 | 30.0 | 20.0 | 1.50× |" in text
-    assert "| `mix` | rows=7 dtype=bfloat16 | rows=4 num_warps=2 | 40.0 | 20.0 | 2.00× |" in text
+    entries = {"sum rows=7 dtype=bfloat16": entry(0.03, 0.02), "sum rows=14 dtype=bfloat16": entry(0.05, 0.05)}
+    text = figures._tuned_table({"gpu": "G", "entries": entries | {"mix rows=7 dtype=bfloat16": entry(0.04, 0.02)}})
+    for line in (
+        "G: 3 problems; tuning gains 1.50× in the median and 2.00× at most, and keeps the heuristic's config in 1.",
+        "| `sum` | rows=7 | rows=4 num_warps=2 | 30.0 | 20.0 | 1.50× |",
+        "| `mix` | rows=7 dtype=bfloat16 | rows=4 num_warps=2 | 40.0 | 20.0 | 2.00× |",
+    ):
+        assert line in text
 
 
 def test_figures_show_every_contender_and_name_their_numbers(folder):
@@ -252,9 +224,6 @@ def test_figures_show_every_contender_and_name_their_numbers(folder):
     figure, _ = drawn["predicted.png"]
     assert [text.get_text() for text in figure.legends[0].texts] == ["memory floor", "predicted", "measured"]
     assert [axis.texts[0].get_text() for axis in figure.axes] == ["2.0×", "1.2×"]
-
-
-def test_there_is_no_figure_of_what_was_not_measured(folder):
     folder.operators = [SKIPPED]
     folder.launched.clear()
-    assert pages.figures(folder, [PREDICTED]) == {}
+    assert pages.figures(folder, [PREDICTED]) == {}, "there is no figure of what was not measured"

@@ -1,6 +1,5 @@
 """The suite behind ``make gpu``: phases that cannot take each other with them, and the summary of what they found."""
 
-import io
 import json
 import os
 import signal
@@ -9,12 +8,13 @@ import sys
 import pytest
 import torch
 
-from autotune import bench, ceilings, suite
+from autotune import bench, ceilings
 from autotune.__main__ import main
 from autotune.cases import LOST
-from autotune.results import Folder, summary
-from autotune.suite import Phase, phases_of, read_test_log, run_phases
-from tests.autotune.test_pages import model_row, operator_row
+from autotune.results import Folder
+from notebooks.results import suite
+from notebooks.results.suite import Phase, phases_of, read_test_log, run_phases, summary
+from tests.notebooks.rows import model_row, operator_row
 
 ENVIRONMENT = dict(os.environ)
 
@@ -91,42 +91,10 @@ def test_the_test_run_is_read_from_a_whole_or_a_cut_log():
     assert read_test_log("ERROR: not found: tests/kernels") == {"counts": {}, "failures": []}
 
 
-class _HereProcess:
-    """Stands in for a process: runs autotune's commands in this one, which has imported everything already."""
-
-    pid = 0
-
-    def __init__(self, command, environment, log):
-        assert command[:3] == [sys.executable, "-m", "autotune"]
-        stdout, out = sys.stdout, io.StringIO()
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("DYNAMIC_KERNELS_STORE", "TRITON_INTERPRET"):
-                patch.setenv(name, environment[name])
-            sys.stdout = out
-            try:
-                self.code = main(command[3:])
-            finally:
-                sys.stdout = stdout
-        log.write(out.getvalue().encode())
-
-    def wait(self, timeout):
-        return self.code
-
-    def poll(self):
-        return self.code
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tries the suite on a CPU, in the interpreter")
-def test_the_whole_suite_on_tiny_shapes(tmp_path, monkeypatch, capsys):
-    start, end = suite._start, suite._end
-
-    def start_here(command, environment, log):
-        return (start if "pytest" in command else _HereProcess)(command, environment, log)
-
-    monkeypatch.setattr(suite, "_start", start_here)
-    monkeypatch.setattr(suite, "_end", lambda process, seconds: None if process.pid == 0 else end(process, seconds))
-    assert main(["bench", "--suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+def test_the_whole_suite_on_tiny_shapes(tmp_path, capsys):
+    assert main(["suite", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     names = {"environment.json", "tests.json", "cpu.json", "bench.json", "models.json", "summary.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
     found = Folder(tmp_path)
@@ -166,7 +134,7 @@ def test_the_commands_of_the_full_suite_are_ones_the_parser_takes(tmp_path, monk
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu_it_says_so(capsys):
-    assert main(["bench", "--suite"]) == 2
+    assert main(["suite"]) == 2
     assert "the suite measures a GPU" in capsys.readouterr().err
 
 
@@ -194,7 +162,7 @@ def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
         "A tuned launch takes the host 4.20 µs more than Triton's own.",
         "| tests | failed | 12 | lost the GPU |",
         "Tests: 7 passed, 1 failed (cut short).\n- tests/a.py::test_b: it broke",
-        "| `na2d_av` | M 8×16@14² K=13 | forward | – | – | 2,000 | 10.0 | 0.50% | 24,000 (12.0×) | – | – |",
+        "| `na2d_av` | M 8×16@14² K=13 | forward | – | 2,000 | 10.0 | 0.50% | 24,000 (12.0×) | – | – |",
         "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 1,600 | 3.00× | 2.50× |",
         "- failed: na2d_qk forward: it broke",
         "- left out: na2d_av M 14 forward, unfused: OutOfMemoryError: no memory",

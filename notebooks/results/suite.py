@@ -1,11 +1,13 @@
-"""The GPU evidence in one command: ``python -m autotune bench --suite``, or ``make gpu``.
+"""Everything that this repository measures on a GPU, within nine minutes; ``make gpu`` runs it.
 
 Five phases, each a process of its own, so that none can take the others with it: environment and ceilings, the tests
 (while compilers fill their caches in the background), tuning into a fresh store, operators, models. Every phase has a
 share of the time; what one leaves over the next may use, and one that does not get done keeps what it has measured.
 
-Leaves at most six files: environment.json, tests.json, <GPU>.json (tuned configs, for kernels/tuning/configs),
+It leaves at most six files: environment.json, tests.json, <GPU>.json (tuned configs, for kernels/tuning/configs),
 bench.json, models.json, and summary.md, which tells of all of them in words.
+
+Exit code: 0 every phase ended well, 1 something failed, 2 there is no GPU, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,16 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from autotune import timing
+from autotune import results, timing
 from autotune.cases import LOST
-from autotune.results import summary
+from autotune.results import Folder
+from autotune.tables import Table, number
 from kernels.files import atomic_write, write_json
 from kernels.tuning.choose import gpu_name
 from kernels.tuning.store import Store, shipped_folder
+from models.commands import types
 from models.commands.dispatch import CommandError
+from models.commands.progress import console as messages
 
+ROOT = Path(__file__).parents[2]
 SECONDS = 515.0  # for everything: nine minutes, less what starting, ending and a slow disk may take
 SECONDS_QUICK = 3600.0  # a smoke test is over when it is done, however busy the machine
 GRACE = 12.0  # between the end of a phase's time and the end of its process
@@ -46,8 +52,12 @@ GRACE = 12.0  # between the end of a phase's time and the end of its process
 FILLED_OPERATORS = (("involution*",), ("na2d*",), ("contmix*", "outlook*", "depthwise*"))
 FILLED_MODELS = ("overlock_t", "rednet50", "overlock_xt", "volo_d1")
 MODEL_TESTS = ("every_family", "layers", "overlock", "rednet", "volo", "inference", "pytorch_tools")
-# What launches kernels; the commands' own tests are as true on a CPU.
-TESTS = ("tests/kernels", *(f"tests/models/test_{name}.py" for name in MODEL_TESTS))
+# What launches kernels; the other tests are as true on a CPU.
+TESTS = (
+    "tests/kernels",
+    "--ignore=tests/kernels/test_store.py",
+    *(f"tests/models/test_{name}.py" for name in MODEL_TESTS),
+)
 RESTARTS = 3  # of a phase whose process lost the GPU or crashed
 MOST_LOG_LINES = 60
 CORES_FOR_BACKGROUND, MEMORY_FOR_BACKGROUND = 8, 64e9
@@ -69,9 +79,8 @@ class Phase:
 
 
 def _start(command: Sequence[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
-    root = timing.repository_root() or Path.cwd()
     return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
@@ -127,17 +136,16 @@ def run_phases(
     phases: Sequence[Phase], folder: Path, environment: dict[str, str], seconds: float
 ) -> list[dict[str, Any]]:
     """Run the phases within ``seconds``, shared out as they ask; ``folder`` gets its summary after each."""
-    messages = Console(stderr=True, highlight=False)
     start, share, done = time.monotonic(), 0.0, []
     total = sum(phase.seconds for phase in phases)
     for phase in phases:
         share += phase.seconds / total
         deadline = start + seconds * share - GRACE * (phase is phases[-1])
-        messages.print(f"[bold]{phase.name}[/]: until {deadline - start:.0f} s", style="none")
+        messages.print(f"[bold]{phase.name}[/]: until {deadline - start:.0f} s")
         done.append(run_phase(phase, deadline, environment))
         messages.print(f"{phase.name}: {done[-1]['status']}, {done[-1]['seconds']:.0f} s")
         for line in done[-1].get("log", [])[-12:]:
-            messages.print(f"    {line}", markup=False, soft_wrap=True)
+            messages.print(f"    {line}", markup=False)
         atomic_write(folder / "summary.md", summary(folder, done))
     return done
 
@@ -149,30 +157,25 @@ TEST_LINE = re.compile(r"^(?:\[gw\d+\]|tests/)")
 
 def read_test_log(log: str) -> dict[str, Any]:
     """Counts and failures from pytest's verbose output, be it whole or cut short."""
-    counts: dict[str, int] = {}
-    failed, explained = {}, {}
+    counts, reasons = Counter[str](), dict[str, str]()
     for line in log.splitlines():
-        summarised = FAILURE.match(line)
-        if summarised:
-            name, _, reason = summarised[1].partition(" - ")
-            explained[name] = reason
-            continue
-        outcome = OUTCOME.search(line) if TEST_LINE.match(line) else None
-        if outcome:
-            word = outcome[1].lower()
-            counts[word] = counts.get(word, 0) + 1
-            if word in ("failed", "error"):
-                found = re.search(r"tests/\S+", line)
-                failed[found[0] if found else line] = ""
-    reasons = failed | explained
-    return {"counts": counts, "failures": [f"{name}: {reason}" if reason else name for name, reason in reasons.items()]}
+        name = re.search(r"tests/\S+", line)
+        if summarised := FAILURE.match(line):
+            test, _, reason = summarised[1].partition(" - ")
+            reasons[test] = reason
+        elif name and TEST_LINE.match(line) and (outcome := OUTCOME.search(line)):
+            counts[outcome[1].lower()] += 1
+            if outcome[1] in ("FAILED", "ERROR"):
+                reasons[name[0]] = ""
+    failures = [f"{name}: {reason}" if reason else name for name, reason in reasons.items()]
+    return {"counts": dict(counts), "failures": failures}
 
 
 def _test_command(quick: bool) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "tests.device_guard"]
     if importlib.util.find_spec("xdist") is not None and not quick:
         command += ["-n", str(max(1, min(12, 3 * (os.cpu_count() or 2) // 4))), "--dist", "worksteal"]
-    return [*command, *(["tests/autotune/test_store.py", "-k", "round_trip"] if quick else TESTS)]
+    return [*command, *(["tests/kernels/test_store.py", "-k", "round_trip"] if quick else TESTS)]
 
 
 def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool) -> list[Phase]:
@@ -189,10 +192,9 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
         return command
 
     def tune(seconds: int, _again: bool) -> list[str]:
-        effort = [] if quick else ["--candidates", "14"]
+        which = ["--operator", "involution2d tiny"] if quick else ["--all", "--candidates", "14"]
         noted = ["--passing-over", str(scratch / "attempts")]
-        which = ["--operator", "involution2d tiny"] if quick else ["--all"]
-        return [*autotune, "tune", *which, *where, *effort, *noted, "--seconds", str(seconds)]
+        return [*autotune, "tune", *which, *where, *noted, "--seconds", str(seconds)]
 
     def keep_tests(log: str, complete: bool) -> None:
         record = {"schema": 1, "command": " ".join(_test_command(quick)[1:]), "complete": complete}
@@ -220,19 +222,49 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
     ]
 
 
+def summary(folder: Path, phases: Sequence[dict[str, Any]]) -> str:
+    """summary.md: the phases, the tests, everything measured, and all that failed, was skipped or left out."""
+    found = Folder(folder)
+    machine = found.environment.get("machine", {})
+    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "python", "driver") if machine.get(name)]
+    parts = [
+        f"# {machine.get('device', 'unknown device')}",
+        " · ".join([*versions, f"commit {machine.get('commit')}", str(machine.get("date"))]),
+        "Medians. Every result was checked before it was timed."
+        if machine.get("device_type") == "cuda"
+        else "A trial of the command without a GPU: the numbers below say nothing.",
+    ]
+    if ceilings := found.environment.get("ceilings"):
+        parts.append(f"Ceilings: {results.ceilings_told(ceilings)}")
+    if launch := found.environment.get("launch_microseconds"):
+        parts.append(f"A tuned launch takes the host {number(launch['added'])} µs more than Triton's own.")
+    if done := [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("message", "")] for p in phases]:
+        parts.append(Table(("phase", "state", "seconds", ""), done, 4).markdown())
+    if found.tests:
+        counts = ", ".join(f"{count} {name}" for name, count in found.tests["counts"].items())
+        told = f"Tests: {counts or 'none ran'}{'' if found.tests['complete'] else ' (cut short)'}."
+        parts.append("\n".join([told, *(f"- {failure}" for failure in found.tests["failures"])]))
+    for table in results.tables(found):
+        parts += [f"{table.title}.", table.markdown()]
+    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {told}" for told in results.incidents(found))])) + "\n"
+
+
 def _has_room(device: torch.device) -> bool:
     memory = torch.cuda.get_device_properties(device).total_memory
     return (os.cpu_count() or 1) >= CORES_FOR_BACKGROUND and memory >= MEMORY_FOR_BACKGROUND
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=types.device, help="(default: the GPU)")
+    parser.add_argument("--seconds", type=types.seconds, default=SECONDS, metavar="S", help="(default: %(default)g)")
+    parser.add_argument("--quick", action="store_true", help="smoke test: tiny shapes, however long; any device")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: notebooks/results/GPU; --quick: build/...)")
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """0 if every phase ended well, 1 if anything failed, 130 interrupted. CommandError without a GPU or a checkout."""
-    console = Console(highlight=False)
     device, quick = arguments.device or timing.best_device(), arguments.quick
     if device.type != "cuda" and not quick:
         raise CommandError("the suite measures a GPU; --quick tries it out on a CPU")
-    if timing.repository_root() is None:
-        raise CommandError("--suite needs a checkout of the repository, whose tests it runs; bench without it does not")
     folder = (arguments.out or timing.results_folder(device, scratch=quick)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -244,13 +276,10 @@ def run(arguments: argparse.Namespace) -> int:
         environment = dict(os.environ) | {"DYNAMIC_KERNELS_STORE": temporary, "PYTHONUNBUFFERED": "1"}
         if device.type != "cuda":
             environment["TRITON_INTERPRET"] = "1"
-        try:
-            phases = phases_of(folder, device, scratch, quick=quick)
-            done = run_phases(phases, folder, environment, min(arguments.seconds, SECONDS_QUICK if quick else SECONDS))
-        except KeyboardInterrupt:
-            return 130
+        phases = phases_of(folder, device, scratch, quick=quick)
+        done = run_phases(phases, folder, environment, SECONDS_QUICK if quick else arguments.seconds)
     path = folder / "environment.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1}
     write_json(path, record | {"phases": done})
-    console.print((folder / "summary.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    print((folder / "summary.md").read_text(encoding="utf-8"))
     return int(any(phase["status"] != "ok" for phase in done))

@@ -1,0 +1,215 @@
+"""Bring every number of the README and of notebooks/results/README.md in line with the committed results.
+
+Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
+notebooks/results: published.json (what the papers say), models.json (parameters and multiply-adds, counted; --count
+counts them again), compiled.json (kernels built ahead of time; --compile builds them again), predicted/*.json (written
+by predicted/collect.py), <device>/profile.json, and what a GPU's folder holds (folder.py says what). The tuned configs
+are those of kernels/tuning/configs. Figures are drawn again from the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from autotune import plots, report
+from autotune.compile import reports_of
+from autotune.tables import Table, microseconds, number, settings_text
+from kernels.files import atomic_write, write_json
+from kernels.tuning.choose import triton_version
+from kernels.tuning.store import shipped_folder
+from notebooks.results import pages
+from notebooks.results.folder import folders
+
+RESULTS = Path(__file__).parent
+ROOT = RESULTS.parents[1]
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def count_model(name: str) -> dict[str, float]:
+    """Parameters (millions) and multiply-adds (G) of one 224x224 image, counted on the meta device.
+
+    OverLoCK's paper counts its reparameterised form without the auxiliary head, which VOLO's counts.
+    """
+    with torch.device("meta"):
+        model = models.create_model(name).eval()
+        image = torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    counted = (p.numel() for key, p in model.named_parameters() if "volo" in name or not key.startswith("aux_head."))
+    return {"parameters_m": sum(counted) / 1e6, "multiply_adds_g": counter.get_total_flops() / 2e9}
+
+
+def _given(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
+
+
+def _published_table(published: dict[str, Any], top1: dict[str, float]) -> str:
+    """A line per family: the variants side by side."""
+    rows = []
+    for family, paper, sizes in (
+        ("OverLoCK", "2502.20087", "any, from 32 pixels up"),
+        ("RedNet", "2103.06255", "any, from 32 pixels up"),
+        ("VOLO", "2106.13112", "`img_size` (224), other sizes resized"),
+    ):
+        names = [name for name in published if name.startswith(family.lower())]
+        columns = [[f"`{name.removesuffix('_reparam')}`" for name in names]]
+        columns += [[_given(published[name][field]) for name in names] for field in ("parameters_m", "multiply_adds_g")]
+        columns.append([_given(top1[name]) for name in names])
+        rows.append([f"[{family}](https://arxiv.org/abs/{paper})", *map(" · ".join, columns), sizes])
+    headings = ["family", "variants", "parameters, M", "multiply-adds at 224², G", "ImageNet top-1, %", "input"]
+    return Table(headings, rows, 6).markdown()
+
+
+def _models_table(published: dict[str, Any], counted: dict[str, Any], top1: dict[str, float]) -> str:
+    rows = []
+    for name, paper in published.items():
+        counts = [
+            text
+            for field in ("parameters_m", "multiply_adds_g")
+            for text in (_given(paper[field]), f"{counted[name][field]:.2f}")
+        ]
+        rows.append([f"`{name}`", *counts, _given(top1[name])])
+    headings = ["model", "parameters, M: published", "counted", "multiply-adds, G at 224²: published", "counted"]
+    return Table([*headings, "top-1, %: published"], rows).markdown()
+
+
+def _profile_table(record: dict[str, Any]) -> str:
+    machine, settings = record["machine"], record["settings"]
+    if failed := [f"{row['name']} {row['pass']}" for row in record["rows"] if row["status"] != "ok"]:
+        raise ValueError(f"profile.json holds a failed line and cannot be published: {failed[0]}")
+    table = report.table(record)
+    return (
+        f"{machine['device']}, torch {machine['torch']}, {settings['dtype']}, batch {settings['batch']}; "
+        f"our path here: {settings['implementation']}. {' '.join(table.notes)}\n\n{table.markdown()}"
+    )
+
+
+def _compiled_table(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["reports"]:
+        counts = [str(row[name]) for name in ("registers", "spilled_bytes", "shared_bytes", "tensor_core", "fma")]
+        counts += [number(row["shuffles_per_output"]), number(row["bytes_per_output"])]
+        rows.append([row["case"], row["kernel"].removesuffix("_kernel"), *counts])
+    headings = ["shape", "kernel", "registers", "spilled, B", "shared, B", "tensor cores", "FMA", "shuffles/out"]
+    table = Table([*headings, "bytes/out"], rows, 2).markdown()
+    return f"triton {record['triton']}, {record['architecture']}, {record['dtype']}.\n\n{table}"
+
+
+def _tuned_table(record: dict[str, Any]) -> str:
+    """The shipped configs of a GPU: what the heuristic's choice takes, and the tuned one."""
+    problems = {key: dict(field.split("=") for field in key.split()[1:]) for key in record["entries"]}
+    rows, ratios = [], []
+    for key, entry in record["entries"].items():
+        if not (heuristic := entry.get("heuristic_milliseconds")):
+            continue
+        kernel = key.split()[0]
+        # What all of a kernel's problems share says nothing; of a single one everything is told.
+        same = set.intersection(*(set(p.items()) for other, p in problems.items() if other.split()[0] == kernel))
+        telling = {name: value for name, value in problems[key].items() if (name, value) not in same} or problems[key]
+        ratios.append(heuristic / entry["milliseconds"])
+        found = [microseconds(heuristic), microseconds(entry["milliseconds"]), f"{ratios[-1]:.2f}×"]
+        rows.append([f"`{kernel}`", settings_text(telling), settings_text(entry["config"]), *found])
+    headings = ["kernel", "problem", "tuned config", "heuristic, µs", "tuned, µs", "speed-up"]
+    table = Table(headings, rows, 3).markdown()
+    if not ratios:
+        return table
+    return (
+        f"{record['gpu']}: {len(ratios)} problems; tuning gains {statistics.median(ratios):.2f}× in the median and "
+        f"{max(ratios):.2f}× at most, and keeps the heuristic's config in {sum(r == 1 for r in ratios)}.\n\n{table}"
+    )
+
+
+def _compiled() -> dict[str, Any]:
+    """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
+    reports, failures = reports_of(["sm_90"], ["bf16"], Console())
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    built = {"triton": triton_version(), "architecture": "sm_90", "dtype": "bf16"}
+    return built | {"reports": [dataclasses.asdict(report) for report in reports]}
+
+
+def predictions() -> list[dict[str, Any]]:
+    """What predicted/ holds, the newest Triton first."""
+    records = map(load, (RESULTS / "predicted").glob("*.json"))
+    return sorted(records, key=lambda record: [int(part) for part in record["triton"].split(".")], reverse=True)
+
+
+def sections() -> dict[Path, dict[str, str]]:
+    """Page -> section name -> its text, from the committed files alone."""
+    published, counted, compiled = (load(RESULTS / f"{name}.json") for name in ("published", "models", "compiled"))
+    top1, gpus = load(ROOT / "models" / "data" / "imagenet_top1.json"), folders(RESULTS)
+    return {
+        ROOT / "README.md": {"models": _published_table(published, top1), "gpu": pages.readme(gpus)},
+        RESULTS / "README.md": {
+            "models": _models_table(published, counted, top1),
+            "profile": "\n\n".join(_profile_table(load(path)) for path in sorted(RESULTS.glob("*/profile.json"))),
+            "compiled": _compiled_table(compiled),
+            "tuned": "\n\n".join(_tuned_table(load(path)) for path in sorted(shipped_folder().glob("*.json"))),
+            **pages.sections(gpus, predictions()),
+        },
+    }
+
+
+def drawings() -> Iterator[tuple[Path, Figure, str]]:
+    """Every figure that shows numbers of committed files: its path, and the fingerprint of those numbers."""
+    for path in sorted(RESULTS.glob("*/profile.json")):
+        record = load(path)
+        for file, figure in report.figures(record).items():
+            yield path.parent / file, figure, report.fingerprint(record)
+    for folder in folders(RESULTS):
+        for file, (figure, source) in pages.figures(folder, predictions()).items():
+            yield folder.path / file, figure, source
+
+
+def updated(text: str, sections: dict[str, str]) -> str:
+    """``text`` with each section between its markers replaced. ValueError where a marker is missing."""
+    for name, content in sections.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+        if count != 1:
+            raise ValueError(f"the page must hold the markers of section {name!r} once, found {count} times")
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", action="store_true", help="count parameters and multiply-adds again (a minute)")
+    text = "build every kernel for sm_90 in bf16 again (two minutes)"
+    parser.add_argument("--compile", action="store_true", help=text)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the README is out of date")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    console = Console()
+    if arguments.count:
+        names = track(load(RESULTS / "published.json"), "Counting", console=console, transient=True)
+        write_json(RESULTS / "models.json", {name: count_model(name) for name in names})
+    if arguments.compile:
+        write_json(RESULTS / "compiled.json", _compiled())
+    texts = {page: (page.read_text(), content) for page, content in sections().items()}
+    outdated = {page: wanted for page, (text, content) in texts.items() if (wanted := updated(text, content)) != text}
+    if arguments.check:
+        return int(bool(outdated))
+    for page, wanted in outdated.items():
+        atomic_write(page, wanted)
+        console.print(f"updated {page.relative_to(ROOT)}")
+    for path, figure, source in drawings():
+        plots.save(figure, path, source)
+        console.print(f"drew {path.relative_to(ROOT)}")
+    return 0

@@ -1,0 +1,77 @@
+"""A GPU's folder of notebooks/results.
+
+It holds what ``make gpu`` leaves, kernels.json (the time of every kernel by itself, written by predicted/measure.py)
+and ncu.json (counters of Nsight Compute); all but environment.json may be missing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from autotune import results
+from autotune.passes import PASSES
+from autotune.results import Row
+
+# Names of cases in kernels.json and in the predictions, by operator.
+CASES = {
+    "involution2d": "involution.{}.last",
+    "involution2d_generate": "generate.{}.last",
+    "na2d_av": "av.{}",
+    "na2d_qk": "qk.{}",
+    "na2d_softmax_av": "softmax_av.{}",
+    "contmix2d": "contmix.{}",
+    "outlook_attention2d": "outlook.{}",
+    "depthwise_conv2d": "depthwise.{}.last",
+}
+
+
+class Folder(results.Folder):
+    """The content of a GPU's folder, with the times of kernels by case and pass, in microseconds."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.kernels, self.counters = self.load("kernels.json"), self.load("ncu.json")
+        timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
+        self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
+        measured = {row["operator"] for row in self.timed()}
+        every = dict.fromkeys(row["operator"] for row in self.operators)
+        self.unreached = listed([f"`{name}`" for name in every if name not in measured])
+
+    def microseconds(self, case: str, kind: str, *, own: bool = False) -> float | None:
+        """Sum of what a case launches in a pass; ``own``: of this project's kernels alone."""
+        if kind == PASSES[1]:
+            parts = [self.microseconds(case, name, own=own) for name in ("forward", "backward")]
+            return None if None in parts else math.fsum(part for part in parts if part is not None)
+        if (case, kind) not in self.launched:
+            return None
+        return math.fsum(k["microseconds"] for k in self.launched[case, kind] if not own or _is_ours(k["kernel"]))
+
+    def as_predicted(self, row: Row) -> bool:
+        """Whether a case launched as many of our kernels as are predicted: otherwise its code has changed."""
+        launched = self.launched.get((row["case"], row["pass"]), [])
+        return sum(_is_ours(kernel["kernel"]) for kernel in launched) == row["launches"]
+
+    def beside(self, row: Row) -> float | None:
+        """The sum of the kernels of a row of bench.json, where kernels.json has its shape."""
+        side = re.search(r"@(\d+)²", row["shape"])
+        if side is None or row["batch"] != 128:
+            return None
+        return self.microseconds(CASES[row["operator"]].format(side[1]), row["pass"])
+
+
+def _is_ours(kernel: str) -> bool:
+    """Triton's kernels have plain names; those of PyTorch and of its libraries are C++ or name their machine code."""
+    return re.fullmatch(r"\w+_kernel", kernel) is not None and not re.search("cutlass|nvjet|xmma", kernel)
+
+
+def listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def folders(parent: Path) -> list[Folder]:
+    """The folders of the GPUs that were measured."""
+    found = [Folder(path.parent) for path in sorted(parent.glob("*/environment.json"))]
+    return [folder for folder in found if folder.environment["machine"]["device_type"] == "cuda"]

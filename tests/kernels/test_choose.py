@@ -1,0 +1,165 @@
+"""Which config a launch uses: look-up order, exact keys, what voids an entry."""
+
+import dataclasses
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from kernels.tuning import choose, tunable
+from kernels.tuning.choose import bucket, key_of, look_up
+from kernels.tuning.store import Store, user_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block: int
+
+    def valid(self, problem):
+        return self.block <= problem.pixels
+
+
+class Problem(NamedTuple):
+    pixels: int
+    dtype: torch.dtype = torch.float32
+
+
+BLOCKS = (8, 16, 32, 64, 128)
+
+
+def _heuristic(problem: Problem) -> Config:
+    return Config(16)
+
+
+def toy(configs):
+    """A launcher of ones, but where a config's block is among the wrong or the broken ones."""
+
+    @tunable(configs, _heuristic, problem=_problem, reference=lambda *_, **__: torch.ones(4), name="toy")
+    def launch(x, wrong=(), broken=(), *, config):
+        if config.block in broken:
+            raise RuntimeError(f"out of resource: block {config.block}")
+        return torch.full((4,), 2.0 if config.block in wrong else 1.0)
+
+    return launch
+
+
+def _problem(x, *_, **__):
+    return Problem(x.numel())
+
+
+TOY = toy(tuple(map(Config, BLOCKS)))
+CPU = torch.device("cpu")
+GPU = "cpu"  # the name configs of a CPU tensor are kept under
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "user"))
+    monkeypatch.setattr(choose, "shipped_folder", lambda: tmp_path / "shipped")
+    choose.forget()
+    yield
+    choose.forget()
+
+
+def _entry(block, **changes):
+    return {
+        "config": {"block": block},
+        "triton": choose.triton_version(),
+        "source": TOY.source,
+        "milliseconds": 1.0,
+    } | changes
+
+
+def test_store_before_shipped_before_heuristic(tmp_path):
+    problem = Problem(100)
+    assert look_up(TOY, problem, GPU) == (Config(16), "heuristic")
+    Store(tmp_path / "shipped", GPU).update({key_of(TOY, problem): _entry(32)})
+    choose.forget()
+    assert look_up(TOY, problem, GPU) == (Config(32), "shipped")
+    Store(user_folder(), GPU).update({key_of(TOY, problem): _entry(64)})
+    choose.forget()
+    assert look_up(TOY, problem, GPU) == (Config(64), "store")
+    assert look_up(TOY, Problem(100, torch.float16), GPU).source == "heuristic"
+    assert look_up(TOY, problem, "another GPU").source == "heuristic"
+
+
+def test_a_gpu_takes_what_was_tuned_on_the_same_chip_until_it_is_tuned_itself(tmp_path):
+    problem, (gpu, chip) = Problem(100), next(iter(choose.SAME_CHIP.items()))
+    Store(tmp_path / "shipped", chip).update({key_of(TOY, problem): _entry(32)})
+    choice = look_up(TOY, problem, gpu)
+    assert choice == (Config(32), "same chip")
+    assert not choice.tuned
+    Store(user_folder(), gpu).update({key_of(TOY, problem): _entry(64)})
+    choose.forget()
+    assert look_up(TOY, problem, gpu) == (Config(64), "store")
+    assert look_up(TOY, problem, gpu).tuned
+
+
+def test_neighbouring_large_maps_share_and_small_ones_do_not():
+    assert bucket(3136) == bucket(3000) == 4096
+    assert bucket(257) == 512
+    assert [bucket(n) for n in (49, 196, 256)] == [49, 196, 256]
+    assert key_of(TOY, Problem(3000)) == key_of(TOY, Problem(3136)) != key_of(TOY, Problem(5000))
+    assert key_of(TOY, Problem(49)) == "toy pixels=49 dtype=float32"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        _entry(64, triton="0.1"),
+        _entry(64, source="older"),
+        _entry(7),  # no config the kernel offers
+        _entry(128),  # not valid for 100 pixels
+        {"config": {"block": 64}},
+        {},
+    ],
+    ids=["triton", "source", "unknown config", "invalid here", "no provenance", "empty"],
+)
+def test_an_entry_that_does_not_hold_is_ignored(entry):
+    Store(user_folder(), GPU).update({key_of(TOY, Problem(100)): entry})
+    assert look_up(TOY, Problem(100), GPU) == (Config(16), "heuristic")
+
+
+def test_the_heuristic_comes_first_and_no_more_candidates_than_asked_for():
+    assert [c.block for c in TOY.candidates(Problem(100))] == [16, 8, 32, 64]
+    assert [c.block for c in TOY.candidates(Problem(100), most=2)] == [16, 8]
+
+
+def test_comments_and_docstrings_do_not_void_an_entry(tmp_path, monkeypatch):
+    """Nor does code that runs on the host, whose outputs every use checks anew."""
+    pytest.importorskip("triton")
+    head = "import triton\nimport triton.language as tl\nSIZE = tl.constexpr({size})\n\n\n"
+    kernel = '@triton.jit\ndef f(x):\n    """{words}"""{comment}\n    return x + {number}\n\n\n'
+    host_code = "def launch():\n    return {host}\n"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def code(module, size=8, words="One.", comment="", number=1, host=0):
+        values = {"words": words, "comment": comment, "number": number, "host": host}
+        (tmp_path / f"{module}.py").write_text((head + kernel + host_code).format(size=size, **values))
+        importlib.import_module(module)
+        return list(choose._jit_code(module))
+
+    first = code("kernels_a")
+    assert code("kernels_b", words="Other\n    words.", comment="  # and more", host=3) == first
+    assert code("kernels_c", number=2) != first
+    assert code("kernels_d", size=9) != first
+
+
+def test_an_entry_depends_on_all_code_that_its_launches_run():
+    importlib.import_module("kernels.aggregation.gather")
+    found = choose._modules_of("kernels.aggregation.gather")
+    assert found == {"kernels.aggregation.gather", "kernels.views", "kernels.windows_triton"}
+
+
+def test_what_a_look_up_would_refuse_is_no_candidate():
+    assert TOY.candidates(Problem(8)) == [Config(8)]  # the heuristic's tile is larger than the map
+    assert TOY.candidates(Problem(4)) == [Config(16)]  # nothing is valid: better than nothing
+
+
+def test_a_config_is_looked_up_once(monkeypatch):
+    """A launch like an earlier one reads no file and asks no heuristic."""
+    asked = []
+    monkeypatch.setattr(TOY, "heuristic", lambda problem: asked.append(problem) or Config(16))
+    assert [TOY.choose(torch.ones(100)).block for _ in range(3)] == [16, 16, 16]
+    assert asked == [Problem(100)]
