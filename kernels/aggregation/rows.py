@@ -42,7 +42,7 @@ FEATURES = 128  # in one product; more are summed over several
 
 @triton.jit
 def _generate(
-    features, p_features, m_features, p_span, stride_r,
+    features, p_features, m_features, p_span, m_span, stride_r,
     R: tl.constexpr, BLOCK: tl.constexpr, ACCUMULATOR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Taps [Q·P, G·S] from features at ``p_features`` and one column of the windows' weights at ``p_span``."""
@@ -52,7 +52,7 @@ def _generate(
         m_feature = o_feature < R
         p_feature = p_features + (o_feature.to(tl.int64) * features.c)[None, :]
         b_features = tl.load(p_feature, mask=m_features & m_feature[None, :], other=0)
-        b_span = tl.load(p_span + (o_feature * stride_r)[:, None], mask=m_feature[:, None], other=0)
+        b_span = tl.load(p_span + (o_feature * stride_r)[:, None], mask=m_feature[:, None] & m_span, other=0)
         if UPCAST:
             b_features, b_span = b_features.to(ACCUMULATOR), b_span.to(ACCUMULATOR)
         b_taps = tl.dot(b_features, b_span, b_taps, input_precision="ieee", out_dtype=ACCUMULATOR)
@@ -85,13 +85,13 @@ def weighted_sum_kernel(
     tile = place(
         batch, groups, channels // PARTS, width, row_tiles, channel_blocks, ROWS, COLUMNS, GROUPS, BLOCK, STEPS
     )
-    # Columns of the taps beyond the window and the groups repeat the last: nothing that is stored reads them.
-    o_step, o_tap_group = tl.minimum(tile.step, KERNEL_H - 1), tl.minimum(tile.tap_group, groups - 1 - tile.group)
     o_slot = tile.slot[:, None]
     # ``first`` is source row 0 of the tile. The rows of the taps: [Q·P, 1], or [Q·P, G·S] if TRANSPOSED.
     if TRANSPOSED:
         row = tile.row - WINDOW.padding[0] % STRIDE_H
         first = (row + WINDOW.padding[0]) // STRIDE_H
+        o_step, o_tap_group = tile.step, tile.tap_group
+        m_step = ((o_step < KERNEL_H) & (o_tap_group < groups - tile.group))[None, :]
         o_turned = o_slot + o_step[None, :] * WINDOW.dilation[0]
         o_distance = o_turned % SLOTS - o_step[None, :] * WINDOW.dilation[0]
         o_tap_row = first + o_distance // STRIDE_H
@@ -99,7 +99,11 @@ def weighted_sum_kernel(
     else:
         row = tile.row
         first = row * STRIDE_H - WINDOW.padding[0]
-        o_tap_row = tl.minimum(row + o_slot, height - 1)  # rows beyond repeat the last, likewise
+        # Taps beyond the window, the groups and the map repeat the last, which costs less than masks that no compiler
+        # can leave out: nothing that is stored reads them.
+        o_step, o_tap_group = tl.minimum(tile.step, KERNEL_H - 1), tl.minimum(tile.tap_group, groups - 1 - tile.group)
+        m_step = (o_step >= 0)[None, :]
+        o_tap_row = tl.minimum(row + o_slot, height - 1)
         m_tap = o_tap_row >= 0
 
     o_channel = (tile.channel.to(tl.int64) * x.c)[None, :]
@@ -129,7 +133,7 @@ def weighted_sum_kernel(
             p_span = span.ptr + (o_span * span.k)[None, :]
             b_bias = tl.zeros([1, GROUPS * STEPS], ACCUMULATOR)
             if HAS_BIAS:
-                b_bias = tl.load(bias.ptr + (o_span * bias.k)[None, :]).to(ACCUMULATOR)
+                b_bias = tl.load(bias.ptr + (o_span * bias.k)[None, :], mask=m_step, other=0).to(ACCUMULATOR)
             if TRANSPOSED:
                 b_taps = tl.zeros([SLOTS * COLUMNS, GROUPS * STEPS], ACCUMULATOR)
                 for turn in tl.static_range((SLOTS - 1 + (KERNEL_H - 1) * WINDOW.dilation[0]) // SLOTS + 1):
@@ -137,13 +141,13 @@ def weighted_sum_kernel(
                     o_row = first + o_back // STRIDE_H
                     m_row = (o_back % STRIDE_H == 0) & (o_row >= 0) & (o_row < x_height) & m_tap_column
                     b_turn = _generate(
-                        weight, p_pixel + o_row.to(tl.int64) * weight.h, m_row, p_span, span.c,
+                        weight, p_pixel + o_row.to(tl.int64) * weight.h, m_row, p_span, m_step, span.c,
                         FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
                     )  # fmt: skip
                     b_taps = tl.where(m_row & (o_turned // SLOTS == turn), b_turn + b_bias, b_taps)
             else:
                 b_taps = b_bias + _generate(
-                    weight, p_pixel + o_tap_row.to(tl.int64) * weight.h, m_tap, p_span, span.c,
+                    weight, p_pixel + o_tap_row.to(tl.int64) * weight.h, m_tap, p_span, m_step, span.c,
                     FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
                 )  # fmt: skip
         else:
@@ -152,7 +156,7 @@ def weighted_sum_kernel(
             p_tap = p_pixel + (o_tap_row.to(OFFSET) * weight.h + o_entry[None, :])
             # As in ``across``: what lies across lanes.
             p_tap = tl.max_contiguous(tl.multiple_of(p_tap, [1, 1]), [8, 1] if WEIGHT_LANES else [1, 8])
-            b_taps = tl.load(p_tap, mask=m_tap & m_tap_column, other=0) if TRANSPOSED else tl.load(p_tap)
+            b_taps = tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0) if TRANSPOSED else tl.load(p_tap)
         taps = unstack(b_taps, COLUMNS, GROUPS, STEPS)
         sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, BLOCK, ROWS)
         for source in tl.static_range(FIRST + LOADS, END, LOADS):
