@@ -120,11 +120,15 @@ def heuristic(problem: Problem) -> Config:
     config = Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
     if products:
         return replace(config, num_warps=2 if problem.features < 64 else 4)
-    if problem.features or lane < 8:
+    if lane < 8:
+        return config
+    if problem.features and problem.rows > 16:
+        return replace(config, columns=max(2, config.columns // 2), num_warps=1)
+    if problem.features:
         return config
     # Half the registers and twice the warps hide more of the loads' latency: 7 to 18 % quicker on an H200.
     if not problem.transposed and problem.rows > 16:
-        return replace(config, rows=_rows(problem, 4))
+        return replace(config, rows=_rows(problem, 4), loads=5)
     return replace(config, rows=_rows(problem, 7), columns=max(2, config.columns // 2))
 
 
@@ -135,12 +139,9 @@ def correlate_heuristic(problem: Problem) -> Config:
     if interpreting():
         return config
     if problem.channels_fastest:
-        whole_lanes = config.channels == 64 and problem.aligned and problem.dtype.itemsize == 2
-        if problem.padded and whole_lanes:  # a third quicker on an H200 than what follows
+        if config.channels == 64 and problem.aligned and problem.dtype.itemsize == 2:
             return replace(config, rows=_rows(problem, 4), columns=8, loads=16, num_warps=2)
-        columns = 4 if whole_lanes else config.columns
-        rows = _rows(problem, 4 if problem.dtype.itemsize > 4 else 8)
-        return replace(config, rows=rows, columns=columns, loads=8)
+        return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), loads=8)
     return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 2 else 7), loads=1, num_warps=1)
 
 

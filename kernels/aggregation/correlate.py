@@ -2,6 +2,8 @@
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """correlate for zero-padded windows: rows that slide over registers (see ``tiles``)."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from kernels.aggregation.tiles import (
     across,
     by_columns,
     common_arguments,
+    halvings,
     load_rows,
     pitch,
     place,
@@ -22,6 +25,7 @@ from kernels.aggregation.tiles import (
     tap_of,
     turned,
     wide,
+    widened,
 )
 from kernels.dtypes import at_least_float32
 from kernels.launch import launch, next_power_of_2
@@ -38,13 +42,15 @@ def _correlate_kernel(
     out,  # [B, G, Kh, Kw, height, width], Kw its channels
     batch, groups, channels, x_height, x_width, height, width, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, PADDED: tl.constexpr, ALL_CHANNELS: tl.constexpr, X_LANES: tl.constexpr,
-    OUT_LANES: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OUT_LANES: tl.constexpr, PAIRS: tl.constexpr, LANE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     SLOTS: tl.constexpr = pitch(ROWS)
     STEPS: tl.constexpr = pitch(WINDOW.kernel_size[0])
     END: tl.constexpr = sources(WINDOW, ROWS, False)[1]
-    tile = place(batch, groups, channels, width, row_tiles, 1, ROWS, COLUMNS, GROUPS, CHANNELS, STEPS)
+    PARTS: tl.constexpr = 2 if PAIRS else 1
+    BLOCK: tl.constexpr = CHANNELS // PARTS  # of channels, or of pairs
+    tile = place(batch, groups, channels // PARTS, width, row_tiles, 1, ROWS, COLUMNS, GROUPS, BLOCK, STEPS)
     first = tile.row * WINDOW.stride[0] - WINDOW.padding[0]
     p_g = g.ptr + tile.group * g.g + across(tile.batch, tile.column, g, X_LANES)
     o_g_channel = (tile.channel.to(tl.int64) * g.c)[None, :]
@@ -66,8 +72,8 @@ def _correlate_kernel(
     p_direct += across(tile.batch, tile.column, out, OUT_LANES)[:, None]
     m_direct = m_g & (o_group < groups - tile.group)[None, :]
     if ALL_CHANNELS:
-        grads = load_rows(p_g, o_g_channel, g.h, tile.row, height, m_g & tile.m_channel[None, :], 0, ROWS)
-        grads = _widened(grads, GROUPS, CHANNELS, ACCUMULATOR)
+        grads = load_rows(p_g, o_g_channel, g.h, tile.row, height, m_g & tile.m_channel[None, :], 0, ROWS, PAIRS)
+        grads = _all_widened(grads, GROUPS, BLOCK, LANE, ACCUMULATOR)
     for kw in range(WINDOW.kernel_size[1]):
         o_x = tile.column * WINDOW.stride[1] - WINDOW.padding[1] + kw * WINDOW.dilation[1]
         m_x = (tile.m_column & (o_x >= 0) & (o_x < x_width))[:, None]
@@ -77,18 +83,23 @@ def _correlate_kernel(
         for i_channel in range(channel_blocks):
             m_channel = tile.m_channel
             if GROUPS == 1:
-                m_channel = tile.channel + i_channel * CHANNELS < channels
+                m_channel = tile.channel + i_channel * BLOCK < channels // PARTS
             if not ALL_CHANNELS:
-                grads = load_rows(p_grad, o_g_channel, g.h, tile.row, height, m_g & m_channel[None, :], 0, ROWS)
-                grads = _widened(grads, GROUPS, CHANNELS, ACCUMULATOR)
+                grads = load_rows(p_grad, o_g_channel, g.h, tile.row, height, m_g & m_channel[None, :], 0, ROWS, PAIRS)
+                grads = _all_widened(grads, GROUPS, BLOCK, LANE, ACCUMULATOR)
             for source in tl.static_range(0, END, LOADS):
                 m_row = m_x & m_channel[None, :]
-                rows = load_rows(p_row, o_x_channel, x.h, first, x_height, m_row, source, min(source + LOADS, END))
-                rows = _widened(rows, GROUPS, CHANNELS, ACCUMULATOR)
-                for i in tl.static_range(len(rows)):
+                rows = load_rows(
+                    p_row, o_x_channel, x.h, first, x_height, m_row, source, min(source + LOADS, END), PAIRS
+                )
+                rows = _all_widened(rows, GROUPS, BLOCK, LANE, ACCUMULATOR)
+                for i in tl.static_range(min(LOADS, END - source)):
                     for r in tl.static_range(ROWS):
                         if tap_of(source + i, r, WINDOW, SLOTS, False) >= 0:
-                            b_sum = tl.sum(grads[r] * rows[i], axis=2)
+                            b_sum = grads[r] * rows[i]
+                            for part in tl.static_range(1, len(grads) // ROWS):
+                                b_sum += grads[part * ROWS + r] * rows[part * len(rows) * ROWS // len(grads) + i]
+                            b_sum = tl.sum(b_sum, axis=2)
                             if DIRECT:
                                 o_step = wide(tap_of(source + i, r, WINDOW, SLOTS, False) // SLOTS)
                                 o_row = (tile.row + r).to(tl.int64) * out.h
@@ -96,7 +107,8 @@ def _correlate_kernel(
                                 m_sum = m_direct & (tile.row + r < height)
                                 tl.store(p_sum, b_sum.to(out.ptr.dtype.element_ty), mask=m_sum)
                             else:
-                                b_sum += sums[tap_of(source + i, r, WINDOW, SLOTS, False)]
+                                if not ALL_CHANNELS:
+                                    b_sum += sums[tap_of(source + i, r, WINDOW, SLOTS, False)]
                                 before = sums[: tap_of(source + i, r, WINDOW, SLOTS, False)]
                                 sums = before + (b_sum,) + sums[tap_of(source + i, r, WINDOW, SLOTS, False) + 1 :]
             p_grad += wide(CHANNELS) * g.c
@@ -107,12 +119,34 @@ def _correlate_kernel(
 
 
 @triton.jit
-def _widened(rows, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """Rows [P, G·C] as [P, G, C] in the type of the sums."""
-    wide = ()
+def _all_widened(rows, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANE: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """Rows [P, G·C] in the type of the sums, as [P, G, C/LANE]: a lane's channels one by one, each of all rows, so that
+    products of theirs are added as they are made."""
+    parts = ()
+    others = ()
     for i in tl.static_range(len(rows)):
-        wide = wide + (tl.reshape(rows[i], [rows[i].shape[0], GROUPS, CHANNELS]).to(ACCUMULATOR),)
-    return wide
+        halves = widened(rows[i], GROUPS, CHANNELS, ACCUMULATOR)
+        parts = parts + halves[:1]
+        others = others + halves[1:]
+    parts = parts + others
+    for _ in tl.static_range(len(halvings(LANE))):
+        firsts = ()
+        seconds = ()
+        for i in tl.static_range(len(parts)):
+            b_part = tl.reshape(parts[i], [parts[i].shape[0], GROUPS, parts[i].shape[2] // 2, 2])
+            b_first, b_second = tl.split(b_part)
+            firsts = firsts + (b_first,)
+            seconds = seconds + (b_second,)
+        parts = firsts + seconds
+    return parts
+
+
+def _lane(common: dict[str, Any], x: Tensor, warps: int) -> int:
+    """How many adjacent channels, or pairs of them, a lane has: 16 bytes, less of small tiles."""
+    if common["X_LANES"]:
+        return 1
+    number, size = (common["CHANNELS"] // 2, 4) if common["PAIRS"] else (common["CHANNELS"], x.itemsize)
+    return max(1, min(16 // size, number, common["COLUMNS"] * common["GROUPS"] * number // (32 * warps)))
 
 
 def _reference(g: Tensor, x: Tensor, window: Window, padded: bool = False) -> Tensor:
@@ -154,6 +188,7 @@ def correlate(g: Tensor, x: Tensor, window: Window, padded: bool = False, *, con
         "out": view(target, "b g k c h w"),
         **common,
         "PADDED": padded,
+        "LANE": _lane(common, x, config.num_warps),
         "ALL_CHANNELS": common["channel_blocks"] == 1,
         "OUT_LANES": lanes,
     }

@@ -6,7 +6,7 @@ They are one kernel. The dynamic kernel is read from memory, or generated (``inv
 are then a matrix product of features [Q·P, R] with one column of the windows' weights [R, G·S].
 
 Per output pixel and group aggregate reads K² weights and C values and writes C, generated R/G and C values; a warp
-issues C·K²/32 multiply-adds for it and half as many conversions, loads and moves, which bind where memory does not.
+issues C·K²/32 multiply-adds for it and about as many conversions, loads and moves, which bind where memory does not.
 """
 
 import triton
@@ -21,6 +21,7 @@ from kernels.aggregation.tiles import (
     by_columns,
     common_arguments,
     load_rows,
+    narrowed,
     pitch,
     place,
     problem_of,
@@ -41,19 +42,17 @@ FEATURES = 128  # in one product; more are summed over several
 
 @triton.jit
 def _generate(
-    features, p_features, m_features, p_span, stride_r, m_step,
+    features, p_features, m_features, p_span, m_span, stride_r,
     R: tl.constexpr, BLOCK: tl.constexpr, ACCUMULATOR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Taps [Q·P, G·S] from features at ``p_features`` and one column of the windows' weights at ``p_span``."""
     b_taps = tl.zeros([p_features.shape[0], p_span.shape[1]], ACCUMULATOR)
     for first in tl.static_range(0, R, BLOCK):
         o_feature = first + tl.arange(0, BLOCK)
-        b_features = tl.load(
-            p_features + (o_feature.to(tl.int64) * features.c)[None, :],
-            mask=m_features & (o_feature < R)[None, :],
-            other=0,
-        )
-        b_span = tl.load(p_span + (o_feature * stride_r)[:, None], mask=(o_feature < R)[:, None] & m_step, other=0)
+        m_feature = o_feature < R
+        p_feature = p_features + (o_feature.to(tl.int64) * features.c)[None, :]
+        b_features = tl.load(p_feature, mask=m_features & m_feature[None, :], other=0)
+        b_span = tl.load(p_span + (o_feature * stride_r)[:, None], mask=m_feature[:, None] & m_span, other=0)
         if UPCAST:
             b_features, b_span = b_features.to(ACCUMULATOR), b_span.to(ACCUMULATOR)
         b_taps = tl.dot(b_features, b_span, b_taps, input_precision="ieee", out_dtype=ACCUMULATOR)
@@ -69,7 +68,7 @@ def weighted_sum_kernel(
     out,  # [B, G, C, height, width]
     batch, groups, channels, x_height, x_width, height, width, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, X_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, X_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr, PAIRS: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
@@ -77,30 +76,39 @@ def weighted_sum_kernel(
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     STRIDE_H: tl.constexpr = WINDOW.stride[0]
     STRIDE_W: tl.constexpr = WINDOW.stride[1]
+    PARTS: tl.constexpr = 2 if PAIRS else 1
+    BLOCK: tl.constexpr = CHANNELS // PARTS  # of channels, or of pairs
     STEPS: tl.constexpr = pitch(KERNEL_H)
     SLOTS: tl.constexpr = pitch(ROWS)
     FIRST: tl.constexpr = sources(WINDOW, ROWS, TRANSPOSED)[0]
     END: tl.constexpr = sources(WINDOW, ROWS, TRANSPOSED)[1]
-    tile = place(batch, groups, channels, width, row_tiles, channel_blocks, ROWS, COLUMNS, GROUPS, CHANNELS, STEPS)
-    m_step = ((tile.step < KERNEL_H) & (tile.tap_group < groups - tile.group))[None, :]
+    tile = place(
+        batch, groups, channels // PARTS, width, row_tiles, channel_blocks, ROWS, COLUMNS, GROUPS, BLOCK, STEPS
+    )
     o_slot = tile.slot[:, None]
     # ``first`` is source row 0 of the tile. The rows of the taps: [Q·P, 1], or [Q·P, G·S] if TRANSPOSED.
     if TRANSPOSED:
         row = tile.row - WINDOW.padding[0] % STRIDE_H
         first = (row + WINDOW.padding[0]) // STRIDE_H
-        o_turned = o_slot + tile.step[None, :] * WINDOW.dilation[0]
-        o_distance = o_turned % SLOTS - tile.step[None, :] * WINDOW.dilation[0]
+        o_step, o_tap_group = tile.step, tile.tap_group
+        m_step = ((o_step < KERNEL_H) & (o_tap_group < groups - tile.group))[None, :]
+        o_turned = o_slot + o_step[None, :] * WINDOW.dilation[0]
+        o_distance = o_turned % SLOTS - o_step[None, :] * WINDOW.dilation[0]
         o_tap_row = first + o_distance // STRIDE_H
         m_tap = (o_turned % SLOTS < ROWS) & (o_distance % STRIDE_H == 0) & (o_tap_row >= 0) & (o_tap_row < x_height)
     else:
         row = tile.row
         first = row * STRIDE_H - WINDOW.padding[0]
-        o_tap_row = row + o_slot
-        m_tap = (o_slot < ROWS) & (o_tap_row < height)
+        # Taps beyond the window, the groups and the map repeat the last, which costs less than masks that no compiler
+        # can leave out: nothing that is stored reads them.
+        o_step, o_tap_group = tl.minimum(tile.step, KERNEL_H - 1), tl.minimum(tile.tap_group, groups - 1 - tile.group)
+        m_step = (o_step >= 0)[None, :]
+        o_tap_row = tl.minimum(row + o_slot, height - 1)
+        m_tap = o_tap_row >= 0
 
     o_channel = (tile.channel.to(tl.int64) * x.c)[None, :]
-    # ROWS times [P, G, C]
-    sums = (tl.zeros([COLUMNS, GROUPS, CHANNELS], ACCUMULATOR),) * ROWS
+    # ROWS times [P, G, C], of pairs ROWS more
+    sums = (tl.zeros([COLUMNS, GROUPS, BLOCK], ACCUMULATOR),) * (ROWS * PARTS)
     for kw in range(KERNEL_W):
         # The source's columns, and those of the outputs whose windows they are in.
         if TRANSPOSED:
@@ -117,11 +125,11 @@ def weighted_sum_kernel(
             m_tap_column = (o_tap_column >= 0)[:, None]
         p_column = x.ptr + tile.group * x.g + across(tile.batch, o_x, x, X_LANES)
         m_column = m_x[:, None] & tile.m_channel[None, :]
-        rows = load_rows(p_column, o_channel, x.h, first, x_height, m_column, FIRST, min(FIRST + LOADS, END))
+        rows = load_rows(p_column, o_channel, x.h, first, x_height, m_column, FIRST, min(FIRST + LOADS, END), PAIRS)
         # [Q·P, G·S]
         p_pixel = weight.ptr + tile.group * weight.g + across(tile.tap_batch, o_tap_column, weight, False)[:, None]
         if FEATURES:
-            o_span = ((tile.group + tile.tap_group) * KERNEL_H + tile.step) * KERNEL_W + kw
+            o_span = ((tile.group + o_tap_group) * KERNEL_H + o_step) * KERNEL_W + kw
             p_span = span.ptr + (o_span * span.k)[None, :]
             b_bias = tl.zeros([1, GROUPS * STEPS], ACCUMULATOR)
             if HAS_BIAS:
@@ -133,33 +141,36 @@ def weighted_sum_kernel(
                     o_row = first + o_back // STRIDE_H
                     m_row = (o_back % STRIDE_H == 0) & (o_row >= 0) & (o_row < x_height) & m_tap_column
                     b_turn = _generate(
-                        weight, p_pixel + o_row.to(tl.int64) * weight.h, m_row, p_span, span.c, m_step,
+                        weight, p_pixel + o_row.to(tl.int64) * weight.h, m_row, p_span, m_step, span.c,
                         FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
                     )  # fmt: skip
                     b_taps = tl.where(m_row & (o_turned // SLOTS == turn), b_turn + b_bias, b_taps)
             else:
                 b_taps = b_bias + _generate(
-                    weight, p_pixel + o_tap_row.to(tl.int64) * weight.h, m_tap, p_span, span.c, m_step,
+                    weight, p_pixel + o_tap_row.to(tl.int64) * weight.h, m_tap, p_span, m_step, span.c,
                     FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
                 )  # fmt: skip
         else:
-            o_entry = tile.tap_group.to(OFFSET) * weight.g + tile.step.to(OFFSET) * weight.k
+            o_entry = o_tap_group.to(OFFSET) * weight.g + o_step.to(OFFSET) * weight.k
             o_entry += tl.full([], kw, OFFSET) * weight.c
             p_tap = p_pixel + (o_tap_row.to(OFFSET) * weight.h + o_entry[None, :])
             # As in ``across``: what lies across lanes.
             p_tap = tl.max_contiguous(tl.multiple_of(p_tap, [1, 1]), [8, 1] if WEIGHT_LANES else [1, 8])
-            b_taps = tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0)
+            b_taps = tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0) if TRANSPOSED else tl.load(p_tap)
         taps = unstack(b_taps, COLUMNS, GROUPS, STEPS)
-        sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, CHANNELS)
+        sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, BLOCK, ROWS)
         for source in tl.static_range(FIRST + LOADS, END, LOADS):
-            rows = load_rows(p_column, o_channel, x.h, first, x_height, m_column, source, min(source + LOADS, END))
-            sums = slide(sums, rows, taps, source, WINDOW, TRANSPOSED, GROUPS, CHANNELS)
+            rows = load_rows(
+                p_column, o_channel, x.h, first, x_height, m_column, source, min(source + LOADS, END), PAIRS
+            )
+            sums = slide(sums, rows, taps, source, WINDOW, TRANSPOSED, GROUPS, BLOCK, ROWS)
 
+    o_channel = tl.arange(0, GROUPS * CHANNELS)
     p_out = out.ptr + tile.group * out.g + across(tile.batch, tile.column, out, X_LANES)[:, None]
-    p_out += (tile.channel.to(tl.int64) * out.c)[None, :]
-    m_out = tile.m_column[:, None] & tile.m_channel[None, :]
+    p_out += ((tile.first_channel * PARTS + o_channel).to(tl.int64) * out.c)[None, :]
+    m_out = tile.m_column[:, None] & (o_channel < tile.channels * PARTS)[None, :]
     for r in tl.static_range(ROWS):
-        b_out = tl.reshape(sums[r].to(out.ptr.dtype.element_ty), [COLUMNS, GROUPS * CHANNELS])
+        b_out = narrowed(sums[r::ROWS], out.ptr.dtype.element_ty)
         tl.store(p_out + (row + r).to(tl.int64) * out.h, b_out, mask=m_out & (row + r >= 0) & (row + r < height))
 
 

@@ -34,7 +34,9 @@ class Tile(NamedTuple):
     column: Any
     m_column: Any
     group: Any  # its first group
-    channel: Any  # [G·C], counted from that group's first
+    first_channel: Any  # counted from that group's first; pairs of channels, where they come in pairs
+    channels: Any  # that there are from there on
+    channel: Any  # [G·C]
     m_channel: Any
     tap_batch: Any  # [Q·P], as the next two: batch entry, column and slot of each row of the taps
     tap_column: Any
@@ -88,7 +90,9 @@ def place(
     i_group = i_block // channel_blocks * GROUPS
     o_column = i_column + tl.arange(0, COLUMNS)
     o_inside = tl.minimum(o_column, batch * width - 1)
-    o_channel = i_block % channel_blocks * CHANNELS + tl.arange(0, GROUPS * CHANNELS)
+    i_channel = i_block % channel_blocks * CHANNELS
+    channels = channels if GROUPS == 1 else (groups - i_group) * channels
+    o_channel = i_channel + tl.arange(0, GROUPS * CHANNELS)
     o_tap = tl.arange(0, pitch(ROWS) * COLUMNS)
     o_tap_column = tl.minimum(i_column + o_tap % COLUMNS, batch * width - 1)
     o_entry = tl.arange(0, GROUPS * STEPS)
@@ -98,8 +102,10 @@ def place(
         o_inside % width,
         o_column < batch * width,
         i_group.to(tl.int64),
+        i_channel,
+        channels - i_channel,
         o_channel,
-        o_channel < (channels if GROUPS == 1 else (groups - i_group) * channels),
+        o_channel < channels,
         (o_tap_column // width).to(tl.int64),
         o_tap_column % width,
         o_tap // COLUMNS,
@@ -119,33 +125,67 @@ def across(o_batch, o_column, tensor, LANES: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_column, o_channel, stride_h, first, height, m_row, FIRST: tl.constexpr, END: tl.constexpr):
+def load_rows(
+    p_column, o_channel, stride_h, first, height, m_row, FIRST: tl.constexpr, END: tl.constexpr, PAIRS: tl.constexpr
+):
     """Rows first + FIRST … first + END − 1 of a tensor's columns, [P, G·C] each; 0 outside of it."""
     rows = ()
     for o in tl.static_range(FIRST, END):
         m_inside = m_row & (first + o >= 0) & (first + o < height)
-        p_row = p_column + (first + o).to(tl.int64) * stride_h
-        rows = rows + (tl.load(p_row[:, None] + o_channel, mask=m_inside, other=0),)
+        p_row = pairs((p_column + (first + o).to(tl.int64) * stride_h)[:, None], PAIRS)
+        rows = rows + (tl.load(p_row + o_channel, mask=m_inside, other=0),)
     return rows
+
+
+@triton.jit
+def pairs(pointer, PAIRS: tl.constexpr):
+    """Pointers to channels; PAIRS: to two adjacent ones as one integer."""
+    return pointer.to(tl.pointer_type(tl.int32), bitcast=True) if PAIRS else pointer
+
+
+@triton.jit
+def widened(b_row, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """A row [P, G·C] as blocks [P, G, C] in the type of the sums: one, or of pairs the even channels and the odd ones.
+
+    A bfloat16 is a float32's upper half, so that each of a pair takes one instruction; to take it out first is another.
+    """
+    b_row = tl.reshape(b_row, [b_row.shape[0], GROUPS, CHANNELS])
+    if b_row.dtype == tl.int32:
+        parts = ((b_row << 16).to(ACCUMULATOR, bitcast=True), (b_row & -65536).to(ACCUMULATOR, bitcast=True))
+    else:
+        parts = (b_row.to(ACCUMULATOR),)
+    return parts
+
+
+@triton.jit
+def narrowed(parts, dtype: tl.constexpr):
+    """The inverse of ``widened``, for a store: blocks [P, G, C] as one [P, G·C], or [P, G·2C]."""
+    b_row = parts[0]
+    if len(parts) == 2:
+        b_row = tl.join(b_row, parts[1])
+    return tl.reshape(b_row.to(dtype), [parts[0].shape[0], parts[0].shape[1] * parts[0].shape[2] * len(parts)])
 
 
 @triton.jit
 def slide(
     sums, rows, taps, SOURCE: tl.constexpr, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr,
-    GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add source rows SOURCE … to the sums [P, G, C] of the rows whose windows hold them, weighed by the taps."""
+    """Add source rows SOURCE … to the sums [P, G, C] of the rows whose windows hold them, weighed by the taps; where
+    channels come in pairs, ROWS sums of even ones and as many of odd ones."""
     for i in tl.static_range(len(rows)):
-        b_row = tl.reshape(rows[i], [rows[i].shape[0], GROUPS, CHANNELS]).to(sums[0].dtype)
-        for r in tl.static_range(len(sums)):
-            if tap_of(SOURCE + i, r, WINDOW, pitch(len(sums)), TRANSPOSED) >= 0:
-                b_tap = taps[tap_of(SOURCE + i, r, WINDOW, pitch(len(sums)), TRANSPOSED)].to(sums[0].dtype)
-                sums = sums[:r] + (sums[r] + b_tap * b_row,) + sums[r + 1 :]
+        b_rows = widened(rows[i], GROUPS, CHANNELS, sums[0].dtype)
+        for r in tl.static_range(ROWS):
+            if tap_of(SOURCE + i, r, WINDOW, pitch(ROWS), TRANSPOSED) >= 0:
+                b_tap = taps[tap_of(SOURCE + i, r, WINDOW, pitch(ROWS), TRANSPOSED)].to(sums[0].dtype)
+                for s in tl.static_range(r, len(sums), ROWS):
+                    sums = sums[:s] + (sums[s] + b_tap * b_rows[s // ROWS],) + sums[s + 1 :]
     return sums
 
 
 @triton.constexpr_function
-def _halves(*shape):
+def halvings(*shape):
+    """A shape with 2, 2, … for its last axis, a power of two."""
     return [*shape[:-1], *[2] * (shape[-1].bit_length() - 1)]
 
 
@@ -154,8 +194,8 @@ def unstack(b_taps, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.const
     """Taps [Q·P, G·S] as S·Q blocks [P, G, 1], slots fastest."""
     SLOTS: tl.constexpr = b_taps.shape[0] // COLUMNS
     b_taps = tl.permute(tl.reshape(b_taps, [SLOTS, COLUMNS, GROUPS, STEPS]), [1, 2, 3, 0])
-    parts = (tl.reshape(b_taps, _halves(COLUMNS, GROUPS, 1, STEPS * SLOTS)),)
-    for _ in tl.static_range(len(_halves(STEPS * SLOTS))):
+    parts = (tl.reshape(b_taps, halvings(COLUMNS, GROUPS, 1, STEPS * SLOTS)),)
+    for _ in tl.static_range(len(halvings(STEPS * SLOTS))):
         evens = ()
         odds = ()
         for i in tl.static_range(len(parts)):
@@ -170,13 +210,24 @@ def unstack(b_taps, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.const
 def stack(parts, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr):
     """The inverse of ``unstack``, from blocks [P, G]."""
     SLOTS: tl.constexpr = len(parts) // STEPS
-    for _ in tl.static_range(len(_halves(STEPS * SLOTS))):
+    for _ in tl.static_range(len(halvings(STEPS * SLOTS))):
         joined = ()
         for i in tl.static_range(len(parts) // 2):
             joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
         parts = joined
     b_taps = tl.permute(tl.reshape(parts[0], [COLUMNS, GROUPS, STEPS, SLOTS]), [3, 0, 1, 2])
     return tl.reshape(b_taps, [SLOTS * COLUMNS, GROUPS * STEPS])
+
+
+def in_pairs(*maps: Tensor) -> bool:
+    """Whether kernels take the channels of maps [B, G, C, H, W] two by two, of 16-bit numbers that a float32 begins
+    with and that lie side by side at multiples of 4 bytes."""
+    return all(
+        m.dtype == torch.bfloat16
+        and m.stride(2) == 1
+        and not any(number % 2 for number in (m.shape[2], *m.stride()[:2], *m.stride()[3:], m.data_ptr() // 2))
+        for m in maps
+    )
 
 
 def by_columns(kernel: Tensor, x: Tensor) -> bool:
@@ -229,6 +280,7 @@ def common_arguments(
         "channel_blocks": ceil_divide(channels, block_channels) if block_groups == 1 else 1,
         "WINDOW": window,
         "X_LANES": not channels_fastest(x),
+        "PAIRS": block_channels > 1 and in_pairs(x, outputs),
         "ACCUMULATOR": accumulator(x.dtype),
         "ROWS": config.rows,
         "COLUMNS": config.columns,

@@ -23,6 +23,7 @@ from kernels.depthwise.forward import common_arguments, in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of
 from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32, multiplies
 from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated, tunable
 
 SLOTS = 528  # programs that run at once: four on each of an H200's 132 processors
@@ -206,62 +207,17 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
     return gradient
 
 
-@triton.jit
-def _sum_pixels_kernel(
-    grad_ptr,  # [pixels, C], contiguous
-    partial_ptr,  # [chunks, C], contiguous
-    pixels, channels, chunk,
-    ACCUMULATOR: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """partial[n, c] = Σ grad[i, c] over the n-th ``chunk`` of pixels."""
-    channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
-    i_chunk = tl.program_id(0) // channel_blocks
-    o_channel = tl.program_id(0) % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    o_pixel = tl.arange(0, BLOCK_PIXELS)[:, None]
-    first = i_chunk.to(tl.int64) * chunk
-    last = tl.minimum(first + chunk, pixels)
-    b_sum = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], ACCUMULATOR)
-    for i_pixel in range(first, last, BLOCK_PIXELS):
-        m_grad = (i_pixel + o_pixel < last) & (o_channel < channels)[None, :]
-        p_grad = grad_ptr + (i_pixel + o_pixel) * channels + o_channel[None, :]
-        b_sum += tl.load(p_grad, mask=m_grad, other=0).to(ACCUMULATOR)
-    p_partial = partial_ptr + i_chunk.to(tl.int64) * channels + o_channel
-    tl.store(p_partial, tl.sum(b_sum, axis=0).to(partial_ptr.dtype.element_ty), mask=o_channel < channels)
-
-
-def _sum_pixels(pixels: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
-    """[N, C] -> sums over ``chunks`` of N, [chunks, C]."""
-    number, channels = pixels.shape
-    partial = torch.empty((chunks, channels), dtype=dtype, device=pixels.device)
-    # One chunk is summed by few programs: the narrower their blocks, the more there are, and the shorter each takes.
-    block_channels = min(64 if chunks > 1 else 16, next_power_of_2(channels))
-    arguments = {
-        "grad_ptr": pixels,
-        "partial_ptr": partial,
-        "pixels": number,
-        "channels": channels,
-        "chunk": ceil_divide(number, chunks),
-        "ACCUMULATOR": accumulator(pixels.dtype),
-        "BLOCK_PIXELS": 4096 // block_channels,
-        "BLOCK_CHANNELS": block_channels,
-    }
-    grid = (chunks * ceil_divide(channels, block_channels),)
-    launch(_sum_pixels_kernel, grid, pixels.device, arguments, num_warps=4, num_stages=1)
-    return partial
-
-
 @repeated
 def _sum_channels_last(grad: Tensor) -> Tensor:
     pixels = grad.permute(0, 2, 3, 1).flatten(0, 2)
     number, channels = pixels.shape
-    chunks = ceil_divide(2 * SLOTS, ceil_divide(channels, 64))
-    chunks = 1 if interpreting() else min(chunks, ceil_divide(number, 64))
-    partial = _sum_pixels(pixels, chunks, accumulator_dtype(grad.dtype))
-    return _sum_pixels(partial, 1, grad.dtype).flatten()
+    parts = ceil_divide(2 * SLOTS, ceil_divide(channels, 64))
+    parts = 1 if interpreting() else min(parts, ceil_divide(number, 64))
+    return sum_rows(sum_rows(pixels, parts, accumulator_dtype(grad.dtype)), 1, grad.dtype).flatten()
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
-    """Σ_{b,i} grad[b,c,i], [C]: over channels-last maps PyTorch's own sum takes up to five times as long."""
+    """Σ_{b,i} grad[b,c,i], [C]."""
     if grad.numel() == 0 or not grad.is_contiguous(memory_format=torch.channels_last):
         return grad.sum((0, 2, 3))
     return _sum_channels_last(grad)

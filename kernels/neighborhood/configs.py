@@ -85,33 +85,19 @@ SHARED_CONFIGS = tuple(
 
 
 @functools.lru_cache(maxsize=4096)
-def shared_heuristic(problem: SharedProblem) -> SharedConfig:
-    """The config where nothing was tuned: 64 outputs of a window by 32 positions, less where there are fewer."""
-    outputs, steps = (max(16, next_power_of_2(n)) for n in (problem.outputs, problem.positions))
+def shared_heuristic(problem: SharedProblem, most_steps: int = 32) -> SharedConfig:
+    """The config where nothing was tuned: 16 outputs of a window by 32 positions on one warp, more of them where there
+    are many channels. Small blocks leave room for many warps, which hide each other's latency."""
+    steps = max(16, next_power_of_2(problem.positions))
     if interpreting():  # cost there is per block operation, whatever the size of the block
-        return SharedConfig(min(outputs, 256), min(steps, 256))
+        return SharedConfig(min(256, max(16, next_power_of_2(problem.outputs))), min(steps, 256))
     channels = max(16, next_power_of_2(problem.channels))
-    half = problem.dtype.itemsize == 2  # wider types keep the operands of products in registers
-    outputs = min(outputs, (64 if channels <= 64 else 32) if half else 16)
-    steps = min(steps, 32)
-    widest = outputs * max(steps, channels)
-    return SharedConfig(outputs, steps, max(1, min(8, widest // (512 if half else 128))), 1)
-
-
-@functools.lru_cache(maxsize=4096)
-def shared_gradient_heuristic(problem: SharedProblem) -> SharedConfig:
-    """16 outputs by 32 positions on one warp: gradients keep several blocks of that size, and small ones leave room for
-    many warps."""
-    if interpreting():
-        return shared_heuristic(problem)
-    channels = max(16, next_power_of_2(problem.channels))
-    return SharedConfig(16, min(32, max(16, next_power_of_2(problem.positions))), max(1, min(8, channels // 32)), 1)
+    return SharedConfig(16, min(most_steps, steps), max(1, min(8, channels // 32)))
 
 
 def shared_transpose_heuristic(problem: SharedProblem) -> SharedConfig:
-    """The same on at least two warps: masks and window positions of every input take up registers."""
-    config = shared_gradient_heuristic(problem)
-    return replace(config, num_warps=max(2, config.num_warps))
+    """The same with half the positions: masks and window positions of every input take up registers."""
+    return shared_heuristic(problem, most_steps=16)
 
 
 class OwnProblem(NamedTuple):

@@ -295,7 +295,7 @@ OWN = own_mix, own_softmax_mix, own_transpose, own_correlate = _launchers(
 )  # fmt: skip
 SHARED = shared_mix, shared_softmax_mix, shared_transpose, shared_correlate = _launchers(
     "shared_windows", configs.SHARED_CONFIGS,
-    (configs.shared_heuristic, configs.shared_transpose_heuristic, configs.shared_gradient_heuristic),
+    (configs.shared_heuristic, configs.shared_transpose_heuristic, configs.shared_heuristic),
     configs.shared_problem, _shared_sum, _shared_correlate,
 )  # fmt: skip
 

@@ -1,9 +1,11 @@
 """The Triton algebra beyond the rules for every operator."""
 
+import pytest
 import torch
 
-from kernels.aggregation import gather, rows
+from kernels.aggregation import eager, gather, rows
 from kernels.aggregation.configs import Gather, GatherProblem
+from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
 from kernels.windows import Window
 from tests.support import FORWARD_TOLERANCE, assert_close, random_tensor
@@ -17,6 +19,25 @@ def test_rows_pad_their_kernels_with_zeros():
     assert out.permute(0, 4, 5, 3, 1, 2).is_contiguous()
     assert_close(out[:, :, :3], rows.correlate(x, x, window), FORWARD_TOLERANCE[x.dtype])
     assert not out[:, :, 3].any()
+
+
+@pytest.mark.parametrize(("channels", "first", "pairs"), [(6, 0, True), (16, 2, True), (6, 1, False), (5, 0, False)])
+def test_channels_in_pairs(channels, first, pairs):
+    """Two bfloat16 channels are read as one integer where both lie at a multiple of 4 bytes, and only there."""
+    groups, window = 3, Window((3, 3), padding=(1, 1))
+
+    def maps(*shape):
+        number = groups * shape[0]
+        wide = torch.full((2, number + 4, 5, 7), float("nan"), dtype=torch.bfloat16)
+        part = wide.to(memory_format=torch.channels_last)[:, first : first + number]
+        return part.copy_(random_tensor(*part.shape)).unflatten(1, (groups, *shape))
+
+    x, g, weight = maps(channels), maps(channels), maps(9).unflatten(2, (3, 3))
+    assert in_pairs(x, g) == pairs
+    for name, *tensors in (("aggregate", weight, x), ("transpose", weight, g), ("correlate", g, x)):
+        options = ((5, 7), window) if name == "transpose" else (window,)
+        expected = getattr(eager, name)(*(tensor.double() for tensor in tensors), *options)
+        assert_close(getattr(rows, name)(*tensors, *options), expected, FORWARD_TOLERANCE[torch.bfloat16])
 
 
 def test_a_config_that_cannot_pay_is_invalid():
