@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models._contract import BackboneContract
+from models.commands.augmentation import timm_part
 
 TOKEN_WEIGHT = 0.5  # of VOLO's token labels
 
@@ -71,10 +72,21 @@ def warmed_up_ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor],
     return update
 
 
-def parameter_groups(model: BackboneContract, weight_decay: float, decay_vectors: bool = False) -> list[dict[str, Any]]:
-    """Parameters that decay, then those that do not: what ``no_weight_decay`` names and, by default, vectors."""
-    spared, groups = model.no_weight_decay(), [{"params": [], "weight_decay": rate} for rate in (weight_decay, 0.0)]
+def parameter_groups(
+    model: BackboneContract, weight_decay: float, decay_vectors: bool = False, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters that decay, then those that do not: what ``no_weight_decay`` names and, by default, vectors.
+
+    ``layer_decay`` below 1 gives timm's groups, whose ``lr_scale`` is that factor to the power of a layer's distance
+    from the last; there vectors never decay. Frozen parameters are in no group.
+    """
+    spared = model.no_weight_decay()
+    if layer_decay < 1:
+        by_layer = timm_part("optim", "param_groups_layer_decay", "--layer-decay")
+        return by_layer(model, weight_decay, no_weight_decay_list=spared, layer_decay=layer_decay)
+    groups = [{"params": [], "weight_decay": rate} for rate in (weight_decay, 0.0)]
     for name, parameter in model.named_parameters():
-        decays = (decay_vectors or parameter.ndim > 1) and name not in spared
-        groups[0 if decays else 1]["params"].append(parameter)
+        if parameter.requires_grad:
+            decays = (decay_vectors or parameter.ndim > 1) and name not in spared
+            groups[0 if decays else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]

@@ -33,6 +33,7 @@ class Recipe:
     warmup_epochs: float | None = _option(None, "--warmup-epochs", ANY, "linear warm-up (a tenth of the epochs)")
     first_learning_rate: float | None = _option(None, "--warmup-lr", ANY, "where the warm-up begins (one step above 0)")
     weight_decay: float = _option(0.05, "--weight-decay", ANY, "for matrices and kernels")
+    layer_decay: float = _option(1.0, "--layer-decay", SHARE, "factor of the rate per layer, from the last (timm's)")
     decay_vectors: bool = _option(False, "--decay-vectors", bool, "biases and scales decay too")
     label_smoothing: float = _option(0.1, "--label-smoothing", BELOW_ONE, "share of the label that all classes get")
     auxiliary_weight: float = _option(0.4, "--aux-weight", ANY, "of OverLoCK's auxiliary loss")
@@ -45,6 +46,7 @@ class Recipe:
     rand_augment: str = _option("", "--rand-augment", str, "RandAugment, as in rand-m9-mstd0.5-inc1")
     erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part of an image")
     repeats: int = _option(1, "--repeats", positive, "repeated augmentation: copies of an image per epoch")
+    freeze_backbone: bool = _option(False, "--freeze-backbone", bool, "train nothing but the classifier")
     dtype: str = _option("fp32", "--dtype", tuple(DTYPES), "bf16 and fp16 by autocast, fp16 with scaled gradients")
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")
 
@@ -61,6 +63,8 @@ class Recipe:
                 raise ValueError(f"{name} must be at most the peak of {self.learning_rate}, got {getattr(self, name)}")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup_epochs must be below the {self.epochs} epochs, got {self.warmup_epochs}")
+        if self.layer_decay < 1 and self.decay_vectors:
+            raise ValueError("layer_decay cannot go with decay_vectors: timm's groups by layer leave vectors alone")
         if self.batch % 2 and (self.mixup or self.cutmix):
             raise ValueError(f"batch must be even to be mixed, got {self.batch}")
 

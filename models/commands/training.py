@@ -80,7 +80,11 @@ class Trainer:
         self.dtype = DTYPES[recipe.dtype]
         self.steps_per_epoch = TrainingBatches(training, recipe).steps_per_epoch
         self.total_steps = recipe.epochs * self.steps_per_epoch
-        groups = parameter_groups(model, recipe.weight_decay, recipe.decay_vectors)
+        if recipe.freeze_backbone:
+            model.requires_grad_(False)
+            for name in model.classifiers:
+                model.get_submodule(name).requires_grad_(True)
+        groups = parameter_groups(model, recipe.weight_decay, recipe.decay_vectors, recipe.layer_decay)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
             if recipe.optimizer == "sgd"
@@ -183,10 +187,12 @@ class Trainer:
             self._board = event_writer(self.output, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
-            wrapped = DistributedDataParallel(self.model, [self.device] if self.device.type == "cuda" else None)
+            places = [self.device] if self.device.type == "cuda" else None
+            unused = self.recipe.freeze_backbone  # OverLoCK's auxiliary head
+            wrapped = DistributedDataParallel(self.model, places, find_unused_parameters=unused)
         keys = TrainingBatches(self.training, self.recipe, self.step)
         batches = iter(loader(self.training, self.device, self.workers, batch_sampler=keys))
-        self.model.train()
+        self.model.train(not self.recipe.freeze_backbone)
         self._epoch_started = time.perf_counter()
         self._since = self._epoch_started, self.step  # for the speed of the log's next row
         with Bar(self.total_steps, self.step, shown=self.output is not None) as bar:
@@ -217,7 +223,8 @@ class Trainer:
         recipe, warmup = self.recipe, round(self.recipe.warmup * self.steps_per_epoch)
         rates = (recipe.learning_rate, recipe.final_learning_rate, recipe.first_learning_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
+            rate = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         for part in range(recipe.accumulate):
             waits = part + 1 < recipe.accumulate  # the last part sums the gradients over the processes
             parallel = wrapped if isinstance(wrapped, DistributedDataParallel) else None

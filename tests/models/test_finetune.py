@@ -321,12 +321,12 @@ def test_events_are_written_where_tensorboard_is(tmp_path, photographs, monkeypa
 PARTS = {"--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1, "--repeats": 3}
 
 
-@pytest.mark.parametrize("option", PARTS)
-def test_without_timm_its_augmentations_are_refused(tmp_path, photographs, monkeypatch, capsys, option):
+@pytest.mark.parametrize(("option", "value"), (PARTS | {"--layer-decay": 0.9}).items())
+def test_without_timm_its_parts_are_refused(tmp_path, photographs, monkeypatch, capsys, option, value):
     for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
-    told = refused(capsys, *finetune(photographs, tmp_path / "run", option, PARTS[option]))
+    told = refused(capsys, *finetune(photographs, tmp_path / "run", option, value))
     assert option in told
     assert "pip install timm" in told
     assert not (tmp_path / "run").exists()

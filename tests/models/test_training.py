@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,25 @@ def test_matrices_alone_decay(name):
     }
     decaying = parameter_groups(model, 0.05, decay_vectors=True)[0]
     assert (decaying["weight_decay"], len(decaying["params"])) == (0.05, len(names) - len(spared))
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = on_meta("rednet26").requires_grad_(False)
+    model.get_submodule(next(iter(model.classifiers))).requires_grad_(True)
+    assert [len(group["params"]) for group in parameter_groups(model, 0.05)] == [1, 1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+@pytest.mark.parametrize("name", ["overlock_xt", "rednet26", "volo_d1"])
+def test_rates_fall_by_layer(name):
+    model = on_meta(name)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    scales = {}
+    for group in parameter_groups(model, 0.05, layer_decay=0.9):
+        scales |= dict.fromkeys((names[id(parameter)] for parameter in group["params"]), group["lr_scale"])
+    assert scales.keys() == set(names.values())
+    assert scales[f"{next(iter(model.classifiers))}.weight"] == max(scales.values()) == 1
+    assert scales[next(iter(names.values()))] == min(scales.values()) < 0.9**5
 
 
 # ---- what is random
