@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -197,8 +196,6 @@ class Trainer:
         if distributed.world_size() > 1:
             places = [self.device] if self.device.type == "cuda" else None
             unused = self.recipe.freeze_backbone  # OverLoCK's auxiliary head
-            # RedNet computes in channels last, and so come its gradients; copying them into buckets costs little.
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             wrapped = DistributedDataParallel(self.model, places, find_unused_parameters=unused)
         keys = TrainingBatches(self.training, self.recipe, self.step)
         batches = iter(loader(self.training, self.device, self.workers, batch_sampler=keys))
