@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` by default) and return its exit code; SystemExit for a malformed one."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
+        # PyTorch's profiler warns of all memory that was there before it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from models.commands.dispatch import run_command  # brings PyTorch, which the overview does without
 
         if COMMANDS[argv[0]][0].startswith("notebooks."):  # in the checkout, from wherever it is called

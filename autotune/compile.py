@@ -1,4 +1,4 @@
-"""``python -m autotune compile``: build every kernel ahead of time for a named architecture, without a GPU.
+"""Build every kernel ahead of time for a named architecture, without a GPU.
 
 Each kernel is launched on meta tensors at a model's own shape; the launch is recorded instead of run, its arguments
 give the signature and its compile-time constants, and Triton's compiler does the rest. The cubin then says what a

@@ -50,10 +50,15 @@ def table(record: Row) -> Table:
         "peak: the most memory that a call holds at once, beyond its inputs and weights.",
         "of floor: floor / our time; the floor moves each input and output once, at a copy's speed"
         + (f", {speed:.3g} GB/s." if speed else "."),
-        f"Models: {settings['image']}, {settings['weights']} weights.",
     ]
+    if any(row["kind"] == "model" for row in record["rows"]):
+        notes.append(f"{_what_models(record)}.")
     rows = [[f"`{_group(row)}`", _shape(row), row["pass"], *_cells(row)] for row in record["rows"]]
     return Table(headings, rows, 3, f"{_setting(record)} · our path: {settings['implementation']}", notes)
+
+
+def _what_models(record: Row) -> str:
+    return f"Models: {record['settings']['image']}, {record['settings']['weights']} weights"
 
 
 def _cells(row: Row) -> list[str]:
@@ -151,7 +156,7 @@ def figures(record: Row) -> dict[str, Figure]:
     plans = [
         ("profile_operators.png", "Operators: time of a call", other, times),
         ("profile_memory.png", "Operators: peak memory of a call, beyond its inputs", other, memories),
-        ("profile_models.png", "Models on a photograph (random weights)", "naive", both),
+        ("profile_models.png", _what_models(record), "naive", both),
     ]
     drawn = {}
     for file, title, contender, panels in plans:

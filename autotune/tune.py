@@ -211,7 +211,8 @@ def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
             cells.append([row["key"], f"none: {reason}"])
             continue
         found = (row[name] for name in ("heuristic_milliseconds", "milliseconds"))
-        milliseconds = ["rejected" if value is None else f"{value:.4f}" for value in found]
+        untimed = "rejected" if row["rejected"] else "–"  # the interpreter's heuristic is no candidate
+        milliseconds = [untimed if value is None else f"{value:.4f}" for value in found]
         cells.append([row["key"], settings_text(row["config"]), *milliseconds, times(row["gain"])])
     return Table(["problem", "best config", "heuristic, ms", "best, ms", "gain"], cells, 2, title)
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .backend import interpreting
+
 
 class Launch(NamedTuple):
     """A kernel with everything its launch needs. ``options`` holds num_warps and num_stages."""
@@ -86,6 +88,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
 
 
 def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: Any, options: dict[str, int]) -> Any:
+    _mend_interpreter()
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return kernel[grid](**arguments, **options)
     with torch.cuda.device(device):
@@ -150,3 +153,25 @@ def fits_int32(*tensors: Tensor) -> bool:
 @functools.lru_cache(maxsize=4096)  # launches repeat their shapes, and a launch has microseconds only
 def _farthest(shape: torch.Size, strides: tuple[int, ...]) -> int:
     return sum((size - 1) * abs(stride) for size, stride in zip(shape[2:], strides[2:], strict=True))
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    """Let loops with computed bounds run in Triton 3.6's interpreter beside NumPy 2.5.
+
+    The bounds are arrays of one element there, and NumPy 2.5 does not turn those into integers.
+    """
+    if not interpreting():
+        return
+    import triton
+    from triton.runtime import interpreter
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index

@@ -2,8 +2,7 @@
 
 It patches ``triton.language`` again in every call from one jitted function to another, 2 ms, though the kernel around
 them has done it; and it computes all integer arithmetic a second time in 64 bits to see whether it overflows. Offsets
-that need 64 bits have tests of their own. And Triton 3.6 fails in it with NumPy 2.4, which refuses to take an array of
-one element for an index.
+that need 64 bits have tests of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ def quicken() -> None:
 
         patch, error_type = interpreter._patch_lang, interpreter.InterpreterError
         function, builder = interpreter.InterpretedFunction, interpreter.interpreter_builder
-        original_patch_tensor = interpreter._patch_lang_tensor
         options = dataclasses.replace(builder.options, sanitize_overflow=False)
     except (ImportError, AttributeError, TypeError):
         return
@@ -35,10 +33,5 @@ def quicken() -> None:
         except Exception as error:
             raise error_type(repr(error)) from error
 
-    def patch_tensor(tensor, scope):
-        original_patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
     function.__call__ = call
     builder.options = options
-    interpreter._patch_lang_tensor = patch_tensor

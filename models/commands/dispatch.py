@@ -76,7 +76,9 @@ def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
     try:
         module = importlib.import_module(module_name)
         parser = argparse.ArgumentParser(
-            prog=name, description=inspect.getdoc(module), formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=name,
+            description=(inspect.getdoc(module) or "").replace("``", ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(parser)
         return module.run(parser.parse_args(argv))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -94,6 +95,8 @@ def check_classes(folder: ImageFolder, count: int, model: str) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     with input_errors():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would count all images and write the same files
+            raise CommandError("evaluate runs in one process; torchrun is for finetune")
         if arguments.checkpoint is None and not arguments.pretrained:
             raise CommandError("--checkpoint FILE or --pretrained is needed: random weights have no accuracy")
         common.check_parent(arguments.output, "--output")

@@ -62,6 +62,7 @@ def test_rows_tell_everything_about_a_measurement(quick, tmp_path, capsys):
     assert "[1/1] involution2d RedNet-50 512@7² K=7 forward" in shown.err
     for text in ("involution2d", "512@7² K=7", number(row["speed_up"]) + "×", f"Wrote {tmp_path}"):
         assert text in shown.out
+    assert "Models:" not in shown.out
 
 
 def test_a_model_runs_on_the_photograph(quick, tmp_path):
@@ -278,6 +279,8 @@ def test_figures_name_the_device_their_units_and_the_ratio():
         assert "Analytical Engine · float32 · batch 4" in texts
         assert texts.count(ratio) == 4
         assert sum(f", {unit}" in text for text in texts) == 2
+    model = report.figures(record_of([row("a", kind="model")]))["profile_models.png"]
+    assert "Models: a photograph, random weights" in [text.get_text() for text in model.findobj(Text)]
 
 
 def test_what_speaks_against_the_times_is_said(capsys):

@@ -182,6 +182,8 @@ def test_an_operator_from_the_command_line(capsys):
     assert names == ["own_windows.mix", "own_windows.correlate", "own_windows.transpose"]
     assert set(_stored()) == {row["key"] for row in record["tuned"]}
     assert record["left"] == record["errors"] == []
+    main([*arguments, "--force"])
+    assert "rejected" not in capsys.readouterr().out, "the heuristic's config is not among those tried"
 
 
 @interpreted

@@ -60,6 +60,12 @@ def test_every_number_is_bounded_and_refused_by_its_option(capsys, command, opti
         assert f"argument {option}: must be " in capsys.readouterr().err
 
 
+def test_help_is_plain_text(capsys):
+    with pytest.raises(SystemExit):
+        PACKAGES["autotune"](["profile", "--help"])
+    assert "`" not in capsys.readouterr().out
+
+
 def test_a_number_says_what_it_must_be():
     assert str(positive) == "an integer of at least 1"
     assert str(Number(above=0, at_most=2)) == "a finite number above 0 and of at most 2"

@@ -144,7 +144,7 @@ def test_evaluate_counts_and_continues_after_a_kill(tmp_path, photographs, weigh
     assert f"{state} is not a count" in refused(capsys, *arguments)
 
 
-def test_evaluate_names_what_it_cannot_use(tmp_path, photographs, weights, capsys):
+def test_evaluate_names_what_it_cannot_use(tmp_path, photographs, weights, capsys, monkeypatch):
     folder = shutil.copytree(photographs / "val", tmp_path / "damaged")
     damaged, output = folder / "bee" / "1.png", tmp_path / "result.json"
     damaged.write_bytes(damaged.read_bytes()[:1000])
@@ -167,3 +167,5 @@ def test_evaluate_names_what_it_cannot_use(tmp_path, photographs, weights, capsy
         ([folder, *loaded, "--resume", "/dev/full"], "--resume must be a regular file"),
     ):
         assert told in refused(capsys, *evaluate(*arguments))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    assert "torchrun is for finetune" in refused(capsys, *evaluate(folder, *loaded))

@@ -167,6 +167,8 @@ def test_figures_of_a_committed_bench():
     exec(_cell("02_roofline", "def achieved_figure").rpartition("\n\n")[0], names)
     achieved = names["achieved_figure"](measured, found, "NVIDIA H200")
     assert [text.get_text() for text in achieved.axes[0].texts] == ["50%", "100%", "200%"]  # of 4 GB/s
+    low = roofs.roofline_figure(measured, found._replace(operations_per_second=1e9), "")
+    assert low.axes[0].get_ylim()[1] > 16  # 10⁹ operations/s of the third
 
 
 def test_figure_of_committed_models():
