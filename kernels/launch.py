@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .backend import interpreting
+from kernels.backend import interpreting
 
 
 class Launch(NamedTuple):
