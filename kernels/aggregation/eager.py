@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels.aggregation.eager_tiles import Run, Tiles, cut, tile_size
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
-from kernels.parallel import Work, alone, in_turn, over_maps
+from kernels.parallel import Part, Work, alone, in_turn, over_maps
 from kernels.windows import Pair, Window
 
 # Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
@@ -46,7 +46,11 @@ class Scratch:
     """Memory as wide as an accumulator that the steps of some work, of these sizes, use one after the other."""
 
     def __init__(self, like: Tensor, sizes: Iterable[int]) -> None:
-        self._memory = like.new_empty(max(sizes, default=0), dtype=accumulator_dtype(like.dtype))
+        self._like, self._sizes = like, sizes
+
+    @functools.cached_property
+    def _memory(self) -> Tensor:
+        return self._like.new_empty(max(self._sizes, default=0), dtype=accumulator_dtype(self._like.dtype))
 
     def take(self, *shape: int) -> Tensor:
         return self._memory[: math.prod(shape)].view(shape)
@@ -98,13 +102,7 @@ def load(pixels: Tensor, pairs: Pairs) -> None:
         part.copy_(source)
 
 
-def add(pairs: Pairs) -> None:
-    """What fell on padding is dropped."""
-    for part, target in pairs:
-        target += part
-
-
-def steps_of(window: Window, x: Tensor, input_size: Pair | torch.Size | None = None) -> list[Step]:
+def steps_of(window: Window, x: Tensor, input_size: Pair | None = None) -> list[Step]:
     """Cut an operator with input x [B, G, C, H, W], of ``input_size`` if x is its output."""
     batch, groups, channels = x.shape[:3]
     height, width = x.shape[3:] if input_size is None else input_size
@@ -122,10 +120,6 @@ def steps_of(window: Window, x: Tensor, input_size: Pair | torch.Size | None = N
         leading = len(column.segments), maps[0].stop - b, maps[1].stop - g
         found.append(Step(leading, maps, row, column))
     return found
-
-
-def pixel_scratch(steps: list[Step], x: Tensor) -> Scratch:
-    return Scratch(x, (math.prod(step.leading) * step.positions * x.shape[2] for step in steps))
 
 
 def as_matrices(pixels: Tensor) -> Tensor:
@@ -153,9 +147,8 @@ class Band(NamedTuple):
     """The bands [n·b·g, J, I] of a tile: zero outside the windows, and once ``cleared``, whatever was there inside."""
 
     bands: Tensor
-    views: Callable[[Tensor], list[tuple[Tensor, Run, Run]]]
-    windows: list[tuple[Tensor, Run, Run]]
-    clear: bool
+    windows: list[tuple[Tensor, Run, Run]]  # [n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs, views
+    clear: bool = False
 
     def pairs(self, kernel: Tensor) -> Pairs:
         """The same entries in the bands and in a step's kernel [n, b, g, Kh, Kw, R, T]."""
@@ -168,16 +161,11 @@ class Band(NamedTuple):
         for view, kernel in pairs:
             view.copy_(kernel)
 
-    def pick(self, pairs: Pairs) -> None:
-        """Take a kernel out of the bands."""
-        for view, kernel in pairs:
-            kernel.copy_(view)
-
     def _inside(self) -> Tensor:
         """Where the bands hold a kernel, [J, I]."""
         inside = torch.zeros_like(self.bands, dtype=torch.bool)
-        for view, _, _ in self.views(inside):
-            view.fill_(True)
+        for view, _, _ in self.windows:
+            inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
         return inside[0]
 
     def gather(self, pixels: Tensor) -> Tensor:
@@ -190,89 +178,130 @@ class Band(NamedTuple):
 
 
 class Bands:
-    """Makes the bands of one tile after the other in the same memory.
+    """Makes the bands of one step after the other in the same memory.
 
     ``input_major`` says which index of band[j, i] is the slow one.
     """
 
-    def __init__(self, steps: list[Step], like: Tensor, kernel_size: Pair, input_major: bool) -> None:
-        self._kernel_size, self._input_major = kernel_size, input_major
-        self._scratch = Scratch(like, (math.prod(step.shape) * step.positions for step in steps))
+    def __init__(self, scratch: Scratch, kernel_size: Pair, input_major: bool) -> None:
+        self._scratch, self._kernel_size, self._input_major = scratch, kernel_size, input_major
         self._geometry: object = None
 
     def select(self, step: Step) -> Band:
-        rows, columns = step.rows, step.columns
-        geometry = (step.leading, rows.span, rows.runs, columns.span, columns.runs)
-        same = geometry == self._geometry
-        if not same:
-            self._geometry = geometry
-            maps, outputs = math.prod(step.leading), rows.count * columns.count
-            if self._input_major:
-                bands = self._scratch.take(maps, step.positions, outputs)
-            else:
-                bands = self._scratch.take(maps, outputs, step.positions).mT
-            views = functools.partial(self._views, leading=step.leading, rows=rows, columns=columns)
-            self._band = Band(bands, views, views(bands), clear=False)
-        return self._band if same else self._band._replace(clear=True)
-
-    def _views(
-        self, bands: Tensor, leading: tuple[int, int, int], rows: Tiles, columns: Tiles
-    ) -> list[tuple[Tensor, Run, Run]]:
-        """[n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs."""
-        (each, j, i), (_, batch, groups), found = bands.stride(), leading, []
+        leading, rows, columns = step.leading, step.rows, step.columns
+        geometry = leading, rows.span, rows.runs, columns.span, columns.runs
+        if geometry == self._geometry:
+            return self._band
+        maps, outputs = math.prod(leading), rows.count * columns.count
+        if self._input_major:
+            bands = self._scratch.take(maps, step.positions, outputs)
+        else:
+            bands = self._scratch.take(maps, outputs, step.positions).mT
+        (each, j, i), (_, batch, groups), windows = bands.stride(), leading, []
         for r, c in product(rows.runs, columns.runs):
             size = *leading, *self._kernel_size, r.count, c.count
             steps = r.slope * columns.span * j + columns.count * i, c.slope * j + i
             strides = batch * groups * each, groups * each, each, columns.span * j, j, *steps
             begin = (r.begin * columns.span + c.begin) * j + (r.first * columns.count + c.first) * i
-            found.append((bands.as_strided(size, strides, bands.storage_offset() + begin), r, c))
-        return found
+            windows.append((bands.as_strided(size, strides, begin), r, c))
+        self._geometry, self._band = geometry, Band(bands, windows)
+        return self._band._replace(clear=True)
+
+
+class Tiled:
+    """The three operators on one step after the other, in memory that the steps share.
+
+    Each takes a kernel of the step alone, [n, b, g, Kh, Kw, R, T], and features of all maps. It makes the views that it
+    needs, and returns what then computes.
+    """
+
+    def __init__(self, window: Window, x: Tensor, input_size: Pair | None = None, transposed: bool = False) -> None:
+        """For features like x [B, G, C, H, W], or of ``input_size`` if x is an output."""
+        self.steps, self._x = steps_of(window, x, input_size), x
+        self._pixels = self.scratch(lambda step: math.prod(step.leading) * step.positions * x.shape[2])
+        self._laid, self._picked = (
+            Bands(self.scratch(lambda step: math.prod(step.shape) * step.positions), window.kernel_size, input_major)
+            for input_major in (channels_fastest(x) == transposed, True)
+        )
+
+    def scratch(self, size: Callable[[Step], int]) -> Scratch:
+        """Memory for so many elements of a step."""
+        return Scratch(self._x, map(size, self.steps))
+
+    def aggregate(self, step: Step, weight: Tensor, x: Tensor, out: Tensor) -> Work[None]:
+        pixels, band, target = step.pixels(self._x, self._pixels), self._laid.select(step), step.outputs(out)
+        pairs, sources, matrices = band.pairs(weight), step.pairs(pixels, x), as_matrices(pixels)
+
+        def run() -> None:
+            load(pixels, sources)
+            band.lay(pairs)
+            target.copy_(band.gather(matrices).view(target.shape))
+
+        return run
+
+    def correlate(self, step: Step, x: Tensor, out: Tensor) -> Callable[[Tensor], None]:
+        """What computes takes g's ``outputs``; ``out`` is the step's kernel."""
+        pixels, band = step.pixels(self._x, self._pixels), self._picked.select(step)
+        pairs, sources, matrices = band.pairs(out), step.pairs(pixels, x), as_matrices(pixels).mT
+
+        def run(g: Tensor) -> None:
+            load(pixels, sources)
+            torch.bmm(matrices, g, out=band.bands)
+            for view, kernel in pairs:
+                kernel.copy_(view)
+
+        return run
+
+    def transpose(self, step: Step, weight: Tensor, total: Tensor) -> Callable[[Tensor], None]:
+        """What computes takes g's ``outputs``, and adds to ``total`` [B, G, C, H, W]: steps overlap."""
+        sums, band = step.pixels(self._x, self._pixels), self._laid.select(step)
+        pairs, targets, matrices = band.pairs(weight), step.pairs(sums, total), as_matrices(sums)
+
+        def run(g: Tensor) -> None:
+            band.lay(pairs)
+            matrices.copy_(band.scatter(g))
+            for part, target in targets:  # what fell on padding is dropped
+                target += part
+
+        return run
+
+    def outputs(self, step: Step, g: Tensor) -> Work[Tensor]:
+        """g [B, G, C, H', W'] at a step's outputs, as matrices [n·b·g, C, R·T]."""
+        part, dtype = step.outputs(g), accumulator_dtype(g.dtype)
+        return lambda: as_matrices(part.to(dtype))
 
 
 @alone
 def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]: [B,G,Kh,Kw,H',W'] and [B,G,C,H,W] -> [B,G,C,H',W']."""
     out = empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
-    over_maps(lambda part: _aggregate(weight[part], x[part], window, out[part]), x, weight.numel() * x.shape[2])
+
+    def prepare(part: Part) -> Work[None]:
+        weights, features, target = weight[part], x[part], out[part]
+        tiled = Tiled(window, features)
+        return in_turn(tiled.aggregate(step, step.outputs(weights), features, target) for step in tiled.steps)
+
+    over_maps(prepare, x, weight.numel() * x.shape[2])
     return out
-
-
-def _aggregate(weight: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    steps = steps_of(window, x)
-    scratch, bands = pixel_scratch(steps, x), Bands(steps, x, window.kernel_size, not channels_fastest(x))
-
-    def work(step: Step) -> Work[None]:
-        pixels, band, target = step.pixels(x, scratch), bands.select(step), step.outputs(out)
-        pairs, sources, matrices = band.pairs(step.outputs(weight)), step.pairs(pixels, x), as_matrices(pixels)
-        yield
-        load(pixels, sources)
-        band.lay(pairs)
-        target.copy_(band.gather(matrices).view(target.shape))
-
-    return in_turn(map(work, steps))
 
 
 @alone
 def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)]: [B,G,C,H',W'] and [B,G,C,H,W] -> [B,G,Kh,Kw,H',W']."""
     out = empty_kernel_layout(g, window.kernel_size)
-    over_maps(lambda part: _correlate(g[part], x[part], window, out[part]), x, out.numel() * x.shape[2])
+
+    def prepare(part: Part) -> Work[None]:
+        grads, features, target = g[part], x[part], out[part]
+        tiled = Tiled(window, features)
+
+        def prepare_step(step: Step) -> Work[None]:
+            grad, run = tiled.outputs(step, grads), tiled.correlate(step, features, step.outputs(target))
+            return lambda: run(grad())
+
+        return in_turn(map(prepare_step, tiled.steps))
+
+    over_maps(prepare, x, out.numel() * x.shape[2])
     return out
-
-
-def _correlate(g: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    steps = steps_of(window, x)
-    scratch, bands = pixel_scratch(steps, x), Bands(steps, x, window.kernel_size, input_major=True)
-
-    def work(step: Step) -> Work[None]:
-        pixels, band, grad = step.pixels(x, scratch), bands.select(step), step.outputs(g)
-        pairs, sources, matrices = band.pairs(step.outputs(out)), step.pairs(pixels, x), as_matrices(pixels).mT
-        yield
-        load(pixels, sources)
-        torch.bmm(matrices, as_matrices(grad.to(pixels.dtype)), out=band.bands)
-        band.pick(pairs)
-
-    return in_turn(map(work, steps))
 
 
 @alone
@@ -282,20 +311,16 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
     # Steps overlap: their sums meet in one tensor as wide as the accumulators.
     total = (out if out.dtype == accumulator_dtype(g.dtype) else torch.empty_like(out, dtype=torch.float32)).zero_()
-    over_maps(lambda part: _transpose(weight[part], g[part], window, total[part]), g, weight.numel() * g.shape[2])
+
+    def prepare(part: Part) -> Work[None]:
+        weights, grads, sums = weight[part], g[part], total[part]
+        tiled = Tiled(window, grads, input_size, transposed=True)
+
+        def prepare_step(step: Step) -> Work[None]:
+            grad, run = tiled.outputs(step, grads), tiled.transpose(step, step.outputs(weights), sums)
+            return lambda: run(grad())
+
+        return in_turn(map(prepare_step, tiled.steps))
+
+    over_maps(prepare, g, weight.numel() * g.shape[2])
     return out if total is out else out.copy_(total)
-
-
-def _transpose(weight: Tensor, g: Tensor, window: Window, total: Tensor) -> Work[None]:
-    steps = steps_of(window, g, total.shape[3:])
-    scratch, bands = pixel_scratch(steps, g), Bands(steps, g, window.kernel_size, channels_fastest(g))
-
-    def work(step: Step) -> Work[None]:
-        sums, band, grad = step.pixels(g, scratch), bands.select(step), step.outputs(g)
-        pairs, targets, matrices = band.pairs(step.outputs(weight)), step.pairs(sums, total), as_matrices(sums)
-        yield
-        band.lay(pairs)
-        matrices.copy_(band.scatter(as_matrices(grad.to(sums.dtype))))
-        add(targets)
-
-    return in_turn(map(work, steps))
