@@ -25,21 +25,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.aggregation.eager_tiles import Run, Tiles, cut, tile_size
+from kernels.aggregation.eager_tiles import Pairs, Run, Step, steps_of
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.parallel import Part, Work, alone, in_turn, over_maps
 from kernels.windows import Pair, Window
-
-# Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
-# steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
-STEP_SHARE = 3 / 4
-STEP_ELEMENTS = {"cpu": 2**20}
-STEP_ELEMENTS_ELSEWHERE = 2**24
-FEWEST_STEP_ELEMENTS = 2**15
-
-# The same entries in two tensors, as views.
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Scratch:
@@ -56,70 +46,10 @@ class Scratch:
         return self._memory[: math.prod(shape)].view(shape)
 
 
-class Step(NamedTuple):
-    """A tile of rows and n equal tiles of columns side by side, for a few batch entries and groups: [n, b, g, ...]."""
-
-    leading: tuple[int, int, int]
-    maps: tuple[slice, slice]
-    rows: Tiles
-    columns: Tiles
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of its outputs, [n, b, g, R, T]."""
-        return (*self.leading, self.rows.count, self.columns.count)
-
-    @property
-    def positions(self) -> int:
-        """Covered by the windows of a tile."""
-        return self.rows.span * self.columns.span
-
-    def pixels(self, x: Tensor, scratch: Scratch) -> Tensor:
-        """[n, b, g, C, rows, columns] of the scratch, channels innermost in memory where they are so in x."""
-        sizes = (self.rows.span, self.columns.span)
-        if channels_fastest(x):
-            return scratch.take(*self.leading, *sizes, x.shape[2]).movedim(-1, 3)
-        return scratch.take(*self.leading, x.shape[2], *sizes)
-
-    def pairs(self, pixels: Tensor, x: Tensor) -> Pairs:
-        """The positions that are no padding, in the pixels and in x [B, G, C, H, W], as views."""
-        row_part, rows = self.rows.segments[0].slices()
-        parts = [segment.slices() for segment in self.columns.segments]
-        return [
-            (tile[..., row_part, column_part], x[(*self.maps, slice(None), rows, columns)])
-            for tile, (column_part, columns) in zip(pixels, parts, strict=True)
-        ]
-
-    def outputs(self, tensor: Tensor) -> Tensor:
-        """A tensor over the outputs [B, G, ..., H', W'] at the step's: [n, b, g, ..., R, T], a view."""
-        part = tensor[(*self.maps, ..., self.rows.outputs, self.columns.outputs)]
-        return part.unflatten(-1, (self.leading[0], self.columns.count)).movedim(-2, 0)
-
-
 def load(pixels: Tensor, pairs: Pairs) -> None:
     pixels.zero_()
     for part, source in pairs:
         part.copy_(source)
-
-
-def steps_of(window: Window, x: Tensor, input_size: Pair | None = None) -> list[Step]:
-    """Cut an operator with input x [B, G, C, H, W], of ``input_size`` if x is its output."""
-    batch, groups, channels = x.shape[:3]
-    height, width = x.shape[3:] if input_size is None else input_size
-    kernel_elements = math.prod((batch, groups, *window.kernel_size, *window.output_size(height, width)))
-    most = STEP_ELEMENTS.get(x.device.type, STEP_ELEMENTS_ELSEWHERE) * 4 // accumulator_dtype(x.dtype).itemsize
-    limit = min(most, max(FEWEST_STEP_ELEMENTS, int(kernel_elements * STEP_SHARE)))
-    (rows, columns), together = tile_size(window, (height, width), batch * groups, channels, limit)
-    # The whole batch first: what depends on the group alone (a relative position bias) is then read once.
-    batch_step = max(1, min(batch, together))
-    group_step = max(1, min(groups, together // batch_step))
-    cuts = product(cut(window, height, 0, rows, False), cut(window, width, 1, columns, True))
-    found = []
-    for (b, g), (row, column) in product(product(range(0, batch, batch_step), range(0, groups, group_step)), cuts):
-        maps = slice(b, min(b + batch_step, batch)), slice(g, min(g + group_step, groups))
-        leading = len(column.segments), maps[0].stop - b, maps[1].stop - g
-        found.append(Step(leading, maps, row, column))
-    return found
 
 
 def as_matrices(pixels: Tensor) -> Tensor:
@@ -228,8 +158,15 @@ class Tiled:
         """Memory for so many elements of a step."""
         return Scratch(self._x, map(size, self.steps))
 
+    def _take(self, step: Step) -> Tensor:
+        """Pixels [n, b, g, C, rows, columns] of the shared memory, channels innermost where they are so in x."""
+        sizes, channels = (step.rows.span, step.columns.span), self._x.shape[2]
+        if channels_fastest(self._x):
+            return self._pixels.take(*step.leading, *sizes, channels).movedim(-1, 3)
+        return self._pixels.take(*step.leading, channels, *sizes)
+
     def aggregate(self, step: Step, weight: Tensor, x: Tensor, out: Tensor) -> Work[None]:
-        pixels, band, target = step.pixels(self._x, self._pixels), self._laid.select(step), step.outputs(out)
+        pixels, band, target = self._take(step), self._laid.select(step), step.outputs(out)
         pairs, sources, matrices = band.pairs(weight), step.pairs(pixels, x), as_matrices(pixels)
 
         def run() -> None:
@@ -241,7 +178,7 @@ class Tiled:
 
     def correlate(self, step: Step, x: Tensor, out: Tensor) -> Callable[[Tensor], None]:
         """What computes takes g's ``outputs``; ``out`` is the step's kernel."""
-        pixels, band = step.pixels(self._x, self._pixels), self._picked.select(step)
+        pixels, band = self._take(step), self._picked.select(step)
         pairs, sources, matrices = band.pairs(out), step.pairs(pixels, x), as_matrices(pixels).mT
 
         def run(g: Tensor) -> None:
@@ -254,7 +191,7 @@ class Tiled:
 
     def transpose(self, step: Step, weight: Tensor, total: Tensor) -> Callable[[Tensor], None]:
         """What computes takes g's ``outputs``, and adds to ``total`` [B, G, C, H, W]: steps overlap."""
-        sums, band = step.pixels(self._x, self._pixels), self._laid.select(step)
+        sums, band = self._take(step), self._laid.select(step)
         pairs, targets, matrices = band.pairs(weight), step.pairs(sums, total), as_matrices(sums)
 
         def run(g: Tensor) -> None:

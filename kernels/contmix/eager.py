@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import Step, as_matrices
+from kernels.aggregation.eager import as_matrices
+from kernels.aggregation.eager_tiles import Step
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import Step, Tiled, multiply
+from kernels.aggregation.eager import Tiled, multiply
+from kernels.aggregation.eager_tiles import Step
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.parallel import Part, Work, alone, in_turn, over_maps

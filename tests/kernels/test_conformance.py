@@ -129,7 +129,7 @@ def test_layouts(operator, layout, backend):
 
 # How much a step of an operator's may hold, by where that is kept.
 STEPS = {
-    "kernels.aggregation.eager": "STEP_ELEMENTS",
+    "kernels.aggregation.eager_tiles": "STEP_ELEMENTS",
     "kernels.outlook.eager": "BLOCK_ELEMENTS",
     "kernels.depthwise.eager": "GRADIENT_ELEMENTS",
     "kernels.involution.generate": "STEP_BYTES_ELSEWHERE",
