@@ -9,8 +9,8 @@ thread of PyTorch's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,21 +39,41 @@ def _has_tangent(value: object) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def _spread(arguments: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
-    """Arguments with the tensors of their lists one by one, and the length of every list of tensors."""
-    flat: list[Any] = []
-    lengths: list[int | None] = []
+class _Tensors(NamedTuple):
+    """Stands for an argument that is a list of so many tensors."""
+
+    number: int
+
+
+_TENSOR = _Tensors(0)  # for one that is a tensor itself
+
+
+def _spread(arguments: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among arguments and in their lists, and the arguments with stand-ins for these."""
+    tensors: list[Tensor] = []
+    form: list[Any] = []
     for argument in arguments:
-        several = isinstance(argument, (list, tuple)) and len(argument) > 0 and isinstance(argument[0], Tensor)
-        flat.extend(argument if several else (argument,))
-        lengths.append(len(argument) if several else None)
-    return flat, lengths
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            form.append(_TENSOR)
+        elif isinstance(argument, (list, tuple)) and len(argument) > 0 and isinstance(argument[0], Tensor):
+            tensors += argument
+            form.append(_Tensors(len(argument)))
+        else:
+            form.append(argument)
+    return tensors, form
 
 
-def _gathered(flat: Iterable[Any], lengths: Sequence[int | None]) -> list[Any]:
-    """The arguments again."""
-    left = iter(flat)
-    return [next(left) if length is None else [next(left) for _ in range(length)] for length in lengths]
+def _gathered(left: Iterator[Any], form: Iterable[Any]) -> list[Any]:
+    """The arguments again; takes from ``left`` what it needs."""
+    arguments = []
+    for argument in form:
+        if argument is _TENSOR:
+            argument = next(left)
+        elif type(argument) is _Tensors:
+            argument = [next(left) for _ in range(argument.number)]
+        arguments.append(argument)
+    return arguments
 
 
 class Operator:
@@ -69,17 +89,19 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():  # before anything that a compiler cannot follow
             return self.definition(*arguments)
-        flat, lengths = _spread(arguments)
-        tensors = [argument for argument in flat if isinstance(argument, Tensor)]
+        tensors, form = _spread(arguments)
         if _is_seen(tensors):
             return self.definition(*arguments)
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
             return without_autocast(self.function, *arguments)
         differentiable = self._differentiable
-        return self.definition(*arguments) if differentiable is None else differentiable.apply(*flat, lengths)
+        return self.definition(*arguments) if differentiable is None else differentiable.apply(*tensors, form)
 
     def differentiable(self, *gradients: Callable[..., Tensor]) -> None:
-        """``gradients[n](grad, *arguments)`` is the gradient of argument n, computed where somebody wants it."""
+        """``gradients[n](grad, *arguments)`` is the gradient of argument n, computed where somebody wants it.
+
+        Tensors are the leading arguments.
+        """
 
         def differentiate(ctx: Any, grad: Tensor) -> list[Any]:
             arguments, _ = _saved(ctx)
@@ -113,7 +135,7 @@ class Operator:
 
     def _register(self, differentiate: Callable[..., list[Any]]) -> None:
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            return tuple([None] * len(ctx.lengths) if grads[0] is None else differentiate(ctx, *grads))
+            return tuple([None] * len(ctx.form) if grads[0] is None else differentiate(ctx, *grads))
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             _save(ctx, *_spread(inputs), output)
@@ -123,21 +145,19 @@ class Operator:
         self._differentiable = type(self.function.__name__, (_Function,), members)
 
 
-def _save(ctx: Any, flat: Sequence[Any], lengths: list[int | None], output: Any) -> None:
+def _save(ctx: Any, tensors: Iterable[Tensor], form: list[Any], output: Any) -> None:
     """Keep arguments and, where there are several, outputs, of which the first alone has a derivative."""
     outputs = output if isinstance(output, tuple) else ()
-    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in flat), *outputs)
-    ctx.options, ctx.lengths = [None if isinstance(value, Tensor) else value for value in flat], lengths
+    ctx.save_for_backward(*tensors, *outputs)
+    ctx.form = form
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)  # no zeros for what has no derivative
 
 
-def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+def _saved(ctx: Any) -> tuple[list[Any], Iterator[Tensor]]:
     """The arguments and outputs that were kept."""
-    saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
-    number = len(ctx.options)
-    flat = (option if tensor is None else tensor for tensor, option in zip(saved[:number], ctx.options, strict=True))
-    return _gathered(flat, ctx.lengths), saved[number:]
+    left = iter(ctx.saved_tensors)  # asked for once: under gradient checkpointing a second time is an error
+    return _gathered(left, ctx.form), left
 
 
 class _Function(torch.autograd.Function):
@@ -147,17 +167,20 @@ class _Function(torch.autograd.Function):
     differentiate: Callable[..., Sequence[Any]]
 
     @classmethod
-    def forward(cls, ctx: Any, *flat_and_lengths: Any) -> Any:
-        *flat, lengths = flat_and_lengths
-        output = without_autocast(cls.function, *_gathered(flat, lengths))
-        _save(ctx, flat, lengths, output)
+    def forward(cls, ctx: Any, *tensors_and_form: Any) -> Any:
+        *tensors, form = tensors_and_form
+        output = without_autocast(cls.function, *_gathered(iter(tensors), form))
+        _save(ctx, tensors, form, output)
         return output
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:
-        spread = []
-        for grad, length in zip(cls.differentiate(ctx, *grads), ctx.lengths, strict=True):
-            spread += [grad] if length is None else grad or [None] * length
+        spread: list[Any] = []
+        for grad, argument in zip(cls.differentiate(ctx, *grads), ctx.form, strict=True):
+            if argument is _TENSOR:
+                spread.append(grad)
+            elif type(argument) is _Tensors:
+                spread += grad or [None] * argument.number
         return *spread, None
 
 

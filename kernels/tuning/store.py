@@ -14,12 +14,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kernels.files import atomic_write, locked
 
 SCHEMA = 1
 UNREADABLE = (OSError, ValueError, RecursionError)
 NOWHERE = Path(os.devnull, "dynamic-kernels")  # no file can lie there
 LOCK_SECONDS = 60  # how long to wait for other processes' writes, each of which takes milliseconds
+
+
+def gpu_name(device: torch.device) -> str:
+    """Name under which configs of a device are kept; CPU tensors run in the interpreter, where nothing is timed."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def user_folder() -> Path:
