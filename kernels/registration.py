@@ -92,10 +92,16 @@ class Operator:
         tensors, form = _spread(arguments)
         if _is_seen(tensors):
             return self.definition(*arguments)
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-            return without_autocast(self.function, *arguments)
-        differentiable = self._differentiable
-        return self.definition(*arguments) if differentiable is None else differentiable.apply(*tensors, form)
+        run = self.function
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if self._differentiable is None:
+                return self.definition(*arguments)
+            run, arguments = self._differentiable.apply, (*tensors, form)
+        device = tensors[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return run(*arguments)
+        return run(*arguments)
 
     def differentiable(self, *gradients: Callable[..., Tensor]) -> None:
         """``gradients[n](grad, *arguments)`` is the gradient of argument n, computed where somebody wants it.
@@ -169,7 +175,7 @@ class _Function(torch.autograd.Function):
     @classmethod
     def forward(cls, ctx: Any, *tensors_and_form: Any) -> Any:
         *tensors, form = tensors_and_form
-        output = without_autocast(cls.function, *_gathered(iter(tensors), form))
+        output = cls.function(*_gathered(iter(tensors), form))
         _save(ctx, tensors, form, output)
         return output
 

@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from kernels.launch import launch, record_launches
+from tests.kernels.operators import MAP, OPERATORS
 from tests.support import DEVICE, random_tensor
 
 
@@ -194,30 +195,19 @@ def test_a_dilation_far_beyond_the_map_takes_no_time():
             torch.testing.assert_close(grad, weight[:, :, 1, 1].expand_as(x))
 
 
-@pytest.mark.parametrize("operator", GOOD)
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_maps_with_more_pixels_than_a_kernel_counts(operator):
-    """2^31 pixels, of one element of memory."""
-    sizes = {6: 2**16, 5: 2**15} if operator == "contmix2d" else {5: 2**16, 4: 2**15}
-    large = {
-        name: zeros(1).expand(*value.shape[:-2], *(sizes[size] for size in value.shape[-2:]))
-        for name, value in GOOD[operator].items()
-        if isinstance(value, torch.Tensor) and tuple(value.shape[-2:]) == tuple(sizes)
-    }
-    if operator.startswith("na2d"):
-        large = {
-            name: zeros(1).expand(*value.shape[:2], *sizes.values(), value.shape[4])
-            for name, value in GOOD[operator].items()
-            if isinstance(value, torch.Tensor) and value.dim() == 5
-        }
-    if operator == "outlook_attention2d":
-        large = {"logits": zeros(1).expand(2, 2**15, 2**14, 2, 9, 9), "value": zeros(1).expand(2, *sizes.values(), 6)}
-    inputs = {
-        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-        for name, value in (GOOD[operator] | large).items()
-    }
-    inputs |= {name: zeros(1, device=DEVICE).expand(value.shape) for name, value in large.items()}
+    """2^31 pixels, of one element of memory; outlook attention's windows stand at every second."""
+    larger = {MAP: (2**16, 2**15), (3, 2): (2**15, 2**14)}
+    inputs = {}
+    for name, tensor in operator.tensors(device="meta").items():
+        shape = list(tensor.shape)
+        axis = next((n for n in range(1, len(shape) - 1) if tuple(shape[n : n + 2]) in larger), None)
+        if axis is not None:
+            shape[axis : axis + 2] = larger[shape[axis], shape[axis + 1]]
+        inputs[name] = zeros(1, device=DEVICE).expand(shape)
     with kernels.use_backend("triton"), pytest.raises(ValueError, match=r"65536x32768 pixels is too large"):
-        getattr(kernels, operator)(**inputs)
+        operator(inputs)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
