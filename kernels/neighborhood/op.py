@@ -15,16 +15,6 @@ from kernels.registration import operator, without_autocast
 from kernels.windows import Pair, Window
 
 
-def channels_first(tensor: Tensor) -> Tensor:
-    """[B, heads, H, W, D] seen as [B, heads, D, H, W]."""
-    return tensor.permute(0, 1, 4, 2, 3)
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """[B, heads, D, H, W] seen as [B, heads, H, W, D]."""
-    return tensor.permute(0, 1, 3, 4, 2)
-
-
 def kernel_first(tensor: Tensor, kernel_size: Pair) -> Tensor:
     """[B, heads, H, W, K²] seen as [B, heads, Kh, Kw, H, W]."""
     return settled(tensor).unflatten(-1, kernel_size).permute(0, 1, 4, 5, 2, 3)
@@ -81,7 +71,7 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
     if backend == "reference":
         return without_autocast(reference.na2d_av, attn, value, window.kernel_size, window.dilation)
     weight = kernel_first(attn, window.kernel_size)
-    return channels_last(aggregate(weight, channels_first(value), window, backend))
+    return aggregate(weight, value.movedim(4, 2), window, backend).movedim(2, 4)
 
 
 def na2d_qk(
@@ -116,8 +106,7 @@ def na2d_qk(
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.na2d_qk, query, key, window.kernel_size, window.dilation, rpb)
-    logits = correlate(channels_first(query), channels_first(key), window, backend)
-    logits = kernel_last(logits)
+    logits = kernel_last(correlate(query.movedim(4, 2), key.movedim(4, 2), window, backend))
     return logits if rpb is None else logits + reference.rpb_logits(rpb, query.shape[2], query.shape[3], window)
 
 
@@ -156,8 +145,8 @@ def na2d_softmax_av(
     if backend == "reference":
         options = {"rpb": rpb, "dilation": window.dilation}
         return without_autocast(reference.na2d_softmax_av, logits, value, window.kernel_size, **options)
-    out = softmax_aggregate(kernel_first(logits, window.kernel_size), channels_first(value), rpb, window, backend)
-    return channels_last(out)
+    out = softmax_aggregate(kernel_first(logits, window.kernel_size), value.movedim(4, 2), rpb, window, backend)
+    return out.movedim(2, 4)
 
 
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, backend: str) -> Tensor:

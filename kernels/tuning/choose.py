@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.launch import recording, watching
+from kernels.launch import noticed
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
 from kernels.tuning.source import source_of, triton_version
 from kernels.tuning.store import Store, gpu_name, shipped_folder, user_folder
@@ -170,7 +170,7 @@ def repeated(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
 
 def _again(name: str, call: Callable[..., Outputs], /, *arguments: Any, **keywords: Any) -> Outputs:
     """What a call returns: repeated where one like it was made before, and watched where none was."""
-    if recording() or watching() or _observer is not None or on_miss is not None:
+    if noticed() or _observer is not None or on_miss is not None:
         return call(*arguments, **keywords)
     key, tensors = key_of_call(name, arguments, keywords)
     repeat = _repeats.get(key)

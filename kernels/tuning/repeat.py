@@ -8,6 +8,7 @@ That holds for a launcher, or a pass of several, that allocates, views and launc
 One that does more, such as copying a tensor or zeroing an output, runs as it is written every time.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.launch import Launch, launch_again, pointers_suffice, watching_launches
+from kernels.launch import Launch, launch, watching_launches
 
 aten = torch.ops.aten
 ALLOCATING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
@@ -88,23 +89,52 @@ class Repeat(NamedTuple):
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(tensors)
         for made, launched, compiled, values, places, released in self.steps:
             for size, stride, dtype, _ in self.geometries[len(tensors) : made]:
                 tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
             values = values.copy()
-            if pointers_suffice(launched, compiled):
+            kernel, grid, _, options = launched
+            # Not in the interpreter, where somebody wants to see the arguments, and in a Triton that may end otherwise.
+            if compiled is not None and not kernel.pre_run_hooks and ends_as_known():
                 for position, number, offset, view in places:
                     address = tensors[number].data_ptr() + offset
                     values[position] = address if view is None else (address, *view[1:])
+                runtime, driver = _runtime()
+                stream = driver.active.get_current_stream(device.index)
+                # What Triton's own ``kernel[grid](...)`` ends with; it takes addresses for tensors, tuples for views.
+                compiled.run(
+                    *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata,
+                    compiled.launch_metadata(grid, stream, *values),
+                    runtime.launch_enter_hook, runtime.launch_exit_hook, *values,
+                )  # fmt: skip
             else:
                 for position, number, offset, view in places:
                     tensor = _part(tensors[number], offset)
                     values[position] = tensor if view is None else view._replace(ptr=tensor)
-            launch_again(launched, compiled, values, device)
+                launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=True)), **options)
             for number in released:
                 tensors[number] = tensors[0]
         results = [None if found is None else _lying(tensors[found[0]], found[1]) for found in self.results]
         return results[0] if self.single else tuple(results)
+
+
+@functools.cache
+def ends_as_known() -> bool:
+    """Whether this version of Triton launches as ``Repeat`` does."""
+    import triton
+
+    return triton.__version__.startswith(("3.6.", "3.7."))
+
+
+@functools.cache
+def _runtime() -> tuple[Any, Any]:
+    from triton import knobs
+    from triton.runtime import driver
+
+    return knobs.runtime, driver
 
 
 def _part(tensor: Tensor, offset: int) -> Tensor:
@@ -156,8 +186,8 @@ class _Watch(TorchDispatchMode):
             return None
         return found[0][0], tensor.data_ptr() - found[0][1]
 
-    def launched(self, launch: Launch, compiled: Any) -> None:
-        values = [launch.arguments[name] for name in launch.kernel.arg_names]
+    def launched(self, made: Launch, compiled: Any) -> None:
+        values = [made.arguments[name] for name in made.kernel.arg_names]
         places = []
         for position, value in enumerate(values):
             view = value if hasattr(value, "ptr") else None
@@ -169,8 +199,7 @@ class _Watch(TorchDispatchMode):
                 values[position] = None
             elif isinstance(value, tuple) and any(isinstance(part, Tensor) or hasattr(part, "ptr") for part in value):
                 self.whole = False
-        made = len(self.geometries)
-        self.steps.append(Step(made, launch._replace(arguments={}), compiled, values, places, []))
+        self.steps.append(Step(len(self.geometries), made._replace(arguments={}), compiled, values, places, []))
 
     def _result(self, tensor: Tensor | None) -> tuple[int, Geometry | None] | None:
         """A result by number. Where it is the whole of what was allocated, that is allocated with its strides."""
