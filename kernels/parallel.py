@@ -5,11 +5,11 @@ An eager call is dozens to hundreds of short operators, so where another program
 waits for the scheduler's next time slice: a call then takes up to a hundred times as long. Here threads meet once per
 call, and wait asleep.
 
-Work is prepared on the calling thread, which makes the views it needs: thousands of calls of a microsecond each, that
-would have threads fight for the interpreter's lock. What it returns then computes.
+Work is prepared on the calling thread, which makes the views that it needs: with thousands of calls of a microsecond
+each, threads would fight for the interpreter's lock. Preparing returns the function that computes.
 
-``torch.set_num_threads`` (0.2 µs) acts on the calling thread alone, but for the number that a thread finds which asks
-PyTorch for the first time: one that does so during another's eager call runs on one thread from then on.
+``torch.set_num_threads`` (0.2 µs) acts on the calling thread alone, with one exception: a thread that calls PyTorch for
+the first time while another thread's eager call runs gets one thread, and keeps it.
 """
 
 import functools
@@ -83,7 +83,7 @@ _call = threading.local()
 
 
 def alone(function: Function) -> Function:
-    """A call that keeps PyTorch's operators to one thread each, and may share its work out by ``over_maps``."""
+    """Decorator for an eager call: PyTorch's operators run on one thread each, and ``over_maps`` may share work out."""
 
     @functools.wraps(function)
     def wrapper(*arguments: Any, **keywords: Any) -> Any:

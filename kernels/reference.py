@@ -1,7 +1,7 @@
 """Every operator as a short plain-PyTorch definition: the oracle of all tests, and the naive path of all benchmarks.
 
 These follow the formulas line by line, in whatever dtype they are given, and are differentiated by PyTorch itself.
-They are also what people run today where no kernel installs: unfold (or gather) every neighbourhood, multiply, sum,
+They are also what people run where no kernel can be installed: unfold (or gather) every neighbourhood, multiply, sum,
 at K*K times the memory of the input. They check nothing; the public functions of ``kernels`` do.
 """
 

@@ -1,4 +1,4 @@
-"""What every registered operator needs: how it is registered, how a schema spells a window, what it refuses.
+"""How operators are registered with PyTorch and differentiated, and how a schema spells a window.
 
 The operators are ``torch.library.custom_op``s and not ``triton_op``s, whose bodies PyTorch traces: ours look configs up
 in files, record launches, and run an eager path or Triton's interpreter. The backend's name travels in the schemas
@@ -77,9 +77,10 @@ def _gathered(left: Iterator[Any], form: Iterable[Any]) -> list[Any]:
 
 
 class Operator:
-    """``dynamic_kernels::<name>``, registered with PyTorch; an eager call that nothing there needs to see goes past it.
+    """``dynamic_kernels::<name>``, registered with PyTorch.
 
-    PyTorch's dispatcher, and the Python of ``torch.library`` around it, cost the host more than a launch does.
+    An eager call that nothing else needs to see goes past PyTorch's dispatcher, which, with the Python of
+    ``torch.library`` around it, costs the host more than a launch does.
     """
 
     def __init__(self, definition: CustomOpDef, function: Callable[..., Any]) -> None:
@@ -126,7 +127,7 @@ class Operator:
 
         def refuse(ctx: Any, *_grads: Any) -> None:
             raise NotImplementedError(
-                f"{name} can be differentiated once. For a second derivative, as of a gradient penalty, compute it "
+                f"{name} can be differentiated once. For a second derivative, such as a gradient penalty's, compute it "
                 'under kernels.use_backend("reference")'
             )
 
@@ -191,7 +192,7 @@ class _Function(torch.autograd.Function):
 
 
 def _is_seen(tensors: Sequence[Tensor]) -> bool:
-    """Whether more than autograd is to know of a call: a mode, a transform, a trace, a profiler or a kind of tensor."""
+    """Whether more than autograd must see a call: a mode, a transform, a trace, a profiler or a subclass of Tensor."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -221,8 +222,8 @@ def operator(
         def implementation(*arguments: Any) -> Any:
             if forward_ad._current_level >= 0 and any(map(_has_tangent, _pytree.tree_leaves(arguments))):
                 raise NotImplementedError(
-                    f"dynamic_kernels::{name} has no forward-mode derivative: record the graph that one is to pass "
-                    'through inside the dual level, or under kernels.use_backend("reference")'
+                    f"dynamic_kernels::{name} has no forward-mode derivative: run the forward pass inside the dual "
+                    'level, or under kernels.use_backend("reference")'
                 )
             return without_autocast(function, *arguments)
 

@@ -74,7 +74,7 @@ def multiply(a: Tensor, b: Tensor, inside: Callable[[], Tensor]) -> Tensor:
 
 
 class Band(NamedTuple):
-    """The bands [n·b·g, J, I] of a tile: zero outside the windows, and once ``cleared``, whatever was there inside."""
+    """The bands [n·b·g, J, I] of a tile, zero outside the windows; ``clear``: they hold another tile's until then."""
 
     bands: Tensor
     windows: list[tuple[Tensor, Run, Run]]  # [n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs, views
@@ -142,7 +142,7 @@ class Tiled:
     """The three operators on one step after the other, in memory that the steps share.
 
     Each takes a kernel of the step alone, [n, b, g, Kh, Kw, R, T], and features of all maps. It makes the views that it
-    needs, and returns what then computes.
+    needs, and returns the function that then computes.
     """
 
     def __init__(self, window: Window, x: Tensor, input_size: Pair | None = None, transposed: bool = False) -> None:
@@ -177,7 +177,7 @@ class Tiled:
         return run
 
     def correlate(self, step: Step, x: Tensor, out: Tensor) -> Callable[[Tensor], None]:
-        """What computes takes g's ``outputs``; ``out`` is the step's kernel."""
+        """The function takes g's ``outputs``; ``out`` is the step's kernel."""
         pixels, band = self._take(step), self._picked.select(step)
         pairs, sources, matrices = band.pairs(out), step.pairs(pixels, x), as_matrices(pixels).mT
 
@@ -190,7 +190,7 @@ class Tiled:
         return run
 
     def transpose(self, step: Step, weight: Tensor, total: Tensor) -> Callable[[Tensor], None]:
-        """What computes takes g's ``outputs``, and adds to ``total`` [B, G, C, H, W]: steps overlap."""
+        """The function takes g's ``outputs``, and adds to ``total`` [B, G, C, H, W], for steps overlap."""
         sums, band = self._take(step), self._laid.select(step)
         pairs, targets, matrices = band.pairs(weight), step.pairs(sums, total), as_matrices(sums)
 

@@ -53,7 +53,7 @@ class Segment(NamedTuple):
     span: int
 
     def slices(self) -> tuple[slice, slice]:
-        """The positions that are no padding: as a part of the segment, and on the axis."""
+        """The positions that are not padding: as a part of the segment, and on the axis."""
         low = min(max(self.begin, 0), self.members)
         high = max(low, min(self.begin + self.span, self.members))
         axis = slice(self.residue + low * self.dilation, self.residue + high * self.dilation, self.dilation)
@@ -174,7 +174,7 @@ class Step(NamedTuple):
         return self.rows.span * self.columns.span
 
     def pairs(self, pixels: Tensor, x: Tensor) -> Pairs:
-        """The positions that are no padding, in the pixels and in x [B, G, C, H, W], as views."""
+        """The positions that are not padding, in the pixels and in x [B, G, C, H, W], as views."""
         row_part, rows = self.rows.segments[0].slices()
         parts = [segment.slices() for segment in self.columns.segments]
         return [

@@ -2,9 +2,9 @@
 
     logits[n,k] = Σ_c query[c,n] · projected[c,k] + bias[k]
 
-A tile's logits are one matrix product of its queries, as cheap to make again in the backward pass as to store; so
-there are never more than a tile of them, a few megabytes at most, whatever the size of the map. The bias is a channel
-more of ``projected`` that meets ones.
+A tile's logits are one matrix product of its queries, as cheap to compute again in the backward pass as to store. So at
+most one tile of them exists at a time, a few megabytes, whatever the size of the map. The bias is one more channel of
+``projected``; its query is 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -28,7 +28,7 @@ def contmix2d(
     """affinity[n,l] = Σ_c query[c,n] · key[c,l];  logits[n,:] = P @ affinity[n,:] + proj_bias, cut by kernel size;
     out[m,:,n] = Σ_k softmax_k(logits_m[n,:] + rpb_m)[k] · value[m,:,nbr_m(n,k)]   for every batch entry and group
 
-    Both steps before the softmax are linear, so they are taken in the other order: keys projected once,
+    Both steps before the softmax are linear, so they are computed in the other order: keys projected once,
     projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], then logits[n,k] = Σ_c query[c,n] · projected[c,k] + proj_bias[k].
     That needs no affinity tensor and Dq instead of Dq·L/ΣK² + L multiply-adds per logit (16 instead of 53 in OverLoCK).
     The logits are never stored: a kernel computes those of its own pixels (Triton), or a few megabytes live at a time.
@@ -46,7 +46,7 @@ def contmix2d(
         [B, M, G, Dv, H, W]. Differentiable once, in every tensor argument.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or rpb or kernel_sizes is no sequence.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or rpb or kernel_sizes is not a sequence.
         ValueError: shapes, devices or sizes do not fit together.
 
     Source: arXiv 2502.20087, equations 1-3.

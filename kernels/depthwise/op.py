@@ -30,7 +30,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Args:
         x: features [B, C, H, W]; positions outside it read 0 ("same" padding).
-        weight: one kernel a channel, [C, 1, K, K], K odd and at most 31.
+        weight: one kernel per channel, [C, 1, K, K], K odd and at most 31.
         bias: [C], or None.
 
     Returns:
@@ -41,7 +41,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         weight's gradient anywhere in its channel; it never reaches another image or channel.
 
     Raises:
-        TypeError: an argument is no floating tensor, or the dtypes differ.
+        TypeError: an argument is not a floating tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit together, or K is even or above 31.
 
     Source: the large kernels of arXiv 2502.20087 (OverLoCK), after arXiv 2203.06717.

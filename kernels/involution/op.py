@@ -24,7 +24,7 @@ def _checked_window(
     else:
         paddings = as_pair("padding", padding, 0)
     if max(x.shape[2] + 2 * paddings[0], x.shape[3] + 2 * paddings[1]) >= LIMIT:
-        raise ValueError(f"padding must keep x of size {tuple(x.shape[2:])} below 2^31 pixels a side, got {paddings}")
+        raise ValueError(f"padding must keep x of size {tuple(x.shape[2:])} below 2^31 pixels per side, got {paddings}")
     window = Window(kernel_size, strides, paddings, dilations)
     height, width = window.output_size(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
@@ -63,7 +63,7 @@ def involution2d(
         [B, C, H', W'] in the memory format of x, H' = (H + 2·padding − dilation·(K − 1) − 1) // stride + 1.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2103.06255, equation 4. Differentiable any number of times.
@@ -114,7 +114,7 @@ def involution2d_generate(
         [B, C, H', W'] in the memory format of x. Differentiable once, in every tensor argument.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
     """
     x, features, weight, bias = check_tensors(["bias"], x=x, features=features, weight=weight, bias=bias)

@@ -2,7 +2,7 @@
 
     p = softmax_k(logits[i,k] + rpb[(nbr(i,k) − i)/d + K − 1])     out[i] = Σ_k p[i,k] · value[nbr(i,k)]
 
-No tensor of the size of the logits is made but their gradient: bias, softmax and band exist for one step at a time. The
+The only tensor of the logits' size is their gradient: bias, softmax and band exist for one step at a time. The
 backward pass runs the softmax again, which costs no more than recovering p from log Σ exp and is more accurate.
 """
 
@@ -199,7 +199,7 @@ def softmax_aggregate_backward(
 def softmax_aggregate_made_backward(
     grad_out: Tensor, make_logits: Callable[[Part], Logits], value: Tensor, rpb: Tensor | None, window: Window
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of value and rpb; those of the logits are handed, tile by tile, to the logits made."""
+    """Gradients of value and rpb; the logits made take theirs, tile by tile."""
     dtype, positions = accumulator_dtype(value.dtype), math.prod(window.kernel_size)
     grad_value = empty_like_layout(value, value.shape)
     total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()

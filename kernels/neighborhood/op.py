@@ -58,7 +58,7 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
         [B, heads, H, W, D].
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2204.07143, equation 3 (NATTEN's ``na2d_av``). Differentiable any number of times.
@@ -91,7 +91,7 @@ def na2d_qk(
         [B, heads, H, W, K²], rows of the window first.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2204.07143, equation 2 (NATTEN's ``na2d_qk``). Differentiable any number of times.
@@ -130,7 +130,7 @@ def na2d_softmax_av(
         [B, heads, H, W, D]. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2204.07143, equations 2-4; with ContMix's logits, arXiv 2502.20087, equation 3.

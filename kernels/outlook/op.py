@@ -39,10 +39,10 @@ def outlook_attention2d(
 
     Returns:
         [B, H, W, C], contiguous. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
-        A value reaches the outputs of the windows that hold its pixel, of its own head and channel, and no others.
+        A value reaches only the outputs of the windows that hold its pixel, in its own channel.
 
     Raises:
-        TypeError: a tensor argument is no floating tensor, the dtypes differ, or an option is not a number of its kind.
+        TypeError: a tensor is not a floating tensor, the dtypes differ, or an option is not a number of its kind.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2106.13112, equations 3-5.
@@ -70,7 +70,7 @@ def outlook_attention2d(
     heads = logits.shape[3]
     if channels % heads:
         raise ValueError(f"logits have {heads} heads, which must divide the {channels} channels of value")
-    if stride > height and stride > width:  # a single window: a kernel's steps are not to grow with the stride
+    if stride > height and stride > width:  # a single window: so that a kernel's steps do not grow with the stride
         stride = max(height, width)
     scale = float(scale)
     backend = get_backend()

@@ -169,7 +169,7 @@ def repeated(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
 
 
 def _again(name: str, call: Callable[..., Outputs], /, *arguments: Any, **keywords: Any) -> Outputs:
-    """What a call returns: repeated where one like it was made before, and watched where none was."""
+    """The result of a call, which is repeated where an equal one was made before, and watched where none was."""
     if noticed() or _observer is not None or on_miss is not None:
         return call(*arguments, **keywords)
     key, tensors = key_of_call(name, arguments, keywords)
@@ -218,7 +218,7 @@ def stale(entry: dict[str, Any], launcher: Launcher) -> str | None:
 
 
 def config_of(entry: dict[str, Any], launcher: Launcher, problem: Problem) -> Config | None:
-    """The entry's config, if it is one that tuning tries: a hostile or outdated file can name no other."""
+    """The entry's config, if tuning would try it: a hostile or outdated file cannot name any other."""
     offered = (*launcher.configs, launcher.heuristic(problem))
     return next((c for c in offered if dataclasses.asdict(c) == entry.get("config")), None)
 
@@ -253,7 +253,7 @@ def remember(key: str, entry: dict[str, Any], gpu: str) -> bool:
 
 
 _chosen: dict[tuple[str, Problem, torch.device], Config] = {}
-# Calls that were made before, and how to make them again; None for those that do more than allocate and launch.
+# How to repeat earlier calls; None for a call that does more than allocate, view and launch.
 _repeats: dict[tuple[Any, ...], Repeat | None] = {}
 MOST_REPEATS = 4096
 
@@ -264,7 +264,7 @@ def _choose_again() -> None:
     _repeats.clear()
 
 
-# What is asked for a config where nothing was tuned on this GPU.
+# This is asked for a config where nothing was tuned on this GPU.
 on_miss: Callable[[Request], Config] | None = None
 _observer: Callable[[Request], object] | None = None
 
@@ -286,12 +286,12 @@ def observing(observer: Callable[[Request], object]) -> Iterator[None]:
     """Inside the block, ``observer`` is told of every problem that a launch meets, before a config is chosen for it."""
     global _observer
     previous, _observer = _observer, observer
-    _choose_again()  # what was chosen before the block is to be met again
+    _choose_again()  # the observer shall meet what was chosen before the block
     try:
         yield
     finally:
         _observer = previous
-        _choose_again()  # and what was chosen inside is not to outlive it
+        _choose_again()  # and nothing that was chosen inside shall outlive it
 
 
 def forget() -> None:

@@ -1,11 +1,11 @@
-"""Launches made again: where shapes, strides and types are those of an earlier call, only its pointers are new.
+"""Repeating launches: a call whose shapes, strides and types equal an earlier one's differs from it in pointers only.
 
 What Python does for a launch (the problem, the config, thirty arguments, Triton's own look at each of them) took the
-host of an H200 65 to 112 µs, longer than many a kernel runs. All of it follows from the tensors' shapes, strides, types
-and alignment, so that the second time the finished arguments of the first are taken, with other addresses in them.
+host of an H200 65 to 112 µs, longer than many kernels run. All of it follows from the tensors' shapes, strides, types
+and alignment, so the second time the finished arguments of the first are used, with other addresses in them.
 
-That holds for a launcher, or a pass of several, that allocates, views and launches; the first call is watched for it.
-One that does more, such as copying a tensor or zeroing an output, runs as it is written every time.
+That holds for a launcher, or a pass of several launches, that only allocates, views and launches; the first call is
+watched to see whether it does. A call that does more, such as copying a tensor, runs every time as it is written.
 """
 
 import functools
@@ -20,7 +20,7 @@ from kernels.launch import Launch, launch, watching_launches
 
 aten = torch.ops.aten
 ALLOCATING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
-# What may happen beside allocations, views and launches: nothing that writes.
+# What a call may do besides allocating, viewing and launching, and still be repeated.
 HARMLESS: set[Any] = set()
 
 
@@ -38,7 +38,7 @@ def tensors_of(values: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> 
 
 
 def key_of_call(name: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What tells calls of a launcher apart whose launches differ in more than pointers; and their tensors in order."""
+    """A key that calls share if their launches differ in pointers only; and the call's tensors in their order."""
     key: list[Any] = [name, *keywords]
     tensors: list[Tensor] = []
     tensors_of((*arguments, *keywords.values()), key, tensors)
@@ -70,7 +70,7 @@ class Step(NamedTuple):
     made: int  # how many tensors there are by then
     launched: Launch  # without its arguments
     compiled: Any
-    values: list[Any]  # of the kernel's arguments, those in ``places`` left out: a memory of tensors keeps none alive
+    values: list[Any]  # the kernel's arguments but those in ``places``: what is remembered keeps no tensor alive
     places: list[Place]
     released: list[int]  # tensors that no later launch needs
 
@@ -149,7 +149,7 @@ def _lying(tensor: Tensor, geometry: Geometry | None) -> Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """Takes down what a block does, while ``whole``: it only allocates, views and launches."""
+    """Notes what a block does; ``whole`` is true as long as it only allocates, views and launches."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
@@ -176,8 +176,8 @@ class _Watch(TorchDispatchMode):
         return result
 
     def find(self, tensor: Tensor) -> tuple[int, int] | None:
-        """(number, bytes into it) of the tensor in whose memory one begins; None, and nothing is whole, where that is
-        none or may be several."""
+        """(number, offset in bytes) of the known tensor in whose memory this one begins; None, and the call cannot be
+        repeated, where none or more than one may be meant."""
         found = self.known.get(tensor.untyped_storage().data_ptr(), [])
         if len(found) > 1:
             found = [(number, address) for number, address in found if address == tensor.data_ptr()]
@@ -202,7 +202,7 @@ class _Watch(TorchDispatchMode):
         self.steps.append(Step(len(self.geometries), made._replace(arguments={}), compiled, values, places, []))
 
     def _result(self, tensor: Tensor | None) -> tuple[int, Geometry | None] | None:
-        """A result by number. Where it is the whole of what was allocated, that is allocated with its strides."""
+        """A result by its number. Where it fills what was allocated for it, the allocation takes its strides."""
         found = None if tensor is None else self.find(tensor)
         if tensor is None or found is None:
             return None
@@ -234,7 +234,7 @@ def _dense(tensor: Tensor) -> bool:
 
 def repeat_of(call: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Repeat | None]:
     """What a call returns, and how to repeat it; None where it does more than allocate, view and launch, or where
-    nobody knows which tensor an address lies in."""
+    it is unknown in which tensor an address lies."""
     watch = _Watch(inputs)
     with watching_launches(watch.launched), watch:
         returned = call()

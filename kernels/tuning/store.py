@@ -32,7 +32,7 @@ def gpu_name(device: torch.device) -> str:
 def user_folder() -> Path:
     """Where tuning writes: DYNAMIC_KERNELS_STORE, or the platform's cache directory.
 
-    Where the system knows no home directory of this user, as for a container's made-up one, nothing is kept.
+    Nothing is kept where the system knows no home directory of this user, as in some containers.
     """
     chosen = os.environ.get("DYNAMIC_KERNELS_STORE")
     try:
