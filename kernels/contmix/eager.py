@@ -95,14 +95,12 @@ def contmix(
     """(out like value; log Σ_k exp [B, M, G, H, W])"""
     out, statistics = empty_outputs(value)
     query, keys = _factors(query, projected, bias)
-    for m, (size, of_size) in enumerate(
-        zip(kernel_sizes, keys.split([size**2 for size in kernel_sizes], 3), strict=True)
-    ):
+    for m, of_size in enumerate(keys.split([size**2 for size in kernel_sizes], 3)):
 
         def made(part: Part, keys: Tensor = of_size) -> _MadeLogits:
             return _MadeLogits(query[part], keys[part])
 
-        window = Window.neighborhood((size, size))
+        window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
         out[:, m], statistics[:, m] = softmax_aggregate_made(made, _heads_last(value[:, m]), rpb[m], window)
     return out, statistics
 

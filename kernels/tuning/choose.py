@@ -67,7 +67,7 @@ class Choice(NamedTuple):
 SAME_CHIP = dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"), "NVIDIA H200")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Launcher(Generic[Outputs]):
     """A function ``launch(*arguments, config)`` that, called without a config, looks one up; made by ``tunable``."""
 
