@@ -59,15 +59,17 @@ class Operator(NamedTuple):
             return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         return {name: random_tensor(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
-    def __call__(self, tensors: dict[str, Tensor], module: ModuleType = kernels) -> Tensor:
+    def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            name, bracket, _ = name.partition("[")
-            if bracket:
-                arguments.setdefault(name, []).append(tensor)
+            if name.endswith("]"):
+                arguments.setdefault(name.partition("[")[0], []).append(tensor)
             else:
                 arguments[name] = tensor
-        return getattr(module, self.name)(**arguments, **next(iter(self.cases.values())).options)
+        return arguments | next(iter(self.cases.values())).options
+
+    def __call__(self, tensors: dict[str, Tensor], module: ModuleType = kernels) -> Tensor:
+        return getattr(module, self.name)(**self.arguments(tensors))
 
     def exact(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The float64 definition of the same values: output, and the inputs that its gradients belong to."""
@@ -76,8 +78,7 @@ class Operator(NamedTuple):
 
 
 def _outputs(size: Pair, kernel_size: Size, stride: Size = 1, padding=None, dilation: Size = 1):
-    rows, columns = _pair(kernel_size)
-    dilation = _pair(dilation)
+    (rows, columns), dilation = _pair(kernel_size), _pair(dilation)
     same = (rows - 1) * dilation[0] // 2, (columns - 1) * dilation[1] // 2
     window = Window((rows, columns), _pair(stride), same if padding is None else _pair(padding), dilation)
     return window.output_size(*size)
@@ -102,7 +103,7 @@ def generated(
 
 
 def neighborhood(
-    names: tuple[str, str], size: Pair, heads: int, channels: int, kernel_size: Size, dilation: Size = 1, bias=True
+    names: tuple[str, ...], size: Pair, heads: int, channels: int, kernel_size: Size, dilation: Size = 1, bias=True
 ) -> Case:
     """Of ``names`` attn and logits are kernels, others features; attn takes no table of biases."""
     rows, columns = _pair(kernel_size)
@@ -168,13 +169,11 @@ def every(*choices: Iterable[Any]) -> Callable[[Callable[..., Case | None]], tup
 
 
 def neighborhoods(*names: str) -> dict[str, Any]:
-    arguments = names[0], names[1]
-
     def scale(size: Pair, heads: int, channels: int, kernel_size: int) -> Case | None:
-        return neighborhood(arguments, size, heads, channels, kernel_size) if kernel_size <= size[0] else None
+        return neighborhood(names, size, heads, channels, kernel_size) if kernel_size <= size[0] else None
 
     return {
-        "cases": {name: neighborhood(arguments, *sizes) for name, sizes in NEIGHBORHOODS.items()},
+        "cases": {name: neighborhood(names, *sizes) for name, sizes in NEIGHBORHOODS.items()},
         "scales": every(SCALES, (1, 4), (1, 10, 16, 32, 64), (3, 7, 13))(scale),
         "multiply_adds": (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
         "like": names[1],
