@@ -37,7 +37,7 @@ def _checked(name: str, source: str) -> str:
 
 _of_process = os.environ.get("DYNAMIC_KERNELS_BACKEND") or "auto"
 _of_block: ContextVar[str | None] = ContextVar("kernels.backend", default=None)
-# What a ``use_backend`` block inside a function that is being compiled selects: Dynamo traces no context variable.
+# What a ``use_backend`` block in a function that is being compiled selects: Dynamo does not trace context variables.
 _of_trace: str | None = None
 _this = sys.modules[__name__]
 
@@ -61,8 +61,8 @@ def get_backend() -> str:
     ``torch.onnx.export`` records a model, because ONNX runtimes lack those of this package; and inside ``torch.func``'s
     transforms and ``torch.autograd.forward_ad``, which do not look into operators registered from Python.
 
-    ValueError where the environment variable names no backend: here and not at import, so that a command can say so in
-    a line.
+    ValueError where the environment variable is not the name of a backend. It is raised here and not at import, so that
+    a command can report it in one line.
     """
     if transforming():
         return "reference"

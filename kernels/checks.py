@@ -19,7 +19,7 @@ LIMIT = 2**31
 
 
 def _is_int(value: object) -> bool:
-    if type(value) is int:  # the others are asked for a microsecond
+    if type(value) is int:  # the question below takes a microsecond
         return True
     return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
@@ -104,8 +104,8 @@ def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
                 known[word] = size
                 if not (size > 0 or word == "B"):
                     break
-            # Two inequalities: of an equation between sizes a compiler concludes that the one is to be written as the
-            # other, an output's height as H + 2, and Inductor fails to order strides that are products of such sums.
+            # Two inequalities, because from an equation between sizes a compiler concludes that it may write one as
+            # the other, an output's height as H + 2, and Inductor cannot order strides that are products of such sums.
             elif not (size <= wanted and size >= wanted):
                 break
         else:

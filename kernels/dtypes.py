@@ -37,7 +37,7 @@ def precision(*tensors: Tensor) -> dict[str, Any]:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether kernels may have matrix products of that type: on a GPU Triton has none of float64."""
+    """Whether kernels may multiply matrices of that type: on a GPU Triton does not multiply float64."""
     return dtype != torch.float64 or interpreting()
 
 

@@ -42,8 +42,8 @@ def writing(path: PathLike) -> Iterator[None]:
 def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], object]) -> None:
     """Puts ``content`` at ``path``, with the permissions of the file there or else of any new file.
 
-    Missing folders are made. Where ``path`` is a link the file behind it is replaced. What is no regular file, as
-    /dev/null or a pipe, and what is open already, as /dev/stdout, is written into.
+    Missing folders are made. Where ``path`` is a link the file behind it is replaced. A path that is not a regular
+    file, such as /dev/null or a pipe, or that a process has open, such as /dev/stdout, is written into.
 
     Args:
         path: of the file.
@@ -58,7 +58,7 @@ def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], obj
                 _fill(file, content)
             return
         target = Path(os.path.realpath(path))
-        with contextlib.suppress(FileExistsError):  # a file: what is opened below it is refused in better words
+        with contextlib.suppress(FileExistsError):  # it is a file: opening a path below it gives the better message
             target.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{target.name[:50]}."  # short enough to leave room for the ending, in whatever script it is
         _remove_leftovers(target.parent, prefix)
@@ -88,7 +88,7 @@ def write_json(path: PathLike, value: Any) -> None:
 def locked(path: PathLike, seconds: float) -> Iterator[None]:
     """Holds the lock file ``path``, which is free again when its holder ends, however that happens.
 
-    On a file system that knows no locks there is a warning instead of a lock.
+    On a file system without locks there is a warning instead.
 
     Raises:
         filelock.Timeout: another process has held it for ``seconds``.
@@ -99,7 +99,7 @@ def locked(path: PathLike, seconds: float) -> Iterator[None]:
         try:
             lock.acquire()
         except NotImplementedError:
-            warnings.warn(f"the file system of {path} knows no locks: other processes are not kept out", stacklevel=3)
+            warnings.warn(f"the file system of {path} has no locks: other processes are not kept out", stacklevel=3)
     try:
         yield
     finally:
@@ -107,7 +107,7 @@ def locked(path: PathLike, seconds: float) -> Iterator[None]:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether this is no regular file, or the name of one that a process has open, as /dev/stdout may be."""
+    """Whether this is not a regular file, or names a file that a process has open, as /dev/stdout may."""
     if path.exists() and not path.is_file():
         return True
     return os.path.realpath(path.parent).startswith("/proc/") or (
@@ -129,7 +129,7 @@ def _fill(file: BinaryIO, content: str | bytes | Callable[[BinaryIO], object]) -
 
 
 def _create_temporary(folder: Path, prefix: str) -> tuple[int, Path]:
-    """A new file, locked for as long as it is open: by that others see that its writer lives."""
+    """A new file, locked for as long as it is open: so others see that its writer lives."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     while True:
         temporary = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
@@ -137,7 +137,7 @@ def _create_temporary(folder: Path, prefix: str) -> tuple[int, Path]:
         _lock(descriptor)
         if os.fstat(descriptor).st_nlink or fcntl is None:
             return descriptor, temporary
-        os.close(descriptor)  # taken for a leftover in the moment before it was locked
+        os.close(descriptor)  # another writer took it for a leftover before it was locked
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
@@ -156,6 +156,6 @@ def _lock(descriptor: int) -> bool:
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another holds it, or the file system knows no locks
+    except OSError:  # another holds it, or the file system has no locks
         return False
     return True

@@ -40,11 +40,6 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
-def recording() -> bool:
-    """Whether launches are recorded instead of made."""
-    return _recorded is not None
-
-
 _thread = threading.local()
 
 
@@ -59,9 +54,9 @@ def watching_launches(watch: Callable[[Launch, Any], object]) -> Iterator[None]:
         _thread.watch = previous
 
 
-def watching() -> bool:
-    """Whether somebody watches this thread's launches."""
-    return getattr(_thread, "watch", None) is not None
+def noticed() -> bool:
+    """Whether launches are recorded instead of made, or somebody watches this thread's."""
+    return _recorded is not None or getattr(_thread, "watch", None) is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: dict[str, Any], **options: int) -> None:
@@ -82,7 +77,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
         _run(kernel, grid, device, arguments, options)
         return
     _thread.watch = None
-    with _disable_current_modes():  # what the interpreter does with tensors is none of a watcher's business
+    with _disable_current_modes():  # a watcher is not told what the interpreter does with tensors
         watch(Launch(kernel, grid, arguments, options), _run(kernel, grid, device, arguments, options))
     _thread.watch = watch
 
@@ -93,46 +88,6 @@ def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: An
         return kernel[grid](**arguments, **options)
     with torch.cuda.device(device):
         return kernel[grid](**arguments, **options)
-
-
-def pointers_suffice(launched: Launch, compiled: Any) -> bool:
-    """Whether ``launch_again`` takes addresses in place of tensors, and tuples in place of views."""
-    # Not in the interpreter, where somebody wants to see the arguments, and in a Triton that may end otherwise.
-    return compiled is not None and not launched.kernel.pre_run_hooks and _ends_as_known()
-
-
-def launch_again(launched: Launch, compiled: Any, values: list[Any], device: torch.device) -> None:
-    """A launch with other values of the same types: what Triton's own ``kernel[grid](...)`` ends with.
-
-    ``values`` are those of all parameters in their order.
-    """
-    kernel, grid, _, options = launched
-    if not pointers_suffice(launched, compiled):
-        return launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=True)), **options)
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch_again(launched, compiled, values, device)
-    runtime, driver = _runtime()
-    stream = driver.active.get_current_stream(device.index)
-    compiled.run(
-        *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata,
-        compiled.launch_metadata(grid, stream, *values), runtime.launch_enter_hook, runtime.launch_exit_hook, *values,
-    )  # fmt: skip
-
-
-@functools.cache
-def _ends_as_known() -> bool:
-    import triton
-
-    return triton.__version__.startswith(("3.6.", "3.7."))
-
-
-@functools.cache
-def _runtime() -> tuple[Any, Any]:
-    from triton import knobs
-    from triton.runtime import driver
-
-    return knobs.runtime, driver
 
 
 def ceil_divide(dividend: int, divisor: int) -> int:

@@ -1,4 +1,4 @@
-"""Memory order of fresh outputs: one rule, used by the kernels and by the fake implementations alike.
+"""Memory order of new outputs: one rule for the kernels and for the fake implementations.
 
 The operators work on views [B, G, channels..., H, W], "channels" being C, or (Kh, Kw) for a dynamic kernel. Three
 orders occur in memory: channels first (as the view), heads last (B, G, H, W, channels: neighbourhood attention) and

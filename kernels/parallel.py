@@ -5,17 +5,17 @@ An eager call is dozens to hundreds of short operators, so where another program
 waits for the scheduler's next time slice: a call then takes up to a hundred times as long. Here threads meet once per
 call, and wait asleep.
 
-Work is a generator with one ``yield``: before it, it makes the views it needs, thousands of calls of a microsecond each
-that would have threads fight for the interpreter's lock; after it, it computes.
+Work is prepared on the calling thread, which makes the views that it needs: with thousands of calls of a microsecond
+each, threads would fight for the interpreter's lock. Preparing returns the function that computes.
 
-``torch.set_num_threads`` (0.2 µs) acts on the calling thread alone, but for the number that a thread finds which asks
-PyTorch for the first time: one that does so during another's eager call runs on one thread from then on.
+``torch.set_num_threads`` (0.2 µs) acts on the calling thread alone, with one exception: a thread that calls PyTorch for
+the first time while another thread's eager call runs gets one thread, and keeps it.
 """
 
 import functools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ WORTH_A_THREAD = 2**22
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
-Work = Generator[None, None, Result]
+Work = Callable[[], Result]  # prepared
 
 
 class Part(NamedTuple):
@@ -68,29 +68,22 @@ def _workers() -> ThreadPoolExecutor:
     return _pool
 
 
-def in_turn(works: Iterable[Work[Any]]) -> Work[None]:
+def in_turn(works: Iterable[Work[object]]) -> Work[None]:
     """Work that is done piece by piece."""
-    steps = list(works)
-    for step in steps:
-        next(step)
-    yield
-    for step in steps:
-        _finish(step)
+    pieces = list(works)
 
+    def run() -> None:
+        for piece in pieces:
+            piece()
 
-def _finish(work: Work[Result]) -> Result:
-    try:
-        next(work)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("work yields once")
+    return run
 
 
 _call = threading.local()
 
 
 def alone(function: Function) -> Function:
-    """A call that keeps PyTorch's operators to one thread each, and may share its work out by ``over_maps``."""
+    """Decorator for an eager call: PyTorch's operators run on one thread each, and ``over_maps`` may share work out."""
 
     @functools.wraps(function)
     def wrapper(*arguments: Any, **keywords: Any) -> Any:
@@ -108,24 +101,18 @@ def alone(function: Function) -> Function:
     return wrapper  # pyright: ignore[reportReturnType]
 
 
-def over_maps(work: Callable[[Part], Work[Result]], like: Tensor, multiply_adds: int) -> list[tuple[Part, Result]]:
-    """``work`` for parts of all maps of ``like`` [B, G, ...], side by side where it pays: what each part gave.
+def over_maps(prepare: Callable[[Part], Work[Result]], like: Tensor, multiply_adds: int) -> list[tuple[Part, Result]]:
+    """Work on parts of all maps of ``like`` [B, G, ...], side by side where it pays: what each part gave.
 
     Parts write to disjoint outputs; what is summed over them is summed afterwards, in their order.
     """
     threads = getattr(_call, "threads", 1) if like.device.type == "cpu" else 1
-    parts = _parts(like.shape[0], like.shape[1], min(threads, multiply_adds // WORTH_A_THREAD))
-    works = [work(part) for part in parts]
+    first, *others = _parts(like.shape[0], like.shape[1], min(threads, multiply_adds // WORTH_A_THREAD))
     inference = torch.is_inference_mode_enabled()
 
     def run(work: Work[Result]) -> Result:
         with torch.inference_mode(inference), torch.no_grad():
-            return _finish(work)
+            return work()
 
-    others = []
-    for other in works[1:]:
-        next(other)
-        others.append(_workers().submit(run, other))
-    next(works[0])
-    results = [_finish(works[0]), *(other.result() for other in others)]
-    return list(zip(parts, results, strict=True))
+    elsewhere = [(part, _workers().submit(run, prepare(part))) for part in others]
+    return [(first, prepare(first)()), *((part, result.result()) for part, result in elsewhere)]

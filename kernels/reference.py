@@ -1,7 +1,7 @@
 """Every operator as a short plain-PyTorch definition: the oracle of all tests, and the naive path of all benchmarks.
 
 These follow the formulas line by line, in whatever dtype they are given, and are differentiated by PyTorch itself.
-They are also what people run today where no kernel installs: unfold (or gather) every neighbourhood, multiply, sum,
+They are also what people run where no kernel can be installed: unfold (or gather) every neighbourhood, multiply, sum,
 at K*K times the memory of the input. They check nothing; the public functions of ``kernels`` do.
 """
 
@@ -66,12 +66,8 @@ def gather_neighbourhoods(tensor: Tensor, window: Window) -> Tensor:
 
 def rpb_logits(rpb: Tensor, height: int, width: int, window: Window) -> Tensor:
     """rpb[head, (neighbour − query)/dilation + K − 1 per axis] at every (query, neighbour): [heads, H, W, K²]."""
-    offsets = []
-    for axis, length in enumerate((height, width)):
-        query = torch.arange(length, device=rpb.device)[:, None]
-        distance = (window.neighbours(length, axis, rpb.device) - query) // window.dilation[axis]
-        offsets.append(distance + window.kernel_size[axis] - 1)
-    return _summable(rpb)[:, offsets[0][:, None, :, None], offsets[1][None, :, None, :]].flatten(3, 4).to(rpb.dtype)
+    rows, columns = window.relative(height, 0, rpb.device), window.relative(width, 1, rpb.device)
+    return _summable(rpb)[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3, 4).to(rpb.dtype)
 
 
 def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every registered operator needs: how it is registered, how a schema spells a window, what it refuses.
+"""How operators are registered with PyTorch and differentiated, and how a schema spells a window.
 
 The operators are ``torch.library.custom_op``s and not ``triton_op``s, whose bodies PyTorch traces: ours look configs up
 in files, record launches, and run an eager path or Triton's interpreter. The backend's name travels in the schemas
@@ -6,11 +6,12 @@ because the backward pass must run what the forward pass ran, and it comes when 
 thread of PyTorch's own.
 """
 
+from __future__ import annotations
+
 import functools
-import itertools
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor.config
@@ -20,6 +21,7 @@ from torch._C._autograd import _profiler_enabled
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.utils import _pytree
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.windows import Window
 
@@ -31,92 +33,173 @@ if torch.__version__ < "2.14" and "TORCHINDUCTOR_COMPREHENSIVE_PADDING" not in o
 WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
 
 
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run ``function`` in the dtypes of its arguments: ``check_tensors`` has applied autocast already."""
-
-    @functools.wraps(function)
-    def wrapper(first: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        if first.device.type == "meta" or not torch.is_autocast_enabled(first.device.type):
-            return function(first, *arguments, **keywords)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *arguments, **keywords)
-
-    return wrapper
+def without_autocast(function: Callable[..., Any], first: Tensor, *arguments: Any, **keywords: Any) -> Any:
+    """Call ``function`` in the dtypes of its arguments: ``check_tensors`` has applied autocast already."""
+    device = first.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(first, *arguments, **keywords)
+    with torch.autocast(device, enabled=False):
+        return function(first, *arguments, **keywords)
 
 
 def _has_tangent(value: object) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-class Operator:
-    """``dynamic_kernels::<name>``, registered with PyTorch; an eager call that nothing there is to see goes past it.
+class _Tensors(NamedTuple):
+    """Stands for an argument that is a list of so many tensors."""
 
-    PyTorch's dispatcher, and the Python of ``torch.library`` around it, cost the host more than a launch does.
+    number: int
+
+
+_TENSOR = _Tensors(0)  # for one that is a tensor itself
+
+
+def _spread(arguments: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among arguments and in their lists, and the arguments with stand-ins for these."""
+    tensors: list[Tensor] = []
+    form: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            form.append(_TENSOR)
+        elif isinstance(argument, (list, tuple)) and len(argument) > 0 and isinstance(argument[0], Tensor):
+            tensors += argument
+            form.append(_Tensors(len(argument)))
+        else:
+            form.append(argument)
+    return tensors, form
+
+
+def _gathered(left: Iterator[Any], form: Iterable[Any]) -> list[Any]:
+    """The arguments again; takes from ``left`` what it needs."""
+    arguments = []
+    for argument in form:
+        if argument is _TENSOR:
+            argument = next(left)
+        elif type(argument) is _Tensors:
+            argument = [next(left) for _ in range(argument.number)]
+        arguments.append(argument)
+    return arguments
+
+
+class Operator:
+    """``dynamic_kernels::<name>``, registered with PyTorch.
+
+    An eager call that nothing else needs to see goes past PyTorch's dispatcher, which, with the Python of
+    ``torch.library`` around it, costs the host more than a launch does.
     """
 
-    def __init__(self, definition: CustomOpDef, implementation: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, implementation)
-        self.definition, self.implementation = definition, implementation
-        self.register_fake = definition.register_fake
-        self._function: type[_Function] | None = None
-
-    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
-        """As of a ``CustomOpDef``."""
-        self.definition.register_autograd(backward, setup_context=setup_context)
-        members = {"run": staticmethod(self.implementation), "save": setup_context, "differentiate": backward}
-        members |= {name: staticmethod(function) for name, function in members.items()}
-        self._function = type(self.implementation.__name__, (_Function,), members)
+    def __init__(self, definition: CustomOpDef, function: Callable[..., Any]) -> None:
+        self.definition, self.function = definition, function
+        self._differentiable: type[_Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():  # before anything that a compiler cannot follow
             return self.definition(*arguments)
-        tensors: list[Tensor] = []
-        lengths: list[int | None] = []
-        flat: list[Any] = []
-        for argument in arguments:
-            several = isinstance(argument, (list, tuple)) and len(argument) > 0 and isinstance(argument[0], Tensor)
-            parts = argument if several else (argument,)
-            lengths.append(len(parts) if several else None)
-            flat.extend(parts)
-            tensors.extend(part for part in parts if isinstance(part, Tensor))
+        tensors, form = _spread(arguments)
         if _is_seen(tensors):
             return self.definition(*arguments)
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-            return self.implementation(*arguments)
-        return self.definition(*arguments) if self._function is None else self._function.apply(*flat, lengths)
+        run = self.function
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if self._differentiable is None:
+                return self.definition(*arguments)
+            run, arguments = self._differentiable.apply, (*tensors, form)
+        device = tensors[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return run(*arguments)
+        return run(*arguments)
+
+    def differentiable(self, *gradients: Callable[..., Tensor]) -> None:
+        """``gradients[n](grad, *arguments)`` is the gradient of argument n, computed where somebody wants it.
+
+        Tensors are the leading arguments.
+        """
+
+        def differentiate(ctx: Any, grad: Tensor) -> list[Any]:
+            arguments, _ = _saved(ctx)
+            wanted = zip(gradients, ctx.needs_input_grad, strict=False)
+            found = [gradient(grad, *arguments) if wants else None for gradient, wants in wanted]
+            return found + [None] * (len(arguments) - len(found))
+
+        self._register(differentiate)
+
+    def differentiable_once(self, backward: Operator, name: str) -> None:
+        """``backward(grad, *arguments, *outputs)`` is the only derivative: a gradient of the first output for each of
+        the leading arguments that are tensors, lists of tensors or None. A single output is left out of its arguments.
+
+        A second derivative is an error that says how to get one of ``kernels.<name>``.
+        """
+
+        def refuse(ctx: Any, *_grads: Any) -> None:
+            raise NotImplementedError(
+                f"{name} can be differentiated once. For a second derivative, such as a gradient penalty's, compute it "
+                'under kernels.use_backend("reference")'
+            )
+
+        def differentiate(ctx: Any, grad: Tensor, *_: Any) -> list[Any]:
+            arguments, outputs = _saved(ctx)
+            grads = backward(grad, *arguments, *outputs)
+            found = [None if argument is None else grad for argument, grad in zip(arguments, grads, strict=False)]
+            return found + [None] * (len(arguments) - len(found))
+
+        backward.definition.register_autograd(refuse)
+        self._register(differentiate)
+
+    def _register(self, differentiate: Callable[..., list[Any]]) -> None:
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return tuple([None] * len(ctx.form) if grads[0] is None else differentiate(ctx, *grads))
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            _save(ctx, *_spread(inputs), output)
+
+        self.definition.register_autograd(backward, setup_context=setup_context)
+        members = {"function": staticmethod(self.function), "differentiate": staticmethod(backward)}
+        self._differentiable = type(self.function.__name__, (_Function,), members)
+
+
+def _save(ctx: Any, tensors: Iterable[Tensor], form: list[Any], output: Any) -> None:
+    """Keep arguments and, where there are several, outputs, of which the first alone has a derivative."""
+    outputs = output if isinstance(output, tuple) else ()
+    ctx.save_for_backward(*tensors, *outputs)
+    ctx.form = form
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no derivative
+
+
+def _saved(ctx: Any) -> tuple[list[Any], Iterator[Tensor]]:
+    """The arguments and outputs that were kept."""
+    left = iter(ctx.saved_tensors)  # asked for once: under gradient checkpointing a second time is an error
+    return _gathered(left, ctx.form), left
 
 
 class _Function(torch.autograd.Function):
     """An operator's derivative for PyTorch, which follows no tensors in lists: these come one by one."""
 
-    run: Callable[..., Any]
-    save: Callable[..., Any]
-    differentiate: Callable[..., Any]
+    function: Callable[..., Any]
+    differentiate: Callable[..., Sequence[Any]]
 
     @classmethod
-    def _gathered(cls, flat: Sequence[Any], lengths: Sequence[int | None]) -> tuple[Any, ...]:
-        left = iter(flat)
-        return tuple(next(left) if n is None else [next(left) for _ in range(n)] for n in lengths)
-
-    @classmethod
-    def forward(cls, ctx: Any, *flat_and_lengths: Any) -> Any:
-        *flat, lengths = flat_and_lengths
-        arguments = cls._gathered(flat, lengths)
-        ctx.lengths = lengths
-        output = cls.run(*arguments)
-        cls.save(ctx, arguments, output)
+    def forward(cls, ctx: Any, *tensors_and_form: Any) -> Any:
+        *tensors, form = tensors_and_form
+        output = cls.function(*_gathered(iter(tensors), form))
+        _save(ctx, tensors, form, output)
         return output
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:
-        found = cls.differentiate(ctx, *grads)
-        found = found if isinstance(found, tuple) else (found,)
-        spread = ((grad,) if n is None else grad for n, grad in zip(ctx.lengths, found, strict=True))
-        return *itertools.chain.from_iterable(spread), None
+        spread: list[Any] = []
+        for grad, argument in zip(cls.differentiate(ctx, *grads), ctx.form, strict=True):
+            if argument is _TENSOR:
+                spread.append(grad)
+            elif type(argument) is _Tensors:
+                spread += grad or [None] * argument.number
+        return *spread, None
 
 
 def _is_seen(tensors: Sequence[Tensor]) -> bool:
-    """Whether more than autograd is to know of a call: a mode, a transform, a trace, a profiler or a kind of tensor."""
+    """Whether more than autograd must see a call: a mode, a transform, a trace, a profiler or a subclass of Tensor."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -129,70 +212,45 @@ def _is_seen(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Register the decorated implementation as ``dynamic_kernels::<name>``."""
+def operator(
+    name: str, schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Register the decorated implementation as ``dynamic_kernels::<name>``.
+
+    Args:
+        name: without the namespace.
+        schema: ``"(Tensor x, ...) -> Tensor"``.
+        fake: the arguments -> outputs of the right shapes, strides and dtypes, uninitialised.
+        flops: the arguments, with shapes in place of tensors -> floating-point operations, two per multiply-add.
+    """
 
     def register(function: Callable[..., Any]) -> Operator:
-        run = without_autocast(function)
-
         @functools.wraps(function)
         def implementation(*arguments: Any) -> Any:
             if forward_ad._current_level >= 0 and any(map(_has_tangent, _pytree.tree_leaves(arguments))):
                 raise NotImplementedError(
-                    f"dynamic_kernels::{name} has no forward-mode derivative: record the graph that one is to pass "
-                    'through inside the dual level, or under kernels.use_backend("reference")'
+                    f"dynamic_kernels::{name} has no forward-mode derivative: run the forward pass inside the dual "
+                    'level, or under kernels.use_backend("reference")'
                 )
-            return run(*arguments)
+            return without_autocast(function, *arguments)
 
         definition = torch.library.custom_op(f"dynamic_kernels::{name}", implementation, mutates_args=(), schema=schema)
-        return Operator(definition, implementation)
+        definition.register_fake(fake)
+        if flops is not None:
+            count = register_flop_formula(getattr(torch.ops.dynamic_kernels, name))
+            count(lambda *shapes, flops=flops, **_: flops(*shapes))
+        return Operator(definition, function)
 
     return register
 
 
-def once_differentiable(backward: Operator, name: str) -> None:
-    """Make the second derivative through ``backward`` an error that says how to get one."""
-
-    def refuse(ctx: Any, *_grads: Any) -> None:
-        raise NotImplementedError(
-            f"{name} can be differentiated once. For a second derivative, as of a gradient penalty, compute it under "
-            'kernels.use_backend("reference")'
-        )
-
-    backward.definition.register_autograd(refuse)
+def window_of(kernel_size: Sequence[int], fields: Sequence[Any]) -> Window:
+    """The window of a schema's arguments WINDOW, with a kernel size."""
+    *pairs, clamped, _backend = fields
+    sizes = [(pair[0], pair[1]) for pair in (kernel_size, *pairs)]
+    return Window(*sizes, clamped=clamped)
 
 
-def derivative(forward: Operator, backward: Operator, tensors: int, name: str) -> None:
-    """Make ``backward(grad, *arguments)``, one gradient per tensor, the only derivative of ``forward(*arguments)``,
-    whose first arguments are so many tensors or None."""
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.options = inputs[tensors:]
-
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # asked for once: under gradient checkpointing a second time is an error
-        grads = backward(grad, *saved, *ctx.options)
-        found = [None if tensor is None else grad for tensor, grad in zip(saved, grads, strict=True)]
-        return *found, *[None] * len(ctx.options)
-
-    forward.register_autograd(differentiate, setup_context=save)
-    once_differentiable(backward, name)
-
-
-def gradients(ctx: Any, *functions: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
-    """The first arguments' gradients, each computed if somebody wants it, and None for the rest of ``ctx.number``."""
-    found = [function() if wants else None for function, wants in zip(functions, ctx.needs_input_grad, strict=False)]
-    return *found, *[None] * (ctx.number - len(found))
-
-
-def window_of(kernel_size: Sequence[int], *fields: Any) -> Window:
-    """The window of a schema's arguments."""
-    stride, padding, dilation, clamped = fields[:4]
-    size, strides, paddings, dilations = ((pair[0], pair[1]) for pair in (kernel_size, stride, padding, dilation))
-    return Window(size, strides, paddings, dilations, clamped)
-
-
-def fields_of(window: Window) -> tuple[Any, ...]:
-    """The window as the schema spells it, its kernel size left to the operators that need it."""
-    return list(window.stride), list(window.padding), list(window.dilation), window.clamped
+def fields_of(window: Window, backend: str) -> tuple[Any, ...]:
+    """The window as WINDOW spells it, its kernel size left to the operators that need it."""
+    return list(window.stride), list(window.padding), list(window.dilation), window.clamped, backend

@@ -97,7 +97,7 @@ def _to_last(maps: Tensor) -> Tensor:
 
 
 def in_order_of(given: Tensor, last: Tensor) -> Tensor:
-    """What ``in_channels_last`` gave, or is like it, in the memory order of what it was given."""
+    """``last``, which is as ``in_channels_last(given)``, in the memory order of ``given``."""
     if channels_fastest(given) or given.numel() == 0:
         return empty_like_layout(given, last.shape).copy_(last)
     return _to_first(last)

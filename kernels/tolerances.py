@@ -1,4 +1,4 @@
-"""How far rounding may take a result from what is exact, ‖out − exact‖ / ‖exact‖: one table for all who ask.
+"""How far rounding may take a result from what is exact, ‖out − exact‖ / ‖exact‖: one table for all.
 
 Tests hold every operator against its float64 definition by it, the tuner every config, a benchmark what it times.
 """

@@ -60,3 +60,8 @@ class Window(NamedTuple):
         else:
             start = i * self.stride[axis] - self.padding[axis]
         return start[:, None] + torch.arange(kernel_size, device=device) * dilation
+
+    def relative(self, length: int, axis: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Where the distance of every neighbour of a clamped window stands in a table of 2K − 1 distances, [L, K]."""
+        distance = self.neighbours(length, axis, device) - torch.arange(length, device=device)[:, None]
+        return distance // self.dilation[axis] + self.kernel_size[axis] - 1

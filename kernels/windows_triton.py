@@ -7,7 +7,7 @@ Vocabulary of every kernel in this repository:
 
 ======  =====================================================================================
 ``i_``  a program's own index (batch entry, group, tile)
-``o_``  offsets: positions, channels or window steps a program covers
+``o_``  offsets: positions, channels or window steps that a program covers
 ``m_``  masks
 ``p_``  pointers
 ``b_``  blocks of values, their shape in a comment above

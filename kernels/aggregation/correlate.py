@@ -48,7 +48,7 @@ def _correlate_kernel(
     SLOTS: tl.constexpr = pitch(ROWS)
     STEPS: tl.constexpr = pitch(WINDOW.kernel_size[0])
     END: tl.constexpr = sources(WINDOW, ROWS, False)[1]
-    PARTS: tl.constexpr = 2 if PAIRS else 1
+    PARTS: tl.constexpr = PAIRS + 1
     BLOCK: tl.constexpr = CHANNELS // PARTS  # of channels, or of pairs
     tile = place(batch, groups, channels // PARTS, width, row_tiles, 1, ROWS, COLUMNS, GROUPS, BLOCK, STEPS)
     first = tile.row * WINDOW.stride[0] - WINDOW.padding[0]

@@ -25,107 +25,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.aggregation.eager_tiles import Run, Tiles, cut, tile_size
+from kernels.aggregation.eager_tiles import Pairs, Run, Step, steps_of
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
-from kernels.parallel import Work, alone, in_turn, over_maps
+from kernels.parallel import Part, Work, alone, in_turn, over_maps
 from kernels.windows import Pair, Window
-
-# Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
-# steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
-STEP_SHARE = 3 / 4
-STEP_ELEMENTS = {"cpu": 2**20}
-STEP_ELEMENTS_ELSEWHERE = 2**24
-FEWEST_STEP_ELEMENTS = 2**15
-
-# The same entries in two tensors, as views.
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Scratch:
     """Memory as wide as an accumulator that the steps of some work, of these sizes, use one after the other."""
 
     def __init__(self, like: Tensor, sizes: Iterable[int]) -> None:
-        self._memory = like.new_empty(max(sizes, default=0), dtype=accumulator_dtype(like.dtype))
+        self._like, self._sizes = like, sizes
+
+    @functools.cached_property
+    def _memory(self) -> Tensor:
+        return self._like.new_empty(max(self._sizes, default=0), dtype=accumulator_dtype(self._like.dtype))
 
     def take(self, *shape: int) -> Tensor:
         return self._memory[: math.prod(shape)].view(shape)
-
-
-class Step(NamedTuple):
-    """A tile of rows and n equal tiles of columns side by side, for a few batch entries and groups: [n, b, g, ...]."""
-
-    leading: tuple[int, int, int]
-    maps: tuple[slice, slice]
-    rows: Tiles
-    columns: Tiles
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of its outputs, [n, b, g, R, T]."""
-        return (*self.leading, self.rows.count, self.columns.count)
-
-    @property
-    def positions(self) -> int:
-        """Covered by the windows of a tile."""
-        return self.rows.span * self.columns.span
-
-    def pixels(self, x: Tensor, scratch: Scratch) -> Tensor:
-        """[n, b, g, C, rows, columns] of the scratch, channels innermost in memory where they are so in x."""
-        sizes = (self.rows.span, self.columns.span)
-        if channels_fastest(x):
-            return scratch.take(*self.leading, *sizes, x.shape[2]).movedim(-1, 3)
-        return scratch.take(*self.leading, x.shape[2], *sizes)
-
-    def pairs(self, pixels: Tensor, x: Tensor) -> Pairs:
-        """The positions that are no padding, in the pixels and in x [B, G, C, H, W], as views."""
-        row_part, rows = self.rows.segments[0].slices()
-        parts = [segment.slices() for segment in self.columns.segments]
-        return [
-            (tile[..., row_part, column_part], x[(*self.maps, slice(None), rows, columns)])
-            for tile, (column_part, columns) in zip(pixels, parts, strict=True)
-        ]
-
-    def outputs(self, tensor: Tensor) -> Tensor:
-        """A tensor over the outputs [B, G, ..., H', W'] at the step's: [n, b, g, ..., R, T], a view."""
-        part = tensor[(*self.maps, ..., self.rows.outputs, self.columns.outputs)]
-        return part.unflatten(-1, (self.leading[0], self.columns.count)).movedim(-2, 0)
 
 
 def load(pixels: Tensor, pairs: Pairs) -> None:
     pixels.zero_()
     for part, source in pairs:
         part.copy_(source)
-
-
-def add(pairs: Pairs) -> None:
-    """What fell on padding is dropped."""
-    for part, target in pairs:
-        target += part
-
-
-def steps_of(window: Window, x: Tensor, input_size: Pair | torch.Size | None = None) -> list[Step]:
-    """Cut an operator with input x [B, G, C, H, W], of ``input_size`` if x is its output."""
-    batch, groups, channels = x.shape[:3]
-    height, width = x.shape[3:] if input_size is None else input_size
-    kernel_elements = math.prod((batch, groups, *window.kernel_size, *window.output_size(height, width)))
-    most = STEP_ELEMENTS.get(x.device.type, STEP_ELEMENTS_ELSEWHERE) * 4 // accumulator_dtype(x.dtype).itemsize
-    limit = min(most, max(FEWEST_STEP_ELEMENTS, int(kernel_elements * STEP_SHARE)))
-    (rows, columns), together = tile_size(window, (height, width), batch * groups, channels, limit)
-    # The whole batch first: what depends on the group alone (a relative position bias) is then read once.
-    batch_step = max(1, min(batch, together))
-    group_step = max(1, min(groups, together // batch_step))
-    cuts = product(cut(window, height, 0, rows, False), cut(window, width, 1, columns, True))
-    found = []
-    for (b, g), (row, column) in product(product(range(0, batch, batch_step), range(0, groups, group_step)), cuts):
-        maps = slice(b, min(b + batch_step, batch)), slice(g, min(g + group_step, groups))
-        leading = len(column.segments), maps[0].stop - b, maps[1].stop - g
-        found.append(Step(leading, maps, row, column))
-    return found
-
-
-def pixel_scratch(steps: list[Step], x: Tensor) -> Scratch:
-    return Scratch(x, (math.prod(step.leading) * step.positions * x.shape[2] for step in steps))
 
 
 def as_matrices(pixels: Tensor) -> Tensor:
@@ -150,12 +74,11 @@ def multiply(a: Tensor, b: Tensor, inside: Callable[[], Tensor]) -> Tensor:
 
 
 class Band(NamedTuple):
-    """The bands [n·b·g, J, I] of a tile: zero outside the windows, and once ``cleared``, whatever was there inside."""
+    """The bands [n·b·g, J, I] of a tile, zero outside the windows; ``clear``: they hold another tile's until then."""
 
     bands: Tensor
-    views: Callable[[Tensor], list[tuple[Tensor, Run, Run]]]
-    windows: list[tuple[Tensor, Run, Run]]
-    clear: bool
+    windows: list[tuple[Tensor, Run, Run]]  # [n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs, views
+    clear: bool = False
 
     def pairs(self, kernel: Tensor) -> Pairs:
         """The same entries in the bands and in a step's kernel [n, b, g, Kh, Kw, R, T]."""
@@ -168,16 +91,11 @@ class Band(NamedTuple):
         for view, kernel in pairs:
             view.copy_(kernel)
 
-    def pick(self, pairs: Pairs) -> None:
-        """Take a kernel out of the bands."""
-        for view, kernel in pairs:
-            kernel.copy_(view)
-
     def _inside(self) -> Tensor:
         """Where the bands hold a kernel, [J, I]."""
         inside = torch.zeros_like(self.bands, dtype=torch.bool)
-        for view, _, _ in self.views(inside):
-            view.fill_(True)
+        for view, _, _ in self.windows:
+            inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
         return inside[0]
 
     def gather(self, pixels: Tensor) -> Tensor:
@@ -190,89 +108,137 @@ class Band(NamedTuple):
 
 
 class Bands:
-    """Makes the bands of one tile after the other in the same memory.
+    """Makes the bands of one step after the other in the same memory.
 
     ``input_major`` says which index of band[j, i] is the slow one.
     """
 
-    def __init__(self, steps: list[Step], like: Tensor, kernel_size: Pair, input_major: bool) -> None:
-        self._kernel_size, self._input_major = kernel_size, input_major
-        self._scratch = Scratch(like, (math.prod(step.shape) * step.positions for step in steps))
+    def __init__(self, scratch: Scratch, kernel_size: Pair, input_major: bool) -> None:
+        self._scratch, self._kernel_size, self._input_major = scratch, kernel_size, input_major
         self._geometry: object = None
 
     def select(self, step: Step) -> Band:
-        rows, columns = step.rows, step.columns
-        geometry = (step.leading, rows.span, rows.runs, columns.span, columns.runs)
-        same = geometry == self._geometry
-        if not same:
-            self._geometry = geometry
-            maps, outputs = math.prod(step.leading), rows.count * columns.count
-            if self._input_major:
-                bands = self._scratch.take(maps, step.positions, outputs)
-            else:
-                bands = self._scratch.take(maps, outputs, step.positions).mT
-            views = functools.partial(self._views, leading=step.leading, rows=rows, columns=columns)
-            self._band = Band(bands, views, views(bands), clear=False)
-        return self._band if same else self._band._replace(clear=True)
-
-    def _views(
-        self, bands: Tensor, leading: tuple[int, int, int], rows: Tiles, columns: Tiles
-    ) -> list[tuple[Tensor, Run, Run]]:
-        """[n, b, g, Kh, Kw, h, w] inside the bands for each pair of runs."""
-        (each, j, i), (_, batch, groups), found = bands.stride(), leading, []
+        leading, rows, columns = step.leading, step.rows, step.columns
+        geometry = leading, rows.span, rows.runs, columns.span, columns.runs
+        if geometry == self._geometry:
+            return self._band
+        maps, outputs = math.prod(leading), rows.count * columns.count
+        if self._input_major:
+            bands = self._scratch.take(maps, step.positions, outputs)
+        else:
+            bands = self._scratch.take(maps, outputs, step.positions).mT
+        (each, j, i), (_, batch, groups), windows = bands.stride(), leading, []
         for r, c in product(rows.runs, columns.runs):
             size = *leading, *self._kernel_size, r.count, c.count
             steps = r.slope * columns.span * j + columns.count * i, c.slope * j + i
             strides = batch * groups * each, groups * each, each, columns.span * j, j, *steps
             begin = (r.begin * columns.span + c.begin) * j + (r.first * columns.count + c.first) * i
-            found.append((bands.as_strided(size, strides, bands.storage_offset() + begin), r, c))
-        return found
+            windows.append((bands.as_strided(size, strides, begin), r, c))
+        self._geometry, self._band = geometry, Band(bands, windows)
+        return self._band._replace(clear=True)
+
+
+class Tiled:
+    """The three operators on one step after the other, in memory that the steps share.
+
+    Each takes a kernel of the step alone, [n, b, g, Kh, Kw, R, T], and features of all maps. It makes the views that it
+    needs, and returns the function that then computes.
+    """
+
+    def __init__(self, window: Window, x: Tensor, input_size: Pair | None = None, transposed: bool = False) -> None:
+        """For features like x [B, G, C, H, W], or of ``input_size`` if x is an output."""
+        self.steps, self._x = steps_of(window, x, input_size), x
+        self._pixels = self.scratch(lambda step: math.prod(step.leading) * step.positions * x.shape[2])
+        self._laid, self._picked = (
+            Bands(self.scratch(lambda step: math.prod(step.shape) * step.positions), window.kernel_size, input_major)
+            for input_major in (channels_fastest(x) == transposed, True)
+        )
+
+    def scratch(self, size: Callable[[Step], int]) -> Scratch:
+        """Memory for so many elements of a step."""
+        return Scratch(self._x, map(size, self.steps))
+
+    def _take(self, step: Step) -> Tensor:
+        """Pixels [n, b, g, C, rows, columns] of the shared memory, channels innermost where they are so in x."""
+        sizes, channels = (step.rows.span, step.columns.span), self._x.shape[2]
+        if channels_fastest(self._x):
+            return self._pixels.take(*step.leading, *sizes, channels).movedim(-1, 3)
+        return self._pixels.take(*step.leading, channels, *sizes)
+
+    def aggregate(self, step: Step, weight: Tensor, x: Tensor, out: Tensor) -> Work[None]:
+        pixels, band, target = self._take(step), self._laid.select(step), step.outputs(out)
+        pairs, sources, matrices = band.pairs(weight), step.pairs(pixels, x), as_matrices(pixels)
+
+        def run() -> None:
+            load(pixels, sources)
+            band.lay(pairs)
+            target.copy_(band.gather(matrices).view(target.shape))
+
+        return run
+
+    def correlate(self, step: Step, x: Tensor, out: Tensor) -> Callable[[Tensor], None]:
+        """The function takes g's ``outputs``; ``out`` is the step's kernel."""
+        pixels, band = self._take(step), self._picked.select(step)
+        pairs, sources, matrices = band.pairs(out), step.pairs(pixels, x), as_matrices(pixels).mT
+
+        def run(g: Tensor) -> None:
+            load(pixels, sources)
+            torch.bmm(matrices, g, out=band.bands)
+            for view, kernel in pairs:
+                kernel.copy_(view)
+
+        return run
+
+    def transpose(self, step: Step, weight: Tensor, total: Tensor) -> Callable[[Tensor], None]:
+        """The function takes g's ``outputs``, and adds to ``total`` [B, G, C, H, W], for steps overlap."""
+        sums, band = self._take(step), self._laid.select(step)
+        pairs, targets, matrices = band.pairs(weight), step.pairs(sums, total), as_matrices(sums)
+
+        def run(g: Tensor) -> None:
+            band.lay(pairs)
+            matrices.copy_(band.scatter(g))
+            for part, target in targets:  # what fell on padding is dropped
+                target += part
+
+        return run
+
+    def outputs(self, step: Step, g: Tensor) -> Work[Tensor]:
+        """g [B, G, C, H', W'] at a step's outputs, as matrices [n·b·g, C, R·T]."""
+        part, dtype = step.outputs(g), accumulator_dtype(g.dtype)
+        return lambda: as_matrices(part.to(dtype))
 
 
 @alone
 def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]: [B,G,Kh,Kw,H',W'] and [B,G,C,H,W] -> [B,G,C,H',W']."""
     out = empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
-    over_maps(lambda part: _aggregate(weight[part], x[part], window, out[part]), x, weight.numel() * x.shape[2])
+
+    def prepare(part: Part) -> Work[None]:
+        weights, features, target = weight[part], x[part], out[part]
+        tiled = Tiled(window, features)
+        return in_turn(tiled.aggregate(step, step.outputs(weights), features, target) for step in tiled.steps)
+
+    over_maps(prepare, x, weight.numel() * x.shape[2])
     return out
-
-
-def _aggregate(weight: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    steps = steps_of(window, x)
-    scratch, bands = pixel_scratch(steps, x), Bands(steps, x, window.kernel_size, not channels_fastest(x))
-
-    def work(step: Step) -> Work[None]:
-        pixels, band, target = step.pixels(x, scratch), bands.select(step), step.outputs(out)
-        pairs, sources, matrices = band.pairs(step.outputs(weight)), step.pairs(pixels, x), as_matrices(pixels)
-        yield
-        load(pixels, sources)
-        band.lay(pairs)
-        target.copy_(band.gather(matrices).view(target.shape))
-
-    return in_turn(map(work, steps))
 
 
 @alone
 def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)]: [B,G,C,H',W'] and [B,G,C,H,W] -> [B,G,Kh,Kw,H',W']."""
     out = empty_kernel_layout(g, window.kernel_size)
-    over_maps(lambda part: _correlate(g[part], x[part], window, out[part]), x, out.numel() * x.shape[2])
+
+    def prepare(part: Part) -> Work[None]:
+        grads, features, target = g[part], x[part], out[part]
+        tiled = Tiled(window, features)
+
+        def prepare_step(step: Step) -> Work[None]:
+            grad, run = tiled.outputs(step, grads), tiled.correlate(step, features, step.outputs(target))
+            return lambda: run(grad())
+
+        return in_turn(map(prepare_step, tiled.steps))
+
+    over_maps(prepare, x, out.numel() * x.shape[2])
     return out
-
-
-def _correlate(g: Tensor, x: Tensor, window: Window, out: Tensor) -> Work[None]:
-    steps = steps_of(window, x)
-    scratch, bands = pixel_scratch(steps, x), Bands(steps, x, window.kernel_size, input_major=True)
-
-    def work(step: Step) -> Work[None]:
-        pixels, band, grad = step.pixels(x, scratch), bands.select(step), step.outputs(g)
-        pairs, sources, matrices = band.pairs(step.outputs(out)), step.pairs(pixels, x), as_matrices(pixels).mT
-        yield
-        load(pixels, sources)
-        torch.bmm(matrices, as_matrices(grad.to(pixels.dtype)), out=band.bands)
-        band.pick(pairs)
-
-    return in_turn(map(work, steps))
 
 
 @alone
@@ -282,20 +248,16 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
     # Steps overlap: their sums meet in one tensor as wide as the accumulators.
     total = (out if out.dtype == accumulator_dtype(g.dtype) else torch.empty_like(out, dtype=torch.float32)).zero_()
-    over_maps(lambda part: _transpose(weight[part], g[part], window, total[part]), g, weight.numel() * g.shape[2])
+
+    def prepare(part: Part) -> Work[None]:
+        weights, grads, sums = weight[part], g[part], total[part]
+        tiled = Tiled(window, grads, input_size, transposed=True)
+
+        def prepare_step(step: Step) -> Work[None]:
+            grad, run = tiled.outputs(step, grads), tiled.transpose(step, step.outputs(weights), sums)
+            return lambda: run(grad())
+
+        return in_turn(map(prepare_step, tiled.steps))
+
+    over_maps(prepare, g, weight.numel() * g.shape[2])
     return out if total is out else out.copy_(total)
-
-
-def _transpose(weight: Tensor, g: Tensor, window: Window, total: Tensor) -> Work[None]:
-    steps = steps_of(window, g, total.shape[3:])
-    scratch, bands = pixel_scratch(steps, g), Bands(steps, g, window.kernel_size, channels_fastest(g))
-
-    def work(step: Step) -> Work[None]:
-        sums, band, grad = step.pixels(g, scratch), bands.select(step), step.outputs(g)
-        pairs, targets, matrices = band.pairs(step.outputs(weight)), step.pairs(sums, total), as_matrices(sums)
-        yield
-        band.lay(pairs)
-        matrices.copy_(band.scatter(as_matrices(grad.to(sums.dtype))))
-        add(targets)
-
-    return in_turn(map(work, steps))

@@ -1,4 +1,4 @@
-"""How the eager path cuts an operator into tiles: integers only.
+"""How the eager path cuts an operator into tiles and steps: integers, and views of tensors.
 
 Along an axis the window of output t begins at an affine function of t, in one run of outputs (zero-padded rule) or
 three (clamped rule: both borders stand still, the middle moves). A dilated window is an undilated one inside a residue
@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from itertools import groupby, product
 from typing import NamedTuple
 
+from torch import Tensor
+
+from kernels.dtypes import accumulator_dtype
 from kernels.windows import Pair, Window
 
 # Costs measured on a CPU in multiply-adds of a matrix product: of a step beyond its arithmetic (a dozen calls), of one
@@ -20,6 +23,15 @@ ELEMENT_COST = 32
 ROW_COST = 400
 # Longest tile worth weighing, in outputs along one axis.
 LONGEST_TILE = 64
+# Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
+# steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
+STEP_SHARE = 3 / 4
+STEP_ELEMENTS = {"cpu": 2**20}
+STEP_ELEMENTS_ELSEWHERE = 2**24
+FEWEST_STEP_ELEMENTS = 2**15
+
+# The same entries in two tensors, as views.
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Run(NamedTuple):
@@ -41,7 +53,7 @@ class Segment(NamedTuple):
     span: int
 
     def slices(self) -> tuple[slice, slice]:
-        """The positions that are no padding: as a part of the segment, and on the axis."""
+        """The positions that are not padding: as a part of the segment, and on the axis."""
         low = min(max(self.begin, 0), self.members)
         high = max(low, min(self.begin + self.span, self.members))
         axis = slice(self.residue + low * self.dilation, self.residue + high * self.dilation, self.dilation)
@@ -141,3 +153,56 @@ def tile_size(window: Window, size: Pair, maps: int, channels: int, limit: int) 
         if cost < best:
             best, chosen = cost, ((rows.size, columns.size), together)
     return chosen
+
+
+class Step(NamedTuple):
+    """A tile of rows and n equal tiles of columns side by side, for a few batch entries and groups: [n, b, g, ...]."""
+
+    leading: tuple[int, int, int]
+    maps: tuple[slice, slice]
+    rows: Tiles
+    columns: Tiles
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its outputs, [n, b, g, R, T]."""
+        return (*self.leading, self.rows.count, self.columns.count)
+
+    @property
+    def positions(self) -> int:
+        """Covered by the windows of a tile."""
+        return self.rows.span * self.columns.span
+
+    def pairs(self, pixels: Tensor, x: Tensor) -> Pairs:
+        """The positions that are not padding, in the pixels and in x [B, G, C, H, W], as views."""
+        row_part, rows = self.rows.segments[0].slices()
+        parts = [segment.slices() for segment in self.columns.segments]
+        return [
+            (tile[..., row_part, column_part], x[(*self.maps, slice(None), rows, columns)])
+            for tile, (column_part, columns) in zip(pixels, parts, strict=True)
+        ]
+
+    def outputs(self, tensor: Tensor) -> Tensor:
+        """A tensor over the outputs [B, G, ..., H', W'] at the step's: [n, b, g, ..., R, T], a view."""
+        part = tensor[(*self.maps, ..., self.rows.outputs, self.columns.outputs)]
+        return part.unflatten(-1, (self.leading[0], self.columns.count)).movedim(-2, 0)
+
+
+def steps_of(window: Window, x: Tensor, input_size: Pair | None = None) -> list[Step]:
+    """Cut an operator with input x [B, G, C, H, W], of ``input_size`` if x is its output."""
+    batch, groups, channels = x.shape[:3]
+    height, width = x.shape[3:] if input_size is None else input_size
+    kernel_elements = math.prod((batch, groups, *window.kernel_size, *window.output_size(height, width)))
+    most = STEP_ELEMENTS.get(x.device.type, STEP_ELEMENTS_ELSEWHERE) * 4 // accumulator_dtype(x.dtype).itemsize
+    limit = min(most, max(FEWEST_STEP_ELEMENTS, int(kernel_elements * STEP_SHARE)))
+    (rows, columns), together = tile_size(window, (height, width), batch * groups, channels, limit)
+    # The whole batch first: what depends on the group alone (a relative position bias) is then read once.
+    batch_step = max(1, min(batch, together))
+    group_step = max(1, min(groups, together // batch_step))
+    cuts = product(cut(window, height, 0, rows, False), cut(window, width, 1, columns, True))
+    found = []
+    for (b, g), (row, column) in product(product(range(0, batch, batch_step), range(0, groups, group_step)), cuts):
+        maps = slice(b, min(b + batch_step, batch)), slice(g, min(g + group_step, groups))
+        leading = len(column.segments), maps[0].stop - b, maps[1].stop - g
+        found.append(Step(leading, maps, row, column))
+    return found

@@ -12,15 +12,13 @@ import math
 from collections.abc import Sequence
 from types import ModuleType
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels.aggregation import eager
 from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
-from kernels.registration import WINDOW, fields_of, gradients, operator, window_of
+from kernels.registration import WINDOW, fields_of, operator, window_of
 from kernels.windows import Pair, Window
 
 
@@ -37,101 +35,68 @@ def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
     return gather
 
 
-@operator("aggregate", f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor")
-def _aggregate(weight, x, stride, padding, dilation, clamped, backend):
-    window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, window, x, weight).aggregate(weight, x, window)
+@operator(
+    "aggregate",
+    f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor",
+    fake=lambda weight, x, *_: empty_like_layout(x, (*x.shape[:3], *weight.shape[4:])),
+    flops=lambda weight, x, *_: aggregation_flops(x, weight),
+)
+def _aggregate(weight, x, *fields):
+    window = window_of(weight.shape[2:4], fields)
+    return algebra(fields[-1], window, x, weight).aggregate(weight, x, window)
 
 
-@_aggregate.register_fake
-def _(weight, x, *_):
-    return empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
+@operator(
+    "correlate",
+    f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor",
+    fake=lambda g, _x, kernel_size, *_: empty_kernel_layout(g, tuple(kernel_size)),
+    flops=lambda g, _x, kernel_size, *_: 2 * math.prod((*g, *kernel_size)),
+)
+def _correlate(g, x, kernel_size, *fields):
+    window = window_of(kernel_size, fields)
+    return algebra(fields[-1], window, x, g).correlate(g, x, window)
 
 
-@operator("correlate", f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor")
-def _correlate(g, x, kernel_size, stride, padding, dilation, clamped, backend):
-    window = window_of(kernel_size, stride, padding, dilation, clamped)
-    return algebra(backend, window, x, g).correlate(g, x, window)
+@operator(
+    "transpose",
+    f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}) -> Tensor",
+    fake=lambda _weight, g, input_size, *_: empty_like_layout(g, (*g.shape[:3], *input_size)),
+    flops=lambda weight, g, *_: aggregation_flops(g, weight),
+)
+def _transpose(weight, g, input_size, *fields):
+    window = window_of(weight.shape[2:4], fields)
+    return algebra(fields[-1], window, g).transpose(weight, g, tuple(input_size), window)
 
 
-@_correlate.register_fake
-def _(g, x, kernel_size, *_):
-    return empty_kernel_layout(g, (kernel_size[0], kernel_size[1]))
-
-
-@operator("transpose", f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}) -> Tensor")
-def _transpose(weight, g, input_size, stride, padding, dilation, clamped, backend):
-    window = window_of(weight.shape[2:4], stride, padding, dilation, clamped)
-    return algebra(backend, window, g).transpose(weight, g, (input_size[0], input_size[1]), window)
-
-
-@_transpose.register_fake
-def _(weight, g, input_size, *_):
-    return empty_like_layout(g, (*g.shape[:3], *input_size))
-
-
-def _save(ctx, inputs, output):
-    """Both tensor arguments come first, the window's fields and the backend last."""
-    ctx.save_for_backward(*inputs[:2])
-    ctx.fields, ctx.number = inputs[-5:], len(inputs)
-
-
-def _aggregate_backward(ctx, grad):
-    (weight, x), fields = ctx.saved_tensors, ctx.fields
-    return gradients(
-        ctx,
-        lambda: _correlate(grad, x, list(weight.shape[2:4]), *fields),
-        lambda: _transpose(weight, grad, list(x.shape[3:]), *fields),
-    )
-
-
-def _correlate_backward(ctx, grad):
-    (g, x), fields = ctx.saved_tensors, ctx.fields
-    return gradients(ctx, lambda: _aggregate(grad, x, *fields), lambda: _transpose(grad, g, list(x.shape[3:]), *fields))
-
-
-def _transpose_backward(ctx, grad):
-    (weight, g), fields = ctx.saved_tensors, ctx.fields
-    return gradients(
-        ctx, lambda: _correlate(g, grad, list(weight.shape[2:4]), *fields), lambda: _aggregate(weight, grad, *fields)
-    )
-
-
-_aggregate.register_autograd(_aggregate_backward, setup_context=_save)
-_correlate.register_autograd(_correlate_backward, setup_context=_save)
-_transpose.register_autograd(_transpose_backward, setup_context=_save)
+_aggregate.differentiable(
+    lambda grad, weight, x, *fields: _correlate(grad, x, list(weight.shape[2:4]), *fields),
+    lambda grad, weight, x, *fields: _transpose(weight, grad, list(x.shape[3:]), *fields),
+)
+_correlate.differentiable(
+    lambda grad, _g, x, _kernel_size, *fields: _aggregate(grad, x, *fields),
+    lambda grad, g, x, _kernel_size, *fields: _transpose(grad, g, list(x.shape[3:]), *fields),
+)
+_transpose.differentiable(
+    lambda grad, weight, g, _input_size, *fields: _correlate(g, grad, list(weight.shape[2:4]), *fields),
+    lambda grad, weight, _g, _input_size, *fields: _aggregate(weight, grad, *fields),
+)
 
 
 def aggregate(weight: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)], [B, G, C, H', W'] in the memory order of x."""
-    return _aggregate(weight, x, *fields_of(window), backend)
+    return _aggregate(weight, x, *fields_of(window, backend))
 
 
 def correlate(g: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)], [B, G, Kh, Kw, H', W'] in the memory order of g."""
-    return _correlate(g, x, list(window.kernel_size), *fields_of(window), backend)
+    return _correlate(g, x, list(window.kernel_size), *fields_of(window, backend))
 
 
-def transpose(weight: Tensor, g: Tensor, input_size: Pair | torch.Size, window: Window, backend: str) -> Tensor:
+def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, backend: str) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i], [B, G, C, H, W] in the memory order of g."""
-    return _transpose(weight, g, list(input_size), *fields_of(window), backend)
+    return _transpose(weight, g, list(input_size), *fields_of(window, backend))
 
 
 def aggregation_flops(channels_shape: Sequence[int], kernel_shape: Sequence[int]) -> int:
     """Two operations per multiply-add: every entry [B, G, K², H', W'] of the kernel meets each channel of its group."""
     return 2 * channels_shape[2] * math.prod(kernel_shape)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.aggregate)
-def _(weight_shape, x_shape, *_, **__) -> int:
-    return aggregation_flops(x_shape, weight_shape)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.correlate)
-def _(g_shape, x_shape, *_, out_shape=None, **__) -> int:
-    return aggregation_flops(x_shape, out_shape)  # pyright: ignore[reportArgumentType]
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.transpose)
-def _(weight_shape, g_shape, *_, **__) -> int:
-    return aggregation_flops(g_shape, weight_shape)

@@ -76,7 +76,7 @@ def weighted_sum_kernel(
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     STRIDE_H: tl.constexpr = WINDOW.stride[0]
     STRIDE_W: tl.constexpr = WINDOW.stride[1]
-    PARTS: tl.constexpr = 2 if PAIRS else 1
+    PARTS: tl.constexpr = PAIRS + 1
     BLOCK: tl.constexpr = CHANNELS // PARTS  # of channels, or of pairs
     STEPS: tl.constexpr = pitch(KERNEL_H)
     SLOTS: tl.constexpr = pitch(ROWS)

@@ -2,17 +2,20 @@
 
     logits[n,k] = Σ_c query[c,n] · projected[c,k] + bias[k]
 
-A tile's logits are one matrix product of its queries, as cheap to make again in the backward pass as to store; so
-there are never more than a tile of them, a few megabytes at most, whatever the size of the map.
+A tile's logits are one matrix product of its queries, as cheap to compute again in the backward pass as to store. So at
+most one tile of them exists at a time, a few megabytes, whatever the size of the map. The bias is one more channel of
+``projected``; its query is 1.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import Step, as_matrices
+from kernels.aggregation.eager import as_matrices
+from kernels.aggregation.eager_tiles import Step
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
@@ -20,47 +23,41 @@ from kernels.parallel import Part, alone
 from kernels.windows import Window
 
 
-class _MadeLogits:
-    """The logits of one kernel size, tile by tile, and what their gradients add up to: those of ``query`` and
-    ``projected`` are added to the tensors given."""
+class _MadeLogits(NamedTuple):
+    """The logits of one kernel size, tile by tile; their gradients are added to ``grad_query`` and ``grad_keys``."""
 
-    fresh = True
+    query: Tensor  # [B, G, Dq + 1, H, W]
+    keys: Tensor  # [B, G, Dq + 1, K²], as wide as an accumulator
+    grad_query: Tensor | None = None  # [B, G, Dq, H, W]
+    grad_keys: Tensor | None = None  # like keys
 
-    def __init__(self, query: Tensor, projected: Tensor, bias: Tensor, gradients: tuple[Tensor, ...] = ()) -> None:
-        dtype = accumulator_dtype(query.dtype)
-        self.query, self.projected, self.bias = query, projected.to(dtype), bias.to(dtype)
-        self.side = math.isqrt(bias.shape[0])
-        if gradients:
-            self.grad_query, self.grad_projected = gradients
-            self.grad_bias = torch.zeros_like(self.bias)
+    def _factors(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Of a step: queries [n, b, g, Dq + 1, R, T] and keys [n, b, g, Dq + 1, K²], views."""
+        keys = self.keys[step.maps]
+        return step.outputs(self.query), keys.expand(step.leading[0], *keys.shape)
 
-    def _queries(self, step: Step) -> Callable[[], Tensor]:
-        """[n·b·g, Dq, R·T], as wide as an accumulator."""
-        part = step.outputs(self.query)
-        return lambda: as_matrices(part.to(self.projected.dtype))
+    def reader(self, step: Step) -> Callable[[Tensor | None], Tensor]:
+        """[n, b, g, R, T, K²]"""
+        queries, keys = self._factors(step)
 
-    def _keys(self, step: Step) -> Callable[[], Tensor]:
-        """[n·b·g, Dq, K²]"""
-        keys = self.projected[step.maps]
-        expanded = keys.expand(step.leading[0], *keys.shape)
-        return lambda: expanded.flatten(0, 2)
+        def read(rpb: Tensor | None) -> Tensor:
+            assert rpb is not None
+            made = torch.bmm(as_matrices(queries.to(keys.dtype)).mT, keys.flatten(0, 2))
+            return made.view(*step.shape, -1).add_(rpb.flatten(5))
 
-    def reader(self, step: Step) -> Callable[[], Tensor]:
-        """[n, b, g, R, T, K, K]"""
-        queries, keys = self._queries(step), self._keys(step)
-        shape = (*step.shape, self.side, self.side)
-        return lambda: torch.baddbmm(self.bias, queries().mT, keys()).view(shape)
+        return read
 
     def writer(self, step: Step) -> Callable[[Tensor], object]:
-        queries, keys = self._queries(step), self._keys(step)
-        grad_projected = self.grad_projected[step.maps]
-        grad_query = step.outputs(self.grad_query)
+        assert self.grad_query is not None
+        assert self.grad_keys is not None
+        queries, keys = self._factors(step)
+        grad_query, grad_keys = step.outputs(self.grad_query), self.grad_keys[step.maps]
 
         def write(grad: Tensor) -> None:
             matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]
-            grad_projected.add_(torch.bmm(queries(), matrices).unflatten(0, step.leading).sum(0))
-            self.grad_bias += matrices.sum((0, 1))
-            grad_query.add_(torch.bmm(keys(), matrices.mT).view(grad_query.shape))
+            products = torch.bmm(as_matrices(queries.to(keys.dtype)), matrices)
+            grad_keys.add_(products.unflatten(0, step.leading).sum(0))
+            grad_query.add_(torch.bmm(keys[..., :-1, :].flatten(0, 2), matrices.mT).view(grad_query.shape))
 
         return write
 
@@ -84,20 +81,27 @@ def _heads_last(features: Tensor) -> Tensor:
     return features.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
+def _factors(query: Tensor, projected: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and a channel of ones, [B, G, Dq + 1, H, W]; projected and the bias, [B, G, Dq + 1, ΣK²]."""
+    ones = F.pad(query.movedim(2, -1), (0, 1), value=1).movedim(-1, 2)
+    keys = torch.cat((projected, bias.expand(*projected.shape[:2], 1, -1)), 2)
+    return ones, keys.to(accumulator_dtype(query.dtype))
+
+
 @alone
 def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: Sequence[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """(out like value; log Σ_k exp [B, M, G, H, W])"""
     out, statistics = empty_outputs(value)
-    query = _heads_last(query)
-    for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
+    query, keys = _factors(query, projected, bias)
+    for m, of_size in enumerate(keys.split([size**2 for size in kernel_sizes], 3)):
 
-        def made(part: Part, keys: Tensor = keys, biases: Tensor = biases) -> _MadeLogits:
-            return _MadeLogits(query[part], keys[part], biases)
+        def made(part: Part, keys: Tensor = of_size) -> _MadeLogits:
+            return _MadeLogits(query[part], keys[part])
 
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        out[:, m], statistics[:, m] = softmax_aggregate_made(made, _heads_last(value[:, m]), table, window)
+        out[:, m], statistics[:, m] = softmax_aggregate_made(made, _heads_last(value[:, m]), rpb[m], window)
     return out, statistics
 
 
@@ -115,29 +119,20 @@ def contmix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
-    grad_value, _ = empty_outputs(value)
+    grad_value, grad_rpb = empty_outputs(value)[0], []
     # In query's memory order, which ``to`` below keeps.
     grad_query = torch.zeros_like(empty_like_layout(query, query.shape), dtype=accumulator_dtype(query.dtype))
-    query = _heads_last(query)
-    grad_projected = torch.zeros_like(projected, dtype=grad_query.dtype)
-    slices = grad_projected.split([size**2 for size in kernel_sizes], 3)
-    grad_bias, grad_rpb = [], []
-    for m, (keys, biases, table) in enumerate(parts(projected, bias, rpb, kernel_sizes)):
+    query, keys = _factors(query, projected, bias)
+    grad_keys, sizes = torch.zeros_like(keys), [size**2 for size in kernel_sizes]
+    for m, (of_size, sums) in enumerate(zip(keys.split(sizes, 3), grad_keys.split(sizes, 3), strict=True)):
 
-        def made(part: Part, keys: Tensor = keys, biases: Tensor = biases, sums: Tensor = slices[m]) -> _MadeLogits:
-            return _MadeLogits(query[part], keys[part], biases, (grad_query[part], sums[part]))
+        def made(part: Part, keys: Tensor = of_size, sums: Tensor = sums) -> _MadeLogits:
+            return _MadeLogits(query[part], keys[part], grad_query[part], sums[part])
 
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        grad_value[:, m], grad_table, found = softmax_aggregate_made_backward(
-            _heads_last(grad[:, m]), made, _heads_last(value[:, m]), table, window
+        grad_value[:, m], grad_table = softmax_aggregate_made_backward(
+            _heads_last(grad[:, m]), made, _heads_last(value[:, m]), rpb[m], window
         )
-        grad_bias.append(torch.stack([logits.grad_bias for logits in found]).sum(0))
-        assert grad_table is not None
         grad_rpb.append(grad_table)
-    return (
-        grad_query.to(query.dtype),
-        grad_projected.to(projected.dtype),
-        torch.cat(grad_bias).to(bias.dtype),
-        grad_rpb,
-        grad_value,
-    )
+    grad_bias = grad_keys[:, :, -1].sum((0, 1)).to(bias.dtype)
+    return grad_query.to(query.dtype), grad_keys[:, :, :-1].to(projected.dtype), grad_bias, grad_rpb, grad_value

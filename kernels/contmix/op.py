@@ -5,7 +5,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
@@ -13,7 +12,7 @@ from kernels.checks import check_shape, check_tensors, check_window_fits, odd_in
 from kernels.contmix import eager
 from kernels.dtypes import at_least_float32
 from kernels.layout import empty_like_layout
-from kernels.registration import once_differentiable, operator, without_autocast
+from kernels.registration import operator, without_autocast
 
 
 def contmix2d(
@@ -29,7 +28,7 @@ def contmix2d(
     """affinity[n,l] = Σ_c query[c,n] · key[c,l];  logits[n,:] = P @ affinity[n,:] + proj_bias, cut by kernel size;
     out[m,:,n] = Σ_k softmax_k(logits_m[n,:] + rpb_m)[k] · value[m,:,nbr_m(n,k)]   for every batch entry and group
 
-    Both steps before the softmax are linear, so they are taken in the other order: keys projected once,
+    Both steps before the softmax are linear, so they are computed in the other order: keys projected once,
     projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], then logits[n,k] = Σ_c query[c,n] · projected[c,k] + proj_bias[k].
     That needs no affinity tensor and Dq instead of Dq·L/ΣK² + L multiply-adds per logit (16 instead of 53 in OverLoCK).
     The logits are never stored: a kernel computes those of its own pixels (Triton), or a few megabytes live at a time.
@@ -47,7 +46,7 @@ def contmix2d(
         [B, M, G, Dv, H, W]. Differentiable once, in every tensor argument.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or rpb or kernel_sizes is no sequence.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or rpb or kernel_sizes is not a sequence.
         ValueError: shapes, devices or sizes do not fit together.
 
     Source: arXiv 2502.20087, equations 1-3.
@@ -75,10 +74,8 @@ def contmix2d(
         check_window_fits((size, size), (1, 1), height, width)
     backend = get_backend()
     if backend == "reference":
-        return without_autocast(reference.contmix2d)(
-            query, key, value, proj_weight, proj_bias, biases, kernel_sizes=tuple(sizes)
-        )
-
+        inputs = query, key, value, proj_weight, proj_bias, biases
+        return without_autocast(reference.contmix2d, *inputs, kernel_sizes=tuple(sizes))
     return _contmix(query, key, proj_weight, proj_bias, biases, value, sizes, backend)[0]
 
 
@@ -107,10 +104,27 @@ def _implementation(backend: str, tensor: Tensor) -> ModuleType:
     return eager
 
 
+def _multiply_adds(times: tuple[int, int, int], query, key, proj_weight, _bias, _rpb, value, *_) -> int:
+    """So many times the projections of keys, the products of query and key, and the sums of values."""
+    batch, groups, query_channels, height, width = query
+    projections, logits, sums = times
+    per_pixel = logits * query_channels + sums * value[3]
+    per_position = projections * key[3] * query_channels + height * width * per_pixel
+    return batch * groups * proj_weight[0] * per_position
+
+
+def _fake_outputs(_query, key, proj_weight, _bias, _rpb, value, *_):
+    out, statistics = eager.empty_outputs(value)
+    projected = statistics.new_empty((proj_weight.shape[0], *key.shape[:3])).permute(1, 2, 3, 0)
+    return out, statistics, projected
+
+
 @operator(
     "contmix",
     "(Tensor query, Tensor key, Tensor proj_weight, Tensor bias, Tensor[] rpb, Tensor value, int[] kernel_sizes,"
     " str backend) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_outputs,
+    flops=lambda *shapes: 2 * _multiply_adds((1, 1, 1), *shapes),
 )
 def _contmix(query, key, proj_weight, bias, rpb, value, kernel_sizes, backend):
     """The output; log Σ_k exp of every softmax [B, M, G, H, W] and projected keys [B, G, Dq, ΣK²], both in float32
@@ -120,21 +134,23 @@ def _contmix(query, key, proj_weight, bias, rpb, value, kernel_sizes, backend):
     return *run.contmix(query, projected, bias, rpb, value, kernel_sizes), projected
 
 
-@_contmix.register_fake
-def _(query, key, proj_weight, bias, rpb, value, kernel_sizes, backend):
-    out, statistics = eager.empty_outputs(value)
-    projected = statistics.new_empty((proj_weight.shape[0], *key.shape[:3])).permute(1, 2, 3, 0)
-    return out, statistics, projected
+def _fake_gradients(_grad, query, key, proj_weight, bias, rpb, value, *_):
+    grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
+    grad_key, grad_weight, grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (key, proj_weight, bias, *rpb))
+    return grad_query, grad_key, grad_weight, grad_bias, grad_tables, grad_value
 
 
 @operator(
     "contmix_backward",
-    "(Tensor grad, Tensor query, Tensor key, Tensor proj_weight, Tensor bias, Tensor[] rpb, Tensor value, Tensor out,"
-    " Tensor statistics, Tensor projected, int[] kernel_sizes, str backend)"
+    "(Tensor grad, Tensor query, Tensor key, Tensor proj_weight, Tensor bias, Tensor[] rpb, Tensor value,"
+    " int[] kernel_sizes, str backend, Tensor out, Tensor statistics, Tensor projected)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    fake=_fake_gradients,
+    # The logits again, and two products for each of the forward pass's.
+    flops=lambda _grad, *shapes: 2 * _multiply_adds((2, 3, 2), *shapes),
 )
 def _contmix_backward(
-    grad, query, key, proj_weight, bias, rpb, value, out, statistics, projected, kernel_sizes, backend
+    grad, query, key, proj_weight, bias, rpb, value, kernel_sizes, backend, out, statistics, projected
 ):  # fmt: skip
     """Gradients of query, key, proj_weight, bias, rpb and value."""
     run = _implementation(backend, value)
@@ -148,48 +164,4 @@ def _contmix_backward(
     return grad_query, grad_key, grad_weight, grad_bias, grad_rpb, grad_value
 
 
-@_contmix_backward.register_fake
-def _(grad, query, key, proj_weight, bias, rpb, value, out, statistics, projected, kernel_sizes, backend):
-    grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
-    grad_key, grad_weight, grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (key, proj_weight, bias, *rpb))
-    return grad_query, grad_key, grad_weight, grad_bias, grad_tables, grad_value
-
-
-def _save(ctx, inputs, output):
-    query, key, proj_weight, bias, rpb, value, ctx.kernel_sizes, ctx.backend = inputs
-    ctx.save_for_backward(query, key, proj_weight, bias, value, *output, *rpb)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what has no derivative
-
-
-def _backward(ctx, grad, _grad_statistics, _grad_projected):
-    query, key, proj_weight, bias, value, out, statistics, projected, *rpb = ctx.saved_tensors
-    if grad is None:
-        return None, None, None, None, [None] * len(rpb), None, None, None
-    saved = query, key, proj_weight, bias, rpb, value, out, statistics, projected
-    return *_contmix_backward(grad, *saved, ctx.kernel_sizes, ctx.backend), None, None
-
-
-_contmix.register_autograd(_backward, setup_context=_save)
-once_differentiable(_contmix_backward, "contmix2d")
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.contmix)
-def _(query_shape, key_shape, weight_shape, bias_shape, rpb_shape, value_shape, *_, **__) -> int:
-    """Two operations per multiply-add: L per projected key, and per pixel Dq for a logit and Dv for a position."""
-    return 2 * _multiply_adds(query_shape, key_shape, weight_shape, value_shape, (1, 1, 1))
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.contmix_backward)
-def _(grad_shape, query_shape, key_shape, weight_shape, *_, **__) -> int:
-    """The logits again, and two products for each of the forward pass's."""
-    return 2 * _multiply_adds(query_shape, key_shape, weight_shape, grad_shape, (2, 3, 2))
-
-
-def _multiply_adds(query_shape, key_shape, weight_shape, value_shape, times: tuple[int, int, int]) -> int:
-    """Those of as many projections, products of query and key, and sums of values."""
-    batch, groups, query_channels, height, width = query_shape
-    projections, logits, sums = times
-    per_pixel = logits * query_channels + sums * value_shape[3]
-    per_position = projections * key_shape[3] * query_channels + height * width * per_pixel
-    return batch * groups * weight_shape[0] * per_position
+_contmix.differentiable_once(_contmix_backward, "contmix2d")

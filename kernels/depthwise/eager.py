@@ -94,8 +94,11 @@ def _image_by_image(grad: Tensor, x: Tensor, kernel_size: int) -> Work[Tensor]:
         for b in range(batch)
         for first in range(0, channels, step)
     ]
-    yield
-    for total, image, kernel in steps:
-        image = image.to(torch.float32, memory_format=torch.channels_last)
-        total += F.conv2d(image, kernel.float(), padding=kernel_size // 2, groups=image.shape[1])[0]
-    return sums
+
+    def run() -> Tensor:
+        for total, image, kernel in steps:
+            image = image.to(torch.float32, memory_format=torch.channels_last)
+            total += F.conv2d(image, kernel.float(), padding=kernel_size // 2, groups=image.shape[1])[0]
+        return sums
+
+    return run

@@ -11,14 +11,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors
 from kernels.depthwise import eager
 from kernels.layout import empty_like_map
-from kernels.registration import gradients, operator, without_autocast
+from kernels.registration import operator, without_autocast
 
 LARGEST_KERNEL = 31
 
@@ -31,7 +30,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Args:
         x: features [B, C, H, W]; positions outside it read 0 ("same" padding).
-        weight: one kernel a channel, [C, 1, K, K], K odd and at most 31.
+        weight: one kernel per channel, [C, 1, K, K], K odd and at most 31.
         bias: [C], or None.
 
     Returns:
@@ -42,7 +41,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         weight's gradient anywhere in its channel; it never reaches another image or channel.
 
     Raises:
-        TypeError: an argument is no floating tensor, or the dtypes differ.
+        TypeError: an argument is not a floating tensor, or the dtypes differ.
         ValueError: shapes or devices do not fit together, or K is even or above 31.
 
     Source: the large kernels of arXiv 2502.20087 (OverLoCK), after arXiv 2203.06717.
@@ -60,14 +59,19 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     backend = get_backend()
     on_eager = backend != "reference" and resolve(backend, x) == "eager"
     if backend == "reference" or (on_eager and not eager.is_steered(x, kernel_size)):
-        return without_autocast(reference.depthwise_conv2d)(x, weight, bias)
+        return without_autocast(reference.depthwise_conv2d, x, weight, bias)
     differentiated = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
     if on_eager and not (differentiated and torch.is_grad_enabled()):  # exported, these are PyTorch's operators alone
-        return without_autocast(eager.steered)(x, weight, bias)
+        return without_autocast(eager.steered, x, weight, bias)
     return _convolve(x, weight, bias, False, backend)
 
 
-@operator("depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, bool flipped, str backend) -> Tensor")
+@operator(
+    "depthwise_conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias, bool flipped, str backend) -> Tensor",
+    fake=lambda x, *_: empty_like_map(x),
+    flops=lambda x, weight, *_: 2 * math.prod(x) * weight[-1] ** 2,
+)
 def _convolve(x, weight, bias, flipped, backend):
     """``flipped`` convolves with weight[c, K−1−k]."""
     if resolve(backend, x) == "triton":
@@ -77,12 +81,12 @@ def _convolve(x, weight, bias, flipped, backend):
     return convolve(x, weight, bias, flipped)
 
 
-@_convolve.register_fake
-def _(x, *_):
-    return empty_like_map(x)
-
-
-@operator("depthwise_conv2d_weight_gradient", "(Tensor grad, Tensor x, int kernel_size, str backend) -> Tensor")
+@operator(
+    "depthwise_conv2d_weight_gradient",
+    "(Tensor grad, Tensor x, int kernel_size, str backend) -> Tensor",
+    fake=lambda _grad, x, kernel_size, _backend: x.new_empty((x.shape[1], 1, kernel_size, kernel_size)),
+    flops=lambda _grad, x, kernel_size, _backend: 2 * math.prod(x) * kernel_size**2,
+)
 def _weight_gradient(grad, x, kernel_size, backend):
     if resolve(backend, x) == "triton":
         from kernels.depthwise.backward import weight_gradient
@@ -91,12 +95,11 @@ def _weight_gradient(grad, x, kernel_size, backend):
     return weight_gradient(grad, x, kernel_size)
 
 
-@_weight_gradient.register_fake
-def _(grad, x, kernel_size, backend):
-    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size))
-
-
-@operator("depthwise_conv2d_bias_gradient", "(Tensor grad, str backend) -> Tensor")
+@operator(
+    "depthwise_conv2d_bias_gradient",
+    "(Tensor grad, str backend) -> Tensor",
+    fake=lambda grad, _backend: grad.new_empty(grad.shape[1]),
+)
 def _bias_gradient(grad, backend):
     if resolve(backend, grad) == "triton":
         from kernels.depthwise.backward import bias_gradient
@@ -105,57 +108,16 @@ def _bias_gradient(grad, backend):
     return grad.sum((0, 2, 3))
 
 
-@_bias_gradient.register_fake
-def _(grad, backend):
-    return grad.new_empty(grad.shape[1])
-
-
-def _save(ctx, inputs, output):
-    """Both tensor arguments that a derivative needs come first, the backend last."""
-    ctx.save_for_backward(*inputs[:2])
-    (*_, ctx.option, ctx.backend), ctx.number = inputs, len(inputs)
-
-
-def _convolution_backward(ctx, grad):
-    (x, weight), flipped, backend = ctx.saved_tensors, ctx.option, ctx.backend
+_convolve.differentiable(
+    lambda grad, _x, weight, _bias, flipped, backend: _convolve(grad, weight, None, not flipped, backend),
     # Flipped, output i meets weight k at i + K//2 − k: input and output change places.
-    factors = (x, grad) if flipped else (grad, x)
-    return gradients(
-        ctx,
-        lambda: _convolve(grad, weight, None, not flipped, backend),
-        lambda: _weight_gradient(*factors, weight.shape[-1], backend),
-        lambda: _bias_gradient(grad, backend),
-    )
-
-
-def _weight_gradient_backward(ctx, grad_weight):
-    (grad, x), backend = ctx.saved_tensors, ctx.backend
-    return gradients(
-        ctx,
-        lambda: _convolve(x, grad_weight, None, False, backend),
-        lambda: _convolve(grad, grad_weight, None, True, backend),
-    )
-
-
-def _save_shape(ctx, inputs, output):
-    ctx.shape = inputs[0].shape
-
-
-def _bias_gradient_backward(ctx, grad_bias):
-    return grad_bias[:, None, None].expand(ctx.shape), None
-
-
-_convolve.register_autograd(_convolution_backward, setup_context=_save)
-_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)
-_bias_gradient.register_autograd(_bias_gradient_backward, setup_context=_save_shape)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.depthwise_conv2d)
-def _(x_shape, weight_shape, *_, **__) -> int:
-    """Two operations per multiply-add: every pixel of every channel meets K² weights."""
-    return 2 * math.prod(x_shape) * weight_shape[-1] ** 2
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.depthwise_conv2d_weight_gradient)
-def _(grad_shape, x_shape, kernel_size, *_, **__) -> int:
-    return 2 * math.prod(x_shape) * kernel_size**2
+    lambda grad, x, weight, _bias, flipped, backend: _weight_gradient(
+        *((x, grad) if flipped else (grad, x)), weight.shape[-1], backend
+    ),
+    lambda grad, _x, _weight, _bias, _flipped, backend: _bias_gradient(grad, backend),
+)
+_weight_gradient.differentiable(
+    lambda grad_weight, _grad, x, _kernel_size, backend: _convolve(x, grad_weight, None, False, backend),
+    lambda grad_weight, grad, _x, _kernel_size, backend: _convolve(grad, grad_weight, None, True, backend),
+)
+_bias_gradient.differentiable(lambda grad_bias, grad, _backend: grad_bias[:, None, None].expand(grad.shape))

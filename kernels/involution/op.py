@@ -1,8 +1,6 @@
 """Involution: a convolution whose kernel belongs to the pixel and is shared by the channels of a group."""
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.aggregation.configs import slides
@@ -12,7 +10,7 @@ from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
 from kernels.dtypes import multiplies
 from kernels.involution import generate
 from kernels.layout import empty_like_layout, empty_like_map
-from kernels.registration import WINDOW, derivative, fields_of, operator, window_of, without_autocast
+from kernels.registration import WINDOW, fields_of, operator, window_of, without_autocast
 from kernels.windows import Pair, Window
 
 
@@ -26,7 +24,7 @@ def _checked_window(
     else:
         paddings = as_pair("padding", padding, 0)
     if max(x.shape[2] + 2 * paddings[0], x.shape[3] + 2 * paddings[1]) >= LIMIT:
-        raise ValueError(f"padding must keep x of size {tuple(x.shape[2:])} below 2^31 pixels a side, got {paddings}")
+        raise ValueError(f"padding must keep x of size {tuple(x.shape[2:])} below 2^31 pixels per side, got {paddings}")
     window = Window(kernel_size, strides, paddings, dilations)
     height, width = window.output_size(x.shape[2], x.shape[3])
     if height < 1 or width < 1:
@@ -35,6 +33,10 @@ def _checked_window(
             f"{tuple(x.shape[2:])}: the output would be {height}x{width}"
         )
     return window
+
+
+def _options(window: Window) -> dict[str, Pair]:
+    return {"stride": window.stride, "padding": window.padding, "dilation": window.dilation}
 
 
 def involution2d(
@@ -61,7 +63,7 @@ def involution2d(
         [B, C, H', W'] in the memory format of x, H' = (H + 2·padding − dilation·(K − 1) − 1) // stride + 1.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2103.06255, equation 4. Differentiable any number of times.
@@ -77,9 +79,7 @@ def involution2d(
     check_shape("weight", weight, "B G Kh Kw H' W'", **{"H'": height, "W'": width})
     backend = get_backend()
     if backend == "reference":
-        return without_autocast(reference.involution2d)(
-            x, weight, stride=window.stride, padding=window.padding, dilation=window.dilation
-        )
+        return without_autocast(reference.involution2d, x, weight, **_options(window))
     return aggregate(weight, x.unflatten(1, (groups, channels // groups)), window, backend).flatten(1, 2)
 
 
@@ -114,7 +114,7 @@ def involution2d_generate(
         [B, C, H', W'] in the memory format of x. Differentiable once, in every tensor argument.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
     """
     x, features, weight, bias = check_tensors(["bias"], x=x, features=features, weight=weight, bias=bias)
@@ -131,13 +131,10 @@ def involution2d_generate(
         check_shape("bias", bias, "Kh·Kw·G", **{"Kh·Kw·G": rows})
     backend = get_backend()
     if backend == "reference":
-        return without_autocast(reference.involution2d_generate)(
-            x, features, weight, bias,
-            kernel_size=kernel_sizes, groups=groups,
-            stride=window.stride, padding=window.padding, dilation=window.dilation,
-        )  # fmt: skip
+        options = {"kernel_size": kernel_sizes, "groups": groups, **_options(window)}
+        return without_autocast(reference.involution2d_generate, x, features, weight, bias, **options)
     grouped = x.unflatten(1, (groups, x.shape[1] // groups))
-    out = _generate(grouped, features, weight, bias, list(kernel_sizes), *fields_of(window), backend)
+    out = _generate(grouped, features, weight, bias, list(kernel_sizes), *fields_of(window, backend))
     return out.flatten(1, 2)
 
 
@@ -147,12 +144,20 @@ def _fused(backend: str, window: Window, *maps: Tensor) -> bool:
     return triton and slides(window) and multiplies(maps[0].dtype)
 
 
+def _flops(x, features, weight, *_) -> int:
+    """R per entry of the kernels, and C/G for using it."""
+    batch, number, height, width = features
+    return 2 * batch * height * width * weight[0] * (number + x[2])
+
+
 @operator(
     "involution_generate",
     f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
+    fake=lambda x, features, *_: empty_like_layout(x, (*x.shape[:3], *features.shape[2:])),
+    flops=_flops,
 )
-def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
-    window = window_of(kernel_size, stride, padding, dilation, clamped)
+def _generate(x, features, weight, bias, kernel_size, *fields):
+    window, backend = window_of(kernel_size, fields), fields[-1]
     if _fused(backend, window, x, features):
         from kernels.involution.forward import forward
 
@@ -160,19 +165,22 @@ def _generate(x, features, weight, bias, kernel_size, stride, padding, dilation,
     return generate.forward(x, features, weight, bias, window, algebra(backend, window, x))
 
 
-@_generate.register_fake
-def _(x, features, *_):
-    return empty_like_layout(x, (*x.shape[:3], *features.shape[2:]))
-
-
 @operator(
     "involution_generate_backward",
     "(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size,"
     f" {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda _grad, x, features, weight, *_: (
+        empty_like_layout(x, x.shape),
+        empty_like_map(features),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[0]),
+    ),
+    # Two products for each of the forward pass's; the kernels, generated again, are not counted.
+    flops=lambda _grad, *forward: 2 * _flops(*forward),
 )
-def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, padding, dilation, clamped, backend):
+def _generate_backward(grad, x, features, weight, bias, kernel_size, *fields):
     """Gradients of x, features, weight and bias."""
-    window = window_of(kernel_size, stride, padding, dilation, clamped)
+    window, backend = window_of(kernel_size, fields), fields[-1]
     if _fused(backend, window, x, features):
         from kernels.involution.backward import backward
 
@@ -180,28 +188,4 @@ def _generate_backward(grad, x, features, weight, bias, kernel_size, stride, pad
     return generate.backward(grad, x, features, weight, bias, window, algebra(backend, window, x))
 
 
-@_generate_backward.register_fake
-def _(grad, x, features, weight, *_):
-    grad_features = empty_like_map(features)
-    grads = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-    return empty_like_layout(x, x.shape), grad_features, *grads
-
-
-derivative(_generate, _generate_backward, 4, "involution2d_generate")
-
-
-def _generate_flops(x_shape, features_shape, weight_shape) -> int:
-    """Two operations per multiply-add: R an entry of the kernels, and C/G for using it."""
-    batch, features, height, width = features_shape
-    return 2 * batch * height * width * weight_shape[0] * (features + x_shape[2])
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.involution_generate)
-def _(x_shape, features_shape, weight_shape, *_, **__) -> int:
-    return _generate_flops(x_shape, features_shape, weight_shape)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.involution_generate_backward)
-def _(grad_shape, x_shape, features_shape, weight_shape, *_, **__) -> int:
-    """Two products for each of the forward pass's; the kernels, generated again, are not counted."""
-    return 2 * _generate_flops(x_shape, features_shape, weight_shape)
+_generate.differentiable_once(_generate_backward, "involution2d_generate")

@@ -138,11 +138,6 @@ def na2d_qk_with_bias(
     return na2d_qk(query, key, kernel_size, dilation, additional_keys, is_causal, bias)
 
 
-def natten2dqk(query: Tensor, key: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1) -> Tensor:
-    """``na2d_qk`` under its name up to NATTEN 0.14."""
-    return na2d_qk(query, key, kernel_size, dilation)
-
-
 def natten2dqkrpb(
     query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: int | Pair, dilation: int | Pair = 1
 ) -> Tensor:
@@ -150,6 +145,4 @@ def natten2dqkrpb(
     return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
 
-def natten2dav(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1) -> Tensor:
-    """``na2d_av`` under its name up to NATTEN 0.14."""
-    return na2d_av(attn, value, kernel_size, dilation)
+natten2dqk, natten2dav = na2d_qk, na2d_av  # under their names up to NATTEN 0.14

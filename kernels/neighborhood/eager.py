@@ -2,7 +2,7 @@
 
     p = softmax_k(logits[i,k] + rpb[(nbr(i,k) − i)/d + K − 1])     out[i] = Σ_k p[i,k] · value[nbr(i,k)]
 
-No tensor of the size of the logits is made but their gradient: bias, softmax and band exist for one step at a time. The
+The only tensor of the logits' size is their gradient: bias, softmax and band exist for one step at a time. The
 backward pass runs the softmax again, which costs no more than recovering p from log Σ exp and is more accurate.
 """
 
@@ -11,25 +11,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import (
-    Bands,
-    Scratch,
-    Step,
-    add,
-    as_matrices,
-    load,
-    multiply,
-    pixel_scratch,
-    steps_of,
-)
+from kernels.aggregation.eager import Tiled, multiply
+from kernels.aggregation.eager_tiles import Step
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import channels_fastest, empty_like_layout
+from kernels.layout import empty_like_layout
 from kernels.parallel import Part, Work, alone, in_turn, over_maps
 from kernels.windows import Window
 
@@ -37,12 +28,7 @@ from kernels.windows import Window
 LOGIT_COST = 32
 
 
-@functools.lru_cache(maxsize=256)
-def _table_indices(window: Window, length: int, axis: int, device: torch.device) -> Tensor:
-    """Where the relative position of every neighbour stands in a bias table, [L, K]."""
-    query = torch.arange(length, device=device)[:, None]
-    distance = window.neighbours(length, axis, device) - query
-    return torch.div(distance, window.dilation[axis], rounding_mode="floor") + window.kernel_size[axis] - 1
+_relative = functools.lru_cache(maxsize=256)(Window.relative)
 
 
 def _sum_by_index(grad: Tensor, index: Tensor, length: int) -> Tensor:
@@ -62,8 +48,8 @@ class _PositionBias:
 
     def __init__(self, rpb: Tensor, window: Window, height: int, width: int) -> None:
         self._kernel_size = window.kernel_size
-        self._rows = _table_indices(window, height, 0, rpb.device)
-        self._columns = _table_indices(window, width, 1, rpb.device)
+        self._rows = _relative(window, height, 0, rpb.device)
+        self._columns = _relative(window, width, 1, rpb.device)
         self._spread = rpb.to(accumulator_dtype(rpb.dtype))[:, :, self._columns]
         self._gradient = torch.zeros_like(self._spread)
 
@@ -94,11 +80,6 @@ class _PositionBias:
         return _sum_by_index(self._gradient.flatten(2), self._columns, 2 * self._kernel_size[1] - 1)
 
 
-def _kernel_scratch(steps: list[Step], value: Tensor, window: Window) -> Scratch:
-    """For a step's weights."""
-    return Scratch(value, (math.prod((*step.shape, *window.kernel_size)) for step in steps))
-
-
 def _kernel_last(kernel: Tensor) -> Tensor:
     """[n, b, g, Kh, Kw, R, T] as [n, b, g, R, T, Kh, Kw]"""
     return kernel.permute(0, 1, 2, 5, 6, 3, 4)
@@ -110,34 +91,26 @@ def _kernel_first(kernel: Tensor, window: Window) -> Tensor:
 
 
 class Logits(Protocol):
-    """Logits that are read, and their gradients taken, one step at a time."""
+    """Logits of a part of the maps that are read, and their gradients taken, one step at a time."""
 
-    fresh: bool
-    """Whether a tile read is memory of its own, to be written over."""
-
-    def reader(self, step: Step) -> Callable[[], Tensor]:
-        """Reads [n, b, g, R, T, Kh, Kw], as wide as an accumulator."""
+    def reader(self, step: Step) -> Callable[[Tensor | None], Tensor]:
+        """Reads the logits [n, b, g, R, T, K²], as wide as an accumulator, plus a bias [n, 1, g, R, T, Kh, Kw]."""
         ...
 
     def writer(self, step: Step) -> Callable[[Tensor], object]:
-        """Takes gradients [n, b, g, R, T, Kh·Kw], as wide as an accumulator."""
+        """Takes gradients [n, b, g, R, T, K²], as wide as an accumulator."""
         ...
-
-
-SomeLogits = TypeVar("SomeLogits", bound=Logits)
 
 
 class _StoredLogits:
     """Logits [B, G, Kh, Kw, H, W], and a tensor for their gradient."""
 
-    fresh = False
+    def __init__(self, logits: Tensor, gradient: Tensor | None = None) -> None:
+        self._logits, self._gradient = logits, gradient
 
-    def __init__(self, logits: Tensor, window: Window, gradient: Tensor | None = None) -> None:
-        self._logits, self._window, self._gradient = logits, window, gradient
-
-    def reader(self, step: Step) -> Callable[[], Tensor]:
-        part = _kernel_last(step.outputs(self._logits))
-        return lambda: part.to(accumulator_dtype(part.dtype))
+    def reader(self, step: Step) -> Callable[[Tensor | None], Tensor]:
+        part, dtype = _kernel_last(step.outputs(self._logits)), accumulator_dtype(self._logits.dtype)
+        return lambda bias: (part.to(dtype) if bias is None else part.to(dtype) + bias).flatten(5)
 
     def writer(self, step: Step) -> Callable[[Tensor], object]:
         assert self._gradient is not None
@@ -145,22 +118,20 @@ class _StoredLogits:
         return lambda grad: part.copy_(grad.view(part.shape))
 
 
-def _softmax(logits: Logits, bias: _PositionBias | None, step: Step, weight: Tensor) -> Callable[[], Tensor]:
+def _softmax(logits: Logits, bias: _PositionBias | None, step: Step, weight: Tensor) -> Work[Tensor]:
     """Writes the softmax of a step's logits + rpb to weight [n, b, g, R, T, K²], and gives these logits."""
     read, read_bias = logits.reader(step), None if bias is None else bias.reader(step)
 
     def run() -> Tensor:
-        biased = read()
-        if read_bias is None:
-            biased = biased.flatten(5)
-        elif logits.fresh:  # the bias is as good as contiguous, and copied once for the whole batch
-            biased = biased.flatten(5).add_(read_bias().flatten(5))
-        else:
-            biased = (biased + read_bias()).flatten(5)
+        biased = read(None if read_bias is None else read_bias())
         torch.softmax(biased, -1, out=weight)
         return biased
 
     return run
+
+
+def _multiply_adds(value: Tensor, window: Window) -> int:
+    return math.prod((*value.shape[:2], *value.shape[3:], *window.kernel_size, value.shape[2] + LOGIT_COST))
 
 
 @alone
@@ -170,54 +141,41 @@ def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window:
     logits [B,G,Kh,Kw,H,W], value [B,G,D,H,W], rpb [G,2Kh−1,2Kw−1] or None -> out like value, [B,G,H,W] as wide as an
     accumulator.
     """
-    return softmax_aggregate_made(lambda part: _StoredLogits(logits[part], window), value, rpb, window)
-
-
-def _multiply_adds(value: Tensor, window: Window) -> int:
-    return math.prod((*value.shape[:2], *value.shape[3:], *window.kernel_size, value.shape[2] + LOGIT_COST))
+    return softmax_aggregate_made(lambda part: _StoredLogits(logits[part]), value, rpb, window)
 
 
 def softmax_aggregate_made(
     make_logits: Callable[[Part], Logits], value: Tensor, rpb: Tensor | None, window: Window
 ) -> tuple[Tensor, Tensor]:
     """``softmax_aggregate`` with logits, of a part of the maps, that need not exist all at once."""
-    batch, groups, _, height, width = value.shape
-    out = empty_like_layout(value, value.shape)
-    statistics_dtype = accumulator_dtype(value.dtype)
-    log_sum_exp = torch.empty((batch, groups, height, width), dtype=statistics_dtype, device=value.device)
+    out, dtype = empty_like_layout(value, value.shape), accumulator_dtype(value.dtype)
+    log_sum_exp = torch.empty((*value.shape[:2], *value.shape[3:]), dtype=dtype, device=value.device)
+    positions = math.prod(window.kernel_size)
 
-    def work(part: Part) -> Work[None]:
-        table = None if rpb is None else rpb[part.groups]
-        return _softmax_aggregate(make_logits(part), value[part], table, window, out[part], log_sum_exp[part])
+    def prepare(part: Part) -> Work[None]:
+        logits, values, target, statistics = make_logits(part), value[part], out[part], log_sum_exp[part]
+        bias = None if rpb is None else _PositionBias(rpb[part.groups], window, *value.shape[3:])
+        tiled = Tiled(window, values)
+        weights = tiled.scratch(lambda step: math.prod(step.shape) * positions)
 
-    over_maps(work, value, _multiply_adds(value, window))
+        def prepare_step(step: Step) -> Work[None]:
+            weight = weights.take(*step.shape, positions)
+            softmax, of_step = _softmax(logits, bias, step, weight), step.outputs(statistics)
+            aggregate = tiled.aggregate(step, _kernel_first(weight, window), values, target)
+
+            def run() -> None:
+                biased = softmax()
+                # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
+                of_step.copy_(biased.amax(-1) - weight.amax(-1).log())
+                del biased
+                aggregate()
+
+            return run
+
+        return in_turn(map(prepare_step, tiled.steps))
+
+    over_maps(prepare, value, _multiply_adds(value, window))
     return out, log_sum_exp
-
-
-def _softmax_aggregate(
-    logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, out: Tensor, log_sum_exp: Tensor
-) -> Work[None]:
-    bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
-    steps = steps_of(window, value)
-    scratch, weights = pixel_scratch(steps, value), _kernel_scratch(steps, value, window)
-    bands = Bands(steps, value, window.kernel_size, not channels_fastest(value))
-
-    def work(step: Step) -> Work[None]:
-        pixels, band = step.pixels(value, scratch), bands.select(step)
-        weight = weights.take(*step.shape, math.prod(window.kernel_size))
-        softmax, pairs = _softmax(logits, bias, step, weight), band.pairs(_kernel_first(weight, window))
-        sources, matrices = step.pairs(pixels, value), as_matrices(pixels)
-        target, statistics = step.outputs(out), step.outputs(log_sum_exp)
-        yield
-        biased = softmax()
-        # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
-        statistics.copy_(biased.amax(-1) - weight.amax(-1).log())
-        del biased
-        load(pixels, sources)
-        band.lay(pairs)
-        target.copy_(band.gather(matrices).view(target.shape))
-
-    return in_turn(map(work, steps))
 
 
 @alone
@@ -233,72 +191,55 @@ def softmax_aggregate_backward(
     """dlogits = p · (dp − Σ_k p·dp) with dp[i,k] = Σ_d grad_out[i] · value[nbr(i,k)]; dvalue = transpose(p, grad_out);
     drpb sums dlogits over batch and pixels. ``out`` and ``log_sum_exp`` are not needed here."""
     grad_logits = empty_like_layout(logits, logits.shape)
-    grad_value, grad_rpb, _ = softmax_aggregate_made_backward(
-        grad_out, lambda part: _StoredLogits(logits[part], window, grad_logits[part]), value, rpb, window
+    return grad_logits, *softmax_aggregate_made_backward(
+        grad_out, lambda part: _StoredLogits(logits[part], grad_logits[part]), value, rpb, window
     )
-    return grad_logits, grad_value, grad_rpb
 
 
 def softmax_aggregate_made_backward(
-    grad_out: Tensor, make_logits: Callable[[Part], SomeLogits], value: Tensor, rpb: Tensor | None, window: Window
-) -> tuple[Tensor, Tensor | None, list[SomeLogits]]:
-    """Gradients of value and rpb; those of the logits were handed, tile by tile, to the logits made, returned too."""
-    dtype = accumulator_dtype(value.dtype)
+    grad_out: Tensor, make_logits: Callable[[Part], Logits], value: Tensor, rpb: Tensor | None, window: Window
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of value and rpb; the logits made take theirs, tile by tile."""
+    dtype, positions = accumulator_dtype(value.dtype), math.prod(window.kernel_size)
     grad_value = empty_like_layout(value, value.shape)
     total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()
-    made: list[SomeLogits] = []
+    grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=dtype)
 
-    def work(part: Part) -> Work[Tensor | None]:
-        made.append(make_logits(part))
-        table = None if rpb is None else rpb[part.groups]
-        return _softmax_aggregate_backward(grad_out[part], made[-1], value[part], table, window, total[part])
+    def prepare(part: Part) -> Work[Tensor | None]:
+        logits, values, grads, sums = make_logits(part), value[part], grad_out[part], total[part]
+        bias = None if rpb is None else _PositionBias(rpb[part.groups], window, *value.shape[3:])
+        tiled = Tiled(window, values, transposed=True)
+        scratches = [tiled.scratch(lambda step: math.prod(step.shape) * positions) for _ in range(2)]
 
-    results = over_maps(work, value, _multiply_adds(value, window))
+        def prepare_step(step: Step) -> Work[None]:
+            weight, grad = (scratch.take(*step.shape, positions) for scratch in scratches)
+            softmax, outputs = _softmax(logits, bias, step, weight), tiled.outputs(step, grads)
+            transpose = tiled.transpose(step, _kernel_first(weight, window), sums)
+            correlate = tiled.correlate(step, values, _kernel_first(grad, window))
+            writes = [taker.writer(step) for taker in (logits, bias) if taker is not None]
+
+            def run() -> None:
+                softmax()
+                of_outputs = outputs()
+                transpose(of_outputs)
+                correlate(of_outputs)
+                grad.mul_(weight).addcmul_(weight, grad.sum(-1, keepdim=True), value=-1)
+                for write in writes:
+                    write(grad)
+
+            return run
+
+        steps = in_turn(map(prepare_step, tiled.steps))
+
+        def run() -> Tensor | None:
+            steps()
+            return None if bias is None else bias.gradient()
+
+        return run
+
+    for part, grad_table in over_maps(prepare, value, _multiply_adds(value, window)):
+        if grad_rpb is not None and grad_table is not None:
+            grad_rpb[part.groups] += grad_table
     if total is not grad_value:
         grad_value.copy_(total)
-    if rpb is None:
-        return grad_value, None, made
-    grad_rpb = torch.zeros_like(rpb, dtype=dtype)
-    for part, grad_table in results:
-        assert grad_table is not None
-        grad_rpb[part.groups] += grad_table
-    return grad_value, grad_rpb.to(rpb.dtype), made
-
-
-def _softmax_aggregate_backward(
-    grad_out: Tensor, logits: Logits, value: Tensor, rpb: Tensor | None, window: Window, total: Tensor
-) -> Work[Tensor | None]:
-    """Adds to the gradient of value, and gives that of rpb."""
-    bias = None if rpb is None else _PositionBias(rpb, window, *value.shape[3:])
-    steps = steps_of(window, value)
-    scratch, sum_scratch = (pixel_scratch(steps, value) for _ in range(2))
-    weights, grad_weights = (_kernel_scratch(steps, value, window) for _ in range(2))
-    bands = Bands(steps, value, window.kernel_size, channels_fastest(value))
-    grad_bands = Bands(steps, value, window.kernel_size, input_major=True)
-
-    def work(step: Step) -> Work[None]:
-        pixels, sums = step.pixels(value, scratch), step.pixels(value, sum_scratch)
-        weight, grad_biased = (w.take(*step.shape, math.prod(window.kernel_size)) for w in (weights, grad_weights))
-        softmax, write = _softmax(logits, bias, step, weight), logits.writer(step)
-        write_bias = None if bias is None else bias.writer(step)
-        band, grad_band = bands.select(step), grad_bands.select(step)
-        pairs, grad_pairs = (b.pairs(_kernel_first(w, window)) for b, w in ((band, weight), (grad_band, grad_biased)))
-        sources, targets = step.pairs(pixels, value), step.pairs(sums, total)
-        matrices, sum_matrices, grad_view = as_matrices(pixels).mT, as_matrices(sums), step.outputs(grad_out)
-        yield
-        softmax()
-        grad = as_matrices(grad_view.to(total.dtype))
-        band.lay(pairs)
-        sum_matrices.copy_(band.scatter(grad))
-        add(targets)
-        load(pixels, sources)
-        torch.bmm(matrices, grad, out=grad_band.bands)
-        grad_band.pick(grad_pairs)
-        grad_biased *= weight
-        grad_biased.addcmul_(weight, grad_biased.sum(-1, keepdim=True), value=-1)
-        write(grad_biased)
-        if write_bias is not None:
-            write_bias(grad_biased)
-
-    yield from in_turn(map(work, steps))
-    return None if bias is None else bias.gradient()
+    return grad_value, None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)

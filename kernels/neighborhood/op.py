@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.aggregation.op import aggregate, aggregation_flops, correlate
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_pair, check_shape, check_tensors, check_window_fits, odd_pair
+from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout, settled
 from kernels.neighborhood import eager
-from kernels.registration import once_differentiable, operator, without_autocast
+from kernels.registration import operator, without_autocast
 from kernels.windows import Pair, Window
-
-
-def channels_first(tensor: Tensor) -> Tensor:
-    """[B, heads, H, W, D] seen as [B, heads, D, H, W]."""
-    return tensor.permute(0, 1, 4, 2, 3)
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """[B, heads, D, H, W] seen as [B, heads, H, W, D]."""
-    return tensor.permute(0, 1, 3, 4, 2)
 
 
 def kernel_first(tensor: Tensor, kernel_size: Pair) -> Tensor:
@@ -69,7 +58,7 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
         [B, heads, H, W, D].
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2204.07143, equation 3 (NATTEN's ``na2d_av``). Differentiable any number of times.
@@ -80,9 +69,9 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
     window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
     backend = get_backend()
     if backend == "reference":
-        return without_autocast(reference.na2d_av)(attn, value, window.kernel_size, window.dilation)
+        return without_autocast(reference.na2d_av, attn, value, window.kernel_size, window.dilation)
     weight = kernel_first(attn, window.kernel_size)
-    return channels_last(aggregate(weight, channels_first(value), window, backend))
+    return aggregate(weight, value.movedim(4, 2), window, backend).movedim(2, 4)
 
 
 def na2d_qk(
@@ -102,7 +91,7 @@ def na2d_qk(
         [B, heads, H, W, K²], rows of the window first.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2204.07143, equation 2 (NATTEN's ``na2d_qk``). Differentiable any number of times.
@@ -116,9 +105,8 @@ def na2d_qk(
         _check_rpb(rpb, query.shape[1], window.kernel_size)
     backend = get_backend()
     if backend == "reference":
-        return without_autocast(reference.na2d_qk)(query, key, window.kernel_size, window.dilation, rpb)
-    logits = correlate(channels_first(query), channels_first(key), window, backend)
-    logits = kernel_last(logits)
+        return without_autocast(reference.na2d_qk, query, key, window.kernel_size, window.dilation, rpb)
+    logits = kernel_last(correlate(query.movedim(4, 2), key.movedim(4, 2), window, backend))
     return logits if rpb is None else logits + reference.rpb_logits(rpb, query.shape[2], query.shape[3], window)
 
 
@@ -142,7 +130,7 @@ def na2d_softmax_av(
         [B, heads, H, W, D]. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
 
     Raises:
-        TypeError: an argument is no floating tensor, the dtypes differ, or an option is not an int or pair of ints.
+        TypeError: an argument is not a floating tensor, the dtypes differ, or an option is not an int or pair of ints.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2204.07143, equations 2-4; with ContMix's logits, arXiv 2502.20087, equation 3.
@@ -155,11 +143,10 @@ def na2d_softmax_av(
         _check_rpb(rpb, value.shape[1], window.kernel_size)
     backend = get_backend()
     if backend == "reference":
-        return without_autocast(reference.na2d_softmax_av)(
-            logits, value, window.kernel_size, rpb=rpb, dilation=window.dilation
-        )
-    out = softmax_aggregate(kernel_first(logits, window.kernel_size), channels_first(value), rpb, window, backend)
-    return channels_last(out)
+        options = {"rpb": rpb, "dilation": window.dilation}
+        return without_autocast(reference.na2d_softmax_av, logits, value, window.kernel_size, **options)
+    out = softmax_aggregate(kernel_first(logits, window.kernel_size), value.movedim(4, 2), rpb, window, backend)
+    return out.movedim(2, 4)
 
 
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, backend: str) -> Tensor:
@@ -171,8 +158,17 @@ def _window_of(logits: Tensor, dilation: list[int]) -> Window:
     return Window.neighborhood((logits.shape[2], logits.shape[3]), (dilation[0], dilation[1]))
 
 
+def _fake_outputs(_logits, value, *_):
+    batch, groups, _, height, width = value.shape
+    statistics = value.new_empty((batch, groups, height, width), dtype=accumulator_dtype(value.dtype))
+    return empty_like_layout(value, value.shape), statistics
+
+
 @operator(
-    "softmax_aggregate", "(Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend) -> (Tensor, Tensor)"
+    "softmax_aggregate",
+    "(Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend) -> (Tensor, Tensor)",
+    fake=_fake_outputs,
+    flops=lambda logits, value, *_: aggregation_flops(value, logits),
 )
 def _softmax_aggregate(logits, value, rpb, dilation, backend):
     """The output, and log Σ_k exp(logits + rpb) [B, G, H, W] in float32 (float64 for float64)."""
@@ -183,19 +179,19 @@ def _softmax_aggregate(logits, value, rpb, dilation, backend):
     return run(logits, value, rpb, _window_of(logits, dilation))
 
 
-@_softmax_aggregate.register_fake
-def _(logits, value, rpb, dilation, backend):
-    statistics = torch.float64 if value.dtype == torch.float64 else torch.float32
-    batch, groups, _, height, width = value.shape
-    return empty_like_layout(value, value.shape), value.new_empty((batch, groups, height, width), dtype=statistics)
-
-
 @operator(
     "softmax_aggregate_backward",
-    "(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, Tensor out, Tensor log_sum_exp, int[] dilation,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend, Tensor out,"
+    " Tensor log_sum_exp) -> (Tensor, Tensor, Tensor)",
+    fake=lambda _grad, logits, value, rpb, *_: (
+        empty_like_layout(logits, logits.shape),
+        empty_like_layout(value, value.shape),
+        value.new_empty(0 if rpb is None else rpb.shape),
+    ),
+    # As for every backward of two factors: one correlate and one transpose.
+    flops=lambda grad, logits, *_: 2 * aggregation_flops(grad, logits),
 )
-def _softmax_aggregate_backward(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
+def _softmax_aggregate_backward(grad, logits, value, rpb, dilation, backend, out, log_sum_exp):
     """Gradients of logits, value and rpb; the last is empty where there is no rpb."""
     if resolve(backend, value) == "triton":
         from kernels.neighborhood.passes import softmax_aggregate_backward as run
@@ -206,36 +202,4 @@ def _softmax_aggregate_backward(grad, logits, value, rpb, out, log_sum_exp, dila
     return grad_logits, grad_value, value.new_empty(0) if grad_rpb is None else grad_rpb
 
 
-@_softmax_aggregate_backward.register_fake
-def _(grad, logits, value, rpb, out, log_sum_exp, dilation, backend):
-    grad_rpb = value.new_empty(0) if rpb is None else rpb.new_empty(rpb.shape)
-    return empty_like_layout(logits, logits.shape), empty_like_layout(value, value.shape), grad_rpb
-
-
-def _save(ctx, inputs, output):
-    logits, value, rpb, ctx.dilation, ctx.backend = inputs
-    ctx.save_for_backward(logits, value, rpb, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad, _grad_log_sum_exp):
-    logits, value, rpb, out, log_sum_exp = ctx.saved_tensors
-    grad_logits, grad_value, grad_rpb = _softmax_aggregate_backward(
-        grad, logits, value, rpb, out, log_sum_exp, ctx.dilation, ctx.backend
-    )
-    return grad_logits, grad_value, None if rpb is None else grad_rpb, None, None
-
-
-_softmax_aggregate.register_autograd(_backward, setup_context=_save)
-once_differentiable(_softmax_aggregate_backward, "na2d_softmax_av")
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.softmax_aggregate)
-def _(logits_shape, value_shape, *_, **__) -> int:
-    return aggregation_flops(value_shape, logits_shape)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.softmax_aggregate_backward)
-def _(grad_shape, logits_shape, *_, **__) -> int:
-    # As for every backward of two factors: one correlate and one transpose.
-    return 2 * aggregation_flops(grad_shape, logits_shape)
+_softmax_aggregate.differentiable_once(_softmax_aggregate_backward, "na2d_softmax_av")

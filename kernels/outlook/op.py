@@ -3,14 +3,12 @@
 import math
 import numbers
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_int, check_shape, check_tensors
-from kernels.registration import derivative, operator, without_autocast
+from kernels.registration import operator, without_autocast
 
 
 def outlook_attention2d(
@@ -41,10 +39,10 @@ def outlook_attention2d(
 
     Returns:
         [B, H, W, C], contiguous. The softmax runs in float32 (float64 for float64 logits). Differentiable once.
-        A value reaches the outputs of the windows that hold its pixel, of its own head and channel, and no others.
+        A value reaches only the outputs of the windows that hold its pixel, in its own channel.
 
     Raises:
-        TypeError: a tensor argument is no floating tensor, the dtypes differ, or an option is not a number of its kind.
+        TypeError: a tensor is not a floating tensor, the dtypes differ, or an option is not a number of its kind.
         ValueError: shapes, devices or options do not fit together.
 
     Source: arXiv 2106.13112, equations 3-5.
@@ -72,21 +70,30 @@ def outlook_attention2d(
     heads = logits.shape[3]
     if channels % heads:
         raise ValueError(f"logits have {heads} heads, which must divide the {channels} channels of value")
-    if stride > height and stride > width:  # a single window: a kernel's steps are not to grow with the stride
+    if stride > height and stride > width:  # a single window: so that a kernel's steps do not grow with the stride
         stride = max(height, width)
     scale = float(scale)
     backend = get_backend()
     if backend == "reference":
-        return without_autocast(reference.outlook_attention2d)(
-            logits, value, kernel_size=kernel_size, stride=stride, padding=padding, scale=scale
-        )
+        options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "scale": scale}
+        return without_autocast(reference.outlook_attention2d, logits, value, **options)
     return _outlook(logits, value, kernel_size, stride, padding, scale, backend)
 
 
 WINDOWS = "int kernel_size, int stride, int padding, float scale, str backend"
 
 
-@operator("outlook", f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor")
+def _flops(logits, value, *_) -> int:
+    """Every entry [B, h, w, heads, K², K²] meets the channels of its head."""
+    return 2 * math.prod(logits) * value[3] // logits[3]
+
+
+@operator(
+    "outlook",
+    f"(Tensor logits, Tensor value, {WINDOWS}) -> Tensor",
+    fake=lambda _logits, value, *_: value.new_empty(value.shape),
+    flops=_flops,
+)
 def _outlook(logits, value, kernel_size, stride, padding, scale, backend):
     if resolve(backend, value[..., 0]) == "triton":
         from kernels.outlook.forward import outlook
@@ -95,12 +102,12 @@ def _outlook(logits, value, kernel_size, stride, padding, scale, backend):
     return outlook(logits, value, kernel_size, stride, padding, scale)
 
 
-@_outlook.register_fake
-def _(logits, value, *_):
-    return value.new_empty(value.shape)
-
-
-@operator("outlook_backward", f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)")
+@operator(
+    "outlook_backward",
+    f"(Tensor grad, Tensor logits, Tensor value, {WINDOWS}) -> (Tensor, Tensor)",
+    fake=lambda _grad, logits, value, *_: (logits.new_empty(logits.shape), value.new_empty(value.shape)),
+    flops=lambda _grad, *forward: 2 * _flops(*forward),
+)
 def _outlook_backward(grad, logits, value, kernel_size, stride, padding, scale, backend):
     """Gradients of logits and value, contiguous."""
     if resolve(backend, value[..., 0]) == "triton":
@@ -110,24 +117,4 @@ def _outlook_backward(grad, logits, value, kernel_size, stride, padding, scale, 
     return outlook_backward(grad, logits, value, kernel_size, stride, padding, scale)
 
 
-@_outlook_backward.register_fake
-def _(grad, logits, value, *_):
-    return logits.new_empty(logits.shape), value.new_empty(value.shape)
-
-
-derivative(_outlook, _outlook_backward, 2, "outlook_attention2d")
-
-
-def _mixing_flops(logits_shape, value_shape) -> int:
-    """Two operations per multiply-add: every entry [B, h, w, heads, K², K²] meets the channels of its head."""
-    return 2 * math.prod(logits_shape) * value_shape[3] // logits_shape[3]
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.outlook)
-def _(logits_shape, value_shape, *_, **__) -> int:
-    return _mixing_flops(logits_shape, value_shape)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.outlook_backward)
-def _(grad_shape, logits_shape, value_shape, *_, **__) -> int:
-    return 2 * _mixing_flops(logits_shape, value_shape)
+_outlook.differentiable_once(_outlook_backward, "outlook_attention2d")

@@ -15,12 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
 import inspect
-import io
-import sys
-import tokenize
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,9 +25,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.launch import recording, watching
+from kernels.launch import noticed
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
-from kernels.tuning.store import Store, shipped_folder, user_folder
+from kernels.tuning.source import source_of, triton_version
+from kernels.tuning.store import Store, gpu_name, shipped_folder, user_folder
 
 Config = Any  # a frozen dataclass with ``valid(problem)``
 Problem = Any  # a NamedTuple of what the choice depends on, with a field ``pixels``
@@ -71,27 +67,25 @@ class Choice(NamedTuple):
 SAME_CHIP = dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"), "NVIDIA H200")
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Launcher(Generic[Outputs]):
     """A function ``launch(*arguments, config)`` that, called without a config, looks one up; made by ``tunable``."""
 
-    def __init__(
-        self,
-        launch: Callable[..., Outputs],
-        name: str,
-        configs: Sequence[Config],
-        heuristic: Callable[[Any], Config],
-        problem_of: Callable[..., Problem],
-        reference: Callable[..., Any],
-    ) -> None:
-        functools.update_wrapper(self, launch)
-        self.launch, self.name, self.configs, self.heuristic = launch, name, tuple(configs), heuristic
-        self.problem_of, self.reference = problem_of, reference
-        self.make_example: Callable[[Problem, torch.device], tuple[Any, ...]] | None = None
+    launch: Callable[..., Outputs]
+    name: str
+    configs: Sequence[Config]
+    heuristic: Callable[[Any], Config]
+    problem_of: Callable[..., Problem]
+    reference: Callable[..., Any]
+    make_example: Callable[[Problem, torch.device], tuple[Any, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.launch)
 
     def __call__(self, *arguments: Any, config: Config = None, **keywords: Any) -> Outputs:
         if config is not None:
             return self.launch(*arguments, **keywords, config=config)
-        return _again(self.name, self._launch_chosen, arguments, keywords)
+        return _again(self.name, self._launch_chosen, *arguments, **keywords)
 
     def _launch_chosen(self, *arguments: Any, **keywords: Any) -> Outputs:
         return self.launch(*arguments, **keywords, config=self.choose(*arguments, **keywords))
@@ -99,8 +93,25 @@ class Launcher(Generic[Outputs]):
     def choose(self, *arguments: Any, **keywords: Any) -> Config:
         """The config for a launch with these arguments: after the first time one dictionary look-up."""
         problem, device = self.problem_of(*arguments, **keywords), _device_of(arguments)
-        config = _chosen.get((self.name, problem, device))
-        return _decide(Request(self, problem, device, arguments, keywords)) if config is None else config
+        place = self.name, problem, device
+        config = _chosen.get(place)
+        if config is not None:
+            return config
+        request = Request(self, problem, device, arguments, keywords)
+        if _observer is not None:
+            _observer(request)
+        if device.type != "cuda":  # the interpreter, or meta tensors whose launch is recorded
+            config = self.heuristic(problem)
+        else:
+            choice = look_up(self, problem, gpu_name(device))
+            config = choice.config
+            if on_miss is not None and not choice.tuned:
+                # A capturing stream may not be synchronised, and timing does that: the next launch is asked again.
+                if torch.cuda.is_current_stream_capturing():
+                    return config
+                config = on_miss(request)
+        _chosen[place] = config
+        return config
 
     def example(self, make_example: Callable[[Any, torch.device], tuple[Any, ...]]) -> Callable[..., Any]:
         """Decorator: how random arguments of a problem are made, for checking stored configs."""
@@ -115,12 +126,8 @@ class Launcher(Generic[Outputs]):
 
     @functools.cached_property
     def source(self) -> str:
-        """Hash of the jit functions that it may launch, comments and docstrings left out: what its times come from."""
-        digest = hashlib.sha256()
-        for name in sorted(_modules_of(self.launch.__module__)):
-            for line in _jit_code(name):
-                digest.update(line.encode())
-        return digest.hexdigest()[:16]
+        """Hash of the code that its times come from."""
+        return source_of(self.launch.__module__)
 
     def candidates(self, problem: Problem, most: int | None = None) -> list[Config]:
         """What tuning times: the heuristic's choice, then the other valid configs."""
@@ -148,7 +155,7 @@ def tunable(
         reference: the launcher's arguments -> the right outputs, in at least float32.
         name: the first word of its keys, where the function's own name is not telling enough.
     """
-    return lambda launch: Launcher(launch, name or launch.__name__, configs, heuristic, problem, reference)
+    return lambda launch: Launcher(launch, name or launch.__name__, tuple(configs), heuristic, problem, reference)
 
 
 def repeated(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
@@ -158,17 +165,12 @@ def repeated(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
     its other arguments. A pass that does anything else to a tensor runs as it is written.
     """
     name = f"{function.__module__}.{function.__qualname__}"
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **keywords: Any) -> Outputs:
-        return _again(name, function, arguments, keywords)
-
-    return call
+    return functools.update_wrapper(functools.partial(_again, name, function), function)
 
 
-def _again(name: str, call: Callable[..., Outputs], arguments: Sequence[Any], keywords: dict[str, Any]) -> Outputs:
-    """What a call returns: repeated where one like it was made before, and watched where none was."""
-    if recording() or watching() or _observer is not None or on_miss is not None:
+def _again(name: str, call: Callable[..., Outputs], /, *arguments: Any, **keywords: Any) -> Outputs:
+    """The result of a call, which is repeated where an equal one was made before, and watched where none was."""
+    if noticed() or _observer is not None or on_miss is not None:
         return call(*arguments, **keywords)
     key, tensors = key_of_call(name, arguments, keywords)
     repeat = _repeats.get(key)
@@ -190,35 +192,6 @@ def _device_of(arguments: Sequence[Any]) -> torch.device:
     return first.device
 
 
-def _modules_of(name: str) -> set[str]:
-    """A module of this package and those whose jit functions or launchers it uses, directly or through others."""
-    found, left = set(), [name]
-    while left:
-        name = left.pop()
-        found.add(name)
-        for value in vars(sys.modules[name]).values():
-            function = getattr(value, "fn", None) or getattr(value, "launch", None)
-            module = getattr(function, "__module__", None)
-            if isinstance(module, str) and module.startswith("kernels.") and module not in found:
-                left.append(module)
-    return found
-
-
-IGNORED_TOKENS = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-
-
-def _jit_code(module: str) -> Iterator[str]:
-    """The tokens of a module's jit functions, and the constants that they see: the same in every version of Python."""
-    for name, value in sorted(vars(sys.modules[module]).items()):
-        function = getattr(value, "fn", None)
-        if type(value).__name__ == "constexpr":
-            yield f"{name} = {value.value!r}"
-        elif function is not None and getattr(function, "__module__", None) == module:
-            for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline):
-                if token.type not in IGNORED_TOKENS and not token.string.startswith('"""'):
-                    yield token.string
-
-
 def bucket(pixels: int) -> int:
     """Map sizes that share an entry: exact up to 256 pixels, then up to the next power of two.
 
@@ -235,19 +208,6 @@ def key_of(launcher: Launcher, problem: Problem) -> str:
     return " ".join([launcher.name, *(f"{name}={value}".replace("=torch.", "=") for name, value in fields.items())])
 
 
-@functools.cache
-def triton_version() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def gpu_name(device: torch.device) -> str:
-    """Name under which configs of a device are kept; CPU tensors run in the interpreter, where nothing is timed."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def stale(entry: dict[str, Any], launcher: Launcher) -> str | None:
     """Why an entry no longer holds, or None."""
     if entry.get("triton") != triton_version():
@@ -258,7 +218,7 @@ def stale(entry: dict[str, Any], launcher: Launcher) -> str | None:
 
 
 def config_of(entry: dict[str, Any], launcher: Launcher, problem: Problem) -> Config | None:
-    """The entry's config, if it is one that tuning tries: a hostile or outdated file can name no other."""
+    """The entry's config, if tuning would try it: a hostile or outdated file cannot name any other."""
     offered = (*launcher.configs, launcher.heuristic(problem))
     return next((c for c in offered if dataclasses.asdict(c) == entry.get("config")), None)
 
@@ -293,7 +253,7 @@ def remember(key: str, entry: dict[str, Any], gpu: str) -> bool:
 
 
 _chosen: dict[tuple[str, Problem, torch.device], Config] = {}
-# Calls that were made before, and how to make them again; None for those that do more than allocate and launch.
+# How to repeat earlier calls; None for a call that does more than allocate, view and launch.
 _repeats: dict[tuple[Any, ...], Repeat | None] = {}
 MOST_REPEATS = 4096
 
@@ -304,7 +264,7 @@ def _choose_again() -> None:
     _repeats.clear()
 
 
-# What is asked for a config where nothing was tuned on this GPU.
+# This is asked for a config where nothing was tuned on this GPU.
 on_miss: Callable[[Request], Config] | None = None
 _observer: Callable[[Request], object] | None = None
 
@@ -326,34 +286,15 @@ def observing(observer: Callable[[Request], object]) -> Iterator[None]:
     """Inside the block, ``observer`` is told of every problem that a launch meets, before a config is chosen for it."""
     global _observer
     previous, _observer = _observer, observer
-    _choose_again()  # what was chosen before the block is to be met again
+    _choose_again()  # the observer shall meet what was chosen before the block
     try:
         yield
     finally:
         _observer = previous
-        _choose_again()  # and what was chosen inside is not to outlive it
+        _choose_again()  # and nothing that was chosen inside shall outlive it
 
 
 def forget() -> None:
     """Drop what this process remembers, so that the files are read again."""
     _choose_again()
     _store.cache_clear()
-
-
-def _decide(request: Request) -> Config:
-    launcher, problem, device, *_ = request
-    if _observer is not None:
-        _observer(request)
-    keep = True
-    if device.type != "cuda":  # the interpreter, or meta tensors whose launch is recorded
-        config = launcher.heuristic(problem)
-    else:
-        choice = look_up(launcher, problem, gpu_name(device))
-        config = choice.config
-        if not choice.tuned and on_miss is not None:
-            # A capturing stream may not be synchronised, and timing does that: the next launch is asked again.
-            keep = not torch.cuda.is_current_stream_capturing()
-            config = on_miss(request) if keep else config
-    if keep:
-        _chosen[launcher.name, problem, device] = config
-    return config

@@ -1,13 +1,14 @@
-"""Launches made again: where shapes, strides and types are those of an earlier call, only its pointers are new.
+"""Repeating launches: a call whose shapes, strides and types equal an earlier one's differs from it in pointers only.
 
 What Python does for a launch (the problem, the config, thirty arguments, Triton's own look at each of them) took the
-host of an H200 65 to 112 µs, longer than many a kernel runs. All of it follows from the tensors' shapes, strides, types
-and alignment, so that the second time the finished arguments of the first are taken, with other addresses in them.
+host of an H200 65 to 112 µs, longer than many kernels run. All of it follows from the tensors' shapes, strides, types
+and alignment, so the second time the finished arguments of the first are used, with other addresses in them.
 
-That holds for a launcher, or a pass of several, that allocates, views and launches; the first call is watched for it.
-One that does more, such as copying a tensor or zeroing an output, runs as it is written every time.
+That holds for a launcher, or a pass of several launches, that only allocates, views and launches; the first call is
+watched to see whether it does. A call that does more, such as copying a tensor, runs every time as it is written.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.launch import Launch, launch_again, pointers_suffice, watching_launches
+from kernels.launch import Launch, launch, watching_launches
 
 aten = torch.ops.aten
 ALLOCATING = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
-# What may happen beside allocations, views and launches: nothing that writes.
+# What a call may do besides allocating, viewing and launching, and still be repeated.
 HARMLESS: set[Any] = set()
 
 
@@ -37,7 +38,7 @@ def tensors_of(values: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> 
 
 
 def key_of_call(name: str, arguments: Sequence[Any], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """What tells calls of a launcher apart whose launches differ in more than pointers; and their tensors in order."""
+    """A key that calls share if their launches differ in pointers only; and the call's tensors in their order."""
     key: list[Any] = [name, *keywords]
     tensors: list[Tensor] = []
     tensors_of((*arguments, *keywords.values()), key, tensors)
@@ -69,7 +70,7 @@ class Step(NamedTuple):
     made: int  # how many tensors there are by then
     launched: Launch  # without its arguments
     compiled: Any
-    values: list[Any]  # of the kernel's arguments, those in ``places`` left out: a memory of tensors keeps none alive
+    values: list[Any]  # the kernel's arguments but those in ``places``: what is remembered keeps no tensor alive
     places: list[Place]
     released: list[int]  # tensors that no later launch needs
 
@@ -88,23 +89,52 @@ class Repeat(NamedTuple):
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(tensors)
         for made, launched, compiled, values, places, released in self.steps:
             for size, stride, dtype, _ in self.geometries[len(tensors) : made]:
                 tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
             values = values.copy()
-            if pointers_suffice(launched, compiled):
+            kernel, grid, _, options = launched
+            # Not in the interpreter, where somebody wants to see the arguments, and in a Triton that may end otherwise.
+            if compiled is not None and not kernel.pre_run_hooks and ends_as_known():
                 for position, number, offset, view in places:
                     address = tensors[number].data_ptr() + offset
                     values[position] = address if view is None else (address, *view[1:])
+                runtime, driver = _runtime()
+                stream = driver.active.get_current_stream(device.index)
+                # What Triton's own ``kernel[grid](...)`` ends with; it takes addresses for tensors, tuples for views.
+                compiled.run(
+                    *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata,
+                    compiled.launch_metadata(grid, stream, *values),
+                    runtime.launch_enter_hook, runtime.launch_exit_hook, *values,
+                )  # fmt: skip
             else:
                 for position, number, offset, view in places:
                     tensor = _part(tensors[number], offset)
                     values[position] = tensor if view is None else view._replace(ptr=tensor)
-            launch_again(launched, compiled, values, device)
+                launch(kernel, grid, device, dict(zip(kernel.arg_names, values, strict=True)), **options)
             for number in released:
                 tensors[number] = tensors[0]
         results = [None if found is None else _lying(tensors[found[0]], found[1]) for found in self.results]
         return results[0] if self.single else tuple(results)
+
+
+@functools.cache
+def ends_as_known() -> bool:
+    """Whether this version of Triton launches as ``Repeat`` does."""
+    import triton
+
+    return triton.__version__.startswith(("3.6.", "3.7."))
+
+
+@functools.cache
+def _runtime() -> tuple[Any, Any]:
+    from triton import knobs
+    from triton.runtime import driver
+
+    return knobs.runtime, driver
 
 
 def _part(tensor: Tensor, offset: int) -> Tensor:
@@ -119,7 +149,7 @@ def _lying(tensor: Tensor, geometry: Geometry | None) -> Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """Takes down what a block does, while ``whole``: it only allocates, views and launches."""
+    """Notes what a block does; ``whole`` is true as long as it only allocates, views and launches."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
@@ -146,8 +176,8 @@ class _Watch(TorchDispatchMode):
         return result
 
     def find(self, tensor: Tensor) -> tuple[int, int] | None:
-        """(number, bytes into it) of the tensor in whose memory one begins; None, and nothing is whole, where that is
-        none or may be several."""
+        """(number, offset in bytes) of the known tensor in whose memory this one begins; None, and the call cannot be
+        repeated, where none or more than one may be meant."""
         found = self.known.get(tensor.untyped_storage().data_ptr(), [])
         if len(found) > 1:
             found = [(number, address) for number, address in found if address == tensor.data_ptr()]
@@ -156,8 +186,8 @@ class _Watch(TorchDispatchMode):
             return None
         return found[0][0], tensor.data_ptr() - found[0][1]
 
-    def launched(self, launch: Launch, compiled: Any) -> None:
-        values = [launch.arguments[name] for name in launch.kernel.arg_names]
+    def launched(self, made: Launch, compiled: Any) -> None:
+        values = [made.arguments[name] for name in made.kernel.arg_names]
         places = []
         for position, value in enumerate(values):
             view = value if hasattr(value, "ptr") else None
@@ -169,11 +199,10 @@ class _Watch(TorchDispatchMode):
                 values[position] = None
             elif isinstance(value, tuple) and any(isinstance(part, Tensor) or hasattr(part, "ptr") for part in value):
                 self.whole = False
-        made = len(self.geometries)
-        self.steps.append(Step(made, launch._replace(arguments={}), compiled, values, places, []))
+        self.steps.append(Step(len(self.geometries), made._replace(arguments={}), compiled, values, places, []))
 
     def _result(self, tensor: Tensor | None) -> tuple[int, Geometry | None] | None:
-        """A result by number. Where it is the whole of what was allocated, that is allocated with its strides."""
+        """A result by its number. Where it fills what was allocated for it, the allocation takes its strides."""
         found = None if tensor is None else self.find(tensor)
         if tensor is None or found is None:
             return None
@@ -205,7 +234,7 @@ def _dense(tensor: Tensor) -> bool:
 
 def repeat_of(call: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Repeat | None]:
     """What a call returns, and how to repeat it; None where it does more than allocate, view and launch, or where
-    nobody knows which tensor an address lies in."""
+    it is unknown in which tensor an address lies."""
     watch = _Watch(inputs)
     with watching_launches(watch.launched), watch:
         returned = call()

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kernels.files import atomic_write, locked
 
 SCHEMA = 1
@@ -22,10 +24,15 @@ NOWHERE = Path(os.devnull, "dynamic-kernels")  # no file can lie there
 LOCK_SECONDS = 60  # how long to wait for other processes' writes, each of which takes milliseconds
 
 
+def gpu_name(device: torch.device) -> str:
+    """Name under which configs of a device are kept; CPU tensors run in the interpreter, where nothing is timed."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def user_folder() -> Path:
     """Where tuning writes: DYNAMIC_KERNELS_STORE, or the platform's cache directory.
 
-    Where the system knows no home directory of this user, as for a container's made-up one, nothing is kept.
+    Nothing is kept where the system knows no home directory of this user, as in some containers.
     """
     chosen = os.environ.get("DYNAMIC_KERNELS_STORE")
     try:

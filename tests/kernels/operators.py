@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,14 +12,18 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.reference import _pair
 from kernels.windows import Pair, Window
 from tests.support import DEVICE, random_tensor
+
+Shapes = dict[str, tuple[Any, ...]]
+Size = int | Pair
 
 
 class Case(NamedTuple):
     """Shapes of an operator's tensors, with "B" for the batch, and its other arguments."""
 
-    inputs: dict[str, tuple[Any, ...]]
+    inputs: Shapes
     options: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -41,7 +46,7 @@ class Operator(NamedTuple):
     rounding: int = 1  # times the output's tolerance, and 16-bit gradients': products round, a softmax amplifies it
 
     @property
-    def inputs(self) -> dict[str, tuple[Any, ...]]:
+    def inputs(self) -> Shapes:
         return next(iter(self.cases.values())).inputs
 
     def at(self, case: Case) -> Operator:
@@ -54,15 +59,17 @@ class Operator(NamedTuple):
             return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         return {name: random_tensor(*shape, dtype=dtype, device=device) for name, shape in shapes.items()}
 
-    def __call__(self, tensors: dict[str, Tensor], module: ModuleType = kernels) -> Tensor:
+    def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            name, bracket, _ = name.partition("[")
-            if bracket:
-                arguments.setdefault(name, []).append(tensor)
+            if name.endswith("]"):
+                arguments.setdefault(name.partition("[")[0], []).append(tensor)
             else:
                 arguments[name] = tensor
-        return getattr(module, self.name)(**arguments, **next(iter(self.cases.values())).options)
+        return arguments | next(iter(self.cases.values())).options
+
+    def __call__(self, tensors: dict[str, Tensor], module: ModuleType = kernels) -> Tensor:
+        return getattr(module, self.name)(**self.arguments(tensors))
 
     def exact(self, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The float64 definition of the same values: output, and the inputs that its gradients belong to."""
@@ -70,19 +77,14 @@ class Operator(NamedTuple):
         return self(inputs, kernels.reference), inputs
 
 
-def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else value
-
-
-def _outputs(size: Pair, kernel_size: int | Pair, stride: int | Pair = 1, padding=None, dilation: int | Pair = 1):
-    rows, columns = _pair(kernel_size)
-    dilation = _pair(dilation)
+def _outputs(size: Pair, kernel_size: Size, stride: Size = 1, padding=None, dilation: Size = 1):
+    (rows, columns), dilation = _pair(kernel_size), _pair(dilation)
     same = (rows - 1) * dilation[0] // 2, (columns - 1) * dilation[1] // 2
     window = Window((rows, columns), _pair(stride), same if padding is None else _pair(padding), dilation)
     return window.output_size(*size)
 
 
-def involution(size: Pair, channels: int, groups: int, kernel_size: int | Pair, **options: Any) -> Case:
+def involution(size: Pair, channels: int, groups: int, kernel_size: Size, **options: Any) -> Case:
     outputs = _outputs(size, kernel_size, **options)
     return Case({"x": ("B", channels, *size), "weight": ("B", groups, *_pair(kernel_size), *outputs)}, options)
 
@@ -91,7 +93,7 @@ def generated(
     size: Pair, channels: int, groups: int, kernel_size: int, features: int, bias: bool = True, **options: Any
 ) -> Case:
     entries = groups * math.prod(_pair(kernel_size))
-    inputs: dict[str, tuple[Any, ...]] = {
+    inputs: Shapes = {
         "x": ("B", channels, *size),
         "features": ("B", features, *_outputs(size, kernel_size, **options)),
         "weight": (entries, features),
@@ -101,19 +103,13 @@ def generated(
 
 
 def neighborhood(
-    arguments: tuple[str, str],
-    size: Pair,
-    heads: int,
-    channels: int,
-    kernel_size: int | Pair,
-    dilation: int | Pair = 1,
-    bias: bool = True,
+    names: tuple[str, ...], size: Pair, heads: int, channels: int, kernel_size: Size, dilation: Size = 1, bias=True
 ) -> Case:
-    """Of ``arguments`` attn and logits are kernels, others features; attn takes no table of biases."""
+    """Of ``names`` attn and logits are kernels, others features; attn takes no table of biases."""
     rows, columns = _pair(kernel_size)
-    shapes = {name: rows * columns if name in ("attn", "logits") else channels for name in arguments}
-    inputs: dict[str, tuple[Any, ...]] = {name: ("B", heads, *size, last) for name, last in shapes.items()}
-    if bias and "attn" not in arguments:
+    shapes = {name: rows * columns if name in ("attn", "logits") else channels for name in names}
+    inputs: Shapes = {name: ("B", heads, *size, last) for name, last in shapes.items()}
+    if bias and "attn" not in names:
         inputs["rpb"] = (heads, 2 * rows - 1, 2 * columns - 1)
     return Case(inputs, {"kernel_size": kernel_size, "dilation": dilation})
 
@@ -122,7 +118,7 @@ def contmix(
     size: Pair, groups: int, query_channels: int, channels: int, context: int, kernel_sizes: tuple[int, ...]
 ) -> Case:
     positions = sum(kernel_size**2 for kernel_size in kernel_sizes)
-    inputs: dict[str, tuple[Any, ...]] = {
+    inputs: Shapes = {
         "query": ("B", groups, query_channels, *size),
         "key": ("B", groups, query_channels, context),
         "value": ("B", len(kernel_sizes), groups, channels, *size),
@@ -143,10 +139,7 @@ def outlook(
 
 
 def depthwise(size: Pair, channels: int, kernel_size: int, bias: bool = True) -> Case:
-    inputs: dict[str, tuple[Any, ...]] = {
-        "x": ("B", channels, *size),
-        "weight": (channels, 1, kernel_size, kernel_size),
-    }
+    inputs: Shapes = {"x": ("B", channels, *size), "weight": (channels, 1, kernel_size, kernel_size)}
     return Case(inputs | ({"bias": (channels,)} if bias else {}))
 
 
@@ -157,7 +150,7 @@ PIXELS = math.prod(MAP)
 
 # At 14x14 with K = 13 nearly every window is clamped, at 7x7 with K = 7 all outputs share one, at 9x8 with K = 7 some
 # do; 13x10 with dilation 3 has residue classes of different sizes. Of these maps some share windows, others do not.
-NEIGHBORHOODS: dict[str, tuple[Any, ...]] = {
+NEIGHBORHOODS: Shapes = {
     "plain": (MAP, 2, 3, 3),
     "interior": ((12, 9), 2, 5, 3),
     "shared windows": ((9, 8), 3, 10, 7),
@@ -169,14 +162,21 @@ NEIGHBORHOODS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def neighborhoods(*arguments: str) -> dict[str, Any]:
-    first, second = arguments
-    scales = itertools.product(SCALES, (1, 4), (1, 10, 16, 32, 64), (3, 7, 13))
+def every(*choices: Iterable[Any]) -> Callable[[Callable[..., Case | None]], tuple[Case, ...]]:
+    """``every(sizes, heads)(case)``: all that ``case`` makes of one choice of each."""
+    combinations = list(itertools.product(*choices))
+    return lambda case: tuple(made for made in itertools.starmap(case, combinations) if made is not None)
+
+
+def neighborhoods(*names: str) -> dict[str, Any]:
+    def scale(size: Pair, heads: int, channels: int, kernel_size: int) -> Case | None:
+        return neighborhood(names, size, heads, channels, kernel_size) if kernel_size <= size[0] else None
+
     return {
-        "cases": {name: neighborhood((first, second), *sizes) for name, sizes in NEIGHBORHOODS.items()},
-        "scales": tuple(neighborhood((first, second), *s) for s in scales if s[3] <= s[0][0]),
+        "cases": {name: neighborhood(names, *sizes) for name, sizes in NEIGHBORHOODS.items()},
+        "scales": every(SCALES, (1, 4), (1, 10, 16, 32, 64), (3, 7, 13))(scale),
         "multiply_adds": (2 * 9 * 3 * PIXELS, 2 * 2 * 9 * 3 * PIXELS),
-        "like": second,
+        "like": names[1],
     }
 
 
@@ -196,11 +196,8 @@ OPERATORS = [
             "too large for registers": involution((12, 11), 6, 2, 3, stride=5, padding=9, dilation=9),
             "one pixel": involution((1, 1), 2, 2, 1),
         },
-        tuple(
-            involution(size, groups * channels, groups, kernel_size, stride=stride)
-            for size, groups, channels, kernel_size, stride in itertools.product(
-                SCALES, (1, 4, 32), (1, 5, 16, 100), (1, 3, 7, 16), (1, 3, 4)
-            )
+        every(SCALES, (1, 4, 32), (1, 5, 16, 100), (1, 3, 7, 16), (1, 3, 4))(
+            lambda size, groups, channels, k, stride: involution(size, groups * channels, groups, k, stride=stride)
         ),
         (6 * 9 * PIXELS, 2 * 6 * 9 * PIXELS),
         twice=True,
@@ -213,11 +210,8 @@ OPERATORS = [
             "tiles": generated((9, 5), 6, 2, 3, 20),
             "strided": generated((9, 7), 6, 2, 3, 70, bias=False, stride=2, dilation=2),
         },
-        tuple(
-            generated(size, groups * channels, groups, kernel_size, 32, stride=stride)
-            for size, groups, channels, kernel_size, stride in itertools.product(
-                SCALES, (1, 4, 32), (1, 5, 16), (3, 7, 16), (1, 2)
-            )
+        every(SCALES, (1, 4, 32), (1, 5, 16), (3, 7, 16), (1, 2))(
+            lambda size, groups, channels, k, stride: generated(size, groups * channels, groups, k, 32, stride=stride)
         ),
         (18 * (4 + 3) * PIXELS, 2 * 18 * (4 + 3) * PIXELS),
         twice=False,
@@ -244,12 +238,8 @@ OPERATORS = [
             # Three tiles of inputs side by side, windows clamped in the first and the last.
             "wide": contmix((5, 37), 2, 3, 5, 6, (5,)),
         },
-        tuple(
-            contmix(size, groups, 16, channels, 49, (kernel_size,))
-            for size, groups, channels, kernel_size in itertools.product(
-                SCALES, (1, 4, 8), (3, 16, 32, 64), (3, 5, 7, 13)
-            )
-            if kernel_size <= size[0]
+        every(SCALES, (1, 4, 8), (3, 16, 32, 64), (3, 5, 7, 13))(
+            lambda size, groups, channels, k: contmix(size, groups, 16, channels, 49, (k,)) if k <= size[0] else None
         ),
         # The keys are projected once, 2·3·5 by 10; logits, and values, for every pixel.
         (2 * 10 * (3 + 4) * PIXELS + 2 * 3 * 5 * 10, 2 * 10 * (3 * 3 + 2 * 4) * PIXELS + 2 * 2 * 3 * 5 * 10),
@@ -275,11 +265,8 @@ OPERATORS = [
             "wide overlap": outlook((4, 3), 1, 2, 4, 3, 3),
             "pointwise": outlook((2, 3), 2, 2, 1, 1, 0),
         },
-        tuple(
-            outlook(size, heads, channels, kernel_size, stride, kernel_size // 2)
-            for size, heads, channels, kernel_size, stride in itertools.product(
-                ((14, 14), (28, 28)), (1, 6), (1, 12, 32, 33, 64, 96, 200), (1, 2, 3, 5, 7), (1, 2)
-            )
+        every(((14, 14), (28, 28)), (1, 6), (1, 12, 32, 33, 64, 96, 200), (1, 2, 3, 5, 7), (1, 2))(
+            lambda size, heads, channels, k, stride: outlook(size, heads, channels, k, stride, k // 2)
         ),
         (3 * 2 * 9 * 9 * 6, 2 * 3 * 2 * 9 * 9 * 6),
         twice=False,
@@ -303,12 +290,7 @@ OPERATORS = [
             "K=13": depthwise((9, 12), 20, 13),
             "K=15": depthwise((9, 12), 20, 15),
         },
-        tuple(
-            depthwise(size, channels, kernel_size)
-            for size, channels, kernel_size in itertools.product(
-                (*SCALES, (200, 9), (14, 17), (14, 33), (14, 65), (1, 1)), (1, 64), range(1, 32, 2)
-            )
-        ),
+        every((*SCALES, (200, 9), (14, 17), (14, 33), (14, 65), (1, 1)), (1, 64), range(1, 32, 2))(depthwise),
         (6 * 25 * PIXELS, 2 * 6 * 25 * PIXELS),
         twice=True,
         like="x",

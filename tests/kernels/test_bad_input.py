@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from kernels.launch import launch, record_launches
+from tests.kernels.operators import MAP, OPERATORS, Operator
 from tests.support import DEVICE, random_tensor
 
 
@@ -16,37 +17,12 @@ def zeros(*shape, **options):
     return torch.zeros(*shape, **options)
 
 
+def _good(operator: Operator) -> dict[str, Any]:
+    return operator.arguments({name: zeros(t.shape) for name, t in operator.tensors(batch=2, device="meta").items()})
+
+
 # argument -> good value, per operator; each bad case replaces some of them.
-GOOD = {
-    "involution2d": {"x": zeros(2, 6, 5, 4), "weight": zeros(2, 3, 3, 3, 5, 4)},
-    "involution2d_generate": {
-        "x": zeros(2, 6, 5, 4),
-        "features": zeros(2, 3, 5, 4),
-        "weight": zeros(27, 3),
-        "bias": zeros(27),
-        "kernel_size": 3,
-        "groups": 3,
-    },
-    "na2d_av": {"attn": zeros(2, 3, 5, 4, 9), "value": zeros(2, 3, 5, 4, 7), "kernel_size": 3},
-    "na2d_qk": {"query": zeros(2, 3, 5, 4, 7), "key": zeros(2, 3, 5, 4, 7), "kernel_size": 3},
-    "na2d_softmax_av": {
-        "logits": zeros(2, 3, 5, 4, 9),
-        "value": zeros(2, 3, 5, 4, 7),
-        "kernel_size": 3,
-        "rpb": zeros(3, 5, 5),
-    },
-    "contmix2d": {
-        "query": zeros(2, 3, 4, 6, 5),
-        "key": zeros(2, 3, 4, 8),
-        "value": zeros(2, 2, 3, 7, 6, 5),
-        "proj_weight": zeros(34, 8),
-        "proj_bias": zeros(34),
-        "rpb": [zeros(3, 5, 5), zeros(3, 9, 9)],
-        "kernel_sizes": (3, 5),
-    },
-    "outlook_attention2d": {"logits": zeros(2, 3, 2, 2, 9, 9), "value": zeros(2, 5, 4, 6), "stride": 2},
-    "depthwise_conv2d": {"x": zeros(2, 6, 5, 4), "weight": zeros(6, 1, 3, 3), "bias": zeros(6)},
-}
+GOOD = {operator.name: _good(operator) for operator in OPERATORS}
 
 # (operator, replaced arguments, error, what the message must name)
 BAD = [
@@ -60,20 +36,20 @@ BAD = [
     ("involution2d_generate", {"weight": zeros(26, 3)}, ValueError, "weight must have shape"),
     ("involution2d_generate", {"bias": zeros(26)}, ValueError, "bias must have shape"),
     ("na2d_av", {"kernel_size": 4}, ValueError, "kernel_size must be odd"),
-    ("na2d_av", {"kernel_size": 5, "attn": zeros(2, 3, 5, 4, 25)}, ValueError, "needs a map of width at least 5"),
+    ("na2d_av", {"kernel_size": 5, "attn": zeros(2, 2, 5, 4, 25)}, ValueError, "needs a map of width at least 5"),
     ("na2d_av", {"dilation": 2}, ValueError, "kernel_size 3 with dilation 2 needs a map"),
     ("na2d_av", {"attn": zeros(2, 3, 5, 4, 8)}, ValueError, "attn must have shape"),
     ("na2d_qk", {"key": zeros(2, 3, 5, 4, 6)}, ValueError, "key must have shape"),
     ("na2d_qk", {"rpb": zeros(3, 5, 4)}, ValueError, "rpb must have shape"),
-    ("na2d_softmax_av", {"rpb": zeros(2, 5, 5)}, ValueError, "rpb must have shape"),
+    ("na2d_softmax_av", {"rpb": zeros(3, 5, 5)}, ValueError, "rpb must have shape"),
     ("na2d_softmax_av", {"logits": zeros(2, 3, 5, 4, 25)}, ValueError, "logits must have shape"),
     ("contmix2d", {"kernel_sizes": (3, 4)}, ValueError, r"kernel_sizes\[1\] must be odd"),
     ("contmix2d", {"kernel_sizes": 3}, TypeError, "kernel_sizes must be a non-empty sequence"),
     ("contmix2d", {"kernel_sizes": ((3, 5), (5, 3))}, TypeError, r"kernel_sizes\[0\] must be an int, got \(3, 5\)"),
     ("contmix2d", {"rpb": zeros(3, 5, 5)}, TypeError, "rpb must be a sequence"),
     ("contmix2d", {"rpb": [zeros(3, 5, 5)]}, ValueError, "rpb must hold one tensor per kernel size"),
-    ("contmix2d", {"rpb": [zeros(3, 5, 5), zeros(3, 5, 5)]}, ValueError, r"rpb\[1\] must have shape"),
-    ("contmix2d", {"rpb": [zeros(3, 5, 5), None]}, TypeError, r"rpb\[1\] must be a torch.Tensor, got NoneType"),
+    ("contmix2d", {"rpb": [zeros(2, 1, 1), zeros(2, 3, 3)]}, ValueError, r"rpb\[1\] must have shape"),
+    ("contmix2d", {"rpb": [zeros(2, 1, 1), None]}, TypeError, r"rpb\[1\] must be a torch.Tensor, got NoneType"),
     ("contmix2d", {"proj_weight": zeros(33, 8)}, ValueError, "proj_weight must have shape"),
     ("contmix2d", {"proj_bias": zeros(33)}, ValueError, "proj_bias must have shape"),
     ("contmix2d", {"key": zeros(2, 3, 5, 8)}, ValueError, "key must have shape"),
@@ -194,30 +170,19 @@ def test_a_dilation_far_beyond_the_map_takes_no_time():
             torch.testing.assert_close(grad, weight[:, :, 1, 1].expand_as(x))
 
 
-@pytest.mark.parametrize("operator", GOOD)
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_maps_with_more_pixels_than_a_kernel_counts(operator):
-    """2^31 pixels, of one element of memory."""
-    sizes = {6: 2**16, 5: 2**15} if operator == "contmix2d" else {5: 2**16, 4: 2**15}
-    large = {
-        name: zeros(1).expand(*value.shape[:-2], *(sizes[size] for size in value.shape[-2:]))
-        for name, value in GOOD[operator].items()
-        if isinstance(value, torch.Tensor) and tuple(value.shape[-2:]) == tuple(sizes)
-    }
-    if operator.startswith("na2d"):
-        large = {
-            name: zeros(1).expand(*value.shape[:2], *sizes.values(), value.shape[4])
-            for name, value in GOOD[operator].items()
-            if isinstance(value, torch.Tensor) and value.dim() == 5
-        }
-    if operator == "outlook_attention2d":
-        large = {"logits": zeros(1).expand(2, 2**15, 2**14, 2, 9, 9), "value": zeros(1).expand(2, *sizes.values(), 6)}
-    inputs = {
-        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
-        for name, value in (GOOD[operator] | large).items()
-    }
-    inputs |= {name: zeros(1, device=DEVICE).expand(value.shape) for name, value in large.items()}
+    """2^31 pixels, of one element of memory; outlook attention's windows stand at every second."""
+    larger = {MAP: (2**16, 2**15), (3, 2): (2**15, 2**14)}
+    inputs = {}
+    for name, tensor in operator.tensors(device="meta").items():
+        shape = list(tensor.shape)
+        axis = next((n for n in range(1, len(shape) - 1) if tuple(shape[n : n + 2]) in larger), None)
+        if axis is not None:
+            shape[axis : axis + 2] = larger[shape[axis], shape[axis + 1]]
+        inputs[name] = zeros(1, device=DEVICE).expand(shape)
     with kernels.use_backend("triton"), pytest.raises(ValueError, match=r"65536x32768 pixels is too large"):
-        getattr(kernels, operator)(**inputs)
+        operator(inputs)
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager", "triton"])

@@ -9,6 +9,7 @@ import torch
 
 from kernels.tuning import choose, tunable
 from kernels.tuning.choose import bucket, key_of, look_up
+from kernels.tuning.source import jit_code, modules_of, triton_version
 from kernels.tuning.store import Store, user_folder
 
 
@@ -65,7 +66,7 @@ def own_store(tmp_path, monkeypatch):
 def _entry(block, **changes):
     return {
         "config": {"block": block},
-        "triton": choose.triton_version(),
+        "triton": triton_version(),
         "source": TOY.source,
         "milliseconds": 1.0,
     } | changes
@@ -138,7 +139,7 @@ def test_comments_and_docstrings_do_not_void_an_entry(tmp_path, monkeypatch):
         values = {"words": words, "comment": comment, "number": number, "host": host}
         (tmp_path / f"{module}.py").write_text((head + kernel + host_code).format(size=size, **values))
         importlib.import_module(module)
-        return list(choose._jit_code(module))
+        return list(jit_code(module))
 
     first = code("kernels_a")
     assert code("kernels_b", words="Other\n    words.", comment="  # and more", host=3) == first
@@ -148,7 +149,7 @@ def test_comments_and_docstrings_do_not_void_an_entry(tmp_path, monkeypatch):
 
 def test_an_entry_depends_on_all_code_that_its_launches_run():
     importlib.import_module("kernels.aggregation.gather")
-    found = choose._modules_of("kernels.aggregation.gather")
+    found = modules_of("kernels.aggregation.gather")
     assert found == {"kernels.aggregation.gather", "kernels.views", "kernels.windows_triton"}
 
 

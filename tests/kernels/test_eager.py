@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
 from autotune.timing import peak_memory
-from kernels import reference
 from kernels.aggregation import eager as algebra
 from kernels.aggregation.eager_tiles import cut
 from kernels.neighborhood import eager as neighborhood
 from kernels.windows import Window
-from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor
+from tests.kernels import rules
+from tests.kernels.operators import OPERATORS, depthwise
+from tests.support import DEVICE, random_tensor
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,25 +85,12 @@ def test_peak_memory_of_a_dense_prediction_map():
     assert _peak(lambda: neighborhood.softmax_aggregate_backward(*backward)) <= logits.nbytes + value.nbytes + spare
 
 
-# Every route: PyTorch's own (3), oneDNN's in both formats (7), a weight padded to 15 (13), the round trip (15, 17).
+# Channels first are rows of the table; here PyTorch's own route (3), oneDNN's (7, 15, 17), a weight padded to 15 (13).
 @pytest.mark.parametrize("kernel_size", [3, 7, 13, 15, 17])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_routes_of_depthwise_convolution(kernel_size, memory_format):
-    shapes = (2, 20, 9, 12), (20, 1, kernel_size, kernel_size), (20,)
-    inputs = [random_tensor(*shape).requires_grad_() for shape in shapes]
-    inputs[0] = inputs[0].detach().contiguous(memory_format=memory_format).requires_grad_()
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    g = random_tensor(*shapes[0])
-    found, expected = [], []
-    for results, function, tensors in (
-        (found, kernels.depthwise_conv2d, inputs),
-        (expected, reference.depthwise_conv2d, exact),
-    ):
-        with kernels.use_backend("eager"):
-            out = function(*tensors)
-        grads = torch.autograd.grad(out, tensors, g.to(out.dtype), create_graph=True)
-        penalty = torch.cat([grad.flatten() for grad in grads]).square().sum()
-        results += [out, *grads, *torch.autograd.grad(penalty, tensors[:2])]
-    assert found[0].is_contiguous(memory_format=memory_format)
-    for index, (ours, right) in enumerate(zip(found, expected, strict=True)):
-        assert_close(ours, right, (FORWARD_TOLERANCE if index < 1 else GRADIENT_TOLERANCE)[torch.float32], str(index))
+def test_channels_last_routes_of_depthwise_convolution(kernel_size):
+    operator = next(row for row in OPERATORS if row.name == "depthwise_conv2d").at(depthwise((9, 12), 20, kernel_size))
+    tensors = operator.tensors(batch=2)
+    tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
+    rules.check(operator, tensors, "eager")
+    out, _ = rules.run(operator, tensors, "eager")
+    assert out.is_contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import kernels
-from kernels.launch import _ends_as_known
 from kernels.tuning import choose, repeat
 from tests.kernels.operators import OPERATORS
 from tests.support import assert_close, random_tensor, triton_device
@@ -141,7 +140,7 @@ def test_triton_is_given_what_it_gives_itself():
         print("same", len(ours))
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    if not _ends_as_known():
+    if not repeat.ends_as_known():
         pytest.skip("this Triton is launched as it launches itself")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], env=environment,

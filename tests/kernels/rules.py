@@ -1,0 +1,121 @@
+"""What the rules of the conformance tests have in common: how an operator is run, checked and watched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels.launch import record_launches
+from kernels.tuning.choose import Request, observing
+from tests.kernels.operators import MAPS, OPERATORS, Case, Operator
+from tests.support import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
+
+BACKENDS = ("reference", "eager", "triton")
+OURS = BACKENDS[1:]
+CASES = [(operator.at(case), name) for operator in OPERATORS for name, case in operator.cases.items()]
+BY_NAME = pytest.mark.parametrize("operator", OPERATORS, ids=[operator.name for operator in OPERATORS])
+EVERY_CASE = pytest.mark.parametrize("operator", [pytest.param(o, id=f"{o.name}, {name}") for o, name in CASES])
+ON_ALL = pytest.mark.parametrize("backend", BACKENDS)
+ON_OURS = pytest.mark.parametrize("backend", OURS)
+
+
+def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+def run(
+    operator: Operator, tensors: dict[str, Tensor], backend: str, grad: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output and gradients; of its sum unless ``grad`` is given, and then the output's gradient overlaps itself."""
+    inputs = leaves(tensors)
+    with kernels.use_backend(backend):
+        out = operator(inputs)
+    return out, torch.autograd.grad(
+        out, tuple(inputs.values()), torch.ones_like(out[:1, :1]).expand_as(out) if grad is None else grad
+    )
+
+
+def check(operator: Operator, tensors: dict[str, Tensor], backend: str) -> None:
+    """Output and gradients against the float64 definition of the same values."""
+    dtype = next(iter(tensors.values())).dtype
+    expected, inputs = operator.exact(tensors)
+    grad = torch.randn_like(expected).to(dtype)
+    out, grads = run(operator, tensors, backend, grad)
+    assert out.dtype == dtype
+    assert_close(out, expected, operator.rounding * FORWARD_TOLERANCE[dtype])
+    exact = torch.autograd.grad(expected, tuple(inputs.values()), grad.double())
+    tolerance = GRADIENT_TOLERANCE[dtype] * (operator.rounding if dtype.itemsize == 2 else 1)
+    for name, ours, right in zip(inputs, grads, exact, strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, right, tolerance, f"gradient of {name}")
+
+
+@functools.cache
+def kept(name: str, backend: str) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
+    """Inputs, output and gradients of a run that several tests look at."""
+    operator = next(operator for operator in OPERATORS if operator.name == name)
+    tensors = operator.tensors(batch=2)
+    return tensors, *run(operator, tensors, backend)
+
+
+def pixels_first(tensor: Tensor) -> Tensor:
+    """The map's axes before all others but the batch: as NHWC, or heads last."""
+    axis = next((n for n in range(1, tensor.dim() - 1) if tensor.shape[n : n + 2] in MAPS), None)
+    if axis is None:
+        return tensor
+    return tensor.movedim((axis, axis + 1), (1, 2)).contiguous().movedim((1, 2), (axis, axis + 1))
+
+
+Kind = tuple[str, bool, str]
+
+
+class _OnMeta(TorchDispatchMode):
+    """This package's operators themselves on meta tensors, where otherwise their fake implementations stand in."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dynamic_kernels":
+            return OPDEFS[func.name()]._init_fn(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def requests(
+    operator: Operator, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = Tensor.detach
+) -> list[Request]:
+    """Launches of a forward and a backward pass that want a config; nothing is computed."""
+    found: list[Request] = []
+    inputs = leaves({name: layout(tensor) for name, tensor in operator.tensors(2, dtype, "meta").items()})
+    with record_launches(), observing(found.append), kernels.use_backend("triton"), _OnMeta():
+        out = operator(inputs)
+        torch.autograd.grad(out, tuple(inputs.values()), torch.empty_like(out))
+    return found
+
+
+def kind(request: Request) -> Kind:
+    """Its kernel, which of the two window rules it follows, and what else tells its forms apart: a softmax, padding."""
+    clamped = any(getattr(argument, "clamped", False) for argument in request.arguments)
+    others = {type(argument).__name__ for argument in request.arguments} - {"Tensor", "NoneType"}
+    return request.launcher.name, clamped, str([*sorted(others), request.keywords])
+
+
+@functools.cache
+def first_met() -> dict[Kind, tuple[str, Case]]:
+    """Kernel -> the operator that meets them first, and the first case there after the smallest."""
+    found: dict[Kind, tuple[str, Case]] = {}
+    for operator in OPERATORS:
+        smallest, *others = operator.cases.values()
+        for case in (*others, smallest):
+            for request in requests(operator.at(case), torch.float32):
+                found.setdefault(kind(request), (operator.name, case))
+    return found
+
+
+def first_cases(operator: Operator) -> list[Case]:
+    """Cases of an operator that between them run the kernels that no operator before it runs."""
+    return list({id(case): case for name, case in first_met().values() if name == operator.name}.values())

@@ -1,0 +1,92 @@
+"""Which configs every kernel may take: rules over the table in ``operators``."""
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from autotune.tunables import find_tunables
+from autotune.tuner import disagreement
+from kernels.tuning.choose import Request, observing
+from tests.kernels.rules import BY_NAME, first_cases, first_met, kind, pixels_first, requests, run
+from tests.support import DEVICE
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Configs are chosen as there; what was chosen is forgotten."""
+
+    def forget():
+        for module in modules:
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
+                    value.cache_clear()
+
+    find_tunables()  # imports them all
+    modules = [module for name, module in sys.modules.items() if re.fullmatch(r"kernels\..*configs", name)]
+    for module in modules:
+        monkeypatch.setattr(module, "interpreting", lambda: False)
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@BY_NAME
+def test_heuristic(operator):
+    """A config that tuning would accept for every problem, from one pixel to the models' largest maps."""
+    met = set()
+    for case in (*operator.cases.values(), *operator.scales):
+        for dtype in (torch.bfloat16, torch.float32):
+            for layout in (Tensor.detach, pixels_first):
+                for request in requests(operator.at(case), dtype, layout):
+                    met.add((request.launcher.name, request.problem))
+                    config = request.launcher.heuristic(request.problem)
+                    assert config.valid(request.problem), (request.launcher.name, config, request.problem)
+    assert len(met) > 100
+
+
+def test_every_launcher_is_met():
+    assert {kind[0] for kind in first_met()} == set(find_tunables())
+
+
+@pytest.mark.slow
+@BY_NAME
+def test_every_config(operator):
+    """Of each kernel, where the operator is the first that launches it: right wherever tuning may choose it."""
+    mine = {kind: case for kind, (name, case) in first_met().items() if name == operator.name}
+    checked = []
+
+    def check_configs(request: Request) -> None:
+        if mine.get(kind(request)) is not case or kind(request) in checked:
+            return
+        checked.append(kind(request))
+        reference = request.reference()
+        for config in _tiles(request):
+            try:
+                found = request.run(config)
+            except Exception as error:  # a GPU's shared memory may be too small for what is not valid here
+                if config.valid(request.problem) or type(error).__name__ != "OutOfResources":
+                    raise
+                continue
+            wrong = disagreement(found, reference, request.problem)
+            assert wrong is None, f"{request.launcher.name}, {config}: {wrong}"
+
+    for case in first_cases(operator):
+        with observing(check_configs):
+            run(operator.at(case), operator.at(case).tensors(batch=2), "triton")
+    assert set(checked) == set(mine)
+
+
+def _tiles(request: Request) -> Iterable[Any]:
+    """All configs; of those that only schedule the same blocks, which the interpreter does not, one there."""
+    scheduling = {"num_warps", "num_stages", "loads"} if DEVICE == "cpu" else set()
+    tiles = {}
+    for config in request.launcher.configs:
+        tiles.setdefault(tuple(value for name, value in asdict(config).items() if name not in scheduling), config)
+    return tiles.values()

@@ -1,0 +1,264 @@
+"""What every operator is to PyTorch: compiled, exported to other dtypes, transformed, counted and differentiated.
+
+Rules over the table in ``operators``.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from tests.kernels.rules import BY_NAME, ON_ALL, ON_OURS, kept, leaves, pixels_first, run
+from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor
+
+
+@ON_OURS
+@BY_NAME
+def test_gradients_are_computed_where_asked(operator, backend):
+    """For each argument alone, and under gradient checkpointing, where saved tensors come only once."""
+    tensors, out, grads = kept(operator.name, backend)
+    grad = torch.ones_like(out[:1, :1]).expand_as(out)
+    with kernels.use_backend(backend):
+        for (name, tensor), expected in zip(tensors.items(), grads, strict=True):
+            alone = tensor.detach().requires_grad_()
+            found = torch.autograd.grad(operator({**tensors, name: alone}), alone, grad)[0]
+            assert_close(found, expected, GRADIENT_TOLERANCE[torch.float32], name)
+        inputs = leaves(tensors)
+        again = checkpoint(operator, inputs, use_reentrant=False)
+        for found, expected in zip(torch.autograd.grad(again, tuple(inputs.values()), grad), grads, strict=True):
+            assert_close(found, expected, GRADIENT_TOLERANCE[torch.float32], "under checkpointing")
+
+
+@ON_OURS
+@BY_NAME
+def test_one_graph(operator, backend):
+    """torch.compile(fullgraph=True), forward and backward: the same numbers in the same memory order."""
+    torch.compiler.reset()
+    tensors = operator.tensors(batch=1)
+    out, grads = run(operator, tensors, backend)
+    inputs = leaves(tensors)
+    with kernels.use_backend(backend):
+        compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")(inputs)
+    assert_close(compiled, out, FORWARD_TOLERANCE[torch.float32])
+    assert compiled.stride() == out.stride()
+    for ours, right in zip(torch.autograd.grad(compiled.sum(), tuple(inputs.values())), grads, strict=True):
+        assert_close(ours, right, GRADIENT_TOLERANCE[torch.float32], "gradient")
+
+
+class _Recorded(TorchDispatchMode):
+    """Calls of this package's registered operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[object, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dynamic_kernels":
+            self.calls.append((func, _pytree.tree_map_only(Tensor, Tensor.detach, args)))
+        return func(*args, **(kwargs or {}))
+
+
+@ON_OURS
+@BY_NAME
+def test_registration(operator, backend):
+    """Schema and fake implementation, strides too, of all that both passes call; autograd of what the first does."""
+    if backend == "eager" and operator.name == "depthwise_conv2d" and DEVICE != "cpu":
+        pytest.skip("there it is PyTorch's own convolution")
+    for layout in (Tensor.detach, pixels_first):
+        with _Recorded() as recorded:
+            run(operator, {name: layout(tensor) for name, tensor in operator.tensors().items()}, backend)
+        assert recorded.calls
+        for overload, arguments in {call[0]: call for call in recorded.calls}.values():
+            torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
+    overload, arguments = recorded.calls[0]
+    arguments = _pytree.tree_map_only(Tensor, Tensor.requires_grad_, arguments)
+    torch.library.opcheck(overload, arguments, test_utils=("test_autograd_registration", "test_aot_dispatch_dynamic"))
+
+
+@ON_OURS
+@BY_NAME
+def test_flops(operator, backend):
+    """Of kernels on meta tensors, so that nothing is computed."""
+    if backend == "eager" and operator.name == "depthwise_conv2d" and DEVICE != "cpu":
+        pytest.skip("there it is PyTorch's own convolution, counted by its own formula")
+    inputs = leaves(operator.tensors(batch=3, device="meta" if backend == "triton" else DEVICE))
+    with kernels.use_backend(backend), FlopCounterMode(display=False) as forward:
+        out = operator(inputs)
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(out.sum(), tuple(inputs.values()))
+    assert (forward.get_total_flops(), backward.get_total_flops()) == tuple(6 * n for n in operator.multiply_adds)
+
+
+@ON_OURS
+@BY_NAME
+def test_derivatives(operator, backend):
+    """The first by finite differences; the second too, or refused by a sentence that says how to get one."""
+    tensors = leaves(operator.tensors(dtype=torch.float64))
+    values = tuple(tensors.values())
+
+    def function(*values):
+        return operator(dict(zip(tensors, values, strict=True)))
+
+    with kernels.use_backend(backend):
+        assert torch.autograd.gradcheck(function, values, fast_mode=True)
+        if operator.twice:
+            assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
+            return
+        grads = torch.autograd.grad(function(*values).sum(), values, create_graph=True)
+    with pytest.raises(NotImplementedError, match=rf'{operator.name} can be .* once.*use_backend\("reference"\)'):
+        grads[0].sum().backward()
+
+
+@ON_ALL
+@BY_NAME
+def test_forward_mode(operator, backend):
+    """The definition's derivative; through a graph that our operators recorded before, an error."""
+    tensors = operator.tensors(dtype=torch.float64)
+    tangents = [torch.randn_like(tensor) for tensor in tensors.values()]
+
+    def function(*values):
+        return operator(dict(zip(tensors, values, strict=True)), kernels.reference)
+
+    expected = torch.func.jvp(function, tuple(tensors.values()), tuple(tangents))[1]
+    with kernels.use_backend(backend), forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, tensors.values(), tangents)
+        found = forward_ad.unpack_dual(operator(dict(zip(tensors, duals, strict=True)))).tangent
+    assert found is not None
+    assert_close(found, expected, FORWARD_TOLERANCE[torch.float64])
+
+
+@BY_NAME
+def test_forward_mode_through_a_recorded_graph_is_refused(operator):
+    if operator.name == "depthwise_conv2d" and DEVICE != "cpu":
+        pytest.skip("the eager path is PyTorch's convolution there, which has forward-mode derivatives")
+    inputs = leaves(operator.tensors())
+    with kernels.use_backend("eager"):
+        out = operator(inputs)
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match=r"use_backend\(\"reference\"\)"):
+            torch.autograd.grad(out, tuple(inputs.values()), grad)
+
+
+@BY_NAME
+def test_gradients_under_vmap(operator):
+    """Of every argument, for several sets of arguments at once."""
+    sets = [operator.tensors(dtype=torch.float64) for _ in range(3)]
+
+    def loss(tensors):
+        return operator(tensors).sin().sum()
+
+    with kernels.use_backend("eager"):
+        together = torch.vmap(torch.func.grad(loss))({name: torch.stack([s[name] for s in sets]) for name in sets[0]})
+        for index, tensors in enumerate(map(leaves, sets)):
+            alone = torch.autograd.grad(loss(tensors), tuple(tensors.values()))
+            for name, expected in zip(tensors, alone, strict=True):
+                assert_close(together[name][index], expected, GRADIENT_TOLERANCE[torch.float64], name)
+
+
+@ON_ALL
+@BY_NAME
+def test_autocast(operator, backend):
+    """Every input is cast, as a convolution's, and what is computed is what the cast inputs give."""
+    tensors = operator.tensors()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, grads = run(operator, tensors, backend)
+    expected, right = run(operator, {name: tensor.bfloat16() for name, tensor in tensors.items()}, backend)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    for name, ours, theirs in zip(tensors, grads, right, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs, operator.rounding * GRADIENT_TOLERANCE[torch.bfloat16], name)
+
+
+LAYOUTS = {
+    "heads first": lambda tensor: tensor,
+    "channels first": lambda tensor: tensor.movedim(-1, 2).contiguous().movedim(2, -1),
+    "heads last": lambda tensor: tensor.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["na2d_av", "na2d_qk", "na2d_softmax_av"])
+def test_strides_of_thin_maps(name, layout):
+    """Fake tensors, which compiled code is planned with, have the strides that eager mode gives, of axes of length 1
+    too; so have their gradients."""
+    lay_out = LAYOUTS[layout]
+    for batch, heads, size, channels in itertools.product((1, 2), (1, 2), ((5, 1), (1, 4), (4, 5)), (1, 3)):
+        kernel_size = [min(3, length) for length in size]
+        kernel_size = [length - 1 + length % 2 for length in kernel_size]
+        feature = lay_out(random_tensor(batch, heads, *size, channels))
+        kernel = lay_out(random_tensor(batch, heads, *size, kernel_size[0] * kernel_size[1]))
+
+        def run(feature, kernel, kernel_size=kernel_size):
+            first = feature if name == "na2d_qk" else kernel
+            inputs = first.detach().requires_grad_(), feature.detach().requires_grad_()
+            out = getattr(kernels, name)(*inputs, kernel_size)
+            return [tensor.stride() for tensor in (out, *torch.autograd.grad(out, inputs, torch.ones_like(out)))]
+
+        with FakeTensorMode() as mode:
+            fakes = mode.from_tensor(feature), mode.from_tensor(kernel)
+            planned = run(*fakes)
+        assert run(feature, kernel) == planned, (batch, heads, size, channels)
+
+
+@BY_NAME
+def test_transforms_inside_compiled_functions(operator):
+    """torch.func.grad and jvp there, where the operators have to give way to the reference."""
+    tensors = operator.tensors()
+    (name, first), *others = tensors.items()
+
+    def function(value):
+        return operator({name: value} | dict(others))
+
+    def both(value):
+        return torch.func.grad(lambda x: function(x).sin().sum())(value), torch.func.jvp(function, (value,), (value,))[
+            1
+        ]
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="eager")(first)
+    for ours, expected in zip(compiled, both(first), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dynamic_sizes_in_inductor(monkeypatch):
+    """The output's sizes are sums there, H + 2 by W + 2, and strides their products."""
+    monkeypatch.undo()  # Inductor cannot work with a poisoned torch.empty
+    torch.compiler.reset()
+
+    def function(x, weight):
+        return kernels.involution2d(x, weight, padding=1)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for batch, height, width in ((2, 5, 6), (3, 7, 9)):
+        x, weight = random_tensor(batch, 4, height, width), random_tensor(batch, 2, 1, 1, height + 2, width + 2)
+        torch.testing.assert_close(compiled(x, weight), function(x, weight))
+
+
+@pytest.mark.slow
+def test_views_of_maps_in_inductor(monkeypatch):
+    """One operator takes a map as it is, another a view of it. Inductor would pad such a map on a GPU, and PyTorch 2.11
+    then read the view by strides that the map did not have."""
+    monkeypatch.undo()
+    torch.compiler.reset()
+
+    def function(attn, weight, a, b, c, d, e):
+        x = a + b * c + d * e  # enough to be stored before it is used
+        value = x.unflatten(1, (12, 28)).permute(0, 1, 3, 4, 2)
+        return kernels.na2d_av(attn, value, 3), kernels.depthwise_conv2d(x, weight)
+
+    maps = [random_tensor(2, 336, 7, 7).to(memory_format=torch.channels_last) for _ in range(5)]
+    inputs = random_tensor(2, 12, 7, 7, 9), random_tensor(336, 1, 5, 5), *maps
+    with torch._inductor.config.patch(disable_padding_cpu=False):
+        found = torch.compile(function, fullgraph=True, dynamic=False)(*inputs)
+    torch.testing.assert_close(found, function(*inputs))
