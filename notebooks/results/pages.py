@@ -153,20 +153,21 @@ def _predicted(records: Sequence[Row], folder: Folder | None) -> str:
     for row in records[0]["rows"] if records else []:
         key = row["case"], row["pass"]
         own, everything = (folder.microseconds(*key, own=own) if folder else None for own in (True, False))
-        ratio = own / row["microseconds"] if folder and own and folder.as_predicted(row) else None
+        then = folder.predicted(*key) if folder else None
+        ratio = own / then if own and then else None
         ratios += [] if ratio is None else [ratio]
         predicted = [number(row["floor_microseconds"]), *(number(column.get(key)) for column in columns)]
         measured = [number(own), number(ratio), number(everything)]
         rows.append([*key, row["bound_by"].replace("_kernel", ""), str(row["launches"]), *predicted, *measured])
     headings = ["case", "pass", "predicted bound", "launches", "floor, µs"]
     headings += [f"predicted, Triton {record['triton']}, µs" for record in records]
-    headings += ["measured, our kernels, µs", "measured / predicted", "measured, everything, µs"]
+    headings += ["measured, our kernels, µs", "measured / predicted then", "measured, everything, µs"]
     table = Table(headings, rows, 3).markdown()
     if not ratios:
         return table
     usual = sum(1.35 <= ratio < 2.05 for ratio in ratios)
     return (
-        f"Our kernels take {min(ratios):.2f} to {max(ratios):.2f} times as long as predicted, "
+        f"Our kernels took {min(ratios):.2f} to {max(ratios):.2f} times as long as predicted, "
         f"{statistics.median(ratios):.2f} times in the median; {usual} of the {len(ratios)} factors lie between 1.35 "
         f"and 2.05.\n\n{table}"
     )
@@ -253,14 +254,13 @@ def figures(folder: Folder, predicted: Sequence[Row]) -> dict[str, tuple[Figure,
         panels = [("forward, and the gain over the nearest other", "time on the GPU, µs", lines)]
         figure = plots.comparison_figure(panels, title="Operators on a GPU", device=device)
         drawn["operators.png"] = figure, report.fingerprint(folder.load("bench.json"))
-    for record in predicted[:1]:
-        kinds = ("forward", "backward")
-        panels = [(kind, "time of our kernels, µs", _beside(folder, record, kind)) for kind in kinds]
-        if panels[0][2]:
-            figure = plots.comparison_figure(
-                panels, title="Predicted and measured", ours="predicted", contender="measured", device=device
-            )
-            drawn["predicted.png"] = figure, report.fingerprint({"measured": folder.kernels, "predicted": record})
+    kinds = ("forward", "backward")
+    panels = [(kind, "time of our kernels, µs", _beside(folder, predicted[0], kind)) for kind in kinds if predicted]
+    if any(panel[2] for panel in panels):
+        figure = plots.comparison_figure(
+            panels, title="Predicted and measured", ours="predicted", contender="measured", device=device
+        )
+        drawn["predicted.png"] = figure, report.fingerprint({"measured": folder.kernels, "predicted": predicted[0]})
     return drawn
 
 
@@ -271,12 +271,12 @@ def _comparison(row: Row) -> plots.Comparison:
 
 
 def _beside(folder: Folder, record: Row, kind: str) -> list[plots.Comparison]:
-    """A line for each case whose passes are both as predicted."""
-    changed = {row["case"] for row in record["rows"] if not folder.as_predicted(row)}
+    """A line for each case of which both passes were predicted, as the code was when it was measured."""
     lines = []
     for row in record["rows"]:
-        time = folder.microseconds(row["case"], kind, own=True)
-        if row["pass"] == kind and time and row["case"] not in changed:
+        time, then = folder.microseconds(row["case"], kind, own=True), folder.predicted(row["case"], kind)
+        both = all(folder.predicted(row["case"], other) for other in ("forward", "backward"))
+        if row["pass"] == kind and time and then and both:
             operator, _, shape = row["case"].partition(".")
-            lines.append(plots.Comparison(operator, shape, row["microseconds"], time, floor=row["floor_microseconds"]))
+            lines.append(plots.Comparison(operator, shape, then, time, floor=row["floor_microseconds"]))
     return lines
