@@ -78,6 +78,7 @@ def weighted_sum_kernel(
     STRIDE_W: tl.constexpr = WINDOW.stride[1]
     PARTS: tl.constexpr = PAIRS + 1
     BLOCK: tl.constexpr = CHANNELS // PARTS  # of channels, or of pairs
+    REPEATED: tl.constexpr = not (TRANSPOSED or WEIGHT_LANES)
     STEPS: tl.constexpr = pitch(KERNEL_H)
     SLOTS: tl.constexpr = pitch(ROWS)
     FIRST: tl.constexpr = sources(WINDOW, ROWS, TRANSPOSED)[0]
@@ -87,11 +88,11 @@ def weighted_sum_kernel(
     )
     o_slot = tile.slot[:, None]
     # ``first`` is source row 0 of the tile. The rows of the taps: [Q·P, 1], or [Q·P, G·S] if TRANSPOSED.
+    o_step, o_tap_group = tile.step, tile.tap_group
+    m_step = ((o_step < KERNEL_H) & (o_tap_group < groups - tile.group))[None, :]
     if TRANSPOSED:
         row = tile.row - WINDOW.padding[0] % STRIDE_H
         first = (row + WINDOW.padding[0]) // STRIDE_H
-        o_step, o_tap_group = tile.step, tile.tap_group
-        m_step = ((o_step < KERNEL_H) & (o_tap_group < groups - tile.group))[None, :]
         o_turned = o_slot + o_step[None, :] * WINDOW.dilation[0]
         o_distance = o_turned % SLOTS - o_step[None, :] * WINDOW.dilation[0]
         o_tap_row = first + o_distance // STRIDE_H
@@ -99,12 +100,14 @@ def weighted_sum_kernel(
     else:
         row = tile.row
         first = row * STRIDE_H - WINDOW.padding[0]
-        # Taps beyond the window, the groups and the map repeat the last, which costs less than masks that no compiler
-        # can leave out: nothing that is stored reads them.
-        o_step, o_tap_group = tl.minimum(tile.step, KERNEL_H - 1), tl.minimum(tile.tap_group, groups - 1 - tile.group)
-        m_step = (o_step >= 0)[None, :]
-        o_tap_row = tl.minimum(row + o_slot, height - 1)
-        m_tap = o_tap_row >= 0
+        o_tap_row = row + o_slot
+        m_tap = (o_slot < ROWS) & (o_tap_row < height)
+        if REPEATED:
+            # Taps beyond the window, the groups and the map repeat the last: nothing that is stored reads them, and
+            # masks, which are true now, would take an instruction or two for every tap that a lane loads.
+            o_step, o_tap_group = tl.minimum(o_step, KERNEL_H - 1), tl.minimum(o_tap_group, groups - 1 - tile.group)
+            o_tap_row = tl.minimum(o_tap_row, height - 1)
+            m_step, m_tap = (o_step >= 0)[None, :], o_tap_row >= 0
 
     o_channel = (tile.channel.to(tl.int64) * x.c)[None, :]
     # ROWS times [P, G, C], of pairs ROWS more
@@ -156,7 +159,7 @@ def weighted_sum_kernel(
             p_tap = p_pixel + (o_tap_row.to(OFFSET) * weight.h + o_entry[None, :])
             # As in ``across``: what lies across lanes.
             p_tap = tl.max_contiguous(tl.multiple_of(p_tap, [1, 1]), [8, 1] if WEIGHT_LANES else [1, 8])
-            b_taps = tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0) if TRANSPOSED else tl.load(p_tap)
+            b_taps = tl.load(p_tap) if REPEATED else tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0)
         taps = unstack(b_taps, COLUMNS, GROUPS, STEPS)
         sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, BLOCK, ROWS)
         for source in tl.static_range(FIRST + LOADS, END, LOADS):
