@@ -86,13 +86,15 @@ SHARED_CONFIGS = tuple(
 
 @functools.lru_cache(maxsize=4096)
 def shared_heuristic(problem: SharedProblem, most_steps: int = 32) -> SharedConfig:
-    """The config where nothing was tuned: 16 outputs of a window by 32 positions on one warp, more of them where there
-    are many channels. Small blocks leave room for many warps, which hide each other's latency."""
+    """The config where nothing was tuned: 16 outputs of a window by 32 positions, of 16-bit numbers on one warp for each
+    32 channels. Small blocks leave room for many warps, which hide each other's latency."""
     steps = max(16, next_power_of_2(problem.positions))
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return SharedConfig(min(256, max(16, next_power_of_2(problem.outputs))), min(steps, 256))
-    channels = max(16, next_power_of_2(problem.channels))
-    return SharedConfig(16, min(most_steps, steps), max(1, min(8, channels // 32)))
+    steps = min(most_steps, steps)
+    widest = 16 * max(steps, next_power_of_2(problem.channels))
+    per_warp = 512 if problem.dtype.itemsize == 2 else 128  # wider types keep the operands of products in registers
+    return SharedConfig(16, steps, max(1, min(8, widest // per_warp)))
 
 
 def shared_transpose_heuristic(problem: SharedProblem) -> SharedConfig:
