@@ -86,8 +86,8 @@ SHARED_CONFIGS = tuple(
 
 @functools.lru_cache(maxsize=4096)
 def shared_heuristic(problem: SharedProblem, most_steps: int = 32) -> SharedConfig:
-    """The config where nothing was tuned: 16 outputs of a window by 32 positions, of 16-bit numbers on one warp for each
-    32 channels. Small blocks leave room for many warps, which hide each other's latency."""
+    """The config where nothing was tuned: 16 outputs of a window by 32 positions, of 16-bit numbers on one warp per 32
+    channels. Small blocks leave room for many warps, which hide each other's latency."""
     steps = max(16, next_power_of_2(problem.positions))
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return SharedConfig(min(256, max(16, next_power_of_2(problem.outputs))), min(steps, 256))
