@@ -78,7 +78,7 @@ def weighted_sum_kernel(
     STRIDE_W: tl.constexpr = WINDOW.stride[1]
     PARTS: tl.constexpr = PAIRS + 1
     BLOCK: tl.constexpr = CHANNELS // PARTS  # of channels, or of pairs
-    REPEATED: tl.constexpr = not (TRANSPOSED or WEIGHT_LANES)
+    REPEATED: tl.constexpr = TRANSPOSED + WEIGHT_LANES == 0
     STEPS: tl.constexpr = pitch(KERNEL_H)
     SLOTS: tl.constexpr = pitch(ROWS)
     FIRST: tl.constexpr = sources(WINDOW, ROWS, TRANSPOSED)[0]
