@@ -15,6 +15,7 @@ from kernels.aggregation.tiles import (
     across,
     by_columns,
     common_arguments,
+    halved,
     halvings,
     load_rows,
     pitch,
@@ -126,18 +127,12 @@ def _all_widened(rows, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANE: tl.co
     others = ()
     for i in tl.static_range(len(rows)):
         halves = widened(rows[i], GROUPS, CHANNELS, ACCUMULATOR)
-        parts = parts + halves[:1]
-        others = others + halves[1:]
+        parts = parts + (tl.reshape(halves[0], halvings(rows[i].shape[0], GROUPS, CHANNELS // LANE, LANE)),)
+        if len(halves) == 2:
+            others = others + (tl.reshape(halves[1], halvings(rows[i].shape[0], GROUPS, CHANNELS // LANE, LANE)),)
     parts = parts + others
     for _ in tl.static_range(len(halvings(LANE))):
-        firsts = ()
-        seconds = ()
-        for i in tl.static_range(len(parts)):
-            b_part = tl.reshape(parts[i], [parts[i].shape[0], GROUPS, parts[i].shape[2] // 2, 2])
-            b_first, b_second = tl.split(b_part)
-            firsts = firsts + (b_first,)
-            seconds = seconds + (b_second,)
-        parts = firsts + seconds
+        parts = halved(parts)
     return parts
 
 

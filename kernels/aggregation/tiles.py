@@ -190,19 +190,25 @@ def halvings(*shape):
 
 
 @triton.jit
+def halved(parts):
+    """Blocks [..., 2] as blocks [...]: all their firsts, then all their seconds."""
+    firsts = ()
+    seconds = ()
+    for i in tl.static_range(len(parts)):
+        b_first, b_second = tl.split(parts[i])
+        firsts = firsts + (b_first,)
+        seconds = seconds + (b_second,)
+    return firsts + seconds
+
+
+@triton.jit
 def unstack(b_taps, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr):
     """Taps [Q·P, G·S] as S·Q blocks [P, G, 1], slots fastest."""
     SLOTS: tl.constexpr = b_taps.shape[0] // COLUMNS
     b_taps = tl.permute(tl.reshape(b_taps, [SLOTS, COLUMNS, GROUPS, STEPS]), [1, 2, 3, 0])
     parts = (tl.reshape(b_taps, halvings(COLUMNS, GROUPS, 1, STEPS * SLOTS)),)
     for _ in tl.static_range(len(halvings(STEPS * SLOTS))):
-        evens = ()
-        odds = ()
-        for i in tl.static_range(len(parts)):
-            b_even, b_odd = tl.split(parts[i])
-            evens = evens + (b_even,)
-            odds = odds + (b_odd,)
-        parts = evens + odds
+        parts = halved(parts)
     return parts
 
 
