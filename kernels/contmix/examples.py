@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.aggregation.examples import near_square
 from kernels.contmix import eager
 from kernels.contmix.backward_own import grad_logits_own, rows_of
-from kernels.contmix.backward_shared import Targets, grad_inputs_shared, grad_tables_shared
+from kernels.contmix.backward_shared import Targets, backward_shared
 from kernels.contmix.configs import Inputs, Problem, Saved, shares_windows
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
@@ -70,17 +70,9 @@ def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
     return _inputs(problem, device, shared=False)
 
 
-@grad_inputs_shared.example
+@backward_shared.example
 def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    saved, targets = _saved(problem, device, shared=True)
-    return saved, targets, torch.empty_like(saved.statistics)
-
-
-@grad_tables_shared.example
-def _(problem: Problem, device: torch.device) -> tuple[Any, ...]:
-    saved, targets = _saved(problem, device, shared=True)
-    delta = (saved.grad.to(saved.statistics.dtype) * saved.out.to(saved.statistics.dtype)).sum(2)
-    return saved, delta, targets.bias, targets.rpb
+    return _saved(problem, device, shared=True)
 
 
 @grad_logits_own.example
