@@ -171,9 +171,12 @@ def shared_heuristic(problem: Problem) -> Shared:
 
 
 def backward_heuristic(problem: Problem) -> Shared:
-    """As the forward pass, with twice the warps, since a thread keeps sums as well as bias."""
+    """As the forward pass, with as many images as leave one round of programs, two for each of a GPU's processors."""
     config = shared_heuristic(problem)
-    return replace(config, num_stages=2)
+    if interpreting():
+        return config
+    tiles = problem.batch * problem.groups * max(1, problem.pixels // 49)
+    return replace(config, images=min(32, ceil_divide(tiles, 264)), num_stages=2)
 
 
 def own_heuristic(problem: Problem) -> Own:
