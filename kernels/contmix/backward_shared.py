@@ -5,10 +5,11 @@
 
     p = exp2(l − log2 Σ exp2),   dp = value @ gradᵀ,   δ = Σ_c grad · out,   ds = p ∘ (dp − δ)           all [S, P]
 
-As in the forward pass, a program keeps one (tile of the outputs of a window, head) and walks over images. One
-exponential serves the gradients of value, p @ grad, of projected keys, ds @ query, of query, projectedᵀ @ ds, and of
-bias and rpb: ds summed over images in registers. Value's and projected keys' gradients come as one part per tile, which
-a small kernel sums.
+As in the forward pass, a program keeps one (tile of the outputs of a window, head). It takes the window's positions
+block by block, and for each block walks over images, so that the gradients of bias and rpb, sums of ds over images, stay
+in registers. One exponential serves these, value's gradient, p @ grad, projected keys', ds @ query, and query's,
+dsᵀ @ projected, which adds to that of the blocks before. Value's and projected keys' come as one part per tile; a small
+kernel sums the parts.
 """
 
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def _backward_shared_kernel(
     out,  # [B, G, Dv, H, W]
     statistics,  # [B, G, H, W]: log Σ_k exp
     previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
-    scratch,  # [B, G, Dq, H, W]: grad_query of the positions so far
+    scratch,  # [B, G, Dq, H, W]: grad_query of the blocks so far, written where there are several
     grad_query,  # [B, G, Dq, H, W]: written
     value_parts,  # [B, G, tiles · windows, K², Dv]: value's gradients, written; along the axes g, h, k, c
     key_parts,  # [B, G, tiles · windows, K², Dq]: projected keys' gradients, written; along the same axes
@@ -124,7 +125,7 @@ def _backward_shared_kernel(
                 _store_outputs(at(grad_query, i_batch, i_group), pixels, b_sum, OFFSET, QUERY_CHANNELS)
         tl.store(p_partial + o_position[:, None], b_total, mask=pixels.mask[None, :])
         tl.store(p_totals + o_position, tl.sum(b_total, 1))
-        # What is in scratch must be there before other threads read it.
+        # The next block reads what is in scratch now, perhaps by other threads.
         tl.debug_barrier()
 
 
@@ -233,12 +234,16 @@ def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[
         blocks = ceil_divide(height * width, 64)
         kept = ("sizes", "tiles", "windows", "KERNEL", "QUERY_CHANNELS", "CHANNELS", "ACCUMULATOR", "OFFSET")
         blocks_kept = ("BLOCK_QUERY", "BLOCK_CHANNELS")
-        arguments = {name: arguments[name] for name in (*kept, *blocks_kept)} | parts | {
-            "grad_value": view(targets.value, "b g c h w"),
-            "grad_projected": view(targets.projected, "b g c k"),
-            "blocks": blocks,
-            "PIXELS": 64,
-        }
+        arguments = (
+            {name: arguments[name] for name in (*kept, *blocks_kept)}
+            | parts
+            | {
+                "grad_value": view(targets.value, "b g c h w"),
+                "grad_projected": view(targets.projected, "b g c k"),
+                "blocks": blocks,
+                "PIXELS": 64,
+            }
+        )
         # One program per (block of pixels or of window positions, group, batch entry).
         grid = ((blocks + ceil_divide(kernel_size**2, 64)) * groups * batch,)
         launch(_sum_parts_kernel, grid, device, arguments, num_warps=4, num_stages=2)
