@@ -6,8 +6,8 @@
     p = exp2(l − log2 Σ exp2),   dp = value @ gradᵀ,   δ = Σ_c grad · out,   ds = p ∘ (dp − δ)           all [S, P]
 
 As in the forward pass, a program keeps one (tile of the outputs of a window, head). It takes the window's positions
-block by block, and for each block walks over images, so that the gradients of bias and rpb, sums of ds over images, stay
-in registers. One exponential serves these, value's gradient, p @ grad, projected keys', ds @ query, and query's,
+block by block, and for each block walks over images, so that the gradients of bias and rpb, sums of ds over images,
+stay in registers. One exponential serves these, value's gradient, p @ grad, projected keys', ds @ query, and query's,
 dsᵀ @ projected, which adds to that of the blocks before. Value's and projected keys' come as one part per tile; a small
 kernel sums the parts.
 """
