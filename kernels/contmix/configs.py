@@ -176,7 +176,7 @@ def backward_heuristic(problem: Problem) -> Shared:
     if interpreting():
         return config
     tiles = problem.batch * problem.groups * max(1, problem.pixels // 49)
-    return replace(config, images=min(32, ceil_divide(tiles, 264)), num_stages=2)
+    return replace(config, images=min(32, ceil_divide(tiles, 264)))
 
 
 def own_heuristic(problem: Problem) -> Own:
