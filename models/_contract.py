@@ -43,18 +43,19 @@ def pretrained_config(**overrides: Any) -> dict[str, Any]:
 
 
 class Stage(nn.Sequential):
-    """Blocks in sequence. With gradient checkpointing each block is computed again in the backward pass."""
+    """Blocks in sequence: each takes what the one before it returns, and ``context`` beside it.
+
+    With gradient checkpointing each block is computed again in the backward pass.
+    """
 
     grad_checkpointing = False
 
-    def run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *context: Tensor) -> Tensor:
         for block in self:
-            input = self.run(block, input)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                input = checkpoint(block, input, *context, use_reentrant=False)
+            else:
+                input = block(input, *context)
         return input
 
 
