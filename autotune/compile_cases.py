@@ -73,16 +73,17 @@ def _neighborhood(dtype: torch.dtype, length: int, kernel_size: int, dilation: i
 def _contmix(
     dtype: torch.dtype, length: int, kernel_sizes: list[int], heads: int = 8, channels: int = 16, batch: int = 128
 ) -> Launches:
-    from kernels.contmix import passes as kernels
+    from kernels.contmix import op
 
     meta, exact, positions = _meta(dtype), _meta(torch.float32), sum(size**2 for size in kernel_sizes)
-    projected = exact(positions, batch, heads, channels).permute(1, 2, 3, 0)
+    query, key = meta(batch, heads, channels, length, length), meta(batch, heads, channels, 49)
     rpb = [meta(heads, 2 * size - 1, 2 * size - 1) for size in kernel_sizes]
     value = meta(batch, len(kernel_sizes), heads, channels, length, length)
+    inputs = (query, key, meta(positions, 49), meta(positions), rpb, value, kernel_sizes, "triton")
     statistics = exact(batch, len(kernel_sizes), heads, length, length)
-    inputs = (meta(batch, heads, channels, length, length), projected, meta(positions), rpb, value)
-    yield lambda: kernels.contmix(*inputs, kernel_sizes)
-    yield lambda: kernels.contmix_backward(value, *inputs, value, statistics, kernel_sizes)
+    projected = exact(positions, batch, heads, channels).permute(1, 2, 3, 0)
+    yield lambda: op._contmix.function(*inputs)
+    yield lambda: op._contmix_backward.function(value, *inputs, value, statistics, projected)
 
 
 def _outlook(dtype: torch.dtype) -> Launches:
