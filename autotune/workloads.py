@@ -242,7 +242,8 @@ OPERATORS: dict[str, tuple[Build, int]] = {
 def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     """Every operator as RedNet-50, OverLoCK-T and VOLO-D1 call it for images of that size, in their memory formats.
 
-    OverLoCK enlarges a map that is smaller than the dynamic kernel, and so do these shapes.
+    Involutions come with given kernels, too, at RedNet's shapes. OverLoCK enlarges a map that is smaller than the
+    dynamic kernel, and so do these shapes.
     """
 
     def at(reduction: int, minimum: int = 1) -> Size:
@@ -251,8 +252,9 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     stages = [(64, at(4), 17), (128, at(8), 15), (256, at(16), 13), (512, at(32), 7)]
     focus: list[tuple[int, Size, int]] = [(8, at(16, 13), 13), (16, at(32, 7), 7)]
     heads, size, kernel_size = focus[0]
+    given = [channels_last(involution("RedNet-50", batch, channels, size, 7, 16)) for channels, size, _ in stages]
     return [
-        *(involution("RedNet-50", batch, channels, size, 7, 16) for channels, size, _ in stages),
+        *(workload for involved in given for workload in (involved, generation(involved))),
         neighborhood("na2d_av", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         neighborhood("na2d_qk", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         *(neighborhood("na2d_softmax_av", "OverLoCK-T", batch, heads, 16, size, k) for heads, size, k in focus),
@@ -264,8 +266,10 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
 
 def _tiny_workloads() -> list[Workload]:
     size = (6, 5)
+    given = channels_last(involution("tiny", 1, 32, size, 3, 16))
     return [
-        involution("tiny", 1, 32, size, 3, 16),
+        given,
+        generation(given),
         *(neighborhood(name, "tiny", 1, 2, 16, size, 3) for name in ("na2d_av", "na2d_qk", "na2d_softmax_av")),
         contmix("tiny", 1, 2, 16, size, (3, 5), context=9),
         outlook("tiny", 1, 2, 16, size, 3, 2),
@@ -276,20 +280,10 @@ def _tiny_workloads() -> list[Workload]:
 def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, quick: bool = False) -> list[Workload]:
     """The operators at the models' own shapes: batch 128 at 224², then batch 2 at 800×1280; or at the shape given.
 
-    Involutions are in the memory format that models are measured in, each also with its kernels generated inside.
     ``quick`` takes one tiny shape of each operator instead.
     """
     if quick:
-        found = _tiny_workloads()
-    elif size is not None:
-        found = operator_workloads(batch or 128, size)
-    else:
-        found = [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]
-    chosen: list[Workload] = []
-    for workload in found:
-        if workload.operator == "involution2d":
-            workload = channels_last(workload)
-            chosen.append(workload)
-            workload = generation(workload)
-        chosen.append(workload)
-    return chosen
+        return _tiny_workloads()
+    if size is not None:
+        return operator_workloads(batch or 128, size)
+    return [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]
