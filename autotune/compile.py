@@ -1,8 +1,8 @@
 """Build every kernel ahead of time for a named architecture, without a GPU.
 
-Each kernel is launched on meta tensors at a model's own shape; the launch is recorded instead of run, its arguments
-give the signature and its compile-time constants, and Triton's compiler does the rest. The cubin then says what a
-launch would cost: registers, stack (spills), shared memory, width of the global loads, tensor-core instructions.
+Operators are called on meta tensors at shapes of the models, and their launches are recorded instead of run. A launch's
+arguments give the signature and the compile-time constants, and Triton's compiler does the rest. The cubin then says
+what a launch would cost: registers, stack (spills), shared memory, width of the global loads, tensor-core instructions.
 
 Instructions are counted in the code, a loop's body once; MMA are those of the tensor cores. For each element that the
 kernel writes, shuffles/out is how many values its threads exchange, bytes/out what must move when every tensor moves
@@ -14,6 +14,7 @@ Exit code: 0 everything builds and nothing spills, 1 otherwise, 2 bad arguments.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -33,8 +34,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autotune.compile_cases import cases
+from autotune.measure import on_backend
 from autotune.precompile import build, described
 from autotune.tables import Table
+from autotune.workloads import Workload
 from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
@@ -177,10 +180,10 @@ def reports_of(
     work = [
         (name, launch, architecture)
         for dtype in dtypes
-        for name, calls in cases(DTYPES[dtype]).items()
+        for name, found in cases().items()
         if only in name
-        for call in calls
-        for launch in _launches(call, every_config=every_config)
+        for workload in found
+        for launch in _launches(_call(workload, DTYPES[dtype]), every_config=every_config)
         for architecture in architectures
     ]
     reports, failures = [], []
@@ -194,7 +197,7 @@ def reports_of(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console, known = Console(stderr=arguments.json, highlight=False), list(cases(torch.float16))
+    console, known = Console(stderr=arguments.json, highlight=False), list(cases())
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
         raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
     if not any(arguments.only in name for name in known):
@@ -208,6 +211,13 @@ def run(arguments: argparse.Namespace) -> int:
         for failure in failures:
             console.print(f"[red]failed[/] {escape(failure)}")
     return int(bool(failures) or any(report.spilled_bytes for report in reports))
+
+
+def _call(workload: Workload, dtype: torch.dtype) -> Callable[[], object]:
+    """Forward and backward, on meta tensors."""
+    meta = torch.device("meta")
+    inputs, gradient = workload.draw_inputs(dtype, meta), workload.draw_gradient(dtype, meta)
+    return functools.partial(on_backend("triton", workload.run), inputs, gradient)
 
 
 def _launches(call: Callable[[], object], *, every_config: bool = False) -> list[Launch]:

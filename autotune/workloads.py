@@ -31,11 +31,15 @@ class Input:
     std: float = 1.0
     channels_last: bool = False
 
-    def draw(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
-        tensor = self.std * torch.randn(self.shape, generator=generator, device=generator.device)
+    def draw(self, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor = self.std * torch.randn(self.shape, generator=generator, device=device)
         if self.channels_last:
             tensor = tensor.movedim((-2, -1), (1, 2)).contiguous().movedim((1, 2), (-2, -1))
-        return tensor.to(device=device, dtype=dtype).requires_grad_()
+        return tensor.to(dtype).requires_grad_()
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,14 @@ class Workload:
 
     def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Random tensors that require gradients, the same for the same seed on the same device."""
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = _generator(device, seed)
         return tree_map(lambda spec: spec.draw(generator, dtype, device), self.inputs)
 
     def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
         """A random gradient of the output, in the memory format of the first input, as the output is."""
         first = tree_leaves(self.inputs)[0]
         spec = Input(self.output, channels_last=first.channels_last)
-        return spec.draw(torch.Generator(device).manual_seed(seed), dtype, device).detach()
+        return spec.draw(_generator(device, seed), dtype, device).detach()
 
     def run(
         self, inputs: Inputs, gradient: Tensor | None = None, function: Callable[..., Tensor] | None = None

@@ -42,6 +42,7 @@ SPILLS = {
         "grad_logits_own_kernel": 136,
         "grad_inputs_shared_kernel": 336,
         "grad_tables_shared_kernel": 88,  # of 32 heads of 8 channels
+        "mix_kernel": 8,  # for sm_80
         "sum_kernel": 8,  # of a transpose with dilated windows, at 128 registers: four warps per scheduler
         "weighted_sum_kernel": 128,  # measured: of a generated transpose a third quicker than tiles that need none
     },
