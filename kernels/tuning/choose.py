@@ -77,7 +77,6 @@ class Launcher(Generic[Outputs]):
     heuristic: Callable[[Any], Config]
     problem_of: Callable[..., Problem]
     reference: Callable[..., Any]
-    make_example: Callable[[Problem, torch.device], tuple[Any, ...]] | None = None
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.launch)
@@ -112,11 +111,6 @@ class Launcher(Generic[Outputs]):
                 config = on_miss(request)
         _chosen[place] = config
         return config
-
-    def example(self, make_example: Callable[[Any, torch.device], tuple[Any, ...]]) -> Callable[..., Any]:
-        """Decorator: how random arguments of a problem are made, for checking stored configs."""
-        self.make_example = make_example
-        return make_example
 
     @functools.cached_property
     def problem_type(self) -> type:
