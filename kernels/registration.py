@@ -106,11 +106,7 @@ class Operator:
             if self._differentiable is None:
                 return self.definition(*arguments)
             run, arguments = self._differentiable.apply, (*tensors, form)
-        device = tensors[0].device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return run(*arguments)
-        return run(*arguments)
+        return without_autocast(run, *arguments)
 
     def differentiable(self, *gradients: Callable[..., Tensor]) -> None:
         """``gradients[n](grad, *arguments)`` is the gradient of argument n, computed where somebody wants it.
