@@ -18,7 +18,7 @@ from rich.console import Console
 
 import kernels
 from autotune import timing
-from autotune.compile_cases import cases
+from autotune.compile import cases
 from autotune.measure import one_line
 from autotune.tables import Table
 from autotune.tunables import find_tunables, stored_entries, usable

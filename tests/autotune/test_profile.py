@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from rich.console import Console
 
 import kernels
-from autotune import operators, profile, profile_cases, report, timing, workloads
+from autotune import operators, profile, report, timing, workloads
 from autotune.__main__ import COMMANDS, main
 from autotune.tables import number
 from tests.support import DEVICE
@@ -115,7 +115,7 @@ def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", workloads.OPERATORS)
 def test_a_name_means_that_operator_alone(name):
-    found = profile_cases._workloads(argparse.Namespace(shape=None, operator=[name]), 1)
+    found = profile._workloads(argparse.Namespace(shape=None, operator=[name]), 1)
     assert {workload.operator for workload in found} == {name}
 
 
