@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
     text = "forward and backward as well, as all operators are where none is named"
     what("--training", "--backward", dest="training", action="store_true", help=text)
-    text = "lines whose name contains this (or matches it, with * or ?), as in: --only involution2d volo_d1"
+    text = "lines by the first word or a part of their name, or with * and ?, as in: --only involution2d volo_d1"
     what("--only", metavar="PATTERN", help=text, **several)
     what("--quick", action="store_true", help="smoke test: batch 1, forward only, one size, two runs each")
     leaves = parser.add_argument_group("what it leaves").add_argument
