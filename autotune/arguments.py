@@ -17,7 +17,8 @@ Item = TypeVar("Item")
 
 
 def matching(items: Sequence[Item], patterns: Sequence[str], name: Callable[[Item], str], option: str) -> list[Item]:
-    """The items that any pattern names: the whole name, a shell pattern for it, or a part of it, in any letter case.
+    """The items that any pattern names, in any letter case: the whole name or its first word, a shell pattern for the
+    name, or a part of it.
 
     ValueError, naming ``option``, where a pattern fits none.
     """
@@ -25,7 +26,7 @@ def matching(items: Sequence[Item], patterns: Sequence[str], name: Callable[[Ite
     for given in patterns:
         names, whole = [name(item).lower() for item in items], given.lower()
         pattern = whole if any(character in given for character in "*?[") else f"*{whole}*"
-        hits = {index for index, known in enumerate(names) if known == whole}
+        hits = {index for index, known in enumerate(names) if whole in (known, known.split()[0])}
         hits = hits or {index for index, known in enumerate(names) if fnmatch.fnmatchcase(known, pattern)}
         if not hits:
             known = dict.fromkeys(name(item).split()[0] for item in items)

@@ -135,9 +135,12 @@ def _peer(library: str, name: str) -> nn.Module:
 def _measure_plan(
     plan: Plan, peer: tuple[str, str] | None, settings: Settings, batch: int, size: workloads.Size
 ) -> dict[str, Any]:
-    """Ours with random weights, channels last, for inference in the form it is deployed in."""
+    """Ours with random weights, channels last, for inference in the form it is deployed in.
+
+    Training drops no paths: a compiler draws other random numbers, and its results could not be compared.
+    """
     training = plan.kind == "training"
-    options = {"return_dense": False} if plan.model.startswith("volo") else {}
+    options = {"drop_path_rate": 0.0, **({"return_dense": False} if plan.model.startswith("volo") else {})}
     model = networks.settled_model(plan.model, networks.random_images(2, (128, 128)), **options).train(training)
     model = model if training else models.optimize_for_inference(model)
     place: dict[str, Any] = {"device": settings.device, "memory_format": torch.channels_last}

@@ -1,8 +1,8 @@
 """Build every kernel ahead of time for a named architecture, without a GPU.
 
-Each kernel is launched on meta tensors at a model's own shape; the launch is recorded instead of run, its arguments
-give the signature and its compile-time constants, and Triton's compiler does the rest. The cubin then says what a
-launch would cost: registers, stack (spills), shared memory, width of the global loads, tensor-core instructions.
+Operators are called on meta tensors at shapes of the models, and their launches are recorded instead of run. A launch's
+arguments give the signature and the compile-time constants, and Triton's compiler does the rest. The cubin then says
+what a launch would cost: registers, stack (spills), shared memory, width of the global loads, tensor-core instructions.
 
 Instructions are counted in the code, a loop's body once; MMA are those of the tensor cores. For each element that the
 kernel writes, shuffles/out is how many values its threads exchange, bytes/out what must move when every tensor moves
@@ -14,6 +14,7 @@ Exit code: 0 everything builds and nothing spills, 1 otherwise, 2 bad arguments.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,19 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autotune.compile_cases import cases
+from autotune.measure import on_backend
 from autotune.precompile import build, described
 from autotune.tables import Table
+from autotune.workloads import (
+    Workload,
+    channels_last,
+    contmix,
+    depthwise,
+    generation,
+    involution,
+    neighborhood,
+    outlook,
+)
 from kernels.backend import triton_installed
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
@@ -48,6 +59,29 @@ ARCHITECTURES = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64"}
+
+
+def cases() -> dict[str, list[Workload]]:
+    """What is built, by name: operators at shapes of the models at which, together, they launch every kernel."""
+    rednet = involution("RedNet-50", 128, 128, (28, 28), 7, 16)
+    unfused = [neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
+    fused, dilated = (neighborhood("na2d_softmax_av", "", 128, 8, 16, (n, n), k) for n, k in ((14, 13), (56, 7)))
+    channels_first = depthwise("OverLoCK-T", 128, 64, (56, 56), 17)
+    first = {name: replace(spec, channels_last=False) for name, spec in channels_first.inputs.items()}
+    return {
+        "involution 128@28 K=7, channels first": [rednet],
+        "involution 128@28 K=7, channels last": [channels_last(rednet)],
+        "involution 2x8x16@28 K=17": [involution("", 2, 128, (28, 28), 17, 16)],  # too large for rows to slide
+        "involution, kernels generated, 128@28 K=7": [generation(channels_last(rednet))],
+        "neighborhood 8x16@14 K=13": [fused, *unfused],
+        "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
+        "outlook 6x32@28 K=3 s=2": [outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
+        "depthwise 64@56 K=17": [replace(channels_first, inputs=first)],
+        "depthwise 256@14 K=13, channels last": [depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
+        "contmix 8x16@14 K=5, 13": [contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
+        "contmix 8x16@56 K=5, 13": [contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],
+        "contmix 32x8@7 K=5, 7": [contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7))],
+    }
 
 
 @dataclass(frozen=True)
@@ -177,10 +211,10 @@ def reports_of(
     work = [
         (name, launch, architecture)
         for dtype in dtypes
-        for name, calls in cases(DTYPES[dtype]).items()
+        for name, found in cases().items()
         if only in name
-        for call in calls
-        for launch in _launches(call, every_config=every_config)
+        for workload in found
+        for launch in _launches(_call(workload, DTYPES[dtype]), every_config=every_config)
         for architecture in architectures
     ]
     reports, failures = [], []
@@ -194,7 +228,7 @@ def reports_of(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console, known = Console(stderr=arguments.json, highlight=False), list(cases(torch.float16))
+    console, known = Console(stderr=arguments.json, highlight=False), list(cases())
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
         raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
     if not any(arguments.only in name for name in known):
@@ -208,6 +242,13 @@ def run(arguments: argparse.Namespace) -> int:
         for failure in failures:
             console.print(f"[red]failed[/] {escape(failure)}")
     return int(bool(failures) or any(report.spilled_bytes for report in reports))
+
+
+def _call(workload: Workload, dtype: torch.dtype) -> Callable[[], object]:
+    """Forward and backward, on meta tensors."""
+    meta = torch.device("meta")
+    inputs, gradient = workload.draw_inputs(dtype, meta), workload.draw_gradient(dtype, meta)
+    return functools.partial(on_backend("triton", workload.run), inputs, gradient)
 
 
 def _launches(call: Callable[[], object], *, every_config: bool = False) -> list[Launch]:

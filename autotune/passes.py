@@ -26,28 +26,29 @@ def weights_of(function: Function) -> list[nn.Parameter]:
 
 
 @contextlib.contextmanager
-def batch_norms_held(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Batch norms use their running statistics inside, for comparing gradients.
+def layers_held(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Layers are in evaluation mode inside, for comparing gradients: nothing is dropped at random, whose draws depend
+    on the precision, and batch norms use their running statistics.
 
     With the batch's own statistics a random model amplifies rounding: RedNet-26's float32 gradients are then up to
     1e-2 from the float64 ones on either path, and 6e-5 when held; in float64 the paths agree to 1e-12 either way.
     """
     every = [part for module in modules for part in module.modules()]
-    norms = [part for part in every if isinstance(part, nn.BatchNorm2d) and part.training]
-    for norm in norms:
-        norm.eval()
+    layers = [part for part in every if part.training and not any(part.children())]
+    for layer in layers:
+        layer.eval()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.train()
+        for layer in layers:
+            layer.train()
 
 
 class Pass:
     """``function(*inputs, **options)`` on ``backend``.
 
     Backward starts from random gradients of the outputs, or with ``squared`` from those of half their sum of squares.
-    While results are compared, the batch norms of the modules in ``held`` use their running statistics.
+    While results are compared, the layers of the modules in ``held`` are in evaluation mode.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class Pass:
             wanted = [*self.leaves, *self.weights]
             if not reached or not wanted:
                 raise ValueError("backward needs an input or a weight that the gradient reaches, and there is none")
-            if not self.gradients:
+            if not self.gradients and not self.squared:
                 random = torch.Generator().manual_seed(1)
-                drawn = (torch.randn(out.shape, generator=random).to(out) for out in reached)
-                self.gradients = [out.detach() for out in reached] if self.squared else list(drawn)
+                self.gradients = [torch.randn(out.shape, generator=random).to(out) for out in reached]
+            starts = [out.detach() for out in reached] if self.squared else self.gradients
             options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-            gradients = torch.autograd.grad(reached, wanted, self.gradients, **options)
+            gradients = torch.autograd.grad(reached, wanted, starts, **options)
         return [*results, *gradients[: len(self.leaves)]], list(gradients[len(self.leaves) :])
 
     def checked(self) -> list[Tensor]:
@@ -104,6 +105,6 @@ class Pass:
         A single weight's gradient may be all but zero, and its relative error mere noise.
         """
         torch.manual_seed(0)
-        with batch_norms_held(self.held):
+        with layers_held(self.held):
             results, gradients = self()
         return [*results, torch.cat([g.flatten() for g in gradients])] if gradients else results

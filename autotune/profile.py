@@ -20,8 +20,10 @@ the GPU was lost, 130 interrupted; what was done by then is kept.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,22 @@ import torch
 from rich.console import Console
 
 import kernels
-from autotune import plots, report, timing
-from autotune.arguments import module, shape
-from autotune.cases import run_cases, written
+import models
+from autotune import networks, plots, report, timing, workloads
+from autotune.arguments import matching, module, shape
+from autotune.cases import Case, run_cases, written
 from autotune.measure import Settings
-from autotune.profile_cases import chosen_cases, given_batch
-from autotune.workloads import Size
+from autotune.networks import measure_model
+from autotune.operators import operator_cases
+from autotune.passes import PASSES
+from autotune.workloads import Size, Workload
 from kernels.backend import BACKENDS, interpreting, resolve
 from kernels.files import write_json
 from models.commands.dispatch import input_errors
 from models.commands.progress import console as messages
 from models.commands.types import Number, device, dtype, image_size, positive
+
+SMALLEST = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
     text = "forward and backward as well, as all operators are where none is named"
     what("--training", "--backward", dest="training", action="store_true", help=text)
-    text = "lines whose name contains this (or matches it, with * or ?), as in: --only involution2d volo_d1"
+    text = "lines by the first word or a part of their name, or with * and ?, as in: --only involution2d volo_d1"
     what("--only", metavar="PATTERN", help=text, **several)
     what("--quick", action="store_true", help="smoke test: batch 1, forward only, one size, two runs each")
     leaves = parser.add_argument_group("what it leaves").add_argument
@@ -71,6 +78,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     leaves("--against", type=Path, metavar="RESULTS.json", help=text)
     text = "share of a time from which a change counts (default: %(default)s)"
     leaves("--threshold", type=Number(above=0), default=0.1, metavar="X", help=text)
+
+
+def _ours_and_naive(found: dict[str, Any]) -> dict[str, Any]:
+    """A row of profile.json: the two paths side by side. RuntimeError where the naive one could not be timed."""
+    if "naive" in found["left_out"]:
+        raise RuntimeError(f"the naive path: {found['left_out']['naive']}")
+    paths, ratio = found.pop("contenders"), found.pop("speed_up")["naive"]
+    images = [times.pop("images_per_second", None) for times in paths.values()]
+    kept = {name: found[name] for name in ("relative_error", "tolerance", "floor") if name in found}
+    return {**kept, **paths, "speed_up": ratio} | ({"images_per_second": images[0]} if images[0] else {})
+
+
+def _model_cases(
+    arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size], passes: Sequence[str]
+) -> Iterator[Case]:
+    """Models on the photograph at every size, and a module of the user's on random inputs."""
+    named = arguments.operator or arguments.model or arguments.module is not None
+    chosen = {name: name for name in arguments.model} if named else SMALLEST
+
+    def family(name: str, size: Size, training: bool) -> dict[str, Any]:
+        photo = networks.photograph()
+        model = networks.photograph_model(name, photo).to(settings.device)
+        images = networks.image_batch(photo, size, batch, torch.float32, settings.device)
+        return measure_model(model, images, settings, training=training)
+
+    def own(shape: Sequence[int], training: bool) -> dict[str, Any]:
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(settings.device)
+        model = copy.deepcopy(arguments.module).to(settings.device).float()
+        return measure_model(model, images, settings, training=training)
+
+    measured = [(n, t, f"{s[0]}×{s[1]}", functools.partial(family, n, s)) for n, t in chosen.items() for s in sizes]
+    if arguments.module is not None:
+        title, shape = type(arguments.module).__name__, arguments.input or (batch, 3, *sizes[0])
+        measured.append((title, title, "×".join(map(str, shape)), functools.partial(own, shape)))
+    for name, title, shape, measure in measured:
+        for kind in passes:
+            facts = {"kind": "model", "name": f"{name} {shape}", "model": title, "shape": shape, "pass": kind}
+            training = kind == PASSES[1]
+            yield Case(facts, lambda measure=measure, training=training: _ours_and_naive(measure(training=training)))
+
+
+def _cases(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> list[Case]:
+    """Cases of what the command line names, or else of all operators and each family's smallest model.
+
+    ValueError, naming the option, for what does not exist or fit together.
+    """
+    named = arguments.operator or arguments.model or arguments.module is not None
+    both = PASSES if arguments.training else PASSES[:1]
+    cases: list[Case] = []
+    if arguments.operator or not named:
+        passes = both if named else PASSES[:1] if arguments.quick else PASSES
+        cases += operator_cases(_workloads(arguments, batch), settings, passes, _ours_and_naive)
+    if unknown := [name for name in arguments.model if name not in models.list_models()]:
+        raise ValueError(f"--model must be a name that python -m models list shows, got {unknown[0]!r}")
+    cases += _model_cases(arguments, settings, batch, sizes, both)
+    return matching(cases, arguments.only, lambda case: case.name, "--only") if arguments.only else cases
+
+
+def _workloads(arguments: argparse.Namespace, batch: int) -> list[Workload]:
+    """The operators at the models' own shapes, or those that --operator names at --shape."""
+    if arguments.shape is None:
+        found = workloads.operator_workloads(batch)
+        return matching(found, arguments.operator, lambda w: w.name, "--operator") if arguments.operator else found
+    _, channels, *size = arguments.shape
+    shape: dict[str, Any] = {"batch": batch, "channels": channels, "size": tuple(size)}
+    shape["kernel_size"] = arguments.kernel_size or 7
+    names = matching(list(workloads.OPERATORS), arguments.operator, str, "--operator")
+    try:
+        return [workloads.workload_of(name, **shape) for name in names]
+    except ValueError as error:
+        raise ValueError(f"--shape and --kernel-size must suit the operator: {error}") from None
+
+
+def _given_batch(arguments: argparse.Namespace) -> int | None:
+    """--batch, or the first number of --shape or --input, which must be the same."""
+    if arguments.shape is not None and (not arguments.operator or len(arguments.shape) != 4):
+        raise ValueError("--shape must be BATCHxCHANNELSxHEIGHTxWIDTH, of an --operator")
+    if arguments.kernel_size is not None and arguments.shape is None:
+        raise ValueError("--kernel-size must come with --shape")
+    if arguments.input is not None and arguments.module is None:
+        raise ValueError("--input must come with --module")
+    given = {"--batch": arguments.batch, "--shape": (arguments.shape or [None])[0]}
+    given["--input"] = (arguments.input or [None])[0]
+    found = {option: batch for option, batch in given.items() if batch is not None}
+    if len(set(found.values())) > 1:
+        texts = ", ".join(f"{option} {batch}" for option, batch in found.items())
+        raise ValueError(f"--batch, --shape and --input must have the same batch, got {texts}")
+    return next(iter(found.values()), None)
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[Settings, int]:
@@ -84,7 +179,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, int]:
         batch = 128 if torch.cuda.get_device_properties(chosen).total_memory >= 40e9 else 16
     dtype = arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32)
     settings = Settings(chosen, dtype, arguments.backend, 0 if quick else 1.5, 2 if quick else 3)
-    return settings, given_batch(arguments) or (1 if quick else batch)
+    return settings, _given_batch(arguments) or (1 if quick else batch)
 
 
 def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
@@ -108,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = list(dict.fromkeys(arguments.sizes))[: 1 if arguments.quick else None]
     with input_errors():
         settings, batch = _settings(arguments)
-        cases = chosen_cases(arguments, settings, batch, sizes)
+        cases = _cases(arguments, settings, batch, sizes)
         record, earlier = _new_record(arguments, settings, batch, sizes), {}
         if arguments.against is not None:
             earlier = report.earlier_rows(arguments.against, record, (case.name for case in cases))

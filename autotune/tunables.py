@@ -18,7 +18,7 @@ from kernels.tuning.store import Store, shipped_folder, user_folder
 
 @functools.cache
 def find_tunables() -> dict[str, Launcher]:
-    """Name -> launcher, of every one that a module of ``kernels`` holds, with its example.
+    """Name -> launcher, of every one that a module of ``kernels`` holds.
 
     Raises:
         ImportError: triton is not installed.

@@ -1,8 +1,8 @@
-"""Check every stored config again: run it on random inputs of its problem and compare with the eager path.
+"""Check every stored config again: run it in a launch of its kernel and compare with the eager path.
 
-On a GPU the entries of that GPU are run as they are. In Triton's interpreter (TRITON_INTERPRET=1, no GPU needed) those
-of every GPU are run at reduced sizes (maps of at most 64 pixels) and bfloat16 as float32; that takes a second or so
-each.
+On a GPU the entries of that GPU are checked while operators run at the models' shapes, in bfloat16; in Triton's
+interpreter (TRITON_INTERPRET=1, no GPU needed) those of every GPU at tiny shapes, in float32. A config is tried on the
+problem it was tuned for where an operator meets that, else on the first of its kernel that it is valid for.
 
 Exit code: 0 all agree, 1 one does not, 2 there is nothing here to run kernels on, 130 interrupted.
 """
@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
+import kernels
 from autotune import timing
+from autotune.compile import cases
 from autotune.measure import one_line
 from autotune.tables import Table
-from autotune.tunables import StoredEntry, find_tunables, stored_entries, usable
+from autotune.tunables import find_tunables, stored_entries, usable
 from autotune.tuner import disagreement
+from autotune.workloads import Workload, benchmark_workloads, contmix, involution, neighborhood
 from kernels.backend import interpreting, triton_installed
-from kernels.tuning.choose import Launcher, Problem, Request, gpu_name
+from kernels.tuning.choose import Config, Request, gpu_name, key_of, observing
 from models.commands.dispatch import CommandError
 from models.commands.progress import Bar
-
-MOST_INTERPRETED = {"pixels": 64, "channels": 32, "images": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,51 +35,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
-def _reduced(problem: Problem) -> Problem:
-    """A problem the interpreter is done with soon. Its products of bfloat16 operands are wrong, float32 stands in."""
-    changes: dict[str, Any] = {
-        name: min(getattr(problem, name), most) for name, most in MOST_INTERPRETED.items() if name in problem._fields
-    }
-    if getattr(problem, "dtype", None) == torch.bfloat16:
-        changes["dtype"] = torch.float32
-    return problem._replace(**changes)
+def workloads_of(device: torch.device) -> list[Workload]:
+    """Operators that launch every kernel between them."""
+    if device.type == "cuda":
+        return [*benchmark_workloads(), *(workload for found in cases().values() for workload in found)]
+    # Windows that outputs share, and one that is too large for rows to slide.
+    shared = [neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
+    others = contmix("tiny", 1, 2, 16, (5, 5), (3, 5), context=9), involution("tiny", 1, 16, (5, 5), 17, 16)
+    return [*benchmark_workloads(quick=True), *shared, *others]
 
 
-def check_entry(stored: StoredEntry, known: dict[str, Launcher], device: torch.device) -> dict[str, Any]:
-    """Run one entry. Its row's ``status`` is ok, failed, or unchecked where launches would not use it either."""
-    row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key, "config": stored.entry.get("config")}
-    used = usable(stored.key, stored.entry, known)
-    if isinstance(used, str):
-        return row | {"status": "unchecked", "reason": used}
-    launcher, problem, config = used
-    if launcher.make_example is None:
-        return row | {"status": "unchecked", "reason": "the kernel offers no example to check it with"}
+def check(request: Request, config: Config) -> dict[str, Any]:
+    """The part of a row that says whether a config agrees in this launch."""
     try:
-        tried = _reduced(problem) if device.type == "cpu" else problem
         with torch.no_grad():
-            request = Request(launcher, tried, device, launcher.make_example(tried, device), {})
-            reason = disagreement(request.run(config), request.reference(), tried)
+            reason = disagreement(request.run(config), request.reference(), request.problem)
     except Exception as error:  # whatever a config does, the others are still to be checked
         reason = one_line(error)
-    return row | {"status": "ok" if reason is None else "failed", "reason": reason}
+    return {"status": "ok" if reason is None else "failed", "reason": reason}
+
+
+def check_all(rows: list[dict[str, Any]], offered: dict[str, list[tuple[int, Config]]], device: torch.device) -> None:
+    """Complete ``rows``, of which ``offered`` names those to check and their configs, by kernel."""
+    tried: dict[int, bool] = {}  # number of the row -> whether on its own problem
+
+    def observe(request: Request) -> None:
+        key = key_of(request.launcher, request.problem)
+        for number, config in offered.get(request.launcher.name, []):
+            own = rows[number]["key"] == key
+            if (own and not tried.get(number)) or (number not in tried and config.valid(request.problem)):
+                bar.describe(rows[number]["key"])
+                rows[number] |= check(request, config)
+                bar.advance(int(number not in tried), f"{rows[number]['key']}: {rows[number]['status']}")
+                tried[number] = own
+
+    with (
+        Bar(sum(map(len, offered.values())), seconds=0) as bar,
+        kernels.use_backend("triton"),
+        observing(observe),
+        torch.autograd.set_multithreading_enabled(False),  # pyright: ignore[reportPrivateImportUsage]
+    ):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # whose products the interpreter gets right
+        for workload in workloads_of(device):
+            workload.run(workload.draw_inputs(dtype, device), workload.draw_gradient(dtype, device))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console = Console(highlight=False)
-    device = timing.best_device()
+    console, device = Console(highlight=False), timing.best_device()
     if not triton_installed() or (device.type != "cuda" and not interpreting()):
         raise CommandError("kernels run on a GPU, or on a CPU in Triton's interpreter: set TRITON_INTERPRET=1")
     gpu = arguments.gpu or (gpu_name(device) if device.type == "cuda" else None)
     if device.type != "cuda":
         device = torch.device("cpu")
-    known, entries, code = find_tunables(), list(stored_entries(gpu)), 0
-    rows: list[dict[str, Any]] = []
+    known, code = find_tunables(), 0
+    rows, offered = list[dict[str, Any]](), dict[str, list[tuple[int, Config]]]()
+    for number, stored in enumerate(stored_entries(gpu)):
+        row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key, "config": stored.entry.get("config")}
+        used, reason = usable(stored.key, stored.entry, known), "no operator's launch that is tried suits it"
+        if isinstance(used, str):
+            reason = used
+        else:
+            offered.setdefault(used[0].name, []).append((number, used[2]))
+        rows.append(row | {"status": "unchecked", "reason": reason})
     try:
-        with Bar(len(entries), seconds=0) as bar:
-            for stored in entries:
-                bar.describe(stored.key)
-                rows.append(check_entry(stored, known, device))
-                bar.advance(1, f"{stored.key}: {rows[-1]['status']}")
+        if offered:
+            check_all(rows, offered, device)
     except KeyboardInterrupt:
         code = 130
     if arguments.json:

@@ -31,11 +31,15 @@ class Input:
     std: float = 1.0
     channels_last: bool = False
 
-    def draw(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
-        tensor = self.std * torch.randn(self.shape, generator=generator, device=generator.device)
+    def draw(self, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor = self.std * torch.randn(self.shape, generator=generator, device=device)
         if self.channels_last:
             tensor = tensor.movedim((-2, -1), (1, 2)).contiguous().movedim((1, 2), (-2, -1))
-        return tensor.to(device=device, dtype=dtype).requires_grad_()
+        return tensor.to(dtype).requires_grad_()
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,14 @@ class Workload:
 
     def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Random tensors that require gradients, the same for the same seed on the same device."""
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = _generator(device, seed)
         return tree_map(lambda spec: spec.draw(generator, dtype, device), self.inputs)
 
     def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
         """A random gradient of the output, in the memory format of the first input, as the output is."""
         first = tree_leaves(self.inputs)[0]
         spec = Input(self.output, channels_last=first.channels_last)
-        return spec.draw(torch.Generator(device).manual_seed(seed), dtype, device).detach()
+        return spec.draw(_generator(device, seed), dtype, device).detach()
 
     def run(
         self, inputs: Inputs, gradient: Tensor | None = None, function: Callable[..., Tensor] | None = None
@@ -242,7 +246,8 @@ OPERATORS: dict[str, tuple[Build, int]] = {
 def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     """Every operator as RedNet-50, OverLoCK-T and VOLO-D1 call it for images of that size, in their memory formats.
 
-    OverLoCK enlarges a map that is smaller than the dynamic kernel, and so do these shapes.
+    Involutions come with given kernels, too, at RedNet's shapes. OverLoCK enlarges a map that is smaller than the
+    dynamic kernel, and so do these shapes.
     """
 
     def at(reduction: int, minimum: int = 1) -> Size:
@@ -251,8 +256,9 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     stages = [(64, at(4), 17), (128, at(8), 15), (256, at(16), 13), (512, at(32), 7)]
     focus: list[tuple[int, Size, int]] = [(8, at(16, 13), 13), (16, at(32, 7), 7)]
     heads, size, kernel_size = focus[0]
+    given = [channels_last(involution("RedNet-50", batch, channels, size, 7, 16)) for channels, size, _ in stages]
     return [
-        *(involution("RedNet-50", batch, channels, size, 7, 16) for channels, size, _ in stages),
+        *(workload for involved in given for workload in (involved, generation(involved))),
         neighborhood("na2d_av", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         neighborhood("na2d_qk", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         *(neighborhood("na2d_softmax_av", "OverLoCK-T", batch, heads, 16, size, k) for heads, size, k in focus),
@@ -264,8 +270,10 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
 
 def _tiny_workloads() -> list[Workload]:
     size = (6, 5)
+    given = channels_last(involution("tiny", 1, 32, size, 3, 16))
     return [
-        involution("tiny", 1, 32, size, 3, 16),
+        given,
+        generation(given),
         *(neighborhood(name, "tiny", 1, 2, 16, size, 3) for name in ("na2d_av", "na2d_qk", "na2d_softmax_av")),
         contmix("tiny", 1, 2, 16, size, (3, 5), context=9),
         outlook("tiny", 1, 2, 16, size, 3, 2),
@@ -276,20 +284,10 @@ def _tiny_workloads() -> list[Workload]:
 def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, quick: bool = False) -> list[Workload]:
     """The operators at the models' own shapes: batch 128 at 224², then batch 2 at 800×1280; or at the shape given.
 
-    Involutions are in the memory format that models are measured in, each also with its kernels generated inside.
     ``quick`` takes one tiny shape of each operator instead.
     """
     if quick:
-        found = _tiny_workloads()
-    elif size is not None:
-        found = operator_workloads(batch or 128, size)
-    else:
-        found = [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]
-    chosen: list[Workload] = []
-    for workload in found:
-        if workload.operator == "involution2d":
-            workload = channels_last(workload)
-            chosen.append(workload)
-            workload = generation(workload)
-        chosen.append(workload)
-    return chosen
+        return _tiny_workloads()
+    if size is not None:
+        return operator_workloads(batch or 128, size)
+    return [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]

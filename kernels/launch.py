@@ -1,7 +1,7 @@
 """The one place where kernels are launched, so that a launch can also be recorded instead.
 
-``record_launches`` collects what would have been launched: with tensors on the ``meta`` device every kernel can be
-compiled ahead, for any architecture, from the very arguments its launcher computes.
+``record_launches`` collects what would have been launched: of operators on ``meta`` tensors, too, so that every kernel
+can be compiled ahead, for any architecture, from the very arguments that its launcher computes.
 """
 
 import functools
@@ -54,8 +54,13 @@ def watching_launches(watch: Callable[[Launch, Any], object]) -> Iterator[None]:
         _thread.watch = previous
 
 
+def recording() -> bool:
+    """Whether launches are recorded instead of made."""
+    return _recorded is not None
+
+
 def noticed() -> bool:
-    """Whether launches are recorded instead of made, or somebody watches this thread's."""
+    """The same, or whether somebody watches this thread's."""
     return _recorded is not None or getattr(_thread, "watch", None) is not None
 
 

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.launch import recording
 from kernels.windows import Window
 
 # Before 2.14 Inductor may read a view by padded strides that the buffer below it does not keep in the end: wrong values
@@ -105,11 +106,7 @@ class Operator:
             if self._differentiable is None:
                 return self.definition(*arguments)
             run, arguments = self._differentiable.apply, (*tensors, form)
-        device = tensors[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return run(*arguments)
-        return run(*arguments)
+        return without_autocast(run, *arguments)
 
     def differentiable(self, *gradients: Callable[..., Tensor]) -> None:
         """``gradients[n](grad, *arguments)`` is the gradient of argument n, computed where somebody wants it.
@@ -207,7 +204,7 @@ def _is_seen(tensors: Sequence[Tensor]) -> bool:
         or torch._C._get_tracing_state() is not None
         or _profiler_enabled()
         or forward_ad._current_level >= 0
-        or tensors[0].is_meta
+        or (tensors[0].is_meta and not recording())
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )
 

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.checks import flag, integer, number, one_of
 from models.feature_info import FeatureInfo
+from models.layers.fusion import CONVOLUTIONS, as_built
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,18 +44,19 @@ def pretrained_config(**overrides: Any) -> dict[str, Any]:
 
 
 class Stage(nn.Sequential):
-    """Blocks in sequence. With gradient checkpointing each block is computed again in the backward pass."""
+    """Blocks in sequence: each takes what the one before it returns, and ``context`` beside it.
+
+    With gradient checkpointing each block is computed again in the backward pass.
+    """
 
     grad_checkpointing = False
 
-    def run(self, block: nn.Module, *inputs: Any) -> Any:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *context: Tensor) -> Tensor:
         for block in self:
-            input = self.run(block, input)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                input = checkpoint(block, input, *context, use_reentrant=False)
+            else:
+                input = block(input, *context)
         return input
 
 
@@ -282,7 +284,7 @@ class BackboneContract(nn.Module):
                 module.grad_checkpointing = enable
 
     def _check_image(self, x: Tensor) -> None:
-        """ValueError or TypeError unless ``x`` is a floating-point [B, in_chans, H, W] of sufficient size."""
+        """ValueError or TypeError unless ``x`` is [B, in_chans, H, W], of sufficient size and the model's dtype."""
         if isinstance(x, fx.Proxy):
             return
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
@@ -293,3 +295,11 @@ class BackboneContract(nn.Module):
             raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}")
         if min(x.shape[2:]) < self.sides[0]:
             raise ValueError(f"x must be at least {self.sides[0]} pixels high and wide, got {tuple(x.shape[2:])}")
+        if torch.compiler.is_compiling() or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
+            return
+        first: Any = next(module for module in self.modules() if isinstance(module, nn.Conv2d))
+        weight = first._parameters.get("weight")
+        # Wrappers that hook layers or shard weights may convert them to the image's type later.
+        if weight is not None and weight.dtype != x.dtype and weight.ndim == 4 and as_built(first, CONVOLUTIONS):
+            advice = "convert one of them, or use torch.autocast"
+            raise TypeError(f"x must have the model's dtype, {weight.dtype}, got {x.dtype}: {advice}")

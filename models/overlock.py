@@ -41,17 +41,6 @@ def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
-class FocusStage(Stage):
-    """``DynamicConvBlock``s: x [B, d, H, W], h and h_reference [B, c, H, W] -> [B, d + c, H, W]."""
-
-    def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
-        features = None
-        for block in self:
-            features = self.run(block, x, h, h_reference)
-            x, h = features.split((x.shape[1], h.shape[1]), 1)
-        return torch.cat((x, h), 1) if features is None else features
-
-
 class ContextDownsample(nn.Module):
     """Halves the features and the context that goes with them, each by its own strided convolution."""
 
@@ -135,12 +124,10 @@ class OverLoCK(BackboneContract):
             shape, options = (embed_dim[i], kernel_size[i]), {"residual_scale": i >= 2, "reparam": reparam}
             return Stage(*(RepConvBlock(*shape, drop_path=next(rates), **options) for _ in range(depth[i])))
 
-        def focus_stage(i: int) -> FocusStage:
+        def focus_stage(i: int) -> Stage:
             shape = (embed_dim[2 + i], context, kernel_size[2 + i], 2 * sub_num_heads[i])
             first = [i == 0 and block == 0 for block in range(sub_depth[i])]
-            return FocusStage(
-                *(DynamicConvBlock(*shape, drop_path=next(rates), first=f, reparam=reparam) for f in first)
-            )
+            return Stage(*(DynamicConvBlock(*shape, drop_path=next(rates), first=f, reparam=reparam) for f in first))
 
         self.patch_embed1 = stem(self.in_chans, d0)
         self.patch_embed2 = downsample(d0, d1)
@@ -221,12 +208,12 @@ class OverLoCK(BackboneContract):
         """Focus-Net: Base-Net's map at 1/16 and the context -> feature maps 2 and, where ``last`` is 3, 3."""
         reference = self.high_level_proj(context)
         enlarged = F.interpolate(reference, x.shape[2:], mode="bilinear").to(reference.dtype)
-        features = self.sub_blocks3(x, enlarged, enlarged)
+        features = self.sub_blocks3(torch.cat((x, enlarged), 1), enlarged)
         maps = [self.extra_norm[2](features)]
         if last > 2:
             x, h = features.split((x.shape[1], enlarged.shape[1]), 1)
-            x, h = self.patch_embedx(x, h)
-            x = self.extra_norm[3](self.sub_blocks4(x, h, reference))
+            features = self.sub_blocks4(torch.cat(self.patch_embedx(x, h), 1), reference)
+            x = self.extra_norm[3](features)
             maps.append(x if self.h_proj is None else x + self.h_proj(self.extra_norm[4](context)))
         return maps
 

@@ -1,7 +1,6 @@
 """ContMix: every pixel mixes its neighbourhood with kernels generated from its affinity to the whole image."""
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors, check_window_fits, odd_int
 from kernels.contmix import eager
-from kernels.dtypes import at_least_float32
+from kernels.dtypes import at_least_float32, multiplies
 from kernels.layout import empty_like_layout
 from kernels.registration import operator, without_autocast
 
@@ -95,13 +94,9 @@ def _projected(key: Tensor, proj_weight: Tensor) -> Tensor:
     return projected.view(proj_weight.shape[0], *key.shape[:3]).permute(1, 2, 3, 0)
 
 
-def _implementation(backend: str, tensor: Tensor) -> ModuleType:
-    """What runs here; Triton is imported at the first use and not before."""
-    if resolve(backend, tensor) == "triton":
-        from kernels.contmix import passes
-
-        return passes
-    return eager
+def _on_triton(backend: str, value: Tensor) -> bool:
+    """Whether Triton computes this, which is imported at the first use and not before."""
+    return resolve(backend, value) == "triton" and multiplies(value.dtype) and value.numel() > 0
 
 
 def _multiply_adds(times: tuple[int, int, int], query, key, proj_weight, _bias, _rpb, value, *_) -> int:
@@ -130,8 +125,14 @@ def _contmix(query, key, proj_weight, bias, rpb, value, kernel_sizes, backend):
     """The output; log Σ_k exp of every softmax [B, M, G, H, W] and projected keys [B, G, Dq, ΣK²], both in float32
     (float64 for float64)."""
     projected = _projected(key, proj_weight)
-    run = _implementation(backend, value)
-    return *run.contmix(query, projected, bias, rpb, value, kernel_sizes), projected
+    if not _on_triton(backend, value):
+        return *eager.contmix(query, projected, bias, rpb, value, kernel_sizes), projected
+    from kernels.contmix import passes
+
+    read_query, read_value = passes.as_read(query), passes.as_read(value)
+    keys = passes.keys_as_read(projected, read_query.shape[2])
+    out, statistics = passes.contmix(read_query, keys, bias, rpb, read_value, kernel_sizes)
+    return passes.as_given(out, read_value, value), statistics, projected
 
 
 def _fake_gradients(_grad, query, key, proj_weight, bias, rpb, value, *_):
@@ -153,8 +154,11 @@ def _contmix_backward(
     grad, query, key, proj_weight, bias, rpb, value, kernel_sizes, backend, out, statistics, projected
 ):  # fmt: skip
     """Gradients of query, key, proj_weight, bias, rpb and value."""
-    run = _implementation(backend, value)
-    grad_query, grad_projected, grad_bias, grad_rpb, grad_value = run.contmix_backward(
+    if _on_triton(backend, value):
+        from kernels.contmix.passes import contmix_backward as run
+    else:
+        run = eager.contmix_backward
+    grad_query, grad_projected, grad_bias, grad_rpb, grad_value = run(
         grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes
     )
     grad_projected = grad_projected.permute(3, 0, 1, 2).flatten(1)  # [ΣK², B·G·Dq]

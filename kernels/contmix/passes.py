@@ -11,7 +11,6 @@ from kernels.contmix.configs import Inputs, Saved, shares_windows
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.contmix.tiles import VECTOR
-from kernels.dtypes import multiplies
 from kernels.layout import empty_like_layout
 from kernels.reorder import in_channels_last, in_order_of
 from kernels.tuning import repeated
@@ -38,7 +37,7 @@ def keys_as_read(projected: Tensor, channels: int) -> Tensor:
     return F.pad(projected.movedim(2, -1), (0, filled)).movedim(-1, 2) if filled else projected
 
 
-def _as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
+def as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
     """A result in the memory order of the features that were given, where the kernels read others."""
     if read is given:
         return result
@@ -47,24 +46,11 @@ def _as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
     return empty_like_layout(given, given.shape).copy_(result.narrow(-3, 0, given.shape[-3]))
 
 
+@repeated
 def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """(out like value; log Σ_k exp [B, M, G, H, W])"""
-    if not multiplies(value.dtype):
-        return eager.contmix(query, projected, bias, rpb, value, kernel_sizes)
-    if value.numel() == 0:
-        return eager.empty_outputs(value)
-    read_query, read = as_read(query), as_read(value)
-    keys = keys_as_read(projected, read_query.shape[2])
-    out, statistics = _forward(read_query, keys, bias, rpb, read, kernel_sizes)
-    return _as_given(out, read, value), statistics
-
-
-@repeated
-def _forward(
-    query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
-) -> tuple[Tensor, Tensor]:
+    """(out like value; log Σ_k exp [B, M, G, H, W]), of tensors as the kernels read them."""
     out, statistics = eager.empty_outputs(value)
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
         forward = forward_shared if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]) else forward_own
@@ -85,18 +71,13 @@ def contmix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, in value's type, bias, rpb and value; query's and value's in the memory order of
     their tensors."""
-    if not multiplies(value.dtype):
-        return eager.contmix_backward(grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes)
-    if value.numel() == 0:
-        zeros = torch.zeros_like
-        return zeros(query), zeros(projected), zeros(bias), [zeros(table) for table in rpb], zeros(value)
     read_query, read_value = as_read(query), as_read(value)
     keys = keys_as_read(projected, read_query.shape[2])
     grad_query, grad_value, grad_projected, grad_bias, *grad_rpb = _backward(
         as_read(grad), read_query, read_value, as_read(out), keys, bias, rpb, statistics, kernel_sizes
     )
     grad_projected = grad_projected[:, :, : query.shape[2]]
-    grad_query, grad_value = _as_given(grad_query, read_query, query), _as_given(grad_value, read_value, value)
+    grad_query, grad_value = as_given(grad_query, read_query, query), as_given(grad_value, read_value, value)
     return grad_query, grad_projected, grad_bias, grad_rpb, grad_value
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.aggregation import eager as algebra
-from kernels.dtypes import accumulator_dtype, at_least_float32, precision, upcast
+from kernels.dtypes import accumulator_dtype, precision, upcast
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import configs, eager
@@ -38,35 +38,22 @@ class Softmax(NamedTuple):
     statistics: Tensor  # [B, G, H, W]: log Σ_k exp
 
 
-def _reference_softmax_mix(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
-    logits, value = at_least_float32(logits, value)
-    return eager.softmax_aggregate(logits, value, None if rpb is None else at_least_float32(rpb)[0], window)
-
-
-def _reference_mix(weight: Tensor, value: Tensor, window: Window) -> Tensor:
-    weight, value = at_least_float32(weight, value)
-    return algebra.aggregate(weight, value, window)
-
-
 def _reference_gradients(grad: Tensor, value: Tensor, window: Window, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    grad, value, logits, out = at_least_float32(grad, value, softmax.logits, softmax.out)
-    rpb = None if softmax.rpb is None else at_least_float32(softmax.rpb)[0]
-    return eager.softmax_aggregate_backward(grad, logits, value, rpb, out, softmax.statistics, window)[:2]
+    logits, rpb, out, statistics = softmax
+    return eager.softmax_aggregate_backward(grad, logits, value, rpb, out, statistics, window)[:2]
 
 
 def _reference_correlate(
     grad: Tensor, value: Tensor, _target: Tensor, window: Window, softmax: Softmax | None = None
 ) -> Tensor:
-    if softmax is not None:
-        return _reference_gradients(grad, value, window, softmax)[0]
-    grad, value = at_least_float32(grad, value)
-    return algebra.correlate(grad, value, window)
+    if softmax is None:
+        return algebra.correlate(grad, value, window)
+    return _reference_gradients(grad, value, window, softmax)[0]
 
 
 def _reference_transpose(grad: Tensor, weight: Tensor | Softmax, window: Window) -> Tensor:
     if isinstance(weight, Softmax):  # whose gradient of value does not depend on value
         return _reference_gradients(grad, grad, window, weight)[1]
-    weight, grad = at_least_float32(weight, grad)
     return algebra.transpose(weight, grad, (grad.shape[3], grad.shape[4]), window)
 
 
@@ -91,7 +78,7 @@ def _launchers(
         candidates,
         heuristics[0],
         problem=lambda weight, value, window: problem_of(weight, value, window, False),
-        reference=_reference_mix,
+        reference=algebra.aggregate,
         name=f"{name}.mix",
     )
     def mix(weight: Tensor, value: Tensor, window: Window, *, config: Any) -> Tensor:
@@ -102,7 +89,7 @@ def _launchers(
         candidates,
         heuristics[0],
         problem=lambda logits, value, _rpb, window: problem_of(logits, value, window, True),
-        reference=_reference_softmax_mix,
+        reference=eager.softmax_aggregate,
         name=f"{name}.softmax_mix",
     )
     def softmax_mix(

@@ -24,7 +24,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from kernels.dtypes import at_least_float32
 from kernels.launch import noticed
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
 from kernels.tuning.source import source_of, triton_version
@@ -49,8 +51,9 @@ class Request(NamedTuple):
         return self.launcher.launch(*self.arguments, **self.keywords, config=config)
 
     def reference(self) -> Any:
-        """What the launch must return, from the eager path in at least float32."""
-        return self.launcher.reference(*self.arguments, **self.keywords)
+        """What the launch must return, from the eager path on tensors in the types of their sums."""
+        arguments, keywords = tree_map_only(Tensor, lambda t: at_least_float32(t)[0], (self.arguments, self.keywords))
+        return self.launcher.reference(*arguments, **keywords)
 
 
 class Choice(NamedTuple):
@@ -77,7 +80,6 @@ class Launcher(Generic[Outputs]):
     heuristic: Callable[[Any], Config]
     problem_of: Callable[..., Problem]
     reference: Callable[..., Any]
-    make_example: Callable[[Problem, torch.device], tuple[Any, ...]] | None = None
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.launch)
@@ -113,11 +115,6 @@ class Launcher(Generic[Outputs]):
         _chosen[place] = config
         return config
 
-    def example(self, make_example: Callable[[Any, torch.device], tuple[Any, ...]]) -> Callable[..., Any]:
-        """Decorator: how random arguments of a problem are made, for checking stored configs."""
-        self.make_example = make_example
-        return make_example
-
     @functools.cached_property
     def problem_type(self) -> type:
         """The NamedTuple type of its problems, by which keys are read back: the heuristic's parameter."""
@@ -152,7 +149,7 @@ def tunable(
         configs: about 16 at most; each says with ``valid(problem)`` whether it fits a problem.
         heuristic: problem -> config, its parameter annotated with the type of the problem.
         problem: the launcher's arguments -> problem.
-        reference: the launcher's arguments -> the right outputs, in at least float32.
+        reference: the launcher's arguments, in float32 at least -> the right outputs.
         name: the first word of its keys, where the function's own name is not telling enough.
     """
     return lambda launch: Launcher(launch, name or launch.__name__, tuple(configs), heuristic, problem, reference)

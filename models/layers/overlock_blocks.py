@@ -112,11 +112,12 @@ class DynamicConvBlock(ContMix):
         self.drop_path = DropPath(drop_path)
 
     @leaf
-    def forward(self, x: Tensor, h: Tensor, h_reference: Tensor) -> Tensor:
-        """x [B, d, H, W], h and h_reference [B, c, H, W] -> new x and h, concatenated: [B, d + c, H, W]."""
+    def forward(self, x_and_h: Tensor, h_reference: Tensor) -> Tensor:
+        """x and h, concatenated [B, d + c, H, W], and h_reference [B, c, H, W] -> new x and h, concatenated."""
         if self.x_scale is not None and self.h_scale is not None:
-            h = add_scaled(self.h_scale, h_reference, self.x_scale(h))
-        residual = self.dwconv1(torch.cat((x, h), 1))
+            x, h = x_and_h.split((self.channels, self.context_channels), 1)
+            x_and_h = torch.cat((x, add_scaled(self.h_scale, h_reference, self.x_scale(h))), 1)
+        residual = self.dwconv1(x_and_h)
         features = self.norm1(residual)
         x = self.fusion(features)
         mixed = self.dyconv_proj(self.mix(x, features)) + self.lepe(x)

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from rich.console import Console
 
 import kernels
-from autotune import operators, profile, report, timing
+from autotune import operators, profile, report, timing, workloads
 from autotune.__main__ import COMMANDS, main
 from autotune.tables import number
 from tests.support import DEVICE
@@ -111,6 +111,12 @@ def test_an_interrupt_keeps_what_is_done(quick, monkeypatch, tmp_path):
     assert record["complete"] is False
     assert [row["operator"] for row in record["rows"]] == ["involution2d"]
     assert (tmp_path / "profile_operators.png").exists()
+
+
+@pytest.mark.parametrize("name", workloads.OPERATORS)
+def test_a_name_means_that_operator_alone(name):
+    found = profile._workloads(argparse.Namespace(shape=None, operator=[name]), 1)
+    assert {workload.operator for workload in found} == {name}
 
 
 def test_an_operator_at_a_shape_of_ones_own(quick):

@@ -3,31 +3,44 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import kernels
-from autotune import tunables, verify, workloads
+from autotune import tunables, verify
 from autotune.__main__ import main
-from autotune.tunables import StoredEntry, find_tunables, problem_of
+from autotune.tunables import find_tunables, problem_of
 from kernels.launch import record_launches
 from kernels.tuning import choose
 from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
 from kernels.tuning.store import Store
-from tests.kernels.test_choose import TOY, Config, Problem, toy
+from tests.kernels.test_choose import TOY, Config, Problem
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
-CHECKED = toy(TOY.configs)
-CHECKED.example(lambda problem, device: (torch.ones(problem.pixels, device=device), (32,)))  # 32 is wrong
+
+
+class Called(NamedTuple):
+    """Stands for a workload: the toy launched on so many pixels; of its blocks 32 is wrong."""
+
+    pixels: int
+
+    def draw_inputs(self, dtype, device):
+        return torch.ones(self.pixels, dtype=dtype, device=device)
+
+    draw_gradient = draw_inputs
+
+    def run(self, inputs, _gradient):
+        TOY(inputs, (32,))
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
     monkeypatch.setattr(tunables, "shipped_folder", lambda: tmp_path / "shipped")
-    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": CHECKED})
+    choose.forget()
     return tmp_path / "store"
 
 
@@ -35,49 +48,55 @@ def _entry(launcher, config):
     return {"config": dataclasses.asdict(config), "triton": triton_version(), "source": launcher.source}
 
 
-def _problems():
-    """One problem of every kernel that the operators launch, from tiny shapes: own, shared and very large windows."""
-    found = {}
-    shared = [workloads.neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
-    shared.append(workloads.involution("tiny", 1, 16, (5, 5), 17, 16))  # too large for rows to slide
-    shared.append(workloads.contmix("tiny", 1, 2, 16, (5, 5), (3, 5), context=9))
+def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder, capsys):
+    """The operators that verify runs launch every kernel; a config of each is tried and agrees."""
+    known, found = find_tunables(), dict[Any, Any]()
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
-        for workload in (*workloads.benchmark_workloads(quick=True), *shared):
-            inputs = workload.draw_inputs(torch.float32, HERE)
-            workload.run(inputs, workload.draw_gradient(torch.float32, HERE))
-    return found
-
-
-def test_every_kernel_that_is_launched_is_registered_and_can_be_verified():
-    known, problems = find_tunables(), _problems()
-    assert {launcher.name for launcher in problems} == set(known)
-    for launcher, problem in problems.items():
+        for workload in verify.workloads_of(HERE):
+            workload.run(workload.draw_inputs(torch.float32, HERE), workload.draw_gradient(torch.float32, HERE))
+    assert {launcher.name for launcher in found} == set(known)
+    for launcher, problem in found.items():
         assert known[launcher.name] is launcher
         key = key_of(launcher, problem)
         assert problem_of(launcher, key) == problem
         config = next(config for config in launcher.candidates(problem) if config.valid(problem))
-        stored = StoredEntry("cpu", "store", tunables.user_folder(), key, _entry(launcher, config))
-        row = verify.check_entry(stored, known, HERE)
-        assert row["status"] == "ok", f"{key}: {row['reason']}"
+        Store(folder, gpu_name(HERE)).update({key: _entry(launcher, config)})
+    code = main(["verify", "--json"])
+    rows = json.loads(capsys.readouterr().out)["entries"]
+    assert {row["key"]: row["reason"] for row in rows if row["status"] != "ok"} == {}
+    assert (code, len(rows)) == (0, len(known))
 
 
-def test_a_wrong_config_is_found(folder, capsys):
-    def key(pixels):
-        return key_of(CHECKED, Problem(pixels))
+@pytest.fixture
+def pixels(monkeypatch):
+    """Runs the toy on so many pixels, one launch after the other."""
+    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+    return lambda *counts: monkeypatch.setattr(verify, "workloads_of", lambda _device: list(map(Called, counts)))
 
-    right, wrong = (_entry(CHECKED, Config(block)) for block in (16, 32))
+
+def _key(count):
+    return key_of(TOY, Problem(count))
+
+
+def test_a_wrong_config_is_found(folder, pixels, capsys):
+    right, wrong = (_entry(TOY, Config(block)) for block in (16, 32))
     store = Store(folder, gpu_name(HERE))
-    store.update({key(196): right, key(49): wrong, key(25): right | {"source": "0"}})
+    store.update(
+        {_key(196): right, _key(49): wrong, _key(25): right | {"source": "0"}, _key(130): _entry(TOY, Config(128))}
+    )
+    pixels(20, 49)
     assert main(["verify", "--json"]) == 1
     shown = capsys.readouterr()
-    assert "[3/3] toy pixels=49 dtype=float32: failed" in shown.err
+    assert "[2/3] toy pixels=49 dtype=float32: failed" in shown.err
     rows = {row["key"]: row for row in json.loads(shown.out)["entries"]}
     assert {name: row["status"] for name, row in rows.items()} == {
-        key(196): "ok",
-        key(25): "unchecked",
-        key(49): "failed",
+        _key(196): "ok",  # on 20 pixels: nothing else has as many
+        _key(49): "failed",
+        _key(25): "unchecked",
+        _key(130): "unchecked",
     }
-    assert rows[key(49)]["reason"].startswith("output 0 is off by 1.0e+00")
+    assert rows[_key(49)]["reason"].startswith("output 0 is off by 1.0e+00")
+    assert rows[_key(130)]["reason"] == "no operator's launch that is tried suits it"
     assert main(["verify"]) == 1
     assert "failed: output 0 is off by 1.0e+00" in " ".join(capsys.readouterr().out.split())
     store.path.unlink()
@@ -85,26 +104,30 @@ def test_a_wrong_config_is_found(folder, capsys):
     assert "nothing to verify" in capsys.readouterr().out
 
 
-def test_a_kernel_without_an_example_is_named_not_failed(folder, monkeypatch, capsys):
-    Store(folder, gpu_name(HERE)).update({key_of(TOY, Problem(49)): _entry(TOY, Config(16))})
-    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folder, pixels, capsys, monkeypatch):
+    Store(folder, gpu_name(HERE)).update({_key(49): _entry(TOY, Config(16))})
+    pixels(20, 49, 21)
+    tried, check = [], verify.check
+    monkeypatch.setattr(
+        verify, "check", lambda request, config: tried.append(request.problem) or check(request, config)
+    )
     assert main(["verify", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["entries"]
-    assert (row["status"], row["reason"]) == ("unchecked", "the kernel offers no example to check it with")
+    assert tried == [Problem(20), Problem(49)]
 
 
-def test_an_interruption_shows_what_was_checked(folder, monkeypatch, capsys):
-    Store(folder, gpu_name(HERE)).update({key_of(TOY, Problem(n)): _entry(TOY, Config(16)) for n in (21, 22)})
-    check_entry = verify.check_entry
+def test_an_interruption_shows_what_was_checked(folder, pixels, monkeypatch, capsys):
+    Store(folder, gpu_name(HERE)).update({_key(n): _entry(TOY, Config(16)) for n in (21, 22)})
+    pixels(21, 22)
+    check = verify.check
 
-    def interrupted(stored, known, device):
-        if "pixels=22" in stored.key:
+    def interrupted(request, config):
+        if request.problem.pixels == 22:
             raise KeyboardInterrupt
-        return check_entry(stored, known, device)
+        return check(request, config)
 
-    monkeypatch.setattr(verify, "check_entry", interrupted)
+    monkeypatch.setattr(verify, "check", interrupted)
     assert main(["verify", "--json"]) == 130
-    assert [row["status"] for row in json.loads(capsys.readouterr().out)["entries"]] == ["ok"]
+    assert [row["status"] for row in json.loads(capsys.readouterr().out)["entries"]] == ["ok", "ok"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

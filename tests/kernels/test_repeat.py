@@ -79,7 +79,7 @@ def test_a_pass_is_repeated_as_a_whole(watched):
     with kernels.use_backend("triton"):
         torch.autograd.grad(operator(tensors).sum(), tuple(tensors.values()))
     passes = {key[0].split(".")[-1]: made for key, made in watched.items()}
-    assert {name: len(made.steps) for name, made in passes.items()} == {"_forward": 2, "_backward": 8}
+    assert {name: len(made.steps) for name, made in passes.items()} == {"contmix": 2, "_backward": 8}
     steps, results = passes["_backward"].steps, passes["_backward"].results
     between = set(range(steps[-1].made)) - {number for number, _ in results}
     needed = {place.number: i for i, step in enumerate(steps) for place in step.places}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,22 @@ def test_a_wrong_backend_in_the_environment_is_one_line():
     assert done.returncode == 2
     assert done.stderr.startswith("python -m models list: error: DYNAMIC_KERNELS_BACKEND must be one of")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
+@pytest.mark.parametrize(
+    ("command", "module", "ended"),
+    [
+        ("models list", "torch", (-signal.SIGINT, "")),
+        ("autotune show", "torch", (-signal.SIGINT, "")),
+        ("models classify", "PIL", (130, "python -m models classify: interrupted\n")),
+    ],
+)
+def test_an_interrupt_shows_no_traceback_at_any_time(tmp_path, command, module, ended):
+    """While PyTorch is imported, and while a command's modules are."""
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()], cwd=Path(__file__).parents[2], text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == ended

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -205,6 +205,21 @@ def test_intermediates(family):
     for options, message in (({"indices": [4]}, "indices"), ({"output_fmt": "NLC"}, "output_fmt")):
         with pytest.raises(ValueError, match=message):
             model.forward_intermediates(x, **options)
+
+
+@by_family
+@torch.no_grad()
+def test_an_image_of_another_type(family):
+    """It is refused before anything runs, except under autocast, which converts; compiled, PyTorch refuses it."""
+    model, x = narrow(family), images(2, 3, 64, 64, device="cpu")
+    for other in (torch.float16, torch.float64):
+        with pytest.raises(TypeError, match=f"x must have the model's dtype, torch.float32, got {other}"):
+            model(x.to(other))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(model(x.bfloat16()), model(x), 2e-2)
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    conv.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))  # as layerwise casting does
+    assert_close(model(x.half()), model(x), 2e-2)
 
 
 # ---- the classifier
