@@ -103,7 +103,11 @@ def pixels_of_window(
     first_w, outputs_w = _outputs_of_start(start_w, width, KERNEL_W)
     o_output = i_tile * BLOCK + tl.arange(0, BLOCK)
     o_inside = tl.minimum(o_output, outputs_h * outputs_w - 1)
-    row, column = first_h + o_inside // outputs_w, first_w + o_inside % outputs_w
+    # One division per tile, and for each output a product with the reciprocal in units of 2^-32, which is exact here.
+    reciprocal = tl.full([], 0xFFFFFFFF, tl.uint32) // outputs_w.to(tl.uint32) + 1
+    o_row = tl.umulhi(o_inside.to(tl.uint32), reciprocal.to(tl.uint32)).to(tl.int32)
+    o_row = tl.where(outputs_w == 1, o_inside, o_row)
+    row, column = first_h + o_row, first_w + o_inside - o_row * outputs_w
     return Pixels(row, column, o_output < outputs_h * outputs_w, start_h, start_w)
 
 

@@ -29,6 +29,7 @@ from kernels.launch import ceil_divide, launch
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import View, at, view
+from kernels.window_parts import sum_parts
 from kernels.windows_triton import offsets, pixels_of_window
 
 
@@ -57,8 +58,8 @@ def _backward_shared_kernel(
     previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
     scratch,  # [B, G, Dq, H, W]: grad_query of the blocks so far, written where there are several
     grad_query,  # [B, G, Dq, H, W]: written
-    value_parts,  # [B, G, tiles · windows, K², Dv]: value's gradients, written; along the axes g, h, k, c
-    key_parts,  # [B, G, tiles · windows, K², Dq]: projected keys' gradients, written; along the same axes
+    value_parts,  # [B, G, Dv, tiles · windows, K²]: value's gradients, written
+    key_parts,  # [B, G, Dq, tiles · windows, K²]: projected keys' gradients, written
     partial,  # [chunks, G, H, W, S · BLOCKS]: sums of ds over a chunk of images, written
     totals,  # [chunks, G, tiles · windows, S · BLOCKS]: the same, over the outputs of a tile, written
     sizes, tiles, windows, images,
@@ -107,12 +108,12 @@ def _backward_shared_kernel(
             b_weight = tl.exp2(b_logits * (LOG2_E * key_scale(dtype)) + b_bias - b_statistics[None, :])
             b_products = dot(b_value, tl.trans(b_grad), tl.zeros([STEPS, PIXELS], ACCUMULATOR), UPCAST)
             b_part = dot(b_weight.to(dtype), b_grad, tl.zeros([STEPS, BLOCK_CHANNELS], ACCUMULATOR), UPCAST)
-            store_pixels(of_value, i_place * value_parts.h + o_position * value_parts.k, m_position, b_part, CHANNELS)
+            store_pixels(of_value, i_place * value_parts.h + o_position * value_parts.w, m_position, b_part, CHANNELS)
             b_grad_logits = b_weight * (b_products - b_delta[None, :])
             b_total += b_grad_logits
             b_grad_logits = b_grad_logits.to(dtype)
             b_part = dot(b_grad_logits, b_query, tl.zeros([STEPS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
-            store_pixels(of_keys, i_place * key_parts.h + o_position * key_parts.k, m_position, b_part, QUERY_CHANNELS)
+            store_pixels(of_keys, i_place * key_parts.h + o_position * key_parts.w, m_position, b_part, QUERY_CHANNELS)
             b_sum = dot(tl.trans(b_grad_logits), keys[0], tl.zeros([PIXELS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
             b_sum *= key_scale(dtype)
             if i_block > 0:
@@ -129,45 +130,6 @@ def _backward_shared_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
-def _sum_parts_kernel(
-    value_parts,  # [B, G, tiles · windows, K², Dv]
-    key_parts,  # [B, G, tiles · windows, K², Dq]
-    grad_value,  # [B, G, Dv, H, W]: written
-    grad_projected,  # [B, G, Dq, K²]: written
-    sizes, tiles, windows, blocks,
-    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    OFFSET: tl.constexpr, PIXELS: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The parts that tiles left, summed: of value's gradient where windows lie on top of each other, and of keys'."""
-    _batch, groups, height, width, _first, _last = sizes
-    KEY_BLOCKS: tl.constexpr = (KERNEL * KERNEL + PIXELS - 1) // PIXELS
-    i_block, i_image = tl.program_id(0) % (blocks + KEY_BLOCKS), tl.program_id(0) // (blocks + KEY_BLOCKS)
-    i_group, i_batch = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
-    if i_block < blocks:
-        part, target = at(value_parts, i_batch, i_group), at(grad_value, i_batch, i_group)
-        o_pixel = i_block * PIXELS + tl.arange(0, PIXELS)
-        o_row, o_column = o_pixel // width, o_pixel % width
-        b_sum = tl.zeros([PIXELS, BLOCK_CHANNELS], ACCUMULATOR)
-        for i_place in tl.range(tiles * windows, disable_licm=True):
-            o_kernel_h = o_row - i_place // tiles // (width - KERNEL + 1)
-            o_kernel_w = o_column - i_place // tiles % (width - KERNEL + 1)
-            m_window = (o_kernel_h >= 0) & (o_kernel_h < KERNEL) & (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
-            o_part = i_place * part.h + (o_kernel_h * KERNEL + o_kernel_w) * part.k
-            b_sum += load_pixels(part, o_part, m_window & (o_row < height), CHANNELS, BLOCK_CHANNELS).to(ACCUMULATOR)
-        o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
-        store_pixels(target, o_target, o_row < height, b_sum, CHANNELS)
-    else:
-        part, target = at(key_parts, i_batch, i_group), at(grad_projected, i_batch, i_group)
-        o_position = (i_block - blocks) * PIXELS + tl.arange(0, PIXELS)
-        m_position = o_position < KERNEL * KERNEL
-        b_sum = tl.zeros([PIXELS, BLOCK_QUERY], ACCUMULATOR)
-        for i_place in range(tiles * windows):
-            o_part = i_place * part.h + o_position * part.k
-            b_sum += load_pixels(part, o_part, m_position, QUERY_CHANNELS, BLOCK_QUERY).to(ACCUMULATOR)
-        store_pixels(target, o_position * target.k, m_position, b_sum, QUERY_CHANNELS)
-
-
 def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
     """Gradients of query, projected, bias, rpb and value of one kernel size."""
     query, projected, bias, rpb, value, grad, out, statistics = at_least_float32(*saved)
@@ -182,7 +144,7 @@ class Targets(NamedTuple):
 
     query: Tensor  # [B, G, Dq, H, W]
     value: Tensor  # [B, G, Dv, H, W]
-    projected: Tensor  # [B, G, Dq, K²]
+    projected: Tensor  # [B, G, Dq, K²], in memory K², B, G, Dq
     bias: Tensor  # [K²]
     rpb: Tensor  # [G, 2K-1, 2K-1]
     previous: Tensor | None
@@ -210,14 +172,16 @@ def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[
     if places == 1:
         # The one window is the map, and its parts are the gradients.
         value, projected = targets.value, targets.projected
-        value_parts = View(value, *(value.stride(axis) for axis in (0, 1, 2)), 0, 0, value.stride(4))
-        key_parts = View(projected, *projected.stride()[:3], 0, 0, projected.stride(3))
+        value_view = View(value, *value.stride()[:3], h=0, w=value.stride(4))
+        key_view = View(projected, *projected.stride()[:3], h=0, w=projected.stride(3))
+        value_parts = key_parts = None
     else:
-        shape = batch, groups, places, kernel_size**2
-        value_parts = view(saved.value.new_empty((*shape, channels)), "b g h k c")
-        key_parts = view(saved.value.new_empty((*shape, query_channels)), "b g h k c")
-    parts = {"value_parts": value_parts, "key_parts": key_parts}
-    arguments |= parts | {
+        value_parts = saved.value.new_empty((batch, groups, places, kernel_size**2, channels)).movedim(-1, 2)
+        key_parts = saved.value.new_empty((places, kernel_size**2, batch, groups, query_channels))
+        value_view, key_view = view(value_parts, "b g c h w"), view(key_parts, "h w b g c")
+    arguments |= {
+        "value_parts": value_view,
+        "key_parts": key_view,
         "previous": view(targets.query if targets.previous is None else targets.previous, "b g c h w"),
         "scratch": view(scratch, "b g c h w"),
         "grad_query": view(targets.query, "b g c h w"),
@@ -230,24 +194,10 @@ def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     device = partial.device
     launch(_backward_shared_kernel, (places * groups * chunks,), device, arguments, **options)
-    if places > 1:
-        blocks = ceil_divide(height * width, 64)
-        kept = ("sizes", "tiles", "windows", "KERNEL", "QUERY_CHANNELS", "CHANNELS", "ACCUMULATOR", "OFFSET")
-        blocks_kept = ("BLOCK_QUERY", "BLOCK_CHANNELS")
-        arguments = (
-            {name: arguments[name] for name in (*kept, *blocks_kept)}
-            | parts
-            | {
-                "grad_value": view(targets.value, "b g c h w"),
-                "grad_projected": view(targets.projected, "b g c k"),
-                "blocks": blocks,
-                "PIXELS": 64,
-            }
-        )
-        # One program per (block of pixels or of window positions, group, batch entry).
-        grid = ((blocks + ceil_divide(kernel_size**2, 64)) * groups * batch,)
-        launch(_sum_parts_kernel, grid, device, arguments, num_warps=4, num_stages=2)
-    fold(partial, totals, targets.bias, targets.rpb, (kernel_size, positions), (0, height - 1, height))
+    if value_parts is not None:
+        sum_parts(value_parts, targets.value, (kernel_size, kernel_size), arguments["tiles"])
+    rows = 0, height - 1, height
+    fold(partial, totals, targets.bias, targets.rpb, (kernel_size, positions), rows, key_parts, targets.projected)
     return targets.query, targets.value, targets.projected, targets.bias, targets.rpb
 
 

@@ -95,7 +95,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of query, value, projected, bias and each rpb."""
     grad_query, grad_value = empty_like_layout(query, query.shape), eager.empty_outputs(value)[0]
-    grad_projected = torch.empty_like(projected, dtype=value.dtype)
+    batch, groups, channels, positions = projected.shape
+    grad_projected = value.new_empty((positions, batch, groups, channels)).permute(1, 2, 3, 0)
     grad_bias, grad_rpb = torch.empty_like(bias), [torch.empty_like(table) for table in rpb]
     previous = None
     gradients = eager.parts(grad_projected, grad_bias, grad_rpb, kernel_sizes)

@@ -56,7 +56,7 @@ def shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: bo
 
 @dataclass(frozen=True)
 class SharedConfig:
-    """Outputs of one window and window positions (or inputs) that a matrix product takes."""
+    """Outputs of one window and window positions that a matrix product takes."""
 
     block_outputs: int
     block_steps: int
@@ -85,21 +85,16 @@ SHARED_CONFIGS = tuple(
 
 
 @functools.lru_cache(maxsize=4096)
-def shared_heuristic(problem: SharedProblem, most_steps: int = 32) -> SharedConfig:
+def shared_heuristic(problem: SharedProblem) -> SharedConfig:
     """The config where nothing was tuned: 16 outputs of a window by 32 positions, of 16-bit numbers on one warp per 32
     channels. Small blocks leave room for many warps, which hide each other's latency."""
     steps = max(16, next_power_of_2(problem.positions))
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return SharedConfig(min(256, max(16, next_power_of_2(problem.outputs))), min(steps, 256))
-    steps = min(most_steps, steps)
+    steps = min(32, steps)
     widest = 16 * max(steps, next_power_of_2(problem.channels))
     per_warp = 512 if problem.dtype.itemsize == 2 else 128  # wider types keep the operands of products in registers
     return SharedConfig(16, steps, max(1, min(8, widest // per_warp)))
-
-
-def shared_transpose_heuristic(problem: SharedProblem) -> SharedConfig:
-    """The same with half the positions: masks and window positions of every input take up registers."""
-    return shared_heuristic(problem, most_steps=16)
 
 
 class OwnProblem(NamedTuple):

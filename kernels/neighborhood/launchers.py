@@ -1,8 +1,9 @@
-"""The four launchers of either form of neighbourhood kernels: one signature, one reference, whatever computes it.
+"""The launchers of either form of neighbourhood kernels: one signature, one reference, whatever computes it.
 
 mix, softmax_mix    Σ_k w[i,k] · value[nbr(i,k)], where w may be a softmax of logits + rpb
 transpose           Σ_{(i,k) reaching j} w[i,k] · g[i]
 correlate           Σ_c g[i,c] · value[nbr(i,k),c]; or the gradient of a softmax's logits, p · (that − δ)
+softmax_backward    the gradients of a softmax's logits and of value
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import empty_like_layout
 from kernels.neighborhood import configs, eager
 from kernels.neighborhood.own import correlate_kernel, sum_kernel
-from kernels.neighborhood.shared import correlate_kernel as shared_correlate_kernel
-from kernels.neighborhood.shared import mix_kernel, transpose_kernel
+from kernels.neighborhood.shared import backward_kernel, mix_kernel
 from kernels.tuning import tunable
 from kernels.tuning.choose import Launcher
 from kernels.views import View, view
+from kernels.window_parts import sum_parts
 from kernels.windows import Window
 
 MOST_STEPS = 6  # of a shared window, held in registers at once
@@ -62,6 +63,7 @@ class Launchers(NamedTuple):
     softmax_mix: Launcher[tuple[Tensor, Tensor]]
     transpose: Launcher[Tensor]
     correlate: Launcher[Tensor]
+    softmax_backward: Callable[[Tensor, Tensor, Tensor, Window, Softmax], tuple[Tensor, Tensor]]
 
 
 def _launchers(
@@ -71,8 +73,10 @@ def _launchers(
     problem_of: Callable[[Tensor, Tensor, Window, bool], Any],
     launch_sum: Callable[[Tensor, Tensor, Window, Softmax | None, bool, Any], Tensor],
     launch_correlate: Callable[[Tensor, Tensor, Tensor, Window, Softmax | None, Any], Tensor],
+    softmax_backward: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Launchers:
-    """``heuristics`` of mix, transpose and correlate; ``launch_sum`` is mix, or transpose where its flag is set."""
+    """``heuristics`` of mix, transpose and correlate; ``launch_sum`` is mix, or transpose where its flag is set.
+    Without a ``softmax_backward`` that does both, correlate and transpose follow each other."""
 
     @tunable(
         candidates,
@@ -131,7 +135,10 @@ def _launchers(
         logits, p · (that − δ)."""
         return launch_correlate(grad, value, target, window, softmax, config)
 
-    return Launchers(mix, softmax_mix, transpose, correlate)
+    def in_turn(grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax) -> tuple[Tensor, Tensor]:
+        return correlate(grad, value, target, window, softmax), transpose(grad, softmax, window)
+
+    return Launchers(mix, softmax_mix, transpose, correlate, softmax_backward or in_turn)
 
 
 class Sizes(NamedTuple):
@@ -250,40 +257,73 @@ def _shared_sum(
     transposed: bool,
     config: configs.SharedConfig,
 ) -> Tensor:
-    out = empty_like_layout(source if softmax is None else softmax.out, source.shape)
-    batch, groups, _, height, width = source.shape
-    cut = _shared_cut(source, window, config)
     if transposed:
-        # One program per (block of inputs, group, batch entry).
-        cut.constants["input_blocks"] = blocks = ceil_divide(height * width, config.block_steps)
-        kernel, cut = transpose_kernel, cut._replace(programs=blocks * groups * batch)
-    else:
-        steps = ceil_divide(window.kernel_size[0] * window.kernel_size[1], config.block_steps)
-        cut.constants["CHUNKS"] = chunks = ceil_divide(steps, MOST_STEPS)
-        cut.constants["UNROLL"] = ceil_divide(steps, chunks)
-        kernel = mix_kernel
-    _launch(kernel, cut, source, softmax, config, weight=weight, source=source, out=out)
+        return _shared_backward(source, None, weight, None, window, None, config)
+    out = empty_like_layout(source, source.shape)
+    cut = _shared_cut(source, window, config)
+    steps = ceil_divide(window.kernel_size[0] * window.kernel_size[1], config.block_steps)
+    cut.constants["CHUNKS"] = chunks = ceil_divide(steps, MOST_STEPS)
+    cut.constants["UNROLL"] = ceil_divide(steps, chunks)
+    _launch(mix_kernel, cut, source, softmax, config, weight=weight, source=source, out=out)
     return out
 
 
 def _shared_correlate(
-    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax | None, config: configs.SharedConfig
+    grad: Tensor, value: Tensor, target: Tensor, window: Window, _softmax: None, config: configs.SharedConfig
 ) -> Tensor:
-    given = {"logits": softmax and softmax.logits, "out": softmax and softmax.out}
-    cut = _shared_cut(value, window, config)
-    _launch(shared_correlate_kernel, cut, value, softmax, config, grad=grad, value=value, target=target, **given)
+    _shared_backward(grad, value, None, target, window, None, config)
     return target
 
 
-OWN = own_mix, own_softmax_mix, own_transpose, own_correlate = _launchers(
+def _shared_backward(
+    grad: Tensor,
+    value: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor | None,
+    window: Window,
+    softmax: Softmax | None,
+    config: configs.SharedConfig,
+) -> Tensor:
+    """Fills ``target``, where there is one, and returns the gradient of value, where there are weights or logits."""
+    cut = _shared_cut(grad, window, config)
+    batch, groups, channels, _, _ = grad.shape
+    tiles, positions = cut.constants["tiles"], window.kernel_size[0] * window.kernel_size[1]
+    cut.constants.update(CORRELATE=target is not None, TRANSPOSE=weight is not None)
+    of_value = parts = None
+    if weight is not None:
+        of_value = empty_like_layout(grad if softmax is None else softmax.out, grad.shape)
+        places = tiles * cut.constants["windows"]
+        parts = grad.new_empty((batch, groups, places, positions, channels)).movedim(-1, 2)
+    _launch(
+        backward_kernel, cut, grad, softmax, config,
+        grad=grad, value=value, weight=weight, out=softmax and softmax.out, target=target, parts=parts,
+    )  # fmt: skip
+    if of_value is not None:
+        sum_parts(parts, of_value, window.kernel_size, tiles)
+    return of_value
+
+
+@tunable(
+    configs.SHARED_CONFIGS,
+    configs.shared_heuristic,
+    problem=lambda _grad, value, target, window, _softmax: configs.shared_problem(target, value, window, True),
+    reference=lambda grad, value, _target, window, softmax: _reference_gradients(grad, value, window, softmax),
+    name="shared_windows.softmax_backward",
+)
+def _shared_softmax_backward(
+    grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax, *, config: configs.SharedConfig
+) -> tuple[Tensor, Tensor]:
+    return target, _shared_backward(grad, value, softmax.logits, target, window, softmax, config)
+
+
+OWN = _launchers(
     "own_windows", configs.OWN_CONFIGS,
     (configs.own_heuristic, configs.own_heuristic, configs.own_correlate_heuristic),
     configs.own_problem, _own_sum, _own_correlate,
 )  # fmt: skip
-SHARED = shared_mix, shared_softmax_mix, shared_transpose, shared_correlate = _launchers(
-    "shared_windows", configs.SHARED_CONFIGS,
-    (configs.shared_heuristic, configs.shared_transpose_heuristic, configs.shared_heuristic),
-    configs.shared_problem, _shared_sum, _shared_correlate,
+SHARED = _launchers(
+    "shared_windows", configs.SHARED_CONFIGS, (configs.shared_heuristic,) * 3,
+    configs.shared_problem, _shared_sum, _shared_correlate, _shared_softmax_backward,
 )  # fmt: skip
 
 

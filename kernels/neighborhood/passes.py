@@ -133,6 +133,5 @@ def softmax_aggregate_backward(
     if value.numel() == 0:
         return of_logits, empty_like_layout(value, value.shape), None if rpb is None else torch.zeros_like(rpb)
     form, softmax = form_of(logits, window, value), Softmax(logits, rpb, out, statistics)
-    form.correlate(grad, value, of_logits, window, softmax)
-    of_value = form.transpose(grad, softmax, window)
+    of_logits, of_value = form.softmax_backward(grad, value, of_logits, window, softmax)
     return of_logits, of_value, None if rpb is None else _grad_rpb(of_logits, rpb, window)

@@ -7,12 +7,12 @@ Along an axis of length L clamped windows have L − K + 1 starts only: on a 14x
 outputs, on a 7x7 map with K = 7 one serves all. With w the weights [outputs, positions] of one window:
 
     mix         w @ values                    aggregate; softmax inside where logits are given
-    transpose   Σ over windows of wᵀ @ g      every block of inputs walks over the windows that hold it
+    transpose   wᵀ @ g                        one part per window, which a small kernel sums where windows overlap
     correlate   g @ valuesᵀ                   with p · (· − δ) on top: the gradient of logits
 
+Transpose and correlate are one kernel, which does either, or both for a softmax, whose weights are then made once.
 Each entry of a dynamic kernel is read or written exactly once per kernel, along the window positions, which are
-adjacent in memory. A NaN in the gradient of an output may reach all inputs of its image and head in ``transpose``;
-elsewhere a value reaches what the definition says.
+adjacent in memory.
 """
 
 from __future__ import annotations
@@ -131,92 +131,62 @@ def mix_kernel(
 
 
 @triton.jit
-def correlate_kernel(
+def backward_kernel(
     grad,  # [B, G, C, H, W]
-    value,  # [B, G, C, H, W]
-    logits,  # [B, G, H, W, K²], with SOFTMAX, as the next three
-    rpb,  # [G, 2Kh-1, 2Kw-1]
-    statistics,  # [B, G, H, W]
+    value,  # [B, G, C, H, W], with CORRELATE
+    weight,  # [B, G, H, W, K²]: weights, with TRANSPOSE, or logits with SOFTMAX
+    rpb,  # [G, 2Kh-1, 2Kw-1], with SOFTMAX, as the next two
+    statistics,  # [B, G, H, W]: log Σ_k exp
     out,  # [B, G, C, H, W]
-    target,  # [B, G, H, W, K²]
+    target,  # [B, G, H, W, K²]: written, with CORRELATE
+    parts,  # [B, G, C, tiles · windows, K²]: written, with TRANSPOSE
     sizes, tiles, windows,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
+    CORRELATE: tl.constexpr, TRANSPOSE: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     _batch, groups, channels, height, width = sizes
     i_tile, i_window, i_group, i_batch = split_program(tiles, windows, groups)
     grad, value, target = at(grad, i_batch, i_group), at(value, i_batch, i_group), at(target, i_batch, i_group)
+    weight, rpb, parts = at(weight, i_batch, i_group), at(rpb, 0, i_group), at(parts, i_batch, i_group)
     tile = pixels_of_window(i_tile, i_window, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
+    # [P, C]; an output that is not there repeats one that is, but has no gradient
     b_grad = _load_rows(grad, offsets(grad, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
     if SOFTMAX:
-        logits, statistics, rpb = at(logits, i_batch, i_group), at(statistics, i_batch, i_group), at(rpb, 0, i_group)
-        out = at(out, i_batch, i_group)
+        statistics, out = at(statistics, i_batch, i_group), at(out, i_batch, i_group)
         b_out = _load_rows(out, offsets(out, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
         # δ = Σ_c grad · out, which equals Σ_k p · dp, [P]
         b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), axis=1)
         b_statistics = tl.load(statistics.ptr + tile.row * statistics.h + tile.column * statistics.w) * LOG2_E
+    o_channel = tl.arange(0, BLOCK_CHANNELS)
+    o_part = (i_window * tiles + i_tile).to(OFFSET) * parts.h
+    p_parts = parts.ptr + o_part + (o_channel.to(OFFSET) * parts.c)[None, :]
     for first in range(0, KERNEL_H * KERNEL_W, BLOCK_STEPS):
         o_step = first + tl.arange(0, BLOCK_STEPS)
-        m_step = (o_step < KERNEL_H * KERNEL_W)[None, :]
-        b_value = _load_positions(value, tile, o_step, channels, KERNEL_H, KERNEL_W, OFFSET, BLOCK_CHANNELS)
+        m_step = o_step < KERNEL_H * KERNEL_W
         # [P, S]
-        b_product = dot(b_grad, tl.trans(b_value), tl.zeros([BLOCK_OUTPUTS, BLOCK_STEPS], ACCUMULATOR), UPCAST)
-        if SOFTMAX:
-            b_logits = _load_weights(
-                logits, rpb, tile, o_step, o_step // KERNEL_W, o_step % KERNEL_W, m_step,
-                KERNEL_H, KERNEL_W, True, HAS_RPB, ACCUMULATOR, OFFSET,
+        if SOFTMAX | TRANSPOSE:
+            b_weight = _load_weights(
+                weight, rpb, tile, o_step, o_step // KERNEL_W, o_step % KERNEL_W, m_step[None, :],
+                KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET,
             )  # fmt: skip
-            b_product = tl.exp2(b_logits * LOG2_E - b_statistics[:, None]) * (b_product - b_delta[:, None])
-        tl.store(
-            target.ptr + offsets(target, tile, OFFSET)[:, None] + (o_step.to(OFFSET) * target.k)[None, :],
-            b_product.to(target.ptr.dtype.element_ty),
-            mask=tile.mask[:, None] & m_step,
-        )
-
-
-@triton.jit
-def transpose_kernel(
-    weight,  # [B, G, H, W, K²]: weights, or logits with SOFTMAX
-    source,  # [B, G, C, H, W]: the gradient of the output
-    rpb,  # [G, 2Kh-1, 2Kw-1], with SOFTMAX, as the next one
-    statistics,  # [B, G, H, W]
-    out,  # [B, G, C, H, W]
-    sizes, tiles, windows, input_blocks,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """A step here is an input; each program takes a block of them over all windows."""
-    _batch, groups, channels, height, width = sizes
-    i_block, _i_channel, i_group, i_batch = split_program(input_blocks, 1, groups)
-    weight, source, out = at(weight, i_batch, i_group), at(source, i_batch, i_group), at(out, i_batch, i_group)
-    statistics, rpb = at(statistics, i_batch, i_group), at(rpb, 0, i_group)
-    o_input = i_block * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
-    m_input = o_input < height * width
-    o_row, o_column = o_input // width, o_input % width
-    # [J, C]
-    b_sum = tl.zeros([BLOCK_STEPS, BLOCK_CHANNELS], ACCUMULATOR)
-    for i_part in range(0, windows * tiles):
-        tile = pixels_of_window(i_part % tiles, i_part // tiles, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
-        o_kernel_h, o_kernel_w = o_row - tile.start_h, o_column - tile.start_w
-        m_held = m_input & (o_kernel_h >= 0) & (o_kernel_h < KERNEL_H) & (o_kernel_w >= 0) & (o_kernel_w < KERNEL_W)
-        m_weight = tile.mask[:, None] & m_held[None, :]
-        b_grad = _load_rows(source, offsets(source, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
-        # [P, J]
-        b_weight = _load_weights(
-            weight, rpb, tile, o_kernel_h * KERNEL_W + o_kernel_w, o_kernel_h, o_kernel_w, m_weight,
-            KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET,
-        )  # fmt: skip
         if SOFTMAX:
-            b_statistics = tl.load(statistics.ptr + tile.row * statistics.h + tile.column * statistics.w) * LOG2_E
-            # An output whose logits are all −inf has NaN weights, but only where its window is.
-            b_weight = tl.where(m_weight, tl.exp2(b_weight * LOG2_E - b_statistics[:, None]), 0.0).to(b_grad.dtype)
-        b_sum = dot(tl.trans(b_weight), b_grad, b_sum, UPCAST)
-    o_channel = tl.arange(0, BLOCK_CHANNELS)
-    o_out = o_row.to(OFFSET) * out.h + o_column.to(OFFSET) * out.w
-    tl.store(
-        out.ptr + o_out[:, None] + (o_channel.to(OFFSET) * out.c)[None, :],
-        b_sum.to(out.ptr.dtype.element_ty),
-        mask=m_input[:, None] & (o_channel < channels)[None, :],
-    )
+            b_weight = tl.exp2(b_weight * LOG2_E - b_statistics[:, None])
+        if TRANSPOSE:
+            b_used = b_weight.to(b_grad.dtype) if SOFTMAX else tl.where(tile.mask[:, None], b_weight, 0)
+            b_part = tl.zeros([BLOCK_STEPS, BLOCK_CHANNELS], ACCUMULATOR)
+            b_part = dot(tl.trans(b_used), b_grad, b_part, UPCAST)
+            m_part = m_step[:, None] & (o_channel < channels)[None, :]
+            p_part = p_parts + (o_step.to(OFFSET) * parts.w)[:, None]
+            tl.store(p_part, b_part.to(parts.ptr.dtype.element_ty), mask=m_part)
+        if CORRELATE:
+            b_value = _load_positions(value, tile, o_step, channels, KERNEL_H, KERNEL_W, OFFSET, BLOCK_CHANNELS)
+            b_product = dot(b_grad, tl.trans(b_value), tl.zeros([BLOCK_OUTPUTS, BLOCK_STEPS], ACCUMULATOR), UPCAST)
+            if SOFTMAX:
+                b_product = b_weight * (b_product - b_delta[:, None])
+            tl.store(
+                target.ptr + offsets(target, tile, OFFSET)[:, None] + (o_step.to(OFFSET) * target.k)[None, :],
+                b_product.to(target.ptr.dtype.element_ty),
+                mask=tile.mask[:, None] & m_step[None, :],
+            )
