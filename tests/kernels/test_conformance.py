@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import parallel
 from tests.kernels.operators import OPERATORS, Operator
 from tests.kernels.rules import (
     BY_NAME,
@@ -93,26 +92,6 @@ def test_small_steps(operator, most, monkeypatch):
     check(operator, operator.tensors(batch=2), "eager")
     if operator.inputs in [o.inputs for o in OPERATORS if o.name in ("involution2d_generate", "contmix2d")]:
         check(operator, operator.tensors(batch=2), "triton")  # whose other kernels do it all in one launch
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the eager path leaves threads alone")
-@pytest.mark.parametrize("threads", [2, 5])
-@BY_NAME
-def test_threads(operator, threads, monkeypatch):
-    """Shared out among so many threads, however small: the same bits every time, and the caller's setting stays."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(parallel, "WORTH_A_THREAD", 1)
-    torch.set_num_threads(threads)
-    try:
-        tensors = operator.tensors(batch=3)
-        check(operator, tensors, "eager")
-        out, grads = run(operator, tensors, "eager")
-        again, grads_again = run(operator, tensors, "eager")
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(out, again)
-    assert all(map(torch.equal, grads, grads_again))
 
 
 @ON_ALL

@@ -72,23 +72,6 @@ def test_overlapping_tensors_are_not_repeated(watched):
         assert_close(kernels.na2d_qk(x, other, 3), expected, 2e-6)
 
 
-def test_a_pass_is_repeated_as_a_whole(watched):
-    """ContMix's: what lies between its launches is released after the last that needs it."""
-    operator = next(operator for operator in OPERATORS if operator.name == "contmix2d")
-    tensors = {name: tensor.requires_grad_() for name, tensor in operator.tensors(batch=2).items()}
-    with kernels.use_backend("triton"):
-        torch.autograd.grad(operator(tensors).sum(), tuple(tensors.values()))
-    passes = {key[0].split(".")[-1]: made for key, made in watched.items()}
-    assert {name: len(made.steps) for name, made in passes.items()} == {"_forward": 2, "_backward": 8}
-    steps, results = passes["_backward"].steps, passes["_backward"].results
-    between = set(range(steps[-1].made)) - {number for number, _ in results}
-    needed = {place.number: i for i, step in enumerate(steps) for place in step.places}
-    released = {number: i for i, step in enumerate(steps) for number in step.released}
-    assert released
-    assert released.keys() <= between
-    assert released.items() <= needed.items()
-
-
 def test_nothing_is_remembered_while_tuning(watched):
     x, weight = random_tensor(1, 2, 5, 4), random_tensor(1, 1, 3, 3, 5, 4)
     with kernels.use_backend("triton"):
