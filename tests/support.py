@@ -6,23 +6,19 @@ import functools
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kernels.tolerances import GRADIENT as GRADIENT_TOLERANCE
-from kernels.tolerances import OUTPUT as FORWARD_TOLERANCE
-
-__all__ = [
-    "DEVICE", "FORWARD_TOLERANCE", "GRADIENT_TOLERANCE", "INTERPRETED", "assert_close", "golden", "golden_fill",
-    "official_state_dicts", "random_tensor", "relative_error", "triton_device",
-]  # fmt: skip
+from kernels import tolerances
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORWARD_TOLERANCE, GRADIENT_TOLERANCE = tolerances.OUTPUT, tolerances.GRADIENT
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -39,12 +35,28 @@ def assert_close(out: Tensor, expected: Tensor, tolerance: float, what: str = "o
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
 
 
+def equal_entries(a: nn.Module | Mapping[str, Tensor], b: nn.Module | Mapping[str, Tensor]) -> bool:
+    """Whether two modules or state dicts have the same names and the same bits."""
+    a, b = (state.state_dict() if isinstance(state, nn.Module) else state for state in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def random_tensor(
     *shape: int, dtype: torch.dtype = torch.float32, seed: int | None = None, device: str = DEVICE
 ) -> Tensor:
     """Standard normal, fresh for every call unless seeded, drawn in float64 and rounded to ``dtype``."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device=device, dtype=dtype)
+
+
+class Hostile:
+    """What a pickle may hold: unpickling it makes the folder ``path``."""
+
+    def __init__(self, path: str | os.PathLike[str] = "was_run") -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 @functools.cache
