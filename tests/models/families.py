@@ -129,3 +129,15 @@ def loss_of(model: Any, x: Tensor) -> Tensor:
     out = model(x)
     outputs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, tuple | list) else [out]
     return torch.stack([o.square().mean() for o in outputs if o.is_floating_point()]).sum()
+
+
+def with_fixed_statistics(model: Any) -> Any:
+    """Batch norms keep to their running statistics: they would see half a batch in each of two processes."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def in_training(family: str, **options: Any) -> Any:
+    return with_fixed_statistics(narrow(family, **options).train())
