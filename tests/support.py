@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,17 @@ def random_tensor(
     """Standard normal, fresh for every call unless seeded, drawn in float64 and rounded to ``dtype``."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device=device, dtype=dtype)
+
+
+def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    """Fresh values in every parameter and running statistic, so that no term is invisible."""
+    module.to(dtype)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point():
+            tensor.normal_()
+    return module
 
 
 class Hostile:

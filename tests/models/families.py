@@ -108,6 +108,11 @@ def narrow(family: str, **options: Any) -> Any:
     return fill(FAMILY[family].build(**{"num_classes": 5, **options}))
 
 
+def deep(family: str, **options: Any) -> Any:
+    """A narrow member with all four stages."""
+    return narrow(family, **({"depths": (1, 1, 1, 1)} if family == "rednet" else {}), **options)
+
+
 def on_meta(name: str, **options: Any) -> Any:
     """Shapes only: no memory, no random numbers."""
     with torch.device("meta"):

@@ -42,16 +42,17 @@ def test_torch_export(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [*FAMILIES, "features"])
+@by_family
 @torch.no_grad()
-def test_onnx_export(form, tmp_path):
-    """No custom operator in the file, and onnxruntime, which knows none, computes the same; "features": several maps,
-    of a model as it is trained.
+def test_onnx_export(family, tmp_path):
+    """No custom operator in the file, and onnxruntime, which knows none, computes the same.
+
+    RedNet is exported as it is trained, with several maps, the others in their inference form.
     """
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    several = form == "features"
-    model = narrow("rednet", features_only=True, out_indices=(0, 1)) if several else exported_form(form)
+    several = family == "rednet"
+    model = narrow(family, features_only=True, out_indices=(0, 1)) if several else exported_form(family)
     program = torch.onnx.export(model, (image(2),), dynamo=True, dynamic_shapes=({0: Dim("batch")},), verbose=False)
     assert program is not None
     assert {node.domain for node in program.model.graph} <= {"", "pkg.onnxscript.torch_lib.common"}

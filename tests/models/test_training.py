@@ -201,9 +201,9 @@ def narrow_volo(**options: bool) -> VOLO:
 
 
 FAMILIES: dict[str, tuple[Callable[[], BackboneContract], Recipe]] = {
-    "rednet": (lambda: RedNet((1, 1, 0, 0), **SMALL), Recipe(epochs=3, batch=24, learning_rate=6e-3, ema_decay=0)),
+    "rednet": (lambda: RedNet((1, 1, 0, 0), **SMALL), Recipe(epochs=1, batch=12, learning_rate=6e-3, ema_decay=0)),
     "volo": (lambda: narrow_volo(return_dense=False), Recipe(epochs=3, batch=48, learning_rate=3e-3, ema_decay=0.8)),
-    "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=3, batch=48, learning_rate=6e-3, ema_decay=0)),
+    "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=2, batch=32, learning_rate=6e-3, ema_decay=0)),
     "volo with token labels": (narrow_volo, Recipe()),
 }
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -171,21 +170,6 @@ def test_figures_of_a_committed_bench():
     assert low.axes[0].get_ylim()[1] > 16  # 10⁹ operations/s of the third
 
 
-def test_figure_of_committed_models():
-    timed = {"p50_ms": 64.0, "peak_bytes": 10**9}
-    row = {"status": "ok", "model": "rednet50", "batch": 128, "pass": "inference"}
-    rows = [row | {"contenders": dict.fromkeys(("ours", "naive", "compiled", "peer"), timed)}]
-    rows += [row | {"pass": "training"}, row | {"status": "failed"}]
-    names: dict[str, Any] = {"plots": plots}
-    source = _cell("03_models", "def models_figure")
-    exec(source[source.index("def models_figure") :].rpartition("\n\n")[0], names)
-    exec(_cell("03_models", "def committed_figure").rpartition("\n\nrecords")[0], names)
-    figure = names["committed_figure"](_record("cuda", rows))
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["rednet50"]
-    assert np.asarray(figure.axes[0].collections[1].get_offsets())[0][0] == 0.5  # ms of an image
-    assert figure.get_supxlabel() == "NVIDIA H200 · bfloat16 · 2030-01-02"
-
-
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "threads"),
     [
@@ -202,51 +186,3 @@ def test_resident_threads(registers, shared, warps, threads):
     names: dict[str, Any] = {"math": math}
     exec(source[source.index("def resident_threads") : source.index("fields = ")], names)
     assert names["resident_threads"](registers, shared, warps) == threads
-
-
-def _sliders(shown):
-    """The cell of notebook 06 that makes them, run with its imports; what it displays is collected in ``shown``."""
-    source = _cell("06_your_own", "timing.best_device()").replace("%matplotlib inline", "")
-    names: dict[str, Any] = {}
-    exec(source, names)
-    names["display"] = lambda *found: shown.extend(found)
-    exec(_cell("06_your_own", "def measure"), names)
-    return names
-
-
-@pytest.fixture
-def notebooks_folder(monkeypatch):
-    monkeypatch.syspath_prepend(NOTEBOOKS)
-
-
-@pytest.mark.usefixtures("notebooks_folder")
-def test_without_ipywidgets_the_notebook_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    shown = []
-    names = _sliders(shown)
-    assert shown == []
-    assert "pip install ipywidgets" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="channels must be a multiple of 16"):
-        names["measure"]("na2d_av", size=8, kernel_size=3, channels=8, batch=1, dtype="float32")
-
-
-@pytest.mark.usefixtures("notebooks_folder")
-def test_a_slider_measures_when_it_is_let_go(monkeypatch):
-    ipywidgets = pytest.importorskip("ipywidgets", reason="sliders need ipywidgets")
-    shown = []
-    names = _sliders(shown)
-    panel = shown[-1]
-    sliders = {child.description: child for child in panel.children if hasattr(child, "description")}
-    assert set(sliders) == {"operator", "size", "kernel_size", "channels", "batch", "dtype", "backward"}
-    assert not any(getattr(slider, "continuous_update", False) for slider in sliders.values())
-    assert isinstance(panel, ipywidgets.interactive)
-    asked = []
-
-    def measure(**shape):
-        asked.append(shape)
-        raise ValueError("that does not fit")
-
-    names["measure"] = measure
-    sliders["size"].value = 14
-    assert asked[-1]["size"] == 14
-    assert asked[-1]["operator"] == "involution2d"
