@@ -123,7 +123,7 @@ def test_the_naive_paths_memory_is_not_underestimated(backward):
 # ---- models
 
 
-def _model(name="rednet26"):
+def _model(name="tiny_rednet"):
     return networks.settled_model(name, networks.random_images(2, (64, 64))).to(HERE)
 
 
@@ -178,11 +178,11 @@ def test_a_model_with_a_wrong_operator_is_never_timed(monkeypatch, training, dam
 def test_models_see_the_photograph_and_their_weights_matter():
     """The check of a model could not fail if its output ignored the image or the branches to be checked."""
     photo = networks.photograph()
-    model: Any = networks.random_model("rednet26").eval()
+    model: Any = networks.random_model("tiny_rednet").eval()
     images = networks.image_batch(photo, (64, 64), 1, torch.float32, torch.device("cpu"))
     with torch.no_grad(), kernels.use_backend("reference"):
         out, mirrored = model(images), model(images.flip(-1))
-        model.layer4[-1].conv2.conv2.conv.weight.mul_(1.01)
+        model.layer2[-1].conv2.conv2.conv.weight.mul_(1.01)
         changed = model(images)
     assert timing.relative_error(mirrored, out) > 1e-3
     assert timing.relative_error(changed, out) > 5 * tolerances.LOGITS
@@ -206,7 +206,7 @@ def test_a_damaged_file_is_named_before_anything_is_measured(tmp_path, capsys, c
 def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "describe_machine", lambda device: {"device": "test", "device_type": device.type})
     (tmp_path / "environment.json").write_text(json.dumps({"machine": {"device": "test"}, "ceilings": CEILINGS}))
-    arguments = ["bench", "--operator", "na2d_qk", "--model", "rednet26", "--quick", "--out", str(tmp_path)]
+    arguments = ["bench", "--operator", "na2d_qk", "--model", "tiny_rednet", "--quick", "--out", str(tmp_path)]
     assert main([*arguments, "--no-compile"]) == 0
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["complete"] is True
@@ -217,12 +217,12 @@ def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
     ]
     rows = json.loads((tmp_path / "models.json").read_text())["rows"]
     assert [(row["name"], row["pass"], list(row["speed_up"])) for row in rows] == [
-        ("rednet26", "inference", ["naive"]),
-        ("rednet26", "training", ["naive"]),
+        ("tiny_rednet", "inference", ["naive"]),
+        ("tiny_rednet", "training", ["naive"]),
     ]
     shown = capsys.readouterr().out
     assert "tiny 2×16@6×5 K=3" in shown
-    assert "rednet26" in shown
+    assert "tiny_rednet" in shown
 
 
 def test_bad_arguments_are_refused(tmp_path, capsys):

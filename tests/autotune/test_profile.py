@@ -63,11 +63,11 @@ def test_rows_tell_everything_about_a_measurement(quick, tmp_path, capsys):
 
 
 def test_a_model_runs_on_the_photograph(quick, tmp_path):
-    code, record = quick("--only", "rednet26", "--sizes", "64x48", "--training", "--batch", "2")
+    code, record = quick("--model", "tiny_rednet", "--sizes", "64x48", "--training", "--batch", "2")
     assert code == 0, record["rows"]
     assert [(row["name"], row["pass"], row["status"]) for row in record["rows"]] == [
-        ("rednet26 64×48", "forward", "ok"),
-        ("rednet26 64×48", "forward+backward", "ok"),
+        ("tiny_rednet 64×48", "forward", "ok"),
+        ("tiny_rednet 64×48", "forward+backward", "ok"),
     ]
     forward, both = record["rows"]
     assert forward["images_per_second"] == pytest.approx(2000 / forward["ours"]["p50_ms"])
@@ -117,10 +117,10 @@ def test_an_operator_at_a_shape_of_ones_own(quick):
     assert [(row["name"], row["pass"]) for row in record["rows"]] == [("involution2d 32@8×6 K=3", "forward")]
     assert record["settings"]["batch"] == 2
     assert record["rows"][0]["floor"]["bytes"] == 4 * 2 * (2 * 32 + 2 * 9) * 8 * 6
-    code, record = quick("--operator", OUTLOOK, "--model", "rednet26", "--size", "32x64", "--backward")
+    code, record = quick("--operator", OUTLOOK, "--model", "tiny_rednet", "--size", "32x64", "--backward")
     assert [(row["name"], row["pass"]) for row in record["rows"]] == [
         (name, kind)
-        for name in (f"{OUTLOOK} VOLO-D1 6×32@28² K=3 s=2", "rednet26 32×64")
+        for name in (f"{OUTLOOK} VOLO-D1 6×32@28² K=3 s=2", "tiny_rednet 32×64")
         for kind in ("forward", "forward+backward")
     ]
 
