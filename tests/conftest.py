@@ -1,4 +1,4 @@
-"""Picks GPU or interpreter before triton is imported, and poisons every fresh tensor."""
+"""Picks GPU or interpreter before Triton is imported, and fills every new tensor with NaN."""
 
 import os
 

@@ -45,13 +45,13 @@ def equal_entries(a: nn.Module | Mapping[str, Tensor], b: nn.Module | Mapping[st
 def random_tensor(
     *shape: int, dtype: torch.dtype = torch.float32, seed: int | None = None, device: str = DEVICE
 ) -> Tensor:
-    """Standard normal, fresh for every call unless seeded, drawn in float64 and rounded to ``dtype``."""
+    """Standard normal numbers, fresh in every call unless seeded, drawn in float64 and rounded to ``dtype``."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device=device, dtype=dtype)
 
 
 def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
-    """Fresh values in every parameter and running statistic, so that no term is invisible."""
+    """The module with random numbers in every parameter and running statistic, so that every term matters."""
     module.to(dtype)
     for name, tensor in module.state_dict().items():
         if name.endswith("running_var"):

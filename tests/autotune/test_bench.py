@@ -28,7 +28,7 @@ TINY = {workload.operator: workload for workload in workloads.benchmark_workload
 
 
 def damaged(monkeypatch, name, damage):
-    """Let an operator go wrong on every path but the naive one."""
+    """Makes an operator wrong on every path but the naive one."""
     correct = getattr(kernels, name)
 
     def broken(*arguments, **options):
@@ -140,7 +140,7 @@ def test_a_model_meets_the_naive_path_and_a_compiler():
 
 
 def test_a_model_meets_its_peer():
-    """Compiled against compiled; a compiled peer that computes something else is left out."""
+    """The compiled peer is compared with the compiled model; one that computes something else is left out."""
     settings, images = dataclasses.replace(SETTINGS, seconds=0.0), networks.random_images(2, (32, 32)).to(HERE)
     row = measure_model(_model(), images, settings, training=False, compiled=True, peer=_model())
     times = {name: found["p50_ms"] for name, found in row["contenders"].items()}

@@ -33,8 +33,8 @@ def _kernel_names():
     return {name.strip("_") for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", sources)}
 
 
-# Bytes on the stack that are known, at most, by dtype and kernel: what holds many sums at once is predicted to be
-# quicker with a few of them there than with smaller tiles. No other kernel, and none of these with more.
+# The most bytes on the stack that a kernel may take, by dtype. Kernels that hold many sums at once are quicker with a
+# few of them there than with smaller tiles; kernels that are not named here take none.
 SPILLS = {
     "bf16": {
         "forward_own_kernel": 120,

@@ -20,7 +20,7 @@ OUTLOOK = "outlook_attention2d"
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """Runs ``profile --quick`` into a fresh folder: its exit code and the record it wrote."""
-    # Two runs say nothing about a speed anyway.
+    # Two runs say nothing about a speed, so that a small copy will do.
     monkeypatch.setattr(timing, "copy_bandwidth", functools.partial(timing.copy_bandwidth, size=2**20))
 
     def run(*arguments):

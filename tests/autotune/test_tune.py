@@ -46,7 +46,7 @@ def _clock(call):
 
 @pytest.fixture
 def command(monkeypatch):
-    """``tune`` as on a GPU, of given launches."""
+    """Runs ``tune`` on given launches, as it would on a GPU."""
 
     def run(launches, *arguments, time_call=_clock):
         monkeypatch.setattr(tune, "_launching", lambda *_: iter(launches))

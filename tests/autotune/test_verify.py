@@ -36,7 +36,7 @@ def _entry(launcher, config):
 
 
 def _problems():
-    """One problem of every kernel that the operators launch, from tiny shapes: own, shared and very large windows."""
+    """One problem per kernel that the operators launch, from tiny shapes with own, shared and very large windows."""
     found = {}
     shared = [workloads.neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
     shared.append(workloads.involution("tiny", 1, 16, (5, 5), 17, 16))  # too large for rows to slide
@@ -115,7 +115,7 @@ def test_without_gpu_and_interpreter_it_says_so(monkeypatch, capsys):
 
 
 def test_shipped_configs_hold_for_the_kernels_as_they_stand():
-    """Whoever changes a kernel tunes its entries again, or takes them out: nothing would use them."""
+    """Whoever changes a kernel tunes its entries again or takes them out, since nothing would use them."""
     known = find_tunables()
     for path in Path(choose.__file__).with_name("configs").glob("*.json"):
         for key, entry in json.loads(path.read_text())["entries"].items():

@@ -16,7 +16,7 @@ def by_name(batch=1, image=(224, 224)):
 
 
 def test_every_public_operator_runs_at_the_published_shapes():
-    """Of images of 224², in a benchmark also of 800×1280, and involutions with their kernels generated inside."""
+    """A benchmark adds images of 800×1280 to those of 224², and involutions that generate their kernels inside."""
     names = [f"{workload.output[0]} {workload.name}" for workload in workloads.benchmark_workloads()]
     assert len(set(names)) == len(names)
     generated = {name for name in names if "_generate" in name}

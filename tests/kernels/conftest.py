@@ -10,7 +10,7 @@ from kernels.tuning.choose import forget
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch):
-    """Natively PyTorch's convolution would be given all that is tested here."""
+    """No convolution counts as small: on a GPU PyTorch's would be given all that is tested here."""
     monkeypatch.setattr(configs, "SMALL", 0)
     configs.heuristic.cache_clear()
     forget()

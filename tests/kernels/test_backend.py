@@ -26,12 +26,8 @@ def test_unknown_backend():
 
 
 def test_backend_is_restored_after_an_error():
-    def fail():
-        assert kernels.get_backend() == "reference"
-        raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"), kernels.use_backend("reference"):
-        fail()
+    with pytest.raises(RuntimeError, match="reference"), kernels.use_backend("reference"):
+        raise RuntimeError(kernels.get_backend())
     assert kernels.get_backend() == "auto"
 
 
@@ -63,12 +59,6 @@ def test_a_fresh_process():
     refused = _python(code, DYNAMIC_KERNELS_BACKEND="eager")
     assert refused.stdout.split() == ["eager", "[]"]
     assert "ValueError: backend 'triton' needs tensors on a GPU, got device cpu" in refused.stderr
-
-
-def test_the_environment_names_no_backend():
-    refused = _python("import kernels; kernels.get_backend()", DYNAMIC_KERNELS_BACKEND="fast")
-    assert refused.returncode != 0
-    assert "DYNAMIC_KERNELS_BACKEND must be one of" in refused.stderr
 
 
 def test_works_where_triton_is_not_installed():

@@ -34,7 +34,7 @@ def _heuristic(problem: Problem) -> Config:
 
 
 def toy(configs):
-    """A launcher of ones, but where a config's block is among the wrong or the broken ones."""
+    """A launcher that returns ones, except that a config whose block is ``wrong`` or ``broken`` is wrong or fails."""
 
     @tunable(configs, _heuristic, problem=_problem, reference=lambda *_, **__: torch.ones(4), name="toy")
     def launch(x, wrong=(), broken=(), *, config):
@@ -110,7 +110,7 @@ def test_neighbouring_large_maps_share_and_small_ones_do_not():
     [
         _entry(64, triton="0.1"),
         _entry(64, source="older"),
-        _entry(7),  # no config the kernel offers
+        _entry(7),  # the kernel offers no such config
         _entry(128),  # not valid for 100 pixels
         {"config": {"block": 64}},
         {},
@@ -128,7 +128,7 @@ def test_the_heuristic_comes_first_and_no_more_candidates_than_asked_for():
 
 
 def test_comments_and_docstrings_do_not_void_an_entry(tmp_path, monkeypatch):
-    """Nor does code that runs on the host, whose outputs every use checks anew."""
+    """Code that runs on the host does not either: its outputs are checked anew at every use."""
     pytest.importorskip("triton")
     head = "import triton\nimport triton.language as tl\nSIZE = tl.constexpr({size})\n\n\n"
     kernel = '@triton.jit\ndef f(x):\n    """{words}"""{comment}\n    return x + {number}\n\n\n'

@@ -37,7 +37,7 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize(("threshold", "size"), [(0, 19), (10**6, 11)])
 def test_windows_of_many_blocks(threshold, size, monkeypatch):
-    """Six blocks of a shared window's positions, two tiles of its outputs; as own windows one row after the other."""
+    """A shared window of six blocks of positions and two tiles of outputs; and own windows, one row after the other."""
     monkeypatch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
     operator, tensors = _contmix((size, size + 1), groups=1, kernel_sizes=(size,))
     ours = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -52,7 +52,7 @@ def test_windows_of_many_blocks(threshold, size, monkeypatch):
 
 @pytest.mark.parametrize("channels", [8, 10])
 def test_channels_last_at_any_pitch(channels):
-    """Kernels read 8 channels at once, 16 of float32: another pitch or number of channels is copied."""
+    """Kernels read 8 channels at once, or 16 of float32; maps of another pitch or number of channels are copied."""
     operator, tensors = _contmix((6, 7), groups=2, kernel_sizes=(3, 5))
     expected = {}
     for pitch in (2 * channels, 2 * channels + 1):
@@ -79,7 +79,7 @@ def test_channels_last_at_any_pitch(channels):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("norm", "kernel_sizes", "context"), [(1.0, (1, 5), 1), (30.0, (3, 7), 1), (1e3, (1, 7), 6)])
 def test_rounding_is_no_more_than_the_definitions_own(norm, kernel_sizes, context, dtype, backend):
-    """At large logits 16-bit inputs give what they give in float64, as nearly as the definition does in 16 bits."""
+    """With large logits the error of 16-bit inputs is at most that of the definition in 16 bits."""
     operator, tensors = _contmix((7, 8), context=context, kernel_sizes=kernel_sizes)
     for name in ("query", "key"):
         tensors[name] *= norm / tensors[name].norm()
@@ -92,7 +92,7 @@ def test_rounding_is_no_more_than_the_definitions_own(norm, kernel_sizes, contex
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_outputs_that_fill_a_tile_are_finite(dtype):
-    """Logits of -100 and below everywhere: a filler output, whose softmax is none, must not overflow."""
+    """Where all logits are -100 or less, outputs that only fill a tile, and have no softmax, must not overflow."""
     operator = ROW.at(contmix((4, 4), 1, 1, 1, 1, (3,)))
     ours = {name: torch.ones_like(tensor) for name, tensor in operator.tensors(dtype=dtype).items()}
     factors = {"proj_weight": -100, "proj_bias": 0, "rpb[0]": 0}
@@ -109,7 +109,7 @@ def test_outputs_that_fill_a_tile_are_finite(dtype):
 
 @pytest.mark.parametrize(("threshold", "bad"), [(0, math.nan), (10**6, math.nan), (10**6, math.inf)])
 def test_what_a_nan_in_the_outputs_gradient_reaches(threshold, bad, monkeypatch):
-    """Of query its own pixel, of value the inputs in its window; the rest of the tile stays finite."""
+    """It reaches the gradient of its own pixel's query and of the values in its window, and no other in the tile."""
     monkeypatch.setattr(configs, "OUTPUTS_PER_WINDOW", threshold)
     operator, tensors = _contmix((8, 13), kernel_sizes=(3,))
     query, value = (tensors[name].requires_grad_() for name in ("query", "value"))
@@ -126,7 +126,7 @@ def test_what_a_nan_in_the_outputs_gradient_reaches(threshold, bad, monkeypatch)
 
 
 def test_logits_are_never_stored_whole():
-    """A 200x320 map with K = 13 and eight heads has 86 million: no tensor that either path makes comes near that."""
+    """A 200x320 map with K = 13 and eight heads has 86 million logits; no tensor of the kernels comes near that."""
     shapes = (1, 8, 16, 200, 320), (1, 8, 16, 169), (169,), (8, 25, 25), (1, 1, 8, 16, 200, 320)
     logits = 8 * 200 * 320 * 169
 
@@ -144,7 +144,7 @@ def test_logits_are_never_stored_whole():
 
 
 def test_eager_logits_are_never_stored_whole():
-    """One head of such a map, 10.8 million logits."""
+    """One head of such a map has 10.8 million logits."""
     query, value = torch.randn(1, 1, 16, 200, 320), torch.randn(1, 1, 1, 16, 200, 320)
     inputs = query, torch.randn(1, 1, 16, 169), torch.randn(169), [torch.randn(1, 25, 25)], value
     with _LargestTensor() as seen:

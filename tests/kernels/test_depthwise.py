@@ -25,7 +25,7 @@ def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_pytorch_instead(channels_last):
-    """What the tuner may choose: the same numbers in the same memory order, and nothing launched."""
+    """PyTorch's convolution, which the tuner may choose, gives the same numbers in the same memory order."""
     x, weight, bias = random_tensor(2, 3, 6, 7), random_tensor(3, 1, 5, 5), random_tensor(3)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     with record_launches() as launches:
@@ -73,7 +73,7 @@ def test_weight_gradient_in_chunks(chunks, monkeypatch):
 
 
 def test_a_value_that_is_not_finite_stays_in_its_image_and_channel():
-    """Products spread it over tiles of its own image and channel; further away nothing changes."""
+    """Products may spread it over tiles of its own image and channel; elsewhere nothing changes."""
     x, weight = random_tensor(2, 3, 9, 40), random_tensor(3, 1, 3, 3)
     with kernels.use_backend("triton"):
         clean = kernels.depthwise_conv2d(x, weight)

@@ -16,13 +16,13 @@ from tests.support import DEVICE, golden_fill, random_tensor
 
 
 class Family(NamedTuple):
-    """``build`` makes a member with one block of every kind; ``groups`` are named in order of depth."""
+    """What the tests know of a family; ``build`` makes a member with one block of every kind."""
 
     build: Callable[..., Any]
     smallest: str  # of the published variants
     goldens: tuple[tuple[str, str], ...]  # file, and backend or "inference" for that form
-    groups: tuple[str, ...]  # beginnings of parameters' names
-    group_counts: tuple[int, int]  # of coarse and of fine groups, the classifier's not counted
+    groups: tuple[str, ...]  # beginnings of parameters' names, in order of depth
+    group_counts: tuple[int, int]  # coarse and fine groups, without the classifier's
     undecayed: tuple[str, ...]
     addresses: dict[tuple[str, Any], str]  # variant, image size -> address of the weights
 
@@ -94,12 +94,12 @@ FAMILIES = tuple(FAMILY)
 
 
 def official_name(model: object, name: str) -> str:
-    """An entry's name in the official files, by which the golden parameters are made."""
+    """The entry's name in the official files, from which the golden parameters are made."""
     return f"backbone.{name}" if isinstance(model, RedNet) and not name.startswith("head.") else name
 
 
 def fill(model: Any) -> Any:
-    """Trained-like parameters, so that nothing is symmetric by accident; evaluation mode."""
+    """The model in evaluation mode with parameters like trained ones, so that nothing is symmetric by accident."""
     return golden_fill().fill_(model, lambda name: official_name(model, name)).eval()
 
 
@@ -114,18 +114,18 @@ def deep(family: str, **options: Any) -> Any:
 
 
 def on_meta(name: str, **options: Any) -> Any:
-    """Shapes only: no memory, no random numbers."""
+    """The model on the meta device: shapes without memory or random numbers."""
     with torch.device("meta"):
         return create_model(name, **options)
 
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Of every entry, by its official name."""
+    """The shape of every entry, by its official name."""
     return {official_name(model, name): list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def images(*size: int, device: str = DEVICE, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same numbers for the same size."""
+    """Random images; equal sizes get equal numbers."""
     return random_tensor(*size, seed=sum(size), device=device, dtype=dtype)
 
 
@@ -137,7 +137,7 @@ def loss_of(model: Any, x: Tensor) -> Tensor:
 
 
 def with_fixed_statistics(model: Any) -> Any:
-    """Batch norms keep to their running statistics: they would see half a batch in each of two processes."""
+    """Lets batch norms use their running statistics: in each of two processes they would see half a batch."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -1,6 +1,6 @@
-"""What every family keeps to: one test per rule, run over the table in ``families``.
+"""Rules for every family: one test per rule, run over the table in ``families``.
 
-What a family does beyond that its own file tests; PyTorch's tools, timm's calls and refusals have files of their own.
+What a family does beyond them is tested in its own file; PyTorch's tools, timm's calls and refusals have files, too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_golden_logits_and_gradient_norms(name, backend):
     variant, size = name.rsplit("_", 1)
     model = fill(create_model(variant)).to(device)
     x = golden_fill().image(2, *map(int, size.split("x"))).to(device)
-    # In the interpreter gradients take their time; test_backends_compute_the_definition has them.
+    # In the interpreter gradients would take too long; test_backends_compute_the_definition checks them.
     interpreted = backend == "triton" and INTERPRETED
     with_gradients = "grad_names" in expected and backend != "inference" and not interpreted
     if backend == "inference":
@@ -77,7 +77,7 @@ def test_golden_logits_and_gradient_norms(name, backend):
 
 
 def assert_gradients(gradients: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:
-    """Each by relative norm; those that cancel, as of a bias before a batch norm, beside the largest."""
+    """Compares by relative norm; gradients that cancel, as of a bias before a batch norm, relative to the largest."""
     expected = list(expected)
     largest = max(float(gradient.norm()) for gradient in expected)
     for ours, right in zip(gradients, expected, strict=True):
@@ -87,7 +87,7 @@ def assert_gradients(gradients: Iterable[Tensor], expected: Iterable[Tensor], to
 @by_family
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_backends_compute_the_definition(family, backend):
-    """Logits, and the gradient of the image and of every parameter."""
+    """Logits and the gradients of the image and of every parameter are those of the reference."""
     device = triton_device() if backend == "triton" else DEVICE
     results = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
@@ -107,7 +107,7 @@ def test_backends_compute_the_definition(family, backend):
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (72, 40), (65, 129), (97, 224), (32, 320)])
 @torch.no_grad()
 def test_any_size_from_32_pixels(family, size):
-    """Odd maps round up; VOLO pads the image to whole patches of 8."""
+    """Odd sides of maps round up; VOLO pads the image to whole patches of 8 pixels."""
     classifier, backbone = deep(family).to(DEVICE), deep(family, features_only=True).to(DEVICE)
     x = images(2, 3, *size)
     logits, maps = classifier(x), backbone(x)
@@ -128,7 +128,7 @@ def test_any_size_from_32_pixels(family, size):
 @by_family
 @pytest.mark.parametrize("indices", [None, (0,), (1,), (3,), (0, 2), (1, 2), 2, (-1, 0)])
 def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path):
-    """The same maps as of all four, from a file with all, and every parameter has a gradient (DDP waits for it)."""
+    """The maps are those of a model with all four, and every parameter has a gradient, for which DDP waits."""
     complete = deep(family, features_only=True)
     save_checkpoint(complete, tmp_path / "complete.pth")
     model = deep(family, features_only=True, out_indices=indices)
@@ -164,7 +164,7 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
 @by_family
 @torch.no_grad()
 def test_intermediates(family):
-    """The last map is the features; later stages do not run where they are not asked for."""
+    """The last map is the features; stages after the last wanted map do not run."""
     model, x, stages = deep(family), images(2, 3, 64, 64, device="cpu"), []
     last = {"overlock": "blocks4.0", "rednet": "layer2.0", "volo": "network.4.0"}[family]
     model.get_submodule(last).register_forward_hook(lambda *_: stages.append(True))
@@ -214,7 +214,7 @@ def test_features_head_and_classifier(family):
 
 @by_family
 def test_plain_logits_in_training_leave_no_parameter_waiting(family):
-    """What scripts that know only logits need: one tensor, and a gradient wherever one is required."""
+    """Scripts that know only logits get one tensor, and a gradient wherever one is required."""
     model = deep(family, drop_path_rate=0.1).train()
     model.return_plain_logits()
     model.reset_classifier(3)

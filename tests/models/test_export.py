@@ -1,4 +1,4 @@
-"""Models leave PyTorch: torch.export, ONNX with its runtime, and a compiled package. Each at batches never traced."""
+"""Models outside PyTorch: torch.export, ONNX with its runtime, a compiled package; each at batches it has not seen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image(batch: int) -> Tensor:
 @by_family
 @torch.no_grad()
 def test_torch_export(family):
-    """The graph holds this package's operators as they are; nothing of them is traced into."""
+    """The graph holds this package's operators themselves, not what they are made of."""
     model = exported_form(family)
     program = torch.export.export(model, (image(2),), dynamic_shapes=({0: Dim("batch")},))
     operators = {str(node.target) for node in program.graph.nodes if "dynamic_kernels" in str(node.target)}

@@ -23,8 +23,8 @@ from tests.models.test_timm import TORCHVISION
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
-# Files are put in place in this order: settings, classes and log; states of the steps 2 and 4; last and best weights
-# and state of 6; states of 8 and 10; weights and state of 12.
+# The run puts files in place in this order: settings, classes and log; the states of steps 2 and 4; last and best
+# weights and the state of step 6; the states of steps 8 and 10; weights and state of step 12.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kill_at", [5, 10], ids=["while writing the state of step 4", "while writing the state of step 10"]
@@ -63,7 +63,7 @@ def test_finetune_takes_the_same_path_after_a_kill(tmp_path, photographs, weight
 
 @pytest.mark.slow
 def test_torchrun_equals_one_process_with_as_many_images(tmp_path, photographs):
-    """Without batch norms, whose statistics are each process's own, and without dropped paths."""
+    """The model has no batch norms, whose statistics each process would have for itself, and drops no paths."""
     options = ["--epochs", 1, "--log-every", 2, "--ema", 0.9, "--drop-path", 0, "--model-kwargs", "batch_norm=False"]
     alone, together = tmp_path / "alone", tmp_path / "together"
     ran = launch(tmp_path, *finetune(photographs, together, *options, "--batch", 2), processes=2)

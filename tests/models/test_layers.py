@@ -68,7 +68,7 @@ def squeeze_excite(layer: Any, x: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_plain_layers(layer, definition, last, memory_format):
-    """``last``: the output is channels-last whatever the input is; else as the input."""
+    """The output has the memory format of the input, or with ``last`` is always channels-last."""
     x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu").contiguous(memory_format=memory_format)
     out = randomise(layer)(x)
     assert_close(out, definition(layer, x), TOLERANCE)
@@ -112,7 +112,7 @@ def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
 
 
 def pooled(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """The mean of every stride × stride pixels, at the border of those that exist."""
+    """The mean of every stride × stride pixels; at the border, of those that exist."""
     rows = [x[:, :, i : i + stride].split(stride, 3) for i in range(0, x.shape[2], stride)]
     return torch.stack([torch.stack([pixels.mean((2, 3)) for pixels in row], -1) for row in rows], -2)
 
@@ -138,7 +138,7 @@ def outlook(layer: OutlookAttention, x: torch.Tensor) -> torch.Tensor:
 
 
 def contmix(layer: ContMix, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """SPEC's steps 3 and 4."""
+    """By the definition of the operator, on maps that are enlarged where they are smaller than the kernel."""
     enlarged, bias = layer.mixing_size(x.shape[2], x.shape[3]), layer.weight_proj.bias
     assert bias is not None
     big, features = (F.interpolate(t, enlarged, mode="bilinear") for t in (x, features))

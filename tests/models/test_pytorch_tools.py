@@ -30,7 +30,7 @@ def prepared(family: str, **options: Any) -> Any:
 @by_family
 @torch.no_grad()
 def test_one_graph_serves_every_batch_and_size(family):
-    """Sizes at which OverLoCK's maps hold its largest kernels; smaller maps are enlarged, in a graph of their own."""
+    """At these sizes OverLoCK's maps hold its largest kernels; smaller ones are enlarged, in a graph of their own."""
     torch.compiler.reset()
     model = prepared(family, features_only=True, out_indices=(2,) if family == "overlock" else (1,))
     graphs = []
@@ -114,7 +114,7 @@ def test_symbolic_tracing(family, form):
 @by_family
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_autocast(family, dtype, tolerance):
-    """About thirty layers of 2⁻⁹ each in bfloat16; in training every gradient is finite."""
+    """Each of about thirty layers rounds by 2⁻⁹ in bfloat16; in training every gradient is finite."""
     model, x = prepared(family), images(2, 3, 64, 96)
     with torch.autocast(DEVICE, dtype):
         out = model(x)
@@ -191,7 +191,7 @@ def test_hooks_on_every_module_fire_and_change_nothing(family, training):
 @by_family
 @pytest.mark.parametrize("training", [False, True])
 def test_no_two_parameters_share_gradient_memory(family, training):
-    """In training with the batch norms' running statistics, as detectors are trained."""
+    """Batch norms use their running statistics in training too, as where detectors are trained."""
     for batch in (1, 2):
         model = with_fixed_statistics(prepared(family).train(training))
         x = images(batch, 3, 64, 96)
@@ -207,7 +207,7 @@ def test_no_two_parameters_share_gradient_memory(family, training):
 
 
 class Adapted(nn.Module):
-    """What a low-rank adapter does to a layer: the layer's output, and a trained change of it."""
+    """Adds a trained change to the output of a layer, as low-rank adapters do."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from tests.support import DEVICE, GRADIENT_TOLERANCE, assert_close, golden_fill,
 
 
 def pyramid_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Sizes that halve to the next integer above."""
+    """Maps whose sides halve and round up from level to level."""
     return [random_tensor(2, c, h, w, dtype=dtype) for c, h, w in ((8, 13, 18), (12, 7, 9), (20, 4, 5))]
 
 

@@ -38,7 +38,7 @@ OPERATORS = [
     operator_row("forward+backward", {"ours": 2.0, "naive": 16.0, "compiled": 1.0}),
     SKIPPED,
 ]
-THEN = {("av.14", "forward"): 20.0, ("av.14", "backward"): 50.0}  # predicted of the code that was measured
+THEN = {("av.14", "forward"): 20.0, ("av.14", "backward"): 50.0}  # predictions for the code that was measured
 KERNELS = [
     {
         "case": case,
