@@ -16,7 +16,9 @@ from autotune.tune import Tuning
 from kernels.tuning import choose
 from kernels.tuning.choose import key_of
 from kernels.tuning.store import Store, user_folder
-from tests.kernels.test_choose import BLOCKS, TOY, Problem, own_store  # noqa: F401 - a fixture for every test here
+from tests.kernels.toy import BLOCKS, TOY, Problem
+
+pytestmark = pytest.mark.usefixtures("store_folders")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -8,7 +8,9 @@ from autotune.tuner import disagreement, measure_candidates, tune
 from kernels.tuning import choose
 from kernels.tuning.choose import Request, key_of, look_up
 from kernels.tuning.store import Store, user_folder
-from tests.kernels.test_choose import BLOCKS, CPU, GPU, TOY, Config, Problem, own_store  # noqa: F401 - a fixture
+from tests.kernels.toy import BLOCKS, CPU, GPU, TOY, Config, Problem
+
+pytestmark = pytest.mark.usefixtures("store_folders")
 
 
 def _request(pixels=100, **keywords):

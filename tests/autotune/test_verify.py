@@ -15,7 +15,7 @@ from kernels.launch import record_launches
 from kernels.tuning import choose
 from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
 from kernels.tuning.store import Store
-from tests.kernels.test_choose import TOY, Config, Problem, toy
+from tests.kernels.toy import TOY, Config, Problem, toy
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
@@ -24,11 +24,9 @@ CHECKED.example(lambda problem, device: (torch.ones(problem.pixels, device=devic
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(tunables, "shipped_folder", lambda: tmp_path / "shipped")
+def folder(store_folders, monkeypatch):
     monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": CHECKED})
-    return tmp_path / "store"
+    return store_folders[0]
 
 
 def _entry(launcher, config):
