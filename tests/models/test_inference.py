@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import kernels
 import models
-from models import inference
 from models.layers import DropPath, LayerScale, ResidualDepthwiseConv2d
 from models.overlock import VARIANTS
 from models.rednet import Bottleneck, RedNet
@@ -194,17 +193,6 @@ def test_every_variant_folds_completely(name):
     if name == "overlock_xt":
         dense: Any = models.optimize_for_inference(on_meta(name, features_only=True).eval())
         assert isinstance(dense.h_proj[1], nn.Identity)
-
-
-def test_a_padded_convolution_does_not_take_a_batch_norm_before_it():
-    """After the batch norm padding reads 0; folded weights would read its shift instead."""
-    layers = fill(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
-    x = random_tensor(2, 4, 5, 5, device="cpu")
-    with torch.no_grad():
-        expected = layers(x)
-        inference.fold_sequence(layers)
-        assert_close(layers(x), expected, 1e-6)
-    assert [type(layer) for layer in layers] == [nn.BatchNorm2d, nn.Conv2d, nn.Identity, nn.ReLU]
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,10 @@ def test_one_graph_serves_every_batch_and_size(family):
         return graph.forward
 
     compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=True)
-    for size in ((2, 3, 224, 240), (3, 3, 256, 224), (5, 3, 240, 272)):
-        x = images(*size)
-        assert_close(compiled(x)[0], model(x)[0], 1e-5, f"{size}")
+    larger = 128 if family == "overlock" else 0
+    for batch, height, width in ((2, 96, 112), (3, 128, 96), (5, 112, 144)):
+        x = images(batch, 3, height + larger, width + larger)
+        assert_close(compiled(x)[0], model(x)[0], 1e-5, f"{list(x.shape)}")
     assert len(graphs) == 1
 
 
@@ -248,18 +249,6 @@ def test_changed_layers_take_effect_and_train(family, change):
     trained = {name: p.grad for name, p in model.named_parameters() if name.endswith(part)}
     assert len(trained) == len(layers)
     assert all(grad is not None and grad.any() for grad in trained.values())
-
-
-@by_family
-def test_forward_mode_derivatives(family):
-    model, x = narrow(family), random_tensor(1, 3, 32, 48, device="cpu")
-    tangent = random_tensor(*x.shape, seed=1, device="cpu")
-    ours = torch.func.jvp(model, (x,), (tangent,))[1]
-    x.requires_grad_()
-    logits = model(x)
-    for index in (0, 3):
-        (gradient,) = torch.autograd.grad(logits[0, index], x, retain_graph=True)
-        assert_close(ours[0, index], (gradient * tangent).sum(), 1e-3)
 
 
 # ---- CUDA graphs
