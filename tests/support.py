@@ -31,7 +31,13 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return (out - expected).norm().item() / (norm if norm > 0 else 1.0)
 
 
-def assert_close(out: Tensor, expected: Tensor, tolerance: float, what: str = "output") -> None:
+def assert_close(out: Any, expected: Any, tolerance: float, what: str = "output") -> None:
+    """Compares tensors by ``relative_error``, and sequences of them one by one."""
+    if not isinstance(expected, Tensor):
+        assert len(out) == len(expected)
+        for index, pair in enumerate(zip(out, expected, strict=True)):
+            assert_close(*pair, tolerance, f"{what} {index}")
+        return
     error = relative_error(out, expected)
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
 

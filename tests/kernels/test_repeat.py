@@ -11,7 +11,7 @@ import torch
 
 import kernels
 from kernels.tuning import choose, repeat
-from tests.kernels.operators import OPERATORS
+from tests.kernels.rules import BY_NAME, check
 from tests.support import assert_close, random_tensor, triton_device
 
 # Launchers that make more than one launch and are never repeated.
@@ -27,18 +27,10 @@ def watched(monkeypatch):
     return choose._repeats
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@BY_NAME
 def test_other_tensors_in_the_places_of_the_first(operator, watched):
     for _ in range(3):
-        tensors = {name: tensor.requires_grad_() for name, tensor in operator.tensors(batch=2).items()}
-        with kernels.use_backend("triton"):
-            out = operator(tensors)
-            grads = torch.autograd.grad(out.sum(), tuple(tensors.values()))
-        exact, inputs = operator.exact(tensors)
-        expected = torch.autograd.grad(exact.sum(), tuple(inputs.values()))
-        assert_close(out, exact, 1e-5)
-        for name, grad, wanted in zip(tensors, grads, expected, strict=True):
-            assert_close(grad, wanted, 1e-4, f"gradient of {name}")
+        check(operator, operator.tensors(batch=2), "triton")
     assert {key[0] for key, made in watched.items() if made is None} <= NEVER
     assert operator.name == "depthwise_conv2d" or any(watched.values())
     if operator.name == "contmix2d":  # what lies between the launches of a pass is released before its end

@@ -174,6 +174,7 @@ def test_averages_that_are_exchanged_or_of_another_model(source, tmp_path, recwa
     ],
     ids=["AveragedModel", "DataParallel of a compiled model", "a stage compiled in place", "a compiled stage"],
 )
+@pytest.mark.filterwarnings("error:left out of")
 def test_wrapped_models_load(wrap, source, tmp_path):
     models.save_checkpoint(source, tmp_path / "file.safetensors")
     models.load_checkpoint(wrapped := wrap(fresh()), tmp_path / "file.safetensors")

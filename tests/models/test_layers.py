@@ -101,11 +101,9 @@ def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
     maps = [whole[:, :6], whole[:, 2:], whole[:1, :6], whole[:, :6, :1], whole[:, :6, :1, :1], whole[:, :6, :, :1]]
     expected = [F.conv2d(x, layer.weight, layer.bias) for x in maps]
     monkeypatch.setattr("models.layers.pointwise._multiplies", is_matrix)
-    for x, want in zip(maps, expected, strict=True):
-        assert_close(layer(x), want, 1e-14)
-    gradients = [torch.autograd.grad(out.sin().sum(), layer.parameters()) for out in (layer(maps[0]), expected[0])]
-    for found, want in zip(*gradients, strict=True):
-        assert_close(found, want, 1e-13)
+    assert_close([layer(x) for x in maps], expected, 1e-14)
+    found, right = (torch.autograd.grad(out.sin().sum(), layer.parameters()) for out in (layer(maps[0]), expected[0]))
+    assert_close(found, right, 1e-13)
 
 
 # ---- the three layers that compute kernels

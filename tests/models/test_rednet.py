@@ -41,9 +41,8 @@ def test_involution_fpn_follows_its_definition():
     with kernels.use_backend("reference"):
         outs = neck(maps)
     expected = torch.autograd.grad(torch.cat([out.flatten() for out in outs]).square().sum(), tensors)
-    for ours, other in zip(grads, expected, strict=True):
-        assert other.norm() > 0
-        assert_close(ours, other, GRADIENT_TOLERANCE[torch.float64])
+    assert all(gradient.any() for gradient in expected)
+    assert_close(grads, expected, GRADIENT_TOLERANCE[torch.float64])
 
 
 def test_bad_pyramids_are_named():
