@@ -16,6 +16,7 @@ import models
 from kernels.files import WriteError
 from models.checkpoints import read_state_dict
 from models.downloads import fetch
+from tests.support import Hostile
 
 MODEL = nn.Linear(300, 300)
 STALL: dict[str, str] = {}
@@ -160,11 +161,6 @@ def test_nobody_listens(cache, weights):
         pass
     with pytest.raises(ConnectionError, match=rf"could not download {server.url}.*put it at {cache}/weights\.pth"):
         get(server)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("was_run",)
 
 
 @pytest.mark.parametrize(

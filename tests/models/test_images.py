@@ -17,7 +17,7 @@ POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n
 
 
 def slopes(height: int, width: int) -> np.ndarray:
-    """Unlike under each of the eight ways to turn it; [height, width, 3]."""
+    """Pixels [height, width, 3] that differ in each of the eight orientations."""
     down, right = np.linspace(0, 255, height)[:, None], np.linspace(0, 200, width)[None]
     return np.stack(np.broadcast_arrays(down, right, 0 * down + 10), axis=-1).astype(np.uint8)
 
@@ -77,7 +77,7 @@ def test_what_is_no_plain_image_file_is_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize("sides", [(1, 10_000), (100_000, 1), (3, 50_000)])
 def test_strips_are_never_resized_whole(sides, monkeypatch):
-    """At the crop's scale they would be gigabytes."""
+    """Resized to the crop's scale as a whole, they would take gigabytes."""
     image, resize, made = Image.fromarray(slopes(*sides)), Image.Image.resize, []
 
     def recorded(image, size, *arguments, **options):

@@ -19,7 +19,7 @@ from tests.support import assert_close, golden, golden_fill, official_state_dict
 
 
 def small(**overrides) -> Any:
-    """Every kind of block, at a few thousand parameters, as they are initialised."""
+    """A model of a few thousand parameters with every kind of block, as it is initialised."""
     structure = {"depth": (1, 1, 1, 1), "sub_depth": (2, 1), "embed_dim": (8, 8, 16, 16), "sub_num_heads": (1, 2)}
     return OverLoCK(**{**structure, "num_classes": 5, **overrides})
 
@@ -67,7 +67,7 @@ def test_dense_golden(form, backend):
 @pytest.mark.parametrize("into", FORMS)
 @pytest.mark.parametrize("file", FORMS)
 def test_a_file_of_one_form_in_another(file, into, tmp_path, recwarn):
-    """Loads, says what stays, or is refused and changes nothing."""
+    """The file loads and a warning names what keeps its values, or it is refused and nothing changes."""
     source, model = fill(small(**FORMS[file])), small(**FORMS[into]).eval()
     before = copy.deepcopy(model.state_dict())
     as_in_mmdet = {f"backbone.{name}": tensor for name, tensor in source.state_dict().items()}
@@ -116,7 +116,7 @@ def test_training_returns_both_logits_and_reaches_every_parameter():
 
 
 def test_auxiliary_logits():
-    """BN → mean over positions → 1×1 convolution, on Overview-Net's output."""
+    """They are BN → mean over positions → 1×1 convolution of Overview-Net's output."""
     model = fill(small(in_chans=1))
     model.train()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):

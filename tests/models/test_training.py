@@ -32,13 +32,7 @@ from tests.support import relative_error
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Maps this small gain nothing from a second one, and lose much where other tests run beside these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_loss_of_each_familys_training_output():
@@ -169,7 +163,7 @@ def test_batches_of_a_resumed_run_are_those_left():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_accumulated_batches_are_one_large_batch(optimizer):
-    """Where nothing is random and no batch norm sees the parts."""
+    """This holds where nothing is random and there are no batch norms, which would see the parts."""
     results = []
     for parts in (1, 4):
         torch.manual_seed(0)
@@ -201,9 +195,9 @@ def narrow_volo(**options: bool) -> VOLO:
 
 
 FAMILIES: dict[str, tuple[Callable[[], BackboneContract], Recipe]] = {
-    "rednet": (lambda: RedNet((1, 1, 0, 0), **SMALL), Recipe(epochs=3, batch=24, learning_rate=6e-3, ema_decay=0)),
+    "rednet": (lambda: RedNet((1, 1, 0, 0), **SMALL), Recipe(epochs=1, batch=12, learning_rate=6e-3, ema_decay=0)),
     "volo": (lambda: narrow_volo(return_dense=False), Recipe(epochs=3, batch=48, learning_rate=3e-3, ema_decay=0.8)),
-    "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=3, batch=48, learning_rate=6e-3, ema_decay=0)),
+    "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=2, batch=32, learning_rate=6e-3, ema_decay=0)),
     "volo with token labels": (narrow_volo, Recipe()),
 }
 
@@ -223,7 +217,7 @@ class Keyed(Dataset[tuple[Tensor, int]]):
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Keyed, TensorDataset]:
-    """1437 images to learn from and 360 others to be judged by, enlarged from 8×8 to 32×32."""
+    """1437 images to train on and 360 others to evaluate on, enlarged from 8×8 to 32×32."""
     data, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
     images = torch.from_numpy(data.astype(np.float32)).view(-1, 1, 8, 8) / 8 - 1
     images, labels = F.interpolate(images, (32, 32), mode="bilinear"), torch.from_numpy(labels)
@@ -250,7 +244,7 @@ def test_reaches_95_percent_on_images_it_has_not_seen(digits, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eager_and_naive_paths_follow_the_same_curve(digits, family):
-    """Loss of each of eight steps, in float64, up to rounding; another seed changes it a billion times as much."""
+    """In float64 the losses of eight steps agree up to rounding; another seed changes them a billion times as much."""
     few = Keyed(digits[0].images[:96].double(), torch.tensor(digits[0].labels[:96]))
     curves = []
     for backend, seed in (("eager", 0), ("reference", 0), ("eager", 1)):

@@ -17,7 +17,7 @@ from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, golden_fill, 
 
 
 def small(**kwargs) -> VOLO:
-    """Two Outlookers, then one block a stage; trained-like parameters, so that nothing is symmetric by accident."""
+    """Two Outlookers, then one block per stage, with parameters like trained ones."""
     model = VOLO((2, 1, 1, 1), (12, 24), (3, 4), **{"stem_dim": 8, "img_size": 64, "num_classes": 5, **kwargs})
     return golden_fill().fill_(model).eval().to(DEVICE)
 
@@ -75,7 +75,7 @@ def test_position_embedding_has_its_own_grid_and_is_resized_for_others(tmp_path)
     x = image(64, 95)
     assert torch.equal(wide(x), square(x))
     save_checkpoint(square, tmp_path / "square.pth")
-    load_checkpoint(other := small(img_size=(64, 95)), tmp_path / "square.pth")  # likewise by the loader
+    load_checkpoint(other := small(img_size=(64, 95)), tmp_path / "square.pth")  # the loader does so, too
     assert_close(other(x), square(x), FORWARD_TOLERANCE[torch.float32])
     square.set_input_size((64, 95))
     assert torch.equal(square.pos_embed, resized)
