@@ -1,24 +1,27 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 
-"""ContMix's backward pass where windows are shared: three kernels, none of which stores a logit.
+"""ContMix's backward pass where windows are shared: two kernels, neither of which stores a logit.
 
     p = exp2(l − log2 Σ exp2),   dp = value @ gradᵀ,   δ = Σ_c grad · out,   ds = p ∘ (dp − δ)           all [S, P]
 
-The first keeps one (head, image) and walks over windows and their positions: one exponential serves the gradients
-of value, p @ grad, of projected keys, ds @ query, and of query, projectedᵀ @ ds. Value's comes as one part per window,
-which a small kernel sums. Another sums ds over images in registers, for bias and rpb.
+As in the forward pass, a program keeps one (tile of the outputs of a window, head). It takes the window's positions
+block by block, and for each block walks over images, so that the gradients of bias and rpb, sums of ds over images,
+stay in registers. One exponential serves these, value's gradient, p @ grad, projected keys', ds @ query, and query's,
+dsᵀ @ projected, which adds to that of the blocks before. Value's and projected keys' come as one part per tile; a small
+kernel sums the parts.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix import eager
 from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import SHARED, Saved, Shared, inputs_heuristic, problem_of, tables_heuristic
+from kernels.contmix.configs import SHARED, Saved, Shared, backward_heuristic, problem_of
 from kernels.contmix.forward_shared import shared_arguments
 from kernels.contmix.tiles import key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
 from kernels.dtypes import at_least_float32
@@ -30,24 +33,19 @@ from kernels.windows_triton import offsets, pixels_of_window
 
 
 @triton.jit
-def _positions(pixels, i_block, KERNEL: tl.constexpr, STEPS: tl.constexpr):
-    """Positions of a window [S], which there are, and their rows and columns in the map."""
-    o_position = i_block * STEPS + tl.arange(0, STEPS)
-    m_position = o_position < KERNEL * KERNEL
-    return o_position, m_position, pixels.start_h + o_position // KERNEL, pixels.start_w + o_position % KERNEL
+def _load_outputs(view, pixels, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """[P, C] of a tile's outputs."""
+    return load_pixels(view, offsets(view, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK)
 
 
 @triton.jit
-def _weights(b_query, b_shifted, keys, UPCAST: tl.constexpr):
-    """p [S, P] of bias − log Σ exp [S, P], query [P, Dq] and keys [S, Dq]; 0 where the bias is -inf."""
-    b_logits = b_shifted * (1 / key_scale(b_query.dtype))
-    for half in tl.static_range(len(keys)):
-        b_logits = dot(keys[half], tl.trans(b_query), b_logits, UPCAST)
-    return tl.exp2(b_logits * (LOG2_E * key_scale(b_query.dtype)))
+def _store_outputs(view, pixels, b_outputs, OFFSET: tl.constexpr, CHANNELS: tl.constexpr):
+    """The inverse of ``_load_outputs``."""
+    store_pixels(view, offsets(view, pixels, OFFSET), pixels.mask, b_outputs, CHANNELS)
 
 
 @triton.jit
-def _grad_inputs_shared_kernel(
+def _backward_shared_kernel(
     query,  # [B, G, Dq, H, W]
     projected,  # [B, G, Dq, K²]
     bias,  # [K²]
@@ -56,142 +54,118 @@ def _grad_inputs_shared_kernel(
     grad,  # [B, G, Dv, H, W]
     out,  # [B, G, Dv, H, W]
     statistics,  # [B, G, H, W]: log Σ_k exp
-    delta,  # [B, G, H, W]: written
     previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
+    scratch,  # [B, G, Dq, H, W]: grad_query of the blocks so far, written where there are several
     grad_query,  # [B, G, Dq, H, W]: written
-    grad_projected,  # [B, G, Dq, K²]: written
-    parts,  # [B, G, tiles · windows, K², Dv]: value's gradients, written; along the axes g, h, k, c
-    sizes, tiles, windows,
-    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    _batch, groups, height, width, _first, _last = sizes
-    i_group, i_batch = (tl.program_id(0) % groups).to(tl.int64), (tl.program_id(0) // groups).to(tl.int64)
-    query, projected, value = at(query, i_batch, i_group), at(projected, i_batch, i_group), at(value, i_batch, i_group)
-    grad, out, statistics = at(grad, i_batch, i_group), at(out, i_batch, i_group), at(statistics, i_batch, i_group)
-    delta, parts, previous = at(delta, i_batch, i_group), at(parts, i_batch, i_group), at(previous, i_batch, i_group)
-    grad_query, grad_projected = at(grad_query, i_batch, i_group), at(grad_projected, i_batch, i_group)
-    dtype: tl.constexpr = query.ptr.dtype.element_ty
-    sums = ()
-    for _ in tl.static_range(BLOCKS):
-        sums = sums + (tl.zeros([STEPS, BLOCK_QUERY], ACCUMULATOR),)
-    for i_place in tl.range(tiles * windows, disable_licm=True):
-        pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, KERNEL, PIXELS)
-        o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
-        # [P, Dq], [P, Dv], [P, Dv]; an output that is not there repeats one that is, but has no gradient
-        b_query = load_pixels(query, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
-        b_grad = load_pixels(grad, offsets(grad, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
-        b_out = load_pixels(out, offsets(out, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
-        b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
-        tl.store(delta.ptr + offsets(delta, pixels, OFFSET), b_delta, mask=pixels.mask)
-        b_statistics = tl.load(statistics.ptr + offsets(statistics, pixels, OFFSET))
-        # [Dq, P]
-        b_sum = tl.zeros([BLOCK_QUERY, PIXELS], ACCUMULATOR)
-        new_sums = ()
-        for i in tl.static_range(BLOCKS):
-            o_position, m_position, o_row, o_column = _positions(pixels, i, KERNEL, STEPS)
-            b_bias = load_biases(
-                bias, rpb, o_base[None, :], o_position[:, None], m_position[:, None], KERNEL, ACCUMULATOR
-            )
-            keys = load_keys(projected, o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, dtype)
-            o_value = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
-            b_value = load_pixels(value, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
-            b_weight = _weights(b_query, b_bias - b_statistics[None, :], keys, UPCAST)
-            b_products = dot(b_value, tl.trans(b_grad), tl.zeros([STEPS, PIXELS], ACCUMULATOR), UPCAST)
-            b_part = dot(b_weight.to(dtype), b_grad, tl.zeros([STEPS, BLOCK_CHANNELS], ACCUMULATOR), UPCAST)
-            store_pixels(parts, i_place * parts.h + o_position * parts.k, m_position, b_part, CHANNELS)
-            b_grad_logits = (b_weight * (b_products - b_delta[None, :])).to(dtype)
-            new_sums = new_sums + (dot(b_grad_logits, b_query, sums[i], UPCAST),)
-            b_sum = dot(tl.trans(keys[0]), b_grad_logits, b_sum, UPCAST)
-        sums = new_sums
-        b_sum = tl.trans(b_sum) * key_scale(dtype)
-        if ADD:
-            b_sum += load_pixels(previous, offsets(previous, pixels, OFFSET), pixels.mask, QUERY_CHANNELS, BLOCK_QUERY)
-        store_pixels(grad_query, offsets(grad_query, pixels, OFFSET), pixels.mask, b_sum, QUERY_CHANNELS)
-    for i in tl.static_range(BLOCKS):
-        o_position = i * STEPS + tl.arange(0, STEPS)
-        m_position = o_position < KERNEL * KERNEL
-        store_pixels(grad_projected, o_position * grad_projected.k, m_position, sums[i], QUERY_CHANNELS)
-
-
-@triton.jit
-def _grad_value_shared_kernel(
-    parts,  # [B, G, tiles · windows, K², Dv]
-    grad_value,  # [B, G, Dv, H, W]: written
-    sizes, tiles, windows, blocks,
-    KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """The parts of value's gradient that windows left, summed."""
-    _batch, groups, height, width, _first, _last = sizes
-    i_block, i_image = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    part, target = at(parts, i_image // groups, i_image % groups), at(grad_value, i_image // groups, i_image % groups)
-    o_pixel = i_block * PIXELS + tl.arange(0, PIXELS)
-    o_row, o_column = o_pixel // width, o_pixel % width
-    b_sum = tl.zeros([PIXELS, BLOCK_CHANNELS], ACCUMULATOR)
-    for i_place in tl.range(tiles * windows, disable_licm=True):
-        o_kernel_h = o_row - i_place // tiles // (width - KERNEL + 1)
-        o_kernel_w = o_column - i_place // tiles % (width - KERNEL + 1)
-        m_window = (o_kernel_h >= 0) & (o_kernel_h < KERNEL) & (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
-        o_part = i_place * part.h + (o_kernel_h * KERNEL + o_kernel_w) * part.k
-        b_sum += load_pixels(part, o_part, m_window & (o_row < height), CHANNELS, BLOCK_CHANNELS).to(ACCUMULATOR)
-    o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
-    store_pixels(target, o_target, o_row < height, b_sum, CHANNELS)
-
-
-@triton.jit
-def _grad_tables_shared_kernel(
-    query, projected, bias, rpb, value, grad, statistics, delta,  # as above
+    value_parts,  # [B, G, tiles · windows, K², Dv]: value's gradients, written; along the axes g, h, k, c
+    key_parts,  # [B, G, tiles · windows, K², Dq]: projected keys' gradients, written; along the same axes
     partial,  # [chunks, G, H, W, S · BLOCKS]: sums of ds over a chunk of images, written
     totals,  # [chunks, G, tiles · windows, S · BLOCKS]: the same, over the outputs of a tile, written
     sizes, tiles, windows, images,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     batch, groups, height, width, _first, _last = sizes
-    i_program = tl.program_id(0)
-    i_block, i_place = i_program % BLOCKS, i_program // BLOCKS % (tiles * windows)
-    i_rest = i_program // (BLOCKS * tiles * windows)
+    i_place, i_rest = tl.program_id(0) % (tiles * windows), tl.program_id(0) // (tiles * windows)
     i_group, i_chunk = (i_rest % groups).to(tl.int64), (i_rest // groups).to(tl.int64)
+    dtype: tl.constexpr = query.ptr.dtype.element_ty
     pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, KERNEL, PIXELS)
-    o_position, m_position, o_row, o_column = _positions(pixels, i_block, KERNEL, STEPS)
-    o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
-    b_bias = load_biases(bias, rpb, o_base[None, :], o_position[:, None], m_position[:, None], KERNEL, ACCUMULATOR)
-    o_value = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
-    zero = tl.zeros([STEPS, PIXELS], ACCUMULATOR)
-    b_sum = zero
-    for i_image in range(i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)):
-        i_batch = tl.cast(i_image, tl.int64)
-        keys = load_keys(
-            at(projected, i_batch, i_group),
-            o_position,
-            m_position,
-            QUERY_CHANNELS,
-            BLOCK_QUERY,
-            query.ptr.dtype.element_ty,
-        )
-        b_query = load_pixels(
-            at(query, i_batch, i_group), offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY
-        )
-        b_grad = load_pixels(
-            at(grad, i_batch, i_group), offsets(grad, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS
-        )
-        b_value = load_pixels(at(value, i_batch, i_group), o_value, m_position, CHANNELS, BLOCK_CHANNELS)
-        b_stat = tl.load(at(statistics, i_batch, i_group).ptr + offsets(statistics, pixels, OFFSET))
-        b_delta = tl.load(at(delta, i_batch, i_group).ptr + offsets(delta, pixels, OFFSET), mask=pixels.mask, other=0)
-        b_weight = _weights(b_query, b_bias - b_stat[None, :], keys, UPCAST)
-        b_sum += b_weight * (dot(b_value, tl.trans(b_grad), zero, UPCAST) - b_delta[None, :])
-    p_partial = (
-        partial.ptr
-        + i_chunk * partial.b
-        + i_group * partial.g
-        + ((pixels.row * width + pixels.column) * partial.w)[None, :]
-    )
-    tl.store(p_partial + o_position[:, None], b_sum, mask=pixels.mask[None, :])
+    rpb, o_base = at(rpb, 0, i_group), rpb_base(rpb, pixels, KERNEL)[None, :]
+    first = i_chunk.to(tl.int32) * images
+    last = tl.minimum(first + images, batch)
+    p_partial = partial.ptr + i_chunk * partial.b + i_group * partial.g
+    p_partial += ((pixels.row * width + pixels.column) * partial.w)[None, :]
     p_totals = totals.ptr + i_chunk * totals.b + i_group * totals.g + i_place * totals.h
-    tl.store(p_totals + o_position, tl.sum(b_sum, 1))
+    for i_block in range(BLOCKS):
+        o_position = i_block * STEPS + tl.arange(0, STEPS)
+        m_position = o_position < KERNEL * KERNEL
+        b_bias = load_biases(bias, rpb, o_base, o_position[:, None], m_position[:, None], KERNEL, ACCUMULATOR) * LOG2_E
+        b_total = tl.zeros([STEPS, PIXELS], ACCUMULATOR)
+        o_row, o_column = pixels.start_h + o_position // KERNEL, pixels.start_w + o_position % KERNEL
+        o_value = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
+        for i_image in range(first, last):
+            i_batch = tl.cast(i_image, tl.int64)
+            queries, values = at(query, i_batch, i_group), at(value, i_batch, i_group)
+            grads, outs, stats = at(grad, i_batch, i_group), at(out, i_batch, i_group), at(statistics, i_batch, i_group)
+            of_value, of_keys = at(value_parts, i_batch, i_group), at(key_parts, i_batch, i_group)
+            # [P, Dq], [P, Dv], [P, Dv]; an output that is not there repeats one that is, but has no gradient
+            b_query = load_pixels(
+                queries, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY
+            )
+            b_grad = load_pixels(grads, offsets(grad, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
+            b_out = load_pixels(outs, offsets(out, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
+            b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
+            b_statistics = tl.load(stats.ptr + offsets(statistics, pixels, OFFSET)) * LOG2_E
+            keys = load_keys(
+                at(projected, i_batch, i_group), o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, dtype
+            )
+            b_value = load_pixels(values, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
+            b_logits = tl.zeros([STEPS, PIXELS], ACCUMULATOR)
+            for half in tl.static_range(len(keys)):
+                b_logits = dot(keys[half], tl.trans(b_query), b_logits, UPCAST)
+            b_weight = tl.exp2(b_logits * (LOG2_E * key_scale(dtype)) + b_bias - b_statistics[None, :])
+            b_products = dot(b_value, tl.trans(b_grad), tl.zeros([STEPS, PIXELS], ACCUMULATOR), UPCAST)
+            b_part = dot(b_weight.to(dtype), b_grad, tl.zeros([STEPS, BLOCK_CHANNELS], ACCUMULATOR), UPCAST)
+            store_pixels(of_value, i_place * value_parts.h + o_position * value_parts.k, m_position, b_part, CHANNELS)
+            b_grad_logits = b_weight * (b_products - b_delta[None, :])
+            b_total += b_grad_logits
+            b_grad_logits = b_grad_logits.to(dtype)
+            b_part = dot(b_grad_logits, b_query, tl.zeros([STEPS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
+            store_pixels(of_keys, i_place * key_parts.h + o_position * key_parts.k, m_position, b_part, QUERY_CHANNELS)
+            b_sum = dot(tl.trans(b_grad_logits), keys[0], tl.zeros([PIXELS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
+            b_sum *= key_scale(dtype)
+            if i_block > 0:
+                b_sum += _load_outputs(at(scratch, i_batch, i_group), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY)
+            elif ADD:
+                b_sum += _load_outputs(at(previous, i_batch, i_group), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY)
+            if i_block < BLOCKS - 1:
+                _store_outputs(at(scratch, i_batch, i_group), pixels, b_sum, OFFSET, QUERY_CHANNELS)
+            else:
+                _store_outputs(at(grad_query, i_batch, i_group), pixels, b_sum, OFFSET, QUERY_CHANNELS)
+        tl.store(p_partial + o_position[:, None], b_total, mask=pixels.mask[None, :])
+        tl.store(p_totals + o_position, tl.sum(b_total, 1))
+        # The next block reads what is in scratch now, perhaps by other threads.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _sum_parts_kernel(
+    value_parts,  # [B, G, tiles · windows, K², Dv]
+    key_parts,  # [B, G, tiles · windows, K², Dq]
+    grad_value,  # [B, G, Dv, H, W]: written
+    grad_projected,  # [B, G, Dq, K²]: written
+    sizes, tiles, windows, blocks,
+    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OFFSET: tl.constexpr, PIXELS: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The parts that tiles left, summed: of value's gradient where windows lie on top of each other, and of keys'."""
+    _batch, groups, height, width, _first, _last = sizes
+    KEY_BLOCKS: tl.constexpr = (KERNEL * KERNEL + PIXELS - 1) // PIXELS
+    i_block, i_image = tl.program_id(0) % (blocks + KEY_BLOCKS), tl.program_id(0) // (blocks + KEY_BLOCKS)
+    i_group, i_batch = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
+    if i_block < blocks:
+        part, target = at(value_parts, i_batch, i_group), at(grad_value, i_batch, i_group)
+        o_pixel = i_block * PIXELS + tl.arange(0, PIXELS)
+        o_row, o_column = o_pixel // width, o_pixel % width
+        b_sum = tl.zeros([PIXELS, BLOCK_CHANNELS], ACCUMULATOR)
+        for i_place in tl.range(tiles * windows, disable_licm=True):
+            o_kernel_h = o_row - i_place // tiles // (width - KERNEL + 1)
+            o_kernel_w = o_column - i_place // tiles % (width - KERNEL + 1)
+            m_window = (o_kernel_h >= 0) & (o_kernel_h < KERNEL) & (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
+            o_part = i_place * part.h + (o_kernel_h * KERNEL + o_kernel_w) * part.k
+            b_sum += load_pixels(part, o_part, m_window & (o_row < height), CHANNELS, BLOCK_CHANNELS).to(ACCUMULATOR)
+        o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
+        store_pixels(target, o_target, o_row < height, b_sum, CHANNELS)
+    else:
+        part, target = at(key_parts, i_batch, i_group), at(grad_projected, i_batch, i_group)
+        o_position = (i_block - blocks) * PIXELS + tl.arange(0, PIXELS)
+        m_position = o_position < KERNEL * KERNEL
+        b_sum = tl.zeros([PIXELS, BLOCK_QUERY], ACCUMULATOR)
+        for i_place in range(tiles * windows):
+            o_part = i_place * part.h + o_position * part.k
+            b_sum += load_pixels(part, o_part, m_position, QUERY_CHANNELS, BLOCK_QUERY).to(ACCUMULATOR)
+        store_pixels(target, o_position * target.k, m_position, b_sum, QUERY_CHANNELS)
 
 
 def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
@@ -216,79 +190,67 @@ class Targets(NamedTuple):
 
 @tunable(
     SHARED,
-    inputs_heuristic,
+    backward_heuristic,
     problem=problem_of,
-    reference=lambda saved, targets, _delta: _added(reference_gradients(saved), targets),
-    name="contmix.shared.grad_inputs",
+    reference=lambda saved, targets: _added(reference_gradients(saved), targets),
+    name="contmix.shared.backward",
 )
-def grad_inputs_shared(saved: Saved, targets: Targets, delta: Tensor, *, config: Shared) -> tuple[Tensor, ...]:
-    """Fills the targets but bias' and rpb's, and ``delta`` [B, G, H, W] = Σ_c grad · out."""
+def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[Tensor, ...]:
+    """Fills the targets."""
     arguments = shared_arguments(saved, config, saved.grad, saved.out, *targets[:3])
     batch, groups, channels, height, width = saved.value.shape
-    places, positions = arguments["tiles"] * arguments["windows"], arguments["KERNEL"] ** 2
-    if places == 1:
-        # The one window is the map, and its part the gradient.
-        parts = View(targets.value, *(targets.value.stride(axis) for axis in (0, 1, 2)), 0, 0, targets.value.stride(4))
-    else:
-        parts = view(saved.value.new_empty((batch, groups, places, positions, channels)), "b g h k c")
-    arguments |= {
-        "delta": view(delta, "b g h w"),
-        "previous": view(targets.query if targets.previous is None else targets.previous, "b g c h w"),
-        "grad_query": view(targets.query, "b g c h w"),
-        "grad_projected": view(targets.projected, "b g c k"),
-        "parts": parts,
-        "ADD": targets.previous is not None,
-    }
-    # One program per (group, batch entry).
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_grad_inputs_shared_kernel, (groups * batch,), delta.device, arguments, **options)
-    if places > 1:
-        blocks = ceil_divide(height * width, 64)
-        kept = ("sizes", "tiles", "windows", "KERNEL", "CHANNELS", "ACCUMULATOR", "OFFSET", "BLOCK_CHANNELS")
-        arguments = {name: arguments[name] for name in kept} | {
-            "parts": parts,
-            "grad_value": view(targets.value, "b g c h w"),
-            "blocks": blocks,
-            "PIXELS": 64,
-        }
-        # One program per (block of pixels, group, batch entry).
-        grid = (blocks * groups * batch,)
-        launch(_grad_value_shared_kernel, grid, delta.device, arguments, num_warps=4, num_stages=2)
-    return targets.query, targets.value, targets.projected
-
-
-@tunable(
-    SHARED,
-    tables_heuristic,
-    problem=problem_of,
-    reference=lambda saved, _delta, _bias, _rpb: reference_gradients(saved)[2:4],
-    name="contmix.shared.grad_tables",
-)
-def grad_tables_shared(
-    saved: Saved, delta: Tensor, bias: Tensor, rpb: Tensor, *, config: Shared
-) -> tuple[Tensor, Tensor]:
-    """Fills the gradients of ``bias`` [K²] and ``rpb`` [G, 2K-1, 2K-1]."""
-    arguments = shared_arguments(saved, config, saved.grad)
-    batch, groups, _, height, width = saved.value.shape
+    kernel_size, query_channels = arguments["KERNEL"], arguments["QUERY_CHANNELS"]
     places, positions = arguments["tiles"] * arguments["windows"], arguments["BLOCKS"] * config.steps
     chunks = ceil_divide(batch, config.images)
-    partial = delta.new_empty((chunks, groups, height, width, positions))
-    totals = delta.new_empty((chunks, groups, places, positions))
-    del arguments["out"]
-    arguments |= {
-        "delta": view(delta, "b g h w"),
+    partial = saved.statistics.new_empty((chunks, groups, height, width, positions))
+    totals = saved.statistics.new_empty((chunks, groups, places, positions))
+    scratch = targets.query
+    if arguments["BLOCKS"] > 1 and scratch.dtype != partial.dtype:
+        scratch = torch.empty_like(scratch, dtype=partial.dtype)
+    if places == 1:
+        # The one window is the map, and its parts are the gradients.
+        value, projected = targets.value, targets.projected
+        value_parts = View(value, *(value.stride(axis) for axis in (0, 1, 2)), 0, 0, value.stride(4))
+        key_parts = View(projected, *projected.stride()[:3], 0, 0, projected.stride(3))
+    else:
+        shape = batch, groups, places, kernel_size**2
+        value_parts = view(saved.value.new_empty((*shape, channels)), "b g h k c")
+        key_parts = view(saved.value.new_empty((*shape, query_channels)), "b g h k c")
+    parts = {"value_parts": value_parts, "key_parts": key_parts}
+    arguments |= parts | {
+        "previous": view(targets.query if targets.previous is None else targets.previous, "b g c h w"),
+        "scratch": view(scratch, "b g c h w"),
+        "grad_query": view(targets.query, "b g c h w"),
         "partial": view(partial, "b g h w k"),
         "totals": view(totals, "b g h k"),
         "images": config.images,
+        "ADD": targets.previous is not None,
     }
-    # One program per (block of window positions, tile, window, group, chunk of images).
-    grid = (arguments["BLOCKS"] * places * groups * chunks,)
+    # One program per (tile, window, group, chunk of images).
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_grad_tables_shared_kernel, grid, delta.device, arguments, **options)
-    fold(partial, totals, bias, rpb, (arguments["KERNEL"], positions), (0, height - 1, height))
-    return bias, rpb
+    device = partial.device
+    launch(_backward_shared_kernel, (places * groups * chunks,), device, arguments, **options)
+    if places > 1:
+        blocks = ceil_divide(height * width, 64)
+        kept = ("sizes", "tiles", "windows", "KERNEL", "QUERY_CHANNELS", "CHANNELS", "ACCUMULATOR", "OFFSET")
+        blocks_kept = ("BLOCK_QUERY", "BLOCK_CHANNELS")
+        arguments = (
+            {name: arguments[name] for name in (*kept, *blocks_kept)}
+            | parts
+            | {
+                "grad_value": view(targets.value, "b g c h w"),
+                "grad_projected": view(targets.projected, "b g c k"),
+                "blocks": blocks,
+                "PIXELS": 64,
+            }
+        )
+        # One program per (block of pixels or of window positions, group, batch entry).
+        grid = ((blocks + ceil_divide(kernel_size**2, 64)) * groups * batch,)
+        launch(_sum_parts_kernel, grid, device, arguments, num_warps=4, num_stages=2)
+    fold(partial, totals, targets.bias, targets.rpb, (kernel_size, positions), (0, height - 1, height))
+    return targets.query, targets.value, targets.projected, targets.bias, targets.rpb
 
 
 def _added(gradients: tuple[Tensor, ...], targets: Targets) -> tuple[Tensor, ...]:
-    query, projected, _bias, _rpb, value = gradients
-    return query if targets.previous is None else query + targets.previous, value, projected
+    query, projected, bias, rpb, value = gradients
+    return query if targets.previous is None else query + targets.previous, value, projected, bias, rpb

@@ -41,27 +41,23 @@ def _fold_kernel(
         # The rows whose windows have one at that distance.
         begin = tl.maximum(_first_row(tl.maximum(KERNEL - 1 - i_relative, 0), height, KERNEL, 0), first_row)
         end = tl.minimum(_first_row(tl.minimum(2 * KERNEL - 2 - i_relative, KERNEL - 1), height, KERNEL, 1), last_row)
-        rows = tl.maximum(end - begin + 1, 0)
-        o_kernel, o_relative = tl.arange(0, POSITIONS), tl.arange(0, RELATIVE)
-        b_rpb = tl.zeros([RELATIVE], ACCUMULATOR)
+        # Several parts at a time, with some columns each.
+        o_flat, o_relative = tl.arange(0, ITEMS * COLUMNS), tl.arange(0, RELATIVE)
+        o_item = (o_flat // COLUMNS)[:, None]
+        b_sum = tl.zeros([ITEMS * COLUMNS, RELATIVE], ACCUMULATOR)
         for i_column in range(0, width, COLUMNS):
-            o_column = i_column + tl.arange(0, COLUMNS)
-            # [C, K]
-            mask = (o_column < width)[:, None] & (o_kernel < KERNEL)[None, :]
-            p_sums = sums.ptr + i_group * sums.g + o_column[:, None] * sums.w + o_kernel[None, :]
-            b_sum = tl.zeros([ITEMS, COLUMNS, POSITIONS], ACCUMULATOR)
-            for i_item in range(0, parts * rows, ITEMS):
-                o_item = i_item + tl.arange(0, ITEMS)
-                m_item, o_row = o_item < parts * rows, begin + o_item % rows
-                kernel_h = i_relative - (window_start(o_row, height, KERNEL, 1) - o_row + KERNEL - 1)
-                o_step = (o_row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
-                o_item = (o_item // rows).to(tl.int64) * sums.b + o_step
-                p_item = p_sums[None, :, :] + o_item[:, None, None]
-                b_sum += tl.load(p_item, mask=m_item[:, None, None] & mask[None, :, :], other=0)
-            o_entry = (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)[:, None] + o_kernel[None, :]
-            # [R, C, K]
-            m_entry = (o_relative[:, None, None] == o_entry[None, :, :]) & mask[None, :, :]
-            b_rpb += tl.sum(tl.sum(tl.where(m_entry, tl.sum(b_sum, 0)[None, :, :], 0), 2), 1)
+            o_column = (i_column + o_flat % COLUMNS)[:, None]
+            # The window position at a distance.
+            o_kernel = o_relative[None, :] - (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)
+            mask = (o_column < width) & (o_kernel >= 0) & (o_kernel < KERNEL)
+            o_sum = o_item.to(tl.int64) * sums.b + (o_column * sums.w + o_kernel)
+            for row in range(begin, end + 1):
+                kernel_h = i_relative - (window_start(row, height, KERNEL, 1) - row + KERNEL - 1)
+                o_row = (row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
+                for i_item in range(0, parts, ITEMS):
+                    p_item = sums.ptr + (i_group * sums.g + tl.cast(i_item, tl.int64) * sums.b + o_row)
+                    b_sum += tl.load(p_item + o_sum, mask=mask & (i_item + o_item < parts), other=0)
+        b_rpb = tl.sum(b_sum, 0)
         p_rpb = rpb.ptr + i_group * rpb.g + i_relative * rpb.h + o_relative * rpb.w
         tl.store(p_rpb, b_rpb.to(rpb.ptr.dtype.element_ty), mask=o_relative < ENTRIES)
     elif i_program < ENTRIES * groups + KERNEL:
@@ -127,7 +123,7 @@ def fold(
         "STEPS": step[1],
         "ACCUMULATOR": accumulator(sums.dtype),
         # Numbers of a block: 32 of a thread, all of which are on their way at the same time.
-        "ITEMS": max(1, 8192 // (columns * positions)),
+        "ITEMS": max(1, min(next_power_of_2(parts), 8192 // (columns * relative))),
         "COLUMNS": columns,
         "RELATIVE": relative,
         "PLACES": max(1, 8192 // positions),

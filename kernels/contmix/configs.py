@@ -170,17 +170,13 @@ def shared_heuristic(problem: Problem) -> Shared:
     return Shared(64 if blocks <= 8 else 32, steps, images, num_warps=8)
 
 
-def inputs_heuristic(problem: Problem) -> Shared:
-    """As the forward pass, which keeps as much in registers; a program has one image."""
-    return replace(shared_heuristic(problem), images=1, num_stages=2)
-
-
-def tables_heuristic(problem: Problem) -> Shared:
-    """One block of bias and one of sums, and as many images as leave 528 programs."""
+def backward_heuristic(problem: Problem) -> Shared:
+    """As the forward pass, with as many images as leave one round of programs, two for each of a GPU's processors."""
     config = shared_heuristic(problem)
-    programs = ceil_divide(problem.kernel_size**2, config.steps) * max(1, problem.pixels // 49)
-    images = 8 if interpreting() else _images(problem, programs, 16, 528)
-    return replace(config, images=images, num_stages=3)
+    if interpreting():
+        return config
+    tiles = problem.batch * problem.groups * max(1, problem.pixels // 49)
+    return replace(config, images=min(32, ceil_divide(tiles, 264)))
 
 
 def own_heuristic(problem: Problem) -> Own:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.contmix import eager
 from kernels.contmix.backward_own import grad_own
-from kernels.contmix.backward_shared import Targets, grad_inputs_shared, grad_tables_shared
+from kernels.contmix.backward_shared import Targets, backward_shared
 from kernels.contmix.configs import Inputs, Saved, shares_windows
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
@@ -106,9 +106,7 @@ def _backward(
         grad_of_size = grad_query if last else torch.empty_like(grad_query, dtype=statistics.dtype)
         targets = Targets(grad_of_size, grad_value[:, m], *grads, previous)
         if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
-            delta = torch.empty_like(statistics[:, m])
-            grad_inputs_shared(saved, targets, delta)
-            grad_tables_shared(saved, delta, targets.bias, targets.rpb)
+            backward_shared(saved, targets)
         else:
             grad_own(saved, targets)
         previous = grad_of_size

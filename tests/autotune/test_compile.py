@@ -41,8 +41,7 @@ SPILLS = {
         "forward_own_kernel": 120,
         "forward_shared_kernel": 24,
         "grad_logits_own_kernel": 136,
-        "grad_inputs_shared_kernel": 336,
-        "grad_tables_shared_kernel": 88,  # of 32 heads of 8 channels
+        "backward_shared_kernel": 480,  # of 32 heads of 8 channels
         "mix_kernel": 8,  # for sm_80
         "sum_kernel": 8,  # of a transpose with dilated windows, at 128 registers: four warps per scheduler
         "weighted_sum_kernel": 128,  # measured: of a generated transpose a third quicker than tiles that need none
@@ -50,7 +49,7 @@ SPILLS = {
     "fp32": {
         "forward_own_kernel": 600,
         "grad_logits_own_kernel": 888,
-        "grad_inputs_shared_kernel": 960,
+        "backward_shared_kernel": 168,
         "weighted_sum_kernel": 8,
     },
 }
