@@ -297,8 +297,8 @@ class BackboneContract(nn.Module):
             raise ValueError(f"x must be at least {self.sides[0]} pixels high and wide, got {tuple(x.shape[2:])}")
         if torch.compiler.is_compiling() or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
             return
-        first: Any = next(module for module in self.modules() if isinstance(module, nn.Conv2d))
-        weight = first._parameters.get("weight")
+        first: Any = next((module for module in self.modules() if isinstance(module, nn.Conv2d)), None)
+        weight = None if first is None else first._parameters.get("weight")
         # Wrappers that hook layers or shard weights may convert them to the image's type later.
         if weight is not None and weight.dtype != x.dtype and weight.ndim == 4 and as_built(first, CONVOLUTIONS):
             advice = "convert one of them, or use torch.autocast"

@@ -206,10 +206,10 @@ def test_reach_of_a_nan(operator, backend):
 @pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere products with bands of zeros are not looked at")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @EVERY_CASE
-def test_what_is_not_finite(operator, bad):
-    """On the eager path it reaches exactly what it reaches in the definition.
+def test_reach_of_nan_and_infinity_on_the_eager_path(operator, bad):
+    """There they reach exactly what they reach in the definition.
 
-    But for a depthwise convolution's weight: whether its gradient in PyTorch multiplies by the zeros around the map
+    The gradient of a depthwise convolution's weight is left out: whether PyTorch multiplies by the zeros around the map
     depends on the CPU.
     """
     drawn = operator.tensors(batch=2)

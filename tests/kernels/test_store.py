@@ -91,14 +91,11 @@ def _write(folder, worker, count):
         assert store.update({f"{worker} {i}": ENTRY})
 
 
-def _writer(folder, worker, count):
-    writer = multiprocessing.get_context("fork").Process(target=_write, args=(folder, worker, count))
-    writer.start()
-    return writer
-
-
 def test_eight_processes_lose_nothing(tmp_path):
-    writers = [_writer(tmp_path, worker, 6) for worker in range(8)]
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=_write, args=(tmp_path, worker, 6)) for worker in range(8)]
+    for writer in writers:
+        writer.start()
     for writer in writers:
         writer.join(120)
         assert writer.exitcode == 0

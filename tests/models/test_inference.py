@@ -17,7 +17,7 @@ from models.overlock import VARIANTS
 from models.rednet import Bottleneck, RedNet
 from models.volo import VOLO
 from tests.models.families import FAMILIES, fill, images, narrow, on_meta
-from tests.support import DEVICE, assert_close, random_tensor
+from tests.support import DEVICE, assert_close, equal_entries, random_tensor
 
 EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings differs
 
@@ -148,9 +148,7 @@ def test_the_given_model_is_left_as_it_is(family):
     switches = [(name, p.requires_grad) for name, p in model.named_parameters()]
     optimised = models.optimize_for_inference(model)
     after = model.state_dict()
-    assert list(after) == list(before)
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
+    assert equal_entries(after, before)
     assert [(name, p.requires_grad) for name, p in model.named_parameters()] == switches
     own = {tensor.data_ptr() for tensor in after.values()}
     assert own.isdisjoint(tensor.data_ptr() for tensor in optimised.state_dict().values())
@@ -161,9 +159,7 @@ def test_once_more_changes_nothing_and_copies_are_equal(family):
     once, x, file = models.optimize_for_inference(family()), image(1, 3, 64, 64), io.BytesIO()
     twice = models.optimize_for_inference(once)
     assert twice is not once
-    for (name, tensor), (other_name, other) in zip(once.state_dict().items(), twice.state_dict().items(), strict=True):
-        assert name == other_name
-        assert torch.equal(tensor, other), name
+    assert equal_entries(twice, once)
     torch.save(once, file)
     file.seek(0)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from models.checkpoints import load_checkpoint, save_checkpoint
 from models.overlock import OverLoCK
 from models.registry import create_model
 from tests.models.families import fill, images, on_meta, shapes
-from tests.support import assert_close, golden, golden_fill, official_state_dicts
+from tests.support import assert_close, equal_entries, golden, golden_fill, official_state_dicts
 
 
 def small(**overrides) -> Any:
@@ -80,8 +80,7 @@ def test_a_file_of_one_form_in_another(file, into, tmp_path, recwarn):
     if (file, into) in refused:
         with pytest.raises(ValueError, match=refused[file, into]):
             load_checkpoint(model, tmp_path / "file.pth")
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[name]), name
+        assert equal_entries(model, before)
         return
     load_checkpoint(model, tmp_path / "file.pth")
     said = " ".join(str(warning.message) for warning in recwarn)
@@ -159,10 +158,8 @@ def test_a_full_checkpoint_loads_into_the_merged_form(tmp_path, dtype):
     with torch.no_grad():
         assert_close(merged(x), full.float()(x), 1e-5)
     save_checkpoint(merged, tmp_path / "merged.pth")
-    again = small(reparam=True).eval()
-    load_checkpoint(again, tmp_path / "merged.pth")
-    with torch.no_grad():
-        assert torch.equal(again(x), merged(x))
+    load_checkpoint(again := small(reparam=True), tmp_path / "merged.pth")
+    assert equal_entries(again, merged)
 
 
 def test_a_checkpoint_of_neither_form_is_refused(tmp_path):
@@ -176,5 +173,4 @@ def test_a_checkpoint_of_neither_form_is_refused(tmp_path):
     save_checkpoint(small(reparam=True), tmp_path / "merged.pth")
     with pytest.raises(ValueError, match=r"missing from the file: blocks1\.0\.proj\.1\.origin_bn\.weight"):
         load_checkpoint(full, tmp_path / "merged.pth")  # there is no way back
-    for name, tensor in merged.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert equal_entries(merged, before)

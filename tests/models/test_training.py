@@ -140,23 +140,31 @@ def test_random_numbers_of_others_are_left_alone():
         assert draw() == first
 
 
-class Colours(Dataset[tuple[Tensor, int]]):
-    """Training images by (epoch, index): a colour per class, with noise that is each image's own."""
+class Keyed(Dataset[tuple[Tensor, int]]):
+    """Training images as the loop asks for them, by (epoch, index); the same in every epoch."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels.tolist()
 
     def __len__(self) -> int:
-        return 24
+        return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        label = key[1] % 3
-        noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(key[1]))
-        return (0.3 * noise + torch.eye(3)[label].view(3, 1, 1)).double(), label
+        return self.images[key[1]], self.labels[key[1]]
+
+
+def colours() -> Keyed:
+    """24 images of three classes: a colour per class, with noise that is each image's own."""
+    labels = torch.arange(24) % 3
+    noise = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return Keyed((0.3 * noise + torch.eye(3)[labels, :, None, None]).double(), labels)
 
 
 def test_batches_of_a_resumed_run_are_those_left():
     recipe = Recipe(epochs=3, batch=2, accumulate=3)
-    batches = list(TrainingBatches(Colours(), recipe))
-    assert len(batches) == len(TrainingBatches(Colours(), recipe)) == 3 * 4 * 3
-    rest = TrainingBatches(Colours(), recipe, first_step=5)
+    batches = list(TrainingBatches(colours(), recipe))
+    assert len(batches) == len(TrainingBatches(colours(), recipe)) == 3 * 4 * 3
+    rest = TrainingBatches(colours(), recipe, first_step=5)
     assert len(rest) == 7 * 3
     assert list(rest) == batches[5 * 3 :]
 
@@ -171,7 +179,7 @@ def test_accumulated_batches_are_one_large_batch(optimizer):
         start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         options: dict[str, Any] = {"epochs": 1, "batch": 8 // parts, "accumulate": parts, "optimizer": optimizer}
         recipe = Recipe(**options, learning_rate=1e-3, ema_decay=0)
-        log = Trainer(model, recipe, Colours(), None, CPU, log_every=1).fit()
+        log = Trainer(model, recipe, colours(), None, CPU, log_every=1).fit()
         assert len(log) == 4  # three steps and the epoch
         moved = nn.utils.parameters_to_vector(model.parameters()).detach() - start
         results.append(([row["loss"] for row in log if "loss" in row], moved))
@@ -200,19 +208,6 @@ FAMILIES: dict[str, tuple[Callable[[], BackboneContract], Recipe]] = {
     "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=2, batch=32, learning_rate=6e-3, ema_decay=0)),
     "volo with token labels": (narrow_volo, Recipe()),
 }
-
-
-class Keyed(Dataset[tuple[Tensor, int]]):
-    """Training images as the loop asks for them, by (epoch, index); the same in every epoch."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return self.images[key[1]], self.labels[key[1]]
 
 
 @pytest.fixture(scope="module")
