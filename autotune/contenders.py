@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from autotune import report, timing
 from autotune.contest import NAIVE, Contest
-from autotune.measure import Settings, check, largest_error, one_line, time_and_memory
+from autotune.measure import Settings, check, largest_error, leaving_out, time_and_memory
 from autotune.passes import Function, Pass, tensors_in, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
@@ -242,17 +242,15 @@ def _measure(
         errors[name] = check(largest_error(call.checked(), expected), tolerance, f"{what} on {name}")["relative_error"]
     # Another module may have other weights, so that only outputs and the inputs' gradients can be the same.
     expected = expected[: len(expected) - bool(run.backward and run.weights)]
-    left_out: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     for name, other in others.items():
         kinds[name], backend = ("compiled", "reference") if name == "compiled" else ("peer", "auto")
         call = Pass(other, run.inputs, run.options, backward=run.backward, backend=backend, held=run.held)
-        try:
+        with leaving_out(name, calls, left_out):
             found, errors[name] = call.checked()[: len(expected)], None
             if same or name == "compiled":
                 errors[name] = check(largest_error(found, expected), tolerance, what)["relative_error"]
             calls[name] = call
-        except Exception as error:  # another's function, or a compiler that gives up: one contender less
-            left_out.append({"name": name, "kind": kinds[name], "status": "left out", "message": one_line(error)})
     outputs = naive[: len(expected) - (len(run.leaves) if run.backward else 0)]
     read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (run.tensors, outputs))
     floor_bytes = least_bytes(read, written, backward=run.backward)
@@ -272,7 +270,10 @@ def _measure(
         title=_name(run.function),
         backward=run.backward,
         baseline=baseline,
-        rows=timed + left_out,
+        rows=[
+            *timed,
+            *({"name": n, "kind": kinds[n], "status": "left out", "message": m} for n, m in left_out.items()),
+        ],
         floor_bytes=floor_bytes,
         floor_ms=floor_ms,
         operations=operations,

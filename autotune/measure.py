@@ -74,16 +74,14 @@ def check(error: float, tolerance: float, what: str) -> dict[str, float]:
     return {"relative_error": error, "tolerance": tolerance}
 
 
-def leave_out(calls: dict[str, Call], expected: list[Tensor], tolerance: float, what: str) -> dict[str, str]:
-    """Remove from ``calls`` all but ``ours`` that fail or compute something else, and return name -> reason."""
-    reasons = {}
-    for name in [name for name in calls if name != "ours"]:
-        try:
-            check(largest_error(calls[name](), expected), tolerance, what)
-        except Exception as error:  # out of memory, a compiler that gives up: one contender less
-            reasons[name] = one_line(error)
-            del calls[name]
-    return reasons
+@contextlib.contextmanager
+def leaving_out(name: str, calls: dict[str, Any], left_out: dict[str, str]) -> Iterator[None]:
+    """A contender that fails or disagrees inside the block leaves ``calls``; ``left_out`` has the reason."""
+    try:
+        yield
+    except Exception as error:  # out of memory, a compiler that gives up, a function of somebody else's
+        left_out[name] = one_line(error)
+        calls.pop(name, None)
 
 
 def time_and_memory(

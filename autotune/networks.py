@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import models
 from autotune import timing
-from autotune.measure import Settings, check, in_turns, largest_error, one_line, ratios, time_and_memory
+from autotune.measure import Settings, check, in_turns, largest_error, leaving_out, ratios, time_and_memory
 from autotune.passes import Pass, layers_held
 from autotune.workloads import Size
 from kernels import tolerances
@@ -101,15 +101,12 @@ def measure_model(
         """Leave a contender out if it is farther from the results in a wider precision than rounding explains: four
         times as far as ``original``, the same run eagerly. Our path and the naive one bound each other."""
         if name in calls:
-            try:
+            with leaving_out(name, calls, left_out):
                 with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                     exact = one_pass(copy.deepcopy(module).to(wider), images=images.to(wider)).checked()
                 errors = [largest_error(calls[each].checked(), exact) for each in (name, original)]
                 error, own = sorted(errors, reverse=True) if name == "naive" else errors
                 check(error, max(tolerances.CHAIN * agreement["tolerance"], 4 * own), "logits or gradients")
-            except Exception as error:  # out of memory, a compiler that gives up: one contender less
-                left_out[name] = one_line(error)
-                del calls[name]
 
     with layers_held([timed]):
         judge("naive")

@@ -41,7 +41,7 @@ def test_every_row_is_on_disk_before_the_next_begins(tmp_path):
     assert rows["last"]["status"] == "ok"
 
 
-def test_what_there_is_no_time_for_is_said_to_be_skipped(tmp_path):
+def test_rows_beyond_the_deadline_are_skipped(tmp_path):
     def slow():
         try:
             time.sleep(90)

@@ -36,7 +36,7 @@ def test_store_before_shipped_before_heuristic(tmp_path):
     assert look_up(TOY, problem, "another GPU").source == "heuristic"
 
 
-def test_a_gpu_takes_what_was_tuned_on_the_same_chip_until_it_is_tuned_itself(tmp_path):
+def test_configs_of_the_same_chip_hold_until_a_gpu_is_tuned(tmp_path):
     problem, (gpu, chip) = Problem(100), next(iter(choose.SAME_CHIP.items()))
     Store(tmp_path / "shipped", chip).update({key_of(TOY, problem): _entry(32)})
     choice = look_up(TOY, problem, gpu)
@@ -73,7 +73,7 @@ def test_an_entry_that_does_not_hold_is_ignored(entry):
     assert look_up(TOY, Problem(100), GPU) == (Config(16), "heuristic")
 
 
-def test_the_heuristic_comes_first_and_no_more_candidates_than_asked_for():
+def test_candidates_begin_with_the_heuristic_and_are_limited():
     assert [c.block for c in TOY.candidates(Problem(100))] == [16, 8, 32, 64]
     assert [c.block for c in TOY.candidates(Problem(100), most=2)] == [16, 8]
 

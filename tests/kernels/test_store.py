@@ -50,7 +50,7 @@ def test_a_broken_file_costs_one_warning(tmp_path, content):
     assert store.path.with_suffix(".json.broken").read_bytes() == content  # nobody's work is thrown away
 
 
-def test_entries_that_are_no_tables_are_passed_over(tmp_path):
+def test_only_entries_that_are_tables_are_read(tmp_path):
     store = Store(tmp_path, "gpu")
     store.path.write_text(json.dumps({"schema": 1, "entries": {"good": ENTRY, "bad": 3}}))
     assert store.read() == {"good": ENTRY}

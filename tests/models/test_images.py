@@ -64,7 +64,7 @@ def test_orientation_is_obeyed(tmp_path, suffix):
         assert np.array_equal(np.asarray(read_image(path)), expected)
 
 
-def test_what_is_no_plain_image_file_is_refused_at_once(tmp_path):
+def test_only_plain_image_files_are_opened(tmp_path):
     (tmp_path / "drawing.jpg").write_text(POSTSCRIPT)
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "none.png")

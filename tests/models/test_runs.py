@@ -79,7 +79,7 @@ def test_the_other_commands_take_a_run_as_it_was_trained(finished, photographs, 
     assert json.loads((tmp_path / "next" / "settings.json").read_text())["size"] == [64, 64]
 
 
-def test_what_a_run_cannot_tell_is_asked_for(finished, photographs, tmp_path, capsys):
+def test_a_state_alone_does_not_name_the_model(finished, photographs, tmp_path, capsys):
     state = ["--checkpoint", finished / "state.pt", "--workers", 0]
     assert "--model is needed" in refused(capsys, *evaluate(photographs / "val", *state))
     with pytest.raises(SystemExit):

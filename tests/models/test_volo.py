@@ -124,7 +124,7 @@ def test_training_outputs_without_mixing_add_up_to_the_logits_of_evaluation():
     assert torch.equal(plain(x), logits)
 
 
-def test_mixed_tokens_come_from_the_opposite_image_and_their_logits_go_back(monkeypatch):
+def test_tokens_and_their_logits_are_mixed_with_the_opposite_image(monkeypatch):
     model = small().train()
     top, left, bottom, right = box = (1, 2, 3, 5)
     monkeypatch.setattr("models.volo.random_box", lambda height, width, device: torch.tensor(box, device=device))

@@ -98,7 +98,7 @@ def test_a_file_without_a_state_dict_is_refused(content, message, tmp_path):
         read_state_dict(tmp_path / "file.pth")
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_only_files_are_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "absent.pth")):
         models.load_checkpoint(nn.Linear(2, 2), tmp_path / "absent.pth")
     for path in ("a" * 300, "权" * 200, "a\0b"):
