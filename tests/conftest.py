@@ -1,4 +1,4 @@
-"""Picks GPU or interpreter before triton is imported, and poisons every fresh tensor."""
+"""Picks GPU or interpreter before Triton is imported, and fills every new tensor with NaN."""
 
 import os
 
@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 import pytest
 from torch.utils._device import _device_constructors
 
+from kernels.tuning.choose import forget
 from tests.quick_interpreter import quicken
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -42,3 +43,15 @@ def _poison_empty(monkeypatch):
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def store_folders(tmp_path, monkeypatch):
+    """The folders of the user's tuned configs and of those that ship; both are absent at first."""
+    store, shipped = tmp_path / "store", tmp_path / "shipped"
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(store))
+    for module in ("kernels.tuning.choose", "autotune.tunables", "autotune.show"):
+        monkeypatch.setattr(f"{module}.shipped_folder", lambda: shipped)
+    forget()
+    yield store, shipped
+    forget()

@@ -1,4 +1,4 @@
-"""Triton's interpreter without two costs of its own that tests of small shapes need not pay: three quarters of it.
+"""Triton's interpreter without two costs that tests of small shapes need not pay: three quarters of its time.
 
 It patches ``triton.language`` again in every call from one jitted function to another, 2 ms, though the kernel around
 them has done it; and it computes all integer arithmetic a second time in 64 bits to see whether it overflows. Offsets

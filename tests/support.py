@@ -6,23 +6,20 @@ import functools
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kernels.tolerances import GRADIENT as GRADIENT_TOLERANCE
-from kernels.tolerances import OUTPUT as FORWARD_TOLERANCE
-
-__all__ = [
-    "DEVICE", "FORWARD_TOLERANCE", "GRADIENT_TOLERANCE", "INTERPRETED", "assert_close", "golden", "golden_fill",
-    "official_state_dicts", "random_tensor", "relative_error", "triton_device",
-]  # fmt: skip
+from kernels import tolerances
 
 GOLDEN = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORWARD_TOLERANCE, GRADIENT_TOLERANCE = tolerances.OUTPUT, tolerances.GRADIENT
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -34,17 +31,50 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return (out - expected).norm().item() / (norm if norm > 0 else 1.0)
 
 
-def assert_close(out: Tensor, expected: Tensor, tolerance: float, what: str = "output") -> None:
+def assert_close(out: Any, expected: Any, tolerance: float, what: str = "output") -> None:
+    """Compares tensors by ``relative_error``, and sequences of them one by one."""
+    if not isinstance(expected, Tensor):
+        assert len(out) == len(expected)
+        for index, pair in enumerate(zip(out, expected, strict=True)):
+            assert_close(*pair, tolerance, f"{what} {index}")
+        return
     error = relative_error(out, expected)
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def equal_entries(a: nn.Module | Mapping[str, Tensor], b: nn.Module | Mapping[str, Tensor]) -> bool:
+    """Whether two modules or state dicts have the same names and the same bits."""
+    a, b = (state.state_dict() if isinstance(state, nn.Module) else state for state in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def random_tensor(
     *shape: int, dtype: torch.dtype = torch.float32, seed: int | None = None, device: str = DEVICE
 ) -> Tensor:
-    """Standard normal, fresh for every call unless seeded, drawn in float64 and rounded to ``dtype``."""
+    """Standard normal numbers, fresh in every call unless seeded, drawn in float64 and rounded to ``dtype``."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device=device, dtype=dtype)
+
+
+def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    """The module with random numbers in every parameter and running statistic, so that every term matters."""
+    module.to(dtype)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point():
+            tensor.normal_()
+    return module
+
+
+class Hostile:
+    """What a pickle may hold: unpickling it makes the folder ``path``."""
+
+    def __init__(self, path: str | os.PathLike[str] = "was_run") -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """``autotune.compare``, ``sweep``, ``roofline`` and ``%profile``: what they check, what they refuse, what they show."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -16,10 +17,11 @@ from torch import nn
 import autotune
 import kernels
 from autotune import roofs, sweeps
+from autotune.__main__ import COMMANDS
 from autotune.measure import DisagreementError
 from models.rednet import Involution2d
 from tests.autotune.test_bench import Halved, damaged
-from tests.support import DEVICE
+from tests.support import DEVICE, equal_entries
 
 QUICK = {"seconds": 0.01, "min_runs": 2}
 
@@ -136,10 +138,10 @@ def test_compiling_takes_part_where_it_is_asked_for(x, monkeypatch):
 
 def test_the_module_is_afterwards_as_it_was(layer, x):
     model = nn.Sequential(nn.BatchNorm2d(16), nn.Dropout(0.5), layer)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state()
     autotune.compare(model, x, backward=True, backends=["eager", "reference"], **QUICK)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert equal_entries(model, before)
     assert all(weight.grad is None for weight in model.parameters())
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -286,9 +288,11 @@ def test_profile_magic(layer, x):
             shell.run_line_magic("profile", line)
 
 
-def test_the_package_brings_neither_torch_nor_ipython():
-    code = "import sys, autotune\nassert not {'torch', 'IPython', 'triton'} & set(sys.modules)\n"
+def test_the_package_and_its_help_bring_neither_torch_nor_ipython():
+    code = "import sys, autotune, autotune.__main__\ntry: autotune.__main__.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'IPython', 'triton'} & set(sys.modules)\n"
     code += "assert set(autotune.__all__) <= set(dir(autotune))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = autotune.nothing  # pyright: ignore[reportAttributeAccessIssue]

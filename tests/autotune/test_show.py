@@ -13,12 +13,7 @@ GPU = "NVIDIA H200"
 KEY = "gather.aggregate channels=16 pixels=196 steps=49 kernel_fastest=False channels_fastest=False dtype=bfloat16"
 
 
-@pytest.fixture(autouse=True)
-def folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
-    for module in (show, tunables):
-        monkeypatch.setattr(module, "shipped_folder", lambda: tmp_path / "shipped")
-    return tmp_path / "store", tmp_path / "shipped"
+pytestmark = pytest.mark.usefixtures("store_folders")
 
 
 def _entry(**changes):
@@ -37,7 +32,7 @@ def _shown(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
+def test_every_reason_not_to_use_an_entry_is_named(store_folders, capsys):
     invalid = {"block_pixels": 128, "block_channels": 16, "block_steps": 1, "num_warps": 4, "num_stages": 2}
     expected = {
         KEY: (_entry(), None),
@@ -52,9 +47,9 @@ def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
         ),
         KEY.replace("196", "1000"): (_entry(), "is not how the kernel gather.aggregate writes this problem"),
     }
-    Store(folders[0], GPU).update({key: entry for key, (entry, _) in expected.items()})
+    Store(store_folders[0], GPU).update({key: entry for key, (entry, _) in expected.items()})
     shown = _shown(capsys)
-    assert shown["folders"]["store"] == str(folders[0])
+    assert shown["folders"]["store"] == str(store_folders[0])
     found = {row["key"]: row["unused"] for row in shown["entries"]}
     assert set(found) == set(expected)
     for key, (_, reason) in expected.items():
@@ -62,10 +57,10 @@ def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
     assert {row["gpu"] for row in shown["entries"]} == {"NVIDIA_H200"}
 
 
-def test_the_users_store_goes_before_what_is_shipped(folders, capsys):
-    for folder in folders:
+def test_the_users_store_goes_before_what_is_shipped(store_folders, capsys):
+    for folder in store_folders:
         Store(folder, GPU).update({KEY: _entry()})
-    Store(folders[1], "AMD MI300X").update({KEY: _entry()})
+    Store(store_folders[1], "AMD MI300X").update({KEY: _entry()})
     rows = _shown(capsys)["entries"]
     assert [(row["gpu"], row["source"], row["unused"]) for row in rows] == [
         ("NVIDIA_H200", "store", None),
@@ -75,28 +70,28 @@ def test_the_users_store_goes_before_what_is_shipped(folders, capsys):
     assert [row["source"] for row in _shown(capsys, "--gpu", GPU)["entries"]] == ["store", "shipped"]
 
 
-def test_the_table_and_the_path(folders, capsys):
-    Store(folders[0], GPU).update({KEY: _entry(), KEY.replace("196", "784"): _entry(source="0")})
+def test_the_table_and_the_path(store_folders, capsys):
+    Store(store_folders[0], GPU).update({KEY: _entry(), KEY.replace("196", "784"): _entry(source="0")})
     assert main(["show"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "used │ 0.2500 │ 0.5000" in shown
     assert "not used: the" in shown
-    assert f"store: {folders[0]}" in shown
+    assert f"store: {store_folders[0]}" in shown
 
 
-def test_nothing_tuned_and_a_broken_store(folders, capsys):
+def test_nothing_tuned_and_a_broken_store(store_folders, capsys):
     assert main(["show"]) == 0
     assert "Nothing is tuned: every launch uses its kernel's heuristic." in capsys.readouterr().out
-    folders[0].mkdir()
-    Store(folders[0], GPU).path.write_text('{"schema": 1, "entr')
+    store_folders[0].mkdir()
+    Store(store_folders[0], GPU).path.write_text('{"schema": 1, "entr')
     assert main(["show", "--gpu", GPU]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Nothing is tuned for NVIDIA H200" in shown
     assert "warning: cannot read tuned configs" in shown
 
 
-def test_absurd_numbers_and_keys_are_shown_not_obeyed(folders, capsys):
-    store = Store(folders[0], GPU)
+def test_absurd_numbers_and_keys_are_shown_not_obeyed(store_folders, capsys):
+    store = Store(store_folders[0], GPU)
     keys = [KEY.replace("196", "0"), KEY.replace("=16", "=0"), KEY.replace("=16", "=-" + "9" * 3000), "", "a" * 100_000]
     keys += ["\x1b[2J[red]wiped", "\ud800 lone", "two\nlines", "gather.aggregate pixels=" + "9" * 5000]
     store.update({key: _entry(milliseconds=float("inf"), heuristic_milliseconds=10**400) for key in keys})
@@ -118,8 +113,8 @@ def test_absurd_numbers_and_keys_are_shown_not_obeyed(folders, capsys):
     capsys.readouterr().out.encode()
 
 
-def test_without_triton_it_shows_what_it_can(folders, capsys, monkeypatch):
-    Store(folders[0], GPU).update({KEY: _entry(config="not a table", milliseconds="soon")})
+def test_without_triton_it_shows_what_it_can(store_folders, capsys, monkeypatch):
+    Store(store_folders[0], GPU).update({KEY: _entry(config="not a table", milliseconds="soon")})
 
     def missing():
         raise ImportError("No module named 'triton'")

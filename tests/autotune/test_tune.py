@@ -16,7 +16,9 @@ from autotune.tune import Tuning
 from kernels.tuning import choose
 from kernels.tuning.choose import key_of
 from kernels.tuning.store import Store, user_folder
-from tests.kernels.test_choose import BLOCKS, TOY, Problem, own_store  # noqa: F401 - a fixture for every test here
+from tests.kernels.toy import BLOCKS, TOY, Problem
+
+pytestmark = pytest.mark.usefixtures("store_folders")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -46,7 +48,7 @@ def _clock(call):
 
 @pytest.fixture
 def command(monkeypatch):
-    """``tune`` as on a GPU, of given launches."""
+    """Runs ``tune`` on given launches, as it would on a GPU."""
 
     def run(launches, *arguments, time_call=_clock):
         monkeypatch.setattr(tune, "_launching", lambda *_: iter(launches))

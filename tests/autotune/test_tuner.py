@@ -8,7 +8,9 @@ from autotune.tuner import disagreement, measure_candidates, tune
 from kernels.tuning import choose
 from kernels.tuning.choose import Request, key_of, look_up
 from kernels.tuning.store import Store, user_folder
-from tests.kernels.test_choose import BLOCKS, CPU, GPU, TOY, Config, Problem, own_store  # noqa: F401 - a fixture
+from tests.kernels.toy import BLOCKS, CPU, GPU, TOY, Config, Problem
+
+pytestmark = pytest.mark.usefixtures("store_folders")
 
 
 def _request(pixels=100, **keywords):
@@ -17,7 +19,7 @@ def _request(pixels=100, **keywords):
 
 
 def _clock(fastest):
-    """Stands in for do_bench: times follow from the config, so the test does not depend on the machine."""
+    """Stands in for a clock: times follow from the config, so that the test does not depend on the machine."""
 
     def time_call(call):
         return 1.0 + abs(call.__defaults__[0].block - fastest)
@@ -67,7 +69,7 @@ def test_nothing_is_tuned_unasked_nor_without_a_gpu():
 
 
 def test_inside_tuning_a_problem_without_an_entry_is_tuned(monkeypatch):
-    """As on a GPU: a problem met before, one met while a graph is captured, and one met then again."""
+    """On a GPU a problem is tuned when it is met inside, though not while a graph is captured."""
     device, capturing = torch.device("cuda", 0), [False]
     monkeypatch.setattr(choose, "gpu_name", lambda device: "GPU")
     monkeypatch.setattr(choose, "_device_of", lambda arguments: device)

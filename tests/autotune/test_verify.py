@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import kernels
-from autotune import tunables, verify
+from autotune import verify
 from autotune.__main__ import main
 from autotune.tunables import find_tunables, problem_of
 from kernels.launch import record_launches
 from kernels.tuning import choose
 from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
 from kernels.tuning.store import Store
-from tests.kernels.test_choose import TOY, Config, Problem
+from tests.kernels.toy import TOY, Config, Problem
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
@@ -37,11 +37,8 @@ class Called(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(tunables, "shipped_folder", lambda: tmp_path / "shipped")
-    choose.forget()
-    return tmp_path / "store"
+def folder(store_folders):
+    return store_folders[0]
 
 
 def _entry(launcher, config):

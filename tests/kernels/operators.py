@@ -42,7 +42,7 @@ class Operator(NamedTuple):
     like: str = ""  # the argument whose memory order the output takes
     logits: tuple[str, ...] = ()  # arguments that enter a softmax
     masked: bool = False  # whether the first of them may be -inf where a caller wants no weight
-    spreads: tuple[str, ...] = ()  # where a NaN may go too far in Triton's kernels, through a tile's product
+    spreads: tuple[str, ...] = ()  # a NaN in these may spread in Triton's kernels through a tile's product
     rounding: int = 1  # times the output's tolerance, and 16-bit gradients': products round, a softmax amplifies it
 
     @property
@@ -105,7 +105,7 @@ def generated(
 def neighborhood(
     names: tuple[str, ...], size: Pair, heads: int, channels: int, kernel_size: Size, dilation: Size = 1, bias=True
 ) -> Case:
-    """Of ``names`` attn and logits are kernels, others features; attn takes no table of biases."""
+    """The arguments ``names``: attn and logits are kernels, others features; with attn there is no table of biases."""
     rows, columns = _pair(kernel_size)
     shapes = {name: rows * columns if name in ("attn", "logits") else channels for name in names}
     inputs: Shapes = {name: ("B", heads, *size, last) for name, last in shapes.items()}
@@ -241,7 +241,7 @@ OPERATORS = [
         every(SCALES, (1, 4, 8), (3, 16, 32, 64), (3, 5, 7, 13))(
             lambda size, groups, channels, k: contmix(size, groups, 16, channels, 49, (k,)) if k <= size[0] else None
         ),
-        # The keys are projected once, 2·3·5 by 10; logits, and values, for every pixel.
+        # The keys are projected once, 2·3·5 by 10; logits and mixed values are computed for every pixel.
         (2 * 10 * (3 + 4) * PIXELS + 2 * 3 * 5 * 10, 2 * 10 * (3 * 3 + 2 * 4) * PIXELS + 2 * 2 * 3 * 5 * 10),
         twice=False,
         like="value",

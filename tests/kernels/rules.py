@@ -33,7 +33,7 @@ def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def run(
     operator: Operator, tensors: dict[str, Tensor], backend: str, grad: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Output and gradients; of its sum unless ``grad`` is given, and then the output's gradient overlaps itself."""
+    """Output and gradients; without ``grad`` those of the output's sum, whose own gradient overlaps itself."""
     inputs = leaves(tensors)
     with kernels.use_backend(backend):
         out = operator(inputs)
@@ -43,7 +43,7 @@ def run(
 
 
 def check(operator: Operator, tensors: dict[str, Tensor], backend: str) -> None:
-    """Output and gradients against the float64 definition of the same values."""
+    """Compares output and gradients with the float64 definition of the same values."""
     dtype = next(iter(tensors.values())).dtype
     expected, inputs = operator.exact(tensors)
     grad = torch.randn_like(expected).to(dtype)
@@ -66,7 +66,7 @@ def kept(name: str, backend: str) -> tuple[dict[str, Tensor], Tensor, tuple[Tens
 
 
 def pixels_first(tensor: Tensor) -> Tensor:
-    """The map's axes before all others but the batch: as NHWC, or heads last."""
+    """The tensor with its map's axes right after the batch in memory, as NHWC or heads last."""
     axis = next((n for n in range(1, tensor.dim() - 1) if tensor.shape[n : n + 2] in MAPS), None)
     if axis is None:
         return tensor
@@ -77,7 +77,7 @@ Kind = tuple[str, bool, str]
 
 
 class _OnMeta(TorchDispatchMode):
-    """This package's operators themselves on meta tensors, where otherwise their fake implementations stand in."""
+    """Runs this package's operators themselves on meta tensors, where otherwise their fake implementations stand in."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "dynamic_kernels":
@@ -88,7 +88,7 @@ class _OnMeta(TorchDispatchMode):
 def requests(
     operator: Operator, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> list[Request]:
-    """Launches of a forward and a backward pass that want a config; nothing is computed."""
+    """The launches of a forward and a backward pass that need a config; nothing is computed."""
     found: list[Request] = []
     inputs = leaves({name: layout(tensor) for name, tensor in operator.tensors(2, dtype, "meta").items()})
     with record_launches(), observing(found.append), kernels.use_backend("triton"), _OnMeta():
@@ -117,5 +117,5 @@ def first_met() -> dict[Kind, tuple[str, Case]]:
 
 
 def first_cases(operator: Operator) -> list[Case]:
-    """Cases of an operator that between them run the kernels that no operator before it runs."""
+    """The cases of an operator that together run the kernels that no operator before it runs."""
     return list({id(case): case for name, case in first_met().values() if name == operator.name}.values())

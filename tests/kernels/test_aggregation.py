@@ -4,21 +4,10 @@ import pytest
 import torch
 
 from kernels.aggregation import eager, gather, rows
-from kernels.aggregation.configs import Gather, GatherProblem
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
 from kernels.windows import Window
 from tests.support import FORWARD_TOLERANCE, assert_close, random_tensor
-
-
-def test_rows_pad_their_kernels_with_zeros():
-    window = Window((3, 3), padding=(1, 1))
-    x = random_tensor(1, 2, 3, 5, 4)
-    out = rows.correlate(x, x, window, padded=True)
-    assert out.shape == (1, 2, 4, 3, 5, 4)
-    assert out.permute(0, 4, 5, 3, 1, 2).is_contiguous()
-    assert_close(out[:, :, :3], rows.correlate(x, x, window), FORWARD_TOLERANCE[x.dtype])
-    assert not out[:, :, 3].any()
 
 
 @pytest.mark.parametrize(("channels", "first", "pairs"), [(6, 0, True), (16, 2, True), (6, 1, False), (5, 0, False)])
@@ -38,14 +27,6 @@ def test_channels_in_pairs(channels, first, pairs):
         options = ((5, 7), window) if name == "transpose" else (window,)
         expected = getattr(eager, name)(*(tensor.double() for tensor in tensors), *options)
         assert_close(getattr(rows, name)(*tensors, *options), expected, FORWARD_TOLERANCE[torch.bfloat16])
-
-
-def test_a_config_that_cannot_pay_is_invalid():
-    problem = GatherProblem(channels=16, pixels=49, steps=49, kernel_fastest=True)
-    assert Gather(64, 16, 1).valid(problem)
-    assert not Gather(128, 16, 1).valid(problem)  # twice the map
-    assert not Gather(64, 32, 1).valid(problem)  # twice the channels
-    assert not Gather(64, 16, 16, num_warps=2).valid(problem)  # 256 elements per thread
 
 
 def test_offsets_are_64_bit_where_32_would_overflow():

@@ -1,66 +1,17 @@
 """Which config a launch uses: look-up order, exact keys, what voids an entry."""
 
-import dataclasses
 import importlib
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from kernels.tuning import choose, tunable
+from kernels.tuning import choose
 from kernels.tuning.choose import bucket, key_of, look_up
 from kernels.tuning.source import jit_code, modules_of, triton_version
 from kernels.tuning.store import Store, user_folder
+from tests.kernels.toy import GPU, TOY, Config, Problem
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    block: int
-
-    def valid(self, problem):
-        return self.block <= problem.pixels
-
-
-class Problem(NamedTuple):
-    pixels: int
-    dtype: torch.dtype = torch.float32
-
-
-BLOCKS = (8, 16, 32, 64, 128)
-
-
-def _heuristic(problem: Problem) -> Config:
-    return Config(16)
-
-
-def toy(configs):
-    """A launcher of ones, but where a config's block is among the wrong or the broken ones."""
-
-    @tunable(configs, _heuristic, problem=_problem, reference=lambda *_, **__: torch.ones(4), name="toy")
-    def launch(x, wrong=(), broken=(), *, config):
-        if config.block in broken:
-            raise RuntimeError(f"out of resource: block {config.block}")
-        return torch.full((4,), 2.0 if config.block in wrong else 1.0)
-
-    return launch
-
-
-def _problem(x, *_, **__):
-    return Problem(x.numel())
-
-
-TOY = toy(tuple(map(Config, BLOCKS)))
-CPU = torch.device("cpu")
-GPU = "cpu"  # the name configs of a CPU tensor are kept under
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "user"))
-    monkeypatch.setattr(choose, "shipped_folder", lambda: tmp_path / "shipped")
-    choose.forget()
-    yield
-    choose.forget()
+pytestmark = pytest.mark.usefixtures("store_folders")
 
 
 def _entry(block, **changes):
@@ -85,7 +36,7 @@ def test_store_before_shipped_before_heuristic(tmp_path):
     assert look_up(TOY, problem, "another GPU").source == "heuristic"
 
 
-def test_a_gpu_takes_what_was_tuned_on_the_same_chip_until_it_is_tuned_itself(tmp_path):
+def test_configs_of_the_same_chip_hold_until_a_gpu_is_tuned(tmp_path):
     problem, (gpu, chip) = Problem(100), next(iter(choose.SAME_CHIP.items()))
     Store(tmp_path / "shipped", chip).update({key_of(TOY, problem): _entry(32)})
     choice = look_up(TOY, problem, gpu)
@@ -110,7 +61,7 @@ def test_neighbouring_large_maps_share_and_small_ones_do_not():
     [
         _entry(64, triton="0.1"),
         _entry(64, source="older"),
-        _entry(7),  # no config the kernel offers
+        _entry(7),  # the kernel offers no such config
         _entry(128),  # not valid for 100 pixels
         {"config": {"block": 64}},
         {},
@@ -122,13 +73,13 @@ def test_an_entry_that_does_not_hold_is_ignored(entry):
     assert look_up(TOY, Problem(100), GPU) == (Config(16), "heuristic")
 
 
-def test_the_heuristic_comes_first_and_no_more_candidates_than_asked_for():
+def test_candidates_begin_with_the_heuristic_and_are_limited():
     assert [c.block for c in TOY.candidates(Problem(100))] == [16, 8, 32, 64]
     assert [c.block for c in TOY.candidates(Problem(100), most=2)] == [16, 8]
 
 
 def test_comments_and_docstrings_do_not_void_an_entry(tmp_path, monkeypatch):
-    """Nor does code that runs on the host, whose outputs every use checks anew."""
+    """Code that runs on the host does not either: its outputs are checked anew at every use."""
     pytest.importorskip("triton")
     head = "import triton\nimport triton.language as tl\nSIZE = tl.constexpr({size})\n\n\n"
     kernel = '@triton.jit\ndef f(x):\n    """{words}"""{comment}\n    return x + {number}\n\n\n'

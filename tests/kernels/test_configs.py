@@ -19,7 +19,7 @@ from tests.support import DEVICE
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Configs are chosen as there; what was chosen is forgotten."""
+    """Heuristics choose as on a GPU, and remember nothing from before or for after the test."""
 
     def forget():
         for module in modules:
@@ -39,7 +39,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.usefixtures("as_on_a_gpu")
 @BY_NAME
 def test_heuristic(operator):
-    """A config that tuning would accept for every problem, from one pixel to the models' largest maps."""
+    """Tuning would accept the heuristic's config for every problem, from one pixel to the models' largest maps."""
     met = set()
     for case in (*operator.cases.values(), *operator.scales):
         for dtype in (torch.bfloat16, torch.float32):
@@ -58,7 +58,7 @@ def test_every_launcher_is_met():
 @pytest.mark.slow
 @BY_NAME
 def test_every_config(operator):
-    """Of each kernel, where the operator is the first that launches it: right wherever tuning may choose it."""
+    """Every config of the kernels that this operator is the first to launch is right wherever tuning may choose it."""
     mine = {kind: case for kind, (name, case) in first_met().items() if name == operator.name}
     checked = []
 
@@ -84,7 +84,7 @@ def test_every_config(operator):
 
 
 def _tiles(request: Request) -> Iterable[Any]:
-    """All configs; of those that only schedule the same blocks, which the interpreter does not, one there."""
+    """All configs; in the interpreter, which does not schedule, only one of those with the same blocks."""
     scheduling = {"num_warps", "num_stages", "loads"} if DEVICE == "cpu" else set()
     tiles = {}
     for config in request.launcher.configs:

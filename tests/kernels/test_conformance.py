@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import parallel
 from tests.kernels.operators import OPERATORS, Operator
 from tests.kernels.rules import (
     BY_NAME,
@@ -42,7 +41,7 @@ from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor
     ],
 )
 def test_definition(operator, backend, dtype):
-    """Sums run in float32 at least, whatever their length."""
+    """Output and gradients are those of the float64 definition: sums run in float32 at least, whatever their length."""
     check(operator, operator.tensors(batch=2, dtype=dtype), backend)
 
 
@@ -59,7 +58,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @BY_NAME
 def test_layouts(operator, layout, backend):
-    """Any strides are read as they are; the output has the memory order of one argument, a gradient of its own."""
+    """Any strides are read as they are; outputs take the memory order of one argument, gradients that of their own."""
     tensors = {name: LAYOUTS[layout](tensor) for name, tensor in operator.tensors(batch=2).items()}
     check(operator, tensors, backend)
     out, grads = run(operator, tensors, backend, torch.ones_like(operator(tensors)))
@@ -72,7 +71,7 @@ def test_layouts(operator, layout, backend):
             assert grad.stride() == tensor.stride(), name
 
 
-# How much a step of an operator's may hold, by where that is kept.
+# The most that one step of an operator may hold: the modules and names that keep it.
 STEPS = {
     "kernels.aggregation.eager_tiles": "STEP_ELEMENTS",
     "kernels.outlook.eager": "BLOCK_ELEMENTS",
@@ -85,34 +84,14 @@ STEPS = {
 @pytest.mark.parametrize("most", [1, 150])
 @EVERY_CASE
 def test_small_steps(operator, most, monkeypatch):
-    """Steps of one output, of unequal sizes, of one image or group: all give the same sums."""
+    """Steps of one output, of unequal sizes, of one image or of one group give the same sums."""
     for module, name in STEPS.items():
         module = importlib.import_module(module)
         monkeypatch.setattr(module, name, {DEVICE: most} if isinstance(getattr(module, name), dict) else most)
     monkeypatch.setattr("kernels.involution.generate.STEP_BYTES", {DEVICE: most})
     check(operator, operator.tensors(batch=2), "eager")
     if operator.inputs in [o.inputs for o in OPERATORS if o.name in ("involution2d_generate", "contmix2d")]:
-        check(operator, operator.tensors(batch=2), "triton")  # whose other kernels do it all in one launch
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the eager path leaves threads alone")
-@pytest.mark.parametrize("threads", [2, 5])
-@BY_NAME
-def test_threads(operator, threads, monkeypatch):
-    """Shared out among so many threads, however small: the same bits every time, and the caller's setting stays."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(parallel, "WORTH_A_THREAD", 1)
-    torch.set_num_threads(threads)
-    try:
-        tensors = operator.tensors(batch=3)
-        check(operator, tensors, "eager")
-        out, grads = run(operator, tensors, "eager")
-        again, grads_again = run(operator, tensors, "eager")
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(out, again)
-    assert all(map(torch.equal, grads, grads_again))
+        check(operator, operator.tensors(batch=2), "triton")  # its other kernels do everything in one launch
 
 
 @ON_ALL
@@ -138,7 +117,7 @@ def test_same_bits(operator, backend):
 @ON_ALL
 @BY_NAME
 def test_no_gradient_shares_memory(operator, backend):
-    """Not with another, an input or the output, and none overlaps itself, though the output's gradient does."""
+    """No gradient shares memory with another, an input or the output, or overlaps itself as the output's own does."""
     tensors, out, grads = kept(operator.name, backend)
     storages = [tensor.untyped_storage().data_ptr() for tensor in (out, *tensors.values(), *grads)]
     assert len(set(storages)) == len(storages)
@@ -149,7 +128,7 @@ def test_no_gradient_shares_memory(operator, backend):
 @ON_ALL
 @pytest.mark.parametrize("operator", [o for o in OPERATORS if o.logits], ids=lambda operator: operator.name)
 def test_huge_logits(operator, backend):
-    """exp of these overflows; the softmax does not. A caller's mask gives no weight, and nothing becomes NaN."""
+    """The exponential of these logits overflows, their softmax does not; masked ones get no weight and make no NaN."""
     tensors = operator.tensors()
     for name in operator.logits:
         tensors[name] = 1e4 * tensors[name]
@@ -191,7 +170,7 @@ def test_a_nan_stays_in_its_image(operator, backend):
 
 
 def _definition(operator: Operator, given: dict[str, Tensor]) -> list[Tensor]:
-    """Output and gradients of inputs and of the output's gradient, which comes with them."""
+    """Output and gradients by the definition; ``given`` also holds the gradient of the output."""
     out, inputs = operator.exact({name: tensor for name, tensor in given.items() if name != "gradient"})
     return [out, *torch.autograd.grad(out, tuple(inputs.values()), given["gradient"].double())]
 
@@ -227,10 +206,10 @@ def test_reach_of_a_nan(operator, backend):
 @pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere products with bands of zeros are not looked at")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @EVERY_CASE
-def test_what_is_not_finite(operator, bad):
-    """On the eager path it reaches exactly what it reaches in the definition.
+def test_reach_of_nan_and_infinity_on_the_eager_path(operator, bad):
+    """There they reach exactly what they reach in the definition.
 
-    But for a depthwise convolution's weight: whether its gradient in PyTorch multiplies by the zeros around the map
+    The gradient of a depthwise convolution's weight is left out: whether PyTorch multiplies by the zeros around the map
     depends on the CPU.
     """
     drawn = operator.tensors(batch=2)

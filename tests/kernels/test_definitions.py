@@ -14,7 +14,7 @@ ON_ALL = pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
 
 @ON_ALL
 def test_a_static_kernel_is_a_convolution(backend):
-    """One kernel for every pixel is what torch calls a grouped convolution."""
+    """An involution with the same kernel at every pixel is a grouped convolution."""
     x, kernel = random_tensor(2, 6, 9, 8), random_tensor(3, 5, 5)
     weight = kernel[None, :, :, :, None, None].expand(2, -1, -1, -1, 5, 4)
     per_channel = kernel.double().repeat_interleave(2, 0)[:, None]
@@ -35,7 +35,7 @@ def test_every_output_has_all_its_neighbours(backend):
 
 @ON_ALL
 def test_a_position_bias_sums_in_float32(backend):
-    """A table entry's gradient is a sum over a map's pixels: in bfloat16 one of ones stands still at 256."""
+    """The gradient of a table's entry sums over the pixels of a map; in bfloat16 a sum of ones would stop at 256."""
     query = torch.ones(1, 1, 28, 28, 1, dtype=torch.bfloat16, device=DEVICE)
     rpb = torch.zeros(1, 5, 5, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     with kernels.use_backend(backend):
@@ -61,7 +61,7 @@ def test_no_affinity_means_a_static_kernel(backend):
 
 @ON_ALL
 def test_uniform_weights_count_pixels(backend):
-    """Equal logits over ones give, per window, its share of pixels inside the image."""
+    """With equal logits and ones as values, each window adds the share of its pixels that lie inside the image."""
     height, width, stride = 5, 4, 2
     expected = torch.zeros(height, width)
     for row, column in itertools.product(range(-1, height - 1, stride), range(-1, width - 1, stride)):

@@ -22,7 +22,7 @@ from tests.support import DEVICE, random_tensor
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_cuts_state_the_window_rules(data):
-    """Every output in exactly one tile, and the tiles' runs give back its neighbours."""
+    """Every output lies in exactly one tile, and the tiles' runs give back its neighbours."""
     kernel_size, dilation = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 3))
     if data.draw(st.booleans()):
         window = Window.neighborhood((kernel_size, 1), (dilation, 1))
@@ -48,7 +48,7 @@ def test_cuts_state_the_window_rules(data):
 
 
 def _peak(call: Callable[[], object]) -> int:
-    """Most bytes alive at one moment of the call, beyond what was there before it; the outputs count."""
+    """The most bytes alive at one moment of the call, its outputs included, beyond those alive before it."""
     found = peak_memory(call, torch.device(DEVICE))
     assert found is not None
     return found
@@ -68,7 +68,7 @@ def test_peak_memory_of_involution(channels, size, batch):
         "transpose": (lambda: algebra.transpose(weight, x, (size, size), window), x),
     }
     for name, (call, out) in calls.items():
-        # The inputs once more, beside themselves and the output; the backward pass has them all, too.
+        # As much as the inputs once more, beside the output; the backward pass has them all, too.
         assert _peak(call) <= out.nbytes + x.nbytes + weight.nbytes, name
 
 
@@ -85,7 +85,8 @@ def test_peak_memory_of_a_dense_prediction_map():
     assert _peak(lambda: neighborhood.softmax_aggregate_backward(*backward)) <= logits.nbytes + value.nbytes + spare
 
 
-# Channels first are rows of the table; here PyTorch's own route (3), oneDNN's (7, 15, 17), a weight padded to 15 (13).
+# The table holds maps with channels first. With channels last K chooses between PyTorch's own convolution (3), oneDNN's
+# (7, 15, 17) and a weight that is padded to 15 (13).
 @pytest.mark.parametrize("kernel_size", [3, 7, 13, 15, 17])
 def test_channels_last_routes_of_depthwise_convolution(kernel_size):
     operator = next(row for row in OPERATORS if row.name == "depthwise_conv2d").at(depthwise((9, 12), 20, kernel_size))

@@ -71,7 +71,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         atomic_write(tmp_path, "")
 
 
-def test_links_are_followed_and_devices_are_no_files(tmp_path):
+def test_links_are_followed_and_devices_written_in_place(tmp_path):
     target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
     target.parent.mkdir()
     link.symlink_to(target)
@@ -120,7 +120,7 @@ def hang_while_writing(path, pipe):
     atomic_write(path, hangs)
 
 
-def test_what_killed_writers_left_goes_and_what_live_ones_write_stays(tmp_path):
+def test_remains_of_killed_writers_are_removed(tmp_path):
     path, trap = tmp_path / "file", tmp_path / ".file.trap.tmp"
     outside = tmp_path / "outside"
     outside.write_text("untouched")

@@ -83,7 +83,7 @@ def test_names_of_other_ranks_say_what_exists():
 
 
 @pytest.mark.parametrize("module", [natten, functional, natten.context])
-def test_questions_and_switches(module):
+def test_what_nattens_users_ask_and_switch(module):
     assert module.has_half()
     assert not module.has_fused_na()  # a model that asks takes the unfused operators
     assert not module.is_fna_enabled()

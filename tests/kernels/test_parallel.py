@@ -10,27 +10,21 @@ import torch
 from kernels import parallel
 from kernels.aggregation import eager as algebra
 from kernels.windows import Window
+from tests.kernels.rules import BY_NAME, check, run
 from tests.support import DEVICE, random_tensor
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the eager path leaves threads alone")
 
 
-@pytest.fixture(params=[2, 5])
-def threads(request, monkeypatch):
-    """Every call, however small, is shared out among so many threads."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(parallel, "WORTH_A_THREAD", 1)
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def test_parts_hold_every_map_once():
-    for batch, groups, count in ((1, 1, 4), (3, 5, 4), (8, 2, 5), (0, 3, 2), (2, 64, 7)):
-        parts = parallel._parts(batch, groups, count)
-        assert 1 <= len(parts) <= max(count, 1)
-        maps = [(b, g) for p in parts for b in range(batch)[p.batch] for g in range(groups)[p.groups]]
-        assert sorted(maps) == [(b, g) for b in range(batch) for g in range(groups)]
+@BY_NAME
+def test_every_operator(operator, threads):
+    """The same bits every time, and the caller's setting stays."""
+    tensors = operator.tensors(batch=3)
+    check(operator, tensors, "eager")
+    (out, grads), (again, grads_again) = (run(operator, tensors, "eager") for _ in range(2))
+    assert torch.get_num_threads() == threads
+    assert torch.equal(out, again)
+    assert all(map(torch.equal, grads, grads_again))
 
 
 def test_inference_mode_and_other_callers(threads):

@@ -1,4 +1,4 @@
-"""Models compute in full float32 on a GPU too; a tiny model and folders of photographs for the tests of commands."""
+"""What tests of commands and of training share: a tiny model, its weights, and folders of photographs."""
 
 from pathlib import Path
 
@@ -13,21 +13,20 @@ from models import registry
 from tests.models.running import CLASSES, tiny_volo
 
 
-@pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    """Convolutions there round their operands to TF32 unless told not to."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.fixture
-def tiny(monkeypatch):
-    """In the registry; and one thread, as in the processes that are killed: sums in another order round differently."""
-    monkeypatch.setitem(registry.entry_points, "tiny_volo", tiny_volo)
-    monkeypatch.setattr("models.commands.finetune.LOCK_SECONDS", 0.0)
+def one_thread():
+    """Tiny maps gain nothing from a second one, and sums in another order would round differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny(monkeypatch, one_thread):
+    """A model that trains a step in milliseconds is in the registry."""
+    monkeypatch.setitem(registry.entry_points, "tiny_volo", tiny_volo)
+    monkeypatch.setattr("models.commands.finetune.LOCK_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

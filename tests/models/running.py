@@ -52,7 +52,7 @@ def run(*arguments: object) -> int:
 
 
 def refused(capsys, *arguments: object) -> str:
-    """The single line that a command answers; the command itself must have ended with 2."""
+    """The last line that a refused command prints; it must have ended with 2."""
     assert run(*arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "error: " in lines[-1]

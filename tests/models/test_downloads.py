@@ -16,6 +16,7 @@ import models
 from kernels.files import WriteError
 from models.checkpoints import read_state_dict
 from models.downloads import fetch
+from tests.support import Hostile
 
 MODEL = nn.Linear(300, 300)
 STALL: dict[str, str] = {}
@@ -126,7 +127,7 @@ def test_a_broken_transfer_is_started_afresh(script, server, weights):
         ([(302, None, {"Location": "file:///etc/passwd"})], "not (followed|allowed)"),
     ],
 )
-def test_what_cannot_be_had_is_said_and_a_file_put_there_by_hand_is_taken(script, message, server, cache, weights):
+def test_a_failed_download_says_where_to_put_the_file(script, message, server, cache, weights):
     server.script = [*script]
     with pytest.raises(
         ConnectionError, match=rf"could not download {server.url}.*{message}.*put it at {cache}/weights"
@@ -155,16 +156,11 @@ def test_nothing_is_written_through_links(server, cache, tmp_path, weights):
     assert not (tmp_path / "absent").exists()
 
 
-def test_nobody_listens(cache, weights):
+def test_a_server_that_does_not_answer(cache, weights):
     with Server(weights) as server:
         pass
     with pytest.raises(ConnectionError, match=rf"could not download {server.url}.*put it at {cache}/weights\.pth"):
         get(server)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("was_run",)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +172,7 @@ class Hostile:
         (None, (200, 0.3, {"Content-Length": None}), "damaged, truncated"),  # the length is a lie, too
     ],
 )
-def test_what_is_no_weight_file_is_neither_kept_nor_run(body, act, reason, server, cache, tmp_path, monkeypatch):
+def test_other_files_are_neither_kept_nor_run(body, act, reason, server, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole, server.script = server.body, [act]
     server.body = whole if body is None else body

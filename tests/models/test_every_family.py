@@ -1,26 +1,22 @@
-"""What every family keeps to: one test per rule, run over the table in ``families``.
+"""Rules for every family: one test per rule, run over the table in ``families``.
 
-What a family does beyond that its own file tests; PyTorch's tools, timm's calls and refusals have files of their own.
+What a family does beyond them is tested in its own file; PyTorch's tools, timm's calls and refusals have files, too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from models import optimize_for_inference, registry
+from models import optimize_for_inference
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers import DropPath
 from models.registry import create_model, list_models
-from tests.models import families
-from tests.models.families import FAMILIES, FAMILY, fill, images, loss_of, official_name, on_meta, shapes
+from tests.models.families import FAMILIES, FAMILY, deep, fill, images, loss_of, narrow, official_name, on_meta, shapes
 from tests.support import (
     DEVICE,
     FORWARD_TOLERANCE,
@@ -30,16 +26,10 @@ from tests.support import (
     golden,
     golden_fill,
     official_state_dicts,
+    triton_device,
 )
-from tests.support import triton_device as device_of_triton
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
-SMALLEST = {"overlock": "overlock_xt", "rednet": "rednet26", "volo": "volo_d1"}
-
-
-def narrow(family: str, **options: Any) -> Any:
-    """With all four stages."""
-    return families.narrow(family, **({"depths": (1, 1, 1, 1)} if family == "rednet" else {}), **options)
 
 
 # ---- the official facts
@@ -53,27 +43,15 @@ def test_state_dict_names_and_shapes(name):
         assert shapes(model.reparam()) == official_state_dicts()[f"{name}_reparam"]
 
 
-@pytest.mark.parametrize(("name", "published"), [row for family in FAMILY.values() for row in family.published.items()])
-def test_published_parameters_and_multiply_adds(name, published):
-    model = on_meta(name).eval()
-    unused = tuple(f"{module}." for module in model.training_only)
-    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(unused))
-    assert count / 1e6 == pytest.approx(published.parameters, abs=published.within)
-    if published.multiply_adds is not None:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, 3, 224, 224, device="meta"))
-        assert counter.get_total_flops() / 2e9 == pytest.approx(published.multiply_adds, rel=0.05)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), [golden for family in FAMILY.values() for golden in family.goldens])
 def test_golden_logits_and_gradient_norms(name, backend):
-    device = device_of_triton() if backend == "triton" else DEVICE
+    device = triton_device() if backend == "triton" else DEVICE
     expected = golden(name)
     variant, size = name.rsplit("_", 1)
     model = fill(create_model(variant)).to(device)
     x = golden_fill().image(2, *map(int, size.split("x"))).to(device)
-    # In the interpreter gradients take their time; test_backends_compute_the_definition has them.
+    # In the interpreter gradients would take too long; test_backends_compute_the_definition checks them.
     interpreted = backend == "triton" and INTERPRETED
     with_gradients = "grad_names" in expected and backend != "inference" and not interpreted
     if backend == "inference":
@@ -99,7 +77,7 @@ def test_golden_logits_and_gradient_norms(name, backend):
 
 
 def assert_gradients(gradients: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:
-    """Each by relative norm; those that cancel, as of a bias before a batch norm, beside the largest."""
+    """Compares by relative norm; gradients that cancel, as of a bias before a batch norm, relative to the largest."""
     expected = list(expected)
     largest = max(float(gradient.norm()) for gradient in expected)
     for ours, right in zip(gradients, expected, strict=True):
@@ -109,11 +87,11 @@ def assert_gradients(gradients: Iterable[Tensor], expected: Iterable[Tensor], to
 @by_family
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_backends_compute_the_definition(family, backend):
-    """Logits, and the gradient of the image and of every parameter."""
-    device = device_of_triton() if backend == "triton" else DEVICE
+    """Logits and the gradients of the image and of every parameter are those of the reference."""
+    device = triton_device() if backend == "triton" else DEVICE
     results = []
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        model = families.narrow(family).to(device, dtype)
+        model = narrow(family).to(device, dtype)
         x = images(1, 3, 33, 40, device=device).to(dtype).requires_grad_()
         with kernels.use_backend(name):
             logits = model(x)
@@ -129,8 +107,8 @@ def test_backends_compute_the_definition(family, backend):
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (72, 40), (65, 129), (97, 224), (32, 320)])
 @torch.no_grad()
 def test_any_size_from_32_pixels(family, size):
-    """Odd maps round up; VOLO pads the image to whole patches of 8."""
-    classifier, backbone = narrow(family).to(DEVICE), narrow(family, features_only=True).to(DEVICE)
+    """Odd sides of maps round up; VOLO pads the image to whole patches of 8 pixels."""
+    classifier, backbone = deep(family).to(DEVICE), deep(family, features_only=True).to(DEVICE)
     x = images(2, 3, *size)
     logits, maps = classifier(x), backbone(x)
     with kernels.use_backend("reference"):
@@ -150,10 +128,10 @@ def test_any_size_from_32_pixels(family, size):
 @by_family
 @pytest.mark.parametrize("indices", [None, (0,), (1,), (3,), (0, 2), (1, 2), 2, (-1, 0)])
 def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path):
-    """The same maps as of all four, from a file with all, and every parameter has a gradient (DDP waits for it)."""
-    complete = narrow(family, features_only=True)
+    """The maps are those of a model with all four, and every parameter has a gradient, for which DDP waits."""
+    complete = deep(family, features_only=True)
     save_checkpoint(complete, tmp_path / "complete.pth")
-    model = narrow(family, features_only=True, out_indices=indices)
+    model = deep(family, features_only=True, out_indices=indices)
     for tensor in model.state_dict().values():
         tensor.zero_()
     load_checkpoint(model, tmp_path / "complete.pth")
@@ -171,7 +149,7 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
     loss_of(model.train(), x).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     if family != "overlock":  # whose backbone has norms of its own for its maps
-        classifier = narrow(family)
+        classifier = deep(family)
         of_classifier = classifier.forward_intermediates(x, indices=indices, intermediates_only=True)
         save_checkpoint(classifier, tmp_path / "classifier.pth")
         load_checkpoint(model.eval(), tmp_path / "classifier.pth")
@@ -186,8 +164,8 @@ def test_chosen_maps_build_what_they_need_and_no_more(family, indices, tmp_path)
 @by_family
 @torch.no_grad()
 def test_intermediates(family):
-    """The last map is the features; later stages do not run where they are not asked for."""
-    model, x, stages = narrow(family), images(2, 3, 64, 64, device="cpu"), []
+    """The last map is the features; stages after the last wanted map do not run."""
+    model, x, stages = deep(family), images(2, 3, 64, 64, device="cpu"), []
     last = {"overlock": "blocks4.0", "rednet": "layer2.0", "volo": "network.4.0"}[family]
     model.get_submodule(last).register_forward_hook(lambda *_: stages.append(True))
     features, maps = model.forward_intermediates(x)
@@ -228,7 +206,7 @@ def test_an_image_of_another_type(family):
 @by_family
 @torch.no_grad()
 def test_features_head_and_classifier(family):
-    model, x = narrow(family), images(3, 3, 64, 64, device="cpu")
+    model, x = deep(family), images(3, 3, 64, 64, device="cpu")
     features, logits = model.forward_features(x), model(x)
     assert torch.equal(model.forward_head(features), logits)
     pooled = model.forward_head(features, pre_logits=True)
@@ -238,7 +216,7 @@ def test_features_head_and_classifier(family):
     if family == "volo":
         by_hand = by_hand + 0.5 * model.aux_head(features[:, 1:]).max(1).values
     assert_close(logits, by_hand, FORWARD_TOLERANCE[torch.float32])
-    assert torch.equal(narrow(family, num_classes=0)(x), pooled)
+    assert torch.equal(deep(family, num_classes=0)(x), pooled)
     for num_classes in (7, 0, 9):
         model.reset_classifier(num_classes)
         assert model(x).shape == (3, num_classes or model.head_hidden_size)
@@ -250,33 +228,9 @@ def test_features_head_and_classifier(family):
 
 
 @by_family
-@torch.no_grad()
-def test_global_pool_is_obeyed_or_refused(family):
-    model, x = narrow(family), images(2, 3, 64, 96, device="cpu")
-    features = model.forward_features(x)
-    pooled = model.forward_head(features, pre_logits=True)
-    for wrong, message in (("", "global_pool '' .* needs num_classes=0"), ("max", "global_pool must be one of")):
-        with pytest.raises(ValueError, match=message):
-            model.reset_classifier(3, wrong)
-    assert model.num_classes == 5
-    model.reset_classifier(0, "")
-    unpooled = model(x)
-    model.reset_classifier(0, "avg")
-    if family == "volo":
-        assert torch.equal(unpooled, features)
-        assert_close(model(x), features.mean(1), 1e-6)
-        model.reset_classifier(0, "token")
-    else:
-        assert_close(unpooled.mean((2, 3)), pooled, 1e-6)
-    assert torch.equal(model(x), pooled)
-    model.reset_classifier(3)
-    assert model(x).shape == (2, 3)
-
-
-@by_family
 def test_plain_logits_in_training_leave_no_parameter_waiting(family):
-    """What scripts that know only logits need: one tensor, and a gradient wherever one is required."""
-    model = narrow(family, drop_path_rate=0.1).train()
+    """Scripts that know only logits get one tensor, and a gradient wherever one is required."""
+    model = deep(family, drop_path_rate=0.1).train()
     model.return_plain_logits()
     model.reset_classifier(3)
     logits = model(images(2, 3, 64, 64, device="cpu"))
@@ -288,31 +242,16 @@ def test_plain_logits_in_training_leave_no_parameter_waiting(family):
 
 @by_family
 def test_keyword_arguments(family):
-    model, x = narrow(family, num_classes=7, in_chans=1, drop_path_rate=0.5), images(8, 1, 64, 64, device="cpu")
+    model, x = deep(family, num_classes=7, in_chans=1, drop_path_rate=0.5), images(8, 1, 64, 64, device="cpu")
     assert max(module.rate for module in model.modules() if isinstance(module, DropPath)) == 0.5
     with torch.no_grad():  # which only acts in training
-        expected = narrow(family, num_classes=7, in_chans=1)(x)
+        expected = deep(family, num_classes=7, in_chans=1)(x)
         assert expected.shape == (8, 7)
         assert torch.equal(model(x), expected)
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.train()
         assert not torch.equal(model(x), expected)
-
-
-@by_family
-@pytest.mark.parametrize("indices", [1, [0], [1], (0, 2)])
-@torch.no_grad()
-def test_pruned_stages_are_gone_and_the_rest_is_as_before(family, indices):
-    model, x = narrow(family), images(1, 3, 64, 96, device="cpu")
-    expected = model.forward_intermediates(x, indices, intermediates_only=True)
-    parameters = sum(p.numel() for p in model.parameters())
-    kept = model.prune_intermediate_layers(indices)
-    assert kept == [i % 4 for i in ([-1] if indices == 1 else indices)]
-    assert sum(p.numel() for p in model.parameters()) < parameters
-    assert all(map(torch.equal, model.forward_intermediates(x, kept, intermediates_only=True), expected))
-    assert torch.equal(model(x), model.forward_features(x))
-    assert model.num_features == model.feature_info.channels()[-1]
 
 
 OVERLOCK_DEPTHS = {"xt": (0.1, 17), "t": (0.15, 30), "s": (0.4, 42), "b_reparam": (0.5, 54)}  # rate, blocks
@@ -333,57 +272,3 @@ def test_drop_path_rises_linearly_with_depth(name, options, rates):
     model, order = on_meta(name, **options), ("blocks1", "blocks2", "blocks3", "blocks4", "sub_blocks3", "sub_blocks4")
     stages = [model.get_submodule(stage) for stage in order] if name.startswith("overlock") else [model]
     assert [m.rate for stage in stages for m in stage.modules() if isinstance(m, DropPath)] == pytest.approx(rates)
-
-
-# ---- what scripts written for timm look up
-
-
-@by_family
-@pytest.mark.parametrize("coarse", [True, False])
-def test_group_matcher_orders_all_parameters_by_depth(family, coarse):
-    """By timm's rules: the first match decides; its key is (position in the dict, captured numbers, suffix)."""
-    model = on_meta(SMALLEST[family])
-    rules = []
-    for ordinal, specification in enumerate(model.group_matcher(coarse).values()):
-        rows = [(specification, None)] if isinstance(specification, str) else specification
-        rules += [(re.compile(pattern), ordinal, suffix or ()) for pattern, suffix in rows]
-
-    def key(name: str) -> tuple[float, ...]:
-        for pattern, ordinal, suffix in rules:
-            if match := pattern.match(name):
-                return (ordinal, *map(float, match.groups()), *suffix)
-        return (float("inf"),)
-
-    keys = {name: key(name) for name, _ in model.named_parameters()}
-    assert {name.split(".")[0] for name, k in keys.items() if k[0] == float("inf")} <= {"head", "aux_head"}
-    depths = [next(k for name, k in keys.items() if name.startswith(prefix)) for prefix in FAMILY[family].groups]
-    assert depths == sorted(depths)
-    assert len(set(keys.values())) == FAMILY[family].group_counts[0 if coarse else 1] + 1
-
-
-@by_family
-def test_no_weight_decay(family):
-    model = on_meta(SMALLEST[family])
-    kept, names = model.no_weight_decay(), {name for name, _ in model.named_parameters()}
-    assert set(FAMILY[family].undecayed) <= kept <= names
-    assert not any(model.get_parameter(name).dim() == 2 for name in kept)
-    assert family == "overlock" or kept == set(FAMILY[family].undecayed)
-    assert not any(name.endswith("lk_origin.weight") for name in kept)
-
-
-@by_family
-def test_pretrained_configuration(family, monkeypatch):
-    model, config = on_meta(SMALLEST[family]), on_meta(SMALLEST[family]).pretrained_cfg
-    assert config == model.default_cfg
-    assert config["input_size"] == (3, 224, 224)
-    assert model.get_submodule(config["first_conv"]).in_channels == 3
-    classifiers = config["classifier"]
-    for name in (classifiers,) if isinstance(classifiers, str) else classifiers:
-        assert model.get_submodule(name).weight.shape[0] == 1000
-    loaded = []
-    monkeypatch.setattr(registry, "load_checkpoint", lambda model, url: loaded.append(url))
-    for (variant, size), address in FAMILY[family].addresses.items():
-        assert on_meta(variant, **({} if size is None else {"img_size": size})).default_cfg["url"] == address
-        if size is None:
-            on_meta(variant, pretrained=True)
-            assert loaded.pop() == address

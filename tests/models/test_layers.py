@@ -25,20 +25,9 @@ from models.layers import (
     SqueezeExcite,
 )
 from models.layers.pointwise import is_matrix
-from tests.support import DEVICE, assert_close, random_tensor
+from tests.support import DEVICE, assert_close, random_tensor, randomise
 
 TOLERANCE = 1e-12
-
-
-def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
-    """Fresh values in every parameter and running statistic, so that no term is invisible."""
-    module.to(dtype)
-    for name, tensor in module.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5)
-        elif tensor.is_floating_point():
-            tensor.normal_()
-    return module
 
 
 def test_drop_path():
@@ -79,15 +68,11 @@ def squeeze_excite(layer: Any, x: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_plain_layers(layer, definition, last, memory_format):
-    """``last``: the output is channels-last whatever the input is; else as the input."""
+    """The output has the memory format of the input, or with ``last`` is always channels-last."""
     x = random_tensor(2, 6, 4, 5, dtype=torch.float64, device="cpu").contiguous(memory_format=memory_format)
     out = randomise(layer)(x)
     assert_close(out, definition(layer, x), TOLERANCE)
     assert out.is_contiguous(memory_format=torch.channels_last if last else memory_format)
-
-
-def test_squeezed_widths():
-    assert [SqueezeExcite(channels).proj[1].out_channels for channels in (56, 336)] == [16, 42]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, TOLERANCE), (torch.bfloat16, 1e-2)])
@@ -116,123 +101,16 @@ def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
     maps = [whole[:, :6], whole[:, 2:], whole[:1, :6], whole[:, :6, :1], whole[:, :6, :1, :1], whole[:, :6, :, :1]]
     expected = [F.conv2d(x, layer.weight, layer.bias) for x in maps]
     monkeypatch.setattr("models.layers.pointwise._multiplies", is_matrix)
-    for x, want in zip(maps, expected, strict=True):
-        assert_close(layer(x), want, 1e-14)
-    gradients = [torch.autograd.grad(out.sin().sum(), layer.parameters()) for out in (layer(maps[0]), expected[0])]
-    for found, want in zip(*gradients, strict=True):
-        assert_close(found, want, 1e-13)
-
-
-def test_what_lies_as_a_matrix():
-    x = random_tensor(3, 8, 5, 4).contiguous(memory_format=torch.channels_last)
-    for pixels in (x, x[:, 2:], x[:1, :6], x[:, :, :, :1][:, :, :1], x[1:], x.flatten(2)[:, :, :1, None].clone()):
-        rows = pixels.permute(0, 2, 3, 1)
-        assert is_matrix(pixels) == (rows.reshape(-1, rows.shape[3]).data_ptr() == pixels.data_ptr()), pixels.stride()
-    for other in (
-        x.contiguous(),
-        x[:, :, 1:4],
-        x[:, :, :, 1:],
-        x[:, ::2],
-        x.transpose(2, 3),
-        x[0],
-        x[:1].expand(3, -1, -1, -1),
-    ):
-        assert not is_matrix(other), other.stride()
-
-
-def sum_of_branches(block: DilatedReparamBlock, x: torch.Tensor) -> torch.Tensor:
-    outputs = [
-        norm(F.conv2d(x, conv.weight, None, 1, conv.padding, conv.dilation, 3)) for conv, norm in block.branches()
-    ]
-    return torch.stack(outputs).sum(0)
-
-
-@pytest.mark.parametrize("kernel_size", [7, 13, 15, 17])
-def test_dilated_reparam_block(kernel_size):
-    block = randomise(DilatedReparamBlock(3, kernel_size))
-    x = random_tensor(2, 3, 20, 9, dtype=torch.float64, device="cpu").requires_grad_()
-    assert_close(block(x), sum_of_branches(block, x), TOLERANCE, "training mode")
-
-    block.eval()
-    weights = [conv.weight for conv, _ in block.branches()] + [norm.weight for _, norm in block.branches()]
-    gradient = random_tensor(*x.shape, dtype=torch.float64, device="cpu")
-    expected = sum_of_branches(block, x)
-    out = block(x)
-    assert_close(out, expected, TOLERANCE, "evaluation mode")
-    pairs = zip(
-        torch.autograd.grad(out, [x, *weights], gradient),
-        torch.autograd.grad(expected, [x, *weights], gradient),
-        strict=True,
-    )
-    for ours, theirs in pairs:
-        assert_close(ours, theirs, 1e-11, "gradient")
-
-    block.merge()
-    assert block.merged
-    assert sorted(block.state_dict()) == ["lk_origin.bias", "lk_origin.weight"]
-    assert_close(block(x), expected, TOLERANCE, "merged")
-    block.merge()  # a second time changes nothing
-    assert_close(block(x), expected, TOLERANCE, "merged twice")
-
-
-def test_dilated_reparam_block_adapts_single_batch_norms():
-    """A batch norm left in training mode sees its branch, although the block as a whole is in evaluation mode."""
-    block = randomise(DilatedReparamBlock(3, 7)).eval()
-    block.dil_bn_k3_2.train()
-    before = block.dil_bn_k3_2.running_mean.clone()
-    block(random_tensor(2, 3, 9, 9, dtype=torch.float64, device="cpu"))
-    assert not torch.equal(block.dil_bn_k3_2.running_mean, before)
-
-
-def other_branches(kind: str) -> DilatedReparamBlock:
-    """A block some of whose branches are not what was built, in evaluation mode."""
-    block: Any = randomise(DilatedReparamBlock(4, 7)).eval()
-    if kind == "eps":
-        block.dil_bn_k5_1.eps, block.origin_bn.eps = 1e-2, 0.3
-    elif kind == "fused":
-        block.lk_origin, block.origin_bn = nn.utils.fuse_conv_bn_eval(block.lk_origin, block.origin_bn), nn.Identity()
-        block.dil_conv_k3_2 = nn.utils.fuse_conv_bn_eval(block.dil_conv_k3_2, block.dil_bn_k3_2)
-        block.dil_bn_k3_2 = nn.Identity()
-    elif kind == "dilation":
-        block.dil_conv_k3_2 = nn.Conv2d(4, 4, 3, padding=4, dilation=4, groups=4, bias=False)
-    elif kind == "hook":
-        block.dil_conv_k3_3.register_forward_hook(lambda module, inputs, out: 2 * out)
-    else:
-        norms = {
-            "group": lambda: nn.GroupNorm(2, 4),
-            "instance": lambda: nn.InstanceNorm2d(4),
-            "not affine": lambda: nn.BatchNorm2d(4, affine=False),
-            "not tracked": lambda: nn.BatchNorm2d(4, track_running_stats=False),
-        }
-        for name, module in list(block.named_modules()):
-            if isinstance(module, nn.BatchNorm2d):
-                setattr(block, name, norms[kind]())
-    return randomise(block).eval()
-
-
-@pytest.mark.parametrize("kind", ["group", "instance", "not affine", "not tracked", "fused", "eps", "dilation", "hook"])
-def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
-    block = other_branches(kind)
-    x = random_tensor(2, 4, 9, 9, dtype=torch.float64, device="cpu")
-    expected = torch.stack([norm(conv(x)) for conv, norm in block.branches()]).sum(0)
-    assert_close(block(x), expected, TOLERANCE)
-    folded: Any = block.folded()
-    with torch.no_grad():
-        assert_close(folded(x), expected, TOLERANCE)
-    if kind in ("eps", "not affine"):
-        block.merge()
-        assert_close(block(x), expected, TOLERANCE)
-    else:
-        assert not block.merged
-        with pytest.raises(ValueError, match=r"replaced, wrapped or hooked: it cannot be merged"):
-            block.merge()
+    assert_close([layer(x) for x in maps], expected, 1e-14)
+    found, right = (torch.autograd.grad(out.sin().sum(), layer.parameters()) for out in (layer(maps[0]), expected[0]))
+    assert_close(found, right, 1e-13)
 
 
 # ---- the three layers that compute kernels
 
 
 def pooled(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """The mean of every stride × stride pixels, at the border of those that exist."""
+    """The mean of every stride × stride pixels; at the border, of those that exist."""
     rows = [x[:, :, i : i + stride].split(stride, 3) for i in range(0, x.shape[2], stride)]
     return torch.stack([torch.stack([pixels.mean((2, 3)) for pixels in row], -1) for row in rows], -2)
 
@@ -258,7 +136,7 @@ def outlook(layer: OutlookAttention, x: torch.Tensor) -> torch.Tensor:
 
 
 def contmix(layer: ContMix, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """SPEC's steps 3 and 4."""
+    """By the definition of the operator, on maps that are enlarged where they are smaller than the kernel."""
     enlarged, bias = layer.mixing_size(x.shape[2], x.shape[3]), layer.weight_proj.bias
     assert bias is not None
     big, features = (F.interpolate(t, enlarged, mode="bilinear") for t in (x, features))

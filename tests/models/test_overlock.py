@@ -15,11 +15,11 @@ from models.checkpoints import load_checkpoint, save_checkpoint
 from models.overlock import OverLoCK
 from models.registry import create_model
 from tests.models.families import fill, images, on_meta, shapes
-from tests.support import assert_close, golden, golden_fill, official_state_dicts
+from tests.support import assert_close, equal_entries, golden, golden_fill, official_state_dicts
 
 
 def small(**overrides) -> Any:
-    """Every kind of block, at a few thousand parameters, as they are initialised."""
+    """A model of a few thousand parameters with every kind of block, as it is initialised."""
     structure = {"depth": (1, 1, 1, 1), "sub_depth": (2, 1), "embed_dim": (8, 8, 16, 16), "sub_num_heads": (1, 2)}
     return OverLoCK(**{**structure, "num_classes": 5, **overrides})
 
@@ -67,7 +67,7 @@ def test_dense_golden(form, backend):
 @pytest.mark.parametrize("into", FORMS)
 @pytest.mark.parametrize("file", FORMS)
 def test_a_file_of_one_form_in_another(file, into, tmp_path, recwarn):
-    """Loads, says what stays, or is refused and changes nothing."""
+    """The file loads and a warning names what keeps its values, or it is refused and nothing changes."""
     source, model = fill(small(**FORMS[file])), small(**FORMS[into]).eval()
     before = copy.deepcopy(model.state_dict())
     as_in_mmdet = {f"backbone.{name}": tensor for name, tensor in source.state_dict().items()}
@@ -80,13 +80,12 @@ def test_a_file_of_one_form_in_another(file, into, tmp_path, recwarn):
     if (file, into) in refused:
         with pytest.raises(ValueError, match=refused[file, into]):
             load_checkpoint(model, tmp_path / "file.pth")
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[name]), name
+        assert equal_entries(model, before)
         return
     load_checkpoint(model, tmp_path / "file.pth")
-    said = " ".join(str(warning.message) for warning in recwarn)
+    said, given = " ".join(str(warning.message) for warning in recwarn), source.state_dict()
     for name, tensor in model.state_dict().items():
-        known = source.state_dict().get(name)
+        known = given.get(name)
         assert torch.equal(tensor, before[name] if known is None else known), name
         assert known is not None or name.rpartition(".")[0] in said, f"{name} stays without a word"
     assert ("initial values" in said) == (file != into)
@@ -116,7 +115,7 @@ def test_training_returns_both_logits_and_reaches_every_parameter():
 
 
 def test_auxiliary_logits():
-    """BN → mean over positions → 1×1 convolution, on Overview-Net's output."""
+    """They are BN → mean over positions → 1×1 convolution of Overview-Net's output."""
     model = fill(small(in_chans=1))
     model.train()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -159,10 +158,8 @@ def test_a_full_checkpoint_loads_into_the_merged_form(tmp_path, dtype):
     with torch.no_grad():
         assert_close(merged(x), full.float()(x), 1e-5)
     save_checkpoint(merged, tmp_path / "merged.pth")
-    again = small(reparam=True).eval()
-    load_checkpoint(again, tmp_path / "merged.pth")
-    with torch.no_grad():
-        assert torch.equal(again(x), merged(x))
+    load_checkpoint(again := small(reparam=True), tmp_path / "merged.pth")
+    assert equal_entries(again, merged)
 
 
 def test_a_checkpoint_of_neither_form_is_refused(tmp_path):
@@ -176,5 +173,4 @@ def test_a_checkpoint_of_neither_form_is_refused(tmp_path):
     save_checkpoint(small(reparam=True), tmp_path / "merged.pth")
     with pytest.raises(ValueError, match=r"missing from the file: blocks1\.0\.proj\.1\.origin_bn\.weight"):
         load_checkpoint(full, tmp_path / "merged.pth")  # there is no way back
-    for name, tensor in merged.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    assert equal_entries(merged, before)

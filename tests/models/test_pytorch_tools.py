@@ -1,42 +1,26 @@
-"""PyTorch's own tools on every family: compilation, precision, copies, torch.func, changed layers, processes."""
+"""PyTorch's own tools on every family: compilation, precision, copies, torch.func, changed layers, CUDA graphs."""
 
 from __future__ import annotations
 
 import copy
-import io
-import os
 import pickle
-import socket
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, prune
+from torch.nn.utils import prune
 
 import models
-from tests.models.families import FAMILIES, images, loss_of, narrow
+from tests.models.families import FAMILIES, images, in_training, loss_of, narrow, with_fixed_statistics
 from tests.support import DEVICE, assert_close, random_tensor
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
+SHALLOW = {"overlock": {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)}, "rednet": {"depths": (1, 0, 0, 0)}}
 
 
 def prepared(family: str, **options: Any) -> Any:
     return narrow(family, **options).to(DEVICE)
-
-
-def in_training(family: str, **options: Any) -> Any:
-    """With fixed statistics: batch norms would see half a batch in each of two processes."""
-    model = narrow(family, **options).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return model
 
 
 # ---- torch.compile
@@ -46,7 +30,7 @@ def in_training(family: str, **options: Any) -> Any:
 @by_family
 @torch.no_grad()
 def test_one_graph_serves_every_batch_and_size(family):
-    """Sizes at which OverLoCK's maps hold its largest kernels; smaller maps are enlarged, in a graph of their own."""
+    """At these sizes OverLoCK's maps hold its largest kernels; smaller ones are enlarged, in a graph of their own."""
     torch.compiler.reset()
     model = prepared(family, features_only=True, out_indices=(2,) if family == "overlock" else (1,))
     graphs = []
@@ -56,9 +40,10 @@ def test_one_graph_serves_every_batch_and_size(family):
         return graph.forward
 
     compiled = torch.compile(model, backend=counted, fullgraph=True, dynamic=True)
-    for size in ((2, 3, 224, 240), (3, 3, 256, 224), (5, 3, 240, 272)):
-        x = images(*size)
-        assert_close(compiled(x)[0], model(x)[0], 1e-5, f"{size}")
+    larger = 128 if family == "overlock" else 0
+    for batch, height, width in ((2, 96, 112), (3, 128, 96), (5, 112, 144)):
+        x = images(batch, 3, height + larger, width + larger)
+        assert_close(compiled(x)[0], model(x)[0], 1e-5, f"{list(x.shape)}")
     assert len(graphs) == 1
 
 
@@ -66,8 +51,7 @@ def test_one_graph_serves_every_batch_and_size(family):
 @by_family
 def test_training_compiles_in_one_graph(family):
     torch.compiler.reset()
-    shallow = {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)} if family == "overlock" else {}
-    model, x = in_training(family, **shallow).to(DEVICE), images(2, 3, 40, 64)
+    model, x = in_training(family, **SHALLOW.get(family, {})).to(DEVICE), images(2, 3, 40, 64)
     backend = "aot_eager" if family == "rednet" else "eager"  # the former takes half a minute for OverLoCK
     expected, loss = loss_of(model, x), loss_of(torch.compile(model, fullgraph=True, backend=backend), x)
     assert_close(loss, expected, 1e-5)
@@ -79,44 +63,8 @@ def test_training_compiles_in_one_graph(family):
 # ---- what leaves a model as it is
 
 
-def reloaded(model: Any) -> Any:
-    file, other = io.BytesIO(), copy.deepcopy(model)
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    with torch.no_grad():
-        for tensor in other.state_dict().values():
-            tensor.zero_()
-    other.load_state_dict(torch.load(file, weights_only=True))
-    return other
-
-
 def checkpointed(model: Any) -> Any:
     model.set_grad_checkpointing()
-    return model
-
-
-def offloaded(model: Any) -> Any:
-    """As accelerate does it: a module's parameters are on meta until it is called."""
-
-    def put_away(module: nn.Module) -> None:
-        for name, tensor in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(tensor.to("meta")))
-
-    for module in leaves(model).values():
-        if list(module.children()):
-            continue  # a block: its own parameters stay
-        there = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}
-        forward = module.forward
-
-        def fetch(*inputs: Tensor, module: Any = module, there: Any = there, forward: Any = forward) -> Tensor:
-            for name, tensor in there.items():
-                setattr(module, name, nn.Parameter(tensor))
-            out = forward(*inputs)
-            put_away(module)
-            return out
-
-        put_away(module)
-        module.forward = fetch
     return model
 
 
@@ -129,11 +77,9 @@ def synchronised(model: Any) -> Any:
 SAME: dict[str, Any] = {
     "copied": copy.deepcopy,
     "pickled": lambda model: pickle.loads(pickle.dumps(model)),
-    "reloaded": reloaded,
     "channels-last": lambda model: model.to(memory_format=torch.channels_last),
     "checkpointed": checkpointed,
     "synchronised": synchronised,
-    "offloaded": offloaded,
 }
 
 
@@ -169,7 +115,7 @@ def test_symbolic_tracing(family, form):
 @by_family
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_autocast(family, dtype, tolerance):
-    """About thirty layers of 2⁻⁹ each in bfloat16; in training every gradient is finite."""
+    """Each of about thirty layers rounds by 2⁻⁹ in bfloat16; in training every gradient is finite."""
     model, x = prepared(family), images(2, 3, 64, 96)
     with torch.autocast(DEVICE, dtype):
         out = model(x)
@@ -246,12 +192,9 @@ def test_hooks_on_every_module_fire_and_change_nothing(family, training):
 @by_family
 @pytest.mark.parametrize("training", [False, True])
 def test_no_two_parameters_share_gradient_memory(family, training):
-    """In training with the batch norms' running statistics, as detectors are trained."""
+    """Batch norms use their running statistics in training too, as where detectors are trained."""
     for batch in (1, 2):
-        model = prepared(family).train(training)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        model = with_fixed_statistics(prepared(family).train(training))
         x = images(batch, 3, 64, 96)
         loss_of(model, x).backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -265,7 +208,7 @@ def test_no_two_parameters_share_gradient_memory(family, training):
 
 
 class Adapted(nn.Module):
-    """What a low-rank adapter does to a layer: the layer's output, and a trained change of it."""
+    """Adds a trained change to the output of a layer, as low-rank adapters do."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -280,9 +223,7 @@ class Adapted(nn.Module):
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 CHANGED = {  # what is put in a layer's place or around its weight, and the parameter to be trained then
     "adapter": (Adapted, LAYERS, "change"),
-    "weight_norm": (nn.utils.weight_norm, nn.Conv2d, "weight_g"),
     "parametrized": (nn.utils.parametrizations.weight_norm, nn.Conv2d, "weight.original0"),
-    "spectral_norm": (nn.utils.spectral_norm, nn.Conv2d, "weight_orig"),
     "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), nn.Conv2d, "weight_orig"),
 }
 
@@ -302,80 +243,12 @@ def test_changed_layers_take_effect_and_train(family, change):
         optimizer.zero_grad()
         loss = loss_of(model, x)
         loss.backward()
-        if step == 0 and change in ("adapter", "weight_norm", "parametrized"):
+        if step == 0 and change != "pruned":
             assert_close(loss, expected, 1e-5)
         optimizer.step()
     trained = {name: p.grad for name, p in model.named_parameters() if name.endswith(part)}
     assert len(trained) == len(layers)
     assert all(grad is not None and grad.any() for grad in trained.values())
-
-
-@by_family
-def test_forward_mode_derivatives(family):
-    model, x = narrow(family), random_tensor(1, 3, 32, 48, device="cpu")
-    tangent = random_tensor(*x.shape, seed=1, device="cpu")
-    ours = torch.func.jvp(model, (x,), (tangent,))[1]
-    x.requires_grad_()
-    logits = model(x)
-    for index in (0, 3):
-        (gradient,) = torch.autograd.grad(logits[0, index], x, retain_graph=True)
-        assert_close(ours[0, index], (gradient * tangent).sum(), 1e-3)
-
-
-# ---- several processes
-
-
-BLOCKS = ("RepConvBlock", "DynamicConvBlock", "Bottleneck", "Block", "ClassBlock")
-LEAVES = ("Conv2d", "DepthwiseConv2d", "BatchNorm2d", "LayerNorm2d", "LayerNorm", "Linear")
-
-
-def two_processes(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    for family in FAMILIES:
-        x = random_tensor(4, 3, 64, 64, seed=1, device="cpu").chunk(2)[rank]
-        replicated = DistributedDataParallel(in_training(family))
-        for _ in range(2):  # a parameter without a gradient is an error in the second step
-            replicated.zero_grad()
-            loss_of(replicated, x).backward()
-        gradients = {name: p.grad for name, p in replicated.module.named_parameters()}
-
-        found = [gradients]
-        mesh = init_device_mesh("cpu", (2,))
-        for parts in (BLOCKS, LEAVES):
-            sharded = in_training(family)
-            for module in list(sharded.modules()):
-                if type(module).__name__ in parts:
-                    fully_shard(module, mesh=mesh)
-            fully_shard(sharded, mesh=mesh)
-            loss_of(sharded, x).backward()
-            full: Any = {name: p.grad for name, p in sharded.named_parameters()}
-            clip_grad_norm_(sharded.parameters(), 1e9)  # as training loops do
-            found.append({name: grad.full_tensor() for name, grad in full.items()})
-        if rank == 0:
-            torch.save(found, f"{folder}/{family}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_compute_the_gradients_of_one(tmp_path):
-    """DistributedDataParallel and FSDP2 (``fully_shard``, block by block and layer by layer), over gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(two_processes, (port, str(tmp_path)), nprocs=2)
-    for family in FAMILIES:
-        model = in_training(family)
-        loss_of(model, random_tensor(4, 3, 64, 64, seed=1, device="cpu")).backward()
-        expected = {name: p.grad for name, p in model.named_parameters()}
-        scale = max(float(grad.norm()) for grad in expected.values())
-        found = torch.load(tmp_path / f"{family}.pt", weights_only=True)
-        for what, ours in zip(("DDP", "FSDP2 of blocks", "FSDP2 of layers"), found, strict=True):
-            assert ours.keys() == expected.keys()
-            for name, grad in expected.items():
-                error = float((ours[name] - grad).norm())
-                assert error <= 1e-4 * float(grad.norm()) + 1e-6 * scale, f"{family} {what} {name}"
 
 
 # ---- CUDA graphs

@@ -32,13 +32,7 @@ from tests.support import relative_error
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Maps this small gain nothing from a second one, and lose much where other tests run beside these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_loss_of_each_familys_training_output():
@@ -146,30 +140,38 @@ def test_random_numbers_of_others_are_left_alone():
         assert draw() == first
 
 
-class Colours(Dataset[tuple[Tensor, int]]):
-    """Training images by (epoch, index): a colour per class, with noise that is each image's own."""
+class Keyed(Dataset[tuple[Tensor, int]]):
+    """Training images as the loop asks for them, by (epoch, index); the same in every epoch."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels.tolist()
 
     def __len__(self) -> int:
-        return 24
+        return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        label = key[1] % 3
-        noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(key[1]))
-        return (0.3 * noise + torch.eye(3)[label].view(3, 1, 1)).double(), label
+        return self.images[key[1]], self.labels[key[1]]
+
+
+def colours() -> Keyed:
+    """24 images of three classes: a colour per class, with noise that is each image's own."""
+    labels = torch.arange(24) % 3
+    noise = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return Keyed((0.3 * noise + torch.eye(3)[labels, :, None, None]).double(), labels)
 
 
 def test_batches_of_a_resumed_run_are_those_left():
     recipe = Recipe(epochs=3, batch=2, accumulate=3)
-    batches = list(TrainingBatches(Colours(), recipe))
-    assert len(batches) == len(TrainingBatches(Colours(), recipe)) == 3 * 4 * 3
-    rest = TrainingBatches(Colours(), recipe, first_step=5)
+    batches = list(TrainingBatches(colours(), recipe))
+    assert len(batches) == len(TrainingBatches(colours(), recipe)) == 3 * 4 * 3
+    rest = TrainingBatches(colours(), recipe, first_step=5)
     assert len(rest) == 7 * 3
     assert list(rest) == batches[5 * 3 :]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_accumulated_batches_are_one_large_batch(optimizer):
-    """Where nothing is random and no batch norm sees the parts."""
+    """This holds where nothing is random and there are no batch norms, which would see the parts."""
     results = []
     for parts in (1, 4):
         torch.manual_seed(0)
@@ -177,7 +179,7 @@ def test_accumulated_batches_are_one_large_batch(optimizer):
         start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         options: dict[str, Any] = {"epochs": 1, "batch": 8 // parts, "accumulate": parts, "optimizer": optimizer}
         recipe = Recipe(**options, learning_rate=1e-3, ema_decay=0)
-        log = Trainer(model, recipe, Colours(), None, CPU, log_every=1).fit()
+        log = Trainer(model, recipe, colours(), None, CPU, log_every=1).fit()
         assert len(log) == 4  # three steps and the epoch
         moved = nn.utils.parameters_to_vector(model.parameters()).detach() - start
         results.append(([row["loss"] for row in log if "loss" in row], moved))
@@ -201,29 +203,16 @@ def narrow_volo(**options: bool) -> VOLO:
 
 
 FAMILIES: dict[str, tuple[Callable[[], BackboneContract], Recipe]] = {
-    "rednet": (lambda: RedNet((1, 1, 0, 0), **SMALL), Recipe(epochs=3, batch=24, learning_rate=6e-3, ema_decay=0)),
+    "rednet": (lambda: RedNet((1, 1, 0, 0), **SMALL), Recipe(epochs=1, batch=12, learning_rate=6e-3, ema_decay=0)),
     "volo": (lambda: narrow_volo(return_dense=False), Recipe(epochs=3, batch=48, learning_rate=3e-3, ema_decay=0.8)),
-    "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=3, batch=48, learning_rate=6e-3, ema_decay=0)),
+    "overlock": (lambda: OverLoCK(**OVERLOCK, **SMALL), Recipe(epochs=2, batch=32, learning_rate=6e-3, ema_decay=0)),
     "volo with token labels": (narrow_volo, Recipe()),
 }
 
 
-class Keyed(Dataset[tuple[Tensor, int]]):
-    """Training images as the loop asks for them, by (epoch, index); the same in every epoch."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return self.images[key[1]], self.labels[key[1]]
-
-
 @pytest.fixture(scope="module")
 def digits() -> tuple[Keyed, TensorDataset]:
-    """1437 images to learn from and 360 others to be judged by, enlarged from 8×8 to 32×32."""
+    """1437 images to train on and 360 others to evaluate on, enlarged from 8×8 to 32×32."""
     data, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
     images = torch.from_numpy(data.astype(np.float32)).view(-1, 1, 8, 8) / 8 - 1
     images, labels = F.interpolate(images, (32, 32), mode="bilinear"), torch.from_numpy(labels)
@@ -250,7 +239,7 @@ def test_reaches_95_percent_on_images_it_has_not_seen(digits, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eager_and_naive_paths_follow_the_same_curve(digits, family):
-    """Loss of each of eight steps, in float64, up to rounding; another seed changes it a billion times as much."""
+    """In float64 the losses of eight steps agree up to rounding; another seed changes them a billion times as much."""
     few = Keyed(digits[0].images[:96].double(), torch.tensor(digits[0].labels[:96]))
     curves = []
     for backend, seed in (("eager", 0), ("reference", 0), ("eager", 1)):

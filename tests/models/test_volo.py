@@ -17,7 +17,7 @@ from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, golden_fill, 
 
 
 def small(**kwargs) -> VOLO:
-    """Two Outlookers, then one block a stage; trained-like parameters, so that nothing is symmetric by accident."""
+    """Two Outlookers, then one block per stage, with parameters like trained ones."""
     model = VOLO((2, 1, 1, 1), (12, 24), (3, 4), **{"stem_dim": 8, "img_size": 64, "num_classes": 5, **kwargs})
     return golden_fill().fill_(model).eval().to(DEVICE)
 
@@ -75,7 +75,7 @@ def test_position_embedding_has_its_own_grid_and_is_resized_for_others(tmp_path)
     x = image(64, 95)
     assert torch.equal(wide(x), square(x))
     save_checkpoint(square, tmp_path / "square.pth")
-    load_checkpoint(other := small(img_size=(64, 95)), tmp_path / "square.pth")  # likewise by the loader
+    load_checkpoint(other := small(img_size=(64, 95)), tmp_path / "square.pth")  # the loader does so, too
     assert_close(other(x), square(x), FORWARD_TOLERANCE[torch.float32])
     square.set_input_size((64, 95))
     assert torch.equal(square.pos_embed, resized)
@@ -124,7 +124,7 @@ def test_training_outputs_without_mixing_add_up_to_the_logits_of_evaluation():
     assert torch.equal(plain(x), logits)
 
 
-def test_mixed_tokens_come_from_the_opposite_image_and_their_logits_go_back(monkeypatch):
+def test_tokens_and_their_logits_are_mixed_with_the_opposite_image(monkeypatch):
     model = small().train()
     top, left, bottom, right = box = (1, 2, 3, 5)
     monkeypatch.setattr("models.volo.random_box", lambda height, width, device: torch.tensor(box, device=device))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ from torch import nn
 
 import kernels
 import models
-from autotune import plots, roofs
-from autotune.tables import percent
+from autotune import roofs
 from kernels.windows import Window
 from models.layers import ContMix
 from models.rednet import Involution2d
@@ -52,9 +50,8 @@ def test_involution_kernels_are_those_that_mix(stride):
     call = _call(Involution2d(32, 7, stride), random_tensor(2, 32, 12, 11))
     weight = draw.involution_kernels(call)
     assert weight.shape == (2, 2, 7, 7, math.ceil(12 / stride), math.ceil(11 / stride))
-    assert (
-        relative_error(call.output, kernels.reference.involution2d(call.arguments["x"], weight, stride=stride)) < 1e-5
-    )
+    expected = kernels.reference.involution2d(call.arguments["x"], weight, stride=stride)
+    assert relative_error(call.output, expected) < 1e-5
 
 
 def test_generated_involution_kernels_are_those_that_mix():
@@ -133,120 +130,28 @@ def test_committed_results_of_gpus(tmp_path):
     assert draw.committed("models.json", tmp_path) == draw.committed("bench.json", tmp_path / "none") == []
 
 
-def _cell(notebook, word):
-    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
-    (source,) = (cell.source for cell in cells if cell.cell_type == "code" and word in cell.source)
-    return source
-
-
-def test_figures_of_a_committed_bench():
-    row = {"status": "ok", "operator": "involution2d", "model": "RedNet-50", "shape": "64@56² K=7", "batch": 128}
-    row |= {"pass": "forward", "floor": {"bytes": 4_000_000, "operations": 8_000_000}}
-    contenders = {"ours": {"p50_ms": 2.0}, "naive": {"p50_ms": 20.0}, "compiled": {"p50_ms": 4.0}}
-    rows = [
-        row | {"contenders": contenders},
-        row | {"contenders": {"ours": {"p50_ms": 1.0}}},  # the naive path did not fit
-        row | {"contenders": contenders, "graph": {"ours": {"p50_ms": 0.5}, "naive": {"p50_ms": 16.0}}},
-        row | {"pass": "forward+backward"},
-        row | {"status": "failed"},
-        row | {"batch": 2},
-    ]
-    ceilings = {"copy_bytes_per_second": 4e9, "bf16_operations_per_second": 8e11}
-    names: dict[str, Any] = {"plots": plots, "percent": percent, "Ceilings": roofs.Ceilings, "from_row": roofs.from_row}
-    exec(_cell("02_roofline", "def from_record").rpartition("\n\nrecords")[0], names)
-    measured, found = names["from_record"](_record("cuda", rows, ceilings=ceilings))
-    assert [entry.seconds for entry in measured] == [
-        {"ours": 0.002, "naive": 0.02},
-        {"ours": 0.001},
-        {"ours": 0.0005, "naive": 0.016},
-    ]
+def test_rows_of_a_bench_under_the_roof():
+    row = {"operator": "involution2d", "model": "RedNet-50", "shape": "64@56² K=7"}
+    row |= {"floor": {"bytes": 4_000_000, "operations": 8_000_000}, "contenders": {"ours": {"p50_ms": 2.0}}}
+    both = {"ours": {"p50_ms": 0.5}, "naive": {"p50_ms": 16.0}, "compiled": {"p50_ms": 4.0}}
+    measured = [roofs.from_row(row | changes) for changes in ({}, {"contenders": both}, {"graph": both})]
+    fast = {"ours": 0.0005, "naive": 0.016}  # the time of the graph where a call was captured
+    assert [entry.seconds for entry in measured] == [{"ours": 0.002}, fast, fast]
     assert [entry.intensity for entry in measured] == [2, 2, 2]
-    assert found.balance == 200
-    roof = roofs.roofline_figure(measured, found, "NVIDIA H200")
+    assert roofs.Ceilings(4e9, 8e11).balance == 200
+    roof = roofs.roofline_figure(measured, roofs.Ceilings(4e9, 1e9), "NVIDIA H200")
     assert "NVIDIA H200" in roof.get_supxlabel()
-    exec(_cell("02_roofline", "def achieved_figure").rpartition("\n\n")[0], names)
-    achieved = names["achieved_figure"](measured, found, "NVIDIA H200")
-    assert [text.get_text() for text in achieved.axes[0].texts] == ["50%", "100%", "200%"]  # of 4 GB/s
-    low = roofs.roofline_figure(measured, found._replace(operations_per_second=1e9), "")
-    assert low.axes[0].get_ylim()[1] > 16  # 10⁹ operations/s of the third
-
-
-def test_figure_of_committed_models():
-    timed = {"p50_ms": 64.0, "peak_bytes": 10**9}
-    row = {"status": "ok", "model": "rednet50", "batch": 128, "pass": "inference"}
-    rows = [row | {"contenders": dict.fromkeys(("ours", "naive", "compiled", "peer"), timed)}]
-    rows += [row | {"pass": "training"}, row | {"status": "failed"}]
-    names: dict[str, Any] = {"plots": plots}
-    source = _cell("03_models", "def models_figure")
-    exec(source[source.index("def models_figure") :].rpartition("\n\n")[0], names)
-    exec(_cell("03_models", "def committed_figure").rpartition("\n\nrecords")[0], names)
-    figure = names["committed_figure"](_record("cuda", rows))
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["rednet50"]
-    assert np.asarray(figure.axes[0].collections[1].get_offsets())[0][0] == 0.5  # ms of an image
-    assert figure.get_supxlabel() == "NVIDIA H200 · bfloat16 · 2030-01-02"
+    assert roof.axes[0].get_ylim()[1] > 16  # 10⁹ operations/s, above the roof
 
 
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "threads"),
-    [
-        (32, 0, 4, 2048),
-        (64, 0, 4, 1024),
-        (64, 0, 1, 1024),
-        (255, 0, 8, 256),
-        (16, 100 * 1024, 4, 256),
-        (33, 0, 4, 1536),
-    ],
+    [(32, 0, 4, 2048), (64, 0, 1, 1024), (255, 0, 8, 256), (16, 100 * 1024, 4, 256), (33, 0, 4, 1536)],
 )
 def test_resident_threads(registers, shared, warps, threads):
-    source = _cell("05_autotune", "def resident_threads")
+    """As a cell of notebook 05 counts them."""
+    cells = nbformat.read(NOTEBOOKS / "05_autotune.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if "def resident_threads" in cell.source)
     names: dict[str, Any] = {"math": math}
     exec(source[source.index("def resident_threads") : source.index("fields = ")], names)
     assert names["resident_threads"](registers, shared, warps) == threads
-
-
-def _sliders(shown):
-    """The cell of notebook 06 that makes them, run with its imports; what it displays is collected in ``shown``."""
-    source = _cell("06_your_own", "timing.best_device()").replace("%matplotlib inline", "")
-    names: dict[str, Any] = {}
-    exec(source, names)
-    names["display"] = lambda *found: shown.extend(found)
-    exec(_cell("06_your_own", "def measure"), names)
-    return names
-
-
-@pytest.fixture
-def notebooks_folder(monkeypatch):
-    monkeypatch.syspath_prepend(NOTEBOOKS)
-
-
-@pytest.mark.usefixtures("notebooks_folder")
-def test_without_ipywidgets_the_notebook_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    shown = []
-    names = _sliders(shown)
-    assert shown == []
-    assert "pip install ipywidgets" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="channels must be a multiple of 16"):
-        names["measure"]("na2d_av", size=8, kernel_size=3, channels=8, batch=1, dtype="float32")
-
-
-@pytest.mark.usefixtures("notebooks_folder")
-def test_a_slider_measures_when_it_is_let_go(monkeypatch):
-    ipywidgets = pytest.importorskip("ipywidgets", reason="sliders need ipywidgets")
-    shown = []
-    names = _sliders(shown)
-    panel = shown[-1]
-    sliders = {child.description: child for child in panel.children if hasattr(child, "description")}
-    assert set(sliders) == {"operator", "size", "kernel_size", "channels", "batch", "dtype", "backward"}
-    assert not any(getattr(slider, "continuous_update", False) for slider in sliders.values())
-    assert isinstance(panel, ipywidgets.interactive)
-    asked = []
-
-    def measure(**shape):
-        asked.append(shape)
-        raise ValueError("that does not fit")
-
-    names["measure"] = measure
-    sliders["size"].value = 14
-    assert asked[-1]["size"] == 14
-    assert asked[-1]["operator"] == "involution2d"

@@ -19,7 +19,7 @@ nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient")
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-FIGURES = {  # at least so many
+FIGURES = {  # the least number per notebook
     "00_from_convolution_to_contmix": 5,
     "01_operators": 8,
     "02_roofline": 3,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -37,7 +38,7 @@ OPERATORS = [
     operator_row("forward+backward", {"ours": 2.0, "naive": 16.0, "compiled": 1.0}),
     SKIPPED,
 ]
-THEN = {("av.14", "forward"): 20.0, ("av.14", "backward"): 50.0}  # predicted of the code that was measured
+THEN = {("av.14", "forward"): 20.0, ("av.14", "backward"): 50.0}  # predictions for the code that was measured
 KERNELS = [
     {
         "case": case,
@@ -118,11 +119,19 @@ def test_every_figure_of_the_pages_shows_the_committed_numbers():
     assert drawn >= 5
 
 
-@pytest.mark.parametrize("name", ["rednet26", "overlock_xt_reparam", "volo_d1"])
-def test_counts_are_near_the_published_ones(name):
-    published, counted = figures.load(figures.RESULTS / "published.json")[name], figures.count_model(name)
-    assert counted["parameters_m"] == pytest.approx(published["parameters_m"], rel=0.03)
-    assert counted["multiply_adds_g"] == pytest.approx(published["multiply_adds_g"], rel=0.05)
+PUBLISHED = figures.load(figures.RESULTS / "published.json")
+KNOWN: dict[str, Any] = {"overlock": {"rel": 0.05}, "rednet": {"abs": 0.005}, "volo": {"abs": 0.05}}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_committed_and_the_published_ones(name):
+    """Multiply-adds to 5 %, parameters as nearly as the papers say them."""
+    published, counted = PUBLISHED[name], figures.count_model(name)
+    assert counted == pytest.approx(figures.load(figures.RESULTS / "models.json")[name])
+    known = KNOWN[re.split(r"\d|_", name)[0]]
+    assert counted["parameters_m"] == pytest.approx(published["parameters_m"], **known)
+    if published["multiply_adds_g"] is not None:
+        assert counted["multiply_adds_g"] == pytest.approx(published["multiply_adds_g"], rel=0.05)
 
 
 @pytest.mark.parametrize(
