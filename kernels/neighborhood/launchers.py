@@ -316,12 +316,13 @@ def _shared_softmax_backward(
     return target, _shared_backward(grad, value, softmax.logits, target, window, softmax, config)
 
 
-OWN = _launchers(
+# Launchers are names of their module, by which tuning finds them.
+OWN = own_mix, own_softmax_mix, own_transpose, own_correlate, own_softmax_backward = _launchers(
     "own_windows", configs.OWN_CONFIGS,
     (configs.own_heuristic, configs.own_heuristic, configs.own_correlate_heuristic),
     configs.own_problem, _own_sum, _own_correlate,
 )  # fmt: skip
-SHARED = _launchers(
+SHARED = shared_mix, shared_softmax_mix, shared_transpose, shared_correlate, _ = _launchers(
     "shared_windows", configs.SHARED_CONFIGS, (configs.shared_heuristic,) * 3,
     configs.shared_problem, _shared_sum, _shared_correlate, _shared_softmax_backward,
 )  # fmt: skip
