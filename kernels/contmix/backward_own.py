@@ -100,7 +100,7 @@ def _grad_logits_own_kernel(
     for i_image in range(i_first, tl.minimum(i_first + images, batch)):
         i_batch = tl.cast(i_image, tl.int64)
         queries, keys, values = at(query, i_batch, 0), at(projected, i_batch, 0), at(value, i_batch, 0)
-        # [G, 2P, Dq]
+        # [G, O, Dq]
         b_query = load_heads(
             queries, offsets(query, outputs, OFFSET), o_output >= 0, i_head, groups, QUERY_CHANNELS, HEADS, BLOCK_QUERY
         )

@@ -4,8 +4,9 @@
 14x14 with K = 13 four windows for 196 outputs, at 7x7 with K = 7 one. A tile holds outputs of one window, and every sum
 over window positions is a matrix product.
 
-*Own windows.* Elsewhere nearly every output has a window of its own. A tile holds pairs of adjacent outputs of several
-heads, whose channels are adjacent in memory, and sums over window positions run in registers.
+*Own windows.* Elsewhere nearly every output has a window of its own. A tile holds adjacent outputs of several heads,
+whose channels are adjacent in memory. Forward, sums over window positions run in registers, for pairs of outputs;
+backward, products with all inputs that a tile sees are matrix products, of which each output takes its own.
 """
 
 from dataclasses import dataclass, replace
