@@ -3,10 +3,11 @@
 
 """ContMix's backward pass where nearly every output has a window of its own.
 
-The first kernel mirrors the forward pass: in pairs of outputs it makes softmax weights p again, and the logits'
-gradients ds = p ∘ (Σ_c grad · value − δ), δ = Σ_c grad · out; it ends query's gradient and stores p and ds of as many
-rows at a time as memory may take. From these come the other gradients: value's by the second kernel, a sum over the
-outputs that see an input, row by row as matrix products; projected keys' as one product; bias' and rpb's as sums.
+The first kernel makes softmax weights p again, and the logits' gradients ds = p ∘ (Σ_c grad · value − δ), δ = Σ_c
+grad · out; it ends query's gradient and stores p and ds of as many rows at a time as memory may take. Σ_c grad · value
+is a matrix product too: of a tile of outputs, and all inputs that any of them sees; each output gathers its own. From p
+and ds come the other gradients: value's by the second kernel, a sum over the outputs that see an input, row by row as
+matrix products; projected keys' as one product; bias' and rpb's as sums.
 """
 
 from typing import Any
@@ -19,27 +20,34 @@ from torch import Tensor
 from kernels.contmix.backward_shared import Targets, reference_gradients
 from kernels.contmix.backward_stored import Rows, class_of, grad_parameters_own, grad_value_own
 from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import OWN, Own, Saved, Sizes, grad_own_heuristic, problem_of, steps_of_own, types
-from kernels.contmix.forward_own import bias_of_step, logits_of_pairs, own_arguments, values_of_pairs
+from kernels.contmix.configs import OWN, Own, Saved, Sizes, block, grad_own_heuristic, problem_of, steps_of_own, types
+from kernels.contmix.forward_own import bias_of_step, logits_of_pairs
 from kernels.contmix.forward_shared import views_of
-from kernels.contmix.tiles import join, key_scale, load_heads, pixels_of_pairs, rpb_base, store_heads
+from kernels.contmix.tiles import key_scale, load_heads, pixels_of_tile, rpb_base, store_heads
 from kernels.launch import ceil_divide, launch
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
-from kernels.windows_triton import offsets
+from kernels.windows_triton import offsets, window_start
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24
 
 
 @triton.jit
-def _of_outputs(parts, LEVELS: tl.constexpr):
-    """The inverse of ``weights_of_pairs``: 2 · S blocks [P, G] as [G, 2P, S], S = 2^(LEVELS - 1)."""
-    PAIRS: tl.constexpr = parts[0].shape[0]
-    HEADS: tl.constexpr = parts[0].shape[1]
-    b = tl.reshape(join(parts, LEVELS), [PAIRS, HEADS, 2, 1 << (LEVELS - 1)])
-    return tl.permute(tl.reshape(tl.permute(b, [0, 2, 1, 3]), [2 * PAIRS, HEADS, 1 << (LEVELS - 1)]), [1, 0, 2])
+def _places(i_head, o_output, o_seen, SEEN: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Where products of an output and an input that its tile sees are in the order of ``_in_order``."""
+    o_output = o_output // 8 * 32 + o_output % 8
+    o_seen = (o_seen // 8 * 2 + o_seen % 2) * (4 * OUTPUTS) + o_seen // 2 % 4 * 8
+    return i_head * (OUTPUTS * SEEN) + o_seen + o_output
+
+
+@triton.jit
+def _in_order(b, HEADS: tl.constexpr, OUTPUTS: tl.constexpr, SEEN: tl.constexpr):
+    """[G, O, SEEN] as [G · O · SEEN], in an order in which a gather meets no bank of shared memory twice: a warp's 32
+    threads hold 8 adjacent outputs by 4 pairs of adjacent inputs."""
+    b = tl.reshape(b, [HEADS, OUTPUTS // 8, 8, SEEN // 8, 4, 2])
+    return tl.reshape(tl.permute(b, [0, 3, 5, 1, 4, 2]), [HEADS * OUTPUTS * SEEN])
 
 
 @triton.jit
@@ -54,89 +62,84 @@ def _grad_logits_own_kernel(
     statistics,  # [B, G, H, W]: log Σ_k exp
     previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
     grad_query,  # [B, G, Dq, H, W]: written
-    weights,  # [B, G, rows, W, K / ROWS · S]: p, written; NaN where an output's gradient is not finite
+    weights,  # [B, G, rows, K / ROWS, W, S]: p, written; NaN where an output's gradient is not finite
     grad_logits,  # the same: ds, written
     sizes, tiles, head_blocks, images,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    OFFSET: tl.constexpr, UPCAST: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    ADD: tl.constexpr,
+    OFFSET: tl.constexpr, UPCAST: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEEN: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, BLOCK_QUERY: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     batch, groups, height, width, first_row, last_row = sizes
     i_program = tl.program_id(0)
     i_tile, i_head = i_program % tiles, i_program // tiles % head_blocks * HEADS
     i_first = i_program // (tiles * head_blocks) * images
-    o_output, o_pair = tl.arange(0, 2 * PAIRS), i_tile * PAIRS + tl.arange(0, PAIRS)
-    outputs = pixels_of_pairs(i_tile * PAIRS + o_output // 2, o_output % 2, first_row, last_row, height, width, KERNEL)
-    first = pixels_of_pairs(o_pair, 0, first_row, last_row, height, width, KERNEL)
-    second = pixels_of_pairs(o_pair, 1, first_row, last_row, height, width, KERNEL)
-    m_moved = second.start_w > first.start_w
+    o_output, o_position, o_seen = tl.arange(0, OUTPUTS), tl.arange(0, STEPS), tl.arange(0, SEEN)
+    tiles_w = tl.cdiv(width, COLUMNS)
+    row, column = first_row + i_tile // tiles_w * (OUTPUTS // COLUMNS), i_tile % tiles_w * COLUMNS
+    outputs = pixels_of_tile(row, column, o_output, last_row, height, width, KERNEL, COLUMNS)
+    # What the tile sees in a step, row by row.
+    SEEN_W: tl.constexpr = COLUMNS + KERNEL - 1
+    start_h, start_w = window_start(row, height, KERNEL, 1), window_start(column, width, KERNEL, 1)
+    seen_h, seen_w = start_h + o_seen // SEEN_W, start_w + o_seen % SEEN_W
+    m_seen = (o_seen < (ROWS + OUTPUTS // COLUMNS - 1) * SEEN_W) & (seen_w < width)
+    # [O, S]: which of these a window's positions are; where there is none, the window's first.
+    o_inside = tl.where(o_position < ROWS * KERNEL, o_position // KERNEL * SEEN_W + o_position % KERNEL, 0)
+    o_inside = ((outputs.start_h - start_h) * SEEN_W + outputs.start_w - start_w)[:, None] + o_inside[None, :]
+    o_inside = _places(tl.arange(0, HEADS)[:, None, None], o_output[None, :, None], o_inside[None, :, :], SEEN, OUTPUTS)
+    o_inside = tl.reshape(o_inside, [HEADS * OUTPUTS * STEPS])
     o_head = i_head + tl.arange(0, HEADS)
     m_head = o_head < groups
     o_head = tl.minimum(o_head, groups - 1)
     o_base = (o_head * rpb.g)[:, None, None] + rpb_base(rpb, outputs, KERNEL)[None, :, None]
-    o_step = tl.arange(0, STEPS)
-    o_weight = (
-        ((outputs.row - first_row) * width + outputs.column)[None, :, None] * weights.w + o_step[None, None, :]
-    ).to(OFFSET)
+    o_weight = (outputs.row - first_row).to(OFFSET) * weights.h + outputs.column.to(OFFSET) * weights.w
+    o_weight = o_weight[None, :, None] + o_position[None, None, :]
     o_weight += (o_head.to(OFFSET) * weights.g)[:, None, None]
     m_weight = (m_head[:, None] & outputs.mask[None, :])[:, :, None]
     b_bias = bias_of_step(bias, rpb, o_base, 0, KERNEL, ROWS, STEPS, ACCUMULATOR)
     for i_image in range(i_first, tl.minimum(i_first + images, batch)):
         i_batch = tl.cast(i_image, tl.int64)
         queries, keys, values = at(query, i_batch, 0), at(projected, i_batch, 0), at(value, i_batch, 0)
-        # [G, 2P, Dq]
+        # [G, O, Dq]
         b_query = load_heads(
             queries, offsets(query, outputs, OFFSET), o_output >= 0, i_head, groups, QUERY_CHANNELS, HEADS, BLOCK_QUERY
         )
         b_query = tl.permute(b_query, [1, 0, 2])
         grads, outs = at(grad, i_batch, 0), at(out, i_batch, 0)
-        o_first, o_second = offsets(grad, first, OFFSET), offsets(grad, second, OFFSET)
-        # [P, G, Dv]; outputs that are not there have no gradient
-        b_first = load_heads(grads, o_first, first.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS).to(
-            ACCUMULATOR
+        # [O, G, Dv]; outputs that are not there have no gradient
+        b_grad = load_heads(
+            grads, offsets(grad, outputs, OFFSET), outputs.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS
         )
-        b_second = load_heads(grads, o_second, second.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS).to(
-            ACCUMULATOR
+        b_out = load_heads(
+            outs, offsets(out, outputs, OFFSET), outputs.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS
         )
-        o_first, o_second = offsets(out, first, OFFSET), offsets(out, second, OFFSET)
-        b_out = load_heads(outs, o_first, first.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
-        delta_first = tl.sum(b_first * b_out.to(ACCUMULATOR), 2)
-        b_out = load_heads(outs, o_second, second.mask, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
-        delta_second = tl.sum(b_second * b_out.to(ACCUMULATOR), 2)
+        b_delta = tl.trans(tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 2))
         # 0, or NaN where a gradient is not finite.
-        b_spoilt = _of_outputs((tl.sum(b_first * 0, 2), tl.sum(b_second * 0, 2)), 1)
+        b_spoilt = tl.trans(tl.sum(b_grad.to(ACCUMULATOR) * 0, 2))
+        b_grad = tl.permute(b_grad, [1, 0, 2])
         p_statistics = at(statistics, i_batch, 0).ptr + (o_head * statistics.g)[:, None]
         b_statistics = tl.load(p_statistics + offsets(statistics, outputs, OFFSET)[None, :]) * LOG2_E
 
-        b_sum = tl.zeros([HEADS, 2 * PAIRS, BLOCK_QUERY], ACCUMULATOR)
+        b_sum = tl.zeros([HEADS, OUTPUTS, BLOCK_QUERY], ACCUMULATOR)
         for i_step in range(KERNEL // ROWS):
             if KERNEL > ROWS:
                 b_bias = bias_of_step(bias, rpb, o_base, i_step, KERNEL, ROWS, STEPS, ACCUMULATOR)
-            o_value = (first.start_h + i_step * ROWS).to(OFFSET) * value.h + first.start_w.to(OFFSET) * value.w
-            products_first, products_second = (), ()
-            for row in tl.static_range(ROWS):
-                seen = values_of_pairs(
-                    values, o_value, m_moved, i_head, groups, row, row + 1, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
-                )
-                b_before = tl.sum(b_second * seen[0].to(ACCUMULATOR), 2)
-                for i in tl.static_range(KERNEL):
-                    b_after = tl.sum(b_second * seen[i + 1].to(ACCUMULATOR), 2)
-                    b_product = tl.sum(b_first * seen[i].to(ACCUMULATOR), 2)
-                    products_first = products_first + (b_product - delta_first,)
-                    products_second = products_second + (tl.where(m_moved[:, None], b_after, b_before) - delta_second,)
-                    b_before = b_after
-            for _ in tl.static_range(STEPS - ROWS * KERNEL):
-                zero = tl.zeros([PAIRS, HEADS], ACCUMULATOR)
-                products_first, products_second = products_first + (zero,), products_second + (zero,)
+            o_value = (seen_h + i_step * ROWS).to(OFFSET) * value.h + seen_w.to(OFFSET) * value.w
+            m_value = m_seen & (seen_h + i_step * ROWS < height)
+            b_value = load_heads(values, o_value, m_value, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
+            b_products = tl.zeros([HEADS, OUTPUTS, SEEN], ACCUMULATOR)
+            b_products = dot(b_grad, tl.permute(b_value, [1, 2, 0]), b_products, UPCAST)
+            # A gather along the only axis goes by shared memory, which takes less than shuffles.
+            b_products = tl.gather(_in_order(b_products, HEADS, OUTPUTS, SEEN), o_inside, 0)
+            b_products = tl.reshape(b_products, [HEADS, OUTPUTS, STEPS]) - b_delta[:, :, None]
             b_logits, b_keys = logits_of_pairs(
                 b_query, b_bias, keys, i_step, i_head, groups, KERNEL, ROWS, QUERY_CHANNELS, UPCAST
             )
             b_weight = tl.exp2(b_logits - b_statistics[:, :, None])
-            b_grad_logits = (b_weight * _of_outputs(products_first + products_second, LEVELS)).to(b_query.dtype)
+            b_grad_logits = (b_weight * b_products).to(b_query.dtype)
             b_sum = dot(b_grad_logits, tl.permute(b_keys, [1, 0, 2]), b_sum, UPCAST)
-            o_stored = o_weight + i_step * STEPS
-            b_weight = (b_weight + b_spoilt).to(b_query.dtype)
+            o_stored = o_weight + (i_step * weights.k).to(OFFSET)
+            b_weight = (b_weight + b_spoilt[:, :, None]).to(b_query.dtype)
             tl.store(at(weights, i_batch, 0).ptr + o_stored, b_weight, mask=m_weight)
             tl.store(at(grad_logits, i_batch, 0).ptr + o_stored, b_grad_logits, mask=m_weight)
 
@@ -161,18 +164,33 @@ def _grad_logits_own_kernel(
 )
 def grad_logits_own(saved: Saved, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Own) -> Tensor:
     """Fills ``rows``, and its outputs' gradient of query."""
+    kernel_size = (saved.rpb.shape[1] + 1) // 2
+    kernel_rows, steps = steps_of_own(kernel_size)
+    sizes, outputs, columns = rows.sizes, 2 * config.pairs, 4 if kernel_rows == kernel_size else 16
+    tiles = ceil_divide(sizes.last_row - sizes.first_row + 1, outputs // columns) * ceil_divide(sizes.width, columns)
+    head_blocks = ceil_divide(sizes.groups, config.heads)
     arguments = {
         **views_of(saved),
         "previous": view(grad_query if previous is None else previous, "b g c h w"),
         "grad_query": view(grad_query, "b g c h w"),
-        "weights": view(rows.weights, "b g h w k"),
-        "grad_logits": view(rows.grad_logits, "b g h w k"),
+        "weights": view(rows.weights, "b g h k w c"),
+        "grad_logits": view(rows.grad_logits, "b g h k w c"),
         **types(saved, saved.grad, saved.out, grad_query, rows.weights),
-        **own_arguments(saved, rows.sizes, config),
+        "sizes": sizes,
+        "tiles": tiles,
+        "head_blocks": head_blocks,
+        "images": config.images,
+        "OUTPUTS": outputs,
+        "COLUMNS": columns,
+        "SEEN": block((kernel_rows + outputs // columns - 1) * (columns + kernel_size - 1)),
+        "HEADS": config.heads,
+        "ROWS": kernel_rows,
+        "STEPS": steps,
+        "BLOCK_CHANNELS": block(saved.value.shape[2]),
         "ADD": previous is not None,
     }
-    # One program per (tile of pairs, block of heads, images).
-    grid = (arguments["tiles"] * arguments["head_blocks"] * ceil_divide(rows.sizes.batch, config.images),)
+    # One program per (tile of outputs, block of heads, images).
+    grid = (tiles * head_blocks * ceil_divide(sizes.batch, config.images),)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(_grad_logits_own_kernel, grid, grad_query.device, arguments, **options)
     return grad_query
@@ -183,7 +201,7 @@ def rows_of(saved: Saved, first_row: int, last_row: int) -> Rows:
     batch, groups, _, height, width = saved.value.shape
     kernel_size = (saved.rpb.shape[1] + 1) // 2
     kernel_rows, steps = steps_of_own(kernel_size)
-    shape = batch, groups, last_row - first_row + 1, width, kernel_size // kernel_rows * steps
+    shape = batch, groups, last_row - first_row + 1, kernel_size // kernel_rows, width, steps
     sizes = Sizes(batch, groups, height, width, first_row, last_row)
     return Rows(sizes, saved.value.new_empty(shape), saved.value.new_empty(shape))
 

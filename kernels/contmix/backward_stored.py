@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     """Some rows of outputs of some batch entries, and what the first kernel leaves of them for the others."""
 
     sizes: Sizes
-    weights: Tensor  # [B, G, rows, W, K / ROWS · S]: p
+    weights: Tensor  # [B, G, rows, K / ROWS, W, S]: p
     grad_logits: Tensor  # the same: ds
 
 
@@ -32,7 +32,7 @@ LEAST_PROGRAMS, LEAST_ROWS = 264, 4
 
 @triton.jit
 def _grad_value_own_kernel(
-    weights,  # [B, G, rows, W, K / ROWS · S]: p of some rows of outputs
+    weights,  # [B, G, rows, K / ROWS, W, S]: p of some rows of outputs
     grad,  # [B, G, Dv, H, W]
     previous,  # [B, G, Dv, H, W]: what to add to, where ADD
     grad_value,  # [B, G, Dv, H, W]: written
@@ -73,7 +73,7 @@ def _grad_value_own_kernel(
             m_step = o_step <= i_last_h
             kernel_h = row - window_start(o_step, height, KERNEL, 1)
             o_weight = (o_step - first_row).to(OFFSET) * weights.h + (
-                kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
+                kernel_h // ROWS * weights.k + kernel_h % ROWS * KERNEL
             )
             b_weight = tl.load(
                 p_output + o_weight[None, :, None], mask=(m_kernel & m_step[:, None])[None, :, :], other=0
@@ -104,7 +104,7 @@ def _outputs_seeing(o_input, length, KERNEL: tl.constexpr):
 @triton.jit
 def _grad_parameters_own_kernel(
     query,  # [B, G, Dq, H, W]
-    grad_logits,  # [B, G, rows, W, K / ROWS · S]: ds of some rows of outputs
+    grad_logits,  # [B, G, rows, K / ROWS, W, S]: ds of some rows of outputs
     previous,  # [B, G, Dq, K²]: what to add to, where ADD
     grad_projected,  # [N, B, G, Dq, K²]: written; N along the axis h
     sums,  # [N·B, G, classes of rows, K + 1, K / ROWS · S]: written; ds, summed over the outputs of a class of rows and
@@ -149,7 +149,9 @@ def _grad_parameters_own_kernel(
         m_column = tl.where(m_inner, o_column < width - HALF, i_tile == 0)
         o_logits = (row - first_row).to(OFFSET) * logits.h + o_column.to(OFFSET) * logits.w
         b_grad_logits = tl.load(
-            logits.ptr + o_logits[:, None] + o_stored[None, :], mask=m_column[:, None] & m_stored[None, :], other=0
+            logits.ptr + o_logits[:, None] + (o_stored // STEPS * logits.k + o_stored % STEPS)[None, :],
+            mask=m_column[:, None] & m_stored[None, :],
+            other=0,
         )
         o_query = row.to(OFFSET) * queries.h + o_column.to(OFFSET) * queries.w
         b_query = load_pixels(queries, o_query, m_column, QUERY_CHANNELS, BLOCK_QUERY)
@@ -180,10 +182,10 @@ def grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tenso
     sizes, (kernel_rows, steps) = rows.sizes, steps_of_own((saved.rpb.shape[1] + 1) // 2)
     constants = types(saved, saved.grad, grad_value, rows.weights)
     del constants["QUERY_CHANNELS"], constants["BLOCK_QUERY"]
-    heads = min(4, next_power_of_2(sizes.groups))
+    heads = min(2, next_power_of_2(sizes.groups))
     tiles, head_blocks = sizes.height * ceil_divide(sizes.width, 16), ceil_divide(sizes.groups, heads)
     arguments = {
-        "weights": view(rows.weights, "b g h w k"),
+        "weights": view(rows.weights, "b g h k w c"),
         "grad": view(saved.grad, "b g c h w"),
         "previous": view(grad_value if previous is None else previous, "b g c h w"),
         "grad_value": view(grad_value, "b g c h w"),
@@ -192,7 +194,7 @@ def grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tenso
         "head_blocks": head_blocks,
         **constants,
         "INPUTS": 16,
-        "OUTPUTS": 32,
+        "OUTPUTS": 64,
         "COLUMNS": min(32, block(min(sizes.width, constants["KERNEL"] + 15))),
         "HEADS": heads,
         "ROWS": kernel_rows,
@@ -202,7 +204,7 @@ def grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tenso
     }
     # One program per (tile of inputs, block of heads, batch entry).
     grid = (tiles * head_blocks * sizes.batch,)
-    launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=3)
+    launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=1)
 
 
 def grad_parameters_own(
@@ -214,7 +216,7 @@ def grad_parameters_own(
     batch, groups, height, width, first_row, last_row = sizes
     kernel_size = constants["KERNEL"]
     kernel_rows, steps = steps_of_own(kernel_size)
-    stored = rows.weights.shape[4]
+    stored = kernel_size // kernel_rows * steps
     positions = min(64, next_power_of_2(stored))
     programs, count = ceil_divide(stored, positions) * groups * batch, last_row - first_row + 1
     several, parts = 1, None
@@ -229,7 +231,7 @@ def grad_parameters_own(
     columns = max(block(kernel_size), min(64 if saved.value.dtype.itemsize == 2 else 32, block(width)))
     arguments = {
         "query": view(saved.query, "b g c h w"),
-        "grad_logits": view(rows.grad_logits, "b g h w k"),
+        "grad_logits": view(rows.grad_logits, "b g h k w c"),
         "previous": view(grad_projected if previous is None else previous, "b g c k"),
         "grad_projected": view(grad_projected, "b g c k") if parts is None else view(parts, "h k b g c"),
         "sums": view(sums, "b g h w k"),

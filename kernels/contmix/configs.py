@@ -4,8 +4,9 @@
 14x14 with K = 13 four windows for 196 outputs, at 7x7 with K = 7 one. A tile holds outputs of one window, and every sum
 over window positions is a matrix product.
 
-*Own windows.* Elsewhere nearly every output has a window of its own. A tile holds pairs of adjacent outputs of several
-heads, whose channels are adjacent in memory, and sums over window positions run in registers.
+*Own windows.* Elsewhere nearly every output has a window of its own. A tile holds adjacent outputs of several heads,
+whose channels are adjacent in memory. Forward, sums over window positions run in registers, for pairs of outputs;
+backward, products with all inputs that a tile sees are matrix products, of which each output takes its own.
 """
 
 from dataclasses import dataclass, replace
@@ -149,6 +150,7 @@ OWN = tuple(
     for pairs, heads, images, warps, stages in (
         (16, 4, 1, 4, 2), (16, 4, 2, 4, 2), (16, 4, 4, 4, 2), (16, 4, 4, 4, 1), (16, 4, 8, 4, 2), (32, 4, 1, 8, 2),
         (16, 2, 1, 2, 2), (16, 2, 2, 2, 2), (16, 2, 4, 2, 2), (16, 1, 1, 1, 2), (16, 1, 4, 1, 2), (32, 2, 1, 4, 2),
+        (8, 4, 1, 4, 1), (8, 4, 1, 4, 2), (8, 2, 1, 2, 1), (8, 1, 1, 1, 1),
     )
 )  # fmt: skip
 
@@ -190,14 +192,12 @@ def own_heuristic(problem: Problem) -> Own:
 
 
 def grad_own_heuristic(problem: Problem) -> Own:
-    """Half the heads of the forward pass, since what is stored leaves less for registers; of a large window all, but no
-    loads ahead, which would pass by L1."""
+    """16 outputs of one image; of a large window 32 that share its keys, or 16 of a wider type, which takes as much."""
     config = own_heuristic(problem)
-    if problem.kernel_size > 5:
-        return replace(config, num_stages=1)
-    if interpreting() or config.heads == 1:
+    if interpreting():
         return config
-    return replace(config, heads=config.heads // 2, num_warps=max(1, config.num_warps // 2))
+    large = problem.kernel_size > 5 and problem.dtype.itemsize == 2
+    return replace(config, pairs=16 if large else 8, images=1, num_stages=2 if large else 1)
 
 
 def types(inputs: Inputs | Saved, *others: Tensor) -> dict[str, Any]:

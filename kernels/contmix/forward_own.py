@@ -10,8 +10,6 @@ block per window position, and multiply the values that a pair sees: K + 1 of a 
 the last K, or the first K where its window is clamped to the first's.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -183,36 +181,29 @@ def _forward_own_kernel(
         tl.store(p_statistics, (b_max + tl.log2(b_total)) / LOG2_E, mask=m_statistics)
 
 
-def own_arguments(inputs: Inputs, sizes: Sizes, config: Own) -> dict[str, Any]:
-    """What kernels of pairs take: how they are cut."""
+@tunable(OWN, own_heuristic, problem=problem_of, reference=forward_reference, name="contmix.own")
+def forward_own(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Own) -> Tensor:
+    """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
+    batch, groups, channels, height, width = inputs.value.shape
     rows, steps = steps_of_own((inputs.rpb.shape[1] + 1) // 2)
-    pairs = (sizes.last_row - sizes.first_row + 1) * ceil_divide(sizes.width, 2)
-    return {
-        "sizes": sizes,
-        "tiles": ceil_divide(pairs, config.pairs),
-        "head_blocks": ceil_divide(sizes.groups, config.heads),
+    tiles, head_blocks = ceil_divide(height * ceil_divide(width, 2), config.pairs), ceil_divide(groups, config.heads)
+    arguments = {
+        **views_of(inputs),
+        "out": view(out, "b g c h w"),
+        "statistics": view(statistics, "b g h w"),
+        **types(inputs, out),
+        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
+        "tiles": tiles,
+        "head_blocks": head_blocks,
         "images": config.images,
         "PAIRS": config.pairs,
         "HEADS": config.heads,
         "ROWS": rows,
         "STEPS": steps,
         "LEVELS": steps.bit_length(),
-        "BLOCK_CHANNELS": max(8, next_power_of_2(inputs.value.shape[2])),
-    }
-
-
-@tunable(OWN, own_heuristic, problem=problem_of, reference=forward_reference, name="contmix.own")
-def forward_own(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Own) -> Tensor:
-    """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
-    batch, groups, _, height, width = inputs.value.shape
-    arguments = {
-        **views_of(inputs),
-        "out": view(out, "b g c h w"),
-        "statistics": view(statistics, "b g h w"),
-        **types(inputs, out),
-        **own_arguments(inputs, Sizes(batch, groups, height, width, 0, height - 1), config),
+        "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
     }
     # One program per (tile of pairs, block of heads, images).
-    grid = (arguments["tiles"] * arguments["head_blocks"] * ceil_divide(batch, config.images),)
+    grid = (tiles * head_blocks * ceil_divide(batch, config.images),)
     launch(_forward_own_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     return out
