@@ -5,8 +5,6 @@ them has done it; and it computes all integer arithmetic a second time in 64 bit
 that need 64 bits have tests of their own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 __all__ = ["quicken"]

@@ -1,7 +1,5 @@
 """What every test compares with: the shared tolerances, one error measure, fresh inputs, official golden outputs."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """What the rules of the conformance tests have in common: how an operator is run, checked and watched."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The eager path beyond the rules for every operator: how it cuts maps, what memory it takes, PyTorch's routes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

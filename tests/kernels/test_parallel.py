@@ -1,7 +1,5 @@
 """Eager calls on several threads: the same results, whoever calls, and the caller's settings as they were."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """The table of families: a narrow member of each, and what is known of the published ones. A new family is one row."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Running the commands: a model that trains a step in milliseconds, and processes that are killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What ``python -m models`` and ``python -m autotune`` share: numbers, terminals, and errors as one line."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

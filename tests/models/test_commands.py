@@ -1,7 +1,5 @@
 """``python -m models`` list, classify and evaluate: what each prints and writes, refuses, and continues with."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """Several processes compute the gradients of one: DistributedDataParallel and FSDP2, over gloo."""
 
-from __future__ import annotations
-
 import os
 import socket
 from typing import Any

@@ -3,8 +3,6 @@
 What a family does beyond them is tested in its own file; PyTorch's tools, timm's calls and refusals have files, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pytest

@@ -1,7 +1,5 @@
 """Models outside PyTorch: torch.export, ONNX with its runtime, a compiled package; each at batches it has not seen."""
 
-from __future__ import annotations
-
 import shutil
 from typing import Any
 

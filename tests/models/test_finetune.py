@@ -1,7 +1,5 @@
 """``python -m models finetune``: the path after a kill, processes, recipes, TensorBoard, timm."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """What image files are read as, and which are refused, by the one reader of all commands."""
 
-from __future__ import annotations
-
 import os
 import struct
 

@@ -1,7 +1,5 @@
 """The inference form computes what the model computes, and is still a model of its family."""
 
-from __future__ import annotations
-
 import copy
 import io
 from typing import Any

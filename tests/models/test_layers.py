@@ -1,7 +1,5 @@
 """Each layer against its formula, in float64 where nothing forbids it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """OverLoCK beyond the rules for every family: dense prediction, two outputs in training, the merged form."""
 
-from __future__ import annotations
-
 import copy
 import json
 from typing import Any

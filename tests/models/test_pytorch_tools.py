@@ -1,7 +1,5 @@
 """PyTorch's own tools on every family: compilation, precision, copies, torch.func, changed layers, CUDA graphs."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

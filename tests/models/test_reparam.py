@@ -1,7 +1,5 @@
 """DilatedReparamBlock: the sum of its branches, in training, in evaluation and merged, whatever the branches are."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

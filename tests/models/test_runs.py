@@ -1,7 +1,5 @@
 """What a run of ``finetune`` leaves: weights that say what they are of, and a state from which it continues."""
 
-from __future__ import annotations
-
 import errno
 import json
 import shutil

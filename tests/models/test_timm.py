@@ -4,8 +4,6 @@ timm needs torchvision merely to be imported. Where that is not installed, empty
 from it; everything of timm that these tests call is timm's own.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

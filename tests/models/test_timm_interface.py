@@ -1,7 +1,5 @@
 """What scripts written for timm call and look up on a model, for every family; timm itself is not needed."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

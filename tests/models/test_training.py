@@ -1,7 +1,5 @@
 """What the training loop is made of: losses, rates, groups, batches, random numbers; and each family learns digits."""
 
-from __future__ import annotations
-
 import importlib.util
 import random
 from collections.abc import Callable
