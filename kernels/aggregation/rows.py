@@ -9,6 +9,7 @@ Per output pixel and group aggregate reads K² weights and C values and writes C
 issues C·K²/32 multiply-adds for it and about as many conversions, loads and moves, which bind where memory does not.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +38,8 @@ from kernels.tuning import tunable
 from kernels.views import View, view
 from kernels.windows import Pair, Window
 
-FEATURES = 128  # in one product; more are summed over several
+# Features in one product, and in a transposed one, whose operands fill registers; more are summed over several.
+FEATURES, TRANSPOSED_FEATURES = 128, 32
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def weighted_sum(
         **common,
         "TRANSPOSED": transposed,
         "FEATURES": features,
-        "BLOCK_FEATURES": min(FEATURES, max(16, next_power_of_2(features))),
+        "BLOCK_FEATURES": min(TRANSPOSED_FEATURES if transposed else FEATURES, max(16, next_power_of_2(features))),
         "HAS_BIAS": bias is not None,
         "WEIGHT_LANES": weight_lanes,
         "OFFSET": precision(kernel[:, None])["OFFSET"],
@@ -209,7 +211,10 @@ def weighted_sum(
     }
     # One program per (group block, channel block, row tile, columns of all images), fastest first.
     grid = (programs * common["channel_blocks"],)
-    launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=1)
+    # The next step's operands of a product are copied to shared memory while this step's taps are used; AMD's compiler
+    # would hold them in registers.
+    stages = 2 if features and not torch.version.hip else 1
+    launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
     return out
 
 
