@@ -162,7 +162,7 @@ def weighted_sum_kernel(
             # As in ``across``: what lies across lanes.
             p_tap = tl.max_contiguous(tl.multiple_of(p_tap, [1, 1]), [8, 1] if WEIGHT_LANES else [1, 8])
             b_taps = tl.load(p_tap) if REPEATED else tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0)
-        taps = unstack(b_taps, COLUMNS, GROUPS, STEPS)
+        taps = unstack(b_taps, COLUMNS, GROUPS, STEPS, ACCUMULATOR)
         sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, BLOCK, ROWS)
         for source in tl.static_range(FIRST + LOADS, END, LOADS):
             rows = load_rows(

@@ -49,7 +49,7 @@ SPILLS = {
         "forward_own_kernel": 600,
         "grad_logits_own_kernel": 888,
         "grad_inputs_shared_kernel": 960,
-        "weighted_sum_kernel": 8,
+        "weighted_sum_kernel": 16,
     },
 }
 
