@@ -119,7 +119,7 @@ def heuristic(problem: Problem) -> Config:
     lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
     config = Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
     if products:
-        return replace(config, num_warps=2 if problem.features < 64 else 4)
+        return replace(config, loads=7)
     if lane < 8:
         return config
     if problem.features:  # of large maps one warp, 6 % quicker on an H200 than two

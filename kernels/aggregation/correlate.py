@@ -13,6 +13,7 @@ from kernels.aggregation import eager
 from kernels.aggregation.configs import CONFIGS, Config, correlate_heuristic
 from kernels.aggregation.tiles import (
     across,
+    all_apart,
     by_columns,
     common_arguments,
     halved,
@@ -26,7 +27,6 @@ from kernels.aggregation.tiles import (
     tap_of,
     turned,
     wide,
-    widened,
 )
 from kernels.dtypes import at_least_float32
 from kernels.launch import launch, next_power_of_2
@@ -102,7 +102,7 @@ def _correlate_kernel(
                                 b_sum += grads[part * ROWS + r] * rows[part * len(rows) * ROWS // len(grads) + i]
                             b_sum = tl.sum(b_sum, axis=2)
                             if DIRECT:
-                                o_step = wide(tap_of(source + i, r, WINDOW, SLOTS, False) // SLOTS)
+                                o_step = wide(tap_of(source + i, r, WINDOW, SLOTS, False) % STEPS)
                                 o_row = (tile.row + r).to(tl.int64) * out.h
                                 p_sum = p_direct + (o_row + o_step * out.k + wide(kw) * out.c)
                                 m_sum = m_direct & (tile.row + r < height)
@@ -123,14 +123,10 @@ def _correlate_kernel(
 def _all_widened(rows, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LANE: tl.constexpr, ACCUMULATOR: tl.constexpr):
     """Rows [P, G·C] in the type of the sums, as [P, G, C/LANE]: a lane's channels one by one, each of all rows, so that
     products of theirs are added as they are made."""
-    parts = ()
-    others = ()
+    blocks = ()
     for i in tl.static_range(len(rows)):
-        halves = widened(rows[i], GROUPS, CHANNELS, ACCUMULATOR)
-        parts = parts + (tl.reshape(halves[0], halvings(rows[i].shape[0], GROUPS, CHANNELS // LANE, LANE)),)
-        if len(halves) == 2:
-            others = others + (tl.reshape(halves[1], halvings(rows[i].shape[0], GROUPS, CHANNELS // LANE, LANE)),)
-    parts = parts + others
+        blocks = blocks + (tl.reshape(rows[i], halvings(rows[i].shape[0], GROUPS, CHANNELS // LANE, LANE)),)
+    parts = all_apart(blocks, ACCUMULATOR)
     for _ in tl.static_range(len(halvings(LANE))):
         parts = halved(parts)
     return parts

@@ -9,6 +9,7 @@ Per output pixel and group aggregate reads K² weights and C values and writes C
 issues C·K²/32 multiply-adds for it and about as many conversions, loads and moves, which bind where memory does not.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +38,8 @@ from kernels.tuning import tunable
 from kernels.views import View, view
 from kernels.windows import Pair, Window
 
-FEATURES = 128  # in one product; more are summed over several
+# Features in one product, and in a transposed one, whose operands fill registers; more are summed over several.
+FEATURES, TRANSPOSED_FEATURES = 128, 32
 
 
 @triton.jit
@@ -160,7 +162,7 @@ def weighted_sum_kernel(
             # As in ``across``: what lies across lanes.
             p_tap = tl.max_contiguous(tl.multiple_of(p_tap, [1, 1]), [8, 1] if WEIGHT_LANES else [1, 8])
             b_taps = tl.load(p_tap) if REPEATED else tl.load(p_tap, mask=m_tap & m_tap_column & m_step, other=0)
-        taps = unstack(b_taps, COLUMNS, GROUPS, STEPS)
+        taps = unstack(b_taps, COLUMNS, GROUPS, STEPS, ACCUMULATOR)
         sums = slide(sums, rows, taps, FIRST, WINDOW, TRANSPOSED, GROUPS, BLOCK, ROWS)
         for source in tl.static_range(FIRST + LOADS, END, LOADS):
             rows = load_rows(
@@ -192,6 +194,8 @@ def weighted_sum(
     rows_before = window.padding[0] % window.stride[0] if transposed else 0
     common, programs = common_arguments(x, target, window, config, rows_before)
     features, unused = kernel.shape[1] if span is not None else 0, View(x)
+    most = TRANSPOSED_FEATURES if transposed and features % TRANSPOSED_FEATURES == 0 else FEATURES
+    block_features = min(most, max(16, next_power_of_2(features)))
     arguments = {
         "x": view(x, "b g c h w"),
         "weight": view(kernel, kernel_axes),
@@ -201,7 +205,7 @@ def weighted_sum(
         **common,
         "TRANSPOSED": transposed,
         "FEATURES": features,
-        "BLOCK_FEATURES": min(FEATURES, max(16, next_power_of_2(features))),
+        "BLOCK_FEATURES": block_features,
         "HAS_BIAS": bias is not None,
         "WEIGHT_LANES": weight_lanes,
         "OFFSET": precision(kernel[:, None])["OFFSET"],
@@ -209,7 +213,10 @@ def weighted_sum(
     }
     # One program per (group block, channel block, row tile, columns of all images), fastest first.
     grid = (programs * common["channel_blocks"],)
-    launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=1)
+    # The next step's operands of a product are copied to shared memory while this step's taps are used, unless features
+    # leave a block partly empty; AMD's compiler would hold them in registers.
+    stages = 2 if features and features % block_features == 0 and not torch.version.hip else 1
+    launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
     return out
 
 

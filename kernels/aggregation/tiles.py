@@ -7,7 +7,7 @@ width wastes lanes. It walks the columns of the window. A step loads every sourc
 where channels are adjacent, converts it once, and uses it for each of the up to Kh output rows whose windows hold it.
 
 What weighs them in a step is one block of *taps* [Q·P, G·S]: slots (R, padded to a power of two) times columns, by
-groups times window rows (Kh, padded). Taken apart it is S·Q blocks [P, G, 1]. Slot q holds the taps of output row q.
+groups times window rows (Kh, padded). Taken apart it is Q·S blocks [P, G, 1]. Slot q holds the taps of output row q.
 *Transposed*, where source row o weighs row r by window row k = (r − o·stride) / dilation, it holds those of row
 (q + k·dilation) mod Q: then its window rows come from two or three source rows only, and so from adjacent addresses.
 """
@@ -68,7 +68,7 @@ def tap_of(source, row, window, slots, transposed):
     step, rest = divmod(row - source * stride[0] if transposed else source - row * stride[0], dilation[0])
     if rest or not 0 <= step < kernel_size[0]:
         return -1
-    return step * slots + ((row - step * dilation[0]) % slots if transposed else row)
+    return ((row - step * dilation[0]) % slots if transposed else row) * pitch(kernel_size[0]) + step
 
 
 @triton.jit
@@ -144,17 +144,34 @@ def pairs(pointer, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def widened(b_row, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """A row [P, G·C] as blocks [P, G, C] in the type of the sums: one, or of pairs the even channels and the odd ones.
+def apart(b_block, ACCUMULATOR: tl.constexpr):
+    """A block in the type of the sums; of pairs in one integer two, of what comes first and of what comes second.
 
     A bfloat16 is a float32's upper half, so that each of a pair takes one instruction; to take it out first is another.
     """
-    b_row = tl.reshape(b_row, [b_row.shape[0], GROUPS, CHANNELS])
-    if b_row.dtype == tl.int32:
-        parts = ((b_row << 16).to(ACCUMULATOR, bitcast=True), (b_row & -65536).to(ACCUMULATOR, bitcast=True))
+    if b_block.dtype == tl.int32:
+        parts = ((b_block << 16).to(ACCUMULATOR, bitcast=True), (b_block & -65536).to(ACCUMULATOR, bitcast=True))
     else:
-        parts = (b_row.to(ACCUMULATOR),)
+        parts = (b_block.to(ACCUMULATOR),)
     return parts
+
+
+@triton.jit
+def all_apart(blocks, ACCUMULATOR: tl.constexpr):
+    """The first parts of all blocks, then their second ones."""
+    firsts = ()
+    seconds = ()
+    for i in tl.static_range(len(blocks)):
+        parts = apart(blocks[i], ACCUMULATOR)
+        firsts = firsts + (parts[0],)
+        seconds = seconds + parts[1:]
+    return firsts + seconds
+
+
+@triton.jit
+def widened(b_row, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """A row [P, G·C] as blocks [P, G, C] in the type of the sums: one, or of pairs the even channels, then the odd."""
+    return apart(tl.reshape(b_row, [b_row.shape[0], GROUPS, CHANNELS]), ACCUMULATOR)
 
 
 @triton.jit
@@ -177,7 +194,7 @@ def slide(
         b_rows = widened(rows[i], GROUPS, CHANNELS, sums[0].dtype)
         for r in tl.static_range(ROWS):
             if tap_of(SOURCE + i, r, WINDOW, pitch(ROWS), TRANSPOSED) >= 0:
-                b_tap = taps[tap_of(SOURCE + i, r, WINDOW, pitch(ROWS), TRANSPOSED)].to(sums[0].dtype)
+                b_tap = taps[tap_of(SOURCE + i, r, WINDOW, pitch(ROWS), TRANSPOSED)]
                 for s in tl.static_range(r, len(sums), ROWS):
                     sums = sums[:s] + (sums[s] + b_tap * b_rows[s // ROWS],) + sums[s + 1 :]
     return sums
@@ -202,14 +219,21 @@ def halved(parts):
 
 
 @triton.jit
-def unstack(b_taps, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr):
-    """Taps [Q·P, G·S] as S·Q blocks [P, G, 1], slots fastest."""
-    SLOTS: tl.constexpr = b_taps.shape[0] // COLUMNS
-    b_taps = tl.permute(tl.reshape(b_taps, [SLOTS, COLUMNS, GROUPS, STEPS]), [1, 2, 3, 0])
-    parts = (tl.reshape(b_taps, halvings(COLUMNS, GROUPS, 1, STEPS * SLOTS)),)
-    for _ in tl.static_range(len(halvings(STEPS * SLOTS))):
+def unstack(b_taps, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """Taps [Q·P, G·S] as Q·S blocks [P, G, 1] in the type of the sums, window rows fastest.
+
+    bfloat16 moves between lanes in pairs, of the first half of the slots and the second.
+    """
+    if b_taps.dtype == tl.bfloat16 and b_taps.shape[0] > COLUMNS:
+        b_taps = tl.reshape(b_taps.to(tl.uint16, bitcast=True), [2, b_taps.shape[0] // 2, GROUPS * STEPS])
+        b_first, b_second = tl.split(tl.permute(b_taps, [1, 2, 0]))
+        b_taps = (b_first.to(tl.uint32) | (b_second.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+    SLOTS: tl.constexpr = b_taps.shape[0] // COLUMNS  # or pairs of them
+    b_taps = tl.permute(tl.reshape(b_taps, [SLOTS, COLUMNS, GROUPS, STEPS]), [1, 2, 0, 3])
+    parts = (tl.reshape(b_taps, halvings(COLUMNS, GROUPS, 1, SLOTS * STEPS)),)
+    for _ in tl.static_range(len(halvings(SLOTS * STEPS))):
         parts = halved(parts)
-    return parts
+    return all_apart(parts, ACCUMULATOR)
 
 
 @triton.jit
@@ -221,7 +245,7 @@ def stack(parts, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexp
         for i in tl.static_range(len(parts) // 2):
             joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
         parts = joined
-    b_taps = tl.permute(tl.reshape(parts[0], [COLUMNS, GROUPS, STEPS, SLOTS]), [3, 0, 1, 2])
+    b_taps = tl.permute(tl.reshape(parts[0], [COLUMNS, GROUPS, SLOTS, STEPS]), [2, 0, 1, 3])
     return tl.reshape(b_taps, [SLOTS * COLUMNS, GROUPS * STEPS])
 
 
