@@ -115,7 +115,7 @@ def sum_kernel(
                     p_statistics = taps.p_statistics + o_source * statistics.h
                     b_statistics = tl.load(p_statistics, mask=taps.mask, other=0) * LOG2_E
                 b_taps = tl.exp2(b_taps - b_statistics).to(source.ptr.dtype.element_ty)
-            steps = unstack(tl.reshape(b_taps, [ROWS * COLUMNS, STEPS]), COLUMNS, 1, STEPS)
+            steps = unstack(tl.reshape(b_taps, [ROWS * COLUMNS, STEPS]), COLUMNS, 1, STEPS, ACCUMULATOR)
             wide = ()
             for i in tl.static_range(KERNEL_W):
                 wide = wide + (seen[i].to(ACCUMULATOR),)
@@ -128,7 +128,7 @@ def sum_kernel(
                 kernel_h = row + window_row(rows, i_source, KERNEL_H, TRANSPOSED)
                 if (kernel_h >= 0) & (kernel_h < KERNEL_H):
                     for i in tl.static_range(KERNEL_W):
-                        b_sum += tl.reshape(steps[i * ROWS + r], [COLUMNS, 1]).to(ACCUMULATOR) * wide[i]
+                        b_sum += tl.reshape(steps[r * STEPS + i], [COLUMNS, 1]) * wide[i]
                 new = new + (b_sum,)
             sums = new
 
@@ -207,9 +207,8 @@ def correlate_kernel(
                     own = own[:i] + (tl.reshape(b_product, [COLUMNS, 1]),) + own[i + 1 :]
             products = products + (own,)
         slots = ()
-        for i in tl.static_range(STEPS):
-            for r in tl.static_range(ROWS):
-                slots = slots + (products[r][i],)
+        for r in tl.static_range(ROWS):
+            slots = slots + products[r]
         b_target = tl.reshape(stack(slots, COLUMNS, 1, STEPS), [ROWS, COLUMNS, STEPS])
         if SOFTMAX:
             b_target *= b_weight
