@@ -32,7 +32,7 @@ from kernels.aggregation.tiles import (
     unstack,
 )
 from kernels.dtypes import at_least_float32, precision, upcast
-from kernels.launch import launch, next_power_of_2
+from kernels.launch import launch
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.tuning import tunable
 from kernels.views import View, view
@@ -194,8 +194,9 @@ def weighted_sum(
     rows_before = window.padding[0] % window.stride[0] if transposed else 0
     common, programs = common_arguments(x, target, window, config, rows_before)
     features, unused = kernel.shape[1] if span is not None else 0, View(x)
-    most = TRANSPOSED_FEATURES if transposed and features % TRANSPOSED_FEATURES == 0 else FEATURES
-    block_features = min(most, max(16, next_power_of_2(features)))
+    most = TRANSPOSED_FEATURES if transposed else FEATURES
+    # The largest power of two that divides their number, so that no block is partly empty; of fewer than 16 one is.
+    block_features = max(16, min(most, features & -features))
     arguments = {
         "x": view(x, "b g c h w"),
         "weight": view(kernel, kernel_axes),
@@ -214,7 +215,7 @@ def weighted_sum(
     # One program per (group block, channel block, row tile, columns of all images), fastest first.
     grid = (programs * common["channel_blocks"],)
     # The next step's operands of a product are copied to shared memory while this step's taps are used, unless features
-    # leave a block partly empty; AMD's compiler would hold them in registers.
+    # leave a block partly empty. AMD's compiler would hold them in registers.
     stages = 2 if features and features % block_features == 0 and not torch.version.hip else 1
     launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.aggregation import rows
 from kernels.dtypes import accumulator_dtype
 from kernels.involution import generate
-from kernels.involution.forward import involution_generate_transpose
+from kernels.involution.forward import involution_generate_transpose, whole_blocks
 from kernels.launch import next_power_of_2
 from kernels.layout import empty_like_map
 from kernels.reorder import in_channels_last, in_order_of
@@ -29,7 +29,7 @@ def backward(
     # the lesser cost.
     given, grad, pixels_last = features, in_channels_last(grad), in_channels_last(x)
     features = in_channels_last(features)
-    grad_x = involution_generate_transpose(grad, pixels_last, features, weight, bias, window)
+    grad_x = involution_generate_transpose(grad, pixels_last, *whole_blocks(features, weight), bias, window)
     grad_x = grad_x if pixels_last is x else in_order_of(x, grad_x)
     # [Kw·G·S, R], as the entries of a pixel's gradient lie in memory
     span = weight.reshape(groups, kernel_h, kernel_w, number).permute(2, 0, 1, 3)

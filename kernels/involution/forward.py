@@ -9,6 +9,7 @@ The kernel is aggregation's (``aggregation.rows``), forward and transposed.
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.aggregation import eager
@@ -28,6 +29,15 @@ KERNEL = weighted_sum_kernel  # named here, because what is tuned is good for as
 def _widened(features: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     features, weight = at_least_float32(features, weight)
     return features, weight, None if bias is None else at_least_float32(bias)[0]
+
+
+def whole_blocks(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [B, R, H', W'] and weight [G·K², R] with zeros up to a multiple of 16, a side of a matrix product, where
+    there are more. Of a block that is partly empty each number is masked, for which there are not enough registers."""
+    missing = -features.shape[1] % 16 if features.shape[1] > 16 else 0
+    if missing:
+        features, weight = F.pad(features, (0, 0, 0, 0, 0, missing)), F.pad(weight, (0, missing))
+    return features, weight
 
 
 def _problem(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Problem:
@@ -51,7 +61,7 @@ def involution_generate(
 def forward(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
     """As ``involution_generate``. Where pixels are adjacent its taps do not fit the registers: copies cost less."""
     last = in_channels_last(x)
-    out = involution_generate(last, in_channels_last(features), weight, bias, window)
+    out = involution_generate(last, *whole_blocks(in_channels_last(features), weight), bias, window)
     return out if last is x else in_order_of(x, out)
 
 

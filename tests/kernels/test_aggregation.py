@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kernels
 from kernels.aggregation import eager, gather, rows
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
@@ -27,6 +28,26 @@ def test_channels_in_pairs(channels, first, pairs):
         options = ((5, 7), window) if name == "transpose" else (window,)
         expected = getattr(eager, name)(*(tensor.double() for tensor in tensors), *options)
         assert_close(getattr(rows, name)(*tensors, *options), expected, FORWARD_TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("features", [17, 40, 48, 136])
+def test_features_fill_their_blocks(features):
+    """Of a block that is partly empty each number is masked, which takes kilobytes of a thread's stack."""
+    x, seen = (random_tensor(1, number, 5, 6).requires_grad_() for number in (2, features))
+    weight, bias = random_tensor(9, features).requires_grad_(), random_tensor(9)
+
+    def run(run_on, *inputs):
+        out = run_on.involution2d_generate(*inputs, bias.to(inputs[0].dtype), kernel_size=3, groups=1)
+        return out, *torch.autograd.grad(out.sum(), inputs)
+
+    with kernels.use_backend("triton"):
+        with record_launches() as launches:
+            run(kernels, x, seen, weight)
+        found = run(kernels, x, seen, weight)
+    generated = [launch.arguments for launch in launches if launch.arguments.get("FEATURES")]
+    assert [arguments["FEATURES"] % arguments["BLOCK_FEATURES"] for arguments in generated] == [0, 0]
+    inputs = [tensor.detach().double().requires_grad_() for tensor in (x, seen, weight)]
+    assert_close(found, run(kernels.reference, *inputs), 10 * FORWARD_TOLERANCE[torch.float32])
 
 
 def test_offsets_are_64_bit_where_32_would_overflow():
