@@ -191,7 +191,9 @@ def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[
         "ADD": targets.previous is not None,
     }
     # One program per (tile, window, group, chunk of images).
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    # AMD's compiler holds loads ahead in registers.
+    stages = min(2, config.num_stages) if torch.version.hip else config.num_stages
+    options = {"num_warps": config.num_warps, "num_stages": stages}
     device = partial.device
     launch(_backward_shared_kernel, (places * groups * chunks,), device, arguments, **options)
     if value_parts is not None:

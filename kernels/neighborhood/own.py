@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.aggregation.tiles import stack, unstack
+from kernels.aggregation.tiles import halved, halvings, stack
 from kernels.neighborhood.own_tiles import columns_of, image_of, load_taps, rows_of, taps_of, window_row
 from kernels.products import LOG2_E
 from kernels.windows_triton import window_start
@@ -58,6 +58,18 @@ def _logits(taps, weight, rpb, kh, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.conste
     if HAS_RPB:
         b_logits += tl.load(rpb.ptr + taps.o_rpb + o_kernel * rpb.h, mask=taps.mask, other=0).to(ACCUMULATOR)
     return b_logits * LOG2_E
+
+
+@triton.jit
+def _taps_apart(b_taps):
+    """Taps [R, P, S] as S·R blocks [P, 1], rows fastest. They move in their own type: converted ones take twice the
+    room on the way, and those of a softmax would be converted one by one if they moved in pairs."""
+    ROWS: tl.constexpr = b_taps.shape[0]
+    STEPS: tl.constexpr = b_taps.shape[2]
+    parts = (tl.reshape(tl.permute(b_taps, [1, 2, 0]), halvings(b_taps.shape[1], 1, 1, STEPS * ROWS)),)
+    for _ in tl.static_range(len(halvings(STEPS * ROWS))):
+        parts = halved(parts)
+    return parts
 
 
 @triton.jit
@@ -115,7 +127,7 @@ def sum_kernel(
                     p_statistics = taps.p_statistics + o_source * statistics.h
                     b_statistics = tl.load(p_statistics, mask=taps.mask, other=0) * LOG2_E
                 b_taps = tl.exp2(b_taps - b_statistics).to(source.ptr.dtype.element_ty)
-            steps = unstack(tl.reshape(b_taps, [ROWS * COLUMNS, STEPS]), COLUMNS, 1, STEPS, ACCUMULATOR)
+            steps = _taps_apart(b_taps)
             wide = ()
             for i in tl.static_range(KERNEL_W):
                 wide = wide + (seen[i].to(ACCUMULATOR),)
@@ -128,7 +140,7 @@ def sum_kernel(
                 kernel_h = row + window_row(rows, i_source, KERNEL_H, TRANSPOSED)
                 if (kernel_h >= 0) & (kernel_h < KERNEL_H):
                     for i in tl.static_range(KERNEL_W):
-                        b_sum += tl.reshape(steps[r * STEPS + i], [COLUMNS, 1]) * wide[i]
+                        b_sum += tl.reshape(steps[i * ROWS + r], [COLUMNS, 1]).to(ACCUMULATOR) * wide[i]
                 new = new + (b_sum,)
             sums = new
 
