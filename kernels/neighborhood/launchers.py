@@ -257,9 +257,10 @@ def _shared_sum(
     transposed: bool,
     config: configs.SharedConfig,
 ) -> Tensor:
-    if transposed:
-        return _shared_backward(source, None, weight, None, window, None, config)
     out = empty_like_layout(source, source.shape)
+    if transposed:
+        _shared_backward(source, None, weight, None, out, window, None, config)
+        return out
     cut = _shared_cut(source, window, config)
     steps = ceil_divide(window.kernel_size[0] * window.kernel_size[1], config.block_steps)
     cut.constants["CHUNKS"] = chunks = ceil_divide(steps, MOST_STEPS)
@@ -269,9 +270,9 @@ def _shared_sum(
 
 
 def _shared_correlate(
-    grad: Tensor, value: Tensor, target: Tensor, window: Window, _softmax: None, config: configs.SharedConfig
+    grad: Tensor, value: Tensor, target: Tensor, window: Window, _softmax: Any, config: configs.SharedConfig
 ) -> Tensor:
-    _shared_backward(grad, value, None, target, window, None, config)
+    _shared_backward(grad, value, None, target, None, window, None, config)
     return target
 
 
@@ -280,27 +281,25 @@ def _shared_backward(
     value: Tensor | None,
     weight: Tensor | None,
     target: Tensor | None,
+    of_value: Tensor | None,
     window: Window,
     softmax: Softmax | None,
     config: configs.SharedConfig,
-) -> Tensor:
-    """Fills ``target``, where there is one, and returns the gradient of value, where there are weights or logits."""
+) -> None:
+    """Fills ``target`` and the gradient of value, if there are such; the latter takes weights or logits."""
     cut = _shared_cut(grad, window, config)
     batch, groups, channels, _, _ = grad.shape
-    tiles, positions = cut.constants["tiles"], window.kernel_size[0] * window.kernel_size[1]
-    cut.constants.update(CORRELATE=target is not None, TRANSPOSE=weight is not None)
-    of_value = parts = None
-    if weight is not None:
-        of_value = empty_like_layout(grad if softmax is None else softmax.out, grad.shape)
-        places = tiles * cut.constants["windows"]
+    tiles, parts = cut.constants["tiles"], None
+    cut.constants.update(CORRELATE=target is not None, TRANSPOSE=of_value is not None)
+    if of_value is not None:
+        places, positions = tiles * cut.constants["windows"], window.kernel_size[0] * window.kernel_size[1]
         parts = grad.new_empty((batch, groups, places, positions, channels)).movedim(-1, 2)
     _launch(
         backward_kernel, cut, grad, softmax, config,
         grad=grad, value=value, weight=weight, out=softmax and softmax.out, target=target, parts=parts,
     )  # fmt: skip
-    if of_value is not None:
+    if of_value is not None and parts is not None:
         sum_parts(parts, of_value, window.kernel_size, tiles)
-    return of_value
 
 
 @tunable(
@@ -313,7 +312,9 @@ def _shared_backward(
 def _shared_softmax_backward(
     grad: Tensor, value: Tensor, target: Tensor, window: Window, softmax: Softmax, *, config: configs.SharedConfig
 ) -> tuple[Tensor, Tensor]:
-    return target, _shared_backward(grad, value, softmax.logits, target, window, softmax, config)
+    of_value = empty_like_layout(softmax.out, value.shape)
+    _shared_backward(grad, value, softmax.logits, target, of_value, window, softmax, config)
+    return target, of_value
 
 
 # Launchers are names of their module, by which tuning finds them.
@@ -323,7 +324,8 @@ OWN = own_mix, own_softmax_mix, own_transpose, own_correlate, own_softmax_backwa
     configs.own_problem, _own_sum, _own_correlate,
 )  # fmt: skip
 SHARED = shared_mix, shared_softmax_mix, shared_transpose, shared_correlate, _ = _launchers(
-    "shared_windows", configs.SHARED_CONFIGS, (configs.shared_heuristic,) * 3,
+    "shared_windows", configs.SHARED_CONFIGS,
+    (configs.shared_heuristic, configs.shared_heuristic, configs.shared_heuristic),
     configs.shared_problem, _shared_sum, _shared_correlate, _shared_softmax_backward,
 )  # fmt: skip
 
