@@ -28,7 +28,6 @@ from kernels.aggregation.tiles import (
     turned,
     wide,
 )
-from kernels.dtypes import at_least_float32
 from kernels.launch import launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_kernel_layout
 from kernels.tuning import tunable
@@ -142,7 +141,7 @@ def _lane(common: dict[str, Any], x: Tensor, warps: int) -> int:
 
 def _reference(g: Tensor, x: Tensor, window: Window, padded: bool = False) -> Tensor:
     """The eager path, for the tuner."""
-    out = eager.correlate(*at_least_float32(g, x), window)
+    out = eager.correlate(g, x, window)
     rows = window.kernel_size[0]
     return torch.nn.functional.pad(out, (0,) * 7 + (next_power_of_2(rows) - rows,)) if padded else out
 

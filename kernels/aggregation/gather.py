@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.aggregation import eager
 from kernels.aggregation.configs import GATHERS, Gather, GatherProblem, gather_heuristic, gather_problem
-from kernels.dtypes import at_least_float32, precision
+from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
 from kernels.neighborhood.launchers import form_of
@@ -188,7 +188,7 @@ def _gather_sum(
     GATHERS,
     gather_heuristic,
     problem=lambda weight, x, window: gather_problem(weight, x, weight.shape[4:], window.kernel_size),
-    reference=lambda weight, x, window: eager.aggregate(*at_least_float32(weight, x), window),
+    reference=eager.aggregate,
     name="gather.aggregate",
 )
 def gather_aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Gather) -> Tensor:
@@ -201,7 +201,7 @@ def gather_aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Gathe
     GATHERS,
     gather_heuristic,
     problem=lambda weight, g, size, window: gather_problem(weight, g, size, window.kernel_size),
-    reference=lambda weight, g, size, window: eager.transpose(*at_least_float32(weight, g), size, window),
+    reference=eager.transpose,
     name="gather.transpose",
 )
 def gather_transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, *, config: Gather) -> Tensor:
@@ -220,7 +220,7 @@ def _correlation_problem(g: Tensor, x: Tensor, window: Window) -> GatherProblem:
     GATHERS,
     gather_heuristic,
     problem=_correlation_problem,
-    reference=lambda g, x, window: eager.correlate(*at_least_float32(g, x), window),
+    reference=eager.correlate,
     name="gather.correlate",
 )
 def gather_correlate(g: Tensor, x: Tensor, window: Window, *, config: Gather) -> Tensor:

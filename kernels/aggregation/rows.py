@@ -31,7 +31,7 @@ from kernels.aggregation.tiles import (
     turned,
     unstack,
 )
-from kernels.dtypes import at_least_float32, precision, upcast
+from kernels.dtypes import precision, upcast
 from kernels.launch import launch
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.tuning import tunable
@@ -225,7 +225,7 @@ def weighted_sum(
     CONFIGS,
     heuristic,
     problem=lambda weight, x, window: problem_of(x, weight.shape[4:], window, kernel=weight),
-    reference=lambda weight, x, window: eager.aggregate(*at_least_float32(weight, x), window),
+    reference=eager.aggregate,
     name="aggregate.rows",
 )
 def aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Config) -> Tensor:
@@ -238,7 +238,7 @@ def aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Config) -> T
     CONFIGS,
     heuristic,
     problem=lambda weight, g, size, window: problem_of(g, size, window, kernel=weight, transposed=True),
-    reference=lambda weight, g, size, window: eager.transpose(*at_least_float32(weight, g), size, window),
+    reference=eager.transpose,
     name="transpose.rows",
 )
 def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, *, config: Config) -> Tensor:

@@ -24,7 +24,6 @@ from kernels.contmix.backward_tables import fold
 from kernels.contmix.configs import SHARED, Saved, Shared, backward_heuristic, problem_of
 from kernels.contmix.forward_shared import shared_arguments
 from kernels.contmix.tiles import key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
-from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -132,7 +131,7 @@ def _backward_shared_kernel(
 
 def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
     """Gradients of query, projected, bias, rpb and value of one kernel size."""
-    query, projected, bias, rpb, value, grad, out, statistics = at_least_float32(*saved)
+    query, projected, bias, rpb, value, grad, out, statistics = saved
     sizes = [(rpb.shape[1] + 1) // 2]
     inputs = query, projected, bias, [rpb], value[:, None]
     found = eager.contmix_backward(grad[:, None], *inputs, out[:, None], statistics[:, None], sizes)

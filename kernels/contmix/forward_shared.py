@@ -29,7 +29,6 @@ from kernels.contmix.configs import (
     types,
 )
 from kernels.contmix.tiles import key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
-from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -145,7 +144,7 @@ def shared_arguments(inputs: Inputs | Saved, config: Shared, *others: Tensor) ->
 
 def forward_reference(inputs: Inputs, *_: Tensor) -> Tensor:
     """What the forward pass of one kernel size must return."""
-    query, projected, bias, rpb, value = at_least_float32(*inputs)
+    query, projected, bias, rpb, value = inputs
     return eager.contmix(query, projected, bias, [rpb], value[:, None], [(rpb.shape[1] + 1) // 2])[0][:, 0]
 
 

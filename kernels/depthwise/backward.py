@@ -21,7 +21,7 @@ from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, heuristic
 from kernels.depthwise.forward import common_arguments, in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of
-from kernels.dtypes import accumulator, accumulator_dtype, at_least_float32, multiplies
+from kernels.dtypes import accumulator, accumulator_dtype, multiplies
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated, tunable
@@ -152,7 +152,7 @@ def _chunks(programs: int, image_blocks: int, tile_blocks: int) -> tuple[int, in
     CONFIGS,
     heuristic,
     problem=lambda grad, x, kernel_size: problem_of(x, kernel_size, weight_gradient=True),
-    reference=lambda grad, x, kernel_size: eager.weight_gradient(*at_least_float32(grad, x), kernel_size),
+    reference=eager.weight_gradient,
     name="depthwise_weight_gradient",
 )
 def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config) -> Tensor:

@@ -41,7 +41,7 @@ from kernels.backend import interpreting
 from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, Problem, heuristic, tile_shape
 from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows, rows_of, vector_of
-from kernels.dtypes import at_least_float32, multiplies, precision
+from kernels.dtypes import multiplies, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_map
 from kernels.tuning import tunable
@@ -195,16 +195,11 @@ def common_arguments(x: Tensor, rows: Sequence[Tensor], kernel_size: int, config
     }
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
-    x, weight, *biases = at_least_float32(x, weight, *([] if bias is None else [bias]))
-    return eager.convolve(x, weight, biases[0] if biases else None, flipped)
-
-
 @tunable(
     CONFIGS,
     heuristic,
     problem=lambda x, weight, *_: problem_of(x, weight.shape[-1]),
-    reference=_reference,
+    reference=eager.convolve,
     name="depthwise",
 )
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, *, config: Config) -> Tensor:

@@ -16,7 +16,6 @@ from kernels.aggregation import eager
 from kernels.aggregation.configs import CONFIGS, Config, Problem, heuristic
 from kernels.aggregation.rows import weighted_sum, weighted_sum_kernel
 from kernels.aggregation.tiles import problem_of
-from kernels.dtypes import at_least_float32
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
 from kernels.reorder import in_channels_last, in_order_of
@@ -24,11 +23,6 @@ from kernels.tuning import tunable
 from kernels.windows import Window
 
 KERNEL = weighted_sum_kernel  # named here, because what is tuned is good for as long as this code stays
-
-
-def _widened(features: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    features, weight = at_least_float32(features, weight)
-    return features, weight, None if bias is None else at_least_float32(bias)[0]
 
 
 def whole_blocks(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,8 +39,7 @@ def _problem(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, w
 
 
 def _reference(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    features, weight, bias = _widened(features, weight, bias)
-    return generate.forward(at_least_float32(x)[0], features, weight, bias, window, eager)
+    return generate.forward(x, features, weight, bias, window, eager)
 
 
 @tunable(CONFIGS, heuristic, problem=_problem, reference=_reference)
@@ -71,9 +64,8 @@ def _transposed_problem(g: Tensor, x: Tensor, features: Tensor, *options: Any) -
 
 def _transposed_reference(g: Tensor, x: Tensor, *inputs: Any) -> Tensor:
     features, weight, bias, window = inputs
-    features, weight, bias = _widened(features, weight, bias)
     kernels = generate.kernels_of(features, weight, bias, g.shape[1], window)
-    return eager.transpose(kernels, at_least_float32(g)[0], (x.shape[3], x.shape[4]), window)
+    return eager.transpose(kernels, g, (x.shape[3], x.shape[4]), window)
 
 
 @tunable(CONFIGS, heuristic, problem=_transposed_problem, reference=_transposed_reference)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dtypes import accumulator_dtype, at_least_float32
+from kernels.dtypes import accumulator_dtype
 from kernels.launch import launch
 from kernels.outlook import eager
 from kernels.outlook.configs import CONFIGS, Config, heuristic
@@ -127,11 +127,11 @@ def _grad_logits_kernel(
 
 
 def _reference_gradients(grad_out: Tensor, logits: Tensor, value: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    return eager.outlook_backward(*at_least_float32(grad_out, logits, value), *windows)
+    return eager.outlook_backward(grad_out, logits, value, *windows)
 
 
 def _reference_grad_logits(grad_out: Tensor, logits: Tensor, value: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    statistics = torch.logsumexp(at_least_float32(logits)[0] * windows.scale, -1) * math.log2(math.e)
+    statistics = torch.logsumexp(logits * windows.scale, -1) * math.log2(math.e)
     return _reference_gradients(grad_out, logits, value, windows)[0], statistics
 
 

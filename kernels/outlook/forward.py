@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dtypes import at_least_float32
 from kernels.launch import ceil_divide, launch
 from kernels.outlook import eager
 from kernels.outlook.configs import CONFIGS, Config, heuristic
@@ -242,7 +241,7 @@ def mix(logits: Tensor, source: Tensor, statistics: Tensor | None, windows: Wind
     CONFIGS,
     heuristic,
     problem=problem_of,
-    reference=lambda logits, value, windows: eager.outlook(*at_least_float32(logits, value), *windows),
+    reference=lambda logits, value, windows: eager.outlook(logits, value, *windows),
     name="outlook",
 )
 def forward(logits: Tensor, value: Tensor, windows: Windows, *, config: Config) -> Tensor:
