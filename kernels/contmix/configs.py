@@ -1,4 +1,4 @@
-"""Which of ContMix's two forms a kernel size takes, how its kernels cut the work, and what they read.
+"""Which of ContMix's forms a kernel size takes, how its kernels cut the work, and what they read.
 
 *Shared windows.* Clamping makes outputs share windows: along an axis of length L there are only L − K + 1 starts, at
 14x14 with K = 13 four windows for 196 outputs, at 7x7 with K = 7 one. A tile holds outputs of one window, and every sum
@@ -7,8 +7,12 @@ over window positions is a matrix product.
 *Own windows.* Elsewhere nearly every output has a window of its own. A tile holds adjacent outputs of several heads,
 whose channels are adjacent in memory. Forward, sums over window positions run in registers, for pairs of outputs;
 backward, products with all inputs that a tile sees are matrix products, of which each output takes its own.
+
+*Bands.* Forward, where such windows are large and their numbers have 16 bits, weights of 16 outputs are a banded matrix
+over all inputs that these see, and all sums are matrix products.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -93,6 +97,22 @@ def tiles_and_windows(height: int, width: int, kernel_size: int, pixels: int) ->
     return ceil_divide(most[0] * most[1], pixels), (height - kernel_size + 1) * (width - kernel_size + 1)
 
 
+def is_band(problem: Problem) -> bool:
+    """Whether own windows are worth a banded matrix, and fit it: registers hold 15 rows of a window."""
+    channels = max(problem.channels, problem.query_channels)
+    return problem.dtype.itemsize == 2 and 5 < problem.kernel_size < 16 and channels <= 64
+
+
+def tile_of(problem: Problem) -> tuple[int, int]:
+    """(columns of inputs that 16 outputs of a band see, or a few more; how many of the outputs stand side by side).
+
+    The more do the fewer rows they see, but the longer is the query with its zeros: 64 numbers at most.
+    """
+    seen = next_power_of_2(problem.kernel_size + 1)
+    most = min(seen - problem.kernel_size + 1, 64 // block(problem.query_channels))
+    return seen, max(columns for columns in (1, 2, 4) if columns <= most)
+
+
 def steps_of_own(kernel_size: int) -> tuple[int, int]:
     """(rows of a window in a step, block of their positions): a small window in one step, a large one row by row."""
     rows = kernel_size if kernel_size <= 5 else 1
@@ -116,6 +136,26 @@ class Shared:
         logits = self.pixels * self.steps / threads
         wide = problem.dtype.itemsize // 2  # products of wider types keep their operands in registers
         return 4 <= logits <= 64 // wide and blocks * logits <= 128 and self.steps < 2 * block(problem.kernel_size**2)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of 16 outputs that a program works on at a time; and how many programs a launch may have, before a head has
+    more than one of them: a program keeps its head's keys while it walks over the map."""
+
+    tiles: int
+    programs: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def valid(self, problem: Problem) -> bool:
+        """A warp for each tile, and not twice the tiles that there are."""
+        return self.tiles == self.num_warps and 16 * self.tiles < max(128, 2 * problem.pixels)
+
+    def block_of(self, columns: int) -> tuple[int, int]:
+        """(rows, columns) of outputs that the tiles cover, a square or nearly, where a tile is ``columns`` wide."""
+        columns = min(self.tiles * columns, next_power_of_2(math.isqrt(16 * self.tiles - 1) + 1))
+        return 16 * self.tiles // columns, columns
 
 
 @dataclass(frozen=True)
@@ -153,6 +193,13 @@ OWN = tuple(
         (8, 4, 1, 4, 1), (8, 4, 1, 4, 2), (8, 2, 1, 2, 1), (8, 1, 1, 1, 1),
     )
 )  # fmt: skip
+TILES = tuple(
+    Tiles(tiles, programs, tiles, stages)
+    for tiles, programs, stages in (
+        (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 1056, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
+        (8, 132, 1), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
+    )
+)  # fmt: skip
 
 
 def _images(problem: Problem, programs: int, most: int, at_least: int = 264) -> int:
@@ -179,6 +226,13 @@ def backward_heuristic(problem: Problem) -> Shared:
         return config
     tiles = problem.batch * problem.groups * max(1, problem.pixels // 49)
     return replace(config, images=min(32, ceil_divide(tiles, 264)))
+
+
+def tiles_heuristic(problem: Problem) -> Tiles:
+    """One round of programs: 2 for each of a GPU's processors, or 4 where a smaller window leaves registers."""
+    if interpreting():
+        return Tiles(4 * next_power_of_2(ceil_divide(problem.pixels, 64)), 1)
+    return Tiles(4, 264 if problem.kernel_size > 7 else 528)
 
 
 def own_heuristic(problem: Problem) -> Own:

@@ -7,7 +7,8 @@ from torch import Tensor
 from kernels.contmix import eager
 from kernels.contmix.backward_own import grad_own
 from kernels.contmix.backward_shared import Targets, backward_shared
-from kernels.contmix.configs import Inputs, Saved, shares_windows
+from kernels.contmix.configs import Inputs, Saved, is_band, problem_of, shares_windows
+from kernels.contmix.forward_band import forward_band
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.contmix.tiles import VECTOR
@@ -53,8 +54,11 @@ def contmix(
     """(out like value; log Σ_k exp [B, M, G, H, W]), of tensors as the kernels read them."""
     out, statistics = eager.empty_outputs(value)
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
-        forward = forward_shared if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]) else forward_own
-        forward(Inputs(query, *part, value[:, m]), out[:, m], statistics[:, m])
+        inputs = Inputs(query, *part, value[:, m])
+        forward = forward_band if is_band(problem_of(inputs)) else forward_own
+        if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
+            forward = forward_shared
+        forward(inputs, out[:, m], statistics[:, m])
     return out, statistics
 
 

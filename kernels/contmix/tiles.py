@@ -118,6 +118,15 @@ def halves(b_keys, dtype: tl.constexpr):
 
 
 @triton.jit
+def cut_off(b, dtype: tl.constexpr):
+    """float32 in a 16-bit type, cut off where that ends: single numbers of bfloat16 are slow to round."""
+    if dtype == tl.bfloat16:
+        return (b.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    else:
+        return (b.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True).to(dtype)
+
+
+@triton.jit
 def load_keys(projected, o_position, m_position, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """``halves`` of a head's projected keys, [S, Dq]."""
     return halves(load_pixels(projected, o_position * projected.k, m_position, CHANNELS, BLOCK), dtype)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels.contmix import configs, eager, passes
 from kernels.launch import record_launches
+from kernels.tuning.choose import Request, observing
 from tests.kernels.operators import OPERATORS, contmix
 from tests.kernels.rules import check
 from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor, relative_error
@@ -70,6 +71,25 @@ def test_rounding_is_no_more_than_the_definitions_own(norm, kernel_sizes, contex
     naive = relative_error(operator(ours, kernels.reference), expected)
     with kernels.use_backend(backend):
         assert_close(operator(ours), expected, max(FORWARD_TOLERANCE[dtype], naive))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "masked"),
+    [((9, 12), 7, False), ((25, 9), 9, True), ((13, 30), 13, False), ((17, 16), 15, True)],
+)
+def test_bands(size, kernel_size, masked, dtype, monkeypatch):
+    """Several tiles along both axes, windows that begin alike at borders; a bias of -inf leaves a position nothing."""
+    monkeypatch.setattr(configs, "OUTPUTS_PER_WINDOW", 10**6)
+    operator = ROW.at(contmix(size, 3, 14, 10, 6, (kernel_size,)))
+    tensors = operator.tensors(dtype=dtype)
+    if masked:
+        tensors["proj_bias"][::3] = -math.inf
+    met: list[Request] = []
+    with kernels.use_backend("triton"), observing(met.append):
+        out = operator(tensors)
+    assert [request.launcher.name for request in met] == ["contmix.band"]
+    assert_close(out, operator.exact(tensors)[0], FORWARD_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

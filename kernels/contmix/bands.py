@@ -1,0 +1,108 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Triton's constexpr and the values inside a kernel are opaque to a type checker.
+
+"""Softmax weights of 16 bits as a banded matrix: rows of windows as blocks [M, S / 2], moved to where windows begin.
+
+Two adjacent weights are one number of 32 bits. Nothing here leaves a thread's registers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def packed(b, dtype: tl.constexpr):
+    """float32 [M, S], none below 0, as pairs of ``dtype`` [M, S / 2], whose first is the lower half."""
+    if dtype == tl.bfloat16:
+        # Rounded by hand, half up: a GPU has few units for the instruction that converts a single number.
+        even, odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
+        even, odd = even.to(tl.uint32, bitcast=True) + 0x8000, odd.to(tl.uint32, bitcast=True) + 0x8000
+        return (even >> 16) | (odd & 0xFFFF0000)
+    else:
+        b = b.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        even, odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
+        return even | (odd << 16)
+
+
+@triton.jit
+def unpacked(b, dtype: tl.constexpr):
+    """The inverse of ``packed``."""
+    even, odd = b.to(tl.uint16).to(dtype, bitcast=True), (b >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(even, odd), [b.shape[0], b.shape[1] * 2])
+
+
+@triton.jit
+def _halved(blocks):
+    found = ()
+    for i in tl.static_range(len(blocks)):
+        b = blocks[i]
+        first, second = tl.split(tl.permute(tl.reshape(b, [b.shape[0], 2, b.shape[1] // 2]), [0, 2, 1]))
+        found = found + (first, second)
+    return found
+
+
+@triton.jit
+def apart(b, ROWS: tl.constexpr):
+    """[M, ROWS · S] as ROWS blocks [M, S]; ROWS is 1, 2, 4 or 8."""
+    blocks = (b,)
+    for level in tl.static_range(3):
+        if ROWS >> level > 1:
+            blocks = _halved(blocks)
+    return blocks
+
+
+@triton.jit
+def _doubled(blocks):
+    found = ()
+    for i in tl.static_range(len(blocks) // 2):
+        b = tl.permute(tl.join(blocks[2 * i], blocks[2 * i + 1]), [0, 2, 1])
+        found = found + (tl.reshape(b, [b.shape[0], 2 * b.shape[2]]),)
+    return found
+
+
+@triton.jit
+def together(blocks):
+    """The inverse of ``apart``."""
+    for _ in tl.static_range(3):
+        if len(blocks) > 1:
+            blocks = _doubled(blocks)
+    return blocks[0]
+
+
+@triton.jit
+def _moved_by(rows, m_moved, STEP: tl.constexpr):
+    b_nothing = tl.zeros_like(rows[0])
+    found = ()
+    for i in tl.static_range(len(rows) + STEP):
+        b_stays = rows[i] if i < len(rows) else b_nothing
+        b_comes = rows[i - STEP] if i >= STEP else b_nothing
+        found = found + (tl.where(m_moved, b_comes, b_stays),)
+    return found
+
+
+@triton.jit
+def moved(rows, o_moved, MOST: tl.constexpr):
+    """A tuple of rows [M, S], MOST - 1 longer: entry m of row r becomes that of row r + o_moved[m], 0 to MOST - 1.
+
+    MOST is 1, 2, 4, 8 or 16. What no entry comes to is 0.
+    """
+    for level in tl.static_range(4):
+        if MOST >> level > 1:
+            rows = _moved_by(rows, ((o_moved >> level) & 1 == 1)[:, None], 1 << level)
+    return rows
+
+
+@triton.jit
+def as_left_side(blocks, dtype: tl.constexpr):
+    """Blocks of pairs as the left side of a matrix product, positions in the order of ``order``."""
+    b = together(blocks)
+    SHAPE: tl.constexpr = b.shape
+    b = tl.permute(tl.reshape(b, [SHAPE[0], SHAPE[1] // 8, 2, 4]), [0, 1, 3, 2])
+    return unpacked(tl.reshape(b, SHAPE), dtype)
+
+
+@triton.jit
+def order(o_position):
+    """The order in which a thread of a tensor core gets a product's columns as it must hold those of a left side."""
+    return o_position // 16 * 16 + o_position % 4 // 2 * 8 + o_position % 16 // 4 * 2 + o_position % 2

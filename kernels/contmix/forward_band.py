@@ -1,0 +1,223 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+"""ContMix's forward pass for large windows of 16-bit numbers, where nearly every output has a window of its own.
+
+A tile is 16 outputs, COLUMNS of them side by side. Together they see hardly more inputs than one of them does, and all
+sums are matrix products over the tile's outputs and inputs:
+
+- *Logits* come in the columns of the tile's inputs. An output whose window begins x columns right of the tile's first
+  multiplies the keys moved by x: the keys stand COLUMNS times side by side, moved by 0, 1, ..., and the query is zeros
+  but where its x is. Bias takes part as keys of a query of ones, and rpb is what the sum begins with.
+- *Weights* of a row of the windows are a block. Those of an output whose window begins y rows below the tile's first
+  move y blocks on, and the blocks side by side are a banded matrix.
+- *Values* are multiplied with that matrix, once for all outputs of the tile.
+
+A program keeps the keys of its head and walks over blocks of tiles. As the band's zeros are multiplied too, a value
+that is not finite reaches all outputs of a tile that sees it.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.contmix.bands import apart, as_left_side, moved, order, packed
+from kernels.contmix.configs import TILES, Inputs, Sizes, Tiles, block, problem_of, tile_of, tiles_heuristic, types
+from kernels.contmix.forward_shared import forward_reference, views_of
+from kernels.contmix.tiles import cut_off, halves, key_scale
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.products import LOG2_E, dot
+from kernels.tuning import tunable
+from kernels.views import at, view
+from kernels.windows_triton import Pixels, offsets, window_start
+
+
+@triton.jit
+def _moved_keys(
+    keys, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, COLUMNS: tl.constexpr, KERNEL: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """``halves`` of the keys of ROWS rows of a window [ROWS · SEEN, COLUMNS · Dq], moved by 0, 1, ... columns."""
+    o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, COLUMNS * BLOCK)
+    o_channel = (o_flat % BLOCK).to(OFFSET)
+    o_column = (o_step % SEEN)[:, None] - (o_flat // BLOCK)[None, :]
+    o_position = (i_row + o_step // SEEN)[:, None] * KERNEL + o_column
+    m_key = (o_column >= 0) & (o_column < KERNEL) & (o_channel < CHANNELS)[None, :]
+    p_key = keys.ptr + o_position.to(OFFSET) * keys.k + (o_channel * keys.c)[None, :]
+    return halves(tl.load(p_key, mask=m_key, other=0), dtype)
+
+
+@triton.jit
+def _moved_bias(
+    bias, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Bias in the same rows, moved by 0 to 3 columns, [ROWS · SEEN, 16]: three blocks whose sum it is, and one of
+    zeros. Where there is no window position, less than any bias."""
+    LOWEST: tl.constexpr = tl.constexpr(-3e6 if dtype == tl.float16 else -1e30)
+    o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, 16)
+    o_column = (o_step % SEEN)[:, None] - (o_flat % 4)[None, :]
+    m_bias = (o_column >= 0) & (o_column < KERNEL)
+    p_bias = bias.ptr + ((i_row + o_step // SEEN)[:, None] * KERNEL + o_column) * bias.k
+    b_bias = tl.load(p_bias, mask=m_bias, other=0).to(ACCUMULATOR)
+    # An infinite bias would not vanish where the query of ones is 0.
+    b_bias = tl.where(m_bias, tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL), 1.2 * LOWEST)
+    b_bias *= 1 / key_scale(dtype)
+    b_parts = tl.zeros(b_bias.shape, dtype)
+    for part in tl.static_range(3):
+        b_part = cut_off(b_bias, dtype)
+        b_bias -= b_part.to(ACCUMULATOR)
+        b_parts = tl.where((o_flat // 4 == part)[None, :], b_part, b_parts)
+    return b_parts
+
+
+@triton.jit
+def _row_max(blocks):
+    b_max = tl.max(blocks[0], axis=1)
+    for i in tl.static_range(1, len(blocks)):
+        b_max = tl.maximum(b_max, tl.max(blocks[i], axis=1))
+    return b_max
+
+
+@triton.jit
+def _forward_band_kernel(
+    query,  # [B, G, Dq, H, W]
+    projected,  # [B, G, Dq, K²]
+    bias,  # [K²]
+    rpb,  # [G, 2K-1, 2K-1]
+    value,  # [B, G, Dv, H, W]
+    out,  # [B, G, Dv, H, W]
+    statistics,  # [B, G, H, W]: log Σ_k exp
+    sizes, programs, walks,
+    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OFFSET: tl.constexpr, UPCAST: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEEN: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, BLOCK_QUERY: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each. The rows of a window come in
+    blocks of 8, 4, 2 and 1, the powers of two whose sum KERNEL is; STEP rows of inputs are one product."""
+    _batch, groups, height, width, _first, _last = sizes
+    OUTPUTS: tl.constexpr = 16 * TILES
+    ROWS: tl.constexpr = 16 // COLUMNS
+    SIDE: tl.constexpr = 2 * KERNEL - 1
+    dtype: tl.constexpr = query.ptr.dtype.element_ty
+    SCALE: tl.constexpr = LOG2_E * key_scale(dtype)
+    i_program = tl.program_id(0)
+    i_walks = i_program % programs * walks
+    i_group, i_batch = (i_program // programs % groups).to(tl.int64), (i_program // programs // groups).to(tl.int64)
+    queries, keys, values = at(query, i_batch, i_group), at(projected, i_batch, i_group), at(value, i_batch, i_group)
+    outs, sums = at(out, i_batch, i_group), at(statistics, i_batch, i_group)
+    blocks_w = tl.cdiv(width, ACROSS * COLUMNS)
+    blocks = blocks_w * tl.cdiv(height, TILES // ACROSS * ROWS)
+
+    keys_of_rows, bias_of_rows = (), ()
+    for level in tl.static_range(4):
+        if KERNEL & (8 >> level):
+            i_row = KERNEL // (16 >> level) * (16 >> level)
+            b_keys = _moved_keys(
+                keys, i_row, 8 >> level, SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY, OFFSET, dtype
+            )
+            b_bias = _moved_bias(bias, i_row, 8 >> level, SEEN, KERNEL, ACCUMULATOR, dtype)
+            keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
+    # rpb in one row, which begins so early that it holds entries for inputs left of the first window, too.
+    o_table = tl.arange(0, TABLE) - COLUMNS
+    p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w
+    b_table = tl.load(p_table, mask=(o_table >= 0) & (o_table < SIDE * SIDE), other=0).to(ACCUMULATOR)
+    b_table *= 1 / key_scale(dtype)
+
+    o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
+    o_tile, o_query, o_channel = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET), tl.arange(0, BLOCK_CHANNELS)
+    o_input = tl.arange(0, TILES * STEP * SEEN)
+    o_seen_tile, o_seen = o_input // (STEP * SEEN), order(o_input % (STEP * SEEN))
+    for i_walk in range(i_walks, i_walks + walks):
+        i_block = tl.minimum(i_walk, blocks - 1)
+        row, column = i_block // blocks_w * (TILES // ACROSS * ROWS), i_block % blocks_w * (ACROSS * COLUMNS)
+        tile_row, tile_column = row + o_tile // ACROSS * ROWS, column + o_tile % ACROSS * COLUMNS
+        o_row, o_column = tile_row + o_output % 16 // COLUMNS, tile_column + o_output % COLUMNS
+        m_output = (i_walk < blocks) & (o_row < height) & (o_column < width)
+        o_row, o_column = tl.minimum(o_row, height - 1), tl.minimum(o_column, width - 1)
+        start_h, start_w = window_start(o_row, height, KERNEL, 1), window_start(o_column, width, KERNEL, 1)
+        outputs = Pixels(o_row, o_column, m_output, start_h, start_w)
+        down = start_h - window_start(tile_row, height, KERNEL, 1)
+        right = start_w - window_start(tile_column, width, KERNEL, 1)
+        seen_h = window_start(row + o_seen_tile // ACROSS * ROWS, height, KERNEL, 1) + o_seen // SEEN
+        seen_w = window_start(column + o_seen_tile % ACROSS * COLUMNS, width, KERNEL, 1) + o_seen % SEEN
+        m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w < width)
+        # [M, COLUMNS · Dq]
+        p_query = queries.ptr + offsets(query, outputs, OFFSET)[:, None] + (o_query * queries.c)[None, :]
+        m_query = (right[:, None] == (o_flat // BLOCK_QUERY)[None, :]) & (o_query < QUERY_CHANNELS)[None, :]
+        b_query = tl.load(p_query, mask=m_query, other=0)
+        # [M, 16]: the query of ones
+        b_one = cut_off(tl.where(right[:, None] == (tl.arange(0, 16) % 4)[None, :], 1.0, 0.0), dtype)
+        # [M]: where in the row of rpb the tile's first input is for an output
+        o_base = (start_h - o_row + KERNEL - 1) * SIDE + (start_w - right - o_column + KERNEL - 1) + COLUMNS
+
+        logits = ()
+        for level in tl.static_range(4):
+            if KERNEL & (8 >> level):
+                o_step = tl.arange(0, (8 >> level) * SEEN)
+                o_entry = (KERNEL // (16 >> level) * (16 >> level) + o_step // SEEN) * SIDE + o_step % SEEN
+                # A gather along the only axis goes by shared memory.
+                o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [OUTPUTS * o_step.shape[0]])
+                b_logits = tl.reshape(tl.gather(b_table, o_entry, 0), [OUTPUTS, o_step.shape[0]])
+                b_logits = dot(b_one, tl.trans(bias_of_rows[len(logits)]), b_logits, UPCAST)
+                b_logits = dot(b_query, tl.trans(keys_of_rows[len(logits)][0]), b_logits, UPCAST)
+                b_logits = dot(b_query, tl.trans(keys_of_rows[len(logits)][1]), b_logits, UPCAST)
+                logits = logits + (b_logits,)
+        b_max = _row_max(logits) * SCALE
+        b_total = tl.zeros([OUTPUTS], ACCUMULATOR)
+        rows = ()
+        for i in tl.static_range(len(logits)):
+            b_weight = tl.exp2(logits[i] * SCALE - b_max[:, None])
+            b_total += tl.sum(b_weight, axis=1)
+            rows = rows + apart(packed(b_weight, dtype), b_weight.shape[1] // SEEN)
+        rows = moved(rows, down, ROWS)
+        for _ in tl.static_range(-len(rows) % STEP):
+            rows = rows + (tl.zeros_like(rows[0]),)
+
+        b_sum = tl.zeros([TILES, 16, BLOCK_CHANNELS], ACCUMULATOR)
+        for i in tl.static_range(len(rows) // STEP):
+            o_h = seen_h + i * STEP
+            o_value = o_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
+            p_value = values.ptr + o_value[:, None] + (o_channel.to(OFFSET) * values.c)[None, :]
+            m_value = (m_seen & (o_h < height))[:, None] & (o_channel < CHANNELS)[None, :]
+            b_value = tl.reshape(tl.load(p_value, mask=m_value, other=0), [TILES, STEP * SEEN, BLOCK_CHANNELS])
+            b_weight = as_left_side(rows[i * STEP : i * STEP + STEP], dtype)
+            b_sum = dot(tl.reshape(b_weight, [TILES, 16, STEP * SEEN]), b_value, b_sum, UPCAST)
+        b_sum = tl.reshape(b_sum, [OUTPUTS, BLOCK_CHANNELS]) / b_total[:, None]
+        p_out = outs.ptr + offsets(out, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * outs.c)[None, :]
+        m_out = m_output[:, None] & (o_channel < CHANNELS)[None, :]
+        tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
+        tl.store(sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=m_output)
+
+
+@tunable(TILES, tiles_heuristic, problem=problem_of, reference=forward_reference, name="contmix.band")
+def forward_band(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Tiles) -> Tensor:
+    """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
+    batch, groups, channels, height, width = inputs.value.shape
+    problem = problem_of(inputs)
+    seen, tile_columns = tile_of(problem)
+    rows, columns = config.block_of(tile_columns)
+    blocks = ceil_divide(height, rows) * ceil_divide(width, columns)
+    walks = ceil_divide(blocks, max(1, config.programs // (groups * batch)))
+    programs = ceil_divide(blocks, walks)
+    arguments = {
+        **views_of(inputs),
+        "out": view(out, "b g c h w"),
+        "statistics": view(statistics, "b g h w"),
+        **types(inputs, out),
+        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
+        "programs": programs,
+        "walks": walks,
+        "TILES": config.tiles,
+        "ACROSS": columns // tile_columns,
+        "COLUMNS": tile_columns,
+        "SEEN": seen,
+        "STEP": min(64, 2048 // block(channels)) // seen,
+        "TABLE": next_power_of_2((2 * problem.kernel_size - 1) ** 2 + seen + tile_columns),
+        "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
+    }
+    # One program per (blocks that it walks over, group, batch entry).
+    grid = (programs * groups * batch,)
+    launch(_forward_band_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+    return out
