@@ -268,26 +268,13 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     ]
 
 
-def _tiny_workloads() -> list[Workload]:
-    size = (6, 5)
-    given = channels_last(involution("tiny", 1, 32, size, 3, 16))
-    return [
-        given,
-        generation(given),
-        *(neighborhood(name, "tiny", 1, 2, 16, size, 3) for name in ("na2d_av", "na2d_qk", "na2d_softmax_av")),
-        contmix("tiny", 1, 2, 16, size, (3, 5), context=9),
-        outlook("tiny", 1, 2, 16, size, 3, 2),
-        depthwise("tiny", 1, 16, size, 5),
-    ]
-
-
 def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, quick: bool = False) -> list[Workload]:
     """The operators at the models' own shapes: batch 128 at 224², then batch 2 at 800×1280; or at the shape given.
 
     ``quick`` takes one tiny shape of each operator instead.
     """
     if quick:
-        return _tiny_workloads()
+        return [workload_of(name, batch=1, channels=32, size=(6, 5), kernel_size=3) for name in OPERATORS]
     if size is not None:
         return operator_workloads(batch or 128, size)
     return [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]

@@ -150,7 +150,7 @@ def test_wide_offsets(operator, monkeypatch):
         if hasattr(module, "fits_int32"):
             monkeypatch.setattr(module, "fits_int32", lambda *tensors: asked.append(tensors))
     wide_out, wide_grads = run(operator, tensors, "triton")
-    assert asked
+    assert asked, "no launcher asks fits_int32, which says whether offsets need 64 bits"
     assert torch.equal(out, wide_out)
     assert all(map(torch.equal, grads, wide_grads))
 
