@@ -258,7 +258,8 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     heads, size, kernel_size = focus[0]
     given = [channels_last(involution("RedNet-50", batch, channels, size, 7, 16)) for channels, size, _ in stages]
     return [
-        *(workload for involved in given for workload in (involved, generation(involved))),
+        *given,
+        *map(generation, given),
         neighborhood("na2d_av", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         neighborhood("na2d_qk", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         *(neighborhood("na2d_softmax_av", "OverLoCK-T", batch, heads, 16, size, k) for heads, size, k in focus),
