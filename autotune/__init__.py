@@ -8,8 +8,6 @@ How anything is measured: ``timing``, ``passes``, ``measure``, then ``operators`
 
 import importlib
 import os
-import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,10 +38,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
-
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # In ``python -m autotune`` an interrupt ends the import of PyTorch at once; ``run_command`` takes over from there.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if os.environ.get("DYNAMIC_KERNELS_AUTOTUNE") == "1":
     from autotune import tuner
