@@ -141,9 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
             resumed = not arguments.restart and trainer.resume()
             if distributed.rank() == 0:
                 if not resumed:
-                    (arguments.output / STATE).unlink(
-                        missing_ok=True
-                    )  # before the files below, which do not belong to it
+                    # Before the files below, which do not belong to it.
+                    (arguments.output / STATE).unlink(missing_ok=True)
                 write_json(arguments.output / "settings.json", trainer.settings)
                 names = "".join(f"{name}\n" for name in training.classes).encode("utf-8", "surrogateescape")
                 atomic_write(arguments.output / "classes.txt", names)
