@@ -233,7 +233,7 @@ def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
         ("tiny_rednet", "training", ["naive"]),
     ]
     shown = capsys.readouterr().out
-    assert "tiny 2×16@6×5 K=3" in shown
+    assert "2×16@6×5 K=3" in shown
     assert "tiny_rednet" in shown
 
 
