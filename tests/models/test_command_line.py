@@ -21,7 +21,7 @@ INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000],
     ("command", "option", "values"),
     [
         *((f"models finetune D --model M --output O {option}", option, [*INTEGER, "0"])
-          for option in ("--epochs", "--batch", "--accumulate", "--repeats", "--log-every")),
+          for option in ("--epochs", "--batch", "--accumulate", "--log-every")),
         *((f"models finetune D --model M --output O {option}", option, INTEGER)
           for option in ("--workers", "--save-every")),
         ("models finetune D --model M --output O --seed", "--seed", ["-1", "nan", str(10**30)]),
