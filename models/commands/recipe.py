@@ -118,15 +118,9 @@ PUBLISHED = {
     # arXiv 2103.06255 and github.com/d-li14/involution
     "rednet": Published(
         2048,
-        {
-            "epochs": 130,
-            "warmup_epochs": 5,
-            "learning_rate": 0.8,
-            "first_learning_rate": 0.2,
-            "final_learning_rate": 0.0,
-        }
-        | {"optimizer": "sgd", "weight_decay": 1e-4, "decay_vectors": True, "clip_norm": 0.0, "ema_decay": 0.0}
-        | {"label_smoothing": 0.1},
+        {"epochs": 130, "warmup_epochs": 5, "learning_rate": 0.8, "first_learning_rate": 0.2}
+        | {"final_learning_rate": 0.0, "optimizer": "sgd", "weight_decay": 1e-4, "decay_vectors": True}
+        | {"clip_norm": 0.0, "ema_decay": 0.0, "label_smoothing": 0.1},
     ),
     # arXiv 2106.13112 and github.com/sail-sg/volo
     "volo": Published(
