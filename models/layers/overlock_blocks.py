@@ -7,15 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.layers.basic import (
-    DropPath,
-    GELU2d,
-    GlobalResponseNorm,
-    LayerNorm2d,
-    LayerScale,
-    SqueezeExcite,
-    add_scaled,
-)
+from models.layers.basic import DropPath, GELU2d, GlobalResponseNorm, LayerNorm2d, LayerScale, SqueezeExcite, add_scaled
 from models.layers.contmix import ContMix
 from models.layers.depthwise import DilatedReparamBlock, ResidualDepthwiseConv2d
 from models.layers.fusion import as_built, last_convolution
