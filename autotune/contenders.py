@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from autotune import timing
 from autotune.contest import NAIVE, Contest
-from autotune.measure import Settings, busy, check, largest_error, leaving_out, other_work, time_and_memory, unsteady
+from autotune.measure import Settings, check, doubts, largest_error, leaving_out, other_work, time_and_memory
 from autotune.passes import Function, Pass, tensors_in, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
@@ -265,7 +265,6 @@ def _measure(
         row = {"name": name, "kind": kinds[name], "status": "ok", "relative_error": errors[name]}
         timed.append({**row, **found, **ratios})
     machine = timing.describe_machine(device)
-    warnings = busy(elsewhere(), machine["cpu_count"]), unsteady([[found] for found in times.values()])
     return Contest(
         title=_name(run.function),
         backward=run.backward,
@@ -280,5 +279,5 @@ def _measure(
         tolerance=tolerance,
         dtype=str(dtype).removeprefix("torch."),
         machine=machine,
-        warnings=[warning for warning in warnings if warning],
+        warnings=doubts(elsewhere(), machine["cpu_count"], [[found] for found in times.values()]),
     )

@@ -176,16 +176,12 @@ def other_work() -> Callable[[], float | None]:
     return cores
 
 
-def busy(cores: float | None, cpu_count: int | None) -> str | None:
-    """A sentence where other processes keep more than a tenth of the cores busy."""
-    if cores is None or not cpu_count or cores <= BUSY_SHARE * cpu_count:
-        return None
-    return f"the machine is busy: other processes take {cores:.1f} of its {cpu_count} cores"
-
-
-def unsteady(lines: Sequence[Sequence[Mapping[str, Any]]]) -> str | None:
-    """A sentence where lines, each of some contenders' times, have one with a wide spread."""
-    wide = sum(any(t["p80_ms"] - t["p20_ms"] > WIDE_SPREAD * t["p50_ms"] for t in line) for line in lines)
-    if not wide:
-        return None
-    return f"{wide} of {len(lines)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)"
+def doubts(cores: float | None, cpu_count: int | None, lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Sentences where other processes keep more than a tenth of the cores busy, and where lines, each of some
+    contenders' times, have one with a wide spread."""
+    found = []
+    if cores is not None and cpu_count and cores > BUSY_SHARE * cpu_count:
+        found.append(f"the machine is busy: other processes take {cores:.1f} of its {cpu_count} cores")
+    if wide := sum(any(t["p80_ms"] - t["p20_ms"] > WIDE_SPREAD * t["p50_ms"] for t in line) for line in lines):
+        found.append(f"{wide} of {len(lines)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)")
+    return found

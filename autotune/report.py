@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from autotune import plots
 from autotune.cases import row_name
-from autotune.measure import busy, unsteady
+from autotune.measure import doubts
 from autotune.tables import Table, megabytes, number, percent, spread, times
 
 Row = dict[str, Any]
@@ -78,8 +78,7 @@ def show(record: Row, console: Console) -> None:
 def warnings(record: Row) -> list[str]:
     """What speaks against trusting the record's times."""
     timed = [[row[path] for path in PATHS] for row in record["rows"] if row["status"] == "ok"]
-    found = busy(record["other_cores"], record["machine"]["cpu_count"]), unsteady(timed)
-    return [warning for warning in found if warning]
+    return doubts(record["other_cores"], record["machine"]["cpu_count"], timed)
 
 
 def fingerprint(record: Row) -> str:
