@@ -153,7 +153,7 @@ PIXELS = math.prod(MAP)
 NEIGHBORHOODS: Shapes = {
     "plain": (MAP, 2, 3, 3),
     "interior": ((12, 9), 2, 5, 3),
-    "shared windows": ((9, 8), 3, 10, 7),
+    "shared windows": ((9, 8), 2, 10, 7),
     "one window": ((7, 7), 1, 4, 7),
     "four windows": ((6, 6), 2, 3, 5),
     "border": ((14, 14), 2, 3, 13, 1, False),
