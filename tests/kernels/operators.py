@@ -170,7 +170,8 @@ def every(*choices: Iterable[Any]) -> Callable[[Callable[..., Case | None]], tup
 
 def neighborhoods(*names: str) -> dict[str, Any]:
     def scale(size: Pair, heads: int, channels: int, kernel_size: int) -> Case | None:
-        return neighborhood(names, size, heads, channels, kernel_size) if kernel_size <= size[0] else None
+        bias = "logits" in names  # elsewhere PyTorch adds it: slow on meta tensors, and no launch
+        return neighborhood(names, size, heads, channels, kernel_size, 1, bias) if kernel_size <= size[0] else None
 
     return {
         "cases": {name: neighborhood(names, *sizes) for name, sizes in NEIGHBORHOODS.items()},
