@@ -152,7 +152,7 @@ PIXELS = math.prod(MAP)
 # do; 13x10 with dilation 3 has residue classes of different sizes. Of these maps some share windows, others do not.
 NEIGHBORHOODS: Shapes = {
     "plain": (MAP, 2, 3, 3),
-    "interior": ((9, 10), 2, 5, 3),
+    "interior": ((7, 9), 2, 5, 3),
     "shared windows": ((9, 8), 2, 10, 7),
     "one window": ((7, 7), 1, 4, 7),
     "four windows": ((6, 6), 2, 3, 5),
