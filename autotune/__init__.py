@@ -7,19 +7,14 @@ How anything is measured: ``timing``, ``passes``, ``measure``, then ``operators`
 """
 
 import importlib
-import os
-import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autotune.contenders import compare
-    from autotune.magic import load_ipython_extension
-    from autotune.roofs import roofline
-    from autotune.sweeps import sweep
-    from autotune.tuner import tuning
-
-__all__ = ["compare", "load_ipython_extension", "roofline", "sweep", "tuning"]
+    from autotune.contenders import compare as compare
+    from autotune.magic import load_ipython_extension as load_ipython_extension
+    from autotune.roofs import roofline as roofline
+    from autotune.sweeps import sweep as sweep
+    from autotune.tuner import tuning as tuning
 
 _MODULES = {
     "compare": "autotune.contenders",
@@ -38,15 +33,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # In ``python -m autotune`` an interrupt ends the import of PyTorch at once; ``run_command`` takes over from there.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-if os.environ.get("DYNAMIC_KERNELS_AUTOTUNE") == "1":
-    from autotune import tuner
-    from kernels.tuning import choose
-
-    choose.on_miss = tuner.best_config
+    return sorted({*globals(), *_MODULES})

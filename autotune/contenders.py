@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from autotune import report, timing
+from autotune import timing
 from autotune.contest import NAIVE, Contest
-from autotune.measure import Settings, check, largest_error, leaving_out, time_and_memory
+from autotune.measure import Settings, check, doubts, largest_error, leaving_out, other_work, time_and_memory
 from autotune.passes import Function, Pass, tensors_in, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
@@ -257,7 +257,7 @@ def _measure(
     del expected, naive, outputs
 
     floor_ms = timing.copy_milliseconds(device, floor_bytes, seconds=settings.seconds / 4)
-    busy = report.other_work()
+    elsewhere = other_work()
     times, baseline = time_and_memory(calls, settings), [*paths][-1]
     timed = []
     for name, found in times.items():
@@ -265,7 +265,6 @@ def _measure(
         row = {"name": name, "kind": kinds[name], "status": "ok", "relative_error": errors[name]}
         timed.append({**row, **found, **ratios})
     machine = timing.describe_machine(device)
-    warnings = report.busy(busy(), machine["cpu_count"]), report.unsteady([[found] for found in times.values()])
     return Contest(
         title=_name(run.function),
         backward=run.backward,
@@ -280,5 +279,5 @@ def _measure(
         tolerance=tolerance,
         dtype=str(dtype).removeprefix("torch."),
         machine=machine,
-        warnings=[warning for warning in warnings if warning],
+        warnings=doubts(elsewhere(), machine["cpu_count"], [[found] for found in times.values()]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -27,7 +27,6 @@ class Contest(Found):
     title: str
     backward: bool
     baseline: str
-    rows: list[dict[str, Any]]
     floor_bytes: int
     floor_ms: float
     operations: int
@@ -57,9 +56,6 @@ class Contest(Found):
     @property
     def heading(self) -> str:
         return f"{self.title}, {PASSES[self.backward]}, {self.dtype}"
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
 
     def table(self) -> Table:
         """The notes say what the columns mean, who was left out and why, and what speaks against the times."""

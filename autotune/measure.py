@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,9 @@ from autotune import timing
 from autotune.timing import Timing
 
 Call = Callable[[], list[Tensor]]
+# (p80 − p20) / p50 from which a time is called unsteady, and the share of the cores that others may take unsaid.
+WIDE_SPREAD = 0.2
+BUSY_SHARE = 0.1
 
 
 class DisagreementError(Exception):
@@ -137,3 +143,45 @@ def graphs(calls: Mapping[str, Call]) -> Iterator[tuple[str, Callable[[], None]]
             with torch.cuda.graph(graph):
                 call()
             yield name, graph.replay
+
+
+# ---- what speaks against trusting the times
+
+
+def _cpu_seconds() -> tuple[float, ...] | None:
+    """Seconds: by the clock, of work on all cores of the machine, and of this process's own. None where unknown."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, fields)
+    ticks = user + nice + system + interrupts + soft_interrupts + stolen
+    return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+def other_work() -> Callable[[], float | None]:
+    """How busy the machine is with something else from now on: a call of the result tells.
+
+    It gives the cores that other processes (and other guests of a virtual machine's host) kept busy, on average.
+    """
+    start = _cpu_seconds()
+
+    def cores() -> float | None:
+        now = _cpu_seconds()
+        if start is None or now is None:
+            return None
+        clock, work, own = (after - before for before, after in zip(start, now, strict=True))
+        return max(0.0, (work - own) / clock) if clock > 0 else None
+
+    return cores
+
+
+def doubts(cores: float | None, cpu_count: int | None, lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Sentences where other processes keep more than a tenth of the cores busy, and where lines, each of some
+    contenders' times, have one with a wide spread."""
+    found = []
+    if cores is not None and cpu_count and cores > BUSY_SHARE * cpu_count:
+        found.append(f"the machine is busy: other processes take {cores:.1f} of its {cpu_count} cores")
+    if wide := sum(any(t["p80_ms"] - t["p20_ms"] > WIDE_SPREAD * t["p50_ms"] for t in line) for line in lines):
+        found.append(f"{wide} of {len(lines)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)")
+    return found

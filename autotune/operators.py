@@ -5,6 +5,7 @@ It is compared with its definition in float32 (float64 in float64), so that the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -68,29 +69,6 @@ def span_and_involution(
 UNFUSED: dict[str, Callable[..., Tensor]] = {"contmix2d": contmix_chain, "involution2d_generate": span_and_involution}
 
 
-def naive_bytes(workload: Workload, dtype: torch.dtype, *, backward: bool) -> int:
-    """Estimate of what the naive path allocates: the unfolded neighbourhoods and their product with the kernel.
-
-    Both have an entry per multiply-add, or in outlook attention per K² of them, which share a neighbour. A backward
-    pass keeps them and adds their gradients. The reference in float32 and its inputs come on top.
-    """
-    entries = 0 if workload.operator == "depthwise_conv2d" else workload.multiply_adds
-    if workload.operator == "outlook_attention2d":
-        entries //= workload.options["kernel_size"] ** 2
-    working = 2 * entries * (2 if backward else 1)
-    return max(dtype.itemsize, 4) * working + 2 * workload.floor_bytes(torch.float32, backward=backward)
-
-
-def too_large(workload: Workload, settings: Settings, *, backward: bool) -> str | None:
-    """Why the naive path does not fit in the GPU's memory, or None."""
-    if settings.device.type != "cuda":
-        return None
-    needed = naive_bytes(workload, settings.dtype, backward=backward)
-    free = torch.cuda.mem_get_info(settings.device)[0]
-    free += torch.cuda.memory_reserved(settings.device) - torch.cuda.memory_allocated(settings.device)
-    return None if needed < free else f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-
-
 def contenders(workload: Workload, inputs: Inputs, gradient: Tensor | None, settings: Settings) -> dict[str, Call]:
     """Ours first, then what it is compared with: calls that return the output (and gradients)."""
     options = dict(workload.options)
@@ -127,15 +105,19 @@ def measure_operator(workload: Workload, settings: Settings, *, backward: bool =
     inputs = workload.draw_inputs(settings.dtype, settings.device)
     gradient = workload.draw_gradient(settings.dtype, settings.device) if backward else None
     calls = contenders(workload, inputs, gradient, settings)
-    left_out, against, reason = {}, "reference", too_large(workload, settings, backward=backward)
-    if reason is not None:
-        against, left_out = "eager", {name: reason for name in ("naive", "compiled") if calls.pop(name, None)}
     if settings.compile_only:
         if "compiled" in calls:
             calls["compiled"]()
         return {}
-    exact = None if gradient is None else gradient.to(torch.promote_types(settings.dtype, torch.float32))
-    expected = on_backend(against, workload.run)(workloads.upcast(inputs), exact)
+    wider = None if gradient is None else gradient.to(torch.promote_types(settings.dtype, torch.float32))
+    exact = workloads.upcast(inputs), wider
+    against, expected, left_out = "reference", None, dict[str, str]()
+    with contextlib.suppress(torch.OutOfMemoryError):
+        expected = on_backend(against, workload.run)(*exact)
+    if expected is None:
+        reason = "the definition does not fit in the GPU's memory"
+        left_out = {name: reason for name in ("naive", "compiled") if calls.pop(name, None)}
+        against, expected = "eager", on_backend("eager", workload.run)(*exact)
     tolerance, what = tolerances.GRADIENT[settings.dtype], "output and gradients" if backward else "output"
     agreement = check(largest_error(calls["ours"](), expected), tolerance, what)
     for name in list(calls)[1:]:

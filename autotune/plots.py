@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +145,7 @@ def comparison_figure(
             axis.set_xlabel(f"{quantity}  (less is better)")
             axis.set_yticks(positions, [line.label if axis is axes[0] else "" for line in lines])
         left: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-        for name, position in group_starts.items():
+        for name, position in group_starts:
             axes[0].annotate(name, (0, position - 0.85), (-6, 0), va="center", fontweight="bold", **left)
         handles, labels = axes[0].get_legend_handles_labels()
         names = {"naive": contender, "ours": ours}
@@ -153,16 +155,18 @@ def comparison_figure(
     return figure
 
 
-def _positions(lines: Sequence[Comparison]) -> tuple[list[float], dict[str, float]]:
+def _positions(lines: Sequence[Comparison]) -> tuple[list[float], list[tuple[str, float]]]:
     """Where each line goes, top to bottom, with room for a heading above each group; and each group's first line."""
     positions: list[float] = []
-    group_starts: dict[str, float] = {}
+    starts: list[tuple[str, float]] = []
     cursor = -1.0
-    for line in lines:
-        cursor += 1 if line.group in group_starts else 2.1
-        group_starts.setdefault(line.group, cursor)
-        positions.append(cursor)
-    return positions, group_starts
+    for group, members in groupby(lines, attrgetter("group")):
+        cursor += 1.1
+        starts.append((group, cursor + 1))
+        for _ in members:
+            cursor += 1
+            positions.append(cursor)
+    return positions, starts
 
 
 # Of a panel: what the legend calls it, size, and depth. Ours is above naive and smaller: where both are equal, each

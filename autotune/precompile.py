@@ -106,12 +106,12 @@ def build(what: Build, target: Any = None) -> Any:
         driver.set_active(previous)
 
 
-def precompile(work: list[Build], seconds: float, workers: int | None = None) -> Iterator[None]:
-    """Compile in ``workers`` processes (all processors but one), yielding after each; give up after ``seconds``.
+def precompile(work: list[Build], seconds: float) -> Iterator[None]:
+    """Compile on all processors but one, yielding after each; give up after ``seconds``.
 
     A compilation that fails is left to the launch itself, which says why.
     """
-    workers = min(workers or max(1, (os.cpu_count() or 2) - 1), len(work))
+    workers = min((os.cpu_count() or 2) - 1, len(work))
     if workers < 2:
         return  # no faster than compiling when the turn comes
     timeout = None if math.isinf(seconds) else seconds

@@ -35,7 +35,7 @@ import models
 from autotune import networks, plots, report, timing, workloads
 from autotune.arguments import matching, module, shape
 from autotune.cases import Case, run_cases, written
-from autotune.measure import Settings
+from autotune.measure import Settings, other_work
 from autotune.networks import measure_model
 from autotune.operators import operator_cases
 from autotune.passes import PASSES
@@ -210,7 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder = _out_folder(arguments, settings.device)
         folder.mkdir(parents=True, exist_ok=True)
 
-    path, start, others = folder / "profile.json", time.monotonic(), report.other_work()
+    path, start, others = folder / "profile.json", time.monotonic(), other_work()
     try:
         if any(case.facts["kind"] == "operator" for case in cases):
             speed = timing.copy_bandwidth(settings.device, seconds=settings.seconds)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ from rich.markup import escape
 
 from autotune import plots
 from autotune.cases import row_name
+from autotune.measure import doubts
 from autotune.tables import Table, megabytes, number, percent, spread, times
 
 Row = dict[str, Any]
 PATHS = ("ours", "naive")
-# (p80 − p20) / p50 from which a time is called unsteady, and the share of the cores that others may take unsaid.
-WIDE_SPREAD = 0.2
-BUSY_SHARE = 0.1
 
 
 def _group(row: Row) -> str:
@@ -79,54 +75,10 @@ def show(record: Row, console: Console) -> None:
             console.print(f"[red]failed[/] {escape(row_name(row) + ': ' + row['message'])}", soft_wrap=True)
 
 
-def _cpu_seconds() -> tuple[float, ...] | None:
-    """Seconds: by the clock, of work on all cores of the machine, and of this process's own. None where unknown."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    except OSError:
-        return None
-    user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, fields)
-    ticks = user + nice + system + interrupts + soft_interrupts + stolen
-    return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
-
-
-def other_work() -> Callable[[], float | None]:
-    """How busy the machine is with something else from now on: a call of the result tells.
-
-    It gives the cores that other processes (and other guests of a virtual machine's host) kept busy, on average.
-    """
-    start = _cpu_seconds()
-
-    def cores() -> float | None:
-        now = _cpu_seconds()
-        if start is None or now is None:
-            return None
-        clock, work, own = (after - before for before, after in zip(start, now, strict=True))
-        return max(0.0, (work - own) / clock) if clock > 0 else None
-
-    return cores
-
-
-def busy(cores: float | None, cpu_count: int | None) -> str | None:
-    """A sentence where other processes keep more than a tenth of the cores busy."""
-    if cores is None or not cpu_count or cores <= BUSY_SHARE * cpu_count:
-        return None
-    return f"the machine is busy: other processes take {cores:.1f} of its {cpu_count} cores"
-
-
-def unsteady(lines: Sequence[Sequence[Row]]) -> str | None:
-    """A sentence where lines, each of some contenders' times, have one with a wide spread."""
-    wide = sum(any(t["p80_ms"] - t["p20_ms"] > WIDE_SPREAD * t["p50_ms"] for t in line) for line in lines)
-    if not wide:
-        return None
-    return f"{wide} of {len(lines)} lines vary by more than {WIDE_SPREAD:.0%} of their median (p20 to p80)"
-
-
 def warnings(record: Row) -> list[str]:
     """What speaks against trusting the record's times."""
     timed = [[row[path] for path in PATHS] for row in record["rows"] if row["status"] == "ok"]
-    found = busy(record["other_cores"], record["machine"]["cpu_count"]), unsteady(timed)
-    return [warning for warning in found if warning]
+    return doubts(record["other_cores"], record["machine"]["cpu_count"], timed)
 
 
 def fingerprint(record: Row) -> str:

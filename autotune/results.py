@@ -61,7 +61,8 @@ def operators_table(folder: Folder, kernels: Callable[[Row], float | None] | Non
     for row in folder.timed():
         graph, eager = row.get("graph", {}).get("ours", {}).get("p50_ms"), row["contenders"]["ours"]["p50_ms"]
         of_commit = f" ({row['commit'][:7]})" if "commit" in row else ""  # another than the folder's
-        cells = [f"`{row['operator']}`", f"{row['model']} {row['shape']}{of_commit}", row["pass"], microseconds(graph)]
+        shape = f"{row['model']} {row['shape']}{of_commit}".strip()
+        cells = [f"`{row['operator']}`", shape, row["pass"], microseconds(graph)]
         cells += [] if kernels is None else [number(kernels(row))]
         cells += [microseconds(eager), microseconds(row["floor"]["ms"]), percent(row["floor"]["fraction"])]
         for name in OTHERS:

@@ -171,7 +171,7 @@ def roofline_figure(measured: Sequence[Measured], ceilings: Ceilings, label: str
     The number at each line is that of its shape in the list at the side.
     """
     operators = list(dict.fromkeys(entry.operator for entry in measured))
-    markers = dict(zip(operators, cycle(("o", "s", "D", "^", "v", "P", "X")), strict=False))
+    markers = dict(zip(operators, cycle(("o", "s", "D", "^", "v", "P", "X", "p")), strict=False))
     grey, guide, limit = plots.COLOURS["floor"], plots.COLOURS["guide"], ceilings.operations_per_second
     with plots.style():
         figure, axes = plots.grid(1, 1, 12, max(5.6, 2.2 + 0.24 * len(measured)))

@@ -51,23 +51,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         config = row["config"]
         config = settings_text(config) if isinstance(config, dict) else repr(config)
         state = "used" if row["unused"] is None else f"not used: {row['unused']}"
-        words = [_shown(text) for text in (row["gpu"], row["source"], row["key"], config, state)]
-        cells.append([*words, *(_milliseconds(row[name]) for name in ("milliseconds", "heuristic_milliseconds"))])
+        times = (row[name] for name in ("milliseconds", "heuristic_milliseconds"))
+        times = [f"{time:.4f}" if isinstance(time, float) else "–" for time in times]
+        cells.append([row["gpu"], row["source"], row["key"], config, state, *times])
     headings = ["GPU", "from", "problem", "config", "state", "ms", "heuristic, ms"]
     return Table(headings, cells, 5, "Tuned configs")
-
-
-def _milliseconds(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e15) else "–"
-
-
-def _shown(text: str, longest: int = 400) -> str:
-    """A text from a file, which may hold anything: in one line, of bearable length, without commands.
-
-    What is not printable, as a terminal's escape sequences and lone surrogates, is written as Python writes it.
-    """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         gpu = arguments.gpu
         whose = "" if gpu is None else f" for {gpu} ({Store(user_folder(), gpu).path.name})"
-        console.print(f"Nothing is tuned{escape(_shown(whose))}: every launch uses its kernel's heuristic.")
+        console.print(f"Nothing is tuned{escape(whose)}: every launch uses its kernel's heuristic.")
     for name, folder in folders.items():
-        console.print(f"{name}: {escape(_shown(folder, 10_000))}", soft_wrap=True)
+        console.print(f"{name}: {escape(folder)}", soft_wrap=True)
     for message in messages:
-        console.print(f"[red]warning:[/] {escape(_shown(message, 10_000))}", soft_wrap=True)
+        console.print(f"[red]warning:[/] {escape(message)}", soft_wrap=True)
     return 0

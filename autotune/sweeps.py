@@ -42,14 +42,10 @@ class Sweep(Found):
 
     operator: str
     backward: bool
-    rows: list[dict[str, Any]]
     device: str
     dtype: str
     threads: int
     label: str
-
-    def record(self) -> dict[str, Any]:
-        return {"operator": self.operator, "backward": self.backward, "label": self.label, "rows": self.rows}
 
     def table(self) -> Table:
         cells = [
@@ -142,7 +138,7 @@ def sweep(
     rows = [{"axis": axis, **shape, **measured[tuple(shape.values())]} for axis, shape in shapes]
     precision = str(dtype).removeprefix("torch.")
     label = f"{timing.device_name(place)} · {precision}"
-    return Sweep(operator, backward, rows, place.type, precision, torch.get_num_threads(), label)
+    return Sweep(rows, operator, backward, place.type, precision, torch.get_num_threads(), label)
 
 
 def _workload(operator: str, size: int, **shape: int) -> Workload:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -103,16 +103,13 @@ class Table:
         console.print(self)
 
 
+@dataclass(frozen=True, repr=False)
 class Found:
     """What a measurement found: a table in a notebook and for ``print`` and ``rich``, JSON, or a DataFrame."""
 
     rows: list[dict[str, Any]]
 
     def table(self) -> Table:
-        raise NotImplementedError
-
-    def record(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
         raise NotImplementedError
 
     def _repr_html_(self) -> str:
@@ -130,8 +127,8 @@ class Found:
     def to_json(self, path: str | Path | None = None) -> str:
         """Everything as JSON, written to a file as well where ``path`` names one."""
         if path is not None:
-            write_json(Path(path), self.record())
-        return json.dumps(self.record(), indent=2, ensure_ascii=False)
+            write_json(Path(path), asdict(self))
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     def to_pandas(self) -> Any:
         """The rows as a DataFrame. ImportError, saying what to install, where pandas is missing."""

@@ -58,12 +58,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(
-    calls: Mapping[str, Call],
-    device: torch.device,
-    *,
-    seconds: float = 1.0,
-    min_runs: int = 5,
-    max_runs: int = 100,
+    calls: Mapping[str, Call], device: torch.device, *, seconds: float = 1.0, min_runs: int = 5, max_runs: int = 100
 ) -> dict[str, Timing]:
     """Time several calls that are to be compared with each other.
 

@@ -1,7 +1,6 @@
 """Finding the config of a launch: every candidate is checked against the eager path, then timed, and the best is kept.
 
-It happens only when asked for: inside ``with tuning():``, with DYNAMIC_KERNELS_AUTOTUNE=1 where ``autotune`` is
-imported, or by ``python -m autotune tune``.
+It happens only when asked for: inside ``with tuning():``, or by ``python -m autotune tune``.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def tuning(enabled: bool = True) -> Iterator[None]:
+def tuning() -> Iterator[None]:
     """Inside the block, a problem without a tuned config is tuned at its first launch."""
-    with choose.asking(best_config if enabled else None):
+    with choose.asking(best_config):
         yield
 
 

@@ -67,16 +67,16 @@ class Workload:
         """What a row of results says of it."""
         return {"name": self.name, "operator": self.operator, "model": self.model, "shape": self.shape}
 
-    def draw_inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        """Random tensors that require gradients, the same for the same seed on the same device."""
-        generator = _generator(device, seed)
+    def draw_inputs(self, dtype: torch.dtype, device: torch.device) -> Inputs:
+        """Random tensors that require gradients, the same every time on the same device."""
+        generator = _generator(device, 0)
         return tree_map(lambda spec: spec.draw(generator, dtype, device), self.inputs)
 
-    def draw_gradient(self, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
+    def draw_gradient(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A random gradient of the output, in the memory format of the first input, as the output is."""
         first = tree_leaves(self.inputs)[0]
         spec = Input(self.output, channels_last=first.channels_last)
-        return spec.draw(_generator(device, seed), dtype, device).detach()
+        return spec.draw(_generator(device, 1), dtype, device).detach()
 
     def run(
         self, inputs: Inputs, gradient: Tensor | None = None, function: Callable[..., Tensor] | None = None
@@ -258,7 +258,8 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     heads, size, kernel_size = focus[0]
     given = [channels_last(involution("RedNet-50", batch, channels, size, 7, 16)) for channels, size, _ in stages]
     return [
-        *(workload for involved in given for workload in (involved, generation(involved))),
+        *given,
+        *map(generation, given),
         neighborhood("na2d_av", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         neighborhood("na2d_qk", "OverLoCK-T", batch, heads, 16, size, kernel_size),
         *(neighborhood("na2d_softmax_av", "OverLoCK-T", batch, heads, 16, size, k) for heads, size, k in focus),
@@ -268,26 +269,13 @@ def operator_workloads(batch: int, image: Size = (224, 224)) -> list[Workload]:
     ]
 
 
-def _tiny_workloads() -> list[Workload]:
-    size = (6, 5)
-    given = channels_last(involution("tiny", 1, 32, size, 3, 16))
-    return [
-        given,
-        generation(given),
-        *(neighborhood(name, "tiny", 1, 2, 16, size, 3) for name in ("na2d_av", "na2d_qk", "na2d_softmax_av")),
-        contmix("tiny", 1, 2, 16, size, (3, 5), context=9),
-        outlook("tiny", 1, 2, 16, size, 3, 2),
-        depthwise("tiny", 1, 16, size, 5),
-    ]
-
-
 def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, quick: bool = False) -> list[Workload]:
     """The operators at the models' own shapes: batch 128 at 224², then batch 2 at 800×1280; or at the shape given.
 
     ``quick`` takes one tiny shape of each operator instead.
     """
     if quick:
-        return _tiny_workloads()
+        return [workload_of(name, batch=1, channels=32, size=(6, 5), kernel_size=3) for name in OPERATORS]
     if size is not None:
         return operator_workloads(batch or 128, size)
     return [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]

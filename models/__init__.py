@@ -1,11 +1,6 @@
 """OverLoCK, RedNet and VOLO on the operators of ``kernels``, under their official state-dict names."""
 
-import signal
 import sys
-
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # In ``python -m models`` an interrupt ends the import of PyTorch at once; ``run_command`` takes over from there.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from models import overlock, rednet, volo  # noqa: F401  (register their entry points)
 from models._timm import register_with_timm

@@ -79,9 +79,7 @@ class BackboneContract(nn.Module):
     fixed_input_size: ClassVar = False  # whether ``img_size`` is an argument
     global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # the poolings of forward_head, its default first
     training_only: ClassVar[tuple[str, ...]] = ()  # modules that evaluation does not use
-    plain_options: ClassVar[
-        dict[str, Any]
-    ] = {}  # arguments with which training returns logits alone, as evaluation does
+    plain_options: ClassVar[dict[str, Any]] = {}  # with which training returns logits alone, as evaluation does
     stages: ClassVar[tuple[tuple[str, ...], ...]]
 
     num_classes: int

@@ -46,7 +46,7 @@ def optimize_for_inference(model: Model) -> Model:
         ValueError: the model, or a part of it, is in training mode; or its entries are of several floating types.
     """
     if not isinstance(model, BackboneContract):
-        raise TypeError(f"model must be {_families()}, got {type(model).__name__}")
+        raise TypeError(f"model must be one that models.create_model builds, got {type(model).__name__}")
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(
@@ -71,12 +71,6 @@ def optimize_for_inference(model: Model) -> Model:
     if _refuse_training not in optimised._forward_pre_hooks.values():
         optimised.register_forward_pre_hook(_refuse_training)
     return optimised.eval()
-
-
-def _families() -> str:
-    names = sorted(family.__name__ for family in BackboneContract.__subclasses__())
-    *others, last = (f"an {name}" if name[0] in "AEIOU" else f"a {name}" for name in names)
-    return f"{', '.join(others)} or {last}"
 
 
 def _refuse_training(model: nn.Module, _inputs: Any) -> None:

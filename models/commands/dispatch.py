@@ -12,7 +12,6 @@ import importlib
 import inspect
 import io
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -42,8 +41,6 @@ def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Seq
     its output any more.
     """
     name, code = f"python -m {package} {argv[0]}", 2
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as while the packages were imported
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than are printed

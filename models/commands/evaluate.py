@@ -88,9 +88,12 @@ def read_count(path: Path | None, settings: dict[str, Any], total: int) -> dict[
 def check_classes(folder: ImageFolder, count: int, model: str) -> None:
     """ValueError unless the folder has as many classes as the model."""
     if len(folder.classes) != count:
-        hint = f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
         found = f"{folder.root} holds {len(folder.classes)} class folders"
-        raise ValueError(f"DIR: {found}, but {model} has {count} classes{hint}")
+        raise ValueError(f"DIR: {found}, but {model} has {count} classes{_hint(folder)}")
+
+
+def _hint(folder: ImageFolder) -> str:
+    return f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -110,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:
             text = ", ".join(sorted(unlike)[:5])
-            console.print(f"note: the class names of the weights and of DIR differ; only one of them has {text}")
+            told = f"note: the class names of the weights and of DIR differ; only one of them has {text}"
+            console.print(told + _hint(folder))
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,

@@ -66,7 +66,8 @@ def _opened(path: str | Path) -> Image.Image:
 
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImageError:
     unknown = isinstance(error, Image.UnidentifiedImageError)
-    reason = f"its format is not one of {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    reason = f"its format is not one of {', '.join(FORMATS)}" if unknown else reason
     return UnreadableImageError(f"{path} cannot be read as an image: {reason}")
 
 

@@ -45,7 +45,6 @@ class Recipe:
     cutmix: float = _option(0.0, "--cutmix", ANY, "alpha of CutMix; with both, each half of the time")
     rand_augment: str = _option("", "--rand-augment", str, "RandAugment, as in rand-m9-mstd0.5-inc1")
     erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part of an image")
-    repeats: int = _option(1, "--repeats", positive, "repeated augmentation: copies of an image per epoch")
     freeze_backbone: bool = _option(False, "--freeze-backbone", bool, "train nothing but the classifier")
     dtype: str = _option("fp32", "--dtype", tuple(DTYPES), "bf16 and fp16 by autocast, fp16 with scaled gradients")
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")
@@ -119,15 +118,9 @@ PUBLISHED = {
     # arXiv 2103.06255 and github.com/d-li14/involution
     "rednet": Published(
         2048,
-        {
-            "epochs": 130,
-            "warmup_epochs": 5,
-            "learning_rate": 0.8,
-            "first_learning_rate": 0.2,
-            "final_learning_rate": 0.0,
-        }
-        | {"optimizer": "sgd", "weight_decay": 1e-4, "decay_vectors": True, "clip_norm": 0.0, "ema_decay": 0.0}
-        | {"label_smoothing": 0.1},
+        {"epochs": 130, "warmup_epochs": 5, "learning_rate": 0.8, "first_learning_rate": 0.2}
+        | {"final_learning_rate": 0.0, "optimizer": "sgd", "weight_decay": 1e-4, "decay_vectors": True}
+        | {"clip_norm": 0.0, "ema_decay": 0.0, "label_smoothing": 0.1},
     ),
     # arXiv 2106.13112 and github.com/sail-sg/volo
     "volo": Published(

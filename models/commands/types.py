@@ -49,7 +49,6 @@ class Number:
 positive = Number(at_least=1, whole=True)
 natural = Number(at_least=0, whole=True)
 processes = Number(at_least=0, at_most=1024, whole=True)
-threads = Number(at_least=1, at_most=1024, whole=True)
 seconds = Number(above=0, noun="a finite number of seconds")
 FRACTION = Number(at_least=0, at_most=1)
 

@@ -7,15 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.layers.basic import (
-    DropPath,
-    GELU2d,
-    GlobalResponseNorm,
-    LayerNorm2d,
-    LayerScale,
-    SqueezeExcite,
-    add_scaled,
-)
+from models.layers.basic import DropPath, GELU2d, GlobalResponseNorm, LayerNorm2d, LayerScale, SqueezeExcite, add_scaled
 from models.layers.contmix import ContMix
 from models.layers.depthwise import DilatedReparamBlock, ResidualDepthwiseConv2d
 from models.layers.fusion import as_built, last_convolution
@@ -32,8 +24,8 @@ def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
 class RepConvBlock(nn.Module):
     """Base-Net and Overview-Net block: x ← x + dw₃(x), then ls(x) + drop_path(MLP(SE(BN(dilated reparam_K(LN(x)))))).
 
-    x [B, channels, H, W]; ``mlp_ratio`` is the MLP's hidden width over ``channels``, ``residual_scale`` gives the
-    residual its layer scale ls, ``reparam`` builds the merged form.
+    x [B, channels, H, W]; the MLP is 4 · channels wide, ``residual_scale`` gives the residual its layer scale ls,
+    ``reparam`` builds the merged form.
     """
 
     def __init__(
@@ -41,7 +33,6 @@ class RepConvBlock(nn.Module):
         channels: int,
         kernel_size: int,
         *,
-        mlp_ratio: int = 4,
         drop_path: float = 0.0,
         residual_scale: bool = False,
         reparam: bool = False,
@@ -53,7 +44,7 @@ class RepConvBlock(nn.Module):
             DilatedReparamBlock(channels, kernel_size, merged=reparam),
             nn.BatchNorm2d(channels),
             SqueezeExcite(channels),
-            *feed_forward(channels, mlp_ratio * channels),
+            *feed_forward(channels, 4 * channels),
             DropPath(drop_path),
         )
         self.ls = LayerScale(channels) if residual_scale else nn.Identity()
@@ -71,7 +62,8 @@ class DynamicConvBlock(ContMix):
     """Focus-Net block: mixes features x under the guidance of the context h, and updates both.
 
     It inherits from ``ContMix`` because the official names put ContMix's parameters directly into the block. Its kernel
-    size K is also that of the static large kernel. In the ``first`` block h is the reference itself and is not renewed.
+    size K is also that of the static large kernel, and its MLP is 3 · channels wide. In the ``first`` block h is the
+    reference itself and is not renewed.
     """
 
     def __init__(
@@ -81,7 +73,6 @@ class DynamicConvBlock(ContMix):
         kernel_size: int,
         num_heads: int,
         *,
-        mlp_ratio: int = 3,
         drop_path: float = 0.0,
         first: bool = False,
         reparam: bool = False,
@@ -106,7 +97,7 @@ class DynamicConvBlock(ContMix):
         self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv2d(channels, width))
         self.dwconv2 = ResidualDepthwiseConv2d(width)
         self.norm2 = LayerNorm2d(width, eps=1e-6)
-        self.mlp = nn.Sequential(*feed_forward(width, mlp_ratio * channels))
+        self.mlp = nn.Sequential(*feed_forward(width, 3 * channels))
         self.ls1 = LayerScale(width)
         self.ls2 = LayerScale(width)
         self.drop_path = DropPath(drop_path)

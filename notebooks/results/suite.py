@@ -192,7 +192,7 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
         return command
 
     def tune(seconds: int, _again: bool) -> list[str]:
-        which = ["--operator", "involution2d tiny"] if quick else ["--all", "--candidates", "14"]
+        which = ["--operator", "involution2d"] if quick else ["--all", "--candidates", "14"]
         noted = ["--passing-over", str(scratch / "attempts")]
         return [*autotune, "tune", *which, *where, *noted, "--seconds", str(seconds)]
 
@@ -205,7 +205,6 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
         if store.exists():
             shutil.copyfile(store, folder / store.name)
 
-    operators = ["--operator", "*tiny*" if quick else "*"]
     # Compiling takes longer than all measuring: it is done while the tests run, where nothing is timed.
     background = []
     if not quick and device.type == "cuda" and _has_room(device):
@@ -217,7 +216,7 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
         Phase("environment", bench("--environment"), 25),
         Phase("tests", lambda _seconds, _again: _test_command(quick), 115, tuple(background), keep_tests),
         Phase("tuning", tune, 105, finish=keep_configs),
-        Phase("operators", bench(*operators), 110),
+        Phase("operators", bench("--operator", "*"), 110),
         Phase("models", bench(*models), 160),
     ]
 

@@ -13,7 +13,7 @@ from autotune import bench, networks, operators, timing, workloads
 from autotune.__main__ import main
 from autotune.measure import DisagreementError, Settings
 from autotune.networks import measure_model
-from autotune.operators import measure_operator, naive_bytes
+from autotune.operators import measure_operator
 from kernels import tolerances
 from tests.support import DEVICE
 
@@ -91,7 +91,7 @@ def test_a_wrong_operator_is_never_timed(monkeypatch, backward, damage, message)
 
 
 def test_a_contender_that_cannot_run_is_left_out_with_the_reason(monkeypatch):
-    def raising(**_):
+    def raising(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(operators, "UNFUSED", {"contmix2d": raising})
@@ -99,25 +99,11 @@ def test_a_contender_that_cannot_run_is_left_out_with_the_reason(monkeypatch):
     assert row["left_out"] == {"unfused": "OutOfMemoryError: CUDA out of memory"}
     assert "naive" in row["speed_up"]
 
-    monkeypatch.setattr(operators, "too_large", lambda *_, **__: "needs about 300 GB, 130 GB are free")
+    monkeypatch.setattr(kernels.reference, "na2d_qk", raising)
     row = measure_operator(TINY["na2d_qk"], SETTINGS, backward=True)
     assert row["against"] == "eager"
     assert list(row["contenders"]) == ["ours"]
-    assert row["left_out"] == dict.fromkeys(("naive", "compiled"), "needs about 300 GB, 130 GB are free")
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_the_naive_paths_memory_is_not_underestimated(backward):
-    for workload in (
-        workloads.involution("test", 1, 64, (28, 28), 7, 16),
-        workloads.neighborhood("na2d_softmax_av", "test", 1, 4, 16, (28, 28), 13),
-        workloads.outlook("test", 1, 4, 16, (28, 28), 3, 2),
-    ):
-        inputs = workload.draw_inputs(torch.float32, HERE)
-        gradient = workload.draw_gradient(torch.float32, HERE) if backward else None
-        peak = timing.peak_memory(operators.contenders(workload, inputs, gradient, SETTINGS)["naive"], HERE)
-        assert peak is not None
-        assert peak <= naive_bytes(workload, torch.float32, backward=backward) <= 6 * peak, workload.name
+    assert row["left_out"] == dict.fromkeys(("naive", "compiled"), "the definition does not fit in the GPU's memory")
 
 
 # ---- models
@@ -233,7 +219,7 @@ def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
         ("tiny_rednet", "training", ["naive"]),
     ]
     shown = capsys.readouterr().out
-    assert "tiny 2×16@6×5 K=3" in shown
+    assert "2×16@6×5 K=3" in shown
     assert "tiny_rednet" in shown
 
 

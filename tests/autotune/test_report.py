@@ -75,6 +75,12 @@ def test_figures_name_the_device_their_units_and_the_ratio():
     assert "Models: a photograph, random weights" in [text.get_text() for text in model.findobj(Text)]
 
 
+def test_every_line_stands_below_the_heading_of_its_group():
+    drawn = report.figures(record_of([row("a"), row("b"), row("a", shape="4@4²") | {"name": "a 4@4²"}]))
+    headings = [text.get_text() for text in drawn["profile_operators.png"].findobj(Text)]
+    assert [text for text in headings if text in ("a", "b")] == ["a", "b", "a"]
+
+
 def test_a_busy_machine_and_restless_times_are_warned_of(capsys):
     steady, restless = ({"p20_ms": 1.9, "p50_ms": 2.0, "p80_ms": p80, "peak_bytes": 1} for p80 in (2.2, 2.4))
     record = record_of([row("a", ours=steady, naive=steady), row("b", ours=restless, naive=steady)])

@@ -90,27 +90,18 @@ def test_nothing_tuned_and_a_broken_store(store_folders, capsys):
     assert "warning: cannot read tuned configs" in shown
 
 
-def test_absurd_numbers_and_keys_are_shown_not_obeyed(store_folders, capsys):
+def test_what_no_launch_can_use_is_shown_with_the_reason(store_folders, capsys):
     store = Store(store_folders[0], GPU)
-    keys = [KEY.replace("196", "0"), KEY.replace("=16", "=0"), KEY.replace("=16", "=-" + "9" * 3000), "", "a" * 100_000]
-    keys += ["\x1b[2J[red]wiped", "\ud800 lone", "two\nlines", "gather.aggregate pixels=" + "9" * 5000]
+    keys = [KEY.replace("196", "0"), KEY.replace("=16", "=0"), KEY.replace("=16", "=-" + "9" * 3000), "", "[red]line\n"]
     store.update({key: _entry(milliseconds=float("inf"), heuristic_milliseconds=10**400) for key in keys})
-    deep: list = []
-    for _ in range(900):
-        deep = [deep]
-    store.update({"deep": _entry(config=deep), "nan": _entry(config={"block": float("nan")}, milliseconds=True)})
+    store.update({"nan": _entry(config={"block": float("nan")}, milliseconds=True)})
     rows = {row["key"]: row for row in _shown(capsys)["entries"]}
-    assert set(rows) == {*keys, "deep", "nan"}
+    assert set(rows) == {*keys, "nan"}
     assert rows[keys[0]]["milliseconds"] == float("inf")
     assert "the config is not valid for this problem" in rows[keys[1]]["unused"]
     assert all(row["unused"] for row in rows.values())
     assert main(["show"]) == 0
-    table = capsys.readouterr().out
-    table.encode()
-    assert "\x1b" not in table
-    assert len(table) < 60_000
-    assert main(["show", "--gpu", "\udcff" * 300]) == 0
-    capsys.readouterr().out.encode()
+    assert "[red]line" in capsys.readouterr().out
 
 
 def test_without_triton_it_shows_what_it_can(store_folders, capsys, monkeypatch):

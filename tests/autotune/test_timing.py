@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from autotune import report, timing
+from autotune import measure, timing
 from autotune.timing import Timing
 from tests.support import DEVICE
 
@@ -118,7 +118,7 @@ def test_machine_is_described_in_json():
 
 def test_other_work_is_what_this_process_did_not_do(monkeypatch):
     clocks = iter([(10.0, 100.0, 5.0), (14.0, 109.0, 6.0)])  # by the clock, of all cores, of our own
-    monkeypatch.setattr(report, "_cpu_seconds", lambda: next(clocks))
-    assert report.other_work()() == pytest.approx((9 - 1) / 4)
-    monkeypatch.setattr(report, "_cpu_seconds", lambda: None)
-    assert report.other_work()() is None
+    monkeypatch.setattr(measure, "_cpu_seconds", lambda: next(clocks))
+    assert measure.other_work()() == pytest.approx((9 - 1) / 4)
+    monkeypatch.setattr(measure, "_cpu_seconds", lambda: None)
+    assert measure.other_work()() is None

@@ -66,7 +66,7 @@ def test_floors_by_hand(name, inputs, output, multiply_adds):
 @pytest.mark.parametrize("name", list(by_name(2, (32, 64))))
 def test_workloads_are_valid_calls(name):
     workload = by_name(2, (32, 64))[name]
-    inputs = workload.draw_inputs(torch.float64, CPU, seed=3)
+    inputs = workload.draw_inputs(torch.float64, CPU)
     gradient = workload.draw_gradient(torch.float64, CPU)
     with kernels.use_backend("reference"):
         (out,) = workload.run(inputs)

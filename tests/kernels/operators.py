@@ -152,8 +152,8 @@ PIXELS = math.prod(MAP)
 # do; 13x10 with dilation 3 has residue classes of different sizes. Of these maps some share windows, others do not.
 NEIGHBORHOODS: Shapes = {
     "plain": (MAP, 2, 3, 3),
-    "interior": ((12, 9), 2, 5, 3),
-    "shared windows": ((9, 8), 3, 10, 7),
+    "interior": ((7, 9), 2, 5, 3),
+    "shared windows": ((9, 8), 2, 10, 7),
     "one window": ((7, 7), 1, 4, 7),
     "four windows": ((6, 6), 2, 3, 5),
     "border": ((14, 14), 2, 3, 13, 1, False),
@@ -170,7 +170,8 @@ def every(*choices: Iterable[Any]) -> Callable[[Callable[..., Case | None]], tup
 
 def neighborhoods(*names: str) -> dict[str, Any]:
     def scale(size: Pair, heads: int, channels: int, kernel_size: int) -> Case | None:
-        return neighborhood(names, size, heads, channels, kernel_size) if kernel_size <= size[0] else None
+        bias = "logits" in names  # elsewhere PyTorch adds it: slow on meta tensors, and no launch
+        return neighborhood(names, size, heads, channels, kernel_size, 1, bias) if kernel_size <= size[0] else None
 
     return {
         "cases": {name: neighborhood(names, *sizes) for name, sizes in NEIGHBORHOODS.items()},

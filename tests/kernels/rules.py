@@ -40,11 +40,13 @@ def run(
     )
 
 
-def check(operator: Operator, tensors: dict[str, Tensor], backend: str) -> None:
-    """Compares output and gradients with the float64 definition of the same values."""
+def check(
+    operator: Operator, tensors: dict[str, Tensor], backend: str, layout: Callable[[Tensor], Tensor] = Tensor.detach
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Compares output and gradients, for a gradient of that layout, with the float64 definition of the same values."""
     dtype = next(iter(tensors.values())).dtype
     expected, inputs = operator.exact(tensors)
-    grad = torch.randn_like(expected).to(dtype)
+    grad = layout(torch.randn_like(expected).to(dtype))
     out, grads = run(operator, tensors, backend, grad)
     assert out.dtype == dtype
     assert_close(out, expected, operator.rounding * FORWARD_TOLERANCE[dtype])
@@ -53,6 +55,7 @@ def check(operator: Operator, tensors: dict[str, Tensor], backend: str) -> None:
     for name, ours, right in zip(inputs, grads, exact, strict=True):
         assert ours.dtype == dtype
         assert_close(ours, right, tolerance, f"gradient of {name}")
+    return out, grads
 
 
 @functools.cache

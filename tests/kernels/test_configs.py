@@ -30,7 +30,7 @@ def as_on_a_gpu(monkeypatch):
     find_tunables()  # imports them all
     modules = [module for name, module in sys.modules.items() if re.fullmatch(r"kernels\..*configs", name)]
     for module in modules:
-        monkeypatch.setattr(module, "interpreting", lambda: False)
+        monkeypatch.setattr(module, "interpreting", lambda: False, raising=False)
     forget()
     yield
     forget()
@@ -48,7 +48,7 @@ def test_heuristic(operator):
                     met.add((request.launcher.name, request.problem))
                     config = request.launcher.heuristic(request.problem)
                     assert config.valid(request.problem), (request.launcher.name, config, request.problem)
-    assert len(met) > 100
+    assert len(met) > 100, "the row's scales must reach more problems than that"
 
 
 def test_every_launcher_is_met():

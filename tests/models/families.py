@@ -18,6 +18,7 @@ class Family(NamedTuple):
 
     build: Callable[..., Any]
     smallest: str  # of the published variants
+    operator: str  # of this package, that its inference form exports
     goldens: tuple[tuple[str, str], ...]  # file, and backend or "inference" for that form
     groups: tuple[str, ...]  # beginnings of parameters' names, in order of depth
     group_counts: tuple[int, int]  # coarse and fine groups, without the classifier's
@@ -42,6 +43,7 @@ FAMILY = {
     "overlock": Family(
         _overlock,
         "overlock_xt",
+        "contmix",
         (
             ("overlock_xt_224x224", "eager"),
             ("overlock_xt_256x192", "eager"),
@@ -65,6 +67,7 @@ FAMILY = {
     "rednet": Family(
         lambda **options: RedNet(**{"depths": (1, 1, 0, 0), **options}),
         "rednet26",
+        "involution_generate",
         tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         ("stem.0.conv.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer2.1.conv1.weight", "head."),
         (5, 9),
@@ -74,6 +77,7 @@ FAMILY = {
     "volo": Family(
         _volo,
         "volo_d1",
+        "outlook",
         tuple(("volo_d1_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         (
             "patch_embed.", "network.0.0.", "network.0.1.", "network.1.", "network.2.0.", "network.3.0.",

@@ -10,7 +10,7 @@ from torch.export import Dim
 
 import models
 from models.layers import ContMix, Involution2d, OutlookAttention
-from tests.models.families import FAMILIES, narrow
+from tests.models.families import FAMILIES, FAMILY, narrow
 from tests.support import assert_close, golden_fill, random_tensor
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
@@ -33,8 +33,7 @@ def test_torch_export(family):
     model = exported_form(family)
     program = torch.export.export(model, (image(2),), dynamic_shapes=({0: Dim("batch")},))
     operators = {str(node.target) for node in program.graph.nodes if "dynamic_kernels" in str(node.target)}
-    expected = {"overlock": "contmix", "rednet": "involution_generate", "volo": "outlook"}[family]
-    assert operators == {f"dynamic_kernels.{expected}.default"}
+    assert operators == {f"dynamic_kernels.{FAMILY[family].operator}.default"}
     for batch in (2, 3):
         assert_close(program.module()(image(batch)), model(image(batch)), 1e-6)
 

@@ -1,7 +1,6 @@
 """Names, patterns and loading by ``create_model``; every argument that a model refuses, by its name."""
 
 import inspect
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +18,6 @@ def test_every_official_variant_is_listed_in_natural_order():
     assert models.list_models("*_reparam") == [f"overlock_{size}_reparam" for size in ("b", "s", "t", "xt")]
     assert models.list_models("RedNet*") == []
     assert models.rednet.rednet50.__module__ == "models.rednet"
-
-
-def test_create_model_is_the_entry_point():
-    model: Any = models.create_model("rednet26", num_classes=7, in_chans=1)
-    assert type(model) is models.rednet.RedNet
-    assert model.get_classifier().out_features == 7
-    assert model.get_submodule("stem.0.conv").in_channels == 1
 
 
 @pytest.mark.parametrize(
