@@ -1,6 +1,7 @@
 """What the rules of the conformance tests have in common: how an operator is run, checked and watched."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -106,17 +107,19 @@ def kind(request: Request) -> Kind:
 
 
 @functools.cache
-def first_met() -> dict[Kind, tuple[str, Case]]:
-    """Kernel -> the operator that meets them first, and the first case there after the smallest."""
-    found: dict[Kind, tuple[str, Case]] = {}
-    for operator in OPERATORS:
+def first_met() -> dict[Kind, tuple[str, Case, torch.dtype]]:
+    """Kernel -> the operator that meets it first, the first case there after the smallest, and a type: float32, but for
+    kernels that are for 16 bits."""
+    found: dict[Kind, tuple[str, Case, torch.dtype]] = {}
+    for dtype, operator in itertools.product((torch.float32, torch.float16), OPERATORS):
         smallest, *others = operator.cases.values()
         for case in (*others, smallest):
-            for request in requests(operator.at(case), torch.float32):
-                found.setdefault(kind(request), (operator.name, case))
+            for request in requests(operator.at(case), dtype):
+                found.setdefault(kind(request), (operator.name, case, dtype))
     return found
 
 
-def first_cases(operator: Operator) -> list[Case]:
+def first_cases(operator: Operator) -> list[tuple[Case, torch.dtype]]:
     """The cases of an operator that together run the kernels that no operator before it runs."""
-    return list({id(case): case for name, case in first_met().values() if name == operator.name}.values())
+    met = [(case, dtype) for name, case, dtype in first_met().values() if name == operator.name]
+    return list({(id(case), dtype): (case, dtype) for case, dtype in met}.values())

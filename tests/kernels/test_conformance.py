@@ -181,7 +181,8 @@ def test_reach_of_a_nan(operator, backend):
     definition makes NaN by multiplying it with the zeros around a map."""
     if backend == "eager" and DEVICE != "cpu":
         pytest.skip("off the CPU the eager path does not look for a NaN: it would have to wait for the device")
-    for case in [next(iter(operator.cases.values())), *first_cases(operator)[1:]]:
+    others = [case for case, dtype in first_cases(operator)[1:] if dtype == torch.float32]
+    for case in [next(iter(operator.cases.values())), *others]:
         operator = operator.at(case)
         drawn = operator.tensors()
         drawn["gradient"] = torch.ones_like(operator(drawn))
