@@ -214,6 +214,8 @@ def grad_own(saved: Saved, targets: Targets) -> None:
     per_row = groups * width * (kernel_size // kernel_rows * steps)
     most = max(MOST_STORED, saved.value.numel())
     images, count = max(1, min(batch, most // (per_row * height))), max(1, min(height, most // per_row))
+    # Parts of nearly the same size: a small last one would leave a GPU idle.
+    images, count = (ceil_divide(size, ceil_divide(size, part)) for size, part in ((batch, images), (height, count)))
     found: list[tuple[Tensor, Tensor]] = []
     for i_batch in range(0, batch, images):
         part, into = saved, targets

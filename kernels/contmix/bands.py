@@ -13,16 +13,23 @@ import triton.language as tl
 
 @triton.jit
 def packed(b, dtype: tl.constexpr):
-    """float32 [M, S], none below 0, as pairs of ``dtype`` [M, S / 2], whose first is the lower half."""
+    """float32 [M, S], from 0 to ``largest(dtype)``, as pairs of ``dtype`` [M, S / 2], whose first is the lower half."""
+    even, odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
+    even, odd = even.to(tl.int32, bitcast=True), odd.to(tl.int32, bitcast=True)
+    # Rounded by hand, half up: a GPU has few units for the instruction that converts a single number.
     if dtype == tl.bfloat16:
-        # Rounded by hand, half up: a GPU has few units for the instruction that converts a single number.
-        even, odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
-        even, odd = even.to(tl.uint32, bitcast=True) + 0x8000, odd.to(tl.uint32, bitcast=True) + 0x8000
-        return (even >> 16) | (odd & 0xFFFF0000)
+        even, odd = even + 0x8000, odd + 0x8000
+        return ((even >> 16) & 0xFFFF) | (odd & -0x10000)
     else:
-        b = b.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
-        even, odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1] // 2, 2]))
-        return even | (odd << 16)
+        # An exponent of 8 bits becomes one of 5, which begins 112 powers of two higher; less than that is 0.
+        even, odd = ((even + 0x1000) >> 13) - (112 << 10), ((odd + 0x1000) >> 13) - (112 << 10)
+        return tl.maximum(even, 0) | (tl.maximum(odd, 0) << 16)
+
+
+@triton.jit
+def largest(dtype: tl.constexpr):
+    """log2 of the largest weight: what is more than 2^29 times smaller is 0 in float16."""
+    return 15 if dtype == tl.float16 else 0
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.bands import apart, as_left_side, moved, order, packed
+from kernels.contmix.bands import apart, as_left_side, largest, moved, order, packed
 from kernels.contmix.configs import TILES, Inputs, Sizes, Tiles, block, problem_of, tile_of, tiles_heuristic, types
 from kernels.contmix.forward_shared import forward_reference, views_of
 from kernels.contmix.tiles import cut_off, halves, key_scale
@@ -151,6 +151,7 @@ def _forward_band_kernel(
         b_one = cut_off(tl.where(right[:, None] == (tl.arange(0, 16) % 4)[None, :], 1.0, 0.0), dtype)
         # [M]: where in the row of rpb the tile's first input is for an output
         o_base = (start_h - o_row + KERNEL - 1) * SIDE + (start_w - right - o_column + KERNEL - 1) + COLUMNS
+        o_base = tl.maximum(o_base, 0)  # it never is below; known to the compiler, no part of an address is
 
         logits = ()
         for level in tl.static_range(4):
@@ -164,7 +165,7 @@ def _forward_band_kernel(
                 b_logits = dot(b_query, tl.trans(keys_of_rows[len(logits)][0]), b_logits, UPCAST)
                 b_logits = dot(b_query, tl.trans(keys_of_rows[len(logits)][1]), b_logits, UPCAST)
                 logits = logits + (b_logits,)
-        b_max = _row_max(logits) * SCALE
+        b_max = _row_max(logits) * SCALE - largest(dtype)
         b_total = tl.zeros([OUTPUTS], ACCUMULATOR)
         rows = ()
         for i in tl.static_range(len(logits)):
