@@ -44,7 +44,7 @@ def _grad_logits_kernel(
     grad,  # [B, H, W, heads, D]
     statistics_ptr,  # [B, h, w, heads, K²], contiguous: log2 Σ_s exp2, written
     target_ptr,  # [B, h, w, heads, K², K²], contiguous: the gradient of logits
-    sizes, scale: tl.float64, VALUE_COLUMN: tl.constexpr, GRAD_COLUMN: tl.constexpr,
+    sizes, scale: tl.float64, VALUE_COLUMN: tl.constexpr, GRAD_COLUMN: tl.constexpr, ALIGNED: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, UNROLLED: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_WINDOWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -55,10 +55,10 @@ def _grad_logits_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     if tl.float32 == ACCUMULATOR:
         scale = tl.cast(scale, tl.float32)
-    tile = tile_of(sizes, 0, tl.program_id(0), OFFSET, BLOCK_WINDOWS, BLOCK_HEADS, BLOCK_CHANNELS)
+    tile = tile_of(sizes, 0, tl.program_id(0), ALIGNED, OFFSET, BLOCK_WINDOWS, BLOCK_HEADS, BLOCK_CHANNELS)
     o_row, o_column = tile.row * STRIDE - PADDING, tile.column * STRIDE - PADDING
-    p_value = pixel_pointers(value, tile, o_row, o_column, VALUE_COLUMN, OFFSET)
-    p_grad = pixel_pointers(grad, tile, o_row, o_column, GRAD_COLUMN, OFFSET)
+    p_value = pixel_pointers(value, tile, o_row, o_column, VALUE_COLUMN, ALIGNED, OFFSET)
+    p_grad = pixel_pointers(grad, tile, o_row, o_column, GRAD_COLUMN, ALIGNED, OFFSET)
     # [P, G, S]
     o_entry = tl.arange(0, BLOCK_POSITIONS)[None, None, :]
     o_item, m_item = tile.item[:, :, None], tile.m_item[:, :, None]
