@@ -34,11 +34,25 @@ def alignment(channels: int, *maps: View) -> int:
 
 @triton.jit
 def multiple(number, ALIGNED: tl.constexpr):
-    """A multiple of ALIGNED: divided and multiplied again, which tells Triton how accesses align. Multiples of 16 that
-    come as arguments tell that themselves."""
+    """The same multiple of ALIGNED: divided and multiplied again, which tells Triton how accesses align. Of arguments
+    that 16 divides it knows that."""
     if ALIGNED < 16:
         number = number // ALIGNED * ALIGNED
     return number
+
+
+@triton.jit
+def aligned(tensor, ALIGNED: tl.constexpr):
+    """A view whose strides, but its channels', are ``multiple``."""
+    return View(
+        tensor.ptr,
+        multiple(tensor.b, ALIGNED),
+        multiple(tensor.g, ALIGNED),
+        tensor.c,
+        multiple(tensor.h, ALIGNED),
+        multiple(tensor.w, ALIGNED),
+        tensor.k,
+    )
 
 
 @triton.jit

@@ -34,7 +34,7 @@ from kernels.outlook.tiles import (
     unstack,
 )
 from kernels.tuning import tunable
-from kernels.views import view
+from kernels.views import aligned, view
 
 
 @triton.jit
@@ -55,10 +55,11 @@ def _grad_logits_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     if tl.float32 == ACCUMULATOR:
         scale = tl.cast(scale, tl.float32)
+    value, grad = aligned(value, ALIGNED), aligned(grad, ALIGNED)
     tile = tile_of(sizes, 0, tl.program_id(0), ALIGNED, OFFSET, BLOCK_WINDOWS, BLOCK_HEADS, BLOCK_CHANNELS)
     o_row, o_column = tile.row * STRIDE - PADDING, tile.column * STRIDE - PADDING
-    p_value = pixel_pointers(value, tile, o_row, o_column, VALUE_COLUMN, ALIGNED, OFFSET)
-    p_grad = pixel_pointers(grad, tile, o_row, o_column, GRAD_COLUMN, ALIGNED, OFFSET)
+    p_value = pixel_pointers(value, tile, o_row, o_column, VALUE_COLUMN, OFFSET)
+    p_grad = pixel_pointers(grad, tile, o_row, o_column, GRAD_COLUMN, OFFSET)
     # [P, G, S]
     o_entry = tl.arange(0, BLOCK_POSITIONS)[None, None, :]
     o_item, m_item = tile.item[:, :, None], tile.m_item[:, :, None]

@@ -41,7 +41,7 @@ from kernels.outlook.tiles import (
     unstack,
 )
 from kernels.tuning import tunable
-from kernels.views import view
+from kernels.views import aligned, view
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def _mix_kernel(
     OTHER: tl.constexpr = POSITIONS if TRANSPOSED else 1
     if tl.float32 == ACCUMULATOR:
         scale = tl.cast(scale, tl.float32)
+    source, target = aligned(source, ALIGNED), aligned(target, ALIGNED)
     channel_blocks = tl.cdiv(sizes.channels, BLOCK_CHANNELS)
     tile = tile_of(
         sizes, tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks,
@@ -134,7 +135,7 @@ def _mix_kernel(
                 rows = rows + (row,)
 
         o_row, o_column = tile.row * STRIDE + FIRST, tile.column * STRIDE + FIRST
-        p_source = pixel_pointers(source, tile, o_row, o_column, SOURCE_COLUMN, ALIGNED, OFFSET)
+        p_source = pixel_pointers(source, tile, o_row, o_column, SOURCE_COLUMN, OFFSET)
         m_rows, m_columns, sums = (), (), ()
         for i in tl.static_range(AREA):
             m_rows = m_rows + (tile.m_x & inside(o_row + i, reach_h)[:, None],)
@@ -152,7 +153,7 @@ def _mix_kernel(
         for pixel in tl.static_range(STRIDE * STRIDE):
             _store_pixel(
                 target, tile, sizes, sums[pixel], pixel // STRIDE, pixel % STRIDE, reach_h, reach_w,
-                KERNEL, STRIDE, PADDING, ALIGNED, OFFSET,
+                KERNEL, STRIDE, PADDING, OFFSET,
             )  # fmt: skip
     else:
         STEPS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
@@ -189,7 +190,7 @@ def _mix_kernel(
                         weights = unstack(tl.where(m_entry, b_weights, 0.0), KERNEL)
                         for other_w in tl.static_range(KERNEL):
                             p_pixel = pixel_pointers(
-                                source, tile, o_row + other_h, o_column + other_w, SOURCE_COLUMN, ALIGNED, OFFSET
+                                source, tile, o_row + other_h, o_column + other_w, SOURCE_COLUMN, OFFSET
                             )
                             m_pixel = inside(o_row + other_h, reach_h) & inside(o_column + other_w, reach_w)
                             b_sum += weights[other_w] * load_pixels(
@@ -197,21 +198,21 @@ def _mix_kernel(
                             )
             _store_pixel(
                 target, tile, sizes, b_sum, pixel // STRIDE, pixel % STRIDE, reach_h, reach_w,
-                KERNEL, STRIDE, PADDING, ALIGNED, OFFSET,
+                KERNEL, STRIDE, PADDING, OFFSET,
             )  # fmt: skip
 
 
 @triton.jit
 def _store_pixel(
     target, tile, sizes, b_sum, pixel_h, pixel_w, reach_h, reach_w,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ALIGNED: tl.constexpr, OFFSET: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     o_row, o_column = tile.row * STRIDE + pixel_h, tile.column * STRIDE + pixel_w
     m_pixel = tile.m_x & ((o_row < sizes.height) & (o_column < sizes.width))[:, None]
     b_pixel = tl.reshape(b_sum, m_pixel.shape).to(target.ptr.dtype.element_ty)
     if KERNEL - PADDING < STRIDE:  # there may be pixels that no window holds, not even with a weight of 0
         b_pixel = tl.where(((o_row < reach_h) & (o_column < reach_w))[:, None], b_pixel, 0.0)
-    tl.store(pixel_pointers(target, tile, o_row, o_column, target.w, ALIGNED, OFFSET), b_pixel, mask=m_pixel)
+    tl.store(pixel_pointers(target, tile, o_row, o_column, target.w, OFFSET), b_pixel, mask=m_pixel)
 
 
 def mix(logits: Tensor, source: Tensor, statistics: Tensor | None, windows: Windows, config: Config) -> Tensor:

@@ -82,11 +82,10 @@ def inside(o_position, length):
 
 
 @triton.jit
-def pixel_pointers(features, tile, o_row, o_column, COLUMN: tl.constexpr, ALIGNED: tl.constexpr, OFFSET: tl.constexpr):
+def pixel_pointers(features, tile, o_row, o_column, COLUMN: tl.constexpr, OFFSET: tl.constexpr):
     """[P, X]: the tile's channels of features [B, H, W, heads, D] at one pixel for each window."""
     o_pixel = tile.image * features.b + o_row.to(OFFSET) * features.h + o_column.to(OFFSET) * COLUMN
-    o_head = tile.head * multiple(features.g, ALIGNED)
-    return features.ptr + multiple(o_pixel, ALIGNED)[:, None] + (o_head + tile.channel * features.c)
+    return features.ptr + o_pixel[:, None] + (tile.head * features.g + tile.channel * features.c)
 
 
 @triton.jit
