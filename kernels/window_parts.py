@@ -8,17 +8,18 @@ from torch import Tensor
 
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.views import at, view
+from kernels.views import aligned, alignment, at, multiple, view
 
 
 @triton.jit
 def _sum_parts_kernel(
     parts,  # [B, G, C, tiles · windows, K²]
     target,  # [B, G, C, H, W]: written
-    groups, channels, height, width, tiles, windows, blocks,
+    groups, channels, height, width, tiles, windows, blocks, ALIGNED: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    channels, parts, target = multiple(channels, ALIGNED), aligned(parts, ALIGNED), aligned(target, ALIGNED)
     i_block, i_image = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     parts, target = at(parts, i_image // groups, i_image % groups), at(target, i_image // groups, i_image % groups)
     o_pixel, o_channel = i_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS), tl.arange(0, BLOCK_CHANNELS)
@@ -45,9 +46,10 @@ def sum_parts(parts: Tensor, target: Tensor, kernel_size: tuple[int, int], tiles
     window follow each other."""
     batch, groups, channels, height, width = target.shape
     blocks = ceil_divide(height * width, 64)
+    views = {name: view(maps, "b g c h w") for name, maps in (("parts", parts), ("target", target))}
     arguments = {
-        "parts": view(parts, "b g c h w"),
-        "target": view(target, "b g c h w"),
+        **views,
+        "ALIGNED": alignment(channels, *views.values()),
         "groups": groups,
         "channels": channels,
         "height": height,

@@ -23,7 +23,7 @@ from kernels.neighborhood.own import correlate_kernel, sum_kernel
 from kernels.neighborhood.shared import backward_kernel, mix_kernel
 from kernels.tuning import tunable
 from kernels.tuning.choose import Launcher
-from kernels.views import View, view
+from kernels.views import View, alignment, view
 from kernels.window_parts import sum_parts
 from kernels.windows import Window
 
@@ -165,9 +165,11 @@ def _launch(
     """With a spare pointer for each tensor that there is none of."""
     given = {"rpb": softmax and softmax.rpb, "statistics": softmax and softmax.statistics, **tensors}
     views = {5: _features, 6: cut.view, 4: lambda t: view(t, "b g h w"), 3: lambda t: view(t, "g h w")}
+    maps = (_features(t) for t in (features, *given.values()) if t is not None and t.dim() == 5)
     arguments = {
         **{name: View(features) if t is None else views[t.dim()](t) for name, t in given.items()},
         **cut.constants,
+        "ALIGNED": alignment(features.shape[2], *maps),
         "sizes": Sizes(*features.shape),
         "SOFTMAX": softmax is not None,
         "HAS_RPB": softmax is not None and softmax.rpb is not None,
