@@ -118,6 +118,8 @@ def heuristic(problem: Problem) -> Config:
     channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
     lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
     config = Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
+    if not whole:  # channels are taken in pairs at most, of which a lane has two
+        config = replace(config, columns=max(2, 128 // channels), num_warps=1)
     if products:
         return replace(config, loads=7)
     if lane < 8:
