@@ -165,7 +165,7 @@ def _launch(
     """With a spare pointer for each tensor that there is none of."""
     given = {"rpb": softmax and softmax.rpb, "statistics": softmax and softmax.statistics, **tensors}
     views = {5: _features, 6: cut.view, 4: lambda t: view(t, "b g h w"), 3: lambda t: view(t, "g h w")}
-    maps = (_features(t) for t in (features, *given.values()) if t is not None and t.dim() == 5)
+    maps = (_features(t) for name, t in given.items() if t is not None and t.dim() == 5 and name != "parts")
     arguments = {
         **{name: View(features) if t is None else views[t.dim()](t) for name, t in given.items()},
         **cut.constants,
@@ -292,10 +292,12 @@ def _shared_backward(
     cut = _shared_cut(grad, window, config)
     batch, groups, channels, _, _ = grad.shape
     tiles, parts = cut.constants["tiles"], None
+    filled = ceil_divide(channels, 8) * 8  # channels of parts, for vectors of 16 bytes
     cut.constants.update(CORRELATE=target is not None, TRANSPOSE=of_value is not None)
+    cut.constants["FILLED"] = filled if filled > channels else 0
     if of_value is not None:
         places, positions = tiles * cut.constants["windows"], window.kernel_size[0] * window.kernel_size[1]
-        parts = grad.new_empty((batch, groups, places, positions, channels)).movedim(-1, 2)
+        parts = grad.new_empty((batch, groups, places, positions, filled)).movedim(-1, 2)
     _launch(
         backward_kernel, cut, grad, softmax, config,
         grad=grad, value=value, weight=weight, out=softmax and softmax.out, target=target, parts=parts,
