@@ -74,7 +74,7 @@ def problem_of(inputs: Inputs | Saved, *_: Any) -> Problem:
     kernel_size = (inputs.rpb.shape[1] + 1) // 2
     pixels, windows = height * width, (height - kernel_size + 1) * (width - kernel_size + 1)
     query_channels, dtype = inputs.query.shape[2], inputs.value.dtype
-    return Problem(batch, groups, channels, query_channels, pixels, kernel_size, dtype, pixels // windows)
+    return Problem(batch, groups, channels, query_channels, pixels, kernel_size, dtype, pixels // max(1, windows))
 
 
 def block(size: int) -> int:
@@ -85,7 +85,7 @@ def block(size: int) -> int:
 def shares_windows(height: int, width: int, kernel_size: int) -> bool:
     """Whether a clamped window serves at least 16 outputs on average, the least that fills a matrix product's rows; or
     tiles of 16 outputs are half full of those of a window that takes more than one step elsewhere."""
-    tiles, windows = tiles_and_windows(height, width, kernel_size, OUTPUTS_PER_WINDOW)
+    tiles, windows = tiles_and_windows(height, width, kernel_size, 16)
     half_full = kernel_size > 5 and 2 * height * width >= OUTPUTS_PER_WINDOW * tiles * windows
     return half_full or height * width >= OUTPUTS_PER_WINDOW * windows
 
