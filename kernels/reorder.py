@@ -13,11 +13,12 @@ from torch import Tensor
 
 from kernels.backend import interpreting
 from kernels.dtypes import precision
-from kernels.launch import ceil_divide, launch
+from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.tuning import repeated
 from kernels.views import view
 
+# Pixels by channels of a tile; more pixels of a map with fewer channels.
 BLOCK_PIXELS, BLOCK_CHANNELS = (1024, 64) if interpreting() else (64, 64)
 
 
@@ -54,8 +55,10 @@ def copy_rows(rows: Tensor, features: Tensor, to_rows: bool) -> None:
     batch, channels, height, width = features.shape
     pitch = rows.shape[3]
     vector = math.gcd(pitch, 16 // rows.element_size())
+    block_channels = min(BLOCK_CHANNELS, next_power_of_2(channels))
+    block_pixels = min(BLOCK_PIXELS * BLOCK_CHANNELS // block_channels, 8 * BLOCK_PIXELS)
     # One program per (block of pixels, block of channels, image).
-    grid = (ceil_divide(height * pitch, BLOCK_PIXELS) * ceil_divide(channels, BLOCK_CHANNELS) * batch,)
+    grid = (ceil_divide(height * pitch, block_pixels) * ceil_divide(channels, block_channels) * batch,)
     arguments = {
         "rows_ptr": rows,
         "features": view(features, "b c h w"),
@@ -66,8 +69,8 @@ def copy_rows(rows: Tensor, features: Tensor, to_rows: bool) -> None:
         "TO_ROWS": to_rows,
         "VECTOR": vector,
         "OFFSET": precision(features[None])["OFFSET"],
-        "BLOCK_PIXELS": BLOCK_PIXELS,
-        "BLOCK_CHANNELS": BLOCK_CHANNELS,
+        "BLOCK_PIXELS": block_pixels,
+        "BLOCK_CHANNELS": block_channels,
     }
     launch(_copy_kernel, grid, rows.device, arguments, num_warps=4, num_stages=1)
 

@@ -8,22 +8,24 @@ from torch import Tensor
 
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.views import at, view
+from kernels.views import aligned, alignment, at, multiple, view
 
 
 @triton.jit
 def _sum_parts_kernel(
-    parts,  # [B, G, C, tiles · windows, K²]
+    parts,  # [B, G, C, tiles · windows, K²]; FILLED channels, where these are more
     target,  # [B, G, C, H, W]: written
-    groups, channels, height, width, tiles, windows, blocks,
+    groups, channels, height, width, tiles, windows, blocks, ALIGNED: tl.constexpr, FILLED: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    channels, target = multiple(channels, ALIGNED), aligned(target, ALIGNED)
+    parts = aligned(parts, 8 if FILLED else ALIGNED)
     i_block, i_image = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     parts, target = at(parts, i_image // groups, i_image % groups), at(target, i_image // groups, i_image % groups)
     o_pixel, o_channel = i_block * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS), tl.arange(0, BLOCK_CHANNELS)
     o_row, o_column = o_pixel // width, o_pixel % width
-    m_pixel, m_channel = o_pixel < height * width, (o_channel < channels)[None, :]
+    m_pixel, m_channel = o_pixel < height * width, (o_channel < (FILLED if FILLED else channels))[None, :]
     # [P, C]
     b_sum = tl.zeros([BLOCK_PIXELS, BLOCK_CHANNELS], ACCUMULATOR)
     for i_window in tl.range(windows, disable_licm=True):
@@ -37,17 +39,19 @@ def _sum_parts_kernel(
             b_sum += tl.load(p_tile, mask=m_part[:, None] & m_channel, other=0).to(ACCUMULATOR)
     o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
     p_target = target.ptr + o_target[:, None] + (o_channel.to(OFFSET) * target.c)[None, :]
-    tl.store(p_target, b_sum.to(target.ptr.dtype.element_ty), mask=m_pixel[:, None] & m_channel)
+    tl.store(p_target, b_sum.to(target.ptr.dtype.element_ty), mask=m_pixel[:, None] & (o_channel < channels)[None, :])
 
 
 def sum_parts(parts: Tensor, target: Tensor, kernel_size: tuple[int, int], tiles: int = 1) -> None:
     """Fills ``target`` [B, G, C, H, W] from ``parts`` [B, G, C, tiles · windows, Kh · Kw], of which the tiles of a
-    window follow each other."""
+    window follow each other. Parts may have more channels than the target: a multiple of 8."""
     batch, groups, channels, height, width = target.shape
     blocks = ceil_divide(height * width, 64)
+    views = {name: view(maps, "b g c h w") for name, maps in (("parts", parts), ("target", target))}
     arguments = {
-        "parts": view(parts, "b g c h w"),
-        "target": view(target, "b g c h w"),
+        **views,
+        "ALIGNED": alignment(channels, *views.values()),
+        "FILLED": parts.shape[2] if parts.shape[2] > channels else 0,
         "groups": groups,
         "channels": channels,
         "height": height,

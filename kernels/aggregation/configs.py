@@ -105,8 +105,8 @@ def heuristic(problem: Problem) -> Config:
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
     size, products = problem.dtype.itemsize, problem.features and problem.transposed
-    if products:  # whose operands fill registers, float32's twice
-        most = 7 if size == 2 else 2
+    if products:  # whose operands fill registers, float32's twice; and a small window's rows share few loads
+        most = (7 if problem.taps > 4 else 4) if size == 2 else 2
     else:
         most = 4 if size > 4 else 8
     if not problem.channels_fastest:
@@ -118,6 +118,8 @@ def heuristic(problem: Problem) -> Config:
     channels = min(64, next_power_of_2(problem.channels * problem.groups if whole else problem.channels))
     lane = min(4 if size > 2 else 8, problem.channels) if problem.aligned and whole else 1
     config = Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
+    if not whole:  # channels are taken in pairs at most, of which a lane has two
+        config = replace(config, columns=max(2, 128 // channels), num_warps=1)
     if products:
         return replace(config, loads=7)
     if lane < 8:

@@ -9,6 +9,8 @@ Per output pixel and group aggregate reads K² weights and C values and writes C
 issues C·K²/32 multiply-adds for it and about as many conversions, loads and moves, which bind where memory does not.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,7 @@ FEATURES, TRANSPOSED_FEATURES = 128, 32
 @triton.jit
 def _generate(
     features, p_features, m_features, p_span, m_span, stride_r,
-    R: tl.constexpr, BLOCK: tl.constexpr, ACCUMULATOR: tl.constexpr, UPCAST: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATOR: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Taps [Q·P, G·S] from features at ``p_features`` and one column of the windows' weights at ``p_span``."""
     b_taps = tl.zeros([p_features.shape[0], p_span.shape[1]], ACCUMULATOR)
@@ -53,6 +55,8 @@ def _generate(
         o_feature = first + tl.arange(0, BLOCK)
         m_feature = o_feature < R
         p_feature = p_features + (o_feature.to(tl.int64) * features.c)[None, :]
+        if ALIGNED:
+            p_feature = tl.multiple_of(p_feature, [ALIGNED, ALIGNED])
         b_features = tl.load(p_feature, mask=m_features & m_feature[None, :], other=0)
         b_span = tl.load(p_span + (o_feature * stride_r)[:, None], mask=m_feature[:, None] & m_span, other=0)
         if UPCAST:
@@ -70,8 +74,8 @@ def weighted_sum_kernel(
     out,  # [B, G, C, height, width]
     batch, groups, channels, x_height, x_width, height, width, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, X_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr, PAIRS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, X_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
+    PAIRS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
@@ -147,13 +151,13 @@ def weighted_sum_kernel(
                     m_row = (o_back % STRIDE_H == 0) & (o_row >= 0) & (o_row < x_height) & m_tap_column
                     b_turn = _generate(
                         weight, p_pixel + o_row.to(tl.int64) * weight.h, m_row, p_span, m_step, span.c,
-                        FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
+                        FEATURES, BLOCK_FEATURES, ALIGNED, ACCUMULATOR, UPCAST,
                     )  # fmt: skip
                     b_taps = tl.where(m_row & (o_turned // SLOTS == turn), b_turn + b_bias, b_taps)
             else:
                 b_taps = b_bias + _generate(
                     weight, p_pixel + o_tap_row.to(tl.int64) * weight.h, m_tap, p_span, m_step, span.c,
-                    FEATURES, BLOCK_FEATURES, ACCUMULATOR, UPCAST,
+                    FEATURES, BLOCK_FEATURES, ALIGNED, ACCUMULATOR, UPCAST,
                 )  # fmt: skip
         else:
             o_entry = o_tap_group.to(OFFSET) * weight.g + o_step.to(OFFSET) * weight.k
@@ -197,6 +201,10 @@ def weighted_sum(
     most = TRANSPOSED_FEATURES if transposed else FEATURES
     # The largest power of two that divides their number, so that no block is partly empty; of fewer than 16 one is.
     block_features = max(16, min(most, features & -features))
+    aligned = 0
+    if 0 < features < 16:  # bytes; strides of 16 numbers and more tell Triton themselves how accesses align
+        strides = kernel.stride()
+        aligned = math.gcd(16, kernel.data_ptr(), *(kernel.itemsize * strides[axis] for axis in (0, 2, 3)))
     arguments = {
         "x": view(x, "b g c h w"),
         "weight": view(kernel, kernel_axes),
@@ -207,6 +215,7 @@ def weighted_sum(
         "TRANSPOSED": transposed,
         "FEATURES": features,
         "BLOCK_FEATURES": block_features,
+        "ALIGNED": aligned,
         "HAS_BIAS": bias is not None,
         "WEIGHT_LANES": weight_lanes,
         "OFFSET": precision(kernel[:, None])["OFFSET"],

@@ -23,7 +23,7 @@ from kernels.contmix import eager
 from kernels.contmix.backward_tables import fold
 from kernels.contmix.configs import SHARED, Saved, Shared, backward_heuristic, problem_of
 from kernels.contmix.forward_shared import shared_arguments
-from kernels.contmix.tiles import key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
+from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
 from kernels.launch import ceil_divide, launch
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -86,9 +86,11 @@ def _backward_shared_kernel(
         o_value = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
         for i_image in range(first, last):
             i_batch = tl.cast(i_image, tl.int64)
-            queries, values = at(query, i_batch, i_group), at(value, i_batch, i_group)
-            grads, outs, stats = at(grad, i_batch, i_group), at(out, i_batch, i_group), at(statistics, i_batch, i_group)
-            of_value, of_keys = at(value_parts, i_batch, i_group), at(key_parts, i_batch, i_group)
+            queries = at_head(query, i_batch, i_group, QUERY_CHANNELS)
+            values, grads = at_head(value, i_batch, i_group, CHANNELS), at_head(grad, i_batch, i_group, CHANNELS)
+            outs, stats = at_head(out, i_batch, i_group, CHANNELS), at(statistics, i_batch, i_group)
+            of_value = at_head(value_parts, i_batch, i_group, CHANNELS)
+            of_keys = at_head(key_parts, i_batch, i_group, QUERY_CHANNELS)
             # [P, Dq], [P, Dv], [P, Dv]; an output that is not there repeats one that is, but has no gradient
             b_query = load_pixels(
                 queries, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY
@@ -98,8 +100,9 @@ def _backward_shared_kernel(
             b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
             b_statistics = tl.load(stats.ptr + offsets(statistics, pixels, OFFSET)) * LOG2_E
             keys = load_keys(
-                at(projected, i_batch, i_group), o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, dtype
-            )
+                at_head(projected, i_batch, i_group, QUERY_CHANNELS),
+                o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, dtype,
+            )  # fmt: skip
             b_value = load_pixels(values, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
             b_logits = tl.zeros([STEPS, PIXELS], ACCUMULATOR)
             for half in tl.static_range(len(keys)):
@@ -116,13 +119,21 @@ def _backward_shared_kernel(
             b_sum = dot(tl.trans(b_grad_logits), keys[0], tl.zeros([PIXELS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
             b_sum *= key_scale(dtype)
             if i_block > 0:
-                b_sum += _load_outputs(at(scratch, i_batch, i_group), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY)
+                b_sum += _load_outputs(
+                    at_head(scratch, i_batch, i_group, QUERY_CHANNELS), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY
+                )
             elif ADD:
-                b_sum += _load_outputs(at(previous, i_batch, i_group), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY)
+                b_sum += _load_outputs(
+                    at_head(previous, i_batch, i_group, QUERY_CHANNELS), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY
+                )
             if i_block < BLOCKS - 1:
-                _store_outputs(at(scratch, i_batch, i_group), pixels, b_sum, OFFSET, QUERY_CHANNELS)
+                _store_outputs(
+                    at_head(scratch, i_batch, i_group, QUERY_CHANNELS), pixels, b_sum, OFFSET, QUERY_CHANNELS
+                )
             else:
-                _store_outputs(at(grad_query, i_batch, i_group), pixels, b_sum, OFFSET, QUERY_CHANNELS)
+                _store_outputs(
+                    at_head(grad_query, i_batch, i_group, QUERY_CHANNELS), pixels, b_sum, OFFSET, QUERY_CHANNELS
+                )
         tl.store(p_partial + o_position[:, None], b_total, mask=pixels.mask[None, :])
         tl.store(p_totals + o_position, tl.sum(b_total, 1))
         # The next block reads what is in scratch now, perhaps by other threads.

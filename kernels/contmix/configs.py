@@ -70,12 +70,15 @@ class Problem(NamedTuple):
     pixels: int
     kernel_size: int
     dtype: torch.dtype
+    outputs: int  # of a window, on average
 
 
 def problem_of(inputs: Inputs | Saved, *_: Any) -> Problem:
     batch, groups, channels, height, width = inputs.value.shape
     kernel_size = (inputs.rpb.shape[1] + 1) // 2
-    return Problem(batch, groups, channels, inputs.query.shape[2], height * width, kernel_size, inputs.value.dtype)
+    pixels, windows = height * width, (height - kernel_size + 1) * (width - kernel_size + 1)
+    query_channels, dtype = inputs.query.shape[2], inputs.value.dtype
+    return Problem(batch, groups, channels, query_channels, pixels, kernel_size, dtype, pixels // max(1, windows))
 
 
 def block(size: int) -> int:
@@ -84,8 +87,11 @@ def block(size: int) -> int:
 
 
 def shares_windows(height: int, width: int, kernel_size: int) -> bool:
-    """Whether a clamped window serves at least 16 outputs on average, the least that fills a matrix product's rows."""
-    return height * width >= OUTPUTS_PER_WINDOW * (height - kernel_size + 1) * (width - kernel_size + 1)
+    """Whether a clamped window serves at least 16 outputs on average, the least that fills a matrix product's rows; or
+    tiles of 16 outputs are half full of those of a window that takes more than one step elsewhere."""
+    tiles, windows = tiles_and_windows(height, width, kernel_size, 16)
+    half_full = kernel_size > 5 and 2 * height * width >= OUTPUTS_PER_WINDOW * tiles * windows
+    return half_full or height * width >= OUTPUTS_PER_WINDOW * windows
 
 
 def tiles_and_windows(height: int, width: int, kernel_size: int, pixels: int) -> tuple[int, int]:
@@ -214,6 +220,8 @@ def shared_heuristic(problem: Problem) -> Shared:
         small = Shared(32, 32, images)
         return small if small.valid(problem) else Shared(16, 64, images)
     blocks, steps = ceil_divide(problem.kernel_size**2, 64), min(64, block(problem.kernel_size**2))
+    if problem.outputs < OUTPUTS_PER_WINDOW and blocks <= 2:
+        return Shared(16, steps, images, num_warps=1, num_stages=3)
     if blocks <= 3:
         return Shared(64, steps, images, num_stages=3)
     return Shared(64 if blocks <= 8 else 32, steps, images, num_warps=8)

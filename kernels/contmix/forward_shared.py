@@ -28,7 +28,7 @@ from kernels.contmix.configs import (
     tiles_and_windows,
     types,
 )
-from kernels.contmix.tiles import key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
+from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
 from kernels.launch import ceil_divide, launch
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -75,9 +75,9 @@ def _forward_shared_kernel(
     for i_batch in range(i_first, tl.minimum(i_first + images, batch)):
         i_image = tl.cast(i_batch, tl.int64)
         queries, keys, values = (
-            at(query, i_image, i_group),
-            at(projected, i_image, i_group),
-            at(value, i_image, i_group),
+            at_head(query, i_image, i_group, QUERY_CHANNELS),
+            at_head(projected, i_image, i_group, QUERY_CHANNELS),
+            at_head(value, i_image, i_group, CHANNELS),
         )
         # [P, Dq]; an output that is not there repeats one that is, so that nothing overflows
         b_query = load_pixels(queries, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
@@ -102,7 +102,7 @@ def _forward_shared_kernel(
             o_value = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
             b_value = load_pixels(values, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
             b_sum = dot(b_weight.to(b_value.dtype), b_value, b_sum * b_rescale[:, None], UPCAST)
-        outs, sums = at(out, i_image, i_group), at(statistics, i_image, i_group)
+        outs, sums = at_head(out, i_image, i_group, CHANNELS), at(statistics, i_image, i_group)
         store_pixels(outs, offsets(out, pixels, OFFSET), pixels.mask, b_sum / b_total[:, None], CHANNELS)
         tl.store(sums.ptr + offsets(statistics, pixels, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=pixels.mask)
 

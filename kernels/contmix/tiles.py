@@ -11,6 +11,7 @@ definition's own rounding; a product of 16-bit numbers takes each key as the sum
 import triton
 import triton.language as tl
 
+from kernels import views
 from kernels.windows_triton import Pixels, window_start
 
 # What every stride of a map but its channels' is a multiple of: 16 bytes of a 16-bit type.
@@ -25,6 +26,12 @@ def aligned(offset, CHANNELS: tl.constexpr):
         return offset
     else:
         return offset // VECTOR * VECTOR
+
+
+@triton.jit
+def at_head(view, i_batch, i_head, CHANNELS: tl.constexpr):
+    """A map's part of one batch entry and head, of strides that are ``aligned``."""
+    return views.at(views.aligned(view, 16 if CHANNELS % 16 == 0 else 8), i_batch, i_head)
 
 
 @triton.jit

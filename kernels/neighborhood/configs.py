@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.dtypes import multiplies
 from kernels.launch import next_power_of_2
+from kernels.views import alignment, view
 from kernels.windows import Window
 
 # The least number of outputs that fill the rows of a matrix product.
@@ -105,7 +106,7 @@ class OwnProblem(NamedTuple):
     kernel_h: int
     kernel_w: int
     softmax: bool  # of logits
-    aligned: bool  # a pixel's channels are adjacent in memory and begin at 16 bytes
+    aligned: int  # what divides the channels, which are adjacent in memory, and where a pixel's begin; at most 16
     dtype: torch.dtype
 
     @property
@@ -115,15 +116,13 @@ class OwnProblem(NamedTuple):
 
     @property
     def lane(self) -> int:
-        """Channels that a lane loads at once: 16 bytes where a compiler sees that they are aligned."""
-        return min(self.block, 16 // self.dtype.itemsize) if self.aligned and self.channels % 16 == 0 else 1
+        """Channels that a lane loads at once: 16 bytes where they are aligned."""
+        return min(self.block, 16 // self.dtype.itemsize, self.aligned)
 
 
 def own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> OwnProblem:
     _, _, channels, height, width = features.shape
-    strides = features.stride()
-    aligned = strides[2] == 1 and all(stride % 16 == 0 for stride in (*strides[:2], *strides[3:]))
-    aligned = aligned and features.data_ptr() % 16 == 0
+    aligned = alignment(channels, view(features, "b g c h w")) if features.data_ptr() % 16 == 0 else 1
     return OwnProblem(channels, height * width, *window.kernel_size, softmax, aligned, features.dtype)
 
 
@@ -154,12 +153,14 @@ OWN_CONFIGS = tuple(
 
 @functools.lru_cache(maxsize=4096)
 def own_heuristic(problem: OwnProblem) -> OwnConfig:
-    """The config where nothing was tuned: a warp whose lanes load 16 bytes, and rows for at most 32 taps per lane."""
+    """The config where nothing was tuned: a warp whose lanes have 16 bytes of channels, or
+    8 where less is aligned, and rows for at most 32 taps per lane."""
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return OwnConfig(4, 128)
     rows = max(1, min(4, 32 // next_power_of_2(problem.kernel_w)))
-    columns = max(min(8, 32 * problem.lane // problem.block), 32 // problem.block, 1)
-    return OwnConfig(rows, columns, max(1, problem.block // (32 * problem.lane)))
+    lane = problem.lane if problem.lane == 1 else max(problem.lane, min(4, 16 // problem.dtype.itemsize))
+    columns = max(min(8, 32 * lane // problem.block), 32 // problem.block, 1)
+    return OwnConfig(rows, columns, max(1, problem.block // (32 * lane)))
 
 
 def own_correlate_heuristic(problem: OwnProblem) -> OwnConfig:

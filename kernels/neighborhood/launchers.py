@@ -23,7 +23,7 @@ from kernels.neighborhood.own import correlate_kernel, sum_kernel
 from kernels.neighborhood.shared import backward_kernel, mix_kernel
 from kernels.tuning import tunable
 from kernels.tuning.choose import Launcher
-from kernels.views import View, view
+from kernels.views import View, alignment, view
 from kernels.window_parts import sum_parts
 from kernels.windows import Window
 
@@ -165,9 +165,11 @@ def _launch(
     """With a spare pointer for each tensor that there is none of."""
     given = {"rpb": softmax and softmax.rpb, "statistics": softmax and softmax.statistics, **tensors}
     views = {5: _features, 6: cut.view, 4: lambda t: view(t, "b g h w"), 3: lambda t: view(t, "g h w")}
+    maps = (_features(t) for name, t in given.items() if t is not None and t.dim() == 5 and name != "parts")
     arguments = {
         **{name: View(features) if t is None else views[t.dim()](t) for name, t in given.items()},
         **cut.constants,
+        "ALIGNED": alignment(features.shape[2], *maps),
         "sizes": Sizes(*features.shape),
         "SOFTMAX": softmax is not None,
         "HAS_RPB": softmax is not None and softmax.rpb is not None,
@@ -290,10 +292,12 @@ def _shared_backward(
     cut = _shared_cut(grad, window, config)
     batch, groups, channels, _, _ = grad.shape
     tiles, parts = cut.constants["tiles"], None
+    filled = ceil_divide(channels, 8) * 8  # channels of parts, for vectors of 16 bytes
     cut.constants.update(CORRELATE=target is not None, TRANSPOSE=of_value is not None)
+    cut.constants["FILLED"] = filled if filled > channels else 0
     if of_value is not None:
         places, positions = tiles * cut.constants["windows"], window.kernel_size[0] * window.kernel_size[1]
-        parts = grad.new_empty((batch, groups, places, positions, channels)).movedim(-1, 2)
+        parts = grad.new_empty((batch, groups, places, positions, filled)).movedim(-1, 2)
     _launch(
         backward_kernel, cut, grad, softmax, config,
         grad=grad, value=value, weight=weight, out=softmax and softmax.out, target=target, parts=parts,

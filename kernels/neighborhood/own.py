@@ -20,6 +20,7 @@ import triton.language as tl
 from kernels.aggregation.tiles import halved, halvings, stack
 from kernels.neighborhood.own_tiles import columns_of, image_of, load_taps, rows_of, taps_of, window_row
 from kernels.products import LOG2_E
+from kernels.views import aligned, multiple
 from kernels.windows_triton import window_start
 
 
@@ -79,7 +80,7 @@ def sum_kernel(
     rpb,  # [G, 2Kh-1, 2Kw-1]
     statistics,  # [B, G, H, W]: log Σ_k exp, with SOFTMAX: written, or read if TRANSPOSED
     out,  # [B, G, C, H, W]
-    sizes, row_tiles, channel_blocks,
+    sizes, row_tiles, channel_blocks, ALIGNED: tl.constexpr,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
@@ -89,13 +90,14 @@ def sum_kernel(
     DILATION_H: tl.constexpr = WINDOW.dilation[0]
     DILATION_W: tl.constexpr = WINDOW.dilation[1]
     batch, groups, channels, height, width = sizes
+    source, out = aligned(source, ALIGNED), aligned(out, ALIGNED)
     i_program = tl.program_id(0)
     i_block, i_rest = i_program % channel_blocks, i_program // channel_blocks
     i_column = i_rest // row_tiles * COLUMNS
     rows = rows_of(i_rest % row_tiles, height, ROWS, KERNEL_H, DILATION_H, TRANSPOSED)
     columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, KERNEL_W, DILATION_W, TRANSPOSED)
     o_channel = i_block * CHANNELS + tl.arange(0, CHANNELS)
-    m_channel = (o_channel < channels)[None, :]
+    m_channel = (o_channel < multiple(channels, ALIGNED))[None, :]
     o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
     p_source = image_of(source, columns)[:, None] + (
         o_first[:, None] * source.w + o_channel.to(OFFSET)[None, :] * source.c
@@ -162,7 +164,7 @@ def correlate_kernel(
     statistics,  # [B, G, H, W]: log Σ_k exp
     out,  # [B, G, C, H, W]
     target,  # [B, G, Kh, Kw, H, W], Kh under ``c``, Kw under ``k``, as those of logits
-    sizes, row_tiles,
+    sizes, row_tiles, ALIGNED: tl.constexpr,
     WINDOW: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
@@ -172,6 +174,7 @@ def correlate_kernel(
     DILATION_H: tl.constexpr = WINDOW.dilation[0]
     DILATION_W: tl.constexpr = WINDOW.dilation[1]
     batch, groups, channels, height, width = sizes
+    grad, value, out = aligned(grad, ALIGNED), aligned(value, ALIGNED), aligned(out, ALIGNED)
     i_program = tl.program_id(0)
     i_column = i_program // row_tiles * COLUMNS
     rows = rows_of(i_program % row_tiles, height, ROWS, KERNEL_H, DILATION_H, False)
@@ -181,7 +184,7 @@ def correlate_kernel(
         taps = taps_of(logits, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
         b_statistics = tl.load(taps.p_statistics) * LOG2_E
     o_channel = tl.arange(0, CHANNELS)
-    m_channel = (o_channel < channels)[None, :]
+    m_channel = (o_channel < multiple(channels, ALIGNED))[None, :]
     o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
     p_value = image_of(value, columns)[:, None] + (o_first[:, None] * value.w + o_channel.to(OFFSET)[None, :] * value.c)
     o_column = columns.column.to(OFFSET)[:, None]

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels.products import LOG2_E, dot
-from kernels.views import at
+from kernels.views import aligned, at, multiple
 from kernels.windows_triton import offsets, pixels_of_window, split_program
 
 
@@ -71,13 +71,14 @@ def mix_kernel(
     rpb,  # [G, 2Kh-1, 2Kw-1]
     out,  # [B, G, C, H, W]
     statistics,  # [B, G, H, W]: log Σ_k exp, with SOFTMAX
-    sizes, tiles, windows,
+    sizes, tiles, windows, ALIGNED: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     _batch, groups, channels, height, width = sizes
+    channels, source, out = multiple(channels, ALIGNED), aligned(source, ALIGNED), aligned(out, ALIGNED)
     i_tile, i_window, i_group, i_batch = split_program(tiles, windows, groups)
     weight, source, out = at(weight, i_batch, i_group), at(source, i_batch, i_group), at(out, i_batch, i_group)
     statistics, rpb = at(statistics, i_batch, i_group), at(rpb, 0, i_group)
@@ -139,14 +140,16 @@ def backward_kernel(
     statistics,  # [B, G, H, W]: log Σ_k exp
     out,  # [B, G, C, H, W]
     target,  # [B, G, H, W, K²]: written, with CORRELATE
-    parts,  # [B, G, C, tiles · windows, K²]: written, with TRANSPOSE
-    sizes, tiles, windows,
+    parts,  # [B, G, C, tiles · windows, K²]: written, with TRANSPOSE; FILLED channels, where these are more
+    sizes, tiles, windows, ALIGNED: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
-    CORRELATE: tl.constexpr, TRANSPOSE: tl.constexpr,
+    CORRELATE: tl.constexpr, TRANSPOSE: tl.constexpr, FILLED: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr, BLOCK_STEPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     _batch, groups, channels, height, width = sizes
+    channels, grad, value = multiple(channels, ALIGNED), aligned(grad, ALIGNED), aligned(value, ALIGNED)
+    out, parts = aligned(out, ALIGNED), aligned(parts, 8 if FILLED else ALIGNED)
     i_tile, i_window, i_group, i_batch = split_program(tiles, windows, groups)
     grad, value, target = at(grad, i_batch, i_group), at(value, i_batch, i_group), at(target, i_batch, i_group)
     weight, rpb, parts = at(weight, i_batch, i_group), at(rpb, 0, i_group), at(parts, i_batch, i_group)
@@ -177,7 +180,7 @@ def backward_kernel(
             b_used = b_weight.to(b_grad.dtype) if SOFTMAX else tl.where(tile.mask[:, None], b_weight, 0)
             b_part = tl.zeros([BLOCK_STEPS, BLOCK_CHANNELS], ACCUMULATOR)
             b_part = dot(tl.trans(b_used), b_grad, b_part, UPCAST)
-            m_part = m_step[:, None] & (o_channel < channels)[None, :]
+            m_part = m_step[:, None] & (o_channel < (FILLED if FILLED else channels))[None, :]
             p_part = p_parts + (o_step.to(OFFSET) * parts.w)[:, None]
             tl.store(p_part, b_part.to(parts.ptr.dtype.element_ty), mask=m_part)
         if CORRELATE:

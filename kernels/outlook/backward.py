@@ -34,7 +34,7 @@ from kernels.outlook.tiles import (
     unstack,
 )
 from kernels.tuning import tunable
-from kernels.views import view
+from kernels.views import aligned, view
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _grad_logits_kernel(
     grad,  # [B, H, W, heads, D]
     statistics_ptr,  # [B, h, w, heads, K²], contiguous: log2 Σ_s exp2, written
     target_ptr,  # [B, h, w, heads, K², K²], contiguous: the gradient of logits
-    sizes, scale: tl.float64, VALUE_COLUMN: tl.constexpr, GRAD_COLUMN: tl.constexpr,
+    sizes, scale: tl.float64, VALUE_COLUMN: tl.constexpr, GRAD_COLUMN: tl.constexpr, ALIGNED: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, UNROLLED: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_WINDOWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -55,7 +55,8 @@ def _grad_logits_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     if tl.float32 == ACCUMULATOR:
         scale = tl.cast(scale, tl.float32)
-    tile = tile_of(sizes, 0, tl.program_id(0), OFFSET, BLOCK_WINDOWS, BLOCK_HEADS, BLOCK_CHANNELS)
+    value, grad = aligned(value, ALIGNED), aligned(grad, ALIGNED)
+    tile = tile_of(sizes, 0, tl.program_id(0), ALIGNED, OFFSET, BLOCK_WINDOWS, BLOCK_HEADS, BLOCK_CHANNELS)
     o_row, o_column = tile.row * STRIDE - PADDING, tile.column * STRIDE - PADDING
     p_value = pixel_pointers(value, tile, o_row, o_column, VALUE_COLUMN, OFFSET)
     p_grad = pixel_pointers(grad, tile, o_row, o_column, GRAD_COLUMN, OFFSET)

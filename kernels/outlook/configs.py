@@ -1,6 +1,7 @@
 """Configs of outlook attention's kernels, and which one a problem gets where nothing was tuned."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,10 +56,13 @@ CONFIGS = (
 
 @functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
-    """The config where nothing was tuned: all channels of a head, and the fewest warps, which then wait for none."""
+    """The config where nothing was tuned: all channels of a head, and the fewest warps, which then wait for none.
+
+    A lane has 16 bytes of channels, or two vectors where a head's channels do not divide by 4: each has its own mask.
+    """
     channels = max(16, min(128, next_power_of_2(problem.channels)))
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(2**16 // channels, 1, channels, 4)
-    per_thread = 16 // problem.dtype.itemsize
+    per_thread = min(16 // problem.dtype.itemsize, 2 * math.gcd(problem.channels, 8))
     items = max(1, 32 * per_thread // channels)
     return Config(items, max(1, 64 // channels), channels, max(1, items * channels // (32 * per_thread)))

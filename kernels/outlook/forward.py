@@ -41,7 +41,7 @@ from kernels.outlook.tiles import (
     unstack,
 )
 from kernels.tuning import tunable
-from kernels.views import view
+from kernels.views import aligned, view
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _mix_kernel(
     statistics_ptr,  # [B, h, w, heads, K²], contiguous: log2 Σ_s exp2, read when TRANSPOSED
     source,  # [B, H, W, heads, D]: value, or the gradient of out when TRANSPOSED
     target,  # [B, H, W, heads, D]
-    sizes, reach_h, reach_w, scale: tl.float64, SOURCE_COLUMN: tl.constexpr,
+    sizes, reach_h, reach_w, scale: tl.float64, SOURCE_COLUMN: tl.constexpr, ALIGNED: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
     UNROLLED: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_WINDOWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -92,10 +92,11 @@ def _mix_kernel(
     OTHER: tl.constexpr = POSITIONS if TRANSPOSED else 1
     if tl.float32 == ACCUMULATOR:
         scale = tl.cast(scale, tl.float32)
+    source, target = aligned(source, ALIGNED), aligned(target, ALIGNED)
     channel_blocks = tl.cdiv(sizes.channels, BLOCK_CHANNELS)
     tile = tile_of(
         sizes, tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks,
-        OFFSET, BLOCK_WINDOWS, BLOCK_HEADS, BLOCK_CHANNELS,
+        ALIGNED, OFFSET, BLOCK_WINDOWS, BLOCK_HEADS, BLOCK_CHANNELS,
     )  # fmt: skip
     # [P, G, S]
     o_entry = tl.arange(0, triton.next_power_of_2(POSITIONS))[None, None, :]

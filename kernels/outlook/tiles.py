@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.outlook.configs import Config, Problem
+from kernels.views import alignment, multiple, view
 
 MARGIN = 2**16  # what blocks reach beyond the last window, and windows beyond the last pixel
 
@@ -53,7 +54,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def tile_of(
-    sizes, i_channel, i_item,
+    sizes, i_channel, i_item, ALIGNED: tl.constexpr,
     OFFSET: tl.constexpr, BLOCK_WINDOWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     head_blocks = tl.cdiv(sizes.heads, BLOCK_HEADS)
@@ -70,7 +71,7 @@ def tile_of(
         (o_window < sizes.windows)[:, None] & (o_head < sizes.heads),
         x_head.to(OFFSET),
         x_channel.to(OFFSET),
-        (o_window < sizes.windows)[:, None] & (x_head < sizes.heads) & (x_channel < sizes.channels),
+        (o_window < sizes.windows)[:, None] & (x_head < sizes.heads) & (x_channel < multiple(sizes.channels, ALIGNED)),
     )
 
 
@@ -169,6 +170,7 @@ def common_arguments(
         "logits_ptr": logits,
         "sizes": sizes,
         "scale": windows.scale * math.log2(math.e),
+        "ALIGNED": alignment(sizes.channels, *(view(image, "b h w g c") for image in images)),
         "KERNEL": windows.kernel_size,
         "STRIDE": windows.stride,
         "PADDING": windows.padding,
