@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.contmix.bands import apart, as_left_side, largest, moved, order, packed
 from kernels.contmix.configs import TILES, Inputs, Sizes, Tiles, block, problem_of, tile_of, tiles_heuristic, types
 from kernels.contmix.forward_shared import forward_reference, views_of
-from kernels.contmix.tiles import cut_off, halves, key_scale
+from kernels.contmix.tiles import at_head, cut_off, halves, key_scale
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -105,8 +105,10 @@ def _forward_band_kernel(
     i_program = tl.program_id(0)
     i_walks = i_program % programs * walks
     i_group, i_batch = (i_program // programs % groups).to(tl.int64), (i_program // programs // groups).to(tl.int64)
-    queries, keys, values = at(query, i_batch, i_group), at(projected, i_batch, i_group), at(value, i_batch, i_group)
-    outs, sums = at(out, i_batch, i_group), at(statistics, i_batch, i_group)
+    queries = at_head(query, i_batch, i_group, QUERY_CHANNELS)
+    keys = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
+    values, outs = at_head(value, i_batch, i_group, CHANNELS), at_head(out, i_batch, i_group, CHANNELS)
+    sums = at(statistics, i_batch, i_group)
     blocks_w = tl.cdiv(width, ACROSS * COLUMNS)
     blocks = blocks_w * tl.cdiv(height, TILES // ACROSS * ROWS)
 
@@ -144,7 +146,7 @@ def _forward_band_kernel(
         seen_w = window_start(column + o_seen_tile % ACROSS * COLUMNS, width, KERNEL, 1) + o_seen % SEEN
         m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w < width)
         # [M, COLUMNS · Dq]
-        p_query = queries.ptr + offsets(query, outputs, OFFSET)[:, None] + (o_query * queries.c)[None, :]
+        p_query = queries.ptr + offsets(queries, outputs, OFFSET)[:, None] + (o_query * queries.c)[None, :]
         m_query = (right[:, None] == (o_flat // BLOCK_QUERY)[None, :]) & (o_query < QUERY_CHANNELS)[None, :]
         b_query = tl.load(p_query, mask=m_query, other=0)
         # [M, 16]: the query of ones
@@ -186,7 +188,7 @@ def _forward_band_kernel(
             b_weight = as_left_side(rows[i * STEP : i * STEP + STEP], dtype)
             b_sum = dot(tl.reshape(b_weight, [TILES, 16, STEP * SEEN]), b_value, b_sum, UPCAST)
         b_sum = tl.reshape(b_sum, [OUTPUTS, BLOCK_CHANNELS]) / b_total[:, None]
-        p_out = outs.ptr + offsets(out, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * outs.c)[None, :]
+        p_out = outs.ptr + offsets(outs, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * outs.c)[None, :]
         m_out = m_output[:, None] & (o_channel < CHANNELS)[None, :]
         tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
         tl.store(sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=m_output)

@@ -61,7 +61,8 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     assert done.stdout, done.stderr
     result = json.loads(done.stdout)
     assert result["failures"] == []
-    assert {report["kernel"] for report in result["reports"]} == _kernel_names()
+    narrow = {"forward_band_kernel"} if dtype == "fp32" else set()  # of 16-bit numbers alone
+    assert {report["kernel"] for report in result["reports"]} == _kernel_names() - narrow
     assert all(0 < report["registers"] <= 512 for report in result["reports"])
     # A build for AMD's GPUs made here has loads ahead, in registers, that a launch there does without.
     on_amd = {"weighted_sum_kernel": 608, "backward_shared_kernel": 600}
