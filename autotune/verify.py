@@ -39,10 +39,10 @@ def workloads_of(device: torch.device) -> list[Workload]:
     """Operators that launch every kernel between them."""
     if device.type == "cuda":
         return [*benchmark_workloads(), *(workload for found in cases().values() for workload in found)]
-    # Windows that outputs share, and one that is too large for rows to slide.
+    # Windows that outputs share, large ones of an output's own, and one that is too large for rows to slide.
     shared = [neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
-    others = contmix("tiny", 1, 2, 16, (5, 5), (3, 5), context=9), involution("tiny", 1, 16, (5, 5), 17, 16)
-    return [*benchmark_workloads(quick=True), *shared, *others]
+    mixes = [contmix("tiny", 1, 2, 16, size, sizes, context=9) for size, sizes in (((5, 5), (3, 5)), ((9, 17), (3, 7)))]
+    return [*benchmark_workloads(quick=True), *shared, *mixes, involution("tiny", 1, 16, (5, 5), 17, 16)]
 
 
 def check(request: Request, config: Config) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def check_all(rows: list[dict[str, Any]], offered: dict[str, list[tuple[int, Con
         observing(observe),
         torch.autograd.set_multithreading_enabled(False),  # pyright: ignore[reportPrivateImportUsage]
     ):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # whose products the interpreter gets right
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # whose products the interpreter gets right
         for workload in workloads_of(device):
             workload.run(workload.draw_inputs(dtype, device), workload.draw_gradient(dtype, device))
 

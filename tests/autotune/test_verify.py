@@ -50,7 +50,7 @@ def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder,
     known, found = find_tunables(), dict[Any, Any]()
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
         for workload in verify.workloads_of(HERE):
-            workload.run(workload.draw_inputs(torch.float32, HERE), workload.draw_gradient(torch.float32, HERE))
+            workload.run(workload.draw_inputs(torch.float16, HERE), workload.draw_gradient(torch.float16, HERE))
     assert {launcher.name for launcher in found} == set(known)
     for launcher, problem in found.items():
         assert known[launcher.name] is launcher

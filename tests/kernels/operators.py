@@ -236,6 +236,7 @@ OPERATORS = [
             "shared windows": contmix((8, 7), 2, 3, 5, 6, (7,)),
             "one window": contmix((7, 7), 2, 3, 5, 6, (5, 7)),
             "three sizes": contmix((9, 8), 2, 3, 5, 6, (3, 5, 7)),
+            "large windows": contmix((9, 17), 2, 3, 5, 6, (7,)),
             # Three tiles of inputs side by side, windows clamped in the first and the last.
             "wide": contmix((5, 37), 2, 3, 5, 6, (5,)),
         },
