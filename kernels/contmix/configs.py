@@ -208,9 +208,9 @@ TILES = tuple(
 )  # fmt: skip
 
 
-def _images(problem: Problem, programs: int, most: int, at_least: int = 264) -> int:
+def _images(problem: Problem, programs: int, most: int) -> int:
     """Images that a program walks over, so that enough programs, two for each of a GPU's processors, stay busy."""
-    return max(1, min(most, problem.batch * problem.groups * programs // at_least))
+    return max(1, min(most, problem.batch * problem.groups * programs // 264))
 
 
 def shared_heuristic(problem: Problem) -> Shared:
