@@ -55,9 +55,10 @@ def contmix(
     out, statistics = eager.empty_outputs(value)
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
         inputs = Inputs(query, *part, value[:, m])
-        forward = forward_band if is_band(problem_of(inputs)) else forward_own
         if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
             forward = forward_shared
+        else:
+            forward = forward_band if is_band(problem_of(inputs)) else forward_own
         forward(inputs, out[:, m], statistics[:, m])
     return out, statistics
 

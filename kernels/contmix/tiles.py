@@ -20,18 +20,14 @@ VECTOR: tl.constexpr = tl.constexpr(8)
 
 @triton.jit
 def aligned(offset, CHANNELS: tl.constexpr):
-    """The same number: divided and multiplied again, which tells Triton how accesses align. Strides of maps with 16
-    channels, or 32, tell that themselves."""
-    if CHANNELS % 16 == 0:
-        return offset
-    else:
-        return offset // VECTOR * VECTOR
+    """The same number, a ``multiple`` of what strides of maps are."""
+    return views.multiple(offset, 16 if CHANNELS % 16 == 0 else VECTOR)
 
 
 @triton.jit
 def at_head(view, i_batch, i_head, CHANNELS: tl.constexpr):
     """A map's part of one batch entry and head, of strides that are ``aligned``."""
-    return views.at(views.aligned(view, 16 if CHANNELS % 16 == 0 else 8), i_batch, i_head)
+    return views.at(views.aligned(view, 16 if CHANNELS % 16 == 0 else VECTOR), i_batch, i_head)
 
 
 @triton.jit
