@@ -35,10 +35,13 @@ def user_folder() -> Path:
     Nothing is kept where the system knows no home directory of this user, as in some containers.
     """
     chosen = os.environ.get("DYNAMIC_KERNELS_STORE")
+    if chosen:
+        return Path(chosen)
     try:
-        return Path(chosen) if chosen else _cache_folder() / "configs"
+        folder = _cache_folder()
     except RuntimeError:
         return NOWHERE
+    return folder / "configs" if folder.is_absolute() else NOWHERE  # older platformdirs leave "~" as it is
 
 
 def _cache_folder() -> Path:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pwd
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -73,10 +74,13 @@ def test_a_pipe_in_its_place_is_not_waited_for(tmp_path):
         assert store.read() == {}
 
 
-def test_without_a_home_directory_nothing_is_kept_and_nothing_fails(monkeypatch):
+@pytest.mark.parametrize("old", [False, True])
+def test_without_a_home_directory_nothing_is_kept_and_nothing_fails(old, monkeypatch):
     for name in ("DYNAMIC_KERNELS_STORE", "HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    if old:  # that of setuptools, which is found once PyTorch has compiled something
+        monkeypatch.setattr("kernels.tuning.store._cache_folder", lambda: Path("~/.cache/dynamic-kernels"))
     store = Store(user_folder(), "gpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

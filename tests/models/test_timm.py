@@ -38,7 +38,8 @@ USE = """
 import importlib.util
 import torch
 from timm.data import resolve_model_data_config
-from timm.models import resolve_model_input_args
+
+NEW = hasattr(timm.models, "resolve_model_input_args")  # after 1.0.29
 
 ours = ["overlock_t", "overlock_t_reparam", "rednet50", "volo_d1"]
 assert set(ours) <= set(timm.list_models()), timm.list_models("*lock*")
@@ -50,8 +51,11 @@ assert "timm" == timm.models.model_entrypoint("volo_d1_224").__module__.partitio
 with torch.device("meta"):
     model = timm.create_model("overlock_t", num_classes=10, drop_path_rate=0.2, drop_rate=0.0, global_pool="avg")
     features = timm.create_model("overlock_t", features_only=True, out_indices=(1, 3))
-    script = {"img_size": None, "in_chans": 1, "input_size": None}
-    volo = timm.create_model(**resolve_model_input_args("volo_d1", script, num_classes=7, img_size=384))
+    arguments = {"model_name": "volo_d1", "in_chans": 1, "num_classes": 7, "img_size": 384}
+    if NEW:  # what its scripts make of their arguments
+        script = {"img_size": None, "in_chans": 1, "input_size": None}
+        arguments = timm.models.resolve_model_input_args("volo_d1", script, num_classes=7, img_size=384)
+    volo = timm.create_model(**arguments)
 assert type(model) is models.overlock.OverLoCK and model.num_classes == 10
 assert model.pretrained_cfg is model.default_cfg and model.default_cfg["architecture"] == "overlock_t"
 assert features.feature_info.channels() == [128, 640] and features.feature_info.reduction() == [8, 32]
@@ -72,7 +76,7 @@ merged = timm.create_model("overlock_xt_reparam", pretrained=True, pretrained_cf
 x = torch.randn(1, 3, 64, 64)
 torch.testing.assert_close(merged(x), model.eval()(x), rtol=0, atol=1e-4)
 
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 again = timm.create_model("overlock_xt", num_classes=4, checkpoint_path=FOLDER + "/weights.pth").eval()
 fused = reparameterize_model(again)
@@ -87,7 +91,7 @@ torch.testing.assert_close(mean(x), mean.forward_features(x).mean(1))
 placed = timm.create_model("volo_d1", device="meta", dtype=torch.bfloat16, output_stride=16, **narrow)
 assert {(p.device.type, p.dtype) for p in placed.parameters()} == {("meta", torch.bfloat16)}
 
-if all(map(importlib.util.find_spec, ("huggingface_hub", "safetensors"))):
+if NEW and all(map(importlib.util.find_spec, ("huggingface_hub", "safetensors"))):  # before, not with model_args
     from timm.models._hub import save_for_hf
 
     source = timm.create_model("volo_d1", num_classes=7, in_chans=1, **narrow).eval()
