@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.dtypes import accumulator_dtype
-from kernels.parallel import Part, Work, alone, over_maps
+from kernels.parallel import Part, alone, over_maps
 
 # Most elements of the windows that a step copies: a share of the arguments' own size (lean in memory), within bounds.
 # The upper bound is 2 MB in float32 on a CPU, so that they stay in cache.
@@ -108,17 +108,13 @@ def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, paddin
     out = torch.zeros(value.shape, dtype=accumulator_dtype(value.dtype), device=value.device)
     maps = logits.movedim(3, 1), *(_by_head(image, logits.shape[3]) for image in (value, out))
 
-    def prepare(part: Part) -> Work[None]:
+    def run(part: Part) -> None:
         logits, value, out = (tensor[part] for tensor in maps)
+        for step in _steps(logits, value, kernel_size, stride, padding):
+            weights = _weights(logits[step.entries, :, step.rows], scale, out.dtype)
+            step.area(out).add(torch.bmm(weights, step.area(value).load()))
 
-        def run() -> None:
-            for step in _steps(logits, value, kernel_size, stride, padding):
-                weights = _weights(logits[step.entries, :, step.rows], scale, out.dtype)
-                step.area(out).add(torch.bmm(weights, step.area(value).load()))
-
-        return run
-
-    over_maps(prepare, maps[0], logits.numel() * maps[1].shape[4])
+    over_maps(run, maps[0], logits.numel() * maps[1].shape[4])
     return out.to(value.dtype)
 
 
@@ -133,21 +129,17 @@ def outlook_backward(
     grad_value = torch.zeros(value.shape, dtype=accumulator_dtype(value.dtype), device=value.device)
     maps = logits.movedim(3, 1), grad_logits.movedim(3, 1), *(_by_head(t, heads) for t in (grad_out, value, grad_value))
 
-    def prepare(part: Part) -> Work[None]:
+    def run(part: Part) -> None:
         logits, grad_logits, grad_out, value, grad_value = (tensor[part] for tensor in maps)
+        for step in _steps(logits, value, kernel_size, stride, padding):
+            of_logits, target = (tensor[step.entries, :, step.rows] for tensor in (logits, grad_logits))
+            weights, grad = _weights(of_logits, scale, grad_value.dtype), step.area(grad_out).load()
+            step.area(grad_value).add(torch.bmm(weights.mT, grad))
+            values = step.area(value).load().mT.contiguous()  # bmm is slow on a transpose
+            products = torch.bmm(grad, values).mul_(weights)
+            products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1).mul_(scale)
+            target = target.permute(0, 2, 3, 1, 4, 5)
+            target.copy_(products.view(target.shape))
 
-        def run() -> None:
-            for step in _steps(logits, value, kernel_size, stride, padding):
-                of_logits, target = (tensor[step.entries, :, step.rows] for tensor in (logits, grad_logits))
-                weights, grad = _weights(of_logits, scale, grad_value.dtype), step.area(grad_out).load()
-                step.area(grad_value).add(torch.bmm(weights.mT, grad))
-                values = step.area(value).load().mT.contiguous()  # bmm is slow on a transpose
-                products = torch.bmm(grad, values).mul_(weights)
-                products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1).mul_(scale)
-                target = target.permute(0, 2, 3, 1, 4, 5)
-                target.copy_(products.view(target.shape))
-
-        return run
-
-    over_maps(prepare, maps[0], logits.numel() * maps[3].shape[4])
+    over_maps(run, maps[0], logits.numel() * maps[3].shape[4])
     return grad_logits, grad_value.to(value.dtype)
