@@ -14,7 +14,6 @@ Exit code: 0 everything builds and nothing spills, 1 otherwise, 2 bad arguments.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -33,7 +32,6 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autotune.measure import on_backend
 from autotune.precompile import build, described
 from autotune.tables import Table
 from autotune.workloads import (
@@ -46,7 +44,7 @@ from autotune.workloads import (
     neighborhood,
     outlook,
 )
-from kernels.backend import triton_installed
+from kernels.backend import triton_installed, use_backend
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
 from models.commands.dispatch import CommandError
@@ -214,7 +212,7 @@ def reports_of(
         for name, found in cases().items()
         if only in name
         for workload in found
-        for launch in _launches(_call(workload, DTYPES[dtype]), every_config=every_config)
+        for launch in _launches(workload.call(DTYPES[dtype], torch.device("meta")), every_config=every_config)
         for architecture in architectures
     ]
     reports, failures = [], []
@@ -244,13 +242,6 @@ def run(arguments: argparse.Namespace) -> int:
     return int(bool(failures) or any(report.spilled_bytes for report in reports))
 
 
-def _call(workload: Workload, dtype: torch.dtype) -> Callable[[], object]:
-    """Forward and backward, on meta tensors."""
-    meta = torch.device("meta")
-    inputs, gradient = workload.draw_inputs(dtype, meta), workload.draw_gradient(dtype, meta)
-    return functools.partial(on_backend("triton", workload.run), inputs, gradient)
-
-
 def _launches(call: Callable[[], object], *, every_config: bool = False) -> list[Launch]:
     """The call's own launches, and those with every other config that is valid for what it asks of the tuner."""
     others: list[Launch] = []
@@ -262,7 +253,7 @@ def _launches(call: Callable[[], object], *, every_config: bool = False) -> list
                     request.run(config)
                 others.extend(launches)
 
-    with observing(record), record_launches() as own:
+    with use_backend("triton"), observing(record), record_launches() as own:
         call()
     unique: dict[Any, Launch] = {}
     for launch in (*own, *others):  # tensors are the same in all of them

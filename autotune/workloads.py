@@ -92,6 +92,10 @@ class Workload:
             return [out]
         return [out.detach(), *torch.autograd.grad(out, tree_leaves(inputs), gradient)]
 
+    def call(self, dtype: torch.dtype, device: torch.device) -> Callable[[], list[Tensor]]:
+        """A forward and backward pass on random tensors."""
+        return functools.partial(self.run, self.draw_inputs(dtype, device), self.draw_gradient(dtype, device))
+
     def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
         """Fewest bytes to move, forward or forward and backward."""
         inputs = sum(math.prod(spec.shape) for spec in tree_leaves(self.inputs))

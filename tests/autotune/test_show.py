@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from autotune import show, tunables
+from autotune import tunables
 from autotune.__main__ import main
 from kernels.tuning import choose
 from kernels.tuning.store import Store
@@ -110,7 +110,7 @@ def test_without_triton_it_shows_what_it_can(store_folders, capsys, monkeypatch)
     def missing():
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(show, "find_tunables", missing)
+    monkeypatch.setattr(tunables, "find_tunables", missing)
     assert _shown(capsys)["entries"][0]["unused"] == "Triton is not installed here"
     assert main(["show"]) == 0
     assert "'not a table'" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from autotune import verify
+from autotune import tunables, verify
 from autotune.__main__ import main
 from autotune.tunables import find_tunables, problem_of
 from kernels.launch import record_launches
@@ -27,13 +27,8 @@ class Called(NamedTuple):
 
     pixels: int
 
-    def draw_inputs(self, dtype, device):
-        return torch.ones(self.pixels, dtype=dtype, device=device)
-
-    draw_gradient = draw_inputs
-
-    def run(self, inputs, _gradient):
-        TOY(inputs, (32,))
+    def call(self, dtype, device):
+        return lambda: TOY(torch.ones(self.pixels, dtype=dtype, device=device), (32,))
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +45,7 @@ def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder,
     known, found = find_tunables(), dict[Any, Any]()
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
         for workload in verify.workloads_of(HERE):
-            workload.run(workload.draw_inputs(torch.float16, HERE), workload.draw_gradient(torch.float16, HERE))
+            workload.call(torch.float16, HERE)()
     assert {launcher.name for launcher in found} == set(known)
     for launcher, problem in found.items():
         assert known[launcher.name] is launcher
@@ -67,7 +62,7 @@ def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder,
 @pytest.fixture
 def pixels(monkeypatch):
     """Runs the toy on so many pixels, one launch after the other."""
-    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+    monkeypatch.setattr(tunables, "find_tunables", lambda: {"toy": TOY})
     return lambda *counts: monkeypatch.setattr(verify, "workloads_of", lambda _device: list(map(Called, counts)))
 
 
