@@ -64,8 +64,6 @@ def cases() -> dict[str, list[Workload]]:
     rednet = involution("RedNet-50", 128, 128, (28, 28), 7, 16)
     unfused = [neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
     fused, dilated = (neighborhood("na2d_softmax_av", "", 128, 8, 16, (n, n), k) for n, k in ((14, 13), (56, 7)))
-    channels_first = depthwise("OverLoCK-T", 128, 64, (56, 56), 17)
-    first = {name: replace(spec, channels_last=False) for name, spec in channels_first.inputs.items()}
     return {
         "involution 128@28 K=7, channels first": [rednet],
         "involution 128@28 K=7, channels last": [channels_last(rednet)],
@@ -74,7 +72,7 @@ def cases() -> dict[str, list[Workload]]:
         "neighborhood 8x16@14 K=13": [fused, *unfused],
         "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
         "outlook 6x32@28 K=3 s=2": [outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
-        "depthwise 64@56 K=17": [replace(channels_first, inputs=first)],
+        "depthwise 64@56 K=17": [channels_last(depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
         "depthwise 256@14 K=13, channels last": [depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
         "contmix 8x16@14 K=5, 13": [contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
         "contmix 8x16@56 K=5, 13": [contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],

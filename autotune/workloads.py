@@ -182,9 +182,9 @@ def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: in
     return Workload("depthwise_conv2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
 
 
-def channels_last(workload: Workload) -> Workload:
-    """The same with every input in ``torch.channels_last``, in which RedNet has its maps."""
-    return replace(workload, inputs=tree_map(lambda spec: replace(spec, channels_last=True), workload.inputs))
+def channels_last(workload: Workload, last: bool = True) -> Workload:
+    """The same with every input in ``torch.channels_last``, in which RedNet has its maps, or with none."""
+    return replace(workload, inputs=tree_map(lambda spec: replace(spec, channels_last=last), workload.inputs))
 
 
 def generation(workload: Workload) -> Workload:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from autotune.__main__ import main
 from autotune.cases import LOST
 from autotune.results import Folder
 from notebooks.results import suite
-from notebooks.results.suite import Phase, phases_of, read_test_log, run_phases, summary
+from notebooks.results.suite import Phase, phases_of, run_phases, summary
 from tests.notebooks.rows import model_row, operator_row
 
 ENVIRONMENT = dict(os.environ)
@@ -30,10 +31,10 @@ def _phases(folder, *phases, seconds=60.0):
 @pytest.mark.slow
 def test_no_phase_takes_another_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "GRACE", 0.5)
-    logs = {}
+    finished = {}
 
     def keep(name):
-        return lambda log, complete: logs.update({name: (log, complete)})
+        return lambda complete: finished.update({name: complete})
 
     hang = "import time; print('hanging', flush=True); time.sleep(600)"
     found = _phases(
@@ -50,9 +51,8 @@ def test_no_phase_takes_another_with_it(tmp_path, monkeypatch):
     }
     assert found["failing"]["exit_code"] == 1
     assert "what went wrong" in found["failing"]["log"]
-    assert logs["hanging"][0].startswith("hanging\n")
-    assert logs["hanging"][1] is False
-    assert logs["failing"][1] is True
+    assert found["hanging"]["log"][0] == "hanging"
+    assert finished == {"failing": True, "hanging": False}
     assert found["hanging"]["seconds"] < 20
     assert "log" not in found["well"]
     assert "| hanging | out of time |" in (tmp_path / "summary.md").read_text()
@@ -74,21 +74,19 @@ def test_a_crashed_process_is_started_again_and_told(tmp_path):
     assert found["always"]["message"] == "lost the GPU"
 
 
-def test_the_test_run_is_read_from_a_whole_or_a_cut_log():
-    test = "tests/kernels/test_a.py::test"
-    whole = [f"{test}_one PASSED   [ 25%]", f"{test}_two[bf16-PASSED] FAILED   [ 50%]", f"{test}_3 SKIPPED (two GPUs)"]
-    whole += ["=== short test summary info ===", f"FAILED {test}_two[bf16-PASSED] - AssertionError: error 3e-1 > 8e-3"]
-    assert read_test_log("\n".join([*whole, "=== 1 failed, 1 passed, 1 skipped in 2.34s ==="])) == {
-        "counts": {"passed": 1, "failed": 1, "skipped": 1},
-        "failures": [f"{test}_two[bf16-PASSED]: AssertionError: error 3e-1 > 8e-3"],
-    }
-    cut = [f"[gw0] [ 10%] PASSED {test}_one", f"{test}_four", f"[gw1] [ 20%] FAILED {test}_two"]
-    cut += ["[gw0] [ 30%] ERROR tests/b.py::c"]
-    assert read_test_log("\n".join(cut)) == {
-        "counts": {"passed": 1, "failed": 1, "error": 1},
-        "failures": [f"{test}_two", "tests/b.py::c"],
-    }
-    assert read_test_log("ERROR: not found: tests/kernels") == {"counts": {}, "failures": []}
+def test_what_came_of_every_test_is_kept(tmp_path):
+    (tmp_path / "test_toy.py").write_text(
+        "import pytest\n@pytest.fixture\ndef broken(): 1 / 0\ndef test_error(broken): ...\ndef test_passes(): ...\n"
+        "def test_fails(): assert 0, 'far off\\nsecond line'\ndef test_skips(): pytest.skip()\n"
+    )
+    environment = ENVIRONMENT | {"TEST_RESULTS": str(tmp_path / "kept"), "PYTHONPATH": str(suite.ROOT)}
+    command = [sys.executable, "-m", "pytest", "-p", "tests.device_guard", "-n", "1", "test_toy.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert json.loads((tmp_path / "kept").read_text()) == {
+        "counts": {"error": 1, "passed": 1, "failed": 1, "skipped": 1},
+        "failures": ["test_toy.py::test_error: ZeroDivisionError: division by zero",
+                     "test_toy.py::test_fails: AssertionError: far off"],
+    }  # fmt: skip
 
 
 @pytest.mark.slow
