@@ -1,4 +1,4 @@
-"""What several notebooks share: the photograph and models, tables, a model's own calls, pictures of the kernels in them.
+"""What several notebooks share: the photograph and models, tables, a model's own calls and pictures of their kernels.
 
 ``calls`` takes what a model passes to ``kernels``, ``points`` draws over the photograph. Everything else stands in the
 cells.
