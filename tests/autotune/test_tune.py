@@ -155,18 +155,6 @@ def test_the_table_names_problem_config_times_and_gain(capsys, command):
 
 
 @interpreted
-def test_without_a_gpu_it_says_so(capsys, monkeypatch):
-    assert main(["tune", "--all"]) == 2
-    assert "tuning times kernels on a GPU, and there is none here" in capsys.readouterr().err
-    assert not user_folder().exists()
-    assert main(["tune", "--operator", "no such operator", "--quick", "--device", "cpu"]) == 2
-    assert "--operator must match a name, 'no such operator' does not" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as refused:
-        main(["tune", "--model", "rednet26", "--all"])
-    assert refused.value.code == 2
-
-
-@interpreted
 def test_an_operator_from_the_command_line(capsys):
     arguments = ("tune", "--operator", "na2d_av", "--quick", "--device", "cpu")
     assert main([*arguments, "--json"]) == 0

@@ -122,13 +122,6 @@ def test_an_interruption_shows_what_was_checked(folder, pixels, monkeypatch, cap
     assert [row["status"] for row in json.loads(capsys.readouterr().out)["entries"]] == ["ok", "ok"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_gpu_and_interpreter_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(verify, "interpreting", lambda: False)
-    assert main(["verify"]) == 2
-    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
-
-
 def test_shipped_configs_hold_for_the_kernels_as_they_stand():
     """Whoever changes a kernel tunes its entries again, or takes them out: nothing would use them."""
     known = find_tunables()

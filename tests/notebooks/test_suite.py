@@ -129,12 +129,6 @@ def test_the_commands_of_the_full_suite_are_ones_the_parser_takes(tmp_path, monk
     assert [arguments.compile_only for arguments in asked if hasattr(arguments, "compile_only")].count(True) == filled
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert main(["suite"]) == 2
-    assert "the suite measures a GPU" in capsys.readouterr().err
-
-
 def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
     row = {"name": "na2d_av M 14", "operator": "na2d_av", "model": "M", "shape": "8×16@14² K=13", "batch": 128}
     row |= {"pass": "forward", "status": "ok", "floor": {"ms": 0.01, "fraction": 0.005}, "speed_up": {"naive": 12.0}}
