@@ -1,6 +1,5 @@
 """``python -m autotune verify``: every kernel's stored configs can be checked, and a wrong one is found."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,9 @@ from autotune.__main__ import main
 from autotune.tunables import find_tunables, problem_of
 from kernels.launch import record_launches
 from kernels.tuning import choose
-from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
+from kernels.tuning.choose import config_of, gpu_name, key_of, observing
 from kernels.tuning.store import Store
-from tests.kernels.toy import TOY, Config, Problem
+from tests.kernels.toy import TOY, Config, Problem, entry_of
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
@@ -36,10 +35,6 @@ def folder(store_folders):
     return store_folders[0]
 
 
-def _entry(launcher, config):
-    return {"config": dataclasses.asdict(config), "triton": triton_version(), "source": launcher.source}
-
-
 def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder, capsys):
     """The operators that verify runs launch every kernel; a config of each is tried and agrees."""
     known, found = find_tunables(), dict[Any, Any]()
@@ -52,7 +47,7 @@ def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder,
         key = key_of(launcher, problem)
         assert problem_of(launcher, key) == problem
         config = next(config for config in launcher.candidates(problem) if config.valid(problem))
-        Store(folder, gpu_name(HERE)).update({key: _entry(launcher, config)})
+        Store(folder, gpu_name(HERE)).update({key: entry_of(launcher, config)})
     code = main(["verify", "--json"])
     rows = json.loads(capsys.readouterr().out)["entries"]
     assert {row["key"]: row["reason"] for row in rows if row["status"] != "ok"} == {}
@@ -71,10 +66,10 @@ def _key(count):
 
 
 def test_a_wrong_config_is_found(folder, pixels, capsys):
-    right, wrong = (_entry(TOY, Config(block)) for block in (16, 32))
+    right, wrong = (entry_of(TOY, Config(block)) for block in (16, 32))
     store = Store(folder, gpu_name(HERE))
     store.update(
-        {_key(196): right, _key(49): wrong, _key(25): right | {"source": "0"}, _key(130): _entry(TOY, Config(128))}
+        {_key(196): right, _key(49): wrong, _key(25): right | {"source": "0"}, _key(130): entry_of(TOY, Config(128))}
     )
     pixels(20, 49)
     assert main(["verify", "--json"]) == 1
@@ -97,7 +92,7 @@ def test_a_wrong_config_is_found(folder, pixels, capsys):
 
 
 def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folder, pixels, capsys, monkeypatch):
-    Store(folder, gpu_name(HERE)).update({_key(49): _entry(TOY, Config(16))})
+    Store(folder, gpu_name(HERE)).update({_key(49): entry_of(TOY, Config(16))})
     pixels(20, 49, 21)
     tried, check = [], verify.check
     monkeypatch.setattr(
@@ -108,7 +103,7 @@ def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folder, pixels, 
 
 
 def test_an_interruption_shows_what_was_checked(folder, pixels, monkeypatch, capsys):
-    Store(folder, gpu_name(HERE)).update({_key(n): _entry(TOY, Config(16)) for n in (21, 22)})
+    Store(folder, gpu_name(HERE)).update({_key(n): entry_of(TOY, Config(16)) for n in (21, 22)})
     pixels(21, 22)
     check = verify.check
 
