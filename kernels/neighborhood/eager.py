@@ -47,11 +47,10 @@ class _PositionBias:
     """
 
     def __init__(self, rpb: Tensor, window: Window, height: int, width: int) -> None:
-        self._kernel_size = window.kernel_size
         self._rows = _relative(window, height, 0, rpb.device)
         self._columns = _relative(window, width, 1, rpb.device)
         self._spread = rpb.to(accumulator_dtype(rpb.dtype))[:, :, self._columns]
-        self._gradient = torch.zeros_like(self._spread)
+        self.gradient = torch.zeros_like(rpb, dtype=self._spread.dtype)
 
     def read(self, step: Step) -> Tensor:
         """[1, g, n, R, T, Kh, Kw]"""
@@ -60,15 +59,11 @@ class _PositionBias:
         return spread.unflatten(3, (step.leading[2], -1)).permute(0, 3, 1, 4, 2, 5).unsqueeze(0)
 
     def add(self, step: Step, grad: Tensor) -> None:
-        """Adds gradients [b, g, n, R, T, Kh, Kw], summed over the batch and the step's rows."""
-        rows, target = self._rows[step.rows.outputs], self._gradient[step.maps[1], :, step.columns.outputs]
-        by_rows = grad.sum(0).permute(0, 1, 3, 5, 2, 4)  # [g, n, T, Kw, R, Kh]
-        summed = _sum_by_index(by_rows.flatten(4).flatten(1, 3), rows, self._spread.shape[1])
-        target += summed.mT.unflatten(2, (-1, self._kernel_size[1]))
-
-    def gradient(self) -> Tensor:
-        """[G, 2Kh−1, 2Kw−1], as wide as an accumulator."""
-        return _sum_by_index(self._gradient.flatten(2), self._columns, 2 * self._kernel_size[1] - 1)
+        """Adds gradients [b, g, n, R, T, Kh, Kw], summed over the batch and the step's pixels."""
+        rows, columns = self._rows[step.rows.outputs], self._columns[step.columns.outputs]
+        by_rows = grad.sum(0).permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(1, 3)  # [g, n·T·Kw, R·Kh]
+        summed = _sum_by_index(by_rows, rows, self.gradient.shape[1])
+        self.gradient[step.maps[1]] += _sum_by_index(summed.mT, columns, self.gradient.shape[2])
 
 
 class Logits(Protocol):
@@ -176,7 +171,7 @@ def softmax_aggregate_made_backward(
             for taker in (logits, bias):
                 if taker is not None:
                     taker.add(step, grad.unflatten(-1, window.kernel_size))
-        return None if bias is None else bias.gradient()
+        return None if bias is None else bias.gradient
 
     for part, grad_table in over_maps(run, value, _multiply_adds(value, window)):
         if grad_rpb is not None and grad_table is not None:
