@@ -46,8 +46,8 @@ class Band:
     def __init__(self, step: Step, kernel: Tensor) -> None:
         self._shape = step.rows.count * step.columns.count, step.rows.span * step.columns.span
         index = step.index(kernel.device)
-        if kernel.stride(-1) > kernel.stride(4):  # in its order in memory
-            kernel, index = kernel.permute(0, 1, 2, 5, 6, 3, 4), index.permute(2, 3, 0, 1)
+        if kernel.stride(-1) > kernel.stride(4):  # rows of a map are read at once, and the tiles in them from the cache
+            kernel, index = kernel.clone().permute(0, 1, 2, 5, 6, 3, 4), index.permute(2, 3, 0, 1)
         flat, self._index = kernel.to(accumulator_dtype(kernel.dtype)).flatten(3).flatten(0, 2), index.flatten()
         bands = flat.new_zeros((flat.shape[0], math.prod(self._shape)))
         self._bands = bands.scatter_(1, self._index.expand_as(flat), flat).unflatten(1, self._shape)
@@ -81,7 +81,7 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
         weights, features = weight[part], x[part]
         for step in steps_of(window, features):
             target = step.outputs(out[part])
-            target.copy_(Band(step, step.copied(weights)).gather(step.pixels(features)).view(target.shape))
+            target.copy_(Band(step, step.kernel(weights)).gather(step.pixels(features)).view(target.shape))
 
     over_maps(run, x, weight.numel() * x.shape[2])
     return out
@@ -110,7 +110,7 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
 
     def run(part: Part) -> None:
         for step in steps_of(window, g[part], input_size):
-            step.add(Band(step, step.copied(weight[part])).scatter(step.features(g[part])), total[part])
+            step.add(Band(step, step.kernel(weight[part])).scatter(step.features(g[part])), total[part])
 
     over_maps(run, g, weight.numel() * g.shape[2])
     return out if total is out else out.copy_(total)

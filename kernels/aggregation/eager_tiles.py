@@ -27,7 +27,7 @@ ROW_COST = 400
 LONGEST_TILE = 64
 # Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
 # steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
-STEP_SHARE = 3 / 4
+STEP_SHARE = 6 / 5
 STEP_ELEMENTS = {"cpu": 2**20}
 STEP_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_STEP_ELEMENTS = 2**15
@@ -127,10 +127,6 @@ class Step(NamedTuple):
     def kernel(self, tensor: Tensor) -> Tensor:
         """A dynamic kernel [B, G, Kh, Kw, H', W'] at the step's outputs: [b, g, n, R, T, Kh, Kw], a view."""
         return self.outputs(tensor).permute(0, 1, 2, 5, 6, 3, 4)
-
-    def copied(self, tensor: Tensor) -> Tensor:
-        """The same in memory of its own: rows of a map are read as a whole, and the tiles in them from the cache."""
-        return self.kernel(tensor).clone()
 
     def features(self, g: Tensor) -> Tensor:
         """g [B, G, C, H', W'] at the step's outputs, as matrices [b·g·n, C, R·T] as wide as an accumulator."""
