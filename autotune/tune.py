@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how("--size", type=types.image_size, metavar="HxW", help="(default: 224, for operators 800x1280 too)")
     how("--dtype", type=types.dtype, default=torch.bfloat16, metavar="NAME", help="(default: bf16)")
     how("--training", action="store_true", help="the model's backward pass too, as for operators always")
-    how("--contiguous", action="store_true", help="the model channels-first instead of channels-last")
     how("--device", type=types.device, help="(default: the GPU)")
     effort = parser.add_argument_group("effort").add_argument
     effort("--force", action="store_true", help="tune again what is tuned")
@@ -160,8 +159,7 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
     if arguments.model is not None:
         small = arguments.quick
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
-        layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
-        place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": layout}
+        place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": torch.channels_last}
         model = networks.settled_model(arguments.model, networks.random_images(2, (128, 128))).to(**place)
         images = networks.random_images(batch, size).to(**place)
         yield Pass(model.train(arguments.training), [images], backward=arguments.training, backend="triton")

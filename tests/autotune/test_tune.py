@@ -169,9 +169,7 @@ def test_an_operator_from_the_command_line(capsys):
 
 @interpreted
 def test_a_model_is_collected_without_running_a_kernel():
-    arguments = argparse.Namespace(
-        model="rednet26", quick=True, batch=2, size=None, dtype=torch.float32, contiguous=False, training=True
-    )
+    arguments = argparse.Namespace(model="rednet26", quick=True, batch=2, size=None, dtype=torch.float32, training=True)
     tuning = Tuning(CPU, most=2)
     tuning.collect(tune._launching(arguments, CPU))
     assert tuning.errors == []

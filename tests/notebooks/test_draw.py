@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import kernels
-import models
 from autotune import roofs
 from kernels.windows import Window
 from models.layers import ContMix
@@ -127,15 +126,6 @@ def test_marks_stand_in_the_entry_whose_kernel_is_drawn(reach):
     if reach is not None:
         left, right = panels[1].get_xlim()
         assert right - left == pytest.approx(5 * 8)
-
-
-def test_a_checkpoint_is_loaded_and_named(tmp_path):
-    torch.manual_seed(1)
-    original = models.create_model("rednet26").state_dict()
-    torch.save(original, tmp_path / "mine.pth")
-    loaded, title = draw.load("rednet26", str(tmp_path / "mine.pth"))
-    assert title == "rednet26, weights of mine.pth"
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in original.items())
 
 
 def _record(kind, rows, **facts):
