@@ -11,8 +11,6 @@ from autotune.results import OTHERS
 from notebooks.results import figures, pages
 from notebooks.results.folder import folders
 
-RESULTS = figures.RESULTS / "README.md"
-
 
 def test_the_pages_are_up_to_date():
     for page, content in figures.sections().items():
@@ -62,8 +60,7 @@ def test_counts_are_the_committed_and_the_published_ones(name):
 
 @pytest.fixture
 def folder():
-    (found,) = folders(figures.RESULTS)
-    return found
+    return next(found for found in folders(figures.RESULTS) if found.path.name == pages.PREDICTED_FOR)
 
 
 def numbers(cell):
@@ -73,16 +70,16 @@ def numbers(cell):
     return [float(number) * shares.get(unit, 1) for number, unit in found]
 
 
-def lines(section):
-    """The cells of a table's lines between the markers of a section."""
-    text = RESULTS.read_text().partition(f"<!-- begin {section} -->")[2].partition("<!-- end")[0]
+def lines(folder, section):
+    """The cells of a section's table, by heading."""
+    text = pages.sections([folder], figures.predictions())[section]
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return [dict(zip(table[0], cells, strict=True)) for cells in table[1:]]
 
 
 def test_operators_have_the_times_and_ratios_of_their_rows(folder):
     """Those of graphs where a call was captured in one, and like compared with like."""
-    shown = lines("gpu operators")
+    shown = lines(folder, "gpu operators")
     assert len(shown) == len(folder.timed()) > 20
     for row, line in zip(folder.timed(), shown, strict=True):
         assert line["operator"].strip("`") == row["operator"]
@@ -97,7 +94,7 @@ def test_operators_have_the_times_and_ratios_of_their_rows(folder):
 
 
 def test_kernels_are_told_beside_their_predictions(folder):
-    for line in lines("predicted"):
+    for line in lines(folder, "predicted"):
         launched = folder.launched.get((line["case"], line["pass"]), [])
         ours = sum(k["microseconds"] for k in launched if not re.search("::|xmma|nvjet|cutlass|Mem", k["kernel"]))
         then = folder.predicted(line["case"], line["pass"])

@@ -12,7 +12,7 @@ import torch
 from autotune import bench, ceilings
 from autotune.__main__ import main
 from autotune.cases import LOST
-from autotune.results import Folder
+from autotune.results import Folder, ceilings_told, tables
 from notebooks.results import suite
 from notebooks.results.suite import Phase, phases_of, run_phases, summary
 
@@ -130,41 +130,23 @@ def test_the_commands_of_the_full_suite_are_ones_the_parser_takes(tmp_path, monk
 
 
 def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
-    row = {"name": "na2d_av M 14", "operator": "na2d_av", "model": "M", "shape": "8×16@14² K=13", "batch": 128}
-    row |= {"pass": "forward", "status": "ok", "floor": {"ms": 0.01, "fraction": 0.005}, "speed_up": {"naive": 12.0}}
-    row |= {"contenders": {"ours": {"p50_ms": 2.0}, "naive": {"p50_ms": 24.0}}, "left_out": {"unfused": "no memory"}}
-    failed = {"name": "na2d_qk", "operator": "na2d_qk", "pass": "forward", "status": "failed", "message": "it broke"}
-    paths = {"ours": (1500.0, 100), "naive": (500.0, 250), "compiled": (1600.0, 90)}
-    model = {"name": "net", "size": [224, 192], "batch": 64, "pass": "inference", "status": "ok"}
-    model |= {"speed_up": {"naive": 3.0008}, "contenders": {
-        name: {"images_per_second": speed, "peak_bytes": peak} for name, (speed, peak) in paths.items()
-    }}  # fmt: skip
-    environment = {
-        "machine": {"device": "NVIDIA H200", "device_type": "cuda", "torch": "2.11", "commit": "abc", "date": "today"},
-        "ceilings": {
-            "copy_bytes_per_second": 4.3e12,
-            "bf16_operations_per_second": 7.9e14,
-            "fp32_operations_per_second": 5e13,
-        },
-        "launch_microseconds": {"added": 4.2},
-    }
-    tests = {"counts": {"passed": 7, "failed": 1}, "complete": False, "failures": ["tests/a.py::test_b: it broke"]}
-    files = {"bench": {"rows": [row, failed]}, "models": {"rows": [model]}, "tests": tests}
-    for name, content in (files | {"environment": environment}).items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    text = summary(tmp_path, [{"name": "tests", "status": "failed", "seconds": 12.0, "message": "lost the GPU"}])
-    for line in (
-        "# NVIDIA H200",
-        "a copy moves 4.30 TB/s, a bfloat16 matrix product reaches 790 TFLOP/s and float32 arithmetic 50.0 TFLOP/s",
-        "A tuned launch takes the host 4.20 µs more than Triton's own.",
-        "| tests | failed | 12 | lost the GPU |",
-        "Tests: 7 passed, 1 failed (cut short).\n- tests/a.py::test_b: it broke",
-        "| `na2d_av` | M 8×16@14² K=13 | forward | – | 2,000 | 10.0 | 0.50% | 24,000 (12.0×) | – | – |",
-        "| `net` | 224×192 | inference | 64 | 1,500 | 500 | 1,600 | 3.00× | 2.50× |",
-        "- failed: na2d_qk forward: it broke",
-        "- left out: na2d_av M 14 forward, unfused: no memory",
-    ):
-        assert line in text
+    found = Folder(suite.ROOT / "notebooks" / "results" / "NVIDIA_H200")
+    told = summary(found.path, [{"name": "tests", "status": "failed", "seconds": 12.0, "message": "lost the GPU"}])
+    lines = told.splitlines()
+    assert lines[0] == "# NVIDIA H200"
+    assert "| tests | failed | 12 | lost the GPU |" in lines
+    assert f"Ceilings: {ceilings_told(found.environment['ceilings'])}" in lines
+    for table in tables(found):
+        assert table.markdown() in told
+    assert not found.tests["complete"]
+    assert f"{found.tests['counts']['passed']} passed" in told.partition("Tests: ")[2].partition(" (cut short).\n")[0]
+    for failure in found.tests["failures"]:
+        assert f"- {failure}" in lines
+    for row in (*found.operators, *found.models):
+        name = f"{row['name']} {row['pass']}"
+        assert row["status"] == "ok" or f"- skipped: {name}: {row['message']}" in lines
+        for contender, reason in row.get("left_out", {}).items():
+            assert f"- left out: {name}, {contender}: {reason}" in lines
     assert summary(tmp_path / "empty", []).startswith("# unknown device\n")
 
 
