@@ -8,7 +8,7 @@ is an undilated one among every dilation-th position, so a tile's outputs are th
 import functools
 import math
 from collections.abc import Iterator
-from itertools import groupby, product
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -62,19 +62,18 @@ def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> list
     classes: dict[int, list[int]] = {}
     for output, positions in enumerate(neighbours):
         classes.setdefault(positions[0] % dilation, []).append(output)
-    found = []
+    found: list[Tiles] = []
     for outputs in classes.values():
-        step, tiles = outputs[1] - outputs[0] if len(outputs) > 1 else 1, []
+        step = outputs[1] - outputs[0] if len(outputs) > 1 else 1
         for first in range(0, len(outputs), size):
             covered = [neighbours[output] for output in outputs[first : first + size]]
-            begin = covered[0][0]
+            begin, count = covered[0][0], len(covered)
             index = tuple(tuple((position - begin) // dilation for position in each) for each in covered)
-            tiles.append((index, outputs[first], begin))
-        for index, equal in groupby(tiles, lambda tile: tile[0]):
-            group, count = list(equal), len(index)
-            for part in [group] if joined else [[tile] for tile in group]:
-                taken = slice(part[0][1], part[0][1] + len(part) * count * step, step)
-                found.append(Tiles(taken, count, [tile[2] for tile in part], index[-1][-1] + 1, dilation, index))
+            taken, begins = slice(outputs[first], outputs[first] + count * step, step), [begin]
+            if joined and first > 0 and found[-1].index == index:
+                last = found.pop()
+                taken, begins = slice(last.outputs.start, taken.stop, step), [*last.begins, begin]
+            found.append(Tiles(taken, count, begins, index[-1][-1] + 1, dilation, index))
     return found
 
 
