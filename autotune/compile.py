@@ -14,7 +14,6 @@ Exit code: 0 everything builds and nothing spills, 1 otherwise, 2 bad arguments.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -33,7 +32,6 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autotune.measure import on_backend
 from autotune.precompile import build, described
 from autotune.tables import Table
 from autotune.workloads import (
@@ -46,7 +44,7 @@ from autotune.workloads import (
     neighborhood,
     outlook,
 )
-from kernels.backend import triton_installed
+from kernels.backend import triton_installed, use_backend
 from kernels.launch import Launch, record_launches
 from kernels.tuning.choose import Request, observing
 from models.commands.dispatch import CommandError
@@ -66,8 +64,6 @@ def cases() -> dict[str, list[Workload]]:
     rednet = involution("RedNet-50", 128, 128, (28, 28), 7, 16)
     unfused = [neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
     fused, dilated = (neighborhood("na2d_softmax_av", "", 128, 8, 16, (n, n), k) for n, k in ((14, 13), (56, 7)))
-    channels_first = depthwise("OverLoCK-T", 128, 64, (56, 56), 17)
-    first = {name: replace(spec, channels_last=False) for name, spec in channels_first.inputs.items()}
     return {
         "involution 128@28 K=7, channels first": [rednet],
         "involution 128@28 K=7, channels last": [channels_last(rednet)],
@@ -76,7 +72,7 @@ def cases() -> dict[str, list[Workload]]:
         "neighborhood 8x16@14 K=13": [fused, *unfused],
         "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
         "outlook 6x32@28 K=3 s=2": [outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
-        "depthwise 64@56 K=17": [replace(channels_first, inputs=first)],
+        "depthwise 64@56 K=17": [channels_last(depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
         "depthwise 256@14 K=13, channels last": [depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
         "contmix 8x16@14 K=5, 13": [contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
         "contmix 8x16@56 K=5, 13": [contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],
@@ -214,7 +210,7 @@ def reports_of(
         for name, found in cases().items()
         if only in name
         for workload in found
-        for launch in _launches(_call(workload, DTYPES[dtype]), every_config=every_config)
+        for launch in _launches(workload.call(DTYPES[dtype], torch.device("meta")), every_config=every_config)
         for architecture in architectures
     ]
     reports, failures = [], []
@@ -244,13 +240,6 @@ def run(arguments: argparse.Namespace) -> int:
     return int(bool(failures) or any(report.spilled_bytes for report in reports))
 
 
-def _call(workload: Workload, dtype: torch.dtype) -> Callable[[], object]:
-    """Forward and backward, on meta tensors."""
-    meta = torch.device("meta")
-    inputs, gradient = workload.draw_inputs(dtype, meta), workload.draw_gradient(dtype, meta)
-    return functools.partial(on_backend("triton", workload.run), inputs, gradient)
-
-
 def _launches(call: Callable[[], object], *, every_config: bool = False) -> list[Launch]:
     """The call's own launches, and those with every other config that is valid for what it asks of the tuner."""
     others: list[Launch] = []
@@ -262,7 +251,7 @@ def _launches(call: Callable[[], object], *, every_config: bool = False) -> list
                     request.run(config)
                 others.extend(launches)
 
-    with observing(record), record_launches() as own:
+    with use_backend("triton"), observing(record), record_launches() as own:
         call()
     unique: dict[Any, Launch] = {}
     for launch in (*own, *others):  # tensors are the same in all of them

@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where("--backend", choices=BACKENDS, default=kernels.get_backend(), help=text)
     what = parser.add_argument_group("what it runs (default: all operators, each family's smallest model)").add_argument
     several: dict[str, Any] = {"nargs": "+", "default": []}
-    what("--operator", metavar="PATTERN", help="operators by name, at the models' shapes or --shape", **several)
+    text = "operators at the models' shapes or --shape, by the first word or a part of their name, or with * and ?"
+    what("--operator", metavar="PATTERN", help=text, **several)
     what("--shape", type=shape, metavar="BxCxHxW", help="of --operator's map, as in: 8x64x56x56")
     what("--kernel-size", type=positive, metavar="K", help="of --operator at --shape (default: 7)")
     what("--model", metavar="NAME", help="models, as models list names them", **several)
@@ -68,8 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what("--dtype", type=dtype, metavar="TYPE", help="fp32, fp16 or bf16 (default: fp32; on a GPU bf16)")
     text = "forward and backward as well, as all operators are where none is named"
     what("--training", "--backward", dest="training", action="store_true", help=text)
-    text = "lines by the first word or a part of their name, or with * and ?, as in: --only involution2d volo_d1"
-    what("--only", metavar="PATTERN", help=text, **several)
     what("--quick", action="store_true", help="smoke test: batch 1, forward only, one size, two runs each")
     leaves = parser.add_argument_group("what it leaves").add_argument
     text = "(default: notebooks/results/DEVICE; build/results/DEVICE for a part, which must not replace the whole)"
@@ -132,8 +131,7 @@ def _cases(arguments: argparse.Namespace, settings: Settings, batch: int, sizes:
         cases += operator_cases(_workloads(arguments, batch), settings, passes, _ours_and_naive)
     if unknown := [name for name in arguments.model if name not in models.list_models()]:
         raise ValueError(f"--model must be a name that python -m models list shows, got {unknown[0]!r}")
-    cases += _model_cases(arguments, settings, batch, sizes, both)
-    return matching(cases, arguments.only, lambda case: case.name, "--only") if arguments.only else cases
+    return cases + list(_model_cases(arguments, settings, batch, sizes, both))
 
 
 def _workloads(arguments: argparse.Namespace, batch: int) -> list[Workload]:
@@ -183,7 +181,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, int]:
 
 
 def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
-    part = arguments.quick or arguments.only or arguments.operator or arguments.model or arguments.module is not None
+    part = arguments.quick or arguments.operator or arguments.model or arguments.module is not None
     return arguments.out or timing.results_folder(where, scratch=bool(part or arguments.against))
 
 
@@ -193,7 +191,7 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, s
         image, weights = "random inputs", "the module's own"
     stated = {"dtype": str(settings.dtype).removeprefix("torch."), "batch": batch, "backend": settings.backend}
     stated["implementation"] = resolve(settings.backend, torch.empty(0, device=settings.device))
-    stated |= {"sizes": sizes, "image": image, "weights": weights, "only": arguments.only}
+    stated |= {"sizes": sizes, "image": image, "weights": weights}
     stated |= {"seconds_per_line": settings.seconds, "min_runs": settings.min_runs}
     record = {"schema": 1, "complete": False, "seconds": 0.0, "machine": timing.describe_machine(settings.device)}
     return record | {"settings": stated, "other_cores": None, "copy_gigabytes_per_second": None, "rows": []}

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from autotune.tables import Table, settings_text
-from autotune.tunables import StoredEntry, find_tunables, stored_entries, usable
+from autotune.tunables import StoredEntry, stored_entries
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
 
@@ -25,23 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the entries as JSON instead of a table")
 
 
-def _rows(entries: Sequence[StoredEntry]) -> list[dict[str, Any]]:
+def _rows(entries: Iterable[StoredEntry]) -> list[dict[str, Any]]:
     """Every entry and why launches pass it over, None where they use it."""
-    try:
-        known = find_tunables()
-    except ImportError:
-        known = None
     rows, used = list[dict[str, Any]](), set[tuple[str, str]]()
     for stored in entries:
-        found = "Triton is not installed here" if known is None else usable(stored.key, stored.entry, known)
-        unused = found if isinstance(found, str) else None
+        unused = stored.found if isinstance(stored.found, str) else None
         if unused is None and (stored.gpu, stored.key) in used:  # entries of the store come first
             unused = "the user's store has one"
         elif unused is None:
             used.add((stored.gpu, stored.key))
-        row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key}
-        row |= {name: stored.entry.get(name) for name in ("config", "milliseconds", "heuristic_milliseconds")}
-        rows.append(row | {"unused": unused})
+        times = {name: stored.entry.get(name) for name in ("milliseconds", "heuristic_milliseconds")}
+        rows.append(stored.place | times | {"unused": unused})
     return rows
 
 
@@ -64,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = {"store": str(user_folder()), "shipped": str(shipped_folder())}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rows = _rows(list(stored_entries(arguments.gpu)))
+        rows = _rows(stored_entries(arguments.gpu))
     messages = [str(warning.message) for warning in caught]
     if arguments.json:
         print(json.dumps({"folders": folders, "entries": rows, "messages": messages}, indent=1))

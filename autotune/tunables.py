@@ -6,9 +6,8 @@ import functools
 import importlib
 import pkgutil
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,14 +55,20 @@ def problem_of(launcher: Launcher, key: str) -> Problem:
     return problem
 
 
-class StoredEntry(typing.NamedTuple):
-    """An entry and where it lies: in which file, under which GPU's (file) name, in the user's store or shipped."""
+class StoredEntry(NamedTuple):
+    """An entry, where it lies (under which GPU's file name, in the user's store or shipped), and what a launch would
+    use of it: launcher, problem and config, or why it would pass it over."""
 
     gpu: str
     source: str
-    path: Path
     key: str
-    entry: Mapping[str, Any]
+    entry: dict[str, Any]
+    found: tuple[Launcher, Problem, Config] | str
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The part of a row that says which entry it is."""
+        return {"gpu": self.gpu, "source": self.source, "key": self.key, "config": self.entry.get("config")}
 
 
 def stored_entries(gpu: str | None = None) -> Iterator[StoredEntry]:
@@ -72,22 +77,24 @@ def stored_entries(gpu: str | None = None) -> Iterator[StoredEntry]:
         wanted = "*.json" if gpu is None else Store(folder, gpu).path.name
         for path in sorted(folder.glob(wanted)):
             for key, entry in Store(folder, path.stem).read().items():
-                yield StoredEntry(path.stem, source, path, key, entry)
+                yield StoredEntry(path.stem, source, key, entry, _usable(key, entry))
 
 
-def usable(key: str, entry: Mapping[str, Any], known: Mapping[str, Launcher]) -> tuple[Launcher, Problem, Config] | str:
-    """What a launch would use of an entry, or why it would pass it over."""
-    launcher = known.get(key.partition(" ")[0])
+def _usable(key: str, entry: dict[str, Any]) -> tuple[Launcher, Problem, Config] | str:
+    try:
+        launcher = find_tunables().get(key.partition(" ")[0])
+    except ImportError:
+        return "Triton is not installed here"
     if launcher is None:
         return "there is no such kernel"
-    if (outdated := stale(dict(entry), launcher)) is not None:
+    if (outdated := stale(entry, launcher)) is not None:
         return outdated
     try:
         problem = problem_of(launcher, key)
     except ValueError as error:
         return str(error)
     try:
-        config = config_of(dict(entry), launcher, problem)
+        config = config_of(entry, launcher, problem)
         if config is None:
             return "the kernel offers no such config"
         return (launcher, problem, config) if config.valid(problem) else "the config is not valid for this problem"

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-import kernels
 from autotune import networks, timing, tuner, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, device_lost
@@ -40,9 +37,8 @@ from autotune.precompile import Build, builds, precompile
 from autotune.tables import Table, settings_text, times
 from autotune.tuner import Outcome
 from kernels.backend import interpreting
-from kernels.files import atomic_write
 from kernels.launch import record_launches
-from kernels.tuning.choose import Request, gpu_name, key_of, look_up, observing
+from kernels.tuning.choose import Request, gpu_name, look_up
 from kernels.tuning.store import Store, user_folder
 from models.commands import types
 from models.commands.dispatch import input_errors
@@ -60,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how("--size", type=types.image_size, metavar="HxW", help="(default: 224, for operators 800x1280 too)")
     how("--dtype", type=types.dtype, default=torch.bfloat16, metavar="NAME", help="(default: bf16)")
     how("--training", action="store_true", help="the model's backward pass too, as for operators always")
-    how("--contiguous", action="store_true", help="the model channels-first instead of channels-last")
     how("--device", type=types.device, help="(default: the GPU)")
     effort = parser.add_argument_group("effort").add_argument
     effort("--force", action="store_true", help="tune again what is tuned")
@@ -68,27 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     effort("--candidates", type=types.positive, default=most, metavar="N", help="(default: %(default)s)")
     effort("--seconds", type=types.seconds, default=math.inf, metavar="S", help="begin none after that")
     effort("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
-    text = "note there what is being tuned, and pass over what ended earlier runs with this file"
-    effort("--passing-over", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
 class LostDeviceError(Exception):
     """A kernel left the process unable to use the GPU."""
-
-
-class Attempts:
-    """Which problems were being tuned when an earlier process ended: kept in a file, one key per line."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        if path is not None and path.exists() and not path.is_file():
-            raise ValueError(f"--passing-over must name a regular file, got {path}")
-        self.fatal = set(path.read_text().splitlines()) if path is not None and path.exists() else set()
-
-    def note(self, *attempted: str) -> None:
-        if self.path is not None:
-            atomic_write(self.path, "".join(f"{key}\n" for key in (*sorted(self.fatal), *attempted)))
 
 
 @dataclass
@@ -99,7 +78,6 @@ class Tuning:
     most: int = tuner.MOST_CANDIDATES
     force: bool = False
     time_call: Callable[[Callable[[], object]], float] = tuner.median_milliseconds
-    attempts: Attempts = field(default_factory=lambda: Attempts(None))
     deadline: float = math.inf
     found: dict[str, None] = field(default_factory=dict)
     work: dict[Build, None] = field(default_factory=dict)
@@ -118,11 +96,9 @@ class Tuning:
         """
 
         def note(request: Request) -> None:
-            key = key_of(request.launcher, request.problem)
-            if key in self.found or key in self.attempts.fatal:
-                return
-            if self.force or not look_up(request.launcher, request.problem, gpu_name(self.device)).tuned:
-                self.found[key] = None
+            known = not self.force and look_up(request.launcher, request.problem, gpu_name(self.device)).tuned
+            if not known and request.key not in self.found:
+                self.found[request.key] = None
                 self.work.update(dict.fromkeys(builds(request, self.most)))
 
         with record_launches():
@@ -133,11 +109,10 @@ class Tuning:
         with Bar(len(self.found), seconds=0) as bar:
 
             def tune_one(request: Request) -> None:
-                key = key_of(request.launcher, request.problem)
+                key = request.key
                 if key not in self.found or key in self.rows or time.monotonic() > self.deadline:
                     return
                 bar.describe(key)
-                self.attempts.note(key)
                 row = self._tuned(request)
                 if device_lost(self.device):
                     raise LostDeviceError(key)
@@ -148,12 +123,7 @@ class Tuning:
             self._run(calls, tune_one)
 
     def _run(self, calls: Iterator[Callable[[], object]], observer: Callable[[Request], None]) -> None:
-        # Backward passes on this thread: an interrupt or a lost device then ends them at once.
-        with (
-            kernels.use_backend("triton"),
-            observing(observer),
-            torch.autograd.set_multithreading_enabled(False),  # pyright: ignore[reportPrivateImportUsage]
-        ):
+        with tuner.meeting(observer):
             for call in calls:
                 try:
                     call()
@@ -174,7 +144,7 @@ class Tuning:
         heuristic = tuner.heuristic_milliseconds(request, outcomes)
         best = outcomes[0].milliseconds if outcomes else None
         return {
-            "key": key_of(request.launcher, request.problem),
+            "key": request.key,
             "heuristic_milliseconds": heuristic,
             "milliseconds": best,
             "gain": None if heuristic is None or best is None else heuristic / best,
@@ -189,8 +159,7 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
     if arguments.model is not None:
         small = arguments.quick
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
-        layout = torch.contiguous_format if arguments.contiguous else torch.channels_last
-        place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": layout}
+        place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": torch.channels_last}
         model = networks.settled_model(arguments.model, networks.random_images(2, (128, 128))).to(**place)
         images = networks.random_images(batch, size).to(**place)
         yield Pass(model.train(arguments.training), [images], backward=arguments.training, backend="triton")
@@ -198,9 +167,7 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
     found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
     patterns = ["*"] if arguments.all else arguments.operator
     for workload in matching(found, patterns, lambda workload: workload.name, "--operator"):
-        inputs = workload.draw_inputs(arguments.dtype, device)
-        gradient = workload.draw_gradient(arguments.dtype, device)
-        yield functools.partial(workload.run, inputs, gradient)
+        yield workload.call(arguments.dtype, device)
 
 
 def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
@@ -230,14 +197,12 @@ def run(arguments: argparse.Namespace) -> int:
             most=2 if arguments.quick else arguments.candidates,
             force=arguments.force,
             time_call=tuner.median_milliseconds if device.type == "cuda" else _interpreted_milliseconds,
-            attempts=Attempts(arguments.passing_over),
             deadline=time.monotonic() + arguments.seconds,
         )
         tuning.collect(_launching(arguments, device))
         store = Store(user_folder(), gpu_name(device))
         if tuning.found:
             _check_writable(store)  # rather than after hours of tuning
-            tuning.attempts.note()
     try:
         if device.type == "cuda":
             compiled = precompile(list(tuning.work), arguments.seconds / 2)
@@ -250,13 +215,13 @@ def run(arguments: argparse.Namespace) -> int:
         code = LOST
     except KeyboardInterrupt:
         code = 130
-    rows, fatal = list(tuning.rows.values()), sorted(tuning.attempts.fatal)
+    rows = list(tuning.rows.values())
     best = {row["key"]: row["config"] for row in rows if row["config"] is not None}
     stored = store.read()
     unwritten = [key for key, config in best.items() if stored.get(key, {}).get("config") != config]
     if arguments.json:
         record = {"gpu": gpu_name(device), "store": str(store.path), "tuned": rows, "left": tuning.left}
-        print(json.dumps(record | {"passed_over": fatal, "errors": tuning.errors, "unwritten": unwritten}, indent=1))
+        print(json.dumps(record | {"errors": tuning.errors, "unwritten": unwritten}, indent=1))
     elif rows:
         _table(rows, f"Tuned on {gpu_name(device)}").show(console)
     elif not tuning.errors and not tuning.left:
@@ -265,16 +230,13 @@ def run(arguments: argparse.Namespace) -> int:
         why = "interrupted" if code == 130 else "not all"
         left = f"{len(tuning.left)} of {len(tuning.found)} problems are left"
         messages.print(f"[yellow]{why}[/]: {left}; the same command goes on")
-    told = [("passed over[/], it ended an earlier run:", key) for key in fatal]
-    told += [("failed[/]", error) for error in dict.fromkeys(tuning.errors)]
+    told = [("failed[/]", error) for error in dict.fromkeys(tuning.errors)]
     told += [(f"not written[/] to {escape(str(store.path))}:", key) for key in unwritten]
     for what, which in told:
         messages.print(f"[red]{what} {escape(which)}")
     if len(unwritten) < len(best):
         messages.print(f"Wrote {escape(str(store.path))}")
-    if code != LOST:
-        tuning.attempts.note()
-    return code or int(bool(fatal or tuning.errors or unwritten or len(best) < len(rows)))
+    return code or int(bool(tuning.errors or unwritten or len(best) < len(rows)))
 
 
 def _check_writable(store: Store) -> None:

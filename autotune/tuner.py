@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+import kernels
 from autotune import timing
 from autotune.measure import one_line
 from kernels import tolerances
 from kernels.tuning import choose
-from kernels.tuning.choose import Config, Problem, Request, gpu_name, key_of, remember, triton_version
+from kernels.tuning.choose import Config, Problem, Request, gpu_name, observing, remember, triton_version
 
 MOST_CANDIDATES = 20
 
@@ -38,6 +39,18 @@ class Outcome(NamedTuple):
 def tuning() -> Iterator[None]:
     """Inside the block, a problem without a tuned config is tuned at its first launch."""
     with choose.asking(best_config):
+        yield
+
+
+@contextmanager
+def meeting(observer: Callable[[Request], object]) -> Iterator[None]:
+    """Inside the block kernels launch, and ``observer`` is told of every launch; also of a backward pass's, which runs
+    on this thread: an interrupt or a lost device then ends it at once."""
+    with (
+        kernels.use_backend("triton"),
+        observing(observer),
+        torch.autograd.set_multithreading_enabled(False),  # pyright: ignore[reportPrivateImportUsage]
+    ):
         yield
 
 
@@ -107,9 +120,8 @@ def tune(
     If every candidate is rejected nothing is stored, the heuristic's config leads the list, and a warning says so.
     """
     outcomes = measure_candidates(request, time_call, most)
-    key = key_of(request.launcher, request.problem)
     if outcomes[0].milliseconds is None:
-        message = f"no config of {key} ran and agreed with the reference; first: {outcomes[0].rejected}"
+        message = f"no config of {request.key} ran and agreed with the reference; first: {outcomes[0].rejected}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         by_default = request.launcher.heuristic(request.problem)
         return sorted(outcomes, key=lambda o: o.config != by_default)
@@ -121,5 +133,5 @@ def tune(
         "heuristic_milliseconds": heuristic_milliseconds(request, outcomes),
         "candidates": len(outcomes),
     }
-    remember(key, entry, gpu_name(request.device))
+    remember(request.key, entry, gpu_name(request.device))
     return outcomes

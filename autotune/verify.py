@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import kernels
 from autotune import timing
 from autotune.compile import cases
 from autotune.measure import one_line
 from autotune.tables import Table
-from autotune.tunables import find_tunables, stored_entries, usable
-from autotune.tuner import disagreement
+from autotune.tunables import stored_entries
+from autotune.tuner import disagreement, meeting
 from autotune.workloads import Workload, benchmark_workloads, contmix, involution, neighborhood
 from kernels.backend import interpreting, triton_installed
-from kernels.tuning.choose import Config, Request, gpu_name, key_of, observing
+from kernels.tuning.choose import Config, Request, gpu_name
 from models.commands.dispatch import CommandError
 from models.commands.progress import Bar
 
@@ -60,24 +59,18 @@ def check_all(rows: list[dict[str, Any]], offered: dict[str, list[tuple[int, Con
     tried: dict[int, bool] = {}  # number of the row -> whether on its own problem
 
     def observe(request: Request) -> None:
-        key = key_of(request.launcher, request.problem)
         for number, config in offered.get(request.launcher.name, []):
-            own = rows[number]["key"] == key
+            own = rows[number]["key"] == request.key
             if (own and not tried.get(number)) or (number not in tried and config.valid(request.problem)):
                 bar.describe(rows[number]["key"])
                 rows[number] |= check(request, config)
                 bar.advance(int(number not in tried), f"{rows[number]['key']}: {rows[number]['status']}")
                 tried[number] = own
 
-    with (
-        Bar(sum(map(len, offered.values())), seconds=0) as bar,
-        kernels.use_backend("triton"),
-        observing(observe),
-        torch.autograd.set_multithreading_enabled(False),  # pyright: ignore[reportPrivateImportUsage]
-    ):
+    with Bar(sum(map(len, offered.values())), seconds=0) as bar, meeting(observe):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # whose products the interpreter gets right
         for workload in workloads_of(device):
-            workload.run(workload.draw_inputs(dtype, device), workload.draw_gradient(dtype, device))
+            workload.call(dtype, device)()
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,16 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = arguments.gpu or (gpu_name(device) if device.type == "cuda" else None)
     if device.type != "cuda":
         device = torch.device("cpu")
-    known, code = find_tunables(), 0
-    rows, offered = list[dict[str, Any]](), dict[str, list[tuple[int, Config]]]()
+    code, rows, offered = 0, list[dict[str, Any]](), dict[str, list[tuple[int, Config]]]()
     for number, stored in enumerate(stored_entries(gpu)):
-        row = {"gpu": stored.gpu, "source": stored.source, "key": stored.key, "config": stored.entry.get("config")}
-        used, reason = usable(stored.key, stored.entry, known), "no operator's launch that is tried suits it"
-        if isinstance(used, str):
-            reason = used
-        else:
-            offered.setdefault(used[0].name, []).append((number, used[2]))
-        rows.append(row | {"status": "unchecked", "reason": reason})
+        reason = stored.found
+        if not isinstance(reason, str):
+            launcher, _, config = reason
+            offered.setdefault(launcher.name, []).append((number, config))
+            reason = "no operator's launch that is tried suits it"
+        rows.append(stored.place | {"status": "unchecked", "reason": reason})
     try:
         if offered:
             check_all(rows, offered, device)

@@ -92,6 +92,10 @@ class Workload:
             return [out]
         return [out.detach(), *torch.autograd.grad(out, tree_leaves(inputs), gradient)]
 
+    def call(self, dtype: torch.dtype, device: torch.device) -> Callable[[], list[Tensor]]:
+        """A forward and backward pass on random tensors."""
+        return functools.partial(self.run, self.draw_inputs(dtype, device), self.draw_gradient(dtype, device))
+
     def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
         """Fewest bytes to move, forward or forward and backward."""
         inputs = sum(math.prod(spec.shape) for spec in tree_leaves(self.inputs))
@@ -178,9 +182,9 @@ def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: in
     return Workload("depthwise_conv2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
 
 
-def channels_last(workload: Workload) -> Workload:
-    """The same with every input in ``torch.channels_last``, in which RedNet has its maps."""
-    return replace(workload, inputs=tree_map(lambda spec: replace(spec, channels_last=True), workload.inputs))
+def channels_last(workload: Workload, last: bool = True) -> Workload:
+    """The same with every input in ``torch.channels_last``, in which RedNet has its maps, or with none."""
+    return replace(workload, inputs=tree_map(lambda spec: replace(spec, channels_last=last), workload.inputs))
 
 
 def generation(workload: Workload) -> Workload:

@@ -1,12 +1,11 @@
 """Writing files: at any moment, also after a kill, a reader finds the old content or the new, never half of one."""
 
 import contextlib
-import glob
 import json
 import os
-import secrets
 import stat
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,21 +59,21 @@ def atomic_write(path: PathLike, content: str | bytes | Callable[[BinaryIO], obj
         target = Path(os.path.realpath(path))
         with contextlib.suppress(FileExistsError):  # it is a file: opening a path below it gives the better message
             target.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{target.name[:50]}."  # short enough to leave room for the ending, in whatever script it is
-        _remove_leftovers(target.parent, prefix)
-        descriptor, temporary = _create_temporary(target.parent, prefix)
-        try:
-            with open(descriptor, "wb") as file:
+        # One name, so that what a killed writer left is written over; short enough to leave room, in whatever script.
+        temporary = target.with_name(f".{target.name[:50]}.{zlib.crc32(os.fsencode(target.name)):08x}.tmp")
+        with open(_open_alone(temporary), "wb") as file:
+            try:
                 _fill(file, content)
                 file.flush()
-                os.fsync(descriptor)  # else a power cut could leave the new name with no content
+                os.fsync(file.fileno())  # else a power cut could leave the new name with no content
                 with contextlib.suppress(FileNotFoundError):
                     os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
                 if fcntl is None:
                     file.close()  # Windows does not rename what is open
                 os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -128,34 +127,14 @@ def _fill(file: BinaryIO, content: str | bytes | Callable[[BinaryIO], object]) -
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def _create_temporary(folder: Path, prefix: str) -> tuple[int, Path]:
-    """A new file, locked for as long as it is open: so others see that its writer lives."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+def _open_alone(path: Path) -> int:
+    """An empty file there, for this writer alone as long as it is open; another waits until then."""
     while True:
-        temporary = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
-        descriptor = os.open(temporary, flags, 0o666)
-        _lock(descriptor)
-        if os.fstat(descriptor).st_nlink or fcntl is None:
-            return descriptor, temporary
-        os.close(descriptor)  # another writer took it for a leftover before it was locked
-
-
-def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Deletes the temporary files of writers that were killed."""
-    for leftover in folder.glob(f"{glob.escape(prefix)}*.tmp"):
-        with contextlib.suppress(OSError):  # somebody else's, or just put in place
-            descriptor = os.open(leftover, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-            try:
-                if fcntl is None or _lock(descriptor):
-                    leftover.unlink()
-            finally:
-                os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another holds it, or the file system has no locks
-        return False
-    return True
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with contextlib.suppress(OSError):  # on a file system without locks
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            os.truncate(descriptor, 0)
+            return descriptor
+        os.close(descriptor)  # the writer that had it has put it in place by now

@@ -5,9 +5,6 @@ An eager call is dozens to hundreds of short operators, so where another program
 waits for the scheduler's next time slice: a call then takes up to a hundred times as long. Here threads meet once per
 call, and wait asleep.
 
-Work is prepared on the calling thread, which makes the views that it needs: with thousands of calls of a microsecond
-each, threads would fight for the interpreter's lock. Preparing returns the function that computes.
-
 ``torch.set_num_threads`` (0.2 µs) acts on the calling thread alone, with one exception: a thread that calls PyTorch for
 the first time while another thread's eager call runs gets one thread, and keeps it.
 """
@@ -15,7 +12,7 @@ the first time while another thread's eager call runs gets one thread, and keeps
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,7 +24,6 @@ WORTH_A_THREAD = 2**22
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
-Work = Callable[[], Result]  # prepared
 
 
 class Part(NamedTuple):
@@ -68,17 +64,6 @@ def _workers() -> ThreadPoolExecutor:
     return _pool
 
 
-def in_turn(works: Iterable[Work[object]]) -> Work[None]:
-    """Work that is done piece by piece."""
-    pieces = list(works)
-
-    def run() -> None:
-        for piece in pieces:
-            piece()
-
-    return run
-
-
 _call = threading.local()
 
 
@@ -101,8 +86,8 @@ def alone(function: Function) -> Function:
     return wrapper  # pyright: ignore[reportReturnType]
 
 
-def over_maps(prepare: Callable[[Part], Work[Result]], like: Tensor, multiply_adds: int) -> list[tuple[Part, Result]]:
-    """Work on parts of all maps of ``like`` [B, G, ...], side by side where it pays: what each part gave.
+def over_maps(run: Callable[[Part], Result], like: Tensor, multiply_adds: int) -> list[tuple[Part, Result]]:
+    """``run`` on parts of all maps of ``like`` [B, G, ...], side by side where it pays: what each part gave.
 
     Parts write to disjoint outputs; what is summed over them is summed afterwards, in their order.
     """
@@ -110,9 +95,9 @@ def over_maps(prepare: Callable[[Part], Work[Result]], like: Tensor, multiply_ad
     first, *others = _parts(like.shape[0], like.shape[1], min(threads, multiply_adds // WORTH_A_THREAD))
     inference = torch.is_inference_mode_enabled()
 
-    def run(work: Work[Result]) -> Result:
+    def work(part: Part) -> Result:
         with torch.inference_mode(inference), torch.no_grad():
-            return work()
+            return run(part)
 
-    elsewhere = [(part, _workers().submit(run, prepare(part))) for part in others]
-    return [(first, prepare(first)()), *((part, result.result()) for part, result in elsewhere)]
+    elsewhere = [(part, _workers().submit(work, part)) for part in others]
+    return [(first, run(first)), *((part, result.result()) for part, result in elsewhere)]

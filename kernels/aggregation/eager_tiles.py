@@ -1,19 +1,21 @@
 """How the eager path cuts an operator into tiles and steps: integers, and views of tensors.
 
-Along an axis the window of output t begins at an affine function of t, in one run of outputs (zero-padded rule) or
-three (clamped rule: both borders stand still, the middle moves). A dilated window is an undilated one inside a residue
-class of positions, so below the dilation is 1 and positions are counted within their class.
+A window rule treats rows and columns alike and apart. Along an axis the windows of a tile's outputs cover one span of
+positions, and a table says which of them each neighbour is; tiles with equal tables are done together. A dilated window
+is an undilated one among every dilation-th position, so a tile's outputs are those whose windows lie in one such class.
 """
 
 import functools
 import math
 from collections.abc import Iterator
-from itertools import groupby, product
+from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels.dtypes import accumulator_dtype
+from kernels.layout import channels_fastest
 from kernels.windows import Pair, Window
 
 # Costs measured on a CPU in multiply-adds of a matrix product: of a step beyond its arithmetic (a dozen calls), of one
@@ -25,167 +27,150 @@ ROW_COST = 400
 LONGEST_TILE = 64
 # Most elements in one step: a share of the kernel's own size (lean in memory), within bounds (at 7x7 the number of
 # steps is what costs). Of float32 the upper bound is 4 MB on a CPU, to stay in cache; elsewhere steps should be large.
-STEP_SHARE = 3 / 4
+STEP_SHARE = 6 / 5
 STEP_ELEMENTS = {"cpu": 2**20}
 STEP_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_STEP_ELEMENTS = 2**15
 
-# The same entries in two tensors, as views.
-Pairs = list[tuple[Tensor, Tensor]]
-
-
-class Run(NamedTuple):
-    """Outputs ``first .. first + count - 1`` of a tile; the window of its t-th begins at ``begin + t * slope``."""
-
-    first: int
-    count: int
-    begin: int
-    slope: int
-
-
-class Segment(NamedTuple):
-    """Positions ``begin .. begin + span - 1`` of a residue class; those outside 0..members-1 are padding."""
-
-    residue: int
-    dilation: int
-    members: int
-    begin: int
-    span: int
-
-    def slices(self) -> tuple[slice, slice]:
-        """The positions that are not padding: as a part of the segment, and on the axis."""
-        low = min(max(self.begin, 0), self.members)
-        high = max(low, min(self.begin + self.span, self.members))
-        axis = slice(self.residue + low * self.dilation, self.residue + high * self.dilation, self.dilation)
-        return slice(low - self.begin, high - self.begin), axis
+Index = tuple[tuple[int, ...], ...]
 
 
 class Tiles(NamedTuple):
-    """Equal tiles of an axis side by side, in one residue class: ``outputs`` in tiles of ``count``, whose windows cover
-    the positions of ``segments``, ``span`` each."""
+    """Equal tiles of an axis side by side: ``outputs`` in tiles of ``count``. The windows of each cover ``span``
+    positions, every ``dilation``-th from one of ``begins`` on; neighbour k of output t is the one at index[t][k]."""
 
     outputs: slice
     count: int
-    segments: tuple[Segment, ...]
+    begins: list[int]
     span: int
-    runs: tuple[Run, ...]
+    dilation: int
+    index: Index
 
-
-def _runs(begins: list[int]) -> tuple[Run, ...]:
-    """Split into arithmetic progressions, each as long as it goes; begins count from the first."""
-    runs, first = [], 0
-    while first < len(begins):
-        last = min(first + 1, len(begins) - 1)
-        slope = begins[last] - begins[first]
-        while last + 1 < len(begins) and begins[last + 1] - begins[last] == slope:
-            last += 1
-        runs.append(Run(first, last - first + 1, begins[first] - begins[0], slope))
-        first = last + 1
-    return tuple(runs)
+    def inside(self, length: int) -> Iterator[tuple[slice, slice]]:
+        """Of each tile the positions that are not padding: among those of its span, and on the axis."""
+        for begin in self.begins:
+            low = max(0, -(begin // self.dilation))
+            high = max(low, min(self.span, -((begin - length) // self.dilation)))
+            first, end = (begin + at * self.dilation for at in (low, high))
+            yield slice(low, high), slice(first, end, self.dilation)
 
 
 @functools.lru_cache(maxsize=1024)
-def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> tuple[Tiles, ...]:
+def cut(window: Window, length: int, axis: int, size: int, joined: bool) -> list[Tiles]:
     """An axis in tiles of ``size`` outputs (the last of a class may be smaller), equal neighbours ``joined`` or not."""
-    kernel_size, dilation = window.kernel_size[axis], window.dilation[axis]
-    starts = window.neighbours(length, axis)[:, 0].tolist()
-    outputs_by_residue: dict[int, list[int]] = {}
-    for i, start in enumerate(starts):
-        outputs_by_residue.setdefault(start % dilation, []).append(i)
-    found = []
-    for residue, outputs in sorted(outputs_by_residue.items()):
-        begins = [starts[i] // dilation for i in outputs]
+    dilation, neighbours = window.dilation[axis], window.neighbours(length, axis).tolist()
+    classes: dict[int, list[int]] = {}
+    for output, positions in enumerate(neighbours):
+        classes.setdefault(positions[0] % dilation, []).append(output)
+    found: list[Tiles] = []
+    for outputs in classes.values():
         step = outputs[1] - outputs[0] if len(outputs) > 1 else 1
-        members = (length - residue + dilation - 1) // dilation
-        tiles = [(_runs(begins[first : first + size]), first) for first in range(0, len(begins), size)]
-        for group in (
-            [list(equal) for _, equal in groupby(tiles, lambda tile: tile[0])] if joined else [[t] for t in tiles]
-        ):
-            runs, first = group[0]
-            count = sum(run.count for run in runs)
-            span = runs[-1].begin + (runs[-1].count - 1) * runs[-1].slope + kernel_size
-            segments = tuple(Segment(residue, dilation, members, begins[start], span) for _, start in group)
-            start = outputs[first]
-            found.append(Tiles(slice(start, start + len(group) * count * step, step), count, segments, span, runs))
-    return tuple(found)
-
-
-class _Cut(NamedTuple):
-    """An axis in tiles of ``size`` outputs, and what a cut costs: sums over all tiles, and the largest step's."""
-
-    size: int
-    tiles: int
-    steps: int
-    spans: int
-    areas: int
-    largest_span: int
-    largest_area: int
-
-
-def _cuts(window: Window, length: int, axis: int) -> Iterator[_Cut]:
-    """Every even tile length. An area is span · outputs; a step takes one tile of rows, all equal tiles of columns."""
-    outputs = -(-window.output_length(length, axis) // window.dilation[axis])
-    for size in sorted({-(-outputs // parts) for parts in range(1, outputs + 1)}):
-        if size > LONGEST_TILE:
-            break
-        steps = cut(window, length, axis, size, axis == 1)
-        spans = [len(step.segments) * step.span for step in steps]
-        areas = [span * step.count for span, step in zip(spans, steps, strict=True)]
-        tiles = sum(len(step.segments) for step in steps)
-        yield _Cut(size, tiles, len(steps), sum(spans), sum(areas), max(spans), max(areas))
+        for first in range(0, len(outputs), size):
+            covered = [neighbours[output] for output in outputs[first : first + size]]
+            begin, count = covered[0][0], len(covered)
+            index = tuple(tuple((position - begin) // dilation for position in each) for each in covered)
+            taken, begins = slice(outputs[first], outputs[first] + count * step, step), [begin]
+            if joined and first > 0 and found[-1].index == index:
+                last = found.pop()
+                taken, begins = slice(last.outputs.start, taken.stop, step), [*last.begins, begin]
+            found.append(Tiles(taken, count, begins, index[-1][-1] + 1, dilation, index))
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
 def tile_size(window: Window, size: Pair, maps: int, channels: int, limit: int) -> tuple[Pair, int]:
     """Outputs per tile (rows, columns), and how many of the ``maps`` (batch · groups) go in one step: the cheapest of
     all even cuts whose steps (bands of outputs times positions, pixels, a product) keep within a limit, in elements."""
+
+    def cuts(axis: int) -> Iterator[tuple[int, int, int, int]]:
+        """Outputs of a tile, positions under their windows, the number of tiles, and of those at the borders that are
+        unlike each other."""
+        length, dilation, reach = size[axis], window.dilation[axis], window.kernel_size[axis] // 2
+        outputs = -(-window.output_length(length, axis) // dilation)
+        for count in sorted({-(-outputs // parts) for parts in range(1, outputs + 1)}):
+            span, tiles, unlike = (count - 1) * window.stride[axis] + window.kernel_size[axis], -(-outputs // count), 0
+            if window.clamped:
+                span, unlike = min(span, -(-length // dilation)), min(tiles - 1, 2 * -(-reach // count))
+            if count <= LONGEST_TILE:
+                yield count, span, tiles * dilation, unlike * dilation
+
     best, chosen = math.inf, ((1, 1), 1)
-    for rows, columns in product(*(list(_cuts(window, size[axis], axis)) for axis in (0, 1))):
-        pixels = channels * rows.largest_span * columns.largest_span
-        elements = rows.largest_area * columns.largest_area + 2 * pixels
-        if elements > limit and (rows.size, columns.size) != (1, 1):
+    for (rows, row_span, row_tiles, _), (columns, column_span, column_tiles, unlike) in product(cuts(0), cuts(1)):
+        outputs, positions = rows * columns, row_span * column_span
+        joined = (column_tiles - unlike) // window.dilation[1]
+        elements = joined * positions * (outputs + 2 * channels)
+        if elements > limit and outputs > 1:
             continue
         together = max(1, min(maps, limit // elements))
-        steps = rows.steps * columns.steps * -(-maps // together)
-        products = channels * (rows.areas * columns.areas + ELEMENT_COST * rows.spans * columns.spans)
-        copies = ROW_COST * window.kernel_size[0] * rows.size * rows.tiles * columns.tiles
-        cost = STEP_COST * steps + maps * (products + copies)
+        steps = row_tiles * (unlike + window.dilation[1]) * -(-maps // together)
+        products, copies = channels * positions * (outputs + ELEMENT_COST), ROW_COST * window.kernel_size[0] * rows
+        cost = STEP_COST * steps + maps * row_tiles * column_tiles * (products + copies)
         if cost < best:
-            best, chosen = cost, ((rows.size, columns.size), together)
+            best, chosen = cost, ((rows, columns), together)
     return chosen
 
 
 class Step(NamedTuple):
-    """A tile of rows and n equal tiles of columns side by side, for a few batch entries and groups: [n, b, g, ...]."""
+    """A tile of rows and n equal tiles of columns side by side, for a few batch entries and groups: [b, g, n, ...]."""
 
     leading: tuple[int, int, int]
     maps: tuple[slice, slice]
     rows: Tiles
     columns: Tiles
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of its outputs, [n, b, g, R, T]."""
-        return (*self.leading, self.rows.count, self.columns.count)
-
-    @property
-    def positions(self) -> int:
-        """Covered by the windows of a tile."""
-        return self.rows.span * self.columns.span
-
-    def pairs(self, pixels: Tensor, x: Tensor) -> Pairs:
-        """The positions that are not padding, in the pixels and in x [B, G, C, H, W], as views."""
-        row_part, rows = self.rows.segments[0].slices()
-        parts = [segment.slices() for segment in self.columns.segments]
-        return [
-            (tile[..., row_part, column_part], x[(*self.maps, slice(None), rows, columns)])
-            for tile, (column_part, columns) in zip(pixels, parts, strict=True)
-        ]
-
     def outputs(self, tensor: Tensor) -> Tensor:
-        """A tensor over the outputs [B, G, ..., H', W'] at the step's: [n, b, g, ..., R, T], a view."""
+        """A tensor over the outputs [B, G, ..., H', W'] at the step's: [b, g, n, ..., R, T], a view."""
         part = tensor[(*self.maps, ..., self.rows.outputs, self.columns.outputs)]
-        return part.unflatten(-1, (self.leading[0], self.columns.count)).movedim(-2, 0)
+        return part.unflatten(-1, (self.leading[2], self.columns.count)).movedim(-2, 2)
+
+    def kernel(self, tensor: Tensor) -> Tensor:
+        """A dynamic kernel [B, G, Kh, Kw, H', W'] at the step's outputs: [b, g, n, R, T, Kh, Kw], a view."""
+        return self.outputs(tensor).permute(0, 1, 2, 5, 6, 3, 4)
+
+    def features(self, g: Tensor) -> Tensor:
+        """g [B, G, C, H', W'] at the step's outputs, as matrices [b·g·n, C, R·T] as wide as an accumulator."""
+        return _as_matrices(self.outputs(g).to(accumulator_dtype(g.dtype)))
+
+    def _places(self, x: Tensor, pixels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The positions that are not padding, in the pixels [b, g, n, C, rows, columns] and in x, as views."""
+        ((row_part, rows),) = self.rows.inside(x.shape[-2])
+        for tile, (column_part, columns) in zip(pixels.unbind(2), self.columns.inside(x.shape[-1]), strict=True):
+            yield tile[..., row_part, column_part], x[(*self.maps, slice(None), rows, columns)]
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """x [B, G, C, H, W] under the windows, padding as zeros: matrices [b·g·n, C, J], J the positions of a tile."""
+        size, channels, dtype = (self.rows.span, self.columns.span), x.shape[2], accumulator_dtype(x.dtype)
+        if channels_fastest(x):
+            pixels = x.new_zeros((*self.leading, *size, channels), dtype=dtype).movedim(-1, 3)
+        else:
+            pixels = x.new_zeros((*self.leading, channels, *size), dtype=dtype)
+        for tile, source in self._places(x, pixels):
+            tile.copy_(source)
+        return _as_matrices(pixels)
+
+    def add(self, sums: Tensor, total: Tensor) -> None:
+        """Add what fell on positions [b·g·n, C, J] to ``total`` [B, G, C, H, W]: steps overlap. Padding is dropped."""
+        pixels = sums.unflatten(0, self.leading).unflatten(-1, (self.rows.span, self.columns.span))
+        for tile, target in self._places(total, pixels):
+            target += tile
+
+    def index(self, device: torch.device) -> Tensor:
+        """Where the kernel [R, T, Kh, Kw] lies in a band [R·T, J]."""
+        return _index(self.rows.index, self.columns.index, self.rows.span, self.columns.span, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _index(rows: Index, columns: Index, height: int, width: int, device: torch.device) -> Tensor:
+    at_rows, at_columns = torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+    outputs = torch.arange(len(rows) * len(columns), device=device).view(len(rows), len(columns), 1, 1)
+    return (outputs * height + at_rows[:, None, :, None]) * width + at_columns[None, :, None, :]
+
+
+def _as_matrices(pixels: Tensor) -> Tensor:
+    """[b, g, n, C, rows, columns] as [b·g·n, C, rows·columns], without a copy where the memory allows."""
+    if channels_fastest(pixels[0]):
+        return pixels.movedim(3, -1).flatten(0, 2).flatten(1, 2).mT
+    return pixels.flatten(4).flatten(0, 2)
 
 
 def steps_of(window: Window, x: Tensor, input_size: Pair | None = None) -> list[Step]:
@@ -203,6 +188,5 @@ def steps_of(window: Window, x: Tensor, input_size: Pair | None = None) -> list[
     found = []
     for (b, g), (row, column) in product(product(range(0, batch, batch_step), range(0, groups, group_step)), cuts):
         maps = slice(b, min(b + batch_step, batch)), slice(g, min(g + group_step, groups))
-        leading = len(column.segments), maps[0].stop - b, maps[1].stop - g
-        found.append(Step(leading, maps, row, column))
+        found.append(Step((maps[0].stop - b, maps[1].stop - g, len(column.begins)), maps, row, column))
     return found

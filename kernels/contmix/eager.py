@@ -7,14 +7,14 @@ most one tile of them exists at a time, a few megabytes, whatever the size of th
 ``projected``; its query is 1.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.aggregation.eager import as_matrices
 from kernels.aggregation.eager_tiles import Step
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout
@@ -28,38 +28,24 @@ class _MadeLogits(NamedTuple):
 
     query: Tensor  # [B, G, Dq + 1, H, W]
     keys: Tensor  # [B, G, Dq + 1, K²], as wide as an accumulator
-    grad_query: Tensor | None = None  # [B, G, Dq, H, W]
-    grad_keys: Tensor | None = None  # like keys
+    grad_query: Tensor  # [B, G, Dq, H, W]
+    grad_keys: Tensor  # like keys
 
     def _factors(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Of a step: queries [n, b, g, Dq + 1, R, T] and keys [n, b, g, Dq + 1, K²], views."""
-        keys = self.keys[step.maps]
-        return step.outputs(self.query), keys.expand(step.leading[0], *keys.shape)
+        """Of a step: queries [b·g·n, Dq + 1, R·T] and keys [b·g·n, Dq + 1, K²]."""
+        keys = self.keys[step.maps].unsqueeze(2)
+        return step.features(self.query), keys.expand(-1, -1, step.leading[2], -1, -1).flatten(0, 2)
 
-    def reader(self, step: Step) -> Callable[[Tensor | None], Tensor]:
-        """[n, b, g, R, T, K²]"""
+    def read(self, step: Step) -> Tensor:
         queries, keys = self._factors(step)
+        side = math.isqrt(keys.shape[-1])
+        return torch.bmm(queries.mT, keys).view(*step.leading, step.rows.count, step.columns.count, side, side)
 
-        def read(rpb: Tensor | None) -> Tensor:
-            assert rpb is not None
-            made = torch.bmm(as_matrices(queries.to(keys.dtype)).mT, keys.flatten(0, 2))
-            return made.view(*step.shape, -1).add_(rpb.flatten(5))
-
-        return read
-
-    def writer(self, step: Step) -> Callable[[Tensor], object]:
-        assert self.grad_query is not None
-        assert self.grad_keys is not None
+    def add(self, step: Step, grad: Tensor) -> None:
         queries, keys = self._factors(step)
-        grad_query, grad_keys = step.outputs(self.grad_query), self.grad_keys[step.maps]
-
-        def write(grad: Tensor) -> None:
-            matrices = grad.flatten(3, 4).flatten(0, 2)  # [n·b·g, R·T, K²]
-            products = torch.bmm(as_matrices(queries.to(keys.dtype)), matrices)
-            grad_keys.add_(products.unflatten(0, step.leading).sum(0))
-            grad_query.add_(torch.bmm(keys[..., :-1, :].flatten(0, 2), matrices.mT).view(grad_query.shape))
-
-        return write
+        matrices, grad_query = grad.flatten(5).flatten(3, 4).flatten(0, 2), step.outputs(self.grad_query)
+        self.grad_keys[step.maps].add_(torch.bmm(queries, matrices).unflatten(0, step.leading).sum(2))
+        grad_query += torch.bmm(keys[:, :-1], matrices.mT).view(grad_query.shape)
 
 
 def empty_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,11 +60,6 @@ def parts(
     """(projected [B, G, Dq, K²], bias [K²], rpb [G, 2K−1, 2K−1]) of each kernel size."""
     positions = [size**2 for size in kernel_sizes]
     return zip(projected.split(positions, 3), bias.split(positions), rpb, strict=True)
-
-
-def _heads_last(features: Tensor) -> Tensor:
-    """[B, G, C, H, W] with channels innermost in memory, which matrix products on a CPU prefer."""
-    return features.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
 def _factors(query: Tensor, projected: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +79,10 @@ def contmix(
     for m, of_size in enumerate(keys.split([size**2 for size in kernel_sizes], 3)):
 
         def made(part: Part, keys: Tensor = of_size) -> _MadeLogits:
-            return _MadeLogits(query[part], keys[part])
+            return _MadeLogits(query[part], keys[part], query[part], keys[part])  # whose gradients nobody adds
 
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        out[:, m], statistics[:, m] = softmax_aggregate_made(made, _heads_last(value[:, m]), rpb[m], window)
+        out[:, m], statistics[:, m] = softmax_aggregate_made(made, value[:, m], rpb[m], window)
     return out, statistics
 
 
@@ -130,9 +111,7 @@ def contmix_backward(
             return _MadeLogits(query[part], keys[part], grad_query[part], sums[part])
 
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        grad_value[:, m], grad_table = softmax_aggregate_made_backward(
-            _heads_last(grad[:, m]), made, _heads_last(value[:, m]), rpb[m], window
-        )
+        grad_value[:, m], grad_table = softmax_aggregate_made_backward(grad[:, m], made, value[:, m], rpb[m], window)
         grad_rpb.append(grad_table)
     grad_bias = grad_keys[:, :, -1].sum((0, 1)).to(bias.dtype)
     return grad_query.to(query.dtype), grad_keys[:, :, :-1].to(projected.dtype), grad_bias, grad_rpb, grad_value

@@ -17,6 +17,7 @@ Every other device, dtype or build takes PyTorch's convolution as it is.
 """
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.nn.grad import conv2d_weight
 
 from kernels import reference
 from kernels.layout import empty_like_map
-from kernels.parallel import Work, alone, over_maps
+from kernels.parallel import alone, over_maps
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()  # at import: Dynamo does not trace the question
 # Smallest kernel for which channels-first has no quick kernel and channels-last has the good one.
@@ -84,21 +85,14 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     return out.to(x.dtype)
 
 
-def _image_by_image(grad: Tensor, x: Tensor, kernel_size: int) -> Work[Tensor]:
+def _image_by_image(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     """[c, K, K], of some images and channels."""
     batch, channels, height, width = x.shape
     step = max(LANES, GRADIENT_ELEMENTS // (height * width) // LANES * LANES)
     sums = x.new_zeros((channels, kernel_size, kernel_size), dtype=torch.float32)
-    steps = [
-        (sums[first : first + step], x[b : b + 1, first : first + step], grad[b, first : first + step].unsqueeze(1))
-        for b in range(batch)
-        for first in range(0, channels, step)
-    ]
-
-    def run() -> Tensor:
-        for total, image, kernel in steps:
-            image = image.to(torch.float32, memory_format=torch.channels_last)
-            total += F.conv2d(image, kernel.float(), padding=kernel_size // 2, groups=image.shape[1])[0]
-        return sums
-
-    return run
+    for b, first in product(range(batch), range(0, channels, step)):
+        some = slice(first, first + step)
+        image = x[b : b + 1, some].to(torch.float32, memory_format=torch.channels_last)
+        kernel = grad[b, some].unsqueeze(1).float()
+        sums[some] += F.conv2d(image, kernel, padding=kernel_size // 2, groups=image.shape[1])[0]
+    return sums

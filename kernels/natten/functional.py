@@ -3,66 +3,26 @@
     from kernels.natten.functional import na2d_av, na2d_qk        # instead of: from natten.functional import ...
 
 They run wherever ``kernels`` runs, on a CPU too, and cast what NATTEN casts: ``attn`` to value's dtype, the bias to
-key's. Causal masks and additional keys or values are refused: none of the models this repository knows use them in two
-dimensions.
+query's. Causal masks and additional keys or values are refused: none of the models this repository knows use them in
+two dimensions.
 """
-
-import re
 
 from torch import Tensor
 
 import kernels
-from kernels.checks import as_pair, check_tensors
-from kernels.natten.context import *  # noqa: F403  (NATTEN has them here, too)
+from kernels.checks import check_tensors
 from kernels.windows import Pair
-
-__all__ = ["na2d", "na2d_av", "na2d_qk", "na2d_qk_with_bias", "natten2dav", "natten2dqk", "natten2dqkrpb"]
 
 Causal = bool | tuple[bool, bool] | None
 
 
-def refuse_other_ranks(name: str) -> object:
-    """A module's ``__getattr__``: NATTEN's names for one and three dimensions get an error that says what exists."""
-    if re.search(r"(na|natten|attention)[13]d", name.lower()):
-        # Not AttributeError, whose message an import statement replaces by its own.
-        raise ImportError(
-            f"{name} does not exist here: kernels.natten has the two-dimensional {', '.join(__all__)} only"
-        )
-    raise AttributeError(f"module 'kernels.natten' has no attribute {name!r}")
-
-
-__getattr__ = refuse_other_ranks
-
-
-def refuse(is_causal: Causal, **additional: Tensor | None) -> None:
+def _refuse(is_causal: Causal, **additional: Tensor | None) -> None:
     """ValueError for what NATTEN offers and this package does not."""
     for name, tensor in additional.items():
         if tensor is not None:
             raise ValueError(f"{name} must be None: attention to tokens outside the map is not supported")
-    causal = any(is_causal) if isinstance(is_causal, (tuple, list)) else bool(is_causal)
-    if causal:
+    if any(is_causal) if isinstance(is_causal, (tuple, list)) else is_causal:
         raise ValueError(f"is_causal must be False on both axes: causal windows are not supported, got {is_causal!r}")
-
-
-def _refuse_heads_last(
-    name: str, tensor: Tensor, kernel_size: int | Pair, dilation: int | Pair, rpb: Tensor | None = None
-) -> None:
-    """Refuse [B, H, W, heads, D] where the sizes give it away: the window, or the bias, fits that reading alone."""
-    check_tensors(**{name: tensor})
-    if tensor.dim() != 5:
-        return
-    kernels_hw, dilations = as_pair("kernel_size", kernel_size, 1), as_pair("dilation", dilation, 1)
-    _, first, height, width, _ = tensor.shape
-
-    def fits(heads: int, *size: int) -> bool:
-        windows_fit = all(k * d <= length for k, d, length in zip(kernels_hw, dilations, size, strict=True))
-        return windows_fit and (rpb is None or rpb.shape[0] == heads)
-
-    if fits(width, first, height) and not fits(first, height, width):
-        raise ValueError(
-            f"{name} must be heads first, [B, heads, H, W, D]; {list(tensor.shape)} fits as heads-last "
-            f"[B, H, W, heads, D] only: permute(0, 3, 1, 2, 4) it, or call na2d, which takes heads-last tensors"
-        )
 
 
 def na2d_qk(
@@ -75,8 +35,8 @@ def na2d_qk(
     rpb: Tensor | None = None,
 ) -> Tensor:
     """``kernels.na2d_qk``: query, key [B, heads, H, W, D] -> [B, heads, H, W, K²]; rpb [heads, 2Kh − 1, 2Kw − 1]."""
-    refuse(is_causal, additional_keys=additional_keys)
-    _refuse_heads_last("query", query, kernel_size, dilation, rpb)
+    _refuse(is_causal, additional_keys=additional_keys)
+    check_tensors(query=query)
     return kernels.na2d_qk(query, key, kernel_size, dilation, None if rpb is None else rpb.to(query.dtype))
 
 
@@ -89,53 +49,10 @@ def na2d_av(
     is_causal: Causal = False,
 ) -> Tensor:
     """``kernels.na2d_av``: attn [B, heads, H, W, K²], value [B, heads, H, W, D] -> [B, heads, H, W, D]."""
-    refuse(is_causal, additional_values=additional_values)
-    _refuse_heads_last("value", value, kernel_size, dilation)
+    _refuse(is_causal, additional_values=additional_values)
     check_tensors(attn=attn)
+    check_tensors(value=value)
     return kernels.na2d_av(attn.to(value.dtype), value, kernel_size, dilation)
-
-
-def na2d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | Pair,
-    dilation: int | Pair = 1,
-    is_causal: Causal = False,
-    rpb: Tensor | None = None,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-) -> Tensor:
-    """Whole attention on heads-last tensors: softmax(scale · query·key + rpb) · value, each [B, H, W, heads, D].
-
-    ``scale`` is D^−0.5 unless given.
-    """
-    refuse(is_causal, additional_keys=additional_keys, additional_values=additional_values)
-    check_tensors(query=query, key=key, value=value)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 5:
-            raise ValueError(f"{name} must have shape [B, H, W, heads, D], got {list(tensor.shape)}")
-    query, key, value = (tensor.permute(0, 3, 1, 2, 4) for tensor in (query, key, value))
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    logits = kernels.na2d_qk(query, key, kernel_size, dilation)
-    out = kernels.na2d_softmax_av(
-        logits, value, kernel_size, rpb=None if rpb is None else rpb.to(logits.dtype), dilation=dilation
-    )
-    return out.permute(0, 2, 3, 1, 4)
-
-
-def na2d_qk_with_bias(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    kernel_size: int | Pair,
-    dilation: int | Pair = 1,
-    additional_keys: Tensor | None = None,
-    is_causal: Causal = False,
-) -> Tensor:
-    """``na2d_qk`` with the bias third, as NATTEN 0.15 has it."""
-    return na2d_qk(query, key, kernel_size, dilation, additional_keys, is_causal, bias)
 
 
 def natten2dqkrpb(

@@ -5,14 +5,14 @@
 A step takes as many windows as a cache holds copied out: K²/stride² times their part of the map.
 """
 
+from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dtypes import accumulator_dtype
-from kernels.parallel import Part, Work, alone, over_maps
+from kernels.parallel import Part, alone, over_maps
 
 # Most elements of the windows that a step copies: a share of the arguments' own size (lean in memory), within bounds.
 # The upper bound is 2 MB in float32 on a CPU, so that they stay in cache.
@@ -22,70 +22,47 @@ BLOCK_ELEMENTS_ELSEWHERE = 2**24
 FEWEST_BLOCK_ELEMENTS = 2**16
 
 
-class _Area(NamedTuple):
-    """Pixels that lie under a step's windows, in memory of its own; beside the image they are zeros."""
-
-    windows: Tensor  # [b, h, w, heads, K, K, D], a view in which they overlap
-    inside: Tensor  # those on the image, [b, rows, columns, heads, D], a view
-    pixels: Tensor  # the same of the image itself, a view
-
-    def load(self) -> Tensor:
-        """A copy of every window, [b·h·w·heads, K², D]."""
-        self.inside.copy_(self.pixels)
-        return self.windows.clone(memory_format=torch.contiguous_format).flatten(4, 5).flatten(0, 3)
-
-    def add(self, windows: Tensor) -> None:
-        """Sum windows [b·h·w·heads, K², D] into the image where they overlap; what falls beside it is dropped."""
-        windows = windows.view(self.windows.shape)
-        for row, column in product(*map(range, windows.shape[4:6])):  # of which no two overlap
-            self.windows[..., row, column, :] += windows[..., row, column, :]
-        self.pixels.add_(self.inside)
-
-
-class _Step(NamedTuple):
-    """Some batch entries and rows of windows."""
-
-    entries: slice
-    rows: slice
-    columns: int  # of windows
-    kernel_size: int
-    stride: int
-    padding: int
-
-    def area(self, image: Tensor) -> _Area:
-        """Of an image [B, heads, H, W, D]."""
-        pixels = image[self.entries].permute(0, 2, 3, 1, 4)
-        batch, length, width, *channels = pixels.shape
-        height, least = (
-            (n - 1) * self.stride + self.kernel_size for n in (self.rows.stop - self.rows.start, self.columns)
-        )
-        size = batch, height, max(least, self.padding + width), *channels
-        area = torch.zeros(size, dtype=accumulator_dtype(image.dtype), device=image.device)
-        windows = area.unfold(1, self.kernel_size, self.stride).unfold(2, self.kernel_size, self.stride)
-        windows = windows[:, :, : self.columns].permute(0, 1, 2, 3, 5, 6, 4)
-        top = self.rows.start * self.stride - self.padding
-        first, last = (min(max(row, 0), length) for row in (top, top + height))
-        inside = area[:, first - top : last - top, self.padding : self.padding + width]
-        return _Area(windows, inside, pixels[:, first:last])
-
-
-def _steps(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int) -> list[_Step]:
-    """Of logits [B, heads, h, w, K², K²] and value [B, heads, H, W, D]."""
-    batch, heads, height, width = logits.shape[:4]
+def _steps(logits: Tensor, value: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Of logits [B, heads, h, w, K², K²] and value [B, heads, H, W, D]: some batch entries, all heads, some rows."""
+    batch, heads, height, width, positions = logits.shape[:5]
     most = BLOCK_ELEMENTS.get(value.device.type, BLOCK_ELEMENTS_ELSEWHERE)
     limit = min(most, max(FEWEST_BLOCK_ELEMENTS, (logits.numel() + value.numel()) // BLOCK_SHARE))
-    row_elements = max(1, width * kernel_size**2 * heads * value.shape[4])
+    row_elements = max(1, width * positions * heads * value.shape[4])
     batch_step = max(1, min(batch, limit // row_elements))
     row_step = max(1, limit // (row_elements * batch_step))
-    padding = min(padding, max(height, width) * stride + kernel_size)  # further away no window holds a pixel either
-    return [
-        _Step(
-            slice(first, min(first + batch_step, batch)), slice(row, min(row + row_step, height)),
-            width, kernel_size, stride, padding,
-        )
-        for first in range(0, batch, batch_step)
-        for row in range(0, height, row_step)
-    ]  # fmt: skip
+    for entry, row in product(range(0, batch, batch_step), range(0, height, row_step)):
+        yield slice(entry, entry + batch_step), slice(None), slice(row, row + row_step)
+
+
+def _padded(image: Tensor, logits: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """Zeros for an image [B, heads, H, W, D] and what lies around it under windows: the image's part and the windows
+    [B, heads, h, w, K, K, D], views in which these overlap."""
+    (batch, heads, height, width, channels), (rows, columns) = image.shape, logits.shape[2:4]
+    padding = min(padding, max(rows, columns) * stride + kernel_size)  # further away no window holds a pixel either
+    spans = ((rows, height), (columns, width))
+    size = (max((windows - 1) * stride + kernel_size, padding + length) for windows, length in spans)
+    memory = image.new_zeros((batch, heads, *size, channels), dtype=accumulator_dtype(image.dtype))
+    windows = memory.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride)[:, :, :rows, :columns]
+    return memory[:, :, padding : padding + height, padding : padding + width], windows.movedim(4, -1)
+
+
+def _windows(image: Tensor, logits: Tensor, *sizes: int) -> Tensor:
+    """Those of an image itself."""
+    inside, windows = _padded(image, logits, *sizes)
+    inside.copy_(image)
+    return windows
+
+
+def _load(windows: Tensor) -> Tensor:
+    """A copy of every window, [b·heads·h·w, K², D]."""
+    return windows.clone(memory_format=torch.contiguous_format).flatten(4, 5).flatten(0, 3)
+
+
+def _add(found: Tensor, windows: Tensor) -> None:
+    """Sum [b·heads·h·w, K², D] into the windows where they overlap."""
+    found = found.view(windows.shape)
+    for row, column in product(*map(range, windows.shape[4:6])):  # of which no two overlap
+        windows[..., row, column, :] += found[..., row, column, :]
 
 
 def _by_head(image: Tensor, heads: int) -> Tensor:
@@ -93,33 +70,31 @@ def _by_head(image: Tensor, heads: int) -> Tensor:
     return image.unflatten(3, (heads, -1)).movedim(3, 1)
 
 
-def _weights(logits: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax over the sources of logits [b, heads, h, w, K², K²]: [b·h·w·heads, K² targets, K² sources].
+def _weights(logits: Tensor, scale: float) -> Tensor:
+    """softmax over the sources of logits [b, heads, h, w, K², K²]: [b·heads·h·w, K² targets, K² sources].
 
     Sources go first in memory for the softmax: over rows as short as 9, PyTorch's CPU kernel is eight times slower.
     """
-    sources_first = logits.permute(4, 5, 0, 2, 3, 1).to(dtype) * scale
-    return sources_first.softmax(1).permute(2, 3, 4, 5, 0, 1).contiguous().flatten(0, 3)
+    sources_first = logits.movedim((4, 5), (0, 1)).to(accumulator_dtype(logits.dtype)) * scale
+    return sources_first.softmax(1).movedim((0, 1), (4, 5)).contiguous().flatten(0, 3)
 
 
 @alone
 def outlook(logits: Tensor, value: Tensor, kernel_size: int, stride: int, padding: int, scale: float) -> Tensor:
     """logits [B,h,w,heads,K²,K²] (target, source), value [B,H,W,C] -> [B,H,W,C], contiguous."""
-    out = torch.zeros(value.shape, dtype=accumulator_dtype(value.dtype), device=value.device)
+    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     maps = logits.movedim(3, 1), *(_by_head(image, logits.shape[3]) for image in (value, out))
 
-    def prepare(part: Part) -> Work[None]:
+    def run(part: Part) -> None:
         logits, value, out = (tensor[part] for tensor in maps)
+        geometry = logits, kernel_size, stride, padding
+        values, (inside, sums) = _windows(value, *geometry), _padded(value, *geometry)
+        for step in _steps(logits, value):
+            _add(torch.bmm(_weights(logits[step], scale), _load(values[step])), sums[step])
+        out.copy_(inside)
 
-        def run() -> None:
-            for step in _steps(logits, value, kernel_size, stride, padding):
-                weights = _weights(logits[step.entries, :, step.rows], scale, out.dtype)
-                step.area(out).add(torch.bmm(weights, step.area(value).load()))
-
-        return run
-
-    over_maps(prepare, maps[0], logits.numel() * maps[1].shape[4])
-    return out.to(value.dtype)
+    over_maps(run, maps[0], logits.numel() * maps[1].shape[4])
+    return out
 
 
 @alone
@@ -128,26 +103,22 @@ def outlook_backward(
 ) -> tuple[Tensor, Tensor]:
     """dvalue[s] = Σ_t p[t,s] · grad_out[t];  dp[t,s] = Σ_c grad_out[t] · value[s];
     dlogits = scale · p · (dp − Σ_s p·dp)."""
-    heads = logits.shape[3]
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    grad_value = torch.zeros(value.shape, dtype=accumulator_dtype(value.dtype), device=value.device)
-    maps = logits.movedim(3, 1), grad_logits.movedim(3, 1), *(_by_head(t, heads) for t in (grad_out, value, grad_value))
+    grad_logits, grad_value = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (logits, value))
+    by_head = (_by_head(image, logits.shape[3]) for image in (grad_out, value, grad_value))
+    maps = logits.movedim(3, 1), grad_logits.movedim(3, 1), *by_head
 
-    def prepare(part: Part) -> Work[None]:
+    def run(part: Part) -> None:
         logits, grad_logits, grad_out, value, grad_value = (tensor[part] for tensor in maps)
+        geometry = logits, kernel_size, stride, padding
+        grads, values = (_windows(image, *geometry) for image in (grad_out, value))
+        inside, sums = _padded(value, *geometry)
+        for step in _steps(logits, value):
+            weights, grad = _weights(logits[step], scale), _load(grads[step])
+            _add(torch.bmm(weights.mT, grad), sums[step])
+            products = torch.bmm(grad, _load(values[step]).mT.contiguous()).mul_(weights)  # bmm is slow on a transpose
+            products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1).mul_(scale)
+            grad_logits[step] = products.view(grad_logits[step].shape)
+        grad_value.copy_(inside)
 
-        def run() -> None:
-            for step in _steps(logits, value, kernel_size, stride, padding):
-                of_logits, target = (tensor[step.entries, :, step.rows] for tensor in (logits, grad_logits))
-                weights, grad = _weights(of_logits, scale, grad_value.dtype), step.area(grad_out).load()
-                step.area(grad_value).add(torch.bmm(weights.mT, grad))
-                values = step.area(value).load().mT.contiguous()  # bmm is slow on a transpose
-                products = torch.bmm(grad, values).mul_(weights)
-                products.addcmul_(weights, products.sum(-1, keepdim=True), value=-1).mul_(scale)
-                target = target.permute(0, 2, 3, 1, 4, 5)
-                target.copy_(products.view(target.shape))
-
-        return run
-
-    over_maps(prepare, maps[0], logits.numel() * maps[3].shape[4])
-    return grad_logits, grad_value.to(value.dtype)
+    over_maps(run, maps[0], logits.numel() * maps[3].shape[4])
+    return grad_logits, grad_value

@@ -46,6 +46,11 @@ class Request(NamedTuple):
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
+    @property
+    def key(self) -> str:
+        """That of an entry for it."""
+        return key_of(self.launcher, self.problem)
+
     def run(self, config: Config) -> Any:
         """The launch with a config of the caller's."""
         return self.launcher.launch(*self.arguments, **self.keywords, config=config)

@@ -199,7 +199,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", action="store_true", help="count parameters and multiply-adds again (a minute)")
     text = "build every kernel for sm_90 in bf16 again (two minutes)"
     parser.add_argument("--compile", action="store_true", help=text)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the README is out of date")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -211,8 +210,6 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(RESULTS / "compiled.json", _compiled())
     texts = {page: (page.read_text(), content) for page, content in sections().items()}
     outdated = {page: wanted for page, (text, content) in texts.items() if (wanted := updated(text, content)) != text}
-    if arguments.check:
-        return int(bool(outdated))
     for page, wanted in outdated.items():
         atomic_write(page, wanted)
         console.print(f"updated {page.relative_to(ROOT)}")

@@ -56,10 +56,12 @@ class Folder(results.Folder):
 
     def beside(self, row: Row) -> float | None:
         """The sum of the kernels of a row of bench.json, where kernels.json has its shape."""
-        side = re.search(r"@(\d+)²", row["shape"])
-        if side is None or row["batch"] != 128:
-            return None
-        return self.microseconds(CASES[row["operator"]].format(side[1]), row["pass"])
+        return self.microseconds(case_of(row["operator"], row["shape"]), row["pass"]) if row["batch"] == 128 else None
+
+
+def case_of(operator: str, shape: str) -> str:
+    """The name of a workload's case, by the size of its map: involution.56.last, contmix.50x80."""
+    return CASES[operator].format(shape.partition("@")[2].split()[0].rstrip("²").replace("×", "x"))
 
 
 def _is_ours(kernel: str) -> bool:

@@ -17,14 +17,12 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -58,6 +56,7 @@ TESTS = (
     "--ignore=tests/kernels/test_store.py",
     *(f"tests/models/test_{name}.py" for name in MODEL_TESTS),
 )
+TEST_RESULTS = "tests"  # a file that is none of the store's
 RESTARTS = 3  # of a phase whose process lost the GPU or crashed
 MOST_LOG_LINES = 60
 CORES_FOR_BACKGROUND, MEMORY_FOR_BACKGROUND = 8, 64e9
@@ -75,7 +74,7 @@ class Phase:
     command: Callable[[int, bool], list[str]]
     seconds: float
     background: tuple[list[str], ...] = ()
-    finish: Callable[[str, bool], None] = lambda log, complete: None
+    finish: Callable[[bool], None] = lambda complete: None
 
 
 def _start(command: Sequence[str], environment: dict[str, str], log: Any) -> subprocess.Popen[bytes]:
@@ -126,7 +125,7 @@ def run_phase(phase: Phase, deadline: float, environment: dict[str, str]) -> dic
                 break
         log.seek(0)
         text = log.read().decode(errors="replace")
-    phase.finish(text, found["status"] != "out of time")
+    phase.finish(found["status"] != "out of time")
     if found["status"] != "ok":
         found["log"] = text.splitlines()[-MOST_LOG_LINES:]
     return found | {"seconds": round(time.monotonic() - began, 1)}
@@ -150,29 +149,8 @@ def run_phases(
     return done
 
 
-OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?:\s|$)")
-FAILURE = re.compile(r"^(?:FAILED|ERROR) (tests/\S+(?: - .*)?)$")
-TEST_LINE = re.compile(r"^(?:\[gw\d+\]|tests/)")
-
-
-def read_test_log(log: str) -> dict[str, Any]:
-    """Counts and failures from pytest's verbose output, be it whole or cut short."""
-    counts, reasons = Counter[str](), dict[str, str]()
-    for line in log.splitlines():
-        name = re.search(r"tests/\S+", line)
-        if summarised := FAILURE.match(line):
-            test, _, reason = summarised[1].partition(" - ")
-            reasons[test] = reason
-        elif name and TEST_LINE.match(line) and (outcome := OUTCOME.search(line)):
-            counts[outcome[1].lower()] += 1
-            if outcome[1] in ("FAILED", "ERROR"):
-                reasons[name[0]] = ""
-    failures = [f"{name}: {reason}" if reason else name for name, reason in reasons.items()]
-    return {"counts": dict(counts), "failures": failures}
-
-
 def _test_command(quick: bool) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-vv", "-rfE", "--tb=short", "-p", "tests.device_guard"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "tests.device_guard"]
     if importlib.util.find_spec("xdist") is not None and not quick:
         command += ["-n", str(max(1, min(12, 3 * (os.cpu_count() or 2) // 4))), "--dist", "worksteal"]
     return [*command, *(["tests/kernels/test_store.py", "-k", "round_trip"] if quick else TESTS)]
@@ -193,14 +171,16 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
 
     def tune(seconds: int, _again: bool) -> list[str]:
         which = ["--operator", "involution2d"] if quick else ["--all", "--candidates", "14"]
-        noted = ["--passing-over", str(scratch / "attempts")]
-        return [*autotune, "tune", *which, *where, *noted, "--seconds", str(seconds)]
+        return [*autotune, "tune", *which, *where, "--seconds", str(seconds)]
 
-    def keep_tests(log: str, complete: bool) -> None:
+    def keep_tests(complete: bool) -> None:
         record = {"schema": 1, "command": " ".join(_test_command(quick)[1:]), "complete": complete}
-        write_json(folder / "tests.json", record | read_test_log(log))
+        found = {"counts": {}, "failures": []}
+        with contextlib.suppress(OSError, ValueError):  # ended before the first test, or while it was written
+            found = json.loads((scratch / TEST_RESULTS).read_text(encoding="utf-8"))
+        write_json(folder / "tests.json", record | found)
 
-    def keep_configs(_log: str, _complete: bool) -> None:
+    def keep_configs(_complete: bool) -> None:
         store = Store(scratch, gpu_name(device)).path
         if store.exists():
             shutil.copyfile(store, folder / store.name)
@@ -273,6 +253,7 @@ def run(arguments: argparse.Namespace) -> int:
         if shipped.exists():
             shutil.copyfile(shipped, scratch / shipped.name)
         environment = dict(os.environ) | {"DYNAMIC_KERNELS_STORE": temporary, "PYTHONUNBUFFERED": "1"}
+        environment["TEST_RESULTS"] = str(scratch / TEST_RESULTS)
         if device.type != "cuda":
             environment["TRITON_INTERPRET"] = "1"
         phases = phases_of(folder, device, scratch, quick=quick)

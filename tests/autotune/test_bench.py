@@ -223,15 +223,6 @@ def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
     assert "tiny_rednet" in shown
 
 
-def test_bad_arguments_are_refused(tmp_path, capsys):
-    for arguments, message in (
-        (("--operator", "no such"), "--operator must match a name, 'no such' does not"),
-        (("--model", "resnet50"), "got 'resnet50'"),
-    ):
-        assert main(["bench", "--quick", "--no-compile", "--out", str(tmp_path), *arguments]) == 2
-        assert message in capsys.readouterr().err
-
-
 def test_compile_only_times_nothing(tmp_path, monkeypatch):
     compiled = []
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from autotune.__main__ import main
 from autotune.compile import ARCHITECTURES, _launches
 from kernels.aggregation.configs import gather_heuristic, gather_problem
 from kernels.aggregation.gather import gather_aggregate
@@ -83,15 +82,6 @@ def test_instructions_are_counted():
     by_kernel = {report["kernel"]: report for report in reports}
     assert by_kernel["convolution_kernel"]["tensor_core"] > 0
     assert by_kernel["weighted_sum_kernel"]["fma"] > 0
-
-
-def test_bad_arguments(monkeypatch, capsys):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(SystemExit):
-        main(["compile", "--arch", "sm_1"])
-    assert "argument --arch: invalid choice: 'sm_1'" in capsys.readouterr().err
-    assert main(["compile", "--only", "no such case"]) == 2
-    assert "no case contains 'no such case'" in capsys.readouterr().err
 
 
 def test_every_config_is_what_tuning_may_choose():

@@ -1,6 +1,5 @@
 """``python -m autotune verify``: every kernel's stored configs can be checked, and a wrong one is found."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +8,14 @@ import pytest
 import torch
 
 import kernels
-from autotune import verify
+from autotune import tunables, verify
 from autotune.__main__ import main
 from autotune.tunables import find_tunables, problem_of
 from kernels.launch import record_launches
 from kernels.tuning import choose
-from kernels.tuning.choose import config_of, gpu_name, key_of, observing, triton_version
+from kernels.tuning.choose import config_of, gpu_name, key_of, observing
 from kernels.tuning.store import Store
-from tests.kernels.toy import TOY, Config, Problem
+from tests.kernels.toy import TOY, Config, Problem, entry_of
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
@@ -27,13 +26,8 @@ class Called(NamedTuple):
 
     pixels: int
 
-    def draw_inputs(self, dtype, device):
-        return torch.ones(self.pixels, dtype=dtype, device=device)
-
-    draw_gradient = draw_inputs
-
-    def run(self, inputs, _gradient):
-        TOY(inputs, (32,))
+    def call(self, dtype, device):
+        return lambda: TOY(torch.ones(self.pixels, dtype=dtype, device=device), (32,))
 
 
 @pytest.fixture(autouse=True)
@@ -41,23 +35,19 @@ def folder(store_folders):
     return store_folders[0]
 
 
-def _entry(launcher, config):
-    return {"config": dataclasses.asdict(config), "triton": triton_version(), "source": launcher.source}
-
-
 def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder, capsys):
     """The operators that verify runs launch every kernel; a config of each is tried and agrees."""
     known, found = find_tunables(), dict[Any, Any]()
     with kernels.use_backend("triton"), record_launches(), observing(lambda r: found.setdefault(r.launcher, r.problem)):
         for workload in verify.workloads_of(HERE):
-            workload.run(workload.draw_inputs(torch.float16, HERE), workload.draw_gradient(torch.float16, HERE))
+            workload.call(torch.float16, HERE)()
     assert {launcher.name for launcher in found} == set(known)
     for launcher, problem in found.items():
         assert known[launcher.name] is launcher
         key = key_of(launcher, problem)
         assert problem_of(launcher, key) == problem
         config = next(config for config in launcher.candidates(problem) if config.valid(problem))
-        Store(folder, gpu_name(HERE)).update({key: _entry(launcher, config)})
+        Store(folder, gpu_name(HERE)).update({key: entry_of(launcher, config)})
     code = main(["verify", "--json"])
     rows = json.loads(capsys.readouterr().out)["entries"]
     assert {row["key"]: row["reason"] for row in rows if row["status"] != "ok"} == {}
@@ -67,7 +57,7 @@ def test_every_kernel_that_is_launched_is_registered_and_can_be_verified(folder,
 @pytest.fixture
 def pixels(monkeypatch):
     """Runs the toy on so many pixels, one launch after the other."""
-    monkeypatch.setattr(verify, "find_tunables", lambda: {"toy": TOY})
+    monkeypatch.setattr(tunables, "find_tunables", lambda: {"toy": TOY})
     return lambda *counts: monkeypatch.setattr(verify, "workloads_of", lambda _device: list(map(Called, counts)))
 
 
@@ -76,10 +66,10 @@ def _key(count):
 
 
 def test_a_wrong_config_is_found(folder, pixels, capsys):
-    right, wrong = (_entry(TOY, Config(block)) for block in (16, 32))
+    right, wrong = (entry_of(TOY, Config(block)) for block in (16, 32))
     store = Store(folder, gpu_name(HERE))
     store.update(
-        {_key(196): right, _key(49): wrong, _key(25): right | {"source": "0"}, _key(130): _entry(TOY, Config(128))}
+        {_key(196): right, _key(49): wrong, _key(25): right | {"source": "0"}, _key(130): entry_of(TOY, Config(128))}
     )
     pixels(20, 49)
     assert main(["verify", "--json"]) == 1
@@ -102,7 +92,7 @@ def test_a_wrong_config_is_found(folder, pixels, capsys):
 
 
 def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folder, pixels, capsys, monkeypatch):
-    Store(folder, gpu_name(HERE)).update({_key(49): _entry(TOY, Config(16))})
+    Store(folder, gpu_name(HERE)).update({_key(49): entry_of(TOY, Config(16))})
     pixels(20, 49, 21)
     tried, check = [], verify.check
     monkeypatch.setattr(
@@ -113,7 +103,7 @@ def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folder, pixels, 
 
 
 def test_an_interruption_shows_what_was_checked(folder, pixels, monkeypatch, capsys):
-    Store(folder, gpu_name(HERE)).update({_key(n): _entry(TOY, Config(16)) for n in (21, 22)})
+    Store(folder, gpu_name(HERE)).update({_key(n): entry_of(TOY, Config(16)) for n in (21, 22)})
     pixels(21, 22)
     check = verify.check
 
@@ -125,13 +115,6 @@ def test_an_interruption_shows_what_was_checked(folder, pixels, monkeypatch, cap
     monkeypatch.setattr(verify, "check", interrupted)
     assert main(["verify", "--json"]) == 130
     assert [row["status"] for row in json.loads(capsys.readouterr().out)["entries"]] == ["ok", "ok"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_gpu_and_interpreter_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(verify, "interpreting", lambda: False)
-    assert main(["verify"]) == 2
-    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
 def test_shipped_configs_hold_for_the_kernels_as_they_stand():

@@ -7,20 +7,15 @@ import torch
 
 from kernels.tuning import choose
 from kernels.tuning.choose import bucket, key_of, look_up
-from kernels.tuning.source import jit_code, modules_of, triton_version
+from kernels.tuning.source import jit_code, modules_of
 from kernels.tuning.store import Store, user_folder
-from tests.kernels.toy import GPU, TOY, Config, Problem
+from tests.kernels.toy import GPU, TOY, Config, Problem, entry_of
 
 pytestmark = pytest.mark.usefixtures("store_folders")
 
 
 def _entry(block, **changes):
-    return {
-        "config": {"block": block},
-        "triton": triton_version(),
-        "source": TOY.source,
-        "milliseconds": 1.0,
-    } | changes
+    return entry_of(TOY, Config(block), **changes)
 
 
 def test_store_before_shipped_before_heuristic(tmp_path):

@@ -32,17 +32,16 @@ def test_cuts_state_the_window_rules(data):
     neighbours = window.neighbours(length, 0)
     found = {}
     for tiles in cut(window, length, 0, data.draw(st.integers(1, 9)), data.draw(st.booleans())):
-        outputs = range(*tiles.outputs.indices(len(neighbours)))
-        assert len(outputs) == len(tiles.segments) * tiles.count
-        for n, segment in enumerate(tiles.segments):
-            for run in tiles.runs:
-                for t in range(run.count):
-                    first = segment.begin + run.begin + t * run.slope
-                    assert first + kernel_size <= segment.begin + segment.span
-                    output = outputs[n * tiles.count + run.first + t]
-                    assert output not in found
-                    found[output] = first * segment.dilation + segment.residue
-    assert [found[output] for output in range(len(neighbours))] == neighbours[:, 0].tolist()
+        outputs = iter(range(*tiles.outputs.indices(len(neighbours))))
+        for begin, (part, axis) in zip(tiles.begins, tiles.inside(length), strict=True):
+            positions = [begin + at * tiles.dilation for at in range(tiles.span)]
+            assert positions[part] == list(range(*axis.indices(length))), "what is not padding"
+            assert len(positions[part]) == sum(0 <= position < length for position in positions)
+            for index, output in zip(tiles.index, outputs, strict=False):
+                assert output not in found
+                found[output] = [positions[at] for at in index]
+        assert next(outputs, None) is None
+    assert [found[output] for output in range(len(neighbours))] == neighbours.tolist()
 
 
 def _peak(call: Callable[[], object]) -> int:

@@ -110,42 +110,33 @@ def test_long_names_in_any_script(tmp_path):
         atomic_write(tmp_path / ("a" * 256), "")
 
 
-def hang_while_writing(path, pipe):
-    def hangs(file):
+def write_and_tell(path, pipe, seconds):
+    def slowly(file):
         file.write(b"half")
         file.flush()
         pipe.send("writing")
-        time.sleep(60)
+        time.sleep(seconds)
+        file.write(b", whole")
 
-    atomic_write(path, hangs)
+    atomic_write(path, slowly)
 
 
-def test_remains_of_killed_writers_are_removed(tmp_path):
-    path, trap = tmp_path / "file", tmp_path / ".file.trap.tmp"
-    outside = tmp_path / "outside"
-    outside.write_text("untouched")
-    trap.symlink_to(outside)
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    writers = [fork.Process(target=hang_while_writing, args=(path, theirs)) for _ in range(2)]
-    try:
-        for writer in writers:
-            writer.start()
-            assert ours.recv() == "writing"
-        temporaries = {temporary for temporary in tmp_path.glob(".file.*.tmp") if temporary != trap}
-        assert len(temporaries) == 2
-        writers[0].kill()
-        writers[0].join()
-        atomic_write(path, "done")
-        assert len(temporaries & set(tmp_path.iterdir())) == 1
-    finally:
-        for writer in writers:
+def test_writers_wait_for_each_other_and_remains_of_a_killed_one_are_written_over(tmp_path):
+    path, fork = tmp_path / "file", multiprocessing.get_context("fork")
+    for seconds, left in ((0.3, "half, whole"), (60, None)):
+        ours, theirs = fork.Pipe()
+        writer = fork.Process(target=write_and_tell, args=(path, theirs, seconds))
+        writer.start()
+        assert ours.recv() == "writing"
+        if left is None:
             writer.kill()
-            writer.join()
-    atomic_write(path, "again")
-    assert path.read_text() == "again"
-    assert outside.read_text() == "untouched"
-    assert not temporaries & set(tmp_path.iterdir())
+            assert len(os.listdir(tmp_path)) == 2
+        atomic_write(
+            path, lambda file, old=left or "done": file.write(b"done" if path.read_text() == old else b"early")
+        )
+        writer.join()
+        assert path.read_text() == "done"
+        assert os.listdir(tmp_path) == ["file"]
 
 
 def test_json_has_no_nan_and_any_file_name(tmp_path):

@@ -49,12 +49,9 @@ def test_inference_mode_and_other_callers(threads):
 
 
 def test_what_a_worker_raises_is_raised(threads):
-    def prepare(part: parallel.Part) -> parallel.Work[None]:
-        def fail() -> None:
-            raise ArithmeticError(str(part.groups))
-
-        return fail
+    def fail(part: parallel.Part) -> None:
+        raise ArithmeticError(str(part.groups))
 
     with pytest.raises(ArithmeticError, match="slice"):
-        parallel.alone(parallel.over_maps)(prepare, random_tensor(1, 6), 100)
+        parallel.alone(parallel.over_maps)(fail, random_tensor(1, 6), 100)
     assert torch.get_num_threads() == threads

@@ -1,7 +1,10 @@
 """What the notebooks draw is right: kernels taken from models and put in their place, and committed results."""
 
+import ast
+import functools
 import json
 import math
+import types
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,6 @@ import torch
 from torch import nn
 
 import kernels
-import models
 from autotune import roofs
 from kernels.windows import Window
 from models.layers import ContMix
@@ -23,6 +25,24 @@ pytest.importorskip("IPython", reason="notebooks need IPython")
 from notebooks import draw
 
 
+@functools.cache
+def defined(notebook: str) -> types.SimpleNamespace:
+    """The functions that the cells of a notebook define."""
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code").replace("%matplotlib inline", "")
+    kinds = ast.Import, ast.ImportFrom, ast.FunctionDef
+    kept = [node for node in ast.parse(code).body if isinstance(node, kinds)]
+    names: dict[str, Any] = {}
+    exec(compile(ast.Module([*kept], []), notebook, "exec"), names)
+    return types.SimpleNamespace(**names)
+
+
+@pytest.fixture
+def of_notebook_04(monkeypatch):
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    return defined("04_dynamic_kernels")
+
+
 def _call(module, *inputs):
     torch.manual_seed(0)
     for parameter in module.parameters():
@@ -33,9 +53,9 @@ def _call(module, *inputs):
     return call
 
 
-def test_contmix_kernels_are_those_that_mix():
+def test_contmix_kernels_are_those_that_mix(of_notebook_04):
     call = _call(ContMix(32, 8, 13, 4), random_tensor(2, 32, 15, 16), random_tensor(2, 40, 15, 16))
-    affinity, weights = draw.contmix_kernels(call)
+    affinity, weights = of_notebook_04.contmix_kernels(call)
     assert affinity.shape == (2, 4, 15, 16, 49)
     assert [weight.shape for weight in weights] == [(2, 4, 15, 16, 5, 5), (2, 4, 15, 16, 13, 13)]
     value = call.arguments["value"]
@@ -46,27 +66,27 @@ def test_contmix_kernels_are_those_that_mix():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_involution_kernels_are_those_that_mix(stride):
+def test_involution_kernels_are_those_that_mix(stride, of_notebook_04):
     call = _call(Involution2d(32, 7, stride), random_tensor(2, 32, 12, 11))
-    weight = draw.involution_kernels(call)
+    weight = of_notebook_04.involution_kernels(call)
     assert weight.shape == (2, 2, 7, 7, math.ceil(12 / stride), math.ceil(11 / stride))
     expected = kernels.reference.involution2d(call.arguments["x"], weight, stride=stride)
     assert relative_error(call.output, expected) < 1e-5
 
 
-def test_generated_involution_kernels_are_those_that_mix():
+def test_generated_involution_kernels_are_those_that_mix(of_notebook_04):
     x, features = random_tensor(2, 32, 9, 9), random_tensor(2, 8, 9, 9)
     with draw.recorded() as calls:
         out = kernels.involution2d_generate(
             x, features, random_tensor(98, 8), random_tensor(98), kernel_size=7, groups=2
         )
-    assert relative_error(out, kernels.reference.involution2d(x, draw.involution_kernels(calls[0]))) < 1e-5
+    assert relative_error(out, kernels.reference.involution2d(x, of_notebook_04.involution_kernels(calls[0]))) < 1e-5
 
 
 @pytest.mark.parametrize(("position", "count"), [((4, 4), 1), ((4, 5), 2), ((5, 3), 4), ((0, 0), 1), ((8, 9), 1)])
-def test_outlook_kernel_is_what_the_token_takes(position, count):
+def test_outlook_kernel_is_what_the_token_takes(position, count, of_notebook_04):
     call = _call(OutlookAttention(32, 2), random_tensor(2, 9, 10, 32))
-    kernel, windows = draw.outlook_kernel(call, *position)
+    kernel, windows = of_notebook_04.outlook_kernel(call, *position)
     value = call.arguments["value"].unflatten(-1, (2, 16))
     taken = torch.einsum("bhij,bijhc->bhc", kernel, value).flatten(1)
     assert relative_error(taken, call.output[:, position[0], position[1]]) < 1e-5
@@ -108,15 +128,6 @@ def test_marks_stand_in_the_entry_whose_kernel_is_drawn(reach):
         assert right - left == pytest.approx(5 * 8)
 
 
-def test_a_checkpoint_is_loaded_and_named(tmp_path):
-    torch.manual_seed(1)
-    original = models.create_model("rednet26").state_dict()
-    torch.save(original, tmp_path / "mine.pth")
-    loaded, title = draw.load("rednet26", str(tmp_path / "mine.pth"))
-    assert title == "rednet26, weights of mine.pth"
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in original.items())
-
-
 def _record(kind, rows, **facts):
     machine = {"device_type": kind, "device": "NVIDIA H200", "date": "2030-01-02T03:04:05"}
     return {"machine": machine, "settings": {"dtype": "bfloat16"}, "rows": rows, **facts}
@@ -149,9 +160,4 @@ def test_rows_of_a_bench_under_the_roof():
     [(32, 0, 4, 2048), (64, 0, 1, 1024), (255, 0, 8, 256), (16, 100 * 1024, 4, 256), (33, 0, 4, 1536)],
 )
 def test_resident_threads(registers, shared, warps, threads):
-    """As a cell of notebook 05 counts them."""
-    cells = nbformat.read(NOTEBOOKS / "05_autotune.ipynb", as_version=4).cells
-    (source,) = (cell.source for cell in cells if "def resident_threads" in cell.source)
-    names: dict[str, Any] = {"math": math}
-    exec(source[source.index("def resident_threads") : source.index("fields = ")], names)
-    assert names["resident_threads"](registers, shared, warps) == threads
+    assert defined("05_autotune").resident_threads(registers, shared, warps) == threads

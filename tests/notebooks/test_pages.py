@@ -1,6 +1,5 @@
-"""What the pages show: the committed numbers, and those of a small folder of results that are easy to follow."""
+"""What the pages show is what the committed results hold; `make figures` writes it."""
 
-import json
 import re
 from typing import Any
 
@@ -8,84 +7,9 @@ import pytest
 from PIL import Image
 
 from autotune import report
+from autotune.results import OTHERS
 from notebooks.results import figures, pages
 from notebooks.results.folder import folders
-from tests.notebooks.rows import model_row, operator_row
-
-MACHINE = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
-MACHINE |= {"commit": "0123456789abcdef", "date": "2030-01-02T03:04:05+00:00"}
-
-
-def counter_row(time, share):
-    row = {"case": "av.14", "pass": "forward", "kernel": "_mix_kernel", "microseconds": time, "registers": 254}
-    row |= {"warps_per_scheduler": 1.9, "occupancy_percent": 11.9, "issue_slots_percent": share}
-    return row | {"l1_percent": 40.0, "l2_percent": 30.0, "dram_percent": 10.0}
-
-
-def host(*microseconds):
-    return dict(zip(("direct", "configured", "tuned", "operator"), microseconds, strict=True))
-
-
-SKIPPED = {"name": "x", "operator": "depthwise_conv2d", "pass": "forward", "status": "skipped", "message": "late"}
-THEIRS = {"void at::native::reduce_kernel": 7.0, "sm80_xmma_gemm_kernel": 2.0, "nvjet_sm90_tst_kernel": 3.0}
-LAUNCHED = {
-    "forward": {"_mix_kernel": 40.0},
-    "backward": {"_correlate_kernel": 60.0, **THEIRS, "Memset (Device)": 1.0},
-}
-TIMES = {"copy_bytes_per_second": 4.2e12, "bf16_operations_per_second": 680e12, "fp32_operations_per_second": 51e12}
-OPERATORS = [
-    operator_row("forward", {"ours": 0.3, "naive": 5.0}, {"ours": 0.05, "naive": 4.0, "compiled": 0.5}),
-    operator_row("forward+backward", {"ours": 2.0, "naive": 16.0, "compiled": 1.0}),
-    SKIPPED,
-]
-THEN = {("av.14", "forward"): 20.0, ("av.14", "backward"): 50.0}  # predictions for the code that was measured
-KERNELS = [
-    {
-        "case": case,
-        "pass": kind,
-        "predicted_microseconds": THEN.get((case, kind)),
-        "kernels": [{"kernel": name, "microseconds": time} for name, time in found.items()],
-    }
-    for case in ("av.14", "qk.14")
-    for kind, found in LAUNCHED.items()
-]
-RECORDS = {
-    "environment.json": {"machine": MACHINE, "ceilings": TIMES, "launch_microseconds": host(20.0, 40.0, 45.0, 90.0)},
-    "bench.json": {"machine": MACHINE, "rows": OPERATORS},
-    "models.json": {
-        "rows": [
-            model_row(ours=(1500.4, 100), naive=(500.0, 250)),
-            {"name": "net", "pass": "training", "status": "skipped"},
-        ]
-    },
-    "tests.json": {"complete": False, "counts": {"passed": 7, "failed": 1, "skipped": 2}, "failures": ["a"]},
-    "kernels.json": {"rows": [*KERNELS, {"case": "contmix.7", "failed": "out of memory"}]},
-    "ncu.json": {
-        "machine": MACHINE | {"date": "2030-01-01T01:02:03+00:00"},
-        "launch_microseconds": host(10.0, 20.0, 25.0, 70.0),
-        "rows": [counter_row(39.0, 55.0), counter_row(41.0, 60.0)],
-    },
-}
-PREDICTED_ROW = {"case": "av.14", "launches": 1, "floor_microseconds": 10.0, "bound_by": "mix_kernel: issue"}
-PREDICTED = {
-    "triton": "3.7.1",
-    "rows": [
-        PREDICTED_ROW | {"pass": kind, "microseconds": time} for kind, time in (("forward", 15.0), ("backward", 45.0))
-    ],
-}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for name, record in RECORDS.items():
-        path = tmp_path / "NVIDIA_H200" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record))
-    cpu = tmp_path / "cpu" / "environment.json"
-    cpu.parent.mkdir()
-    cpu.write_text(json.dumps({"machine": {"device_type": "cpu"}}))
-    (found,) = folders(tmp_path)
-    return found
 
 
 def test_the_pages_are_up_to_date():
@@ -134,84 +58,58 @@ def test_counts_are_the_committed_and_the_published_ones(name):
         assert counted["multiply_adds_g"] == pytest.approx(published["multiply_adds_g"], rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("section", "shown", "not_shown"),
-    [
-        (
-            "gpu",
-            [
-                "**NVIDIA H200**, driver 580.1, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2030-01-02",
-                "a copy moves 4.20 TB/s, a bfloat16 matrix product reaches 680 TFLOP/s and float32 arithmetic 51.0",
-                "2 of 3 rows of operators and 1 of 2 rows of models",
-                "it had no time to compare `depthwise_conv2d` with anything.",
-                "7 passed, 1 failed, 2 skipped before their time was over",
-            ],
-            ["names a commit"],
-        ),
-        (  # the GPU's time where a call was captured, and like compared with like
-            "gpu operators",
-            [
-                "| forward | 50.0 | 40.0 | 300 | 10.0 | 20% | 4,000 (80.0×) | 500 (10.0×) | – |",
-                "| forward+backward | – | 113 | 2,000 | 10.0 | 0.50% | 16,000 (8.00×) | 1,000 (0.50×) | – |",
-                "The host bounds 1 of 1 eager forward calls, which take at least 2 times as long as their work on the "
-                "GPU: `na2d_av` 8×16@14² K=13.",
-                "The host bounds 1 of 1 eager forward+backward calls",
-            ],
-            ["skipped"],
-        ),
-        ("gpu models", ["| `net` | 224×192 | inference | 64 | 1,500 | 500 | 3.00× | 2.50× |"], ["training"]),
-        ("gpu host", ["| 2030-01-01 01:02 | 10 | 20 | 25 | 70 |\n| 2030-01-02 03:04 | 20 | 40 | 45 | 90 |"], []),
-        (
-            "predicted",
-            [
-                "Our kernels took 1.20 to 2.00 times as long as predicted, 1.60 times in the median; 1 of",
-                "| av.14 | forward | mix: issue | 1 | 10.0 | 15.0 | 40.0 | 2.00 | 40.0 |",
-                "| av.14 | backward | mix: issue | 1 | 10.0 | 45.0 | 60.0 | 1.20 | 73.0 |",
-            ],
-            ["qk.14"],
-        ),
-        ("gpu kernels", ["| qk.14 | 40.0 | 40.0 | 60.0 | 73.0 |"], ["av.14"]),
-        (
-            "gpu counters",
-            [
-                "| av.14 | forward | mix | 41.0 | 254 | 1.9 | 12% | 60% | 40% | 30% | 10% |",
-                "with at least 200 registers per thread have 1.9 warps per scheduler",
-                "issue in 55 to 60 % (av) of the cycles",
-            ],
-            ["39.0"],
-        ),
-    ],
-)
-def test_a_section_says_what_the_files_hold(folder, section, shown, not_shown):
-    text = pages.sections([folder], [PREDICTED])[section]
-    assert [line for line in shown if line not in text] == []
-    assert [word for word in not_shown if word in text] == []
+@pytest.fixture
+def folder():
+    return next(found for found in folders(figures.RESULTS) if found.path.name == pages.PREDICTED_FOR)
 
 
-def test_a_call_that_keeps_the_gpu_busy_is_not_bound_by_the_host(folder):
-    folder.operators = [operator_row("forward", {"ours": 0.09, "naive": 5.0}, {"ours": 0.05, "naive": 4.0})]
+def numbers(cell):
+    """4000 and 80 in "4,000 (80.0×)"; percentages as shares."""
+    shares = {"%": 0.01}
+    found = re.findall(r"([\d.]+)(%?)", cell.replace(",", ""))
+    return [float(number) * shares.get(unit, 1) for number, unit in found]
+
+
+def lines(folder, section):
+    """The cells of a section's table, by heading."""
+    text = pages.sections([folder], figures.predictions())[section]
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(table[0], cells, strict=True)) for cells in table[1:]]
+
+
+def test_operators_have_the_times_and_ratios_of_their_rows(folder):
+    """Those of graphs where a call was captured in one, and like compared with like."""
+    shown = lines(folder, "gpu operators")
+    assert len(shown) == len(folder.timed()) > 20
+    for row, line in zip(folder.timed(), shown, strict=True):
+        assert line["operator"].strip("`") == row["operator"]
+        assert line["shape"].startswith(f"{row['model']} {row['shape']}")
+        times = {name: 1000 * found["p50_ms"] for name, found in row.get("graph", row["contenders"]).items()}
+        ours, floor = times["ours"], 1000 * row["floor"]["ms"]
+        expected = {f"{name}, µs": [times[name], times[name] / ours] if name in times else [] for name in OTHERS}
+        expected |= {"GPU, µs": [ours] if "graph" in row else [], "floor, µs": [floor], "of floor": [floor / ours]}
+        expected["call, µs"] = [1000 * row["contenders"]["ours"]["p50_ms"]]
+        for column, found in expected.items():
+            assert numbers(line[column]) == pytest.approx(found, rel=0.01, abs=0.006), column
+
+
+def test_kernels_are_told_beside_their_predictions(folder):
+    for line in lines(folder, "predicted"):
+        launched = folder.launched.get((line["case"], line["pass"]), [])
+        ours = sum(k["microseconds"] for k in launched if not re.search("::|xmma|nvjet|cutlass|Mem", k["kernel"]))
+        then = folder.predicted(line["case"], line["pass"])
+        assert numbers(line["measured, our kernels, µs"]) == ([pytest.approx(ours, rel=0.01)] if ours else [])
+        ratio = [pytest.approx(ours / then, rel=0.01)] if ours and then else []
+        assert numbers(line["measured / predicted then"]) == ratio
+    assert "times as long" not in pages.sections([], figures.predictions())["predicted"], "nothing was measured there"
+
+
+def test_what_was_not_measured_is_not_told(folder):
+    folder.operators = [row | {"status": "skipped"} for row in folder.operators]
+    folder.launched.clear()
+    assert pages.figures(folder, figures.predictions()) == {}
     assert "The host bounds" not in pages.sections([folder], [])["gpu operators"]
-
-
-def test_only_a_batch_of_128_has_the_kernels_times_beside_it(folder):
-    assert folder.beside(operator_row("forward", {"ours": 1.0})) == 40
-    assert folder.beside(operator_row("forward", {"ours": 1.0}, batch=2)) is None
-    assert folder.beside(operator_row("forward", {"ours": 1.0}, shape="8×16@50×80 K=13")) is None
-
-
-def test_the_readmes_table_and_where_ours_loses(folder):
-    text = pages.readme([folder])
-    assert "| `na2d_av` | M 8×16@14² K=13 | 50.0 | 80.0× | 10.0× | 2.00 | 8.00× | 0.50× |" in text
-    assert "At 1 of 1 shapes the eager forward+backward call is slower than the compiled form" in text
-    assert "Over all 2 rows that there was time for (of 3)" in text
-    assert "There was no time to compare `depthwise_conv2d` with anything." in text
-    assert "`net`, inference at batch 64: 1,500 images per second, 500 on the naive path (3.00×)." in text
-
-
-def test_predictions_stand_alone_where_nothing_was_measured():
-    text = pages.sections([], [PREDICTED])["predicted"]
-    assert "| av.14 | forward | mix: issue | 1 | 10.0 | 15.0 | – | – | – |" in text
-    assert "times as long" not in text
+    assert "Over all 0 rows that there was time for (of 76)" in pages.readme([folder])
 
 
 def test_tuned_configs_beside_the_heuristics():
@@ -229,16 +127,14 @@ def test_tuned_configs_beside_the_heuristics():
 
 
 def test_figures_show_every_contender_and_name_their_numbers(folder):
-    drawn = pages.figures(folder, [PREDICTED])
-    assert set(drawn) == {"operators.png", "predicted.png"}
+    drawn = pages.figures(folder, figures.predictions())
+    legends = {file: [text.get_text() for text in figure.legends[0].texts] for file, (figure, _) in drawn.items()}
+    assert legends == {
+        "operators.png": ["memory floor", "ours", "naive", "naive, compiled"],
+        "predicted.png": ["memory floor", "predicted", "measured"],
+    }
     figure, source = drawn["operators.png"]
-    assert source == report.fingerprint(RECORDS["bench.json"])
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == ["memory floor", "ours", "naive", "naive, compiled"]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["10×", "na2d_av"]  # 500 µs compiled against 50
-    figure, _ = drawn["predicted.png"]
-    assert [text.get_text() for text in figure.legends[0].texts] == ["memory floor", "predicted", "measured"]
-    assert [axis.texts[0].get_text() for axis in figure.axes] == ["2.0×", "1.2×"]
-    folder.operators = [SKIPPED]
-    folder.launched.clear()
-    assert pages.figures(folder, [PREDICTED]) == {}, "there is no figure of what was not measured"
+    assert source == report.fingerprint(folder.load("bench.json"))
+    row = next(row for row in folder.timed("forward") if row["operator"] == "na2d_av")
+    nearest = min(time["p50_ms"] for name, time in row["graph"].items() if name in ("naive", "compiled"))
+    assert f"{nearest / row['graph']['ours']['p50_ms']:.0f}×" in [text.get_text() for text in figure.axes[0].texts]

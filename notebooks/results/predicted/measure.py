@@ -1,6 +1,6 @@
 """Measure on this GPU what collect.py predicts: the time of every kernel that a public operator launches.
 
-    python notebooks/results/predicted/measure.py FILE.json [CASE ...]
+    python -m notebooks.results.predicted.measure FILE.json [CASE ...]
 
 from the repository's root. Cases carry collect.py's names. Each kernel's time is the median over runs between which the
 GPU's L2 cache is overwritten, as read by PyTorch's profiler; in microseconds, in the order of the launches.
@@ -21,35 +21,22 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from autotune import timing, workloads
+from autotune import timing
 from autotune.measure import one_line
-from autotune.workloads import Workload
+from autotune.workloads import Workload, channels_last, operator_workloads
 from kernels.files import write_json
+from notebooks.results.folder import case_of
 
 RUNS = 9
 CACHE = 512 << 20  # bytes; several times any L2
 
-FOCUS = {14: (8, 13), 7: (16, 7)}
-STAGES = {56: (64, 17), 28: (128, 15), 14: (256, 13), 7: (512, 7)}
-
 
 def cases() -> dict[str, Workload]:
-    found: dict[str, Workload] = {}
-    for side, (channels, kernel_size) in STAGES.items():
-        first = workloads.involution("RedNet-50", 128, channels, (side, side), 7, 16)
-        last = workloads.channels_last(first)
-        found[f"involution.{side}"], found[f"involution.{side}.last"] = first, last
-        found[f"generate.{side}"], found[f"generate.{side}.last"] = map(workloads.generation, (first, last))
-        found[f"depthwise.{side}.last"] = workloads.depthwise("OverLoCK-T", 128, channels, (side, side), kernel_size)
-    for side, (heads, kernel_size) in FOCUS.items():
-        size = (side, side)
-        found[f"contmix.{side}"] = workloads.contmix("OverLoCK-T", 128, heads, 16, size, (5, kernel_size))
-        for operator in ("na2d_av", "na2d_qk", "na2d_softmax_av"):
-            name = f"{operator.removeprefix('na2d_')}.{side}"
-            found[name] = workloads.neighborhood(operator, "OverLoCK-T", 128, heads, 16, size, kernel_size)
-    found["contmix.50x80"] = workloads.contmix("OverLoCK-T", 2, 8, 16, (50, 80), (5, 13))
-    found["outlook.28"] = workloads.outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)
-    return found
+    """Every operator at the models' shapes, where maps lie channels last the other way, too; ContMix on a large one."""
+    large = [found for found in operator_workloads(2, (800, 1280)) if found.operator == "contmix2d"]
+    found = {case_of(workload.operator, workload.shape): workload for workload in (*operator_workloads(128), large[0])}
+    last = {name.removesuffix(".last"): case for name, case in found.items() if name.endswith(".last")}
+    return found | {name: channels_last(case, False) for name, case in last.items()}
 
 
 def kernel_times(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:

@@ -1,0 +1,82 @@
+"""The commands of ``python -m autotune``: what they refuse, in one line and before anything is measured or written."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import autotune
+from autotune.__main__ import COMMANDS, main
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("profile --quick --sizes 16", "--sizes: must be SIDE or HEIGHTxWIDTH, at least 32 pixels each, got '16'"),
+        ("profile --quick --sizes 64x64x64", "--sizes: must be SIDE or HEIGHTxWIDTH"),
+        ("profile --quick --shape 1x16x8x8", "--shape must be BATCHxCHANNELSxHEIGHTxWIDTH, of an --operator"),
+        ("profile --quick --operator na2d_av --shape 1x16x8", "--shape must be BATCHxCHANNELSxHEIGHTxWIDTH"),
+        ("profile --quick --operator na2d_av --shape 1x16x0x8", "--shape: must be an integer of at least 1, got '0'"),
+        ("profile --quick --operator na2d_av --shape 1x16x8x8 --kernel-size 4", "kernel_size must be odd"),
+        ("profile --quick --operator na2d_av --shape 1x20x8x8", "channels must be a multiple of 16"),
+        ("profile --quick --operator na2d_av --shape 2x16x8x8 --batch 3", "--batch, --shape and --input must have"),
+        ("profile --quick --operator na2d_av nothing", "--operator must match a name, 'nothing' does not; names begin"),
+        ("profile --quick --kernel-size 3", "--kernel-size must come with --shape"),
+        ("profile --quick --input 1x3x8x8", "--input must come with --module"),
+        ("profile --quick --model nothing", "--model must be a name"),
+        ("profile --quick --against missing.json", "--against must be a profile.json that can be read"),
+        ("profile --quick --threshold 0", "--threshold: must be a finite number above 0"),
+        ("profile --quick --backend magic", "--backend: invalid choice: 'magic'"),
+        ("bench --quick --no-compile --operator nothing", "--operator must match a name, 'nothing' does not"),
+        ("bench --quick --no-compile --model resnet50", "got 'resnet50'"),
+        ("compile --arch sm_1", "argument --arch: invalid choice: 'sm_1'"),
+        ("compile --only nothing", "no case contains 'nothing'"),
+        ("tune --model rednet26 --all", "argument --all: not allowed with argument --model"),
+        pytest.param("tune --operator nothing --quick --device cpu", "--operator must match a name", marks=without_gpu),
+        pytest.param("tune --all", "tuning times kernels on a GPU, and there is none here", marks=without_gpu),
+        pytest.param("suite", "the suite measures a GPU", marks=without_gpu),
+    ],
+)
+def test_bad_arguments_are_named(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
+    if command.startswith("compile"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    out = ["--out", str(tmp_path / "new")] if command.startswith(("profile", "bench")) else []
+    try:
+        code = main([*command.split(), *out])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@without_gpu
+@pytest.mark.parametrize(("command", "interpreting"), [("profile --quick --backend triton", True), ("verify", False)])
+def test_kernels_in_the_interpreter_are_checked_and_never_timed(command, interpreting, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("autotune.verify.interpreting", lambda: interpreting)
+    monkeypatch.setattr("autotune.profile.interpreting", lambda: interpreting)
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy_command.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "toy", ("toy_command", "what this machine cannot run"))
+    assert main(["toy"]) == 2
+    assert "toy needs the package no_such_package, which is not installed here" in capsys.readouterr().err
+
+
+def test_the_package_and_its_help_bring_neither_torch_nor_ipython():
+    code = "import sys, autotune, autotune.__main__\ntry: autotune.__main__.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'IPython', 'triton'} & set(sys.modules)\n"
+    code += "assert set(autotune._MODULES) <= set(dir(autotune))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = autotune.nothing  # pyright: ignore[reportAttributeAccessIssue]
