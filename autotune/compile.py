@@ -59,6 +59,15 @@ ARCHITECTURES = {
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "fp64"}
 
 
+class Fused(Workload):
+    """A 3×3 depthwise convolution as inference has it, with all that its kernel can do beside it."""
+
+    def run(self, inputs: Any, *_: Any) -> list[Tensor]:
+        from kernels.depthwise.fused import fused_depthwise_conv2d
+
+        return fused_depthwise_conv2d(**inputs, gelu=True, squares=True)
+
+
 def cases() -> dict[str, list[Workload]]:
     """What is built, by name: operators at shapes of the models at which, together, they launch every kernel."""
     rednet = involution("RedNet-50", 128, 128, (28, 28), 7, 16)
@@ -73,6 +82,7 @@ def cases() -> dict[str, list[Workload]]:
         "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
         "outlook 6x32@28 K=3 s=2": [outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
         "depthwise 64@56 K=17": [channels_last(depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
+        "depthwise 224@56 K=3, fused": [Fused(**vars(depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
         "depthwise 256@14 K=13, channels last": [depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
         "contmix 8x16@14 K=5, 13": [contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
         "contmix 8x16@56 K=5, 13": [contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],

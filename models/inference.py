@@ -8,7 +8,7 @@
 Affine layers compute s·x + t per channel: batch norms with running statistics, and layer scales. Blocks and families
 say what they become by a method ``folded``; this module has the order, and the rule for layers in sequence. Some
 layers stay: the batch norm after an involution, whose kernels depend on its input, and layers that were replaced,
-wrapped or hooked.
+wrapped or hooked. Last, 3×3 depthwise convolutions become layers that a GPU runs in fewer passes (``layers.fused``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract
 from models.layers import DepthwiseConv2d, DilatedReparamBlock, LayerScale
-from models.layers.fusion import CONVOLUTIONS, affine, as_built, convolves, fold_after
+from models.layers.fused import fuse
+from models.layers.fusion import CONVOLUTIONS, affine, as_built, convolves, fold_after, fold_before
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,6 +63,7 @@ def optimize_for_inference(model: Model) -> Model:
     optimised.set_grad_checkpointing(False)
     optimised.to(torch.promote_types(dtype, torch.float32))  # so that weights are rounded once, after folding
     _fold(optimised)
+    fuse(optimised)
     optimised.to(dtype)
     for module in optimised.modules():
         # A weight in another memory format than the image would be copied at every call.
@@ -101,7 +103,7 @@ def fold_sequence(layers: nn.Sequential) -> None:
         if as_built(before, (*CONVOLUTIONS, DepthwiseConv2d)):
             fold_after(before, *scale_and_shift)
         elif convolves(after, 1):
-            _fold_before(after, *scale_and_shift)
+            fold_before(after, *scale_and_shift)
         else:
             continue
         layers[index] = nn.Identity()
@@ -112,10 +114,3 @@ def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     if isinstance(layer, LayerScale):
         return None if layer.bias is None or not as_built(layer, LayerScale) else (layer.weight.flatten(), layer.bias)
     return affine(layer)
-
-
-def _fold_before(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """W∗(s[i]·x + t[i]) + b = (W·s)∗x + (b + Σ_{i,k} W[:, i, k]·t[i]); padding would have to read −t/s, not 0."""
-    moved = conv.weight.sum((2, 3)) @ shift
-    conv.bias = nn.Parameter(moved if conv.bias is None else conv.bias + moved, requires_grad=False)
-    conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1), requires_grad=False)

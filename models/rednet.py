@@ -65,6 +65,21 @@ class Bottleneck(nn.Module):
         return self
 
 
+class PoolThenReLU(nn.Module):
+    """ReLU(maxpool(x) + bias), which is maxpool(ReLU(x + bias)): both keep the order of numbers.
+
+    It computes on the channels-last view, whose order compiled code keeps for the output.
+    """
+
+    def __init__(self, pool: nn.Module, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.pool = pool
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.pool(x).permute(0, 2, 3, 1) + self.bias).permute(0, 3, 1, 2)
+
+
 class RedNet(BackboneContract):
     """Stem, four stages of bottlenecks, global average pooling and a linear classifier.
 
@@ -102,7 +117,7 @@ class RedNet(BackboneContract):
             nn.ReLU(),
             conv_bn_relu(stem_channels, 64, 3),
         )
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1)
         drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         channels = 64
         for stage in range(4):
@@ -141,6 +156,15 @@ class RedNet(BackboneContract):
             x = self.get_submodule(info["module"])(x)
             maps.append(x)
         return x, maps
+
+    def folded(self) -> nn.Module:
+        """Pools before the last bias and ReLU of the stem, which then see a quarter of the pixels."""
+        last: Any = self.stem[-1]
+        layers, kinds = (*last, self.maxpool), (nn.Conv2d, nn.Identity, nn.ReLU, nn.MaxPool2d)
+        if all(as_built(layer, kind) for layer, kind in zip(layers, kinds, strict=True)) and last[0].bias is not None:
+            self.maxpool = PoolThenReLU(self.maxpool, last[0].bias)
+            last[0].bias, last[2] = None, nn.Identity()
+        return self
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, 2048, h, w] -> logits [B, num_classes], or the pooled features [B, 2048]."""

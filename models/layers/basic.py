@@ -100,8 +100,13 @@ class GlobalResponseNorm(nn.Module):
             norm = x.square().sum((2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         else:
             norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
-        scale = self.gamma * (norm / (norm.mean(1, keepdim=True) + self.eps)) + 1
-        return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
+        # On the permuted view, whose default order compiled code keeps: the next layers read channels-last maps.
+        scale, shift = (each.to(x.dtype).permute(0, 2, 3, 1) for each in (self.scale(norm), self.beta))
+        return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
+
+    def scale(self, norm: Tensor) -> Tensor:
+        """γ·n/(mean_c n + 1e-6) + 1 for norms n [B, C, 1, 1]."""
+        return self.gamma * (norm / (norm.mean(1, keepdim=True) + self.eps)) + 1
 
 
 class SqueezeExcite(nn.Module):

@@ -81,7 +81,8 @@ class ContMix(nn.Module):
             x = F.interpolate(x, enlarged, mode="bilinear")
             features = F.interpolate(features, enlarged, mode="bilinear")
         query = self.weight_query(features[:, : self.channels]).unflatten(1, (self.num_heads, -1))
-        key = self.weight_key(features[:, self.channels :]) * self.scale
+        key = self.weight_key(features[:, self.channels :])
+        key = key if self.scale == 1 else key * self.scale
         key = key.unflatten(1, (self.num_heads, -1)).flatten(3)
         value = x.unflatten(1, (2, self.num_heads, -1))
         proj = self.weight_proj

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.backend import get_backend
 from models.checks import flag, integer, one_of
 from models.layers.fusion import affine, as_built, convolves
+from models.layers.pointwise import in_16_bits_on_gpu
 from models.layers.tracing import leaf
 
 
@@ -35,15 +37,27 @@ class ResidualDepthwiseConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution with "same" padding, computed by ``kernels.depthwise_conv2d``: for kernels beyond 3×3."""
+    """Depthwise convolution with "same" padding, computed by ``kernels.depthwise_conv2d``: for kernels beyond 3×3.
 
-    def __init__(self, channels: int, kernel_size: int, bias: bool = True) -> None:
+    A dilated kernel is one of dilation 1 with zeros between its entries, and computed as such where PyTorch has no fast
+    kernels for dilation: in 16 bits on a GPU, and beyond 3×3 everywhere.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = True, dilation: int = 1) -> None:
         channels, kernel_size = integer("channels", channels), integer("kernel_size", kernel_size)
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+        padding = dilation * (kernel_size // 2)
+        super().__init__(channels, channels, kernel_size, 1, padding, dilation, groups=channels, bias=bias)
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        return kernels.depthwise_conv2d(input, self.weight, self.bias)
+        weight, dilation = self.weight, self.dilation[0]
+        if dilation > 1:
+            if get_backend() == "reference" or (weight.shape[-1] <= 3 and not in_16_bits_on_gpu(input)):
+                return super().forward(input)
+            width = dilation * (weight.shape[-1] - 1) + 1
+            weight = weight.new_zeros(*weight.shape[:2], width, width)
+            weight[..., ::dilation, ::dilation] = self.weight
+        return kernels.depthwise_conv2d(input, weight, self.bias)
 
 
 class DilatedReparamBlock(nn.Module):
@@ -74,10 +88,7 @@ class DilatedReparamBlock(nn.Module):
             return
         self.origin_bn = nn.BatchNorm2d(channels)
         for size, dilation in self.BRANCHES[kernel_size]:
-            options = {"padding": dilation * (size // 2), "dilation": dilation, "groups": channels, "bias": False}
-            dilated = dilation > 1
-            conv = nn.Conv2d(channels, channels, size, **options) if dilated else DepthwiseConv2d(channels, size, False)
-            self.add_module(f"dil_conv_k{size}_{dilation}", conv)
+            self.add_module(f"dil_conv_k{size}_{dilation}", DepthwiseConv2d(channels, size, False, dilation))
             self.add_module(f"dil_bn_k{size}_{dilation}", nn.BatchNorm2d(channels))
 
     @property
@@ -101,11 +112,10 @@ class DilatedReparamBlock(nn.Module):
         parts = []
         sizes = ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
         for (size, dilation), (conv, norm) in zip(sizes, self.branches(), strict=True):
-            kinds = (DepthwiseConv2d,) if dilation == 1 else (nn.Conv2d,)
             normed = affine(norm, device)
             if normed is None or conv.bias is not None:
                 return None
-            if not convolves(conv, size, device, kinds=kinds, dilation=dilation, groups=self.channels):
+            if not convolves(conv, size, device, kinds=DepthwiseConv2d, dilation=dilation, groups=self.channels):
                 return None
             parts.append((size, dilation, conv.weight, *normed))
         kernel = torch.zeros_like(self.lk_origin.weight)

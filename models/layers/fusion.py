@@ -73,6 +73,13 @@ def fold_after(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     conv.bias = nn.Parameter(bias, requires_grad=False)
 
 
+def fold_before(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
+    """W∗(s[i]·x + t[i]) + b = (W·s)∗x + (b + Σ_{i,k} W[:, i, k]·t[i]); padding would have to read −t/s, not 0."""
+    moved = conv.weight.sum((2, 3)) @ shift
+    conv.bias = nn.Parameter(moved if conv.bias is None else conv.bias + moved, requires_grad=False)
+    conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1), requires_grad=False)
+
+
 def last_convolution(layers: nn.Module) -> nn.Conv2d | None:
     """The last layer in sequence apart from identities, if it is a convolution that may be folded into; else None."""
     if not as_built(layers, nn.Sequential):

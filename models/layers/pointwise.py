@@ -23,19 +23,19 @@ class PointwiseConv2d(nn.Conv2d):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if transforming() or not _multiplies(input):
+        if transforming() or not (in_16_bits_on_gpu(input) and is_matrix(input)):
             return super().forward(input)
         pixels = input.permute(0, 2, 3, 1)
         out = F.linear(pixels.reshape(-1, pixels.shape[3]), self.weight.flatten(1), self.bias)
         return out.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 
-def _multiplies(x: Tensor) -> bool:
-    """Whether x is multiplied in 16 bits on a GPU, and its pixels are the rows of a matrix."""
+def in_16_bits_on_gpu(x: Tensor) -> bool:
+    """Whether x is multiplied in 16 bits on a GPU."""
     if x.device.type != "cuda":
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return dtype in (torch.float16, torch.bfloat16) and is_matrix(x)
+    return dtype in (torch.float16, torch.bfloat16)
 
 
 def is_matrix(x: Tensor) -> bool:

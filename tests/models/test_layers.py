@@ -10,6 +10,7 @@ from torch import nn
 import kernels
 from models.layers import (
     ContMix,
+    DepthwiseConv2d,
     DilatedReparamBlock,
     DropPath,
     GELU2d,
@@ -22,7 +23,6 @@ from models.layers import (
     ResidualDepthwiseConv2d,
     SqueezeExcite,
 )
-from models.layers.pointwise import is_matrix
 from tests.support import DEVICE, assert_close, random_tensor, randomise
 
 TOLERANCE = 1e-12
@@ -98,9 +98,21 @@ def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
     whole = random_tensor(3, 8, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     maps = [whole[:, :6], whole[:, 2:], whole[:1, :6], whole[:, :6, :1], whole[:, :6, :1, :1], whole[:, :6, :, :1]]
     expected = [F.conv2d(x, layer.weight, layer.bias) for x in maps]
-    monkeypatch.setattr("models.layers.pointwise._multiplies", is_matrix)
+    monkeypatch.setattr("models.layers.pointwise.in_16_bits_on_gpu", lambda _: True)
     assert_close([layer(x) for x in maps], expected, 1e-14)
     found, right = (torch.autograd.grad(out.sin().sum(), layer.parameters()) for out in (layer(maps[0]), expected[0]))
+    assert_close(found, right, 1e-13)
+
+
+@pytest.mark.parametrize(("size", "dilation"), [(3, 2), (3, 4), (5, 2)])
+def test_dilated_depthwise_convolution_as_a_dense_one(size, dilation, monkeypatch):
+    layer = randomise(DepthwiseConv2d(4, size, dilation=dilation))
+    x = random_tensor(2, 4, 9, 10, dtype=torch.float64).requires_grad_()
+    expected = F.conv2d(x, layer.weight, layer.bias, padding=layer.padding, dilation=dilation, groups=4)
+    monkeypatch.setattr("models.layers.depthwise.in_16_bits_on_gpu", lambda _: True)
+    out, inputs = layer(x), (x, *layer.parameters())
+    assert_close(out, expected, 1e-14)
+    found, right = (torch.autograd.grad(y.sin().sum(), inputs) for y in (out, expected))
     assert_close(found, right, 1e-13)
 
 

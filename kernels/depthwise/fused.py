@@ -1,0 +1,145 @@
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""3×3 depthwise convolution for inference, in one pass with the GELU before it and the sums of squares after it.
+
+    h = GELU(x) or x;   out[b,c,i] = Σ_k weight[c,k] · h[b,c, i − 1 + k] + bias[c];   squares[b,c] = Σ_i out[b,c,i]²
+
+A program keeps COLUMNS outputs of a row in registers and slides down the map, so that it loads (COLUMNS + 2) / COLUMNS
+inputs per output and takes as many GELUs. Where images are few, it slides over a band of their rows only. The operator
+is a ``triton_op``: in compiled graphs Inductor launches the kernel itself, without the host's time for an operator in
+Python.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.library import triton_op, wrap_triton
+
+from kernels.backend import interpreting
+from kernels.launch import ceil_divide, launch
+
+COLUMNS = 7  # divides the maps of images of 224 pixels
+BLOCK = 64  # channels of a program, two per lane
+PROGRAMS = 2048  # below which a map is cut into bands, of LEAST rows or more: two warps per scheduler of a large GPU
+LEAST = 8
+
+
+@triton.jit
+def _gelu(x):
+    """max(x, 0) − |x|·Φ(−|x|), Φ being 2 to the power of a polynomial: to 6e-7, in a third of erf's instructions."""
+    a = tl.abs(x)
+    power = a * (8.507894352e-3 + a * (-9.305259446e-4 + a * (6.159844634e-5 - a * 1.834819841e-6)))
+    power = -0.9999952913 + a * (-1.151251078 + a * (-0.4584643841 + a * (-5.396007374e-2 + power)))
+    return tl.maximum(x, 0) - a * tl.exp2(power)
+
+
+@triton.jit
+def _row(p_row, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS + 2 inputs [C] of a row, from column ``first`` on; 0 outside the map."""
+    values = ()
+    for i in tl.static_range(COLUMNS + 2):
+        m_column = m_row & (first + i >= 0) & (first + i < width)
+        b_x = tl.load(p_row + i * stride, mask=m_channel & m_column, other=0).to(tl.float32)
+        if GELU:
+            b_x = _gelu(b_x)
+        values = values + (b_x,)
+    return values
+
+
+@triton.jit
+def _fused_kernel(
+    x,  # [B, H, W, C], contiguous
+    weight,  # [C, 3, 3], contiguous
+    bias,  # [C]
+    out,  # like x
+    squares,  # [B, bands · strips, C], not written without SQUARES
+    height, width, rows, half_channels, bands, strips, blocks,
+    GELU: tl.constexpr, SQUARES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One program per (image, band of rows, strip of columns, block of channels), channels fastest.
+    i_block = tl.program_id(0) % blocks
+    i_part = tl.program_id(0) // blocks  # image, band and strip
+    i_strip = i_part % strips
+    i_image = i_part // strips // bands
+    top = i_part // strips % bands * rows
+    first_row, last_row = tl.maximum(top - 1, 0), tl.minimum(top + rows, height)
+    channels = half_channels * 2  # the compiler then knows that it is even
+    o_channel = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_channel = o_channel < channels
+    first = i_strip * COLUMNS - 1
+    o_first = i_image.to(tl.int64) * height * width * channels + (first_row * width + first) * channels
+    p_x, p_out = x + o_first + o_channel, out + o_first + channels + o_channel
+    w = ()
+    for k in tl.static_range(9):
+        b_weight = tl.load(weight + o_channel * 9 + k, mask=m_channel, other=0).to(tl.float32)
+        w = w + (b_weight,)
+    b_bias = tl.load(bias + o_channel, mask=m_channel, other=0).to(tl.float32)
+    b_squares = tl.zeros([BLOCK], tl.float32)
+    above = (b_bias,) * COLUMNS  # the row above the one that is read: only its last kernel row is missing
+    here = (b_bias,) * COLUMNS
+    values = _row(p_x, height > 0, first, width, channels, m_channel, GELU, COLUMNS)
+    for i_row in range(first_row, last_row + 1):
+        p_x += width * channels
+        following = _row(p_x, i_row + 1 < height, first, width, channels, m_channel, GELU, COLUMNS)
+        done, left, below = (), (), ()
+        for i in tl.static_range(COLUMNS):
+            x0, x1, x2 = values[i], values[i + 1], values[i + 2]
+            done = done + (above[i] + w[6] * x0 + w[7] * x1 + w[8] * x2,)
+            left = left + (here[i] + w[3] * x0 + w[4] * x1 + w[5] * x2,)
+            below = below + (b_bias + w[0] * x0 + w[1] * x1 + w[2] * x2,)
+        for i in tl.static_range(COLUMNS):
+            m_out = m_channel & (i_row > top) & (first + 1 + i < width)
+            p_done = p_out + ((i_row - 1 - first_row) * width + i) * channels
+            tl.store(p_done, done[i].to(out.dtype.element_ty), mask=m_out)
+            if SQUARES:
+                b_squares += tl.where(m_out, done[i] * done[i], 0)
+        values, above, here = following, left, below
+    if SQUARES:
+        p_squares = squares + i_part.to(tl.int64) * channels + o_channel
+        tl.store(p_squares, b_squares, mask=m_channel)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the operator takes x [B, C, H, W]: channels-last memory, an even number of channels."""
+    if interpreting() and torch.compiler.is_compiling():  # PyTorch traces no interpreted kernels
+        return False
+    last = x.permute(0, 2, 3, 1).is_contiguous()
+    return last and x.shape[1] % 2 == 0 and x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
+
+
+@triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
+def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
+    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
+    batch, channels, height, width = x.shape
+    out = torch.empty_like(x)
+    strips, blocks = ceil_divide(width, COLUMNS), ceil_divide(channels, BLOCK)
+    bands = min(ceil_divide(PROGRAMS, batch * strips * blocks), ceil_divide(height, LEAST))
+    rows = ceil_divide(height, bands)
+    bands = ceil_divide(height, rows)
+    parts = x.new_empty((batch, bands * strips, channels) if squares else (1,), dtype=torch.float32)
+    grid = (batch * bands * strips * blocks,)
+    arguments = {
+        "x": x.permute(0, 2, 3, 1),
+        "weight": weight,
+        "bias": bias,
+        "out": out.permute(0, 2, 3, 1),
+        "squares": parts,
+        "height": height,
+        "width": width,
+        "rows": rows,
+        "half_channels": channels // 2,
+        "bands": bands,
+        "strips": strips,
+        "blocks": blocks,
+        "GELU": gelu,
+        "SQUARES": squares,
+        "COLUMNS": COLUMNS,
+        "BLOCK": BLOCK,
+    }
+    if type(x) in (Tensor, nn.Parameter):
+        launch(_fused_kernel, grid, x.device, arguments, num_warps=1)
+    else:  # PyTorch traces
+        wrap_triton(_fused_kernel)[grid](**arguments, num_warps=1)
+    return [out, parts.sum(1)] if squares else [out]

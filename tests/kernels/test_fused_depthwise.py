@@ -1,0 +1,51 @@
+"""3×3 depthwise convolution with GELU before and sums of squares after it, against PyTorch in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support import DEVICE, assert_close, random_tensor, triton_device
+
+fused = pytest.importorskip("kernels.depthwise.fused")
+
+
+@pytest.fixture(autouse=True)
+def _where_triton_runs():
+    triton_device()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 5, 9), (1, 66, 37, 7), (3, 2, 1, 1), (2, 130, 17, 16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_definition(shape, gelu, dtype):
+    channels = shape[1]
+    x = random_tensor(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = random_tensor(channels, 1, 3, 3, dtype=dtype), random_tensor(channels, dtype=dtype)
+    assert fused.fits(x)
+    out, squares = fused.fused_depthwise_conv2d(x, weight, bias, gelu, True)
+    entering = F.gelu(x.double()) if gelu else x.double()
+    expected = F.conv2d(entering, weight.double(), bias.double(), padding=1, groups=channels)
+    tolerance = 1e-3 if dtype == torch.float16 else 2e-6
+    assert_close(out, expected, tolerance)
+    assert_close(squares, expected.square().sum((2, 3)), tolerance)
+    assert out.stride() == x.stride()
+    (alone,) = fused.fused_depthwise_conv2d(x, weight, bias, gelu, False)
+    assert torch.equal(alone, out)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_gelu_of_small_and_large_numbers(scale):
+    """By a convolution that copies."""
+    x = torch.linspace(-8, 8, 2 * 49 * 16, device=DEVICE).view(2, 16, 7, 7) * scale
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(16, 1, 3, 3, device=DEVICE)
+    weight[:, :, 1, 1] = 1
+    (out,) = fused.fused_depthwise_conv2d(x, weight, torch.zeros(16, device=DEVICE), True, False)
+    assert (out - F.gelu(x.double())).abs().max() < 1e-6 * scale
+
+
+def test_what_does_not_fit():
+    x = torch.zeros(2, 4, 3, 3, device=DEVICE)
+    assert not fused.fits(x)  # channels first
+    assert not fused.fits(x[:, :3].contiguous(memory_format=torch.channels_last))  # pairs of channels
+    assert not fused.fits(x[:0].contiguous(memory_format=torch.channels_last))
