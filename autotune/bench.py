@@ -96,12 +96,13 @@ def _in_turns(found: Sequence[workloads.Workload]) -> list[workloads.Workload]:
 
     Where time is short, every operator has been measured.
     """
-    seen, places = Counter[Any](), []
-    for workload in found:
-        kind = (-workload.output[0], workload.operator)
-        places.append((kind[0], seen[kind]))
-        seen[kind] += 1
-    return [found[index] for index in sorted(range(len(found)), key=places.__getitem__)]
+    seen = Counter[Any]()
+
+    def place(workload: workloads.Workload) -> tuple[int, int]:
+        seen[workload.output[0], workload.operator] += 1
+        return -workload.output[0], seen[workload.output[0], workload.operator]
+
+    return sorted(found, key=place)
 
 
 def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case]:

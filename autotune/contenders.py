@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from autotune import timing
 from autotune.contest import NAIVE, Contest
 from autotune.measure import Settings, check, doubts, largest_error, leaving_out, other_work, time_and_memory
-from autotune.passes import Function, Pass, tensors_in, weights_of
+from autotune.passes import Function, Pass, tensors_in, upcast, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
 from kernels.backend import interpreting, resolve
@@ -203,18 +203,13 @@ def _paths(run: Pass, device: torch.device, backends: Sequence[str] | None) -> t
 
 def _exact(run: Pass, naive: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """On the naive path, in float32 where the precision is less; ``naive`` where the function takes no other."""
-
-    def upcast(leaf: Any) -> Any:
-        half = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 4
-        return leaf.detach().float().requires_grad_(leaf.requires_grad) if half else leaf
-
     with contextlib.suppress(RuntimeError, TypeError, ValueError):
         if dtype.itemsize < 4:
             function, held = run.function, run.held
             if isinstance(function, nn.Module):
                 function = copy.deepcopy(function).float()
                 held = [function]
-            inputs, options = tree_map(upcast, (run.inputs, run.options))
+            inputs, options = upcast((run.inputs, run.options))
             exact = Pass(function, inputs, options, backward=run.backward, backend="reference", held=held)
             return exact.checked()
     return naive

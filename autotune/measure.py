@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
 from autotune import timing
 from autotune.timing import Timing
 
@@ -55,16 +54,6 @@ class Settings:
     compiler: str | None = None
     compile_only: bool = False
     ceilings: dict[str, float] = field(default_factory=dict)
-
-
-def on_backend(backend: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` as a function that runs on ``backend``, whichever is selected otherwise."""
-
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        with kernels.use_backend(backend):
-            return call(*arguments, **options)
-
-    return wrapped
 
 
 def largest_error(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

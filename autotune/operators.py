@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from autotune import timing, workloads
+from autotune import timing
 from autotune.cases import Case
 from autotune.measure import (
     Call,
@@ -25,11 +25,10 @@ from autotune.measure import (
     graphs,
     largest_error,
     leaving_out,
-    on_backend,
     ratios,
     time_and_memory,
 )
-from autotune.passes import PASSES
+from autotune.passes import PASSES, upcast
 from autotune.workloads import Inputs, Workload
 from kernels import tolerances
 
@@ -74,17 +73,16 @@ def contenders(workload: Workload, inputs: Inputs, gradient: Tensor | None, sett
     options = dict(workload.options)
     definition: Callable[..., Tensor] = functools.partial(getattr(kernels.reference, workload.operator), **options)
 
-    def call(function: Callable[..., Tensor] | None, inputs: Inputs = inputs) -> Call:
-        return functools.partial(workload.run, inputs, gradient, function)
+    def call(function: Callable[..., Tensor] | None, inputs: Inputs = inputs, backend: str | None = None) -> Call:
+        return functools.partial(workload.run, inputs, gradient, function, backend)
 
-    calls = {"ours": on_backend(settings.backend, call(None)), "naive": call(definition)}
+    calls = {"ours": call(None, backend=settings.backend), "naive": call(definition)}
     if settings.thorough:
         if workload.operator == "depthwise_conv2d":  # PyTorch's convolution in its other memory layout
             x = inputs["x"].detach().contiguous().requires_grad_()
             calls["channels_first"] = call(definition, {**inputs, "x": x})
         if workload.operator in UNFUSED:
-            chain = functools.partial(UNFUSED[workload.operator], **options)
-            calls["unfused"] = call(on_backend(settings.backend, chain))
+            calls["unfused"] = call(functools.partial(UNFUSED[workload.operator], **options), backend=settings.backend)
     if settings.compiler is not None:
 
         def compiled_definition(**inputs: Any) -> Tensor:
@@ -110,14 +108,14 @@ def measure_operator(workload: Workload, settings: Settings, *, backward: bool =
             calls["compiled"]()
         return {}
     wider = None if gradient is None else gradient.to(torch.promote_types(settings.dtype, torch.float32))
-    exact = workloads.upcast(inputs), wider
+    exact = upcast(inputs), wider
     against, expected, left_out = "reference", None, dict[str, str]()
     with contextlib.suppress(torch.OutOfMemoryError):
-        expected = on_backend(against, workload.run)(*exact)
+        expected = workload.run(*exact, backend=against)
     if expected is None:
         reason = "the definition does not fit in the GPU's memory"
         left_out = {name: reason for name in ("naive", "compiled") if calls.pop(name, None)}
-        against, expected = "eager", on_backend("eager", workload.run)(*exact)
+        against, expected = "eager", workload.run(*exact, backend="eager")
     tolerance, what = tolerances.GRADIENT[settings.dtype], "output and gradients" if backward else "output"
     agreement = check(largest_error(calls["ours"](), expected), tolerance, what)
     for name in list(calls)[1:]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
 
@@ -19,6 +19,16 @@ PASSES = ("forward", "forward+backward")  # without and with gradients
 
 def tensors_in(structure: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def upcast(structure: Any) -> Any:
+    """The same with half-precision tensors in float32."""
+
+    def wide(leaf: Any) -> Any:
+        half = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 4
+        return leaf.detach().float().requires_grad_(leaf.requires_grad) if half else leaf
+
+    return tree_map(wide, structure)
 
 
 def weights_of(function: Function) -> list[nn.Parameter]:

@@ -201,8 +201,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         tuning.collect(_launching(arguments, device))
         store = Store(user_folder(), gpu_name(device))
-        if tuning.found:
-            _check_writable(store)  # rather than after hours of tuning
+        if tuning.found and not store.update({}):  # which warns of the reason; better now than after hours of tuning
+            raise ValueError(f"cannot write tuned configs at {store.path}")
     try:
         if device.type == "cuda":
             compiled = precompile(list(tuning.work), arguments.seconds / 2)
@@ -237,14 +237,6 @@ def run(arguments: argparse.Namespace) -> int:
     if len(unwritten) < len(best):
         messages.print(f"Wrote {escape(str(store.path))}")
     return code or int(bool(tuning.errors or unwritten or len(best) < len(rows)))
-
-
-def _check_writable(store: Store) -> None:
-    """ValueError where the store cannot be written."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if not store.update({}):
-            raise ValueError(str(caught[-1].message).partition(";")[0])
 
 
 def _interpreted_milliseconds(call: Callable[[], object]) -> float:

@@ -79,14 +79,18 @@ class Workload:
         return spec.draw(_generator(device, 1), dtype, device).detach()
 
     def run(
-        self, inputs: Inputs, gradient: Tensor | None = None, function: Callable[..., Tensor] | None = None
+        self,
+        inputs: Inputs,
+        gradient: Tensor | None = None,
+        function: Callable[..., Tensor] | None = None,
+        backend: str | None = None,
     ) -> list[Tensor]:
-        """The output on the selected backend; given its gradient, also the gradient of every tensor argument.
+        """The output; given its gradient, also the gradient of every tensor argument.
 
-        ``function`` of the same inputs stands in for the operator.
+        ``function`` of the same inputs stands in for the operator, ``backend`` for the one that is selected.
         """
         function = function or functools.partial(getattr(kernels, self.operator), **self.options)
-        with torch.set_grad_enabled(gradient is not None):
+        with kernels.use_backend(backend or kernels.get_backend()), torch.set_grad_enabled(gradient is not None):
             out = function(**inputs)
         if gradient is None:
             return [out]
@@ -112,11 +116,6 @@ def least_bytes(inputs: int, output: int, *, backward: bool) -> int:
     A backward pass reads the inputs and the output's gradient, and writes the gradient of every input.
     """
     return 3 * inputs + 2 * output if backward else inputs + output
-
-
-def upcast(inputs: Inputs) -> Inputs:
-    """Half-precision inputs in float32, others as they are."""
-    return tree_map(lambda x: x.detach().float().requires_grad_() if x.dtype.itemsize < 4 else x, inputs)
 
 
 def _text(size: Size) -> str:

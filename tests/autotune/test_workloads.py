@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import kernels
-from autotune import networks, workloads
+from autotune import networks, passes, workloads
 
 CPU = torch.device("cpu")
 
@@ -90,8 +90,8 @@ def test_inputs_are_reproducible_and_in_the_models_memory_format():
 
 
 def test_upcast_is_float32_at_least():
-    tensors = {"half": torch.ones(2, dtype=torch.float16), "pair": (torch.ones(2), torch.ones(2, dtype=torch.float64))}
-    up = workloads.upcast(tensors)
+    half = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    up = passes.upcast({"half": half, "pair": (torch.ones(2), torch.ones(2, dtype=torch.float64))})
     assert up["half"].dtype == torch.float32
     assert up["half"].requires_grad
     assert [tensor.dtype for tensor in up["pair"]] == [torch.float32, torch.float64]
