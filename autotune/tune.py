@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from autotune.precompile import Build, builds, precompile
 from autotune.tables import Table, settings_text, times
 from autotune.tuner import Outcome
 from kernels.backend import interpreting
+from kernels.files import atomic_write
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, gpu_name, look_up
 from kernels.tuning.store import Store, user_folder
@@ -63,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     effort("--candidates", type=types.positive, default=most, metavar="N", help="(default: %(default)s)")
     effort("--seconds", type=types.seconds, default=math.inf, metavar="S", help="begin none after that")
     effort("--quick", action="store_true", help="smoke test: tiny shapes, one per operator; any device")
+    text = "note there what is being tuned; a problem noted before ended an earlier run, and is passed over"
+    effort("--passing-over", type=Path, metavar="FILE", help=text)
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
@@ -79,6 +83,8 @@ class Tuning:
     force: bool = False
     time_call: Callable[[Callable[[], object]], float] = tuner.median_milliseconds
     deadline: float = math.inf
+    notes: Path | None = None
+    fatal: Sequence[str] = ()
     found: dict[str, None] = field(default_factory=dict)
     work: dict[Build, None] = field(default_factory=dict)
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -97,7 +103,7 @@ class Tuning:
 
         def note(request: Request) -> None:
             known = not self.force and look_up(request.launcher, request.problem, gpu_name(self.device)).tuned
-            if not known and request.key not in self.found:
+            if not known and request.key not in (*self.found, *self.fatal):
                 self.found[request.key] = None
                 self.work.update(dict.fromkeys(builds(request, self.most)))
 
@@ -113,6 +119,7 @@ class Tuning:
                 if key not in self.found or key in self.rows or time.monotonic() > self.deadline:
                     return
                 bar.describe(key)
+                self._note(key)
                 row = self._tuned(request)
                 if device_lost(self.device):
                     raise LostDeviceError(key)
@@ -121,6 +128,11 @@ class Tuning:
                 bar.advance(1, f"{key}: " + ("no config agreed" if best is None else f"{best:.4f} ms"))
 
             self._run(calls, tune_one)
+        self._note()
+
+    def _note(self, *attempted: str) -> None:
+        if self.notes is not None:
+            atomic_write(self.notes, "".join(f"{key}\n" for key in (*self.fatal, *attempted)))
 
     def _run(self, calls: Iterator[Callable[[], object]], observer: Callable[[Request], None]) -> None:
         with tuner.meeting(observer):
@@ -198,6 +210,8 @@ def run(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             time_call=tuner.median_milliseconds if device.type == "cuda" else _interpreted_milliseconds,
             deadline=time.monotonic() + arguments.seconds,
+            notes=(notes := arguments.passing_over),
+            fatal=notes.read_text().splitlines() if notes is not None and notes.is_file() else (),
         )
         tuning.collect(_launching(arguments, device))
         store = Store(user_folder(), gpu_name(device))
@@ -221,7 +235,11 @@ def run(arguments: argparse.Namespace) -> int:
     unwritten = [key for key, config in best.items() if stored.get(key, {}).get("config") != config]
     if arguments.json:
         record = {"gpu": gpu_name(device), "store": str(store.path), "tuned": rows, "left": tuning.left}
-        print(json.dumps(record | {"errors": tuning.errors, "unwritten": unwritten}, indent=1))
+        print(
+            json.dumps(
+                record | {"passed_over": tuning.fatal, "errors": tuning.errors, "unwritten": unwritten}, indent=1
+            )
+        )
     elif rows:
         _table(rows, f"Tuned on {gpu_name(device)}").show(console)
     elif not tuning.errors and not tuning.left:
@@ -230,13 +248,14 @@ def run(arguments: argparse.Namespace) -> int:
         why = "interrupted" if code == 130 else "not all"
         left = f"{len(tuning.left)} of {len(tuning.found)} problems are left"
         messages.print(f"[yellow]{why}[/]: {left}; the same command goes on")
-    told = [("failed[/]", error) for error in dict.fromkeys(tuning.errors)]
+    told = [("passed over[/], it ended an earlier run:", key) for key in tuning.fatal]
+    told += [("failed[/]", error) for error in dict.fromkeys(tuning.errors)]
     told += [(f"not written[/] to {escape(str(store.path))}:", key) for key in unwritten]
     for what, which in told:
         messages.print(f"[red]{what} {escape(which)}")
     if len(unwritten) < len(best):
         messages.print(f"Wrote {escape(str(store.path))}")
-    return code or int(bool(tuning.errors or unwritten or len(best) < len(rows)))
+    return code or int(bool(tuning.fatal or tuning.errors or unwritten or len(best) < len(rows)))
 
 
 def _interpreted_milliseconds(call: Callable[[], object]) -> float:

@@ -171,7 +171,8 @@ def phases_of(folder: Path, device: torch.device, scratch: Path, *, quick: bool)
 
     def tune(seconds: int, _again: bool) -> list[str]:
         which = ["--operator", "involution2d"] if quick else ["--all", "--candidates", "14"]
-        return [*autotune, "tune", *which, *where, "--seconds", str(seconds)]
+        noted = ["--passing-over", str(scratch / "attempts")]
+        return [*autotune, "tune", *which, *where, *noted, "--seconds", str(seconds)]
 
     def keep_tests(complete: bool) -> None:
         record = {"schema": 1, "command": " ".join(_test_command(quick)[1:]), "complete": complete}

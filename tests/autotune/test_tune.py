@@ -122,10 +122,17 @@ def test_one_failure_does_not_cost_the_others(monkeypatch, capsys):
     assert "toy pixels=23 dtype=float32: no config agreed" in capsys.readouterr().err
 
 
-def test_a_lost_gpu_ends_the_run_with_a_code_of_its_own(monkeypatch, capsys, command):
-    monkeypatch.setattr(tune, "device_lost", lambda device: True)
-    assert command([_launch(20), _launch(21)]) == tune.LOST
+def test_what_ended_a_run_is_passed_over_by_the_next(tmp_path, monkeypatch, capsys, command):
+    launches, arguments = [_launch(20), _launch(21)], ("--json", "--passing-over", str(tmp_path / "noted"))
+    with monkeypatch.context() as lost:
+        lost.setattr(tune, "device_lost", lambda device: True)
+        assert command(launches, *arguments) == tune.LOST
     assert "the GPU was lost while tuning toy pixels=20" in capsys.readouterr().err
+    assert command(launches, *arguments) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["passed_over"] == [_key(20)]
+    assert [row["key"] for row in record["tuned"]] == [_key(21)]
+    assert (tmp_path / "noted").read_text() == f"{_key(20)}\n"
 
 
 def test_a_store_that_cannot_be_written_is_refused_before_anything_is_tuned(tmp_path, monkeypatch, capsys, command):
