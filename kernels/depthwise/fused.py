@@ -10,6 +10,7 @@ Python.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from torch.library import triton_op, wrap_triton
 
 from kernels.backend import interpreting
 from kernels.launch import ceil_divide, launch
+from kernels.tuning import repeated
 
 COLUMNS = 7  # divides the maps of images of 224 pixels
 BLOCK = 64  # channels of a program, two per lane
@@ -109,9 +111,10 @@ def fits(x: Tensor) -> bool:
     return last and x.shape[1] % 2 == 0 and x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
 
 
-@triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
-def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
-    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool
+) -> tuple[tuple[int, ...], dict[str, Any], Tensor, Tensor]:
+    """The launch's grid and arguments; its output and partial sums of squares."""
     batch, channels, height, width = x.shape
     out = torch.empty_like(x)
     strips, blocks = ceil_divide(width, COLUMNS), ceil_divide(channels, BLOCK)
@@ -119,7 +122,6 @@ def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, 
     rows = ceil_divide(height, bands)
     bands = ceil_divide(height, rows)
     parts = x.new_empty((batch, bands * strips, channels) if squares else (1,), dtype=torch.float32)
-    grid = (batch * bands * strips * blocks,)
     arguments = {
         "x": x.permute(0, 2, 3, 1),
         "weight": weight,
@@ -138,8 +140,29 @@ def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, 
         "COLUMNS": COLUMNS,
         "BLOCK": BLOCK,
     }
+    return (batch * bands * strips * blocks,), arguments, out, parts
+
+
+@repeated
+def _launched(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> tuple[Tensor, Tensor]:
+    grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares)
+    launch(_fused_kernel, grid, x.device, arguments, num_warps=1)
+    return out, parts
+
+
+@triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
+def _traced(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
     if type(x) in (Tensor, nn.Parameter):
-        launch(_fused_kernel, grid, x.device, arguments, num_warps=1)
-    else:  # PyTorch traces
+        out, parts = _launched(x, weight, bias, gelu, squares)
+    else:
+        grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares)
         wrap_triton(_fused_kernel)[grid](**arguments, num_warps=1)
+    return [out, parts.sum(1)] if squares else [out]
+
+
+def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
+    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
+    if torch.compiler.is_compiling():
+        return _traced(x, weight, bias, gelu, squares)
+    out, parts = _launched(x, weight, bias, gelu, squares)
     return [out, parts.sum(1)] if squares else [out]
