@@ -72,7 +72,8 @@ def _fused_kernel(
     m_channel = o_channel < channels
     first = i_strip * COLUMNS - 1
     o_first = i_image.to(tl.int64) * height * width * channels + (first_row * width + first) * channels
-    p_x, p_out = x + o_first + o_channel, out + o_first + channels + o_channel
+    p_x = x + o_first + o_channel
+    p_out = out + o_first + channels + o_channel - width * channels  # of the row above the one that is read
     w = ()
     for k in tl.static_range(9):
         b_weight = tl.load(weight + o_channel * 9 + k, mask=m_channel, other=0).to(tl.float32)
@@ -93,11 +94,11 @@ def _fused_kernel(
             below = below + (b_bias + w[0] * x0 + w[1] * x1 + w[2] * x2,)
         for i in tl.static_range(COLUMNS):
             m_out = m_channel & (i_row > top) & (first + 1 + i < width)
-            p_done = p_out + ((i_row - 1 - first_row) * width + i) * channels
-            tl.store(p_done, done[i].to(out.dtype.element_ty), mask=m_out)
+            tl.store(p_out + i * channels, done[i].to(out.dtype.element_ty), mask=m_out)
             if SQUARES:
                 b_squares += tl.where(m_out, done[i] * done[i], 0)
         values, above, here = following, left, below
+        p_out += width * channels
     if SQUARES:
         p_squares = squares + i_part.to(tl.int64) * channels + o_channel
         tl.store(p_squares, b_squares, mask=m_channel)
