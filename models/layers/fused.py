@@ -1,4 +1,5 @@
-"""What inference runs in one kernel on a GPU: 3×3 depthwise convolutions, alone and inside of feed-forward parts."""
+"""What inference runs in one kernel on a GPU: 3×3 depthwise convolutions, alone and inside of feed-forward parts, and
+1×1 convolutions with the ReLU after them."""
 
 from __future__ import annotations
 
