@@ -50,18 +50,24 @@ class Bottleneck(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn1(self.conv1(x))
+        out = out if getattr(self.conv1, "relu", False) else F.relu(out)
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.drop_path(self.bn3(self.conv3(out)))
         return F.relu(out + self.downsample(x))
 
     def folded(self) -> nn.Module:
-        """Folds batch norms into the convolutions before them; ``bn2`` follows the involution and stays."""
+        """Folds batch norms, and the first ReLU, into the convolutions before them.
+
+        ``bn2`` follows the involution and stays.
+        """
         for conv, name in ((self.conv1, "bn1"), (self.conv3, "bn3")):
             norm = affine(getattr(self, name))
             if norm is not None and as_built(conv, CONVOLUTIONS):
                 fold_after(conv, *norm)
                 setattr(self, name, nn.Identity())
+        if as_built(self.conv1, PointwiseConv2d) and as_built(self.bn1, nn.Identity):
+            self.conv1.relu = True
         return self
 
 

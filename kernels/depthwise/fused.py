@@ -10,6 +10,7 @@ Python.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from torch.library import triton_op, wrap_triton
 
 from kernels.backend import interpreting
 from kernels.launch import ceil_divide, launch
+from kernels.tuning import repeated
 
 COLUMNS = 7  # divides the maps of images of 224 pixels
 BLOCK = 64  # channels of a program, two per lane
@@ -70,7 +72,8 @@ def _fused_kernel(
     m_channel = o_channel < channels
     first = i_strip * COLUMNS - 1
     o_first = i_image.to(tl.int64) * height * width * channels + (first_row * width + first) * channels
-    p_x, p_out = x + o_first + o_channel, out + o_first + channels + o_channel
+    p_x = x + o_first + o_channel
+    p_out = out + o_first + channels + o_channel - width * channels  # of the row above the one that is read
     w = ()
     for k in tl.static_range(9):
         b_weight = tl.load(weight + o_channel * 9 + k, mask=m_channel, other=0).to(tl.float32)
@@ -91,11 +94,11 @@ def _fused_kernel(
             below = below + (b_bias + w[0] * x0 + w[1] * x1 + w[2] * x2,)
         for i in tl.static_range(COLUMNS):
             m_out = m_channel & (i_row > top) & (first + 1 + i < width)
-            p_done = p_out + ((i_row - 1 - first_row) * width + i) * channels
-            tl.store(p_done, done[i].to(out.dtype.element_ty), mask=m_out)
+            tl.store(p_out + i * channels, done[i].to(out.dtype.element_ty), mask=m_out)
             if SQUARES:
                 b_squares += tl.where(m_out, done[i] * done[i], 0)
         values, above, here = following, left, below
+        p_out += width * channels
     if SQUARES:
         p_squares = squares + i_part.to(tl.int64) * channels + o_channel
         tl.store(p_squares, b_squares, mask=m_channel)
@@ -109,9 +112,10 @@ def fits(x: Tensor) -> bool:
     return last and x.shape[1] % 2 == 0 and x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
 
 
-@triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
-def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
-    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool
+) -> tuple[tuple[int, ...], dict[str, Any], Tensor, Tensor]:
+    """The launch's grid and arguments; its output and partial sums of squares."""
     batch, channels, height, width = x.shape
     out = torch.empty_like(x)
     strips, blocks = ceil_divide(width, COLUMNS), ceil_divide(channels, BLOCK)
@@ -119,7 +123,6 @@ def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, 
     rows = ceil_divide(height, bands)
     bands = ceil_divide(height, rows)
     parts = x.new_empty((batch, bands * strips, channels) if squares else (1,), dtype=torch.float32)
-    grid = (batch * bands * strips * blocks,)
     arguments = {
         "x": x.permute(0, 2, 3, 1),
         "weight": weight,
@@ -138,8 +141,29 @@ def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, 
         "COLUMNS": COLUMNS,
         "BLOCK": BLOCK,
     }
+    return (batch * bands * strips * blocks,), arguments, out, parts
+
+
+@repeated
+def _launched(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> tuple[Tensor, Tensor]:
+    grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares)
+    launch(_fused_kernel, grid, x.device, arguments, num_warps=1)
+    return out, parts
+
+
+@triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
+def _traced(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
     if type(x) in (Tensor, nn.Parameter):
-        launch(_fused_kernel, grid, x.device, arguments, num_warps=1)
-    else:  # PyTorch traces
+        out, parts = _launched(x, weight, bias, gelu, squares)
+    else:
+        grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares)
         wrap_triton(_fused_kernel)[grid](**arguments, num_warps=1)
+    return [out, parts.sum(1)] if squares else [out]
+
+
+def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
+    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
+    if torch.compiler.is_compiling():
+        return _traced(x, weight, bias, gelu, squares)
+    out, parts = _launched(x, weight, bias, gelu, squares)
     return [out, parts.sum(1)] if squares else [out]

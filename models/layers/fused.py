@@ -1,7 +1,9 @@
-"""What inference runs in one kernel on a GPU: 3×3 depthwise convolutions, alone and inside of feed-forward parts."""
+"""What inference runs in one kernel on a GPU: 3×3 depthwise convolutions, alone and inside of feed-forward parts, and
+1×1 convolutions with the ReLU after them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from kernels.backend import get_backend, resolve
 from models.layers.basic import GELU2d, GlobalResponseNorm
 from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before
+from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
 
 
@@ -86,6 +89,11 @@ class FusedFeedForward(nn.Sequential):
 def fuse(module: nn.Module) -> None:
     """Replaces, inside of ``module``, what has a fused form, in place."""
     children: list[tuple[str, Any]] = list(module.named_children())
+    layers = [(name, child) for name, child in children if not isinstance(child, nn.Identity)]
+    for (_, conv), (name, relu) in itertools.pairwise(layers if as_built(module, nn.Sequential) else []):
+        if as_built(conv, PointwiseConv2d) and as_built(relu, nn.ReLU):
+            conv.relu = True
+            setattr(module, name, nn.Identity())
     for start in range(len(children) - 3 if as_built(module, nn.Sequential) else 0):
         names, (gelu, conv, norm, project) = zip(*children[start : start + 4], strict=True)
         fits = as_built(gelu, GELU2d) and is_depthwise(conv) and as_built(norm, GlobalResponseNorm)

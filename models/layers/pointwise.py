@@ -16,7 +16,11 @@ class PointwiseConv2d(nn.Conv2d):
     PyTorch's convolution adds the bias in a second pass over the output, and copies slices of channels. This layer is a
     matrix product, which does neither, for 16-bit channels-last maps on a GPU. Otherwise it is PyTorch's convolution:
     also in float32, where convolutions may use tensor cores and matrix products by default may not.
+
+    With ``relu``, which inference sets, ReLU follows: as a part of the product where that is one.
     """
+
+    relu = False
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
@@ -24,9 +28,16 @@ class PointwiseConv2d(nn.Conv2d):
     @leaf
     def forward(self, input: Tensor) -> Tensor:
         if transforming() or not (in_16_bits_on_gpu(input) and is_matrix(input)):
-            return super().forward(input)
+            out = super().forward(input)
+            return F.relu(out) if self.relu else out
         pixels = input.permute(0, 2, 3, 1)
-        out = F.linear(pixels.reshape(-1, pixels.shape[3]), self.weight.flatten(1), self.bias)
+        rows, weight = pixels.reshape(-1, pixels.shape[3]), self.weight.flatten(1)
+        plain = rows.dtype == weight.dtype and not torch.is_autocast_enabled(rows.device.type)
+        if self.relu and self.bias is not None and plain and not (torch.is_grad_enabled() and input.requires_grad):
+            out = torch.ops.aten._addmm_activation(self.bias, rows, weight.t())
+        else:
+            out = F.linear(rows, weight, self.bias)
+            out = F.relu(out) if self.relu else out
         return out.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 

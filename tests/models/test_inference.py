@@ -12,7 +12,7 @@ import kernels
 import models
 from models.layers import DropPath, LayerScale, ResidualDepthwiseConv2d
 from models.overlock import VARIANTS
-from models.rednet import Bottleneck, RedNet
+from models.rednet import Bottleneck, PoolThenReLU, RedNet
 from models.volo import VOLO
 from tests.models.families import FAMILIES, fill, images, narrow, on_meta
 from tests.support import DEVICE, assert_close, equal_entries, random_tensor
@@ -172,6 +172,7 @@ def test_every_variant_folds_completely(name):
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if isinstance(model, RedNet):  # those after an involution
         assert len(norms) == 1 + sum(isinstance(module, Bottleneck) for module in model.modules())
+        assert isinstance(model.maxpool, PoolThenReLU)
     else:
         assert not norms
     assert not any(isinstance(module, DropPath | ResidualDepthwiseConv2d) for module in model.modules())

@@ -102,6 +102,13 @@ def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
     assert_close([layer(x) for x in maps], expected, 1e-14)
     found, right = (torch.autograd.grad(out.sin().sum(), layer.parameters()) for out in (layer(maps[0]), expected[0]))
     assert_close(found, right, 1e-13)
+    layer.requires_grad_(False).relu = True
+    assert_close([layer(x) for x in maps], [F.relu(out) for out in expected], 1e-14)
+    x = maps[0].requires_grad_()
+    found, right = (
+        torch.autograd.grad(out.sum(), x) for out in (layer(x), F.relu(F.conv2d(x, layer.weight, layer.bias)))
+    )
+    assert_close(found, right, 1e-13)
 
 
 @pytest.mark.parametrize(("size", "dilation"), [(3, 2), (3, 4), (5, 2)])
