@@ -217,7 +217,7 @@ def shared_heuristic(problem: Problem) -> Shared:
     """A window's 64 outputs by 64 positions, of more warps or fewer outputs where its blocks of bias are many."""
     images = 8 if interpreting() else _images(problem, max(1, problem.pixels // 49), 8)
     if problem.dtype.itemsize > 2 and not interpreting():
-        small = Shared(32, 32, images)
+        small = Shared(32, 32, images, num_warps=2)
         return small if small.valid(problem) else Shared(16, 64, images)
     blocks, steps = ceil_divide(problem.kernel_size**2, 64), min(64, block(problem.kernel_size**2))
     if problem.outputs < OUTPUTS_PER_WINDOW and blocks <= 2:
@@ -232,6 +232,8 @@ def backward_heuristic(problem: Problem) -> Shared:
     config = shared_heuristic(problem)
     if interpreting():
         return config
+    if config.num_warps == 2:  # in float32, which has more products here
+        config = replace(config, steps=64, num_warps=4)
     tiles = problem.batch * problem.groups * max(1, problem.pixels // 49)
     return replace(config, images=min(32, ceil_divide(tiles, 264)))
 
