@@ -246,13 +246,14 @@ def tiles_heuristic(problem: Problem) -> Tiles:
 
 
 def own_heuristic(problem: Problem) -> Own:
-    """64 channels side by side, 128 bytes of 16-bit numbers, and 16 pairs of outputs."""
+    """64 channels side by side, 128 bytes of 16-bit numbers, and 16 pairs of outputs, or 8 of a wider type."""
     if interpreting():
         return Own(64, next_power_of_2(problem.groups), 8)
     heads = min(max(1, 64 // block(problem.channels)), next_power_of_2(problem.groups))
     tiles = ceil_divide(problem.pixels, 32)
     images = _images(problem, ceil_divide(tiles, heads), 4) if problem.kernel_size <= 5 else 1
-    return Own(16, heads, images, max(1, heads * block(problem.channels) // 16))
+    warps = max(1, heads * block(problem.channels) // 16)
+    return Own(16, heads, images, warps) if problem.dtype.itemsize == 2 else Own(8, heads, 1, warps, num_stages=1)
 
 
 def grad_own_heuristic(problem: Problem) -> Own:

@@ -115,9 +115,8 @@ def heuristic(problem: Problem) -> Config:
         return LIBRARY
     warps, stages = 8 if problem.tile_width == 64 else 4, 3
     if problem.dtype.itemsize > 2:
-        height, tiles, columns = max(1, 64 // problem.tile_width), 2**12 // max(32, span), 32
-        if problem.weight_gradient:
-            tiles, columns, warps = 16, 64, warps // 2
+        height, warps = max(1, 64 // problem.tile_width), warps // 2
+        tiles, columns = (16, 64) if problem.weight_gradient else (32, 32)
     elif problem.weight_gradient:
         narrow = span == problem.tile_width and span <= 16
         height, tiles, columns = (8 if narrow else max(1, 64 // problem.tile_width)), 64, 64 if narrow else 128
