@@ -105,8 +105,8 @@ def heuristic(problem: Problem) -> Config:
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return Config(_rows(problem, 8), 64, 64)
     size, products = problem.dtype.itemsize, problem.features and problem.transposed
-    if products:  # whose operands fill registers, float32's twice; and a small window's rows share few loads
-        most = (7 if problem.taps > 4 else 4) if size == 2 else 2
+    if products:  # whose operands fill registers; and a small window's rows share few loads
+        most = 7 if problem.taps > 4 else 4
     else:
         most = 4 if size > 4 else 8
     if not problem.channels_fastest:
@@ -120,6 +120,9 @@ def heuristic(problem: Problem) -> Config:
     config = Config(_rows(problem, most), max(2, 64 * lane // channels), channels)
     if not whole:  # channels are taken in pairs at most, of which a lane has two
         config = replace(config, columns=max(2, 128 // channels), num_warps=1)
+    # Four warps share the operands of a product in float32, as far as those fit a small GPU's shared memory.
+    if size == lane == 4 and 0 < problem.features <= 64:
+        config = replace(config, columns=2 * config.columns, num_warps=4)
     if products:
         return replace(config, loads=7)
     if lane < 8:

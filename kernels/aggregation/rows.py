@@ -36,6 +36,7 @@ from kernels.aggregation.tiles import (
 from kernels.dtypes import precision, upcast
 from kernels.launch import launch
 from kernels.layout import channels_fastest, empty_like_layout
+from kernels.products import dot
 from kernels.tuning import tunable
 from kernels.views import View, view
 from kernels.windows import Pair, Window
@@ -59,9 +60,7 @@ def _generate(
             p_feature = tl.multiple_of(p_feature, [ALIGNED, ALIGNED])
         b_features = tl.load(p_feature, mask=m_features & m_feature[None, :], other=0)
         b_span = tl.load(p_span + (o_feature * stride_r)[:, None], mask=m_feature[:, None] & m_span, other=0)
-        if UPCAST:
-            b_features, b_span = b_features.to(ACCUMULATOR), b_span.to(ACCUMULATOR)
-        b_taps = tl.dot(b_features, b_span, b_taps, input_precision="ieee", out_dtype=ACCUMULATOR)
+        b_taps = dot(b_features, b_span, b_taps, UPCAST)
     return b_taps
 
 

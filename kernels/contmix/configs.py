@@ -217,7 +217,7 @@ def shared_heuristic(problem: Problem) -> Shared:
     """A window's 64 outputs by 64 positions, of more warps or fewer outputs where its blocks of bias are many."""
     images = 8 if interpreting() else _images(problem, max(1, problem.pixels // 49), 8)
     if problem.dtype.itemsize > 2 and not interpreting():
-        small = Shared(32, 32, images)
+        small = Shared(32, 32, images, num_warps=2)
         return small if small.valid(problem) else Shared(16, 64, images)
     blocks, steps = ceil_divide(problem.kernel_size**2, 64), min(64, block(problem.kernel_size**2))
     if problem.outputs < OUTPUTS_PER_WINDOW and blocks <= 2:
@@ -232,6 +232,8 @@ def backward_heuristic(problem: Problem) -> Shared:
     config = shared_heuristic(problem)
     if interpreting():
         return config
+    if config.num_warps == 2:  # in float32, which has more products here
+        config = replace(config, steps=64, num_warps=4)
     tiles = problem.batch * problem.groups * max(1, problem.pixels // 49)
     return replace(config, images=min(32, ceil_divide(tiles, 264)))
 
@@ -244,13 +246,14 @@ def tiles_heuristic(problem: Problem) -> Tiles:
 
 
 def own_heuristic(problem: Problem) -> Own:
-    """64 channels side by side, 128 bytes of 16-bit numbers, and 16 pairs of outputs."""
+    """64 channels side by side, 128 bytes of 16-bit numbers, and 16 pairs of outputs, or 8 of a wider type."""
     if interpreting():
         return Own(64, next_power_of_2(problem.groups), 8)
     heads = min(max(1, 64 // block(problem.channels)), next_power_of_2(problem.groups))
     tiles = ceil_divide(problem.pixels, 32)
     images = _images(problem, ceil_divide(tiles, heads), 4) if problem.kernel_size <= 5 else 1
-    return Own(16, heads, images, max(1, heads * block(problem.channels) // 16))
+    warps = max(1, heads * block(problem.channels) // 16)
+    return Own(16, heads, images, warps) if problem.dtype.itemsize == 2 else Own(8, heads, 1, warps, num_stages=1)
 
 
 def grad_own_heuristic(problem: Problem) -> Own:

@@ -23,6 +23,7 @@ from kernels.depthwise.forward import common_arguments, in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of
 from kernels.dtypes import accumulator, accumulator_dtype, multiplies
 from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.products import dot
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated, tunable
 
@@ -84,9 +85,7 @@ def _weight_gradient_kernel(
             # [T, J], [T, N]
             b_x = tl.load(p_x + o_batch * x.b * VECTOR, mask=m_x & (o_batch < i_last), other=0)
             b_grad = tl.load(p_grad + o_batch * grad.b * VECTOR, mask=m_grad & (o_batch < i_last), other=0)
-            if UPCAST:
-                b_x, b_grad = b_x.to(ACCUMULATOR), b_grad.to(ACCUMULATOR)
-            b_sum = tl.dot(tl.trans(b_grad), b_x, b_sum, input_precision="ieee", out_dtype=ACCUMULATOR)
+            b_sum = dot(tl.trans(b_grad), b_x, b_sum, UPCAST)
 
     # [N, BLOCK_ROWS · KERNEL_BLOCK]: every output's sums moved by its column p, which makes diagonals columns.
     o_tap = tl.arange(0, BLOCK_ROWS * KERNEL_BLOCK)[None, :]

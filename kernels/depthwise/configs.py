@@ -47,20 +47,19 @@ class Config:
     library: bool = False
 
     def valid(self, problem: Problem) -> bool:
-        """Products of 16 or more; 4 to 128 sums a thread, 16 without tensor cores; 32 KiB of operands a stage."""
+        """Products of 16 or more; 4 to 128 sums a thread, 64 of wider types; 32 KiB of operands a stage."""
         if self.library:
             return True
         outputs, columns = self.tile_height * problem.tile_width, self.block_rows * problem.span
         rows, others, reduced = self.block_tiles, outputs, columns
         if problem.weight_gradient:
             rows, others, reduced = outputs, columns, self.block_tiles
-        half = problem.dtype.itemsize == 2
         sums = self.block_channels * rows * others / (32 * self.num_warps)
         operands = self.block_channels * (rows + others) * reduced * problem.dtype.itemsize
         return (
             32 <= outputs <= 256
             and 16 <= columns <= 128
-            and 4 <= sums <= (128 if half else 16)
+            and 4 <= sums <= (128 if problem.dtype.itemsize == 2 else 64)
             and operands <= 2**15
             and self.block_tiles <= 2 * max(problem.images * ceil_divide(problem.pixels, outputs), 16)
             and self.block_channels < 2 * problem.channels
@@ -82,11 +81,11 @@ CONFIGS = (
     Config(8, 64, 4),
     Config(8, 64, 8),
     Config(2, 64, 2),
-    # Products on CUDA cores, whose operands take up registers: a small share of everything.
-    Config(4, 32, 1),
-    Config(8, 32, 2),
-    Config(2, 32, 1),
-    Config(1, 32, 1),
+    # 32 bits, whose operands take up registers.
+    Config(4, 128, 1),
+    Config(2, 128, 1),
+    Config(4, 16, 4, num_warps=2),
+    Config(2, 16, 2, num_warps=2),
 )
 # Multiply-adds below which PyTorch's one launch is quicker than ours and those that make its band: as many as a thread
 # per output, two loads each, needs 5 µs for on an H200's 132 processors of 32 loads a cycle. Predicted, not measured.
@@ -103,7 +102,7 @@ def heuristic(problem: Problem) -> Config:
     - forward, 8 rows of a tile by as many tiles as registers hold: the band is read once for all of them;
     - the weight gradient, 64 or 128 input columns by 64 tiles, to read gradients less often.
 
-    Products on CUDA cores take smaller blocks: their operands take up registers.
+    Wider types take smaller blocks: their operands take up registers.
     """
     span = problem.span
     if interpreting():  # cost there is per block operation, whatever the size of the block
@@ -116,7 +115,8 @@ def heuristic(problem: Problem) -> Config:
         return LIBRARY
     warps, stages = 8 if problem.tile_width == 64 else 4, 3
     if problem.dtype.itemsize > 2:
-        height, tiles, columns = max(1, 32 // problem.tile_width), 32, 32
+        height, warps = max(1, 64 // problem.tile_width), warps // 2
+        tiles, columns = (16, 64) if problem.weight_gradient else (32, 32)
     elif problem.weight_gradient:
         narrow = span == problem.tile_width and span <= 16
         height, tiles, columns = (8 if narrow else max(1, 64 // problem.tile_width)), 64, 64 if narrow else 128

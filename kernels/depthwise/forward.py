@@ -17,8 +17,8 @@ Cost per output at K = 17 (tiles of 8 x 16, a span of 32, 256 tiles a block) aga
     cycles of an SM     0.4, its tensor cores doing 2,048 a cycle         2.3, its CUDA cores doing 128 a cycle
 
 A map no wider than a span has one tile across and no halo: at 14 x 14 that halves everything. The loads are 16-byte
-vectors which the software pipeline fetches ahead, 8 bytes for the band, so that L1 keeps it. Float32 runs the same
-products on CUDA cores, exactly. Rows must be aligned for this (``rows``): channels-last tensors, and maps with rows of
+vectors which the software pipeline fetches ahead, 8 bytes for the band, so that L1 keeps it. In float32 each product
+is three (``products.dot``). Rows must be aligned for this (``rows``): channels-last tensors, and maps with rows of
 another length than a multiple of 16 bytes, are copied before and after, two passes over memory where a thread per
 output would cost ten.
 
@@ -44,6 +44,7 @@ from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows,
 from kernels.dtypes import multiplies, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_map
+from kernels.products import dot
 from kernels.tuning import tunable
 from kernels.views import View, view
 
@@ -101,9 +102,7 @@ def _convolution_kernel(
         # [T, J], [J, N]
         b_x = tl.load(p_x + o_step, mask=m_span & m_row, other=0)
         b_band = tl.load(p_band - i_row * TILE_WIDTH, mask=m_channel, other=0)
-        if UPCAST:
-            b_x, b_band = b_x.to(ACCUMULATOR), b_band.to(ACCUMULATOR)
-        b_sum = tl.dot(b_x, b_band, b_sum, input_precision="ieee", out_dtype=ACCUMULATOR)
+        b_sum = dot(b_x, b_band, b_sum, UPCAST)
 
     if HAS_BIAS:
         b_sum += tl.load(bias.ptr + o_channel * bias.c, mask=m_channel, other=0).to(ACCUMULATOR)

@@ -87,15 +87,13 @@ SHARED_CONFIGS = tuple(
 
 @functools.lru_cache(maxsize=4096)
 def shared_heuristic(problem: SharedProblem) -> SharedConfig:
-    """The config where nothing was tuned: 16 outputs of a window by 32 positions, of 16-bit numbers on one warp per 32
-    channels. Small blocks leave room for many warps, which hide each other's latency."""
+    """The config where nothing was tuned: 16 outputs of a window by 32 positions, on one warp per 32 channels. Small
+    blocks leave room for many warps, which hide each other's latency."""
     steps = max(16, next_power_of_2(problem.positions))
     if interpreting():  # cost there is per block operation, whatever the size of the block
         return SharedConfig(min(256, max(16, next_power_of_2(problem.outputs))), min(steps, 256))
     steps = min(32, steps)
-    widest = 16 * max(steps, next_power_of_2(problem.channels))
-    per_warp = 512 if problem.dtype.itemsize == 2 else 128  # wider types keep the operands of products in registers
-    return SharedConfig(16, steps, max(1, min(8, widest // per_warp)))
+    return SharedConfig(16, steps, max(1, min(8, max(steps, next_power_of_2(problem.channels)) // 32)))
 
 
 class OwnProblem(NamedTuple):
