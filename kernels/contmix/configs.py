@@ -119,6 +119,15 @@ def tile_of(problem: Problem) -> tuple[int, int]:
     return seen, max(columns for columns in (1, 2, 4) if columns <= most)
 
 
+def stored_of_band(problem: Problem) -> tuple[int, int]:
+    """How many numbers an output leaves in the backward pass: of p, of all that its tile sees, and of ds."""
+    (seen, columns), kernel_size = tile_of(problem), problem.kernel_size
+    rows = 16 // columns
+    whole = (kernel_size - 1) // rows * rows
+    last = max(16 // seen, next_power_of_2(kernel_size - whole))
+    return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, (whole + last) * seen
+
+
 def steps_of_own(kernel_size: int) -> tuple[int, int]:
     """(rows of a window in a step, block of their positions): a small window in one step, a large one row by row."""
     rows = kernel_size if kernel_size <= 5 else 1
@@ -203,7 +212,7 @@ TILES = tuple(
     Tiles(tiles, programs, tiles, stages)
     for tiles, programs, stages in (
         (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 1056, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
-        (8, 132, 1), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
+        (8, 132, 1), (8, 132, 2), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
     )
 )  # fmt: skip
 
@@ -241,6 +250,11 @@ def tiles_heuristic(problem: Problem) -> Tiles:
     if interpreting():
         return Tiles(4 * next_power_of_2(ceil_divide(problem.pixels, 64)), 1)
     return Tiles(4, 264 if problem.kernel_size > 7 else 528)
+
+
+def grad_tiles_heuristic(problem: Problem) -> Tiles:
+    """One program for each of a GPU's processors, whose loads are on their way early."""
+    return tiles_heuristic(problem) if interpreting() else Tiles(8, 132, 8, 2)
 
 
 def own_heuristic(problem: Problem) -> Own:

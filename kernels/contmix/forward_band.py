@@ -41,8 +41,9 @@ def _moved_keys(
     o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, COLUMNS * BLOCK)
     o_channel = (o_flat % BLOCK).to(OFFSET)
     o_column = (o_step % SEEN)[:, None] - (o_flat // BLOCK)[None, :]
-    o_position = (i_row + o_step // SEEN)[:, None] * KERNEL + o_column
-    m_key = (o_column >= 0) & (o_column < KERNEL) & (o_channel < CHANNELS)[None, :]
+    o_row = (i_row + o_step // SEEN)[:, None]
+    o_position = o_row * KERNEL + o_column
+    m_key = (o_row < KERNEL) & (o_column >= 0) & (o_column < KERNEL) & (o_channel < CHANNELS)[None, :]
     p_key = keys.ptr + o_position.to(OFFSET) * keys.k + (o_channel * keys.c)[None, :]
     return halves(tl.load(p_key, mask=m_key, other=0), dtype)
 
@@ -57,8 +58,9 @@ def _moved_bias(
     LOWEST: tl.constexpr = tl.constexpr(-3e6 if dtype == tl.float16 else -1e30)
     o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, 16)
     o_column = (o_step % SEEN)[:, None] - (o_flat % 4)[None, :]
-    m_bias = (o_column >= 0) & (o_column < KERNEL)
-    p_bias = bias.ptr + ((i_row + o_step // SEEN)[:, None] * KERNEL + o_column) * bias.k
+    o_row = (i_row + o_step // SEEN)[:, None]
+    m_bias = (o_row < KERNEL) & (o_column >= 0) & (o_column < KERNEL)
+    p_bias = bias.ptr + (o_row * KERNEL + o_column) * bias.k
     b_bias = tl.load(p_bias, mask=m_bias, other=0).to(ACCUMULATOR)
     # An infinite bias would not vanish where the query of ones is 0.
     b_bias = tl.where(m_bias, tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL), 1.2 * LOWEST)
