@@ -31,18 +31,6 @@ from kernels.windows_triton import Pixels, offsets, window_start
 
 
 @triton.jit
-def _load_plane(
-    values, seen_h, seen_w, m_seen, height, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """[positions, Dv] of inputs that tiles see."""
-    o_channel = tl.arange(0, BLOCK)
-    o_value = seen_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
-    p_value = values.ptr + o_value[:, None] + (o_channel.to(OFFSET) * values.c)[None, :]
-    m_value = (m_seen & (seen_h >= 0) & (seen_h < height))[:, None] & (o_channel < CHANNELS)[None, :]
-    return tl.load(p_value, mask=m_value, other=0)
-
-
-@triton.jit
 def _grad_logits_band_kernel(
     query,  # [B, G, Dq, H, W]
     projected,  # [B, G, Dq, K²]
@@ -157,13 +145,7 @@ def _grad_logits_band_kernel(
         for _ in tl.static_range(ROWS - 1):
             rows = rows + (b_nothing,)
         b_sum = tl.zeros([OUTPUTS, COLUMNS * BLOCK_QUERY], ACCUMULATOR)
-        b_value = _load_plane(values, seen_h, seen_w, m_seen, height, OFFSET, CHANNELS, BLOCK_CHANNELS)
         for i in tl.static_range(PLANES):
-            b_next = b_value
-            if i + 1 < PLANES:
-                b_next = _load_plane(
-                    values, seen_h + (i + 1) * ROWS, seen_w, m_seen, height, OFFSET, CHANNELS, BLOCK_CHANNELS
-                )
             if i < BLOCKS:
                 o_step = tl.arange(0, rows_of_block(KERNEL, ROWS, SEEN, i) * SEEN)
                 o_entry = (i * ROWS + o_step // SEEN) * SIDE + o_step % SEEN
@@ -179,6 +161,10 @@ def _grad_logits_band_kernel(
             for _ in tl.static_range((i + 2) * ROWS - 1 - len(rows)):
                 rows = rows + (b_nothing,)
             b_products = tl.zeros([TILES, 16, PLANE], ACCUMULATOR) - tl.reshape(b_delta, [TILES, 16, 1])
+            o_h = seen_h + i * ROWS
+            o_value = o_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
+            p_value = values.ptr + o_value[:, None] + (o_channel.to(OFFSET) * values.c)[None, :]
+            b_value = tl.load(p_value, mask=(m_seen & (o_h >= 0) & (o_h < height))[:, None] & m_channel, other=0)
             b_value = tl.permute(tl.reshape(b_value, [TILES, PLANE, BLOCK_CHANNELS]), [0, 2, 1])
             b_products = dot(tl.reshape(b_grad, [TILES, 16, BLOCK_CHANNELS]), b_value, b_products, UPCAST)
             b_weight = together(shifted(rows[i * ROWS : i * ROWS + 2 * ROWS - 1], down, ROWS, False))
@@ -187,6 +173,9 @@ def _grad_logits_band_kernel(
             b_weight = tl.reshape(b_weight, [OUTPUTS, ROWS, SEEN // COLUMNS, COLUMNS])
             b_weight = tl.reshape(tl.permute(b_weight, [0, 2, 1, 3]), [OUTPUTS, PLANE])
             tl.store(p_weight + i * PLANE, b_weight.to(dtype), mask=m_output[:, None])
+            if i == PLANES - 1 and KERNEL % ROWS == 1:
+                for _ in tl.static_range(rows_of_block(KERNEL, ROWS, SEEN, BLOCKS - 1) - 1):
+                    products = products + (b_nothing,)
             for j in tl.static_range(BLOCKS):
                 if i == min(j + 1, PLANES - 1):
                     b_rows = products[j * ROWS : j * ROWS + rows_of_block(KERNEL, ROWS, SEEN, j) + ROWS - 1]
@@ -194,7 +183,6 @@ def _grad_logits_band_kernel(
                     o_step = j * PLANE + tl.arange(0, b_grad_logits.shape[1])
                     tl.store(p_logits + o_step[None, :], b_grad_logits, mask=m_output[:, None])
                     b_sum = dot(b_grad_logits, keys_of_rows[j][0], b_sum, UPCAST)
-            b_value = b_next
         # Of an output's part alone
         b_sum = tl.where(right[:, None] == (o_flat // BLOCK_QUERY)[None, :], b_sum, 0.0)
         b_sum = tl.sum(tl.reshape(b_sum, [OUTPUTS, COLUMNS, BLOCK_QUERY]), 1) * key_scale(dtype)

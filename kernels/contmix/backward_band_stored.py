@@ -18,10 +18,10 @@ from kernels.products import dot
 from kernels.views import at, view
 from kernels.windows_triton import window_start
 
-# Where there are fewer programs, four for each of a GPU's processors, several share the rows of a map.
-LEAST_PROGRAMS = 528
-# Tiles side by side: of inputs that a program takes, and of outputs that it takes at a time.
-ACROSS: tl.constexpr = tl.constexpr(4)
+# Where programs have fewer window positions, 256 for each of a GPU's processors, several share the rows of a map.
+LEAST_POSITIONS = 132 * 256
+# Tiles of inputs side by side that a program takes.
+INPUTS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -40,46 +40,49 @@ def _grad_value_band_kernel(
     grad_value,  # [B, G, Dv, H, W]: written
     sizes, blocks,
     KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
-    UPCAST: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
+    UPCAST: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a block of inputs, ACROSS tiles wide, and the outputs that see it as many tiles at a time."""
+    """A program takes INPUTS tiles of inputs side by side, and the tiles of outputs that see them OUTPUTS at a time."""
     _batch, groups, height, width, first_row, last_row = sizes
     ROWS: tl.constexpr = 16 // COLUMNS
     PLANE: tl.constexpr = ROWS * SEEN
-    ITEMS: tl.constexpr = 16 * ACROSS
-    WIDE: tl.constexpr = ACROSS * COLUMNS
+    WIDE: tl.constexpr = OUTPUTS * COLUMNS
     i_program = tl.program_id(0)
     i_block, i_image = i_program % blocks, i_program // blocks
     i_group, i_batch = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
-    blocks_w = (width - 1 + KERNEL // 2) // WIDE + 1
-    i_row, i_column = i_block // blocks_w, i_block % blocks_w * ACROSS
+    blocks_w = (width - 1 + KERNEL // 2) // (INPUTS * COLUMNS) + 1
+    i_row, i_column = i_block // blocks_w, i_block % blocks_w * INPUTS
     first_h, last_h = _tiles_seeing(i_row, i_row, height, KERNEL, ROWS, (KERNEL + 2 * ROWS - 2) // ROWS)
     first_h, last_h = tl.maximum(first_h, first_row // ROWS), tl.minimum(last_h, last_row // ROWS)
-    first_w, last_w = _tiles_seeing(i_column, i_column + ACROSS - 1, width, KERNEL, COLUMNS, SEEN // COLUMNS)
-    steps_w = (last_w - first_w) // ACROSS + 1
+    first_w, last_w = _tiles_seeing(i_column, i_column + INPUTS - 1, width, KERNEL, COLUMNS, SEEN // COLUMNS)
+    steps_w = (last_w - first_w) // OUTPUTS + 1
     weights, grads = at(weights, i_batch, i_group), at_head(grad, i_batch, i_group, CHANNELS)
-    o_item, o_channel = tl.arange(0, ITEMS), tl.arange(0, BLOCK_CHANNELS)
+    o_input, o_output, o_channel = tl.arange(0, 16 * INPUTS), tl.arange(0, 16 * OUTPUTS), tl.arange(0, BLOCK_CHANNELS)
+    o_down, o_right = o_output // WIDE, o_output % WIDE
+    o_weight = o_down.to(OFFSET) * weights.h + o_right.to(OFFSET) * weights.w
+    o_grad = (o_down.to(OFFSET) * grads.h + o_right.to(OFFSET) * grads.w)[:, None]
+    o_grad += (o_channel.to(OFFSET) * grads.c)[None, :]
     m_channel = (o_channel < CHANNELS)[None, :]
-    b_sum = tl.zeros([ITEMS, BLOCK_CHANNELS], ACCUMULATOR)
+    b_sum = tl.zeros([16 * INPUTS, BLOCK_CHANNELS], ACCUMULATOR)
     for i_step in range((last_h - first_h + 1) * steps_w):
-        i_tile_h, i_tile_w = first_h + i_step // steps_w, first_w + i_step % steps_w * ACROSS
-        o_row, o_column = i_tile_h * ROWS + o_item // WIDE, i_tile_w * COLUMNS + o_item % WIDE
-        m_output = (o_row <= last_row) & (o_column < width)
-        i_plane = i_row - first_block(i_tile_h, height, KERNEL, ROWS)
+        i_tile_h, i_tile_w = first_h + i_step // steps_w, first_w + i_step % steps_w * OUTPUTS
+        row, column = i_tile_h * ROWS, i_tile_w * COLUMNS
+        m_output = (o_down <= last_row - row) & (o_right < width - column)
         # Where in a plane of an output the program's inputs begin, tile by tile
-        o_plane = (i_column - first_block(o_column // COLUMNS, width, KERNEL, COLUMNS)) * 16
-        o_weight = (o_row - first_row).to(OFFSET) * weights.h + o_column.to(OFFSET) * weights.w + i_plane * PLANE
-        p_weight = weights.ptr + (o_weight + o_plane)[:, None] + o_item[None, :]
-        o_plane = o_plane[:, None] + o_item[None, :]
-        m_weight = m_output[:, None] & (o_plane >= 0) & (o_plane < PLANE)
+        o_plane = (i_column - first_block(i_tile_w + o_right // COLUMNS, width, KERNEL, COLUMNS)) * 16
+        o_inside = o_plane[:, None] + o_input[None, :]
+        i_weight = tl.cast(row - first_row, OFFSET) * weights.h + tl.cast(column, OFFSET) * weights.w
+        i_weight += (i_row - first_block(i_tile_h, height, KERNEL, ROWS)) * PLANE
+        p_weight = weights.ptr + i_weight + o_weight[:, None] + o_inside
+        m_weight = m_output[:, None] & (o_inside.to(tl.uint32, bitcast=True) < PLANE)
         b_weight = tl.load(p_weight, mask=m_weight, other=0)
-        o_grad = o_row.to(OFFSET) * grads.h + o_column.to(OFFSET) * grads.w
-        p_grad = grads.ptr + o_grad[:, None] + (o_channel.to(OFFSET) * grads.c)[None, :]
+        p_grad = grads.ptr + tl.cast(row, OFFSET) * grads.h + tl.cast(column, OFFSET) * grads.w + o_grad
         b_grad = tl.load(p_grad, mask=m_output[:, None] & m_channel, other=0)
         b_sum = dot(tl.trans(b_weight), b_grad, b_sum, UPCAST)
     # Inputs of a tile row by row
-    o_row = i_row * ROWS - KERNEL // 2 + o_item % 16 // COLUMNS
-    o_column = (i_column + o_item // 16) * COLUMNS - KERNEL // 2 + o_item % COLUMNS
+    o_row = i_row * ROWS - KERNEL // 2 + o_input % 16 // COLUMNS
+    o_column = (i_column + o_input // 16) * COLUMNS - KERNEL // 2 + o_input % COLUMNS
     m_input = (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
     m_target = m_input[:, None] & m_channel
     o_channel = o_channel.to(OFFSET)
@@ -186,6 +189,7 @@ def grad_value_band(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tens
     sizes, constants = rows.sizes, types(saved, saved.grad, grad_value, rows.weights)
     seen, columns = tile_of(problem_of(saved))
     half = constants["KERNEL"] // 2
+    outputs, stages = (8, 2) if half < 4 else (4, 3)
     del constants["QUERY_CHANNELS"], constants["BLOCK_QUERY"]
     blocks = ceil_divide(sizes.height + half, 16 // columns) * ceil_divide(sizes.width + half, 4 * columns)
     arguments = {
@@ -196,6 +200,7 @@ def grad_value_band(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tens
         "sizes": sizes,
         "blocks": blocks,
         **constants,
+        "OUTPUTS": outputs,
         "COLUMNS": columns,
         "SEEN": seen,
         "BLOCK_CHANNELS": block(saved.value.shape[2]),
@@ -203,7 +208,7 @@ def grad_value_band(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tens
     }
     # One program per (block of inputs, group, batch entry).
     grid = (blocks * sizes.groups * sizes.batch,)
-    launch(_grad_value_band_kernel, grid, grad_value.device, arguments, num_warps=4, num_stages=3)
+    launch(_grad_value_band_kernel, grid, grad_value.device, arguments, num_warps=4, num_stages=stages)
 
 
 def grad_parameters_band(saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None) -> Sums:
@@ -211,11 +216,12 @@ def grad_parameters_band(saved: Saved, rows: Rows, grad_projected: Tensor, previ
     sizes, constants = rows.sizes, types(saved, grad_projected, rows.weights)
     kernel_size, (seen, columns) = constants["KERNEL"], tile_of(problem_of(saved))
     stored, inner = rows.grad_logits.shape[-1], sizes.height - kernel_size + 1
-    positions = min(64, next_power_of_2(stored))
+    positions = min(256, max(64, next_power_of_2(stored)))
     programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
     chunk, parts, pieces = inner, 1, None
-    if previous is None and programs < LEAST_PROGRAMS and grad_projected.permute(3, 0, 1, 2).is_contiguous():
-        chunk = 4 * ceil_divide(inner * programs, 4 * LEAST_PROGRAMS)
+    least = LEAST_POSITIONS // positions
+    if previous is None and programs < least and grad_projected.permute(3, 0, 1, 2).is_contiguous():
+        chunk = 4 * ceil_divide(inner * programs, 4 * least)
         parts = ceil_divide(inner, chunk) + 2
         pieces = saved.statistics.new_empty((parts, kernel_size**2, *saved.query.shape[:3]))
     classes = kernel_size - 1 + ceil_divide(inner, chunk)
@@ -242,5 +248,12 @@ def grad_parameters_band(saved: Saved, rows: Rows, grad_projected: Tensor, previ
         "ADD": previous is not None,
     }
     # One program per (block of window positions, group, batch entry, part of the rows).
-    launch(_grad_parameters_band_kernel, (programs * parts,), sums.device, arguments, num_warps=4, num_stages=3)
+    launch(
+        _grad_parameters_band_kernel,
+        (programs * parts,),
+        sums.device,
+        arguments,
+        num_warps=positions // 16,
+        num_stages=3,
+    )
     return Sums(sums, totals.flatten(2, 3), (1, seen), (0, classes - 1, classes), seen, pieces)

@@ -17,7 +17,7 @@ from kernels.contmix.backward_own import grad_logits_own
 from kernels.contmix.backward_shared import Targets
 from kernels.contmix.backward_stored import Rows, grad_parameters_own, grad_value_own
 from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import Problem, Saved, Sizes, is_band, problem_of, steps_of_own, stored_of_band
+from kernels.contmix.configs import Problem, Saved, Sizes, is_band_backward, problem_of, steps_of_own, stored_of_band
 from kernels.launch import ceil_divide
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
@@ -28,7 +28,7 @@ BAND = grad_logits_band, grad_value_band, grad_parameters_band
 
 def _shapes(problem: Problem, rows: int, width: int) -> list[tuple[int, ...]]:
     """What these rows of a head leave: p and ds."""
-    if is_band(problem):
+    if is_band_backward(problem):
         return [(rows, width, numbers) for numbers in stored_of_band(problem)]
     kernel_rows, steps = steps_of_own(problem.kernel_size)
     return 2 * [(rows, problem.kernel_size // kernel_rows, width, steps)]
@@ -46,7 +46,7 @@ def grad_own(saved: Saved, targets: Targets) -> None:
     """Fills the targets."""
     batch, groups, _, height, width = saved.value.shape
     problem, dtype = problem_of(saved), saved.statistics.dtype
-    band = is_band(problem)
+    band = is_band_backward(problem)
     grad_logits, grad_value, grad_parameters = BAND if band else OWN
     per_row = groups * max(map(math.prod, _shapes(problem, 1, width)))
     most = max(MOST_STORED, saved.value.numel())
@@ -59,8 +59,9 @@ def grad_own(saved: Saved, targets: Targets) -> None:
         part, into = saved, targets
         if images < batch:
             part, into = (_of_images(tensors, slice(i_batch, i_batch + images)) for tensors in (saved, targets))
-        value, projected = (
-            (target if count == height else torch.empty_like(target, dtype=dtype)) for target in into[1:3]
+        value = into.value if count == height else torch.empty_like(into.value, dtype=dtype)
+        projected = (
+            into.projected if part is saved and count == height else torch.empty_like(into.projected, dtype=dtype)
         )
         for first_row in range(0, height, count):
             rows = rows_of(part, first_row, min(first_row + count, height) - 1)
@@ -72,9 +73,9 @@ def grad_own(saved: Saved, targets: Targets) -> None:
                 tables = torch.empty_like(saved.bias, dtype=dtype), torch.empty_like(saved.rpb, dtype=dtype)
                 found.append(tables)
             fold(sums, *tables, projected)
-        if count < height:
-            into.value.copy_(value)
-            into.projected.copy_(projected)
+        for target, filled in ((into.value, value), (into.projected, projected)):
+            if filled is not target:
+                target.copy_(filled)
     for target, parts in zip((targets.bias, targets.rpb), zip(*found, strict=True), strict=False):
         target.copy_(torch.stack(parts).sum(0))
 

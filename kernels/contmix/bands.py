@@ -132,7 +132,7 @@ def rows_of_block(kernel_size, rows, seen, i_block):
 def first_block(i_tile, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
     """Of blocks of TILE inputs along an axis, which begin KERNEL // 2 before the map, the first that outputs of a tile
     of as many may see. Their windows begin 0 to TILE - 1 after it does."""
-    return tl.minimum(tl.maximum(i_tile * TILE, KERNEL // 2), length - KERNEL + KERNEL // 2) // TILE
+    return tl.minimum(tl.maximum(i_tile, KERNEL // 2 // TILE), (length - KERNEL + KERNEL // 2) // TILE)
 
 
 @triton.jit

@@ -103,10 +103,16 @@ def tiles_and_windows(height: int, width: int, kernel_size: int, pixels: int) ->
     return ceil_divide(most[0] * most[1], pixels), (height - kernel_size + 1) * (width - kernel_size + 1)
 
 
-def is_band(problem: Problem) -> bool:
+def is_band(problem: Problem, least: int = 7) -> bool:
     """Whether own windows are worth a banded matrix, and fit it: registers hold 15 rows of a window."""
     channels = max(problem.channels, problem.query_channels)
-    return problem.dtype.itemsize == 2 and 5 < problem.kernel_size < 16 and channels <= 64
+    return problem.dtype.itemsize == 2 and least <= problem.kernel_size < 16 and channels <= 64
+
+
+def is_band_backward(problem: Problem) -> bool:
+    """The same of the backward pass, where smaller windows are worth it, too, on maps of which borders are a small
+    part."""
+    return is_band(problem, 5 if problem.pixels >= 1000 else 7)
 
 
 def tile_of(problem: Problem) -> tuple[int, int]:
@@ -253,8 +259,13 @@ def tiles_heuristic(problem: Problem) -> Tiles:
 
 
 def grad_tiles_heuristic(problem: Problem) -> Tiles:
-    """One program for each of a GPU's processors, whose loads are on their way early."""
-    return tiles_heuristic(problem) if interpreting() else Tiles(8, 132, 8, 2)
+    """One round of programs, as many for each of a GPU's processors as registers allow; fewer whose loads are on their
+    way early serve larger windows better."""
+    if interpreting():
+        return tiles_heuristic(problem)
+    if problem.kernel_size > 7:
+        return Tiles(8, 132, 8, 2)
+    return Tiles(4, 264, 4, 2) if problem.kernel_size > 5 else Tiles(4, 396)
 
 
 def own_heuristic(problem: Problem) -> Own:
