@@ -4,6 +4,7 @@
 """What follows from a band's p and ds in memory: gradients of value, of projected keys, and sums of ds over what shares
 entries of bias and rpb."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -216,7 +217,8 @@ def grad_parameters_band(saved: Saved, rows: Rows, grad_projected: Tensor, previ
     sizes, constants = rows.sizes, types(saved, grad_projected, rows.weights)
     kernel_size, (seen, columns) = constants["KERNEL"], tile_of(problem_of(saved))
     stored, inner = rows.grad_logits.shape[-1], sizes.height - kernel_size + 1
-    positions = min(256, max(64, next_power_of_2(stored)))
+    # AMD's GPUs have 64 KiB of shared memory.
+    positions = min(64 if torch.version.hip else 256, max(64, next_power_of_2(stored)))
     programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
     chunk, parts, pieces = inner, 1, None
     least = LEAST_POSITIONS // positions
