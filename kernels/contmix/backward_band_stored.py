@@ -143,7 +143,7 @@ def _grad_parameters_band_kernel(
         begin_row = tl.where(i_chunk < 0, i_class, begin_row)
         end_row = tl.where(is_chunk, tl.minimum(begin_row + chunk, height - HALF), begin_row + 1)
         begin_row, end_row = tl.maximum(begin_row, first_row), tl.minimum(end_row, last_row + 1)
-        # Outputs of a step lie in one row, or in 16 columns of some rows.
+        # Outputs of a step lie in one row, or in 16 columns of some rows; the binary logarithm of how many columns.
         log_wide = tl.where(is_chunk, 4, 6)
         steps_w = (width + (1 << log_wide) - 1) >> log_wide
         steps_h = tl.maximum(end_row - begin_row + (OUTPUTS >> log_wide) - 1, 0) >> (6 - log_wide)
@@ -152,6 +152,7 @@ def _grad_parameters_band_kernel(
             o_row = begin_row + (i // steps_w << (6 - log_wide)) + (o_output >> log_wide)
             o_column = (i % steps_w << log_wide) + (o_output & ((1 << log_wide) - 1))
             m_output = (o_row < end_row) & (o_column < width)
+            o_column = tl.minimum(o_column, width - 1)
             o_first = first_seen(o_column, width, KERNEL, COLUMNS)
             right = window_start(o_column, width, KERNEL, 1) - o_first
             o_step = (o_row - first_row).to(OFFSET) * logits.h + o_column.to(OFFSET) * logits.w

@@ -8,8 +8,8 @@ over window positions is a matrix product.
 whose channels are adjacent in memory. Forward, sums over window positions run in registers, for pairs of outputs;
 backward, products with all inputs that a tile sees are matrix products, of which each output takes its own.
 
-*Bands.* Forward, where such windows are large and their numbers have 16 bits, weights of 16 outputs are a banded matrix
-over all inputs that these see, and all sums are matrix products.
+*Bands.* Where such windows are large and their numbers have 16 bits, weights of 16 outputs are a banded matrix over all
+inputs that these see, and all sums are matrix products; backward, on large maps, windows of 5 are taken so, too.
 """
 
 import functools
