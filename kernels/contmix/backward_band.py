@@ -20,7 +20,7 @@ from kernels.contmix.backward_shared import reference_grad_query
 from kernels.contmix.backward_stored import Rows
 from kernels.contmix.bands import apart, first_seen, rows_of_block, shifted, together
 from kernels.contmix.configs import TILES, Saved, Tiles, block, grad_tiles_heuristic, problem_of, tile_of, types
-from kernels.contmix.forward_band import _moved_bias, _moved_keys
+from kernels.contmix.forward_band import moved_bias, moved_keys
 from kernels.contmix.forward_shared import views_of
 from kernels.contmix.tiles import at_head, cut_off, key_scale
 from kernels.launch import ceil_divide, launch, next_power_of_2
@@ -73,7 +73,7 @@ def _grad_logits_band_kernel(
 
     keys_of_rows, bias_of_rows = (), ()
     for i in tl.static_range(BLOCKS):
-        b_keys = _moved_keys(
+        b_keys = moved_keys(
             keys,
             i * ROWS,
             rows_of_block(KERNEL, ROWS, SEEN, i),
@@ -85,7 +85,7 @@ def _grad_logits_band_kernel(
             OFFSET,
             dtype,
         )
-        b_bias = _moved_bias(bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, ACCUMULATOR, dtype)
+        b_bias = moved_bias(bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, ACCUMULATOR, dtype)
         keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
     o_table = tl.arange(0, TABLE) - COLUMNS
     p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w

@@ -78,29 +78,6 @@ def together(blocks):
 
 
 @triton.jit
-def _moved_by(rows, m_moved, STEP: tl.constexpr):
-    b_nothing = tl.zeros_like(rows[0])
-    found = ()
-    for i in tl.static_range(len(rows) + STEP):
-        b_stays = rows[i] if i < len(rows) else b_nothing
-        b_comes = rows[i - STEP] if i >= STEP else b_nothing
-        found = found + (tl.where(m_moved, b_comes, b_stays),)
-    return found
-
-
-@triton.jit
-def moved(rows, o_moved, MOST: tl.constexpr):
-    """A tuple of rows [M, S], MOST - 1 longer: entry m of row r becomes that of row r + o_moved[m], 0 to MOST - 1.
-
-    MOST is 1, 2, 4, 8 or 16. What no entry comes to is 0.
-    """
-    for level in tl.static_range(4):
-        if MOST >> level > 1:
-            rows = _moved_by(rows, ((o_moved >> level) & 1 == 1)[:, None], 1 << level)
-    return rows
-
-
-@triton.jit
 def _shifted_by(rows, m_moved, STEP: tl.constexpr, BACK: tl.constexpr):
     found = ()
     for i in tl.static_range(len(rows) - STEP):
@@ -113,12 +90,24 @@ def _shifted_by(rows, m_moved, STEP: tl.constexpr, BACK: tl.constexpr):
 
 @triton.jit
 def shifted(rows, o_moved, MOST: tl.constexpr, BACK: tl.constexpr):
-    """The last of ``moved``'s rows that do not depend on rows before these, or the first that come where ``BACK``
-    undoes it: MOST - 1 fewer."""
+    """MOST - 1 fewer rows: those of ``moved`` that depend on these rows alone, or, where ``BACK`` undoes it, the rows
+    that these came from."""
     for level in tl.static_range(4):
         if MOST >> level > 1:
             rows = _shifted_by(rows, ((o_moved >> level) & 1 == 1)[:, None], 1 << level, BACK)
     return rows
+
+
+@triton.jit
+def moved(rows, o_moved, MOST: tl.constexpr):
+    """A tuple of rows [M, S], MOST - 1 longer: entry m of row r becomes that of row r + o_moved[m], 0 to MOST - 1.
+
+    MOST is 1, 2, 4, 8 or 16. What no entry comes to is 0.
+    """
+    nothing = ()
+    for _ in tl.static_range(MOST - 1):
+        nothing = nothing + (tl.zeros_like(rows[0]),)
+    return shifted(nothing + rows + nothing, o_moved, MOST, False)
 
 
 @triton.constexpr_function

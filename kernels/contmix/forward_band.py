@@ -33,7 +33,7 @@ from kernels.windows_triton import Pixels, offsets, window_start
 
 
 @triton.jit
-def _moved_keys(
+def moved_keys(
     keys, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, COLUMNS: tl.constexpr, KERNEL: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _moved_keys(
 
 
 @triton.jit
-def _moved_bias(
+def moved_bias(
     bias, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
@@ -118,10 +118,10 @@ def _forward_band_kernel(
     for level in tl.static_range(4):
         if KERNEL & (8 >> level):
             i_row = KERNEL // (16 >> level) * (16 >> level)
-            b_keys = _moved_keys(
+            b_keys = moved_keys(
                 keys, i_row, 8 >> level, SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY, OFFSET, dtype
             )
-            b_bias = _moved_bias(bias, i_row, 8 >> level, SEEN, KERNEL, ACCUMULATOR, dtype)
+            b_bias = moved_bias(bias, i_row, 8 >> level, SEEN, KERNEL, ACCUMULATOR, dtype)
             keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
     # rpb in one row, which begins so early that it holds entries for inputs left of the first window, too.
     o_table = tl.arange(0, TABLE) - COLUMNS
