@@ -50,6 +50,8 @@ def _grad_logits_band_kernel(
     SEEN: tl.constexpr, TABLE: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
+    """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each. Rows of a window are BLOCKS
+    blocks, rows of inputs PLANES, of as many as a tile has; the last of a window may have fewer."""
     _batch, groups, height, width, first_row, last_row = sizes
     OUTPUTS: tl.constexpr = 16 * TILES
     ROWS: tl.constexpr = 16 // COLUMNS
@@ -74,19 +76,12 @@ def _grad_logits_band_kernel(
     keys_of_rows, bias_of_rows = (), ()
     for i in tl.static_range(BLOCKS):
         b_keys = moved_keys(
-            keys,
-            i * ROWS,
-            rows_of_block(KERNEL, ROWS, SEEN, i),
-            SEEN,
-            COLUMNS,
-            KERNEL,
-            QUERY_CHANNELS,
-            BLOCK_QUERY,
-            OFFSET,
-            dtype,
-        )
+            keys, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY,
+            OFFSET, dtype,
+        )  # fmt: skip
         b_bias = moved_bias(bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, ACCUMULATOR, dtype)
         keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
+    # rpb in one row, which begins so early that it holds entries for inputs left of the first window, too.
     o_table = tl.arange(0, TABLE) - COLUMNS
     p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w
     b_table = tl.load(p_table, mask=(o_table >= 0) & (o_table < SIDE * SIDE), other=0).to(ACCUMULATOR)

@@ -17,8 +17,8 @@ from kernels.contmix.backward_own import grad_logits_own
 from kernels.contmix.backward_shared import Targets
 from kernels.contmix.backward_stored import Rows, grad_parameters_own, grad_value_own
 from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import Problem, Saved, Sizes, is_band_backward, problem_of, steps_of_own, stored_of_band
-from kernels.launch import ceil_divide
+from kernels.contmix.configs import Problem, Saved, Sizes, is_band_backward, problem_of, steps_of_own, tile_of
+from kernels.launch import ceil_divide, next_power_of_2
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24
@@ -26,10 +26,19 @@ OWN = grad_logits_own, grad_value_own, grad_parameters_own
 BAND = grad_logits_band, grad_value_band, grad_parameters_band
 
 
+def _stored_of_band(problem: Problem) -> tuple[int, int]:
+    """How many numbers an output leaves in the backward pass: of p, of all that its tile sees, and of ds."""
+    (seen, columns), kernel_size = tile_of(problem), problem.kernel_size
+    rows = 16 // columns
+    whole = (kernel_size - 1) // rows * rows
+    last = max(16 // seen, next_power_of_2(kernel_size - whole))
+    return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, (whole + last) * seen
+
+
 def _shapes(problem: Problem, rows: int, width: int) -> list[tuple[int, ...]]:
     """What these rows of a head leave: p and ds."""
     if is_band_backward(problem):
-        return [(rows, width, numbers) for numbers in stored_of_band(problem)]
+        return [(rows, width, numbers) for numbers in _stored_of_band(problem)]
     kernel_rows, steps = steps_of_own(problem.kernel_size)
     return 2 * [(rows, problem.kernel_size // kernel_rows, width, steps)]
 

@@ -126,15 +126,6 @@ def tile_of(problem: Problem) -> tuple[int, int]:
     return seen, max(columns for columns in (1, 2, 4) if columns <= most)
 
 
-def stored_of_band(problem: Problem) -> tuple[int, int]:
-    """How many numbers an output leaves in the backward pass: of p, of all that its tile sees, and of ds."""
-    (seen, columns), kernel_size = tile_of(problem), problem.kernel_size
-    rows = 16 // columns
-    whole = (kernel_size - 1) // rows * rows
-    last = max(16 // seen, next_power_of_2(kernel_size - whole))
-    return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, (whole + last) * seen
-
-
 def steps_of_own(kernel_size: int) -> tuple[int, int]:
     """(rows of a window in a step, block of their positions): a small window in one step, a large one row by row."""
     rows = kernel_size if kernel_size <= 5 else 1
