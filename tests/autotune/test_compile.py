@@ -43,7 +43,7 @@ SPILLS = {
         "grad_logits_own_kernel": 40,  # for sm_80
         "grad_logits_band_kernel": 456,  # for sm_80, where a launch takes half the tiles; 120 for sm_90
         "grad_value_band_kernel": 8,  # for sm_80
-        "grad_parameters_band_kernel": 72,  # for sm_100
+        "grad_parameters_band_kernel": 80,  # for sm_100
         "backward_shared_kernel": 208,  # for sm_80
         "mix_kernel": 8,  # for sm_80
         "sum_kernel": 8,  # of a transpose with dilated windows, at 128 registers: four warps per scheduler
