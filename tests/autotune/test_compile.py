@@ -69,7 +69,7 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     assert all(0 < report["registers"] <= 512 for report in result["reports"])
     # A build for AMD's GPUs made here has loads ahead, in registers, or larger blocks, that a launch there is without.
     on_amd = {"weighted_sum_kernel": 608, "backward_shared_kernel": 600}
-    on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2640}
+    on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2644}
     known = on_amd if architecture.startswith("gfx") else SPILLS[dtype]
     spilled = [report for report in result["reports"] if report["spilled_bytes"] > known.get(report["kernel"], 0)]
     assert {f"{report['case']}, {report['kernel']}": report["spilled_bytes"] for report in spilled} == {}
