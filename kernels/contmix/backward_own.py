@@ -1,26 +1,19 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 
-"""ContMix's backward pass where nearly every output has a window of its own.
+"""The first kernel of ContMix's backward pass where nearly every output has a window of its own.
 
-The first kernel makes softmax weights p again, and the logits' gradients ds = p ∘ (Σ_c grad · value − δ), δ = Σ_c
-grad · out; it ends query's gradient and stores p and ds of as many rows at a time as memory may take. Σ_c grad · value
-is a matrix product too: of a tile of outputs, and all inputs that any of them sees; each output gathers its own. From p
-and ds come the other gradients: value's by the second kernel, a sum over the outputs that see an input, row by row as
-matrix products; projected keys' as one product; bias' and rpb's as sums.
+Σ_c grad · value is a matrix product: of a tile of outputs, and all inputs that any of them sees; each output gathers
+its own.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.backward_shared import Targets, reference_gradients
-from kernels.contmix.backward_stored import Rows, class_of, grad_parameters_own, grad_value_own
-from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import OWN, Own, Saved, Sizes, block, grad_own_heuristic, problem_of, steps_of_own, types
+from kernels.contmix.backward_shared import reference_grad_query
+from kernels.contmix.backward_stored import Rows
+from kernels.contmix.configs import OWN, Own, Saved, block, grad_own_heuristic, problem_of, steps_of_own, types
 from kernels.contmix.forward_own import bias_of_step, logits_of_pairs
 from kernels.contmix.forward_shared import views_of
 from kernels.contmix.tiles import key_scale, load_heads, pixels_of_tile, rpb_base, store_heads
@@ -29,9 +22,6 @@ from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows_triton import offsets, window_start
-
-# Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
-MOST_STORED = 1 << 24
 
 
 @triton.jit
@@ -157,9 +147,7 @@ def _grad_logits_own_kernel(
     OWN,
     grad_own_heuristic,
     problem=problem_of,
-    reference=lambda saved, grad_query, previous, _rows: (
-        reference_gradients(saved)[0] if previous is None else reference_gradients(saved)[0] + previous
-    ),
+    reference=reference_grad_query,
     name="contmix.own.grad_logits",
 )
 def grad_logits_own(saved: Saved, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Own) -> Tensor:
@@ -194,59 +182,3 @@ def grad_logits_own(saved: Saved, grad_query: Tensor, previous: Tensor | None, r
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(_grad_logits_own_kernel, grid, grad_query.device, arguments, **options)
     return grad_query
-
-
-def rows_of(saved: Saved, first_row: int, last_row: int) -> Rows:
-    """Room for what these rows leave."""
-    batch, groups, _, height, width = saved.value.shape
-    kernel_size = (saved.rpb.shape[1] + 1) // 2
-    kernel_rows, steps = steps_of_own(kernel_size)
-    shape = batch, groups, last_row - first_row + 1, kernel_size // kernel_rows, width, steps
-    sizes = Sizes(batch, groups, height, width, first_row, last_row)
-    return Rows(sizes, saved.value.new_empty(shape), saved.value.new_empty(shape))
-
-
-def grad_own(saved: Saved, targets: Targets) -> None:
-    """Fills the targets."""
-    batch, groups, _, height, width = saved.value.shape
-    kernel_size, dtype = (saved.rpb.shape[1] + 1) // 2, saved.statistics.dtype
-    kernel_rows, steps = step = steps_of_own(kernel_size)
-    per_row = groups * width * (kernel_size // kernel_rows * steps)
-    most = max(MOST_STORED, saved.value.numel())
-    images, count = max(1, min(batch, most // (per_row * height))), max(1, min(height, most // per_row))
-    # Parts of nearly the same size: a small last one would leave a GPU idle.
-    images, count = (ceil_divide(size, ceil_divide(size, part)) for size, part in ((batch, images), (height, count)))
-    found: list[tuple[Tensor, Tensor]] = []
-    for i_batch in range(0, batch, images):
-        part, into = saved, targets
-        if images < batch:
-            part, into = (_of_images(tensors, slice(i_batch, i_batch + images)) for tensors in (saved, targets))
-        value, projected = (
-            (target if count == height else torch.empty_like(target, dtype=dtype)) for target in into[1:3]
-        )
-        for first_row in range(0, height, count):
-            rows = rows_of(part, first_row, min(first_row + count, height) - 1)
-            grad_logits_own(part, into.query, into.previous, rows)
-            grad_value_own(part, rows, value, value if first_row > 0 else None)
-            sums, pieces = grad_parameters_own(part, rows, projected, projected if first_row > 0 else None)
-            tables = targets.bias, targets.rpb
-            if images < batch or count < height:
-                tables = torch.empty_like(saved.bias, dtype=dtype), torch.empty_like(saved.rpb, dtype=dtype)
-                found.append(tables)
-            classes = [class_of(row, height, kernel_size) for row in (rows.sizes.first_row, rows.sizes.last_row)]
-            # One row, or column, of a class is like a map of the window's size.
-            fold(sums[:, :, :, :-1], sums[:, :, :, -1], *tables, step, (*classes, kernel_size), pieces, projected)
-        if count < height:
-            into.value.copy_(value)
-            into.projected.copy_(projected)
-    for target, parts in zip((targets.bias, targets.rpb), zip(*found, strict=True), strict=False):
-        target.copy_(torch.stack(parts).sum(0))
-
-
-def _of_images(tensors: Any, images: slice) -> Any:
-    """The part of the tensors of a backward pass that belongs to some batch entries."""
-    parts = {
-        name: tensor if tensor is None or name in ("bias", "rpb") else tensor[images]
-        for name, tensor in tensors._asdict().items()
-    }
-    return type(tensors)(**parts)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix import eager
-from kernels.contmix.backward_tables import fold
+from kernels.contmix.backward_tables import Sums, fold
 from kernels.contmix.configs import SHARED, Saved, Shared, backward_heuristic, problem_of
 from kernels.contmix.forward_shared import shared_arguments
 from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
@@ -149,6 +149,12 @@ def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
     return *found[:3], found[3][0], found[4][:, 0]
 
 
+def reference_grad_query(saved: Saved, _target: Tensor, previous: Tensor | None, *_) -> Tensor:
+    """That of query, and ``previous``."""
+    found = reference_gradients(saved)[0]
+    return found if previous is None else found + previous
+
+
 class Targets(NamedTuple):
     """The gradients that a kernel size's backward pass writes, and the gradient of query that it adds to."""
 
@@ -208,8 +214,8 @@ def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[
     launch(_backward_shared_kernel, (places * groups * chunks,), device, arguments, **options)
     if value_parts is not None:
         sum_parts(value_parts, targets.value, (kernel_size, kernel_size), arguments["tiles"])
-    rows = 0, height - 1, height
-    fold(partial, totals, targets.bias, targets.rpb, (kernel_size, positions), rows, key_parts, targets.projected)
+    sums = Sums(partial, totals, (kernel_size, positions), (0, height - 1, height), kernel_size, key_parts)
+    fold(sums, targets.bias, targets.rpb, targets.projected)
     return targets.query, targets.value, targets.projected, targets.bias, targets.rpb
 
 

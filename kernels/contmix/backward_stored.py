@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.contmix.backward_tables import Sums
 from kernels.contmix.configs import Saved, Sizes, block, steps_of_own, types
 from kernels.contmix.tiles import load_heads, load_pixels, store_heads, store_pixels
 from kernels.launch import ceil_divide, launch, next_power_of_2
@@ -22,8 +23,8 @@ class Rows(NamedTuple):
     """Some rows of outputs of some batch entries, and what the first kernel leaves of them for the others."""
 
     sizes: Sizes
-    weights: Tensor  # [B, G, rows, K / ROWS, W, S]: p
-    grad_logits: Tensor  # the same: ds
+    weights: Tensor  # [B, G, rows, K / ROWS, W, S]: p; of a band [B, G, rows, W, patch]
+    grad_logits: Tensor  # the same: ds; of a band [B, G, rows, W, rows of a window · SEEN]
 
 
 # Where there are fewer programs, two for each of a GPU's processors, several share the rows, of which each has some.
@@ -207,11 +208,8 @@ def grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tenso
     launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=1)
 
 
-def grad_parameters_own(
-    saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Fills ``grad_projected`` with what ``rows`` give, and ``previous``; or leaves parts of it [N, K², B, G, Dq] to be
-    summed. Sums of ds [N·B, G, classes of rows, K + 1, K / ROWS · S], and these parts."""
+def grad_parameters_own(saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None) -> Sums:
+    """Fills ``grad_projected`` with what ``rows`` give, and ``previous``; or leaves parts of it to be summed."""
     sizes, constants = rows.sizes, types(saved, grad_projected, rows.weights)
     batch, groups, height, width, first_row, last_row = sizes
     kernel_size = constants["KERNEL"]
@@ -225,8 +223,8 @@ def grad_parameters_own(
         several = ceil_divide(last_row - first_row + 1, count)
     if several > 1:
         parts = saved.statistics.new_empty((several, kernel_size**2, *saved.query.shape[:3]))
-    classes = class_of(last_row, height, kernel_size) - class_of(first_row, height, kernel_size) + 1
-    sums = saved.statistics.new_empty((several * batch, groups, classes, kernel_size + 1, stored))
+    first, last = (_class_of(row, height, kernel_size) for row in (first_row, last_row))
+    sums = saved.statistics.new_empty((several * batch, groups, last - first + 1, kernel_size + 1, stored))
     del constants["CHANNELS"]
     columns = max(block(kernel_size), min(64 if saved.value.dtype.itemsize == 2 else 32, block(width)))
     arguments = {
@@ -249,9 +247,11 @@ def grad_parameters_own(
         _grad_parameters_own_kernel, (programs * several,), sums.device, arguments,
         num_warps=max(1, columns // 16), num_stages=1,
     )  # fmt: skip
-    return sums, parts
+    # One row, or column, of a class is like a map of the window's size.
+    step, of_map = (kernel_rows, steps), (first, last, kernel_size)
+    return Sums(sums[:, :, :, :-1], sums[:, :, :, -1], step, of_map, kernel_size, parts)
 
 
-def class_of(row: int, height: int, kernel_size: int) -> int:
+def _class_of(row: int, height: int, kernel_size: int) -> int:
     """Where a row lies in its window, by which rpb tells it apart from others."""
     return row - min(max(row - kernel_size // 2, 0), height - kernel_size)

@@ -3,6 +3,8 @@
 """Gradients of bias and rpb: those of the logits, summed over images in parts, folded onto positions in a window and
 relative positions."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,9 +30,9 @@ def _fold_kernel(
     pieces,  # [I, E]: parts of one more gradient
     total,  # [E]: written, their sum
     parts, groups, height, width, first_row, last_row, places, count, elements,
-    KERNEL: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    ITEMS: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr, POSITIONS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    KERNEL: tl.constexpr, SEEN: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    ITEMS: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr,
+    POSITIONS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """A program takes a row of a head's table, or of a window, and adds rows of the map, several at a time; or a block
     of the other gradient."""
@@ -41,22 +43,28 @@ def _fold_kernel(
         # The rows whose windows have one at that distance.
         begin = tl.maximum(_first_row(tl.maximum(KERNEL - 1 - i_relative, 0), height, KERNEL, 0), first_row)
         end = tl.minimum(_first_row(tl.minimum(2 * KERNEL - 2 - i_relative, KERNEL - 1), height, KERNEL, 1), last_row)
-        # Several parts at a time, with some columns each.
+        # Several parts at a time, with some columns each; rows, too, where all parts are.
         o_flat, o_relative = tl.arange(0, ITEMS * COLUMNS), tl.arange(0, RELATIVE)
         o_item = (o_flat // COLUMNS)[:, None]
         b_sum = tl.zeros([ITEMS * COLUMNS, RELATIVE], ACCUMULATOR)
         for i_column in range(0, width, COLUMNS):
             o_column = (i_column + o_flat % COLUMNS)[:, None]
             # The window position at a distance.
-            o_kernel = o_relative[None, :] - (window_start(o_column, width, KERNEL, 1) - o_column + KERNEL - 1)
-            mask = (o_column < width) & (o_kernel >= 0) & (o_kernel < KERNEL)
+            o_kernel = o_relative[None, :] - (window_start(o_column, width, SEEN, 1) - o_column + KERNEL - 1)
+            mask = (o_column < width) & (o_kernel >= 0) & (o_kernel < SEEN)
             o_sum = o_item.to(tl.int64) * sums.b + (o_column * sums.w + o_kernel)
-            for row in range(begin, end + 1):
-                kernel_h = i_relative - (window_start(row, height, KERNEL, 1) - row + KERNEL - 1)
-                o_row = (row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
-                for i_item in range(0, parts, ITEMS):
-                    p_item = sums.ptr + (i_group * sums.g + tl.cast(i_item, tl.int64) * sums.b + o_row)
-                    b_sum += tl.load(p_item + o_sum, mask=mask & (i_item + o_item < parts), other=0)
+            for i_row in range(begin, end + 1, AT_ONCE):
+                for i in tl.static_range(AT_ONCE):
+                    row = i_row + i
+                    kernel_h = i_relative - (window_start(row, height, KERNEL, 1) - row + KERNEL - 1)
+                    o_row = (row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
+                    if AT_ONCE > 1:
+                        p_item = sums.ptr + (i_group * sums.g + o_row)
+                        b_sum += tl.load(p_item + o_sum, mask=mask & (o_item < parts) & (row <= end), other=0)
+                    else:
+                        for i_item in range(0, parts, ITEMS):
+                            p_item = sums.ptr + (i_group * sums.g + tl.cast(i_item, tl.int64) * sums.b + o_row)
+                            b_sum += tl.load(p_item + o_sum, mask=mask & (i_item + o_item < parts), other=0)
         b_rpb = tl.sum(b_sum, 0)
         p_rpb = rpb.ptr + i_group * rpb.g + i_relative * rpb.h + o_relative * rpb.w
         tl.store(p_rpb, b_rpb.to(rpb.ptr.dtype.element_ty), mask=o_relative < ENTRIES)
@@ -79,25 +87,27 @@ def _fold_kernel(
         tl.store(total.ptr + o_element, b_element.to(total.ptr.dtype.element_ty), mask=o_element < elements)
 
 
-def fold(
-    sums: Tensor,
-    totals: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    step: tuple[int, int],
-    rows: tuple[int, int, int],
-    pieces: Tensor | None = None,
-    total: Tensor | None = None,
-) -> None:
-    """Fills ``bias`` [K²] from ``totals`` [N, G, M, K / ROWS · S], and ``rpb`` [G, 2K-1, 2K-1] from ``sums``
-    [N, G, rows, W, K / ROWS · S]; ``step`` holds ROWS and S, ``rows`` the first and the last row of outputs and the
-    map's height. And ``total`` from its ``pieces`` [I, ...], which lie in memory one after the other as it does."""
+class Sums(NamedTuple):
+    """What bias' and rpb's gradients are summed from, where S is ``step[1]``; and parts of projected keys'."""
+
+    sums: Tensor  # [N, G, rows, W, K / ROWS · S]
+    totals: Tensor  # [N, G, M, K / ROWS · S]
+    step: tuple[int, int]  # ROWS and S
+    rows: tuple[int, int, int]  # the first and the last row of outputs, and the map's height
+    seen: int  # how many columns of a row S holds: those of a window, or more
+    pieces: Tensor | None = None  # [I, ...]
+
+
+def fold(found: Sums, bias: Tensor, rpb: Tensor, total: Tensor | None = None) -> None:
+    """Fills ``bias`` [K²] and ``rpb`` [G, 2K-1, 2K-1]; and ``total`` from its pieces, which lie in memory one after the
+    other as it does."""
+    sums, totals, step, (first_row, last_row, height), seen, pieces = found
     parts, groups, _, width, _ = sums.shape
     entries = rpb.shape[1]
     kernel_size = (entries + 1) // 2
     columns, relative = next_power_of_2(min(width, 16)), next_power_of_2(entries)
     positions = next_power_of_2(kernel_size)
-    first_row, last_row, height = rows
+    items = max(1, min(next_power_of_2(parts), 8192 // (columns * relative)))
     if pieces is None or total is None:
         pieces, total, elements = totals, bias, 0
     else:
@@ -119,11 +129,13 @@ def fold(
         "count": pieces.shape[0],
         "elements": elements,
         "KERNEL": kernel_size,
+        "SEEN": seen,
         "ROWS": step[0],
         "STEPS": step[1],
         "ACCUMULATOR": accumulator(sums.dtype),
-        # Numbers of a block: 32 of a thread, all of which are on their way at the same time.
-        "ITEMS": max(1, min(next_power_of_2(parts), 8192 // (columns * relative))),
+        # Numbers of some blocks: 32 of a thread, all of which are on their way at the same time.
+        "ITEMS": items,
+        "AT_ONCE": min(8, 8192 // (items * columns * relative)) if items >= parts else 1,
         "COLUMNS": columns,
         "RELATIVE": relative,
         "PLACES": max(1, 8192 // positions),

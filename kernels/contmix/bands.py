@@ -51,9 +51,9 @@ def _halved(blocks):
 
 @triton.jit
 def apart(b, ROWS: tl.constexpr):
-    """[M, ROWS · S] as ROWS blocks [M, S]; ROWS is 1, 2, 4 or 8."""
+    """[M, ROWS · S] as ROWS blocks [M, S]; ROWS is 1, 2, 4, 8 or 16."""
     blocks = (b,)
-    for level in tl.static_range(3):
+    for level in tl.static_range(4):
         if ROWS >> level > 1:
             blocks = _halved(blocks)
     return blocks
@@ -71,21 +71,31 @@ def _doubled(blocks):
 @triton.jit
 def together(blocks):
     """The inverse of ``apart``."""
-    for _ in tl.static_range(3):
+    for _ in tl.static_range(4):
         if len(blocks) > 1:
             blocks = _doubled(blocks)
     return blocks[0]
 
 
 @triton.jit
-def _moved_by(rows, m_moved, STEP: tl.constexpr):
-    b_nothing = tl.zeros_like(rows[0])
+def _shifted_by(rows, m_moved, STEP: tl.constexpr, BACK: tl.constexpr):
     found = ()
-    for i in tl.static_range(len(rows) + STEP):
-        b_stays = rows[i] if i < len(rows) else b_nothing
-        b_comes = rows[i - STEP] if i >= STEP else b_nothing
-        found = found + (tl.where(m_moved, b_comes, b_stays),)
+    for i in tl.static_range(len(rows) - STEP):
+        if BACK:
+            found = found + (tl.where(m_moved, rows[i + STEP], rows[i]),)
+        else:
+            found = found + (tl.where(m_moved, rows[i], rows[i + STEP]),)
     return found
+
+
+@triton.jit
+def shifted(rows, o_moved, MOST: tl.constexpr, BACK: tl.constexpr):
+    """MOST - 1 fewer rows: those of ``moved`` that depend on these rows alone, or, where ``BACK`` undoes it, the rows
+    that these came from."""
+    for level in tl.static_range(4):
+        if MOST >> level > 1:
+            rows = _shifted_by(rows, ((o_moved >> level) & 1 == 1)[:, None], 1 << level, BACK)
+    return rows
 
 
 @triton.jit
@@ -94,10 +104,30 @@ def moved(rows, o_moved, MOST: tl.constexpr):
 
     MOST is 1, 2, 4, 8 or 16. What no entry comes to is 0.
     """
-    for level in tl.static_range(4):
-        if MOST >> level > 1:
-            rows = _moved_by(rows, ((o_moved >> level) & 1 == 1)[:, None], 1 << level)
-    return rows
+    nothing = ()
+    for _ in tl.static_range(MOST - 1):
+        nothing = nothing + (tl.zeros_like(rows[0]),)
+    return shifted(nothing + rows + nothing, o_moved, MOST, False)
+
+
+@triton.constexpr_function
+def rows_of_block(kernel_size, rows, seen, i_block):
+    """How many rows a block of a window has: ``rows``, or the power of two that holds what is left for the last, and
+    at least the 16 numbers of ``seen`` in a row that a product takes."""
+    return min(rows, max(16 // seen, 1 << (kernel_size - i_block * rows - 1).bit_length()))
+
+
+@triton.jit
+def first_block(i_tile, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
+    """Of blocks of TILE inputs along an axis, which begin KERNEL // 2 before the map, the first that outputs of a tile
+    of as many may see. Their windows begin 0 to TILE - 1 after it does."""
+    return tl.minimum(tl.maximum(i_tile, KERNEL // 2 // TILE), (length - KERNEL + KERNEL // 2) // TILE)
+
+
+@triton.jit
+def first_seen(o_output, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
+    """The first input of that block, which may be less than 0; the window's first where TILE is 1."""
+    return first_block(o_output // TILE, length, KERNEL, TILE) * TILE - KERNEL // 2
 
 
 @triton.jit

@@ -8,10 +8,11 @@ over window positions is a matrix product.
 whose channels are adjacent in memory. Forward, sums over window positions run in registers, for pairs of outputs;
 backward, products with all inputs that a tile sees are matrix products, of which each output takes its own.
 
-*Bands.* Forward, where such windows are large and their numbers have 16 bits, weights of 16 outputs are a banded matrix
-over all inputs that these see, and all sums are matrix products.
+*Bands.* Where such windows are large and their numbers have 16 bits, weights of 16 outputs are a banded matrix over all
+inputs that these see, and all sums are matrix products; backward, on large maps, windows of 5 are taken so, too.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -103,10 +104,16 @@ def tiles_and_windows(height: int, width: int, kernel_size: int, pixels: int) ->
     return ceil_divide(most[0] * most[1], pixels), (height - kernel_size + 1) * (width - kernel_size + 1)
 
 
-def is_band(problem: Problem) -> bool:
+def is_band(problem: Problem, least: int = 7) -> bool:
     """Whether own windows are worth a banded matrix, and fit it: registers hold 15 rows of a window."""
     channels = max(problem.channels, problem.query_channels)
-    return problem.dtype.itemsize == 2 and 5 < problem.kernel_size < 16 and channels <= 64
+    return problem.dtype.itemsize == 2 and least <= problem.kernel_size < 16 and channels <= 64
+
+
+def is_band_backward(problem: Problem) -> bool:
+    """The same of the backward pass, where smaller windows are worth it, too, on maps of which borders are a small
+    part."""
+    return is_band(problem, 5 if problem.pixels >= 1000 else 7)
 
 
 def tile_of(problem: Problem) -> tuple[int, int]:
@@ -203,7 +210,7 @@ TILES = tuple(
     Tiles(tiles, programs, tiles, stages)
     for tiles, programs, stages in (
         (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 1056, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
-        (8, 132, 1), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
+        (8, 132, 1), (8, 132, 2), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
     )
 )  # fmt: skip
 
@@ -243,6 +250,23 @@ def tiles_heuristic(problem: Problem) -> Tiles:
     if interpreting():
         return Tiles(4 * next_power_of_2(ceil_divide(problem.pixels, 64)), 1)
     return Tiles(4, 264 if problem.kernel_size > 7 else 528)
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    """Whether the GPU is one, whose shared memory holds 8 tiles' loads that are on their way; taken for granted where
+    there is none."""
+    return not torch.cuda.is_available() or (torch.cuda.get_device_capability()[0] == 9 and not torch.version.hip)
+
+
+def grad_tiles_heuristic(problem: Problem) -> Tiles:
+    """One round of programs, as many for each of a GPU's processors as registers allow; fewer whose loads are on their
+    way early serve larger windows better."""
+    if interpreting():
+        return tiles_heuristic(problem)
+    if problem.kernel_size > 7:
+        return Tiles(8, 132, 8, 2) if _is_hopper() else Tiles(4, 264)
+    return Tiles(4, 264, 4, 2) if problem.kernel_size > 5 else Tiles(4, 396)
 
 
 def own_heuristic(problem: Problem) -> Own:

@@ -33,7 +33,7 @@ from kernels.windows_triton import Pixels, offsets, window_start
 
 
 @triton.jit
-def _moved_keys(
+def moved_keys(
     keys, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, COLUMNS: tl.constexpr, KERNEL: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
@@ -41,14 +41,15 @@ def _moved_keys(
     o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, COLUMNS * BLOCK)
     o_channel = (o_flat % BLOCK).to(OFFSET)
     o_column = (o_step % SEEN)[:, None] - (o_flat // BLOCK)[None, :]
-    o_position = (i_row + o_step // SEEN)[:, None] * KERNEL + o_column
-    m_key = (o_column >= 0) & (o_column < KERNEL) & (o_channel < CHANNELS)[None, :]
+    o_row = (i_row + o_step // SEEN)[:, None]
+    o_position = o_row * KERNEL + o_column
+    m_key = (o_row < KERNEL) & (o_column >= 0) & (o_column < KERNEL) & (o_channel < CHANNELS)[None, :]
     p_key = keys.ptr + o_position.to(OFFSET) * keys.k + (o_channel * keys.c)[None, :]
     return halves(tl.load(p_key, mask=m_key, other=0), dtype)
 
 
 @triton.jit
-def _moved_bias(
+def moved_bias(
     bias, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +58,9 @@ def _moved_bias(
     LOWEST: tl.constexpr = tl.constexpr(-3e6 if dtype == tl.float16 else -1e30)
     o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, 16)
     o_column = (o_step % SEEN)[:, None] - (o_flat % 4)[None, :]
-    m_bias = (o_column >= 0) & (o_column < KERNEL)
-    p_bias = bias.ptr + ((i_row + o_step // SEEN)[:, None] * KERNEL + o_column) * bias.k
+    o_row = (i_row + o_step // SEEN)[:, None]
+    m_bias = (o_row < KERNEL) & (o_column >= 0) & (o_column < KERNEL)
+    p_bias = bias.ptr + (o_row * KERNEL + o_column) * bias.k
     b_bias = tl.load(p_bias, mask=m_bias, other=0).to(ACCUMULATOR)
     # An infinite bias would not vanish where the query of ones is 0.
     b_bias = tl.where(m_bias, tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL), 1.2 * LOWEST)
@@ -116,10 +118,10 @@ def _forward_band_kernel(
     for level in tl.static_range(4):
         if KERNEL & (8 >> level):
             i_row = KERNEL // (16 >> level) * (16 >> level)
-            b_keys = _moved_keys(
+            b_keys = moved_keys(
                 keys, i_row, 8 >> level, SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY, OFFSET, dtype
             )
-            b_bias = _moved_bias(bias, i_row, 8 >> level, SEEN, KERNEL, ACCUMULATOR, dtype)
+            b_bias = moved_bias(bias, i_row, 8 >> level, SEEN, KERNEL, ACCUMULATOR, dtype)
             keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
     # rpb in one row, which begins so early that it holds entries for inputs left of the first window, too.
     o_table = tl.arange(0, TABLE) - COLUMNS

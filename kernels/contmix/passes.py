@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contmix import eager
-from kernels.contmix.backward_own import grad_own
+from kernels.contmix.backward_parts import grad_own
 from kernels.contmix.backward_shared import Targets, backward_shared
 from kernels.contmix.configs import Inputs, Saved, is_band, problem_of, shares_windows
 from kernels.contmix.forward_band import forward_band

@@ -40,6 +40,9 @@ SPILLS = {
         "forward_own_kernel": 120,
         "forward_shared_kernel": 24,
         "grad_logits_own_kernel": 40,  # for sm_80
+        "grad_logits_band_kernel": 456,  # for sm_80, where a launch takes half the tiles; 120 for sm_90
+        "grad_value_band_kernel": 8,  # for sm_80
+        "grad_parameters_band_kernel": 80,  # for sm_100
         "backward_shared_kernel": 208,  # for sm_80
         "mix_kernel": 8,  # for sm_80
         "sum_kernel": 8,  # of a transpose with dilated windows, at 128 registers: four warps per scheduler
@@ -60,11 +63,12 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     assert done.stdout, done.stderr
     result = json.loads(done.stdout)
     assert result["failures"] == []
-    narrow = {"forward_band_kernel"} if dtype == "fp32" else set()  # of 16-bit numbers alone
+    narrow = {name for name in _kernel_names() if dtype == "fp32" and "_band_" in name}  # of 16-bit numbers alone
     assert {report["kernel"] for report in result["reports"]} == _kernel_names() - narrow
     assert all(0 < report["registers"] <= 512 for report in result["reports"])
-    # A build for AMD's GPUs made here has loads ahead, in registers, that a launch there does without.
+    # A build for AMD's GPUs made here has loads ahead, in registers, or larger blocks, that a launch there is without.
     on_amd = {"weighted_sum_kernel": 608, "backward_shared_kernel": 600}
+    on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2644}
     known = on_amd if architecture.startswith("gfx") else SPILLS[dtype]
     spilled = [report for report in result["reports"] if report["spilled_bytes"] > known.get(report["kernel"], 0)]
     assert {f"{report['case']}, {report['kernel']}": report["spilled_bytes"] for report in spilled} == {}

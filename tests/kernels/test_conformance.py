@@ -76,7 +76,7 @@ STEPS = {
     "kernels.outlook.eager": "BLOCK_ELEMENTS",
     "kernels.depthwise.eager": "GRADIENT_ELEMENTS",
     "kernels.involution.generate": "STEP_BYTES_ELSEWHERE",
-    "kernels.contmix.backward_own": "MOST_STORED",
+    "kernels.contmix.backward_parts": "MOST_STORED",
 }
 
 

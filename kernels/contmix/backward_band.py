@@ -1,0 +1,227 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+"""The first kernel of ContMix's backward pass for large windows of 16-bit numbers, where nearly every output has a
+window of its own.
+
+Tiles and logits are those of ``forward_band``. The inputs that a tile sees are whole tiles, too, as wide and high as
+those of outputs, the first of which begins K // 2 before the map: so p, of as many rows of inputs as such tiles have at
+a time, is what value's gradient multiplies. There the rows of a window, a block each, are moved to where its output's
+begin; ds = p ∘ (Σ_c grad · value − δ), where the sum is a product of the tile's outputs and inputs; and rows of ds are
+moved back, to be multiplied with keys for query's gradient. As numbers outside of windows take part, too, a value or a
+gradient that is not finite reaches gradients of all outputs and inputs of tiles that see it.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.contmix.backward_shared import reference_grad_query
+from kernels.contmix.backward_stored import Rows
+from kernels.contmix.bands import apart, first_seen, rows_of_block, shifted, together
+from kernels.contmix.configs import TILES, Saved, Tiles, block, grad_tiles_heuristic, problem_of, tile_of, types
+from kernels.contmix.forward_band import moved_bias, moved_keys
+from kernels.contmix.forward_shared import views_of
+from kernels.contmix.tiles import at_head, cut_off, key_scale
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.products import LOG2_E, dot
+from kernels.tuning import tunable
+from kernels.views import at, view
+from kernels.windows_triton import Pixels, offsets, window_start
+
+
+@triton.jit
+def _grad_logits_band_kernel(
+    query,  # [B, G, Dq, H, W]
+    projected,  # [B, G, Dq, K²]
+    bias,  # [K²]
+    rpb,  # [G, 2K-1, 2K-1]
+    value,  # [B, G, Dv, H, W]
+    grad,  # [B, G, Dv, H, W]
+    out,  # [B, G, Dv, H, W]
+    statistics,  # [B, G, H, W]: log Σ_k exp
+    previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
+    grad_query,  # [B, G, Dq, H, W]: written
+    weights,  # [B, G, rows, W, patch]: p of inputs tile by tile, written
+    grad_logits,  # [B, G, rows, W, rows of a window · SEEN]: ds, written
+    sizes, programs, walks,
+    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OFFSET: tl.constexpr, UPCAST: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEEN: tl.constexpr, TABLE: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each. Rows of a window are BLOCKS
+    blocks, rows of inputs PLANES, of as many as a tile has; the last of a window may have fewer."""
+    _batch, groups, height, width, first_row, last_row = sizes
+    OUTPUTS: tl.constexpr = 16 * TILES
+    ROWS: tl.constexpr = 16 // COLUMNS
+    PLANE: tl.constexpr = ROWS * SEEN
+    PLANES: tl.constexpr = (KERNEL + 2 * ROWS - 2) // ROWS
+    BLOCKS: tl.constexpr = (KERNEL + ROWS - 1) // ROWS
+    SIDE: tl.constexpr = 2 * KERNEL - 1
+    dtype: tl.constexpr = query.ptr.dtype.element_ty
+    SCALE: tl.constexpr = LOG2_E * key_scale(dtype)
+    i_program = tl.program_id(0)
+    i_walks = i_program % programs * walks
+    i_group, i_batch = (i_program // programs % groups).to(tl.int64), (i_program // programs // groups).to(tl.int64)
+    queries = at_head(query, i_batch, i_group, QUERY_CHANNELS)
+    keys = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
+    values, outs = at_head(value, i_batch, i_group, CHANNELS), at_head(out, i_batch, i_group, CHANNELS)
+    grads, targets = at_head(grad, i_batch, i_group, CHANNELS), at_head(grad_query, i_batch, i_group, QUERY_CHANNELS)
+    sums = at(statistics, i_batch, i_group)
+    weights, grad_logits = at(weights, i_batch, i_group), at(grad_logits, i_batch, i_group)
+    blocks_w = tl.cdiv(width, ACROSS * COLUMNS)
+    blocks = blocks_w * tl.cdiv(last_row + 1 - first_row, TILES // ACROSS * ROWS)
+
+    keys_of_rows, bias_of_rows = (), ()
+    for i in tl.static_range(BLOCKS):
+        b_keys = moved_keys(
+            keys, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY,
+            OFFSET, dtype,
+        )  # fmt: skip
+        b_bias = moved_bias(bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, ACCUMULATOR, dtype)
+        keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
+    # rpb in one row, which begins so early that it holds entries for inputs left of the first window, too.
+    o_table = tl.arange(0, TABLE) - COLUMNS
+    p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w
+    b_table = tl.load(p_table, mask=(o_table >= 0) & (o_table < SIDE * SIDE), other=0).to(ACCUMULATOR)
+    b_table *= 1 / key_scale(dtype)
+
+    o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
+    o_tile, o_query, o_channel = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET), tl.arange(0, BLOCK_CHANNELS)
+    o_input, o_plane = tl.arange(0, TILES * PLANE), tl.arange(0, PLANE)
+    o_seen_tile, o_seen = o_input // PLANE, o_input % PLANE
+    m_channel = (o_channel < CHANNELS)[None, :]
+    for i_walk in range(i_walks, i_walks + walks):
+        i_block = tl.minimum(i_walk, blocks - 1)
+        row = first_row + i_block // blocks_w * (TILES // ACROSS * ROWS)
+        column = i_block % blocks_w * (ACROSS * COLUMNS)
+        o_row = row + o_tile // ACROSS * ROWS + o_output % 16 // COLUMNS
+        o_column = column + o_tile % ACROSS * COLUMNS + o_output % COLUMNS
+        m_output = (i_walk < blocks) & (o_row <= last_row) & (o_column < width)
+        o_row, o_column = tl.minimum(o_row, last_row), tl.minimum(o_column, width - 1)
+        start_h, start_w = window_start(o_row, height, KERNEL, 1), window_start(o_column, width, KERNEL, 1)
+        outputs = Pixels(o_row, o_column, m_output, start_h, start_w)
+        down = start_h - first_seen(o_row, height, KERNEL, ROWS)
+        right = start_w - first_seen(o_column, width, KERNEL, COLUMNS)
+        seen_row = tl.minimum(row + o_seen_tile // ACROSS * ROWS, last_row)
+        seen_column = tl.minimum(column + o_seen_tile % ACROSS * COLUMNS, width - 1)
+        seen_h = first_seen(seen_row, height, KERNEL, ROWS) + o_seen // SEEN
+        seen_w = first_seen(seen_column, width, KERNEL, COLUMNS) + o_seen % SEEN
+        m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w >= 0) & (seen_w < width)
+        # [M, COLUMNS · Dq]
+        p_query = queries.ptr + offsets(queries, outputs, OFFSET)[:, None] + (o_query * queries.c)[None, :]
+        m_query = (right[:, None] == (o_flat // BLOCK_QUERY)[None, :]) & (o_query < QUERY_CHANNELS)[None, :]
+        b_query = tl.load(p_query, mask=m_query, other=0)
+        # [M, Dv]; outputs that are not there have no gradient
+        p_grad = grads.ptr + offsets(grads, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * grads.c)[None, :]
+        b_grad = tl.load(p_grad, mask=m_output[:, None] & m_channel, other=0)
+        p_out = outs.ptr + offsets(outs, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * outs.c)[None, :]
+        b_out = tl.load(p_out, mask=m_output[:, None] & m_channel, other=0)
+        b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
+        b_statistics = tl.load(sums.ptr + offsets(statistics, outputs, OFFSET)) * LOG2_E
+        o_q = tl.arange(0, BLOCK_QUERY)
+        m_target = m_output[:, None] & (o_q < QUERY_CHANNELS)[None, :]
+        if ADD:
+            p_previous = at(previous, i_batch, i_group).ptr + offsets(previous, outputs, OFFSET)[:, None]
+            b_previous = tl.load(p_previous + (o_q.to(OFFSET) * previous.c)[None, :], mask=m_target, other=0)
+        # [M, 16]: the query of ones
+        b_one = cut_off(tl.where(right[:, None] == (tl.arange(0, 16) % 4)[None, :], 1.0, 0.0), dtype)
+        # [M]: where in the row of rpb the tile's first input is for an output
+        o_base = (start_h - o_row + KERNEL - 1) * SIDE + (start_w - right - o_column + KERNEL - 1) + COLUMNS
+        o_base = tl.maximum(o_base, 0)  # it never is below; known to the compiler, no part of an address is
+
+        o_stored = (o_row - first_row).to(OFFSET) * weights.h + o_column.to(OFFSET) * weights.w
+        p_weight = weights.ptr + o_stored[:, None] + o_plane[None, :]
+        o_stored = (o_row - first_row).to(OFFSET) * grad_logits.h + o_column.to(OFFSET) * grad_logits.w
+        p_logits = grad_logits.ptr + o_stored[:, None]
+        b_nothing = tl.zeros([OUTPUTS, SEEN], ACCUMULATOR)
+        rows, products = (), ()
+        for _ in tl.static_range(ROWS - 1):
+            rows = rows + (b_nothing,)
+        b_sum = tl.zeros([OUTPUTS, COLUMNS * BLOCK_QUERY], ACCUMULATOR)
+        for i in tl.static_range(PLANES):
+            if i < BLOCKS:
+                o_step = tl.arange(0, rows_of_block(KERNEL, ROWS, SEEN, i) * SEEN)
+                o_entry = (i * ROWS + o_step // SEEN) * SIDE + o_step % SEEN
+                # A gather along the only axis goes by shared memory.
+                o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [OUTPUTS * o_step.shape[0]])
+                b_logits = tl.reshape(tl.gather(b_table, o_entry, 0), [OUTPUTS, o_step.shape[0]])
+                b_logits = dot(b_one, tl.trans(bias_of_rows[i]), b_logits, UPCAST)
+                b_logits = dot(b_query, tl.trans(keys_of_rows[i][0]), b_logits, UPCAST)
+                b_logits = dot(b_query, tl.trans(keys_of_rows[i][1]), b_logits, UPCAST)
+                rows = rows + apart(
+                    tl.exp2(b_logits * SCALE - b_statistics[:, None]), rows_of_block(KERNEL, ROWS, SEEN, i)
+                )
+            for _ in tl.static_range((i + 2) * ROWS - 1 - len(rows)):
+                rows = rows + (b_nothing,)
+            b_products = tl.zeros([TILES, 16, PLANE], ACCUMULATOR) - tl.reshape(b_delta, [TILES, 16, 1])
+            o_h = seen_h + i * ROWS
+            o_value = o_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
+            p_value = values.ptr + o_value[:, None] + (o_channel.to(OFFSET) * values.c)[None, :]
+            b_value = tl.load(p_value, mask=(m_seen & (o_h >= 0) & (o_h < height))[:, None] & m_channel, other=0)
+            b_value = tl.permute(tl.reshape(b_value, [TILES, PLANE, BLOCK_CHANNELS]), [0, 2, 1])
+            b_products = dot(tl.reshape(b_grad, [TILES, 16, BLOCK_CHANNELS]), b_value, b_products, UPCAST)
+            b_weight = together(shifted(rows[i * ROWS : i * ROWS + 2 * ROWS - 1], down, ROWS, False))
+            products = products + apart(tl.reshape(b_products, [OUTPUTS, PLANE]) * b_weight, ROWS)
+            # Inputs of a plane tile by tile
+            b_weight = tl.reshape(b_weight, [OUTPUTS, ROWS, SEEN // COLUMNS, COLUMNS])
+            b_weight = tl.reshape(tl.permute(b_weight, [0, 2, 1, 3]), [OUTPUTS, PLANE])
+            tl.store(p_weight + i * PLANE, b_weight.to(dtype), mask=m_output[:, None])
+            if i == PLANES - 1 and KERNEL % ROWS == 1:
+                for _ in tl.static_range(rows_of_block(KERNEL, ROWS, SEEN, BLOCKS - 1) - 1):
+                    products = products + (b_nothing,)
+            for j in tl.static_range(BLOCKS):
+                if i == min(j + 1, PLANES - 1):
+                    b_rows = products[j * ROWS : j * ROWS + rows_of_block(KERNEL, ROWS, SEEN, j) + ROWS - 1]
+                    b_grad_logits = together(shifted(b_rows, down, ROWS, True)).to(dtype)
+                    o_step = j * PLANE + tl.arange(0, b_grad_logits.shape[1])
+                    tl.store(p_logits + o_step[None, :], b_grad_logits, mask=m_output[:, None])
+                    b_sum = dot(b_grad_logits, keys_of_rows[j][0], b_sum, UPCAST)
+        # Of an output's part alone
+        b_sum = tl.where(right[:, None] == (o_flat // BLOCK_QUERY)[None, :], b_sum, 0.0)
+        b_sum = tl.sum(tl.reshape(b_sum, [OUTPUTS, COLUMNS, BLOCK_QUERY]), 1) * key_scale(dtype)
+        if ADD:
+            b_sum += b_previous
+        p_target = targets.ptr + offsets(targets, outputs, OFFSET)[:, None] + (o_q.to(OFFSET) * targets.c)[None, :]
+        tl.store(p_target, b_sum.to(grad_query.ptr.dtype.element_ty), mask=m_target)
+
+
+@tunable(
+    TILES,
+    grad_tiles_heuristic,
+    problem=problem_of,
+    reference=reference_grad_query,
+    name="contmix.band.grad_logits",
+)
+def grad_logits_band(saved: Saved, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Tiles) -> Tensor:
+    """Fills ``rows``, and its outputs' gradient of query."""
+    sizes, problem = rows.sizes, problem_of(saved)
+    seen, tile_columns = tile_of(problem)
+    block_rows, columns = config.block_of(tile_columns)
+    blocks = ceil_divide(sizes.last_row - sizes.first_row + 1, block_rows) * ceil_divide(sizes.width, columns)
+    walks = ceil_divide(blocks, max(1, config.programs // (sizes.groups * sizes.batch)))
+    programs = ceil_divide(blocks, walks)
+    arguments = {
+        **views_of(saved),
+        "previous": view(grad_query if previous is None else previous, "b g c h w"),
+        "grad_query": view(grad_query, "b g c h w"),
+        "weights": view(rows.weights, "b g h w k"),
+        "grad_logits": view(rows.grad_logits, "b g h w k"),
+        **types(saved, saved.grad, saved.out, grad_query, rows.weights),
+        "sizes": sizes,
+        "programs": programs,
+        "walks": walks,
+        "TILES": config.tiles,
+        "ACROSS": columns // tile_columns,
+        "COLUMNS": tile_columns,
+        "SEEN": seen,
+        "TABLE": next_power_of_2((2 * problem.kernel_size + 6) * (2 * problem.kernel_size - 1) + seen + tile_columns),
+        "BLOCK_CHANNELS": block(problem.channels),
+        "ADD": previous is not None,
+    }
+    # One program per (blocks that it walks over, group, batch entry).
+    grid = (programs * sizes.groups * sizes.batch,)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch(_grad_logits_band_kernel, grid, grad_query.device, arguments, **options)
+    return grad_query

@@ -1,0 +1,262 @@
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+"""What follows from a band's p and ds in memory: gradients of value, of projected keys, and sums of ds over what shares
+entries of bias and rpb."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.contmix.backward_stored import Rows
+from kernels.contmix.backward_tables import Sums
+from kernels.contmix.bands import first_block, first_seen
+from kernels.contmix.configs import Saved, block, problem_of, tile_of, types
+from kernels.contmix.tiles import at_head, load_pixels, store_pixels
+from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.products import dot
+from kernels.views import at, view
+from kernels.windows_triton import window_start
+
+# Where programs have fewer window positions, 256 for each of a GPU's processors, several share the rows of a map.
+LEAST_POSITIONS = 132 * 256
+# Tiles of inputs side by side that a program takes.
+INPUTS: tl.constexpr = tl.constexpr(4)
+
+
+@triton.jit
+def _tiles_seeing(i_first, i_last, length, KERNEL: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr):
+    """(first, last) of the tiles of outputs whose patches of BLOCKS blocks hold any of some blocks of inputs."""
+    first = tl.where(i_first - BLOCKS < KERNEL // 2 // TILE, 0, i_first - BLOCKS + 1)
+    last = tl.where(i_last < (length - KERNEL + KERNEL // 2) // TILE, i_last, (length - 1) // TILE)
+    return first, last
+
+
+@triton.jit
+def _grad_value_band_kernel(
+    weights,  # [B, G, rows, W, patch]: p of some rows of outputs, of inputs tile by tile
+    grad,  # [B, G, Dv, H, W]
+    previous,  # [B, G, Dv, H, W]: what to add to, where ADD
+    grad_value,  # [B, G, Dv, H, W]: written
+    sizes, blocks,
+    KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    UPCAST: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """A program takes INPUTS tiles of inputs side by side, and the tiles of outputs that see them OUTPUTS at a time."""
+    _batch, groups, height, width, first_row, last_row = sizes
+    ROWS: tl.constexpr = 16 // COLUMNS
+    PLANE: tl.constexpr = ROWS * SEEN
+    WIDE: tl.constexpr = OUTPUTS * COLUMNS
+    i_program = tl.program_id(0)
+    i_block, i_image = i_program % blocks, i_program // blocks
+    i_group, i_batch = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
+    blocks_w = (width - 1 + KERNEL // 2) // (INPUTS * COLUMNS) + 1
+    i_row, i_column = i_block // blocks_w, i_block % blocks_w * INPUTS
+    first_h, last_h = _tiles_seeing(i_row, i_row, height, KERNEL, ROWS, (KERNEL + 2 * ROWS - 2) // ROWS)
+    first_h, last_h = tl.maximum(first_h, first_row // ROWS), tl.minimum(last_h, last_row // ROWS)
+    first_w, last_w = _tiles_seeing(i_column, i_column + INPUTS - 1, width, KERNEL, COLUMNS, SEEN // COLUMNS)
+    steps_w = (last_w - first_w) // OUTPUTS + 1
+    weights, grads = at(weights, i_batch, i_group), at_head(grad, i_batch, i_group, CHANNELS)
+    o_input, o_output, o_channel = tl.arange(0, 16 * INPUTS), tl.arange(0, 16 * OUTPUTS), tl.arange(0, BLOCK_CHANNELS)
+    o_down, o_right = o_output // WIDE, o_output % WIDE
+    o_weight = o_down.to(OFFSET) * weights.h + o_right.to(OFFSET) * weights.w
+    o_grad = (o_down.to(OFFSET) * grads.h + o_right.to(OFFSET) * grads.w)[:, None]
+    o_grad += (o_channel.to(OFFSET) * grads.c)[None, :]
+    m_channel = (o_channel < CHANNELS)[None, :]
+    b_sum = tl.zeros([16 * INPUTS, BLOCK_CHANNELS], ACCUMULATOR)
+    for i_step in range((last_h - first_h + 1) * steps_w):
+        i_tile_h, i_tile_w = first_h + i_step // steps_w, first_w + i_step % steps_w * OUTPUTS
+        row, column = i_tile_h * ROWS, i_tile_w * COLUMNS
+        m_output = (o_down <= last_row - row) & (o_right < width - column)
+        # Where in a plane of an output the program's inputs begin, tile by tile
+        o_plane = (i_column - first_block(i_tile_w + o_right // COLUMNS, width, KERNEL, COLUMNS)) * 16
+        o_inside = o_plane[:, None] + o_input[None, :]
+        i_weight = tl.cast(row - first_row, OFFSET) * weights.h + tl.cast(column, OFFSET) * weights.w
+        i_weight += (i_row - first_block(i_tile_h, height, KERNEL, ROWS)) * PLANE
+        p_weight = weights.ptr + i_weight + o_weight[:, None] + o_inside
+        m_weight = m_output[:, None] & (o_inside.to(tl.uint32, bitcast=True) < PLANE)
+        b_weight = tl.load(p_weight, mask=m_weight, other=0)
+        p_grad = grads.ptr + tl.cast(row, OFFSET) * grads.h + tl.cast(column, OFFSET) * grads.w + o_grad
+        b_grad = tl.load(p_grad, mask=m_output[:, None] & m_channel, other=0)
+        b_sum = dot(tl.trans(b_weight), b_grad, b_sum, UPCAST)
+    # Inputs of a tile row by row
+    o_row = i_row * ROWS - KERNEL // 2 + o_input % 16 // COLUMNS
+    o_column = (i_column + o_input // 16) * COLUMNS - KERNEL // 2 + o_input % COLUMNS
+    m_input = (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
+    m_target = m_input[:, None] & m_channel
+    o_channel = o_channel.to(OFFSET)
+    if ADD:
+        added = at(previous, i_batch, i_group)
+        o_added = o_row.to(OFFSET) * added.h + o_column.to(OFFSET) * added.w
+        b_sum += tl.load(added.ptr + o_added[:, None] + (o_channel * added.c)[None, :], mask=m_target, other=0)
+    target = at_head(grad_value, i_batch, i_group, CHANNELS)
+    o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
+    p_target = target.ptr + o_target[:, None] + (o_channel * target.c)[None, :]
+    tl.store(p_target, b_sum.to(grad_value.ptr.dtype.element_ty), mask=m_target)
+
+
+@triton.jit
+def _grad_parameters_band_kernel(
+    query,  # [B, G, Dq, H, W]
+    grad_logits,  # [B, G, rows, W, S]: ds of some rows of outputs
+    previous,  # [B, G, Dq, K²]: what to add to, where ADD
+    grad_projected,  # [N, B, G, Dq, K²]: written; N along the axis h
+    sums,  # [B, G, classes, SEEN, S]: ds summed over outputs of a class and of a column in what they see
+    totals,  # [B, G, classes, COLUMNS, S]: ds summed over outputs whose windows begin at a column of it
+    sizes, parts, chunks, chunk,
+    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_QUERY: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr, STORED: tl.constexpr, POSITIONS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Rows of outputs come in classes: K // 2 from either border are each one of its own, and between them each
+    ``chunk`` rows are. A program walks over all classes, or over one of N parts: those above, one chunk, those below.
+
+    All sums are products with ds: of queries, each in the channels of the column where its window begins, and of ones,
+    each at the output's column and at that one.
+    """
+    HALF: tl.constexpr = KERNEL // 2
+    OUTPUTS: tl.constexpr = tl.constexpr(64)
+    BLOCKS: tl.constexpr = (STORED + POSITIONS - 1) // POSITIONS
+    batch, groups, height, width, first_row, last_row = sizes
+    i_block, i_image = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    i_group, i_sum = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
+    i_batch, i_part = i_sum % batch, i_sum // batch
+    queries, logits = at(query, i_batch, i_group), at(grad_logits, i_batch, i_group)
+    sums, totals = at(sums, i_batch, i_group), at(totals, i_batch, i_group)
+    o_stored, o_output = i_block * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, OUTPUTS)
+    o_entry, o_flat = tl.arange(0, BLOCK_ENTRIES), tl.arange(0, COLUMNS * BLOCK_QUERY)
+    o_channel, m_stored = o_flat % BLOCK_QUERY, o_stored < STORED
+    # [S, SEEN + COLUMNS]: totals of windows that begin x columns into what is stored lie x entries to the left.
+    o_total = tl.maximum(o_entry - SEEN, 0)
+    m_sum = m_stored[:, None] & (o_entry < SEEN)[None, :]
+    m_total = m_stored[:, None] & ((o_entry >= SEEN) & (o_entry < SEEN + COLUMNS))[None, :]
+    m_total &= o_stored[:, None] >= o_total[None, :]
+    begin = tl.where(i_part == 0, 0, HALF - 1 + i_part.to(tl.int32))
+    end = tl.where(i_part == parts - 1, KERNEL - 1 + chunks, HALF + i_part.to(tl.int32))
+    b_projected = tl.zeros([POSITIONS, COLUMNS * BLOCK_QUERY], ACCUMULATOR)
+    for i_class in range(begin, end):
+        i_chunk = i_class - HALF
+        is_chunk = (i_chunk >= 0) & (i_chunk < chunks)
+        begin_row = tl.where(is_chunk, HALF + i_chunk * chunk, height - HALF + i_chunk - chunks)
+        begin_row = tl.where(i_chunk < 0, i_class, begin_row)
+        end_row = tl.where(is_chunk, tl.minimum(begin_row + chunk, height - HALF), begin_row + 1)
+        begin_row, end_row = tl.maximum(begin_row, first_row), tl.minimum(end_row, last_row + 1)
+        # Outputs of a step lie in one row, or in 16 columns of some rows; the binary logarithm of how many columns.
+        log_wide = tl.where(is_chunk, 4, 6)
+        steps_w = (width + (1 << log_wide) - 1) >> log_wide
+        steps_h = tl.maximum(end_row - begin_row + (OUTPUTS >> log_wide) - 1, 0) >> (6 - log_wide)
+        b_sum = tl.zeros([POSITIONS, BLOCK_ENTRIES], ACCUMULATOR)
+        for i in range(steps_h * steps_w):
+            o_row = begin_row + (i // steps_w << (6 - log_wide)) + (o_output >> log_wide)
+            o_column = (i % steps_w << log_wide) + (o_output & ((1 << log_wide) - 1))
+            m_output = (o_row < end_row) & (o_column < width)
+            o_column = tl.minimum(o_column, width - 1)
+            o_first = first_seen(o_column, width, KERNEL, COLUMNS)
+            right = window_start(o_column, width, KERNEL, 1) - o_first
+            o_step = (o_row - first_row).to(OFFSET) * logits.h + o_column.to(OFFSET) * logits.w
+            m_logits = m_output[:, None] & m_stored[None, :]
+            b_grad_logits = tl.trans(tl.load(logits.ptr + o_step[:, None] + o_stored[None, :], mask=m_logits, other=0))
+            o_query = o_row.to(OFFSET) * queries.h + o_column.to(OFFSET) * queries.w
+            p_query = queries.ptr + o_query[:, None] + (o_channel.to(OFFSET) * queries.c)[None, :]
+            m_query = m_output[:, None] & (right[:, None] == (o_flat // BLOCK_QUERY)[None, :])
+            b_query = tl.load(p_query, mask=m_query & (o_channel < QUERY_CHANNELS)[None, :], other=0)
+            b_projected = dot(b_grad_logits, b_query, b_projected, UPCAST)
+            o_ones = (1 << (o_column - o_first)) | (1 << (SEEN + right))
+            b_one = tl.where((o_ones[None, :] >> o_entry[:, None]) & 1 == 1, 1.0, 0.0).to(b_query.dtype)
+            b_sum = dot(b_grad_logits, tl.trans(b_one), b_sum, UPCAST)
+        p_sums = sums.ptr + i_class * sums.h + o_stored[:, None] + (o_entry * sums.w)[None, :]
+        tl.store(p_sums, b_sum, mask=m_sum)
+        p_totals = totals.ptr + i_class * totals.h + o_stored[:, None] + (o_total * (totals.w - 1))[None, :]
+        tl.store(p_totals, b_sum, mask=m_total)
+    if COLUMNS > 1:
+        b_parts = tl.reshape(b_projected, [POSITIONS, COLUMNS, BLOCK_QUERY])
+        b_projected = tl.zeros([POSITIONS, BLOCK_QUERY], ACCUMULATOR)
+        for i in tl.static_range(COLUMNS):
+            b_part = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :, None] == i, b_parts, 0), 1)
+            o_part = tl.minimum(tl.arange(0, POSITIONS) + i, POSITIONS - 1)
+            b_projected += tl.gather(b_part, tl.broadcast_to(o_part[:, None], b_part.shape), 0)
+    o_position = o_stored // SEEN * KERNEL + o_stored % SEEN
+    m_position = (o_stored < KERNEL * SEEN) & (o_stored % SEEN < KERNEL)
+    if ADD:
+        added = at(previous, i_batch, i_group)
+        b_projected += load_pixels(added, o_position * added.k, m_position, QUERY_CHANNELS, BLOCK_QUERY)
+    target = at(grad_projected, i_batch, i_group)
+    store_pixels(target, i_part * target.h + o_position * target.k, m_position, b_projected, QUERY_CHANNELS)
+
+
+def grad_value_band(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tensor | None) -> None:
+    """Fills ``grad_value`` with what ``rows`` give, and what is there already."""
+    sizes, constants = rows.sizes, types(saved, saved.grad, grad_value, rows.weights)
+    seen, columns = tile_of(problem_of(saved))
+    half = constants["KERNEL"] // 2
+    outputs, stages = (8, 2) if half < 4 else (4, 3)
+    del constants["QUERY_CHANNELS"], constants["BLOCK_QUERY"]
+    blocks = ceil_divide(sizes.height + half, 16 // columns) * ceil_divide(sizes.width + half, 4 * columns)
+    arguments = {
+        "weights": view(rows.weights, "b g h w k"),
+        "grad": view(saved.grad, "b g c h w"),
+        "previous": view(grad_value if previous is None else previous, "b g c h w"),
+        "grad_value": view(grad_value, "b g c h w"),
+        "sizes": sizes,
+        "blocks": blocks,
+        **constants,
+        "OUTPUTS": outputs,
+        "COLUMNS": columns,
+        "SEEN": seen,
+        "BLOCK_CHANNELS": block(saved.value.shape[2]),
+        "ADD": previous is not None,
+    }
+    # One program per (block of inputs, group, batch entry).
+    grid = (blocks * sizes.groups * sizes.batch,)
+    launch(_grad_value_band_kernel, grid, grad_value.device, arguments, num_warps=4, num_stages=stages)
+
+
+def grad_parameters_band(saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None) -> Sums:
+    """Fills ``grad_projected`` with what ``rows`` give, and ``previous``; or leaves parts of it to be summed."""
+    sizes, constants = rows.sizes, types(saved, grad_projected, rows.weights)
+    kernel_size, (seen, columns) = constants["KERNEL"], tile_of(problem_of(saved))
+    stored, inner = rows.grad_logits.shape[-1], sizes.height - kernel_size + 1
+    # AMD's GPUs have 64 KiB of shared memory.
+    positions = min(64 if torch.version.hip else 256, max(64, next_power_of_2(stored)))
+    programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
+    chunk, parts, pieces = inner, 1, None
+    least = LEAST_POSITIONS // positions
+    if previous is None and programs < least and grad_projected.permute(3, 0, 1, 2).is_contiguous():
+        chunk = 4 * ceil_divide(inner * programs, 4 * least)
+        parts = ceil_divide(inner, chunk) + 2
+        pieces = saved.statistics.new_empty((parts, kernel_size**2, *saved.query.shape[:3]))
+    classes = kernel_size - 1 + ceil_divide(inner, chunk)
+    shape = sizes.batch, sizes.groups, classes
+    sums, totals = (saved.statistics.new_empty((*shape, number, stored)) for number in (seen, columns))
+    del constants["CHANNELS"]
+    arguments = {
+        "query": view(saved.query, "b g c h w"),
+        "grad_logits": view(rows.grad_logits, "b g h w k"),
+        "previous": view(grad_projected if previous is None else previous, "b g c k"),
+        "grad_projected": view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
+        "sums": view(sums, "b g h w k"),
+        "totals": view(totals, "b g h w k"),
+        "sizes": sizes,
+        "parts": parts,
+        "chunks": ceil_divide(inner, chunk),
+        "chunk": chunk,
+        **constants,
+        "COLUMNS": columns,
+        "SEEN": seen,
+        "BLOCK_ENTRIES": block(seen + columns),
+        "STORED": stored,
+        "POSITIONS": positions,
+        "ADD": previous is not None,
+    }
+    # One program per (block of window positions, group, batch entry, part of the rows).
+    launch(
+        _grad_parameters_band_kernel,
+        (programs * parts,),
+        sums.device,
+        arguments,
+        num_warps=positions // 16,
+        num_stages=3,
+    )
+    return Sums(sums, totals.flatten(2, 3), (1, seen), (0, classes - 1, classes), seen, pieces)
