@@ -40,18 +40,16 @@ SPILLS = {
     "bf16": {
         "forward_own_kernel": 120,
         "forward_shared_kernel": 24,
-        "grad_logits_own_kernel": 40,  # for sm_80
         "grad_logits_band_kernel": 456,  # for sm_80, where a launch takes half the tiles; 120 for sm_90
         "grad_value_band_kernel": 8,  # for sm_80
         "grad_parameters_band_kernel": 80,  # for sm_100
         "backward_shared_kernel": 208,  # for sm_80
-        "mix_kernel": 8,  # for sm_80
-        "sum_kernel": 8,  # of a transpose with dilated windows, at 128 registers: four warps per scheduler
-        "weighted_sum_kernel": 128,  # measured: of a generated transpose a third quicker than tiles that need none
+        "weighted_sum_kernel": 32,  # for sm_80
     },
     "fp32": {
-        "forward_own_kernel": 600,
-        "backward_shared_kernel": 168,
+        "forward_shared_kernel": 64,
+        "backward_shared_kernel": 32,
+        "mix_kernel": 8,
         "weighted_sum_kernel": 16,
     },
 }
