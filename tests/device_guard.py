@@ -17,9 +17,14 @@ import torch
 counts, failures = Counter[str](), list[str]()
 
 
+def pytest_configure(config):
+    global is_worker
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist; its variables are there in a test's processes, too
+
+
 def pytest_runtest_logreport(report):
     """Of a test that ran or could not; a worker's tests are reported to its controller, too."""
-    if "TEST_RESULTS" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+    if "TEST_RESULTS" not in os.environ or is_worker:
         return
     if report.when == "call" or report.outcome != "passed":
         failed = report.outcome == "failed"
@@ -33,7 +38,7 @@ def pytest_runtest_logreport(report):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     outcome = yield
-    if call.excinfo is None or not torch.cuda.is_available() or "PYTEST_XDIST_WORKER" not in os.environ:
+    if call.excinfo is None or not torch.cuda.is_available() or not is_worker:
         return
     try:
         torch.cuda.synchronize()
