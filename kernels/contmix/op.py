@@ -44,8 +44,8 @@ def contmix2d(
     Returns:
         [B, M, G, Dv, H, W]. Differentiable once, in every tensor argument.
 
-        A value that is not finite reaches the outputs that see it; in Triton's products of 16-bit numbers it may reach
-        outputs next to these, too.
+        A value that is not finite reaches the outputs that see it, and one in the output's gradient the gradients of
+        what that output saw; in Triton's products of 16-bit numbers it may reach what lies next to these, too.
 
     Raises:
         TypeError: an argument is not a floating tensor, the dtypes differ, or rpb or kernel_sizes is not a sequence.
