@@ -135,7 +135,7 @@ def fold(found: Sums, bias: Tensor, rpb: Tensor, total: Tensor | None = None) ->
         "ACCUMULATOR": accumulator(sums.dtype),
         # Numbers of some blocks: 32 of a thread, all of which are on their way at the same time.
         "ITEMS": items,
-        "AT_ONCE": min(8, 8192 // (items * columns * relative)) if items >= parts else 1,
+        "AT_ONCE": max(1, min(8, 8192 // (items * columns * relative))) if items >= parts else 1,
         "COLUMNS": columns,
         "RELATIVE": relative,
         "PLACES": max(1, 8192 // positions),
