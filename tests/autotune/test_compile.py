@@ -69,8 +69,8 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     on_amd = {"weighted_sum_kernel": 608, "backward_shared_kernel": 600}
     on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2644}
     known = on_amd if architecture.startswith("gfx") else SPILLS[dtype]
-    if not triton.__version__.startswith("3.7."):  # the numbers are 3.7's: 3.6 spills up to 944 bytes
-        known = {name: max(1024, known.get(name, 0)) for name in _kernel_names()}
+    if not triton.__version__.startswith("3.7."):  # the numbers are 3.7's: 3.6 spills up to 944 bytes more
+        known = {name: 1024 + known.get(name, 0) for name in _kernel_names()}
     spilled = [report for report in result["reports"] if report["spilled_bytes"] > known.get(report["kernel"], 0)]
     assert {f"{report['case']}, {report['kernel']}": report["spilled_bytes"] for report in spilled} == {}
     assert done.returncode == int(any(report["spilled_bytes"] for report in result["reports"]))
