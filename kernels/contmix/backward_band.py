@@ -20,9 +20,16 @@ from kernels.contmix.backward_shared import reference_grad_query
 from kernels.contmix.backward_stored import Rows
 from kernels.contmix.bands import apart, first_seen, rows_of_block, shifted, together
 from kernels.contmix.configs import TILES, Saved, Tiles, block, grad_tiles_heuristic, problem_of, tile_of, types
-from kernels.contmix.forward_band import moved_bias, moved_keys
+from kernels.contmix.forward_band import (
+    first_entry,
+    logits_of_rows,
+    moved_bias,
+    moved_keys,
+    position_table,
+    query_of_ones,
+)
 from kernels.contmix.forward_shared import views_of
-from kernels.contmix.tiles import at_head, cut_off, key_scale
+from kernels.contmix.tiles import at_head, key_scale
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -58,7 +65,6 @@ def _grad_logits_band_kernel(
     PLANE: tl.constexpr = ROWS * SEEN
     PLANES: tl.constexpr = (KERNEL + 2 * ROWS - 2) // ROWS
     BLOCKS: tl.constexpr = (KERNEL + ROWS - 1) // ROWS
-    SIDE: tl.constexpr = 2 * KERNEL - 1
     dtype: tl.constexpr = query.ptr.dtype.element_ty
     SCALE: tl.constexpr = LOG2_E * key_scale(dtype)
     i_program = tl.program_id(0)
@@ -81,11 +87,7 @@ def _grad_logits_band_kernel(
         )  # fmt: skip
         b_bias = moved_bias(bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, ACCUMULATOR, dtype)
         keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
-    # rpb in one row, which begins so early that it holds entries for inputs left of the first window, too.
-    o_table = tl.arange(0, TABLE) - COLUMNS
-    p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w
-    b_table = tl.load(p_table, mask=(o_table >= 0) & (o_table < SIDE * SIDE), other=0).to(ACCUMULATOR)
-    b_table *= 1 / key_scale(dtype)
+    b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
     o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
     o_tile, o_query, o_channel = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET), tl.arange(0, BLOCK_CHANNELS)
@@ -125,11 +127,7 @@ def _grad_logits_band_kernel(
         if ADD:
             p_previous = at(previous, i_batch, i_group).ptr + offsets(previous, outputs, OFFSET)[:, None]
             b_previous = tl.load(p_previous + (o_q.to(OFFSET) * previous.c)[None, :], mask=m_target, other=0)
-        # [M, 16]: the query of ones
-        b_one = cut_off(tl.where(right[:, None] == (tl.arange(0, 16) % 4)[None, :], 1.0, 0.0), dtype)
-        # [M]: where in the row of rpb the tile's first input is for an output
-        o_base = (start_h - o_row + KERNEL - 1) * SIDE + (start_w - right - o_column + KERNEL - 1) + COLUMNS
-        o_base = tl.maximum(o_base, 0)  # it never is below; known to the compiler, no part of an address is
+        b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
 
         o_stored = (o_row - first_row).to(OFFSET) * weights.h + o_column.to(OFFSET) * weights.w
         p_weight = weights.ptr + o_stored[:, None] + o_plane[None, :]
@@ -142,14 +140,10 @@ def _grad_logits_band_kernel(
         b_sum = tl.zeros([OUTPUTS, COLUMNS * BLOCK_QUERY], ACCUMULATOR)
         for i in tl.static_range(PLANES):
             if i < BLOCKS:
-                o_step = tl.arange(0, rows_of_block(KERNEL, ROWS, SEEN, i) * SEEN)
-                o_entry = (i * ROWS + o_step // SEEN) * SIDE + o_step % SEEN
-                # A gather along the only axis goes by shared memory.
-                o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [OUTPUTS * o_step.shape[0]])
-                b_logits = tl.reshape(tl.gather(b_table, o_entry, 0), [OUTPUTS, o_step.shape[0]])
-                b_logits = dot(b_one, tl.trans(bias_of_rows[i]), b_logits, UPCAST)
-                b_logits = dot(b_query, tl.trans(keys_of_rows[i][0]), b_logits, UPCAST)
-                b_logits = dot(b_query, tl.trans(keys_of_rows[i][1]), b_logits, UPCAST)
+                b_logits = logits_of_rows(
+                    b_query, b_one, keys_of_rows[i], bias_of_rows[i], b_table, o_base, i * ROWS,
+                    rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, UPCAST,
+                )  # fmt: skip
                 rows = rows + apart(
                     tl.exp2(b_logits * SCALE - b_statistics[:, None]), rows_of_block(KERNEL, ROWS, SEEN, i)
                 )

@@ -74,6 +74,49 @@ def moved_bias(
 
 
 @triton.jit
+def position_table(
+    rpb, i_group, KERNEL: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """rpb in one row [TABLE], which begins so early that it holds entries for inputs left of the first window, too."""
+    SIDE: tl.constexpr = 2 * KERNEL - 1
+    o_table = tl.arange(0, TABLE) - COLUMNS
+    p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w
+    b_table = tl.load(p_table, mask=(o_table >= 0) & (o_table < SIDE * SIDE), other=0).to(ACCUMULATOR)
+    return b_table * (1 / key_scale(dtype))
+
+
+@triton.jit
+def first_entry(outputs, right, KERNEL: tl.constexpr, COLUMNS: tl.constexpr):
+    """[M]: where in the row of rpb the tile's first input is for an output."""
+    o_row = (outputs.start_h - outputs.row + KERNEL - 1) * (2 * KERNEL - 1)
+    o_first = o_row + (outputs.start_w - right - outputs.column + KERNEL - 1) + COLUMNS
+    return tl.maximum(o_first, 0)  # it never is below; known to the compiler, no part of an address is
+
+
+@triton.jit
+def query_of_ones(right, dtype: tl.constexpr):
+    """[M, 16], which bias is multiplied with."""
+    return cut_off(tl.where(right[:, None] == (tl.arange(0, 16) % 4)[None, :], 1.0, 0.0), dtype)
+
+
+@triton.jit
+def logits_of_rows(
+    b_query, b_one, keys, b_bias, b_table, o_base, ROW: tl.constexpr, ROWS: tl.constexpr, SEEN: tl.constexpr,
+    KERNEL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Logits of ROWS rows of a window from ROW on, in units of ``key_scale``: [M, ROWS · SEEN]."""
+    o_step = tl.arange(0, ROWS * SEEN)
+    o_entry = (ROW + o_step // SEEN) * (2 * KERNEL - 1) + o_step % SEEN
+    # A gather along the only axis goes by shared memory.
+    o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [b_query.shape[0] * ROWS * SEEN])
+    b_logits = tl.reshape(tl.gather(b_table, o_entry, 0), [b_query.shape[0], ROWS * SEEN])
+    b_logits = dot(b_one, tl.trans(b_bias), b_logits, UPCAST)
+    b_logits = dot(b_query, tl.trans(keys[0]), b_logits, UPCAST)
+    return dot(b_query, tl.trans(keys[1]), b_logits, UPCAST)
+
+
+@triton.jit
 def _row_max(blocks):
     b_max = tl.max(blocks[0], axis=1)
     for i in tl.static_range(1, len(blocks)):
@@ -101,7 +144,6 @@ def _forward_band_kernel(
     _batch, groups, height, width, _first, _last = sizes
     OUTPUTS: tl.constexpr = 16 * TILES
     ROWS: tl.constexpr = 16 // COLUMNS
-    SIDE: tl.constexpr = 2 * KERNEL - 1
     dtype: tl.constexpr = query.ptr.dtype.element_ty
     SCALE: tl.constexpr = LOG2_E * key_scale(dtype)
     i_program = tl.program_id(0)
@@ -123,11 +165,7 @@ def _forward_band_kernel(
             )
             b_bias = moved_bias(bias, i_row, 8 >> level, SEEN, KERNEL, ACCUMULATOR, dtype)
             keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
-    # rpb in one row, which begins so early that it holds entries for inputs left of the first window, too.
-    o_table = tl.arange(0, TABLE) - COLUMNS
-    p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w
-    b_table = tl.load(p_table, mask=(o_table >= 0) & (o_table < SIDE * SIDE), other=0).to(ACCUMULATOR)
-    b_table *= 1 / key_scale(dtype)
+    b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
     o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
     o_tile, o_query, o_channel = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET), tl.arange(0, BLOCK_CHANNELS)
@@ -151,23 +189,16 @@ def _forward_band_kernel(
         p_query = queries.ptr + offsets(queries, outputs, OFFSET)[:, None] + (o_query * queries.c)[None, :]
         m_query = (right[:, None] == (o_flat // BLOCK_QUERY)[None, :]) & (o_query < QUERY_CHANNELS)[None, :]
         b_query = tl.load(p_query, mask=m_query, other=0)
-        # [M, 16]: the query of ones
-        b_one = cut_off(tl.where(right[:, None] == (tl.arange(0, 16) % 4)[None, :], 1.0, 0.0), dtype)
-        # [M]: where in the row of rpb the tile's first input is for an output
-        o_base = (start_h - o_row + KERNEL - 1) * SIDE + (start_w - right - o_column + KERNEL - 1) + COLUMNS
-        o_base = tl.maximum(o_base, 0)  # it never is below; known to the compiler, no part of an address is
+        b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
 
         logits = ()
         for level in tl.static_range(4):
             if KERNEL & (8 >> level):
-                o_step = tl.arange(0, (8 >> level) * SEEN)
-                o_entry = (KERNEL // (16 >> level) * (16 >> level) + o_step // SEEN) * SIDE + o_step % SEEN
-                # A gather along the only axis goes by shared memory.
-                o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [OUTPUTS * o_step.shape[0]])
-                b_logits = tl.reshape(tl.gather(b_table, o_entry, 0), [OUTPUTS, o_step.shape[0]])
-                b_logits = dot(b_one, tl.trans(bias_of_rows[len(logits)]), b_logits, UPCAST)
-                b_logits = dot(b_query, tl.trans(keys_of_rows[len(logits)][0]), b_logits, UPCAST)
-                b_logits = dot(b_query, tl.trans(keys_of_rows[len(logits)][1]), b_logits, UPCAST)
+                i_row = KERNEL // (16 >> level) * (16 >> level)
+                keys_of, bias_of = keys_of_rows[len(logits)], bias_of_rows[len(logits)]
+                b_logits = logits_of_rows(
+                    b_query, b_one, keys_of, bias_of, b_table, o_base, i_row, 8 >> level, SEEN, KERNEL, UPCAST
+                )
                 logits = logits + (b_logits,)
         b_max = _row_max(logits) * SCALE - largest(dtype)
         b_total = tl.zeros([OUTPUTS], ACCUMULATOR)
