@@ -1,7 +1,7 @@
 """A GPU's folder of notebooks/results.
 
 It holds what ``make gpu`` leaves, kernels.json (the time of every kernel by itself, written by predicted/measure.py)
-and ncu.json (counters of Nsight Compute); all but environment.json may be missing.
+and ncu.json (counters of Nsight Compute, and the host's time of that run); all but environment.json may be missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Folder(results.Folder):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.kernels, self.counters = self.load("kernels.json"), self.load("ncu.json")
+        self.kernels = self.load("kernels.json")
         timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
         self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
         self._predicted = {(row["case"], row["pass"]): row.get("predicted_microseconds") for row in timed}

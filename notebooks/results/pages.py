@@ -16,8 +16,6 @@ from notebooks.results.folder import Folder, listed
 
 HOST_BOUND = 2.0  # a call that takes this many times as long as its work on the GPU waits for the host
 PREDICTED_FOR = "NVIDIA_H200"
-TELLING = 20.0  # microseconds from which a kernel's counters say more of the kernel than of its start
-MANY, FEW = 200, 100  # registers per thread
 
 
 # ---- what was measured where, operators, models
@@ -73,7 +71,7 @@ def _models(folder: Folder) -> Iterator[str]:
 def _host(folder: Folder) -> Iterator[str]:
     """A line for every run that timed a launch."""
     rows = []
-    for record in (folder.counters, folder.environment):
+    for record in (folder.load("ncu.json"), folder.environment):
         if found := record.get("launch_microseconds"):
             columns = [f"{found[name]:.0f}" for name in ("direct", "configured", "tuned", "operator")]
             rows.append([record["machine"]["date"][:16].replace("T", " "), *columns])
@@ -143,7 +141,7 @@ def _speeds(row: Row) -> Iterator[str]:
         yield f"`{row['peer']}` compiled {speeds['peer_compiled']}{ratio}"
 
 
-# ---- single kernels: predicted beside measured, what the GPU counted
+# ---- single kernels: predicted beside measured
 
 
 def _predicted(records: Sequence[Row], folder: Folder | None) -> str:
@@ -184,38 +182,6 @@ def _unpredicted(records: Sequence[Row], folder: Folder) -> str:
     return Table(headings, rows).markdown()
 
 
-def _counters(folder: Folder) -> Iterator[str]:
-    """What many registers and few do to resident warps and issue slots; the longest launch of each kernel."""
-    counted = folder.counters.get("rows", [])
-
-    def told(found: Sequence[Row], field: str, digits: int = 0) -> str:
-        return " to ".join(dict.fromkeys(f"{end(row[field] for row in found):.{digits}f}" for end in (min, max)))
-
-    for least, most, words in ((MANY, 256, f"at least {MANY}"), (0, FEW, f"fewer than {FEW}")):
-        some = [row for row in counted if row["microseconds"] >= TELLING and least <= row["registers"] < most]
-        families: dict[str, list[Row]] = {}
-        for row in some:
-            families.setdefault(row["case"].partition(".")[0], []).append(row)
-        if some:
-            issued = ", ".join(f"{told(found, 'issue_slots_percent')} % ({name})" for name, found in families.items())
-            yield (
-                f"Kernels of {TELLING:g} µs and more with {words} registers per thread have "
-                f"{told(some, 'warps_per_scheduler', 1)} warps per scheduler, an occupancy of "
-                f"{told(some, 'occupancy_percent')} %, and issue in {issued} of the cycles."
-            )
-    longest: dict[tuple[str, ...], Row] = {}
-    for row in counted:
-        key = row["case"], row["pass"], row["kernel"].strip("_").removesuffix("_kernel")
-        longest[key] = max(longest.get(key, row), row, key=lambda found: found["microseconds"])
-    rows = []
-    for key, row in longest.items():
-        shares = [f"{row[f'{name}_percent']:.0f}%" for name in ("occupancy", "issue_slots", "l1", "l2", "dram")]
-        cells = [number(row["microseconds"]), str(row["registers"]), f"{row['warps_per_scheduler']:.1f}"]
-        rows.append([*key, *cells, *shares])
-    headings = ["case", "pass", "kernel", "time, µs", "registers", "warps per scheduler", "occupancy", "issue slots"]
-    yield "\n" + Table([*headings, "L1", "L2", "DRAM"], rows, 3).markdown()
-
-
 # ---- what a page is made of
 
 
@@ -238,7 +204,6 @@ def sections(measured: Sequence[Folder], predicted: Sequence[Row]) -> dict[str, 
         "gpu host": _joined(measured, _host),
         "predicted": _predicted(predicted, same),
         "gpu kernels": _unpredicted(predicted, same) if same else "",
-        "gpu counters": _joined(measured, _counters),
     }
 
 
