@@ -27,35 +27,39 @@ from notebooks import draw
 
 @functools.cache
 def defined(notebook: str) -> types.SimpleNamespace:
-    """The functions that the cells of a notebook define."""
+    """The functions and the constants in capitals that the cells of a notebook define."""
     cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code").replace("%matplotlib inline", "")
-    kinds = ast.Import, ast.ImportFrom, ast.FunctionDef
-    kept = [node for node in ast.parse(code).body if isinstance(node, kinds)]
+
+    def kept(node: ast.stmt) -> bool:
+        constant = isinstance(node, ast.Assign) and all(ast.unparse(name).isupper() for name in node.targets)
+        return constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))
+
     names: dict[str, Any] = {}
-    exec(compile(ast.Module([*kept], []), notebook, "exec"), names)
+    exec(compile(ast.Module([*filter(kept, ast.parse(code).body)], []), notebook, "exec"), names)
     return types.SimpleNamespace(**names)
 
 
 @pytest.fixture
-def of_notebook_04(monkeypatch):
+def cells(monkeypatch):
+    """What notebook 04 defines."""
     monkeypatch.syspath_prepend(NOTEBOOKS)
     return defined("04_dynamic_kernels")
 
 
-def _call(module, *inputs):
+def _call(cells, module, *inputs):
     torch.manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
-    with torch.no_grad(), draw.recorded() as calls:
+    with torch.no_grad(), cells.recorded() as calls:
         module.eval()(*inputs)
     (call,) = calls
     return call
 
 
-def test_contmix_kernels_are_those_that_mix(of_notebook_04):
-    call = _call(ContMix(32, 8, 13, 4), random_tensor(2, 32, 15, 16), random_tensor(2, 40, 15, 16))
-    affinity, weights = of_notebook_04.contmix_kernels(call)
+def test_contmix_kernels_are_those_that_mix(cells):
+    call = _call(cells, ContMix(32, 8, 13, 4), random_tensor(2, 32, 15, 16), random_tensor(2, 40, 15, 16))
+    affinity, weights = cells.contmix_kernels(call)
     assert affinity.shape == (2, 4, 15, 16, 49)
     assert [weight.shape for weight in weights] == [(2, 4, 15, 16, 5, 5), (2, 4, 15, 16, 13, 13)]
     value = call.arguments["value"]
@@ -66,27 +70,22 @@ def test_contmix_kernels_are_those_that_mix(of_notebook_04):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_involution_kernels_are_those_that_mix(stride, of_notebook_04):
-    call = _call(Involution2d(32, 7, stride), random_tensor(2, 32, 12, 11))
-    weight = of_notebook_04.involution_kernels(call)
+def test_involution_kernels_are_those_that_mix(stride, cells):
+    call = _call(cells, Involution2d(32, 7, stride), random_tensor(2, 32, 12, 11))
+    assert call.operator == "involution2d_generate"
+    weight = cells.involution_kernels(call)
     assert weight.shape == (2, 2, 7, 7, math.ceil(12 / stride), math.ceil(11 / stride))
     expected = kernels.reference.involution2d(call.arguments["x"], weight, stride=stride)
     assert relative_error(call.output, expected) < 1e-5
-
-
-def test_generated_involution_kernels_are_those_that_mix(of_notebook_04):
-    x, features = random_tensor(2, 32, 9, 9), random_tensor(2, 8, 9, 9)
-    with draw.recorded() as calls:
-        out = kernels.involution2d_generate(
-            x, features, random_tensor(98, 8), random_tensor(98), kernel_size=7, groups=2
-        )
-    assert relative_error(out, kernels.reference.involution2d(x, of_notebook_04.involution_kernels(calls[0]))) < 1e-5
+    with cells.recorded() as given:
+        kernels.involution2d(call.arguments["x"], weight, stride=stride)
+    assert cells.involution_kernels(given[0]) is weight
 
 
 @pytest.mark.parametrize(("position", "count"), [((4, 4), 1), ((4, 5), 2), ((5, 3), 4), ((0, 0), 1), ((8, 9), 1)])
-def test_outlook_kernel_is_what_the_token_takes(position, count, of_notebook_04):
-    call = _call(OutlookAttention(32, 2), random_tensor(2, 9, 10, 32))
-    kernel, windows = of_notebook_04.outlook_kernel(call, *position)
+def test_outlook_kernel_is_what_the_token_takes(position, count, cells):
+    call = _call(cells, OutlookAttention(32, 2), random_tensor(2, 9, 10, 32))
+    kernel, windows = cells.outlook_kernel(call, *position)
     value = call.arguments["value"].unflatten(-1, (2, 16))
     taken = torch.einsum("bhij,bijhc->bhc", kernel, value).flatten(1)
     assert relative_error(taken, call.output[:, position[0], position[1]]) < 1e-5
@@ -94,30 +93,30 @@ def test_outlook_kernel_is_what_the_token_takes(position, count, of_notebook_04)
     assert (kernel.sum((-2, -1)) <= windows + 1e-5).all()
 
 
-def test_recording_puts_the_operators_back():
+def test_recording_puts_the_operators_back(cells):
     originals = [getattr(kernels, name) for name in kernels.__all__]
-    with pytest.raises(ValueError, match="x must have shape"), draw.recorded() as calls:
+    with pytest.raises(ValueError, match="x must have shape"), cells.recorded() as calls:
         kernels.involution2d(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, 3, 2, 3))
     assert [getattr(kernels, name) for name in kernels.__all__] == originals
     assert calls == []
 
 
-def test_place_slides_clamped_windows_inward_and_cuts_padded_ones():
+def test_clamped_windows_slide_inward_and_padded_ones_are_cut(cells):
     kernel = torch.arange(9.0).view(3, 3)
-    clamped = draw.place(kernel, Window.neighborhood((3, 3)), (0, 4), (5, 5))
+    clamped = cells.in_place(kernel, Window.neighborhood((3, 3)), (0, 4), (5, 5))
     np.testing.assert_array_equal(clamped[:3, 2:], kernel.numpy())
     assert np.ma.count(clamped) == 9
-    padded = draw.place(kernel, Window((3, 3), padding=(1, 1)), (0, 4), (5, 5))
+    padded = cells.in_place(kernel, Window((3, 3), padding=(1, 1)), (0, 4), (5, 5))
     np.testing.assert_array_equal(padded[:2, 3:], kernel[1:, :2].numpy())
     assert np.ma.count(padded) == 4
 
 
 @pytest.mark.parametrize("reach", [None, 2])
-def test_marks_stand_in_the_entry_whose_kernel_is_drawn(reach):
+def test_marks_stand_in_the_entry_whose_kernel_is_drawn(reach, cells):
     pixels, size = np.full((56, 56, 3), 0.5, dtype=np.float32), (7, 7)
-    places = draw.points.positions(size)
-    maps = [draw.place(torch.ones(1, 1), Window((1, 1)), place, size) for place in places]
-    figure = draw.points_figure(pixels, size, [draw.Column("one", maps, "weight")], "title", "note", reach=reach)
+    places = cells.positions(size)
+    maps = [cells.in_place(torch.ones(1, 1), Window((1, 1)), place, size) for place in places]
+    figure = cells.points_figure(pixels, size, [("one", maps, "weight")], "title", "note", reach=reach)
     panels = [axis for axis in figure.axes if axis.images][: 2 * len(places)]
     assert len(panels) == 2 * len(places)
     for index, axis in enumerate(panels):

@@ -1,10 +1,11 @@
-"""The photograph, models that say what their weights are, tables, committed results."""
+"""What several notebooks share: the photograph and models, tables, committed results, and a model's own calls."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from matplotlib.axes import Axes
 from PIL import ImageOps
 from torch import Tensor, nn
 
+import kernels
 import models
 from autotune import networks, timing
 from autotune.tables import Table
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).with_name("results")
+DYNAMIC = ("involution2d", "involution2d_generate", "contmix2d", "outlook_attention2d")
+Function = Callable[..., Any]
 
 
 def label(device: torch.device, dtype: torch.dtype) -> str:
@@ -39,6 +43,19 @@ def load(name: str, checkpoint: str | None = None) -> tuple[nn.Module, str]:
     if checkpoint is None:
         return networks.settled_model(name, picture(224)[0]).eval(), f"{name}, random weights"
     return models.create_model(name, checkpoint=checkpoint).eval(), f"{name}, weights of {os.path.basename(checkpoint)}"
+
+
+@contextmanager
+def around(wrap: Callable[[str, Function], Function], operators: Sequence[str] = DYNAMIC) -> Iterator[None]:
+    """Inside the block models call ``wrap(name, operator)`` where they call ``kernels.<name>``; in one thread only."""
+    originals = {name: getattr(kernels, name) for name in operators}
+    for name, function in originals.items():
+        setattr(kernels, name, wrap(name, function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(kernels, name, function)
 
 
 def committed(file: str, results: Path = RESULTS) -> list[dict[str, Any]]:
