@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import nn
 
 import kernels
@@ -180,15 +179,14 @@ def _known_ceilings(folder: Path, machine: dict[str, Any], device: torch.device,
 def run(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + arguments.seconds
     quick, device = arguments.quick, arguments.device or timing.best_device()
-    on_gpu = device.type == "cuda"
     settings = Settings(
         device,
-        arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32),
+        arguments.dtype or timing.usual_dtype(device),
         arguments.backend,
         seconds=0.01 if quick else 0.3,
         min_runs=2 if quick else 3,
         thorough=True,
-        compiler=None if arguments.no_compile else "eager" if quick and not on_gpu else "inductor",
+        compiler=None if arguments.no_compile else "eager" if quick and device.type != "cuda" else "inductor",
         compile_only=arguments.compile_only,
     )
     everything = not (arguments.environment or arguments.operator or arguments.model)
@@ -231,13 +229,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(folder: Path) -> None:
-    console = Console(highlight=False)
     try:
         found = Folder(folder)
         for table in tables(found):
-            table.show(console)
+            table.show()
         told = list(incidents(found))
     except ValueError as error:  # an earlier run's file
         told = [f"warning: {folder} holds a damaged file: {error}"]
-    for line in (*told, f"Wrote {folder}"):
-        console.print(line, markup=False, soft_wrap=True)
+    print(*told, f"Wrote {folder}", sep="\n")

@@ -20,7 +20,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from autotune import workloads
 from autotune.precompile import build, described
 from autotune.tables import Table
-from autotune.workloads import (
-    Workload,
-    channels_last,
-    contmix,
-    depthwise,
-    generation,
-    involution,
-    neighborhood,
-    outlook,
-)
+from autotune.workloads import Workload, channels_last
 from kernels.backend import triton_installed, use_backend
 from kernels.launch import Launch, record_launches
-from kernels.tuning.choose import Request, observing
 from models.commands.dispatch import CommandError
 from models.commands.types import DTYPES
 
@@ -70,23 +60,25 @@ class Fused(Workload):
 
 def cases() -> dict[str, list[Workload]]:
     """What is built, by name: operators at shapes of the models at which, together, they launch every kernel."""
-    rednet = involution("RedNet-50", 128, 128, (28, 28), 7, 16)
-    unfused = [neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
-    fused, dilated = (neighborhood("na2d_softmax_av", "", 128, 8, 16, (n, n), k) for n, k in ((14, 13), (56, 7)))
+    rednet = workloads.involution("RedNet-50", 128, 128, (28, 28), 7, 16)
+    unfused = [workloads.neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
+    fused = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (14, 14), 13)
+    dilated = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (56, 56), 7)
+    wide = workloads.involution("", 2, 128, (28, 28), 17, 16)  # too large for rows to slide
     return {
         "involution 128@28 K=7, channels first": [rednet],
         "involution 128@28 K=7, channels last": [channels_last(rednet)],
-        "involution 2x8x16@28 K=17": [involution("", 2, 128, (28, 28), 17, 16)],  # too large for rows to slide
-        "involution, kernels generated, 128@28 K=7": [generation(channels_last(rednet))],
+        "involution 2x8x16@28 K=17": [wide],
+        "involution, kernels generated, 128@28 K=7": [workloads.generation(channels_last(rednet))],
         "neighborhood 8x16@14 K=13": [fused, *unfused],
         "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
-        "outlook 6x32@28 K=3 s=2": [outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
-        "depthwise 64@56 K=17": [channels_last(depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
-        "depthwise 224@56 K=3, fused": [Fused(**vars(depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
-        "depthwise 256@14 K=13, channels last": [depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
-        "contmix 8x16@14 K=5, 13": [contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
-        "contmix 8x16@56 K=5, 13": [contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],
-        "contmix 32x8@7 K=5, 7": [contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7))],
+        "outlook 6x32@28 K=3 s=2": [workloads.outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
+        "depthwise 64@56 K=17": [channels_last(workloads.depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
+        "depthwise 224@56 K=3, fused": [Fused(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
+        "depthwise 256@14 K=13, channels last": [workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
+        "contmix 8x16@14 K=5, 13": [workloads.contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
+        "contmix 8x16@56 K=5, 13": [workloads.contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],
+        "contmix 32x8@7 K=5, 7": [workloads.contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7))],
     }
 
 
@@ -199,19 +191,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=["bf16"], help=text, **several)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--resources-only", action="store_true", help="count no instructions; in half the time")
-    text = "what tuning may choose too: hundreds of builds, a second or two each"
-    parser.add_argument("--every-config", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
 
 
 def reports_of(
-    architectures: list[str],
-    dtypes: list[str],
-    console: Console,
-    *,
-    only: str = "",
-    every_config: bool = False,
-    instructions: bool = True,
+    architectures: list[str], dtypes: list[str], console: Console, *, only: str = "", instructions: bool = True
 ) -> tuple[list[Report], list[str]]:
     """The reports of all that builds, and a line for each kernel that does not."""
     work = [
@@ -220,7 +204,7 @@ def reports_of(
         for name, found in cases().items()
         if only in name
         for workload in found
-        for launch in _launches(workload.call(DTYPES[dtype], torch.device("meta")), every_config=every_config)
+        for launch in _launches(workload, DTYPES[dtype])
         for architecture in architectures
     ]
     reports, failures = [], []
@@ -233,51 +217,49 @@ def reports_of(
     return reports, failures
 
 
+def _launches(workload: Workload, dtype: torch.dtype) -> list[Launch]:
+    with use_backend("triton"), record_launches() as launches:
+        workload.call(dtype, torch.device("meta"))()
+    return launches
+
+
 def run(arguments: argparse.Namespace) -> int:
     console, known = Console(stderr=arguments.json, highlight=False), list(cases())
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
         raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
     if not any(arguments.only in name for name in known):
         raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}")
-    how = {"every_config": arguments.every_config, "instructions": not arguments.resources_only}
-    reports, failures = reports_of(arguments.arch, arguments.dtype, console, only=arguments.only, **how)
+    how: dict[str, Any] = {"only": arguments.only, "instructions": not arguments.resources_only}
+    reports, failures = reports_of(arguments.arch, arguments.dtype, console, **how)
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:
-        _table(reports, configs=arguments.every_config).show(console)
+        _table(reports).show()
         for failure in failures:
             console.print(f"[red]failed[/] {escape(failure)}")
     return int(bool(failures) or any(report.spilled_bytes for report in reports))
 
 
-def _launches(call: Callable[[], object], *, every_config: bool = False) -> list[Launch]:
-    """The call's own launches, and those with every other config that is valid for what it asks of the tuner."""
-    others: list[Launch] = []
-
-    def record(request: Request) -> None:
-        for config in request.launcher.configs if every_config else ():
-            if config.valid(request.problem):
-                with record_launches() as launches:
-                    request.run(config)
-                others.extend(launches)
-
-    with use_backend("triton"), observing(record), record_launches() as own:
-        call()
-    unique: dict[Any, Launch] = {}
-    for launch in (*own, *others):  # tensors are the same in all of them
-        arguments = tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, launch.arguments)
-        unique.setdefault((launch.kernel, repr(arguments), repr(launch.options)), launch)
-    return list(unique.values()) if every_config else own
+COLUMNS = {  # of the table: field of a report -> heading
+    "num_warps": "warps",
+    "registers": "registers",
+    "spilled_bytes": "spilled B",
+    "shared_bytes": "shared B",
+    "load_bits": "load bits",
+    "tensor_core": "MMA",
+    "fma": "FMA",
+    "shuffles": "shuffles",
+    "shuffles_per_output": "shuffles/out",
+    "bytes_per_output": "bytes/out",
+}
 
 
-def _table(reports: list[Report], *, configs: bool) -> Table:
-    """A line for each build; what sets the lines of one kernel apart is its config with ``configs``."""
-    words = ["case", "kernel", "arch", "dtype", *(["config"] if configs else [])]
+def _table(reports: list[Report]) -> Table:
+    """A line for each build."""
     rows = []
-    for r in reports:
-        counts = [r.num_warps, r.registers, r.spilled_bytes, r.shared_bytes, r.load_bits, r.tensor_core, r.fma]
-        counts += [r.shuffles, r.shuffles_per_output, r.bytes_per_output]
+    for report in reports:
+        counts = [getattr(report, name) for name in COLUMNS]
         cells = ["–" if n is None else str(n) if isinstance(n, int) else f"{n:.3g}" for n in counts]
-        rows.append([r.case, r.kernel, r.architecture, r.dtype, *([r.config] if configs else []), *cells])
-    headings = ["warps", "registers", "spilled B", "shared B", "load bits", "MMA", "FMA", "shuffles", "shuffles/out"]
-    return Table([*words, *headings, "bytes/out"], rows, len(words), "Kernels compiled ahead of time")
+        rows.append([report.case, report.kernel, report.architecture, report.dtype, *cells])
+    headings = ["case", "kernel", "arch", "dtype", *COLUMNS.values()]
+    return Table(headings, rows, 4, "Kernels compiled ahead of time")

@@ -272,7 +272,7 @@ def _measure(
         floor_ms=floor_ms,
         operations=operations,
         tolerance=tolerance,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=timing.precision(dtype),
         machine=machine,
         warnings=doubts(elsewhere(), machine["cpu_count"], [[found] for found in times.values()]),
     )

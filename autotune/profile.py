@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import kernels
 import models
@@ -175,7 +174,7 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, int]:
     batch = 4
     if on_gpu:
         batch = 128 if torch.cuda.get_device_properties(chosen).total_memory >= 40e9 else 16
-    dtype = arguments.dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    dtype = arguments.dtype or timing.usual_dtype(chosen)
     settings = Settings(chosen, dtype, arguments.backend, 0 if quick else 1.5, 2 if quick else 3)
     return settings, _given_batch(arguments) or (1 if quick else batch)
 
@@ -189,7 +188,7 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, s
     image, weights = "matplotlib's portrait of Grace Hopper", "random"
     if arguments.module is not None:
         image, weights = "random inputs", "the module's own"
-    stated = {"dtype": str(settings.dtype).removeprefix("torch."), "batch": batch, "backend": settings.backend}
+    stated = {"dtype": timing.precision(settings.dtype), "batch": batch, "backend": settings.backend}
     stated["implementation"] = resolve(settings.backend, torch.empty(0, device=settings.device))
     stated |= {"sizes": sizes, "image": image, "weights": weights}
     stated |= {"seconds_per_line": settings.seconds, "min_runs": settings.min_runs}
@@ -220,14 +219,13 @@ def run(arguments: argparse.Namespace) -> int:
         code = 130
     record["seconds"], record["other_cores"] = round(time.monotonic() - start, 1), others()
     changes = report.differences(record["rows"], earlier, arguments.threshold)
-    console = Console(highlight=False)
-    report.show(record, console)
+    report.show(record)
     if arguments.against is not None:
         record["against"] = {"file": arguments.against.name, "threshold": arguments.threshold, "rows": changes}
-        report.against_table(changes, str(arguments.against), arguments.threshold).show(console)
+        report.against_table(changes, str(arguments.against), arguments.threshold).show()
     on_disk = [written("the whole record", write_json, path, record)]
     for file, figure in report.figures(record).items():
         on_disk.append(written(file, plots.save, figure, folder / file, report.fingerprint(record)))
     if all(on_disk):
-        console.print(f"{record['seconds']:.0f} s. Wrote {folder}", markup=False, soft_wrap=True)
+        print(f"{record['seconds']:.0f} s. Wrote {folder}")
     return code or int(not all(on_disk) or any(change["verdict"] == "slower" for change in changes))

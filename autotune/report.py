@@ -65,9 +65,10 @@ def _cells(row: Row) -> list[str]:
     return [*cells, times(row["speed_up"]), *peaks, percent(row["floor"]["fraction"]) if "floor" in row else "–"]
 
 
-def show(record: Row, console: Console) -> None:
-    """The table, what speaks against its times, and what failed."""
-    table(record).show(console)
+def show(record: Row) -> None:
+    """Print the table, what speaks against its times, and what failed."""
+    console = Console(highlight=False)
+    table(record).show()
     for warning in warnings(record):
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     for row in record["rows"]:

@@ -107,7 +107,7 @@ def roofline(*what: Contest | Sweep | str) -> Figure:
         elif entry not in known:
             raise ValueError(f"what must name some of {', '.join(known)}; got {entry!r}")
     place = timing.best_device()
-    dtype, threads = torch.bfloat16 if place.type == "cuda" else torch.float32, torch.get_num_threads()
+    dtype, threads = timing.usual_dtype(place), torch.get_num_threads()
     if results:
         places = {(result.device, result.dtype, result.threads) for result in results}
         if len(places) > 1:
@@ -122,7 +122,7 @@ def roofline(*what: Contest | Sweep | str) -> Figure:
         ceilings = measure_ceilings(place, dtype)
         if names := [entry for entry in what if isinstance(entry, str)] or ([] if results else known):
             measured += measure_operators(place, dtype, ceilings, names)
-        label = f"{timing.device_name(place)} · {str(dtype).removeprefix('torch.')}"
+        label = timing.label(place, dtype)
     finally:
         torch.set_num_threads(before)
     return roofline_figure(measured, ceilings, label)

@@ -12,9 +12,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from autotune.tables import Table, settings_text
 from autotune.tunables import StoredEntry, stored_entries
 from kernels.tuning.store import Store, shipped_folder, user_folder
@@ -54,7 +51,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def run(arguments: argparse.Namespace) -> int:
     """0, also where there is nothing to show or a file cannot be read: that is reported, not a failure."""
-    console = Console(highlight=False)
     folders = {"store": str(user_folder()), "shipped": str(shipped_folder())}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -64,13 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"folders": folders, "entries": rows, "messages": messages}, indent=1))
         return 0
     if rows:
-        _table(rows).show(console)
+        _table(rows).show()
     else:
         gpu = arguments.gpu
         whose = "" if gpu is None else f" for {gpu} ({Store(user_folder(), gpu).path.name})"
-        console.print(f"Nothing is tuned{escape(whose)}: every launch uses its kernel's heuristic.")
+        print(f"Nothing is tuned{whose}: every launch uses its kernel's heuristic.")
     for name, folder in folders.items():
-        console.print(f"{name}: {escape(folder)}", soft_wrap=True)
+        print(f"{name}: {folder}")
     for message in messages:
-        console.print(f"[red]warning:[/] {escape(message)}", soft_wrap=True)
+        print(f"warning: {message}")
     return 0

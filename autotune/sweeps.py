@@ -123,7 +123,7 @@ def sweep(
     if empty := [axis for axis, numbers in values.items() if not numbers]:
         raise ValueError(f"over must have a value for {empty[0]}, got none")
     place = timing.best_device() if device is None else torch.empty(0, device=device).device
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    dtype = dtype or timing.usual_dtype(place)
     if dtype not in tolerances.GRADIENT:
         raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     if backend not in BACKENDS:
@@ -136,8 +136,7 @@ def sweep(
     settings = Settings(place, dtype, backend, seconds, min_runs)
     measured = {key: _measure(workload, settings, backward) for key, workload in workloads.items()}
     rows = [{"axis": axis, **shape, **measured[tuple(shape.values())]} for axis, shape in shapes]
-    precision = str(dtype).removeprefix("torch.")
-    label = f"{timing.device_name(place)} · {precision}"
+    precision, label = timing.precision(dtype), timing.label(place, dtype)
     return Sweep(rows, operator, backward, place.type, precision, torch.get_num_threads(), label)
 
 

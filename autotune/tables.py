@@ -96,8 +96,9 @@ class Table:
             shown.add_row(*(Text(cell, COLOURS.get(cell.partition(" ")[0].rstrip(":"), "")) for cell in cells))
         return Group(shown, *map(Text, self.notes))
 
-    def show(self, console: Console) -> None:
+    def show(self) -> None:
         """Print it. Where the terminal is too narrow, wrapped lines lose less than columns cut short."""
+        console = Console(highlight=False)
         natural = Measurement.get(console, console.options.update(width=1000), self.__rich__().renderables[0]).maximum
         console.width = max(console.width, min(natural, WIDEST))
         console.print(self)

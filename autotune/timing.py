@@ -203,6 +203,21 @@ def device_name(device: torch.device) -> str:
     return cpu if device.type == "cpu" else f"{device.type.upper()} of {_cpu_name()}"
 
 
+def precision(dtype: torch.dtype) -> str:
+    """As people write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def label(device: torch.device, dtype: torch.dtype) -> str:
+    """What a figure says of its origin: "NVIDIA H200 · bfloat16"."""
+    return f"{device_name(device)} · {precision(dtype)}"
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """In which things are measured unless something else is asked for."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def device_folder(device: torch.device) -> str:
     """A file name for the device's results: NVIDIA_H200, cpu_Intel_Xeon_2.50GHz."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}_{_cpu_name()}"

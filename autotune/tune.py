@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
@@ -197,7 +196,7 @@ def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console, code = Console(highlight=False), 0
+    code = 0
     with input_errors():
         device = arguments.device or timing.best_device()
         if device.type != "cuda" and not (arguments.quick and interpreting()):
@@ -241,9 +240,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
         )
     elif rows:
-        _table(rows, f"Tuned on {gpu_name(device)}").show(console)
+        _table(rows, f"Tuned on {gpu_name(device)}").show()
     elif not tuning.errors and not tuning.left:
-        console.print("Everything is tuned already; --force tunes it again.")
+        print("Everything is tuned already; --force tunes it again.")
     if tuning.left and code != LOST:
         why = "interrupted" if code == 130 else "not all"
         left = f"{len(tuning.left)} of {len(tuning.found)} problems are left"

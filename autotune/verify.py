@@ -14,7 +14,6 @@ import json
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from autotune import timing
 from autotune.compile import cases
@@ -74,7 +73,7 @@ def check_all(rows: list[dict[str, Any]], offered: dict[str, list[tuple[int, Con
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console, device = Console(highlight=False), timing.best_device()
+    device = timing.best_device()
     if not triton_installed() or (device.type != "cuda" and not interpreting()):
         raise CommandError("kernels run on a GPU, or on a CPU in Triton's interpreter: set TRITON_INTERPRET=1")
     gpu = arguments.gpu or (gpu_name(device) if device.type == "cuda" else None)
@@ -100,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         for row in rows:
             state = row["status"] if row["reason"] is None else f"{row['status']}: {row['reason']}"
             cells.append([row["gpu"], row["source"], row["key"], state])
-        Table(["GPU", "from", "problem", "state"], cells, 4, "Stored configs against the eager path").show(console)
+        Table(["GPU", "from", "problem", "state"], cells, 4, "Stored configs against the eager path").show()
     else:
-        console.print("Nothing is tuned, so there is nothing to verify.")
+        print("Nothing is tuned, so there is nothing to verify.")
     return code or int(any(row["status"] == "failed" for row in rows))

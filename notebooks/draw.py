@@ -18,17 +18,13 @@ from torch import Tensor, nn
 
 import kernels
 import models
-from autotune import networks, timing
+from autotune import networks
 from autotune.tables import Table
+from autotune.timing import label as label
 
 RESULTS = Path(__file__).with_name("results")
 DYNAMIC = ("involution2d", "involution2d_generate", "contmix2d", "outlook_attention2d")
 Function = Callable[..., Any]
-
-
-def label(device: torch.device, dtype: torch.dtype) -> str:
-    """What a figure says of its origin: "NVIDIA H200 · bfloat16"."""
-    return f"{timing.device_name(device)} · {str(dtype).removeprefix('torch.')}"
 
 
 def picture(side: int) -> tuple[Tensor, np.ndarray]:

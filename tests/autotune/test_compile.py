@@ -8,13 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import triton
 
-from autotune.compile import ARCHITECTURES, _launches
-from kernels.aggregation.configs import gather_heuristic, gather_problem
-from kernels.aggregation.gather import gather_aggregate
-from kernels.windows import Window
+from autotune.compile import ARCHITECTURES
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,16 +83,3 @@ def test_instructions_are_counted():
     by_kernel = {report["kernel"]: report for report in reports}
     assert by_kernel["convolution_kernel"]["tensor_core"] > 0
     assert by_kernel["weighted_sum_kernel"]["fma"] > 0
-
-
-def test_every_config_is_what_tuning_may_choose():
-    window = Window((7, 7), padding=(3, 3))
-    weight = torch.empty(2, 4, 7, 7, 14, 14, device="meta", dtype=torch.bfloat16)
-    x = torch.empty(2, 4, 16, 14, 14, device="meta", dtype=torch.bfloat16)
-    launches = _launches(lambda: gather_aggregate(weight, x, window), every_config=True)
-    tried = {(launch.arguments["BLOCK_PIXELS"], launch.options["num_warps"]) for launch in launches}
-    problem = gather_problem(weight, x, (14, 14), (7, 7))
-    valid = [config for config in gather_aggregate.configs if config.valid(problem)]
-    assert len(valid) > 2
-    assert len(launches) == len({gather_heuristic(problem), *valid})
-    assert {(config.block_pixels, config.num_warps) for config in valid} <= tried

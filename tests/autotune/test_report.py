@@ -4,7 +4,6 @@ import json
 
 import pytest
 from matplotlib.text import Text
-from rich.console import Console
 
 from autotune import report
 
@@ -89,7 +88,7 @@ def test_a_busy_machine_and_restless_times_are_warned_of(capsys):
         "the machine is busy: other processes take 1.5 of its 4 cores",
         "1 of 2 lines vary by more than 20% of their median (p20 to p80)",
     ]
-    report.show(record, Console(highlight=False))
+    report.show(record)
     shown = capsys.readouterr().out
     for text in ("1.90 to 2.20", "1.90 to 2.40", "warning: the machine is busy", "warning: 1 of 2 lines"):
         assert text in shown
