@@ -29,23 +29,24 @@ LEAST = 8
 
 
 @triton.jit
-def _gelu(x):
-    """max(x, 0) − |x|·Φ(−|x|), Φ being 2 to the power of a polynomial: to 6e-7, in a third of erf's instructions."""
+def _twice_gelu(x):
+    """2·GELU(x) = x + |x|·(1 − 2Φ(−|x|)), 2Φ being 2 to the power of a polynomial: to 1e-6, in a third of erf's
+    instructions. Only numbers of bfloat16 above 1.7e38 pass float32 here; infinity gives infinity, −∞ NaN."""
     a = tl.abs(x)
     power = a * (8.507894352e-3 + a * (-9.305259446e-4 + a * (6.159844634e-5 - a * 1.834819841e-6)))
-    power = -0.9999952913 + a * (-1.151251078 + a * (-0.4584643841 + a * (-5.396007374e-2 + power)))
-    return tl.maximum(x, 0) - a * tl.exp2(power)
+    power = 4.7087e-6 + a * (-1.151251078 + a * (-0.4584643841 + a * (-5.396007374e-2 + power)))
+    return x + a * (1 - tl.exp2(power))
 
 
 @triton.jit
 def _row(p_row, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS + 2 inputs [C] of a row, from column ``first`` on; 0 outside the map."""
+    """COLUMNS + 2 inputs [C] of a row, or twice their GELU, from column ``first`` on; 0 outside the map."""
     values = ()
     for i in tl.static_range(COLUMNS + 2):
         m_column = m_row & (first + i >= 0) & (first + i < width)
         b_x = tl.load(p_row + i * stride, mask=m_channel & m_column, other=0).to(tl.float32)
         if GELU:
-            b_x = _gelu(b_x)
+            b_x = _twice_gelu(b_x)
         values = values + (b_x,)
     return values
 
@@ -77,7 +78,7 @@ def _fused_kernel(
     w = ()
     for k in tl.static_range(9):
         b_weight = tl.load(weight + o_channel * 9 + k, mask=m_channel, other=0).to(tl.float32)
-        w = w + (b_weight,)
+        w = w + (b_weight * 0.5 if GELU else b_weight,)
     b_bias = tl.load(bias + o_channel, mask=m_channel, other=0).to(tl.float32)
     b_squares = tl.zeros([BLOCK], tl.float32)
     above = (b_bias,) * COLUMNS  # the row above the one that is read: only its last kernel row is missing

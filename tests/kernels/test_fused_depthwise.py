@@ -44,6 +44,19 @@ def test_gelu_of_small_and_large_numbers(scale):
     assert (out - F.gelu(x.double())).abs().max() < 1e-6 * scale
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite(bad, gelu):
+    """Infinity gives infinity, its negative by GELU NaN, as in PyTorch; neither reaches more outputs than there."""
+    x = torch.zeros(1, 2, 9, 9, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x[0, 1, 4, 4] = bad
+    weight, bias = torch.ones(2, 1, 3, 3, device=DEVICE), torch.zeros(2, device=DEVICE)
+    out, squares = fused.fused_depthwise_conv2d(x, weight, bias, gelu, True)
+    expected = F.conv2d(F.gelu(x.double()) if gelu else x.double(), weight.double(), padding=1, groups=2)
+    torch.testing.assert_close(out.double(), expected, equal_nan=True)
+    torch.testing.assert_close(squares.double(), expected.square().sum((2, 3)), equal_nan=True)
+
+
 def test_what_does_not_fit():
     x = torch.zeros(2, 4, 3, 3, device=DEVICE)
     assert not fused.fits(x)  # channels first
