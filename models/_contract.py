@@ -82,14 +82,8 @@ class BackboneContract(nn.Module):
     plain_options: ClassVar[dict[str, Any]] = {}  # with which training returns logits alone, as evaluation does
     stages: ClassVar[tuple[tuple[str, ...], ...]]
 
-    num_classes: int
-    in_chans: int
     num_features: int  # channels of forward_features' output
     head_hidden_size: int  # features of forward_head(…, pre_logits=True)
-    feature_info: FeatureInfo
-    out_indices: list[int]
-    classifiers: dict[str, int]
-    pretrained_cfg: dict[str, Any]
 
     def __init__(
         self,
@@ -115,7 +109,7 @@ class BackboneContract(nn.Module):
                 raise ValueError(f"out_indices needs features_only=True, got out_indices={out_indices}")
             self.out_indices = self.resolve_indices(out_indices, "out_indices")
         self.num_features = self.head_hidden_size = maps[self.out_indices[-1]][1]
-        self.classifiers = {}
+        self.classifiers: dict[str, int] = {}
         self.left_out: list[str] = []  # modules and parameters of the complete model that this one lacks
         self.global_pool = self.global_pools[0]
         self.grad_checkpointing = False
@@ -207,8 +201,8 @@ class BackboneContract(nn.Module):
         chosen = self.resolve_indices(indices)
         early = flag("stop_early", stop_early) | flag("intermediates_only", intermediates_only)
         features, maps = self._forward_stages(x, chosen[-1] if early else len(self.feature_info) - 1)
-        intermediates = [maps[i] for i in chosen]
-        return intermediates if intermediates_only else (features, intermediates)
+        wanted = [maps[i] for i in chosen]
+        return wanted if intermediates_only else (features, wanted)
 
     def resolve_indices(self, indices: int | Sequence[int] | None, argument: str = "indices") -> list[int]:
         """Indices of feature maps that the model returns, ascending; an error names ``argument``."""
@@ -249,11 +243,10 @@ class BackboneContract(nn.Module):
 
     def set_global_pool(self, global_pool: str, num_classes: int | None = None) -> None:
         """Sets how ``forward_head`` pools (see ``reset_classifier``); the classifiers stay."""
-        self.global_pool, previous = one_of("global_pool", global_pool, self.global_pools), self.global_pool
-        classes = self.num_classes if num_classes is None else num_classes
-        if global_pool == "" and classes and self.classifiers:
-            self.global_pool = previous
+        one_of("global_pool", global_pool, self.global_pools)
+        if global_pool == "" and self.classifiers and (self.num_classes if num_classes is None else num_classes):
             raise ValueError("global_pool '' leaves features that a classifier does not take: it needs num_classes=0")
+        self.global_pool = global_pool
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -20,37 +20,10 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integers
-from models.layers import DilatedReparamBlock, GELU2d, LayerNorm2d, LayerScale, PointwiseConv2d
+from models.layers import DilatedReparamBlock, LayerNorm2d, LayerScale, PointwiseConv2d
 from models.layers.basic import to_channels_last
-from models.layers.overlock_blocks import DynamicConvBlock, RepConvBlock
+from models.layers.overlock_blocks import ContextDownsample, DynamicConvBlock, RepConvBlock, downsample, stem
 from models.registry import variant
-
-
-def stem(in_chans: int, channels: int) -> nn.Sequential:
-    """Image -> [B, channels, ⌈H/4⌉, ⌈W/4⌉]: four 3×3 convolutions, the first and the third with stride 2."""
-    half, layers = channels // 2, []
-    for inputs, outputs, stride in ((in_chans, half, 2), (half, half, 1), (half, channels, 2), (channels, channels, 1)):
-        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(outputs), GELU2d()]
-    return nn.Sequential(*layers[:-1])
-
-
-def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
-    """[B, in_channels, H, W] -> [B, out_channels, ⌈H/2⌉, ⌈W/2⌉]."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
-
-
-class ContextDownsample(nn.Module):
-    """Halves the features and the context that goes with them, each by its own strided convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, context_channels: int) -> None:
-        super().__init__()
-        self.x_proj = downsample(in_channels, out_channels)
-        self.h_proj = downsample(context_channels, context_channels)
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x_proj(x), self.h_proj(h)
 
 
 class OverLoCK(BackboneContract):
@@ -155,7 +128,11 @@ class OverLoCK(BackboneContract):
                 nn.AdaptiveAvgPool2d(1),
                 self.make_classifier(self.head_hidden_size, self.num_classes),
             )
-        self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _norm_maps(self, widths: Sequence[int], context_skip: bool) -> None:
         """Norms for the chosen maps, of these widths; the fifth is for the context that is added to the last map."""
@@ -274,16 +251,11 @@ class OverLoCK(BackboneContract):
         Raises:
             ValueError: a backbone's file for a classifier, or a detection backbone's for a segmentation backbone.
         """
+        fits = "it fits OverLoCK with features_only=True"
         if self.classifiers and any(name.startswith("extra_norm.") for name in state):
-            raise ValueError(
-                "checkpoint: the file is a dense-prediction backbone's (it has extra_norm), whose third stage takes "
-                "normed maps; it does not fit a classifier, but OverLoCK with features_only=True"
-            )
+            raise ValueError(f"checkpoint: the file is a dense-prediction backbone's, whose maps are normed; {fits}")
         if self.features_only and 3 in self.out_indices and self.h_proj is None and "h_proj.0.weight" in state:
-            raise ValueError(
-                "checkpoint: the file is a detection backbone's, whose last map has h_proj(context) added to it; "
-                "it fits OverLoCK with features_only=True and context_skip=True"
-            )
+            raise ValueError(f"checkpoint: the file is a detection backbone's, with h_proj; {fits}, context_skip=True")
         state = super().adapt_state_dict(state)
         for prefix, module in self.named_modules():
             if isinstance(module, DilatedReparamBlock) and module.merged:
@@ -313,13 +285,6 @@ class OverLoCK(BackboneContract):
                 (r"^patch_embedx", (4, *first)),
             ],
         }
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"

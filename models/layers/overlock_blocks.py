@@ -1,4 +1,5 @@
-"""OverLoCK's blocks: ``RepConvBlock`` of Base-Net and Overview-Net, ``DynamicConvBlock`` of Focus-Net."""
+"""OverLoCK's parts: stem and downsampling, ``RepConvBlock`` of Base-Net and Overview-Net, ``DynamicConvBlock`` of
+Focus-Net."""
 
 from __future__ import annotations
 
@@ -13,6 +14,33 @@ from models.layers.depthwise import DilatedReparamBlock, ResidualDepthwiseConv2d
 from models.layers.fusion import as_built, last_convolution
 from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
+
+
+def stem(in_chans: int, channels: int) -> nn.Sequential:
+    """Image -> [B, channels, ⌈H/4⌉, ⌈W/4⌉]: four 3×3 convolutions, the first and the third with stride 2."""
+    half, layers = channels // 2, []
+    for inputs, outputs, stride in ((in_chans, half, 2), (half, half, 1), (half, channels, 2), (channels, channels, 1)):
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(outputs), GELU2d()]
+    return nn.Sequential(*layers[:-1])
+
+
+def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
+    """[B, in_channels, H, W] -> [B, out_channels, ⌈H/2⌉, ⌈W/2⌉]."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+class ContextDownsample(nn.Module):
+    """Halves the features and the context that goes with them, each by its own strided convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, context_channels: int) -> None:
+        super().__init__()
+        self.x_proj = downsample(in_channels, out_channels)
+        self.h_proj = downsample(context_channels, context_channels)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x_proj(x), self.h_proj(h)
 
 
 def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
