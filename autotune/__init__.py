@@ -26,7 +26,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when asked for: the command line explains itself without PyTorch."""
+    """Imported when asked for: ``import autotune`` alone brings neither PyTorch nor matplotlib."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -22,22 +21,11 @@ COMMANDS = {  # name -> (module, one line of help)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (``sys.argv`` by default) and return its exit code; SystemExit for a malformed one."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in COMMANDS:
-        # PyTorch's profiler warns of all memory that was there before it.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from models.commands.dispatch import run_command  # brings PyTorch, which the overview does without
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch's profiler warns of all memory there was before it
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # where notebooks is, from wherever this is called
+    from models.commands.dispatch import run_command  # brings PyTorch, which reads the variable as it starts
 
-        if COMMANDS[argv[0]][0].startswith("notebooks."):  # in the checkout, from wherever it is called
-            sys.path.append(str(Path(__file__).resolve().parents[1]))
-        return run_command("autotune", COMMANDS, argv)
-    parser = argparse.ArgumentParser(prog="python -m autotune", description="Measure and build the kernels.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (_, summary) in COMMANDS.items():
-        commands.add_parser(name, help=summary, add_help=False)
-    parser.parse_args(argv)  # ends here, with the help or with what is malformed
-    return 2
+    return run_command("autotune", "Measure and build the kernels.", COMMANDS, argv)
 
 
 if __name__ == "__main__":

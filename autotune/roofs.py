@@ -98,13 +98,12 @@ def roofline(*what: Contest | Sweep | str) -> Figure:
         TypeError, ValueError: one of them is something else; nothing was measured then.
     """
     known = list(dict.fromkeys(workload.operator for workload in workloads.operator_workloads(1)))
-    results: list[Contest | Sweep] = []
-    for entry in what:
-        if isinstance(entry, (Contest, Sweep)):
-            results.append(entry)
-        elif not isinstance(entry, str):
+    results = [entry for entry in what if isinstance(entry, (Contest, Sweep))]
+    names: list[Any] = [entry for entry in what if entry not in results] or ([] if results else known)
+    for entry in names:
+        if not isinstance(entry, str):
             raise TypeError(f"what must be results of compare or sweep, or names, got {type(entry).__name__}")
-        elif entry not in known:
+        if entry not in known:
             raise ValueError(f"what must name some of {', '.join(known)}; got {entry!r}")
     place = timing.best_device()
     dtype, threads = timing.usual_dtype(place), torch.get_num_threads()
@@ -120,8 +119,7 @@ def roofline(*what: Contest | Sweep | str) -> Figure:
     torch.set_num_threads(threads)
     try:
         ceilings = measure_ceilings(place, dtype)
-        if names := [entry for entry in what if isinstance(entry, str)] or ([] if results else known):
-            measured += measure_operators(place, dtype, ceilings, names)
+        measured += measure_operators(place, dtype, ceilings, names)
         label = timing.label(place, dtype)
     finally:
         torch.set_num_threads(before)
@@ -144,19 +142,10 @@ def _of_result(result: Contest | Sweep) -> Iterator[Measured]:
 
 
 def _side_by_side(values: Sequence[float]) -> list[float]:
-    """The values, with those that would hide each other moved apart around where they are."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    drawn, groups = list(values), list[list[int]]()
-    for index in order:
-        groups.append([index])
-        while True:
-            group = groups[-1]
-            centre = math.prod(values[i] for i in group) ** (1 / len(group))
-            for step, i in enumerate(group):
-                drawn[i] = centre * APART ** (step - (len(group) - 1) / 2)
-            if len(groups) < 2 or drawn[group[0]] >= APART * drawn[groups[-2][-1]]:
-                break
-            groups[-2:] = [groups[-2] + group]
+    """The values, with those that would hide each other moved apart, to the right."""
+    drawn, last = list(values), 0.0
+    for index in sorted(range(len(values)), key=values.__getitem__):
+        last = drawn[index] = max(values[index], APART * last)
     return drawn
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -17,16 +16,7 @@ COMMANDS = {  # name -> (module, one line of help)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (``sys.argv`` by default) and return its exit code; SystemExit for a malformed one."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in COMMANDS:
-        return run_command("models", COMMANDS, argv)
-    parser = argparse.ArgumentParser(prog="python -m models", description="Use, measure and train the models.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (_, summary) in COMMANDS.items():
-        commands.add_parser(name, help=summary, add_help=False)
-    parser.parse_args(argv)  # ends here, with the help or with what is malformed
-    return 2
+    return run_command("models", "Use, measure and train the models.", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,22 @@ def input_errors() -> Iterator[None]:
         raise CommandError(str(error)) from error
 
 
-def run_command(package: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str]) -> int:
-    """Runs the command that ``argv`` begins with and returns its exit code; SystemExit for malformed arguments.
+def run_command(
+    package: str, description: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None = None
+) -> int:
+    """Runs a command line (``sys.argv`` by default) and returns its exit code; SystemExit for malformed arguments.
 
-    Exit code 2: the input or the machine is at fault, not the program; 130: the user interrupted it; 141: nobody reads
+    ``commands`` maps each name to its module, which is imported only when it is called, and to one line of help. Exit
+    code 2: the input or the machine is at fault, not the program; 130: the user interrupted it; 141: nobody reads
     its output any more.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in commands:
+        parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+        known = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        for name, (_, summary) in commands.items():
+            known.add_parser(name, help=summary, add_help=False)
+        parser.parse_args(argv)  # ends here, with the help or with what is malformed
     name, code = f"python -m {package} {argv[0]}", 2
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

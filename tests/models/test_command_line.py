@@ -99,7 +99,7 @@ class Speaking:
 def speak(monkeypatch, stream, *arguments: str) -> int:
     monkeypatch.setitem(sys.modules, "speaking", Speaking)
     monkeypatch.setattr(sys, "stdout", stream)
-    return run_command("models", {"say": ("speaking", "")}, ["say", *arguments])
+    return run_command("models", "", {"say": ("speaking", "")}, ["say", *arguments])
 
 
 @pytest.mark.parametrize(
