@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from autotune.__main__ import main
 from autotune.measure import DisagreementError, Settings
 from autotune.networks import measure_model
 from autotune.operators import measure_operator
+from autotune.passes import PASSES
 from kernels import tolerances
 from tests.support import DEVICE
 
@@ -56,19 +56,17 @@ class Halved(torch.autograd.Function):
 def test_an_operator_meets_everything_that_stands_in_for_it():
     row = measure_operator(TINY["contmix2d"], SETTINGS, backward=True)
     assert row["relative_error"] <= row["tolerance"] == 1e-5
-    assert row["against"] == "reference"
+    assert (row["against"], row["left_out"]) == ("reference", {})
     assert list(row["contenders"]) == ["ours", "naive", "unfused", "compiled"]
     for found in row["contenders"].values():
         assert 0 < found["p20_ms"] <= found["p50_ms"] <= found["p80_ms"]
         assert found["peak_bytes"] > 0
-    floor = row["floor"]
+    floor, best = row["floor"], {name: found["p50_ms"] for name, found in row.get("graph", row["contenders"]).items()}
     assert floor["memory_ms"] == pytest.approx(1000 * floor["bytes"] / 1e9)
     assert floor["operations_ms"] == pytest.approx(1000 * floor["operations"] / 1e12)
     assert floor["ms"] == max(floor["memory_ms"], floor["operations_ms"])
-    assert row["left_out"] == {}
-    best = {name: found["p50_ms"] for name, found in row.get("graph", row["contenders"]).items()}
-    assert row["speed_up"]["naive"] == pytest.approx(best["naive"] / best["ours"])
     assert floor["fraction"] == pytest.approx(floor["ms"] / best["ours"])
+    assert row["speed_up"]["naive"] == pytest.approx(best["naive"] / best["ours"])
     assert "channels_first" in measure_operator(TINY["depthwise_conv2d"], SETTINGS)["speed_up"]
     assert "unfused" in measure_operator(TINY["involution2d_generate"], SETTINGS)["speed_up"]
 
@@ -109,15 +107,18 @@ def test_a_contender_that_cannot_run_is_left_out_with_the_reason(monkeypatch):
 # ---- models
 
 
-def _model(name="tiny_rednet"):
-    return networks.settled_model(name, networks.random_images(2, (64, 64))).to(HERE)
+ONCE = dataclasses.replace(SETTINGS, seconds=0.0)
+
+
+def _model(**options):
+    return networks.settled_model("tiny_rednet", networks.random_images(2, (64, 64)), **options).to(HERE)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_meets_the_naive_path_and_a_compiler(training):
-    settings = dataclasses.replace(SETTINGS, seconds=0.0)
-    images = networks.random_images(3, (32, 32)).to(HERE)
-    row = measure_model(_model(), images, settings, training=training, compiled=True)
+    """Dropped paths are not drawn alike in two precisions: they are held while results are compared."""
+    model = _model(drop_path_rate=0.9)
+    row = measure_model(model, networks.random_images(3, (32, 32)).to(HERE), ONCE, training=training, compiled=True)
     assert row["relative_error"] <= row["tolerance"]
     assert row["tolerance"] == (tolerances.MODEL_GRADIENT if training else tolerances.LOGITS)
     assert list(row["contenders"]) == ["ours", "naive", "compiled"]
@@ -125,22 +126,13 @@ def test_a_model_meets_the_naive_path_and_a_compiler(training):
     assert row["contenders"]["ours"]["images_per_second"] == pytest.approx(3000 / times["ours"])
     assert row["speed_up"]["compiled"] == pytest.approx(times["compiled"] / times["ours"])
     assert row["left_out"] == {}
-
-
-def test_layers_that_draw_at_random_are_compared():
-    """Dropped paths are not drawn alike in two precisions: they are held while results are compared."""
-    model = networks.settled_model("rednet26", networks.random_images(2, (64, 64)), drop_path_rate=0.9).to(HERE)
-    images = networks.random_images(2, (32, 32)).to(HERE)
-    row = measure_model(model, images, dataclasses.replace(SETTINGS, seconds=0.0), training=True)
-    assert row["tolerance"] == tolerances.MODEL_GRADIENT
-    assert row["left_out"] == {}
-    assert all(part.training for part in model.modules())
+    assert all(part.training == training for part in model.modules())
 
 
 def test_a_model_meets_its_peer():
     """The compiled peer is compared with the compiled model; one that computes something else is left out."""
-    settings, images = dataclasses.replace(SETTINGS, seconds=0.0), networks.random_images(2, (32, 32)).to(HERE)
-    row = measure_model(_model(), images, settings, training=False, compiled=True, peer=_model())
+    images = networks.random_images(2, (32, 32)).to(HERE)
+    row = measure_model(_model(), images, ONCE, training=False, compiled=True, peer=_model())
     times = {name: found["p50_ms"] for name, found in row["contenders"].items()}
     assert list(times) == ["ours", "naive", "peer", "compiled", "peer_compiled"]
     assert row["speed_up"]["peer"] == pytest.approx(times["peer"] / times["ours"])
@@ -150,13 +142,13 @@ def test_a_model_meets_its_peer():
         def forward(self, images):
             return torch.full((images.shape[0], 10), 1.0 + torch.compiler.is_compiling(), device=images.device)
 
-    row = measure_model(_model(), images, settings, training=False, compiled=True, peer=Other())
+    row = measure_model(_model(), images, ONCE, training=False, compiled=True, peer=Other())
     assert "peer" in row["contenders"]
     assert list(row["left_out"]) == ["peer_compiled"]
 
 
 def test_other_precisions_round_no_more_than_the_naive_path():
-    settings = dataclasses.replace(SETTINGS, dtype=torch.bfloat16, seconds=0.0)
+    settings = dataclasses.replace(ONCE, dtype=torch.bfloat16)
     row = measure_model(_model(), networks.random_images(2, (64, 64)).to(HERE), settings, training=False)
     assert row["relative_error"] <= row["tolerance"] == tolerances.LOGITS
     assert 1e-3 < row["rounding"] < 0.5, "bfloat16 rounds: about 1 %"
@@ -171,19 +163,6 @@ def test_a_model_with_a_wrong_operator_is_never_timed(monkeypatch, training, dam
     monkeypatch.setattr(timing, "measure", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(DisagreementError, match=message):
         measure_model(_model(), networks.random_images(2, (32, 32)).to(HERE), SETTINGS, training=training)
-
-
-def test_models_see_the_photograph_and_their_weights_matter():
-    """The check of a model could not fail if its output ignored the image or the branches to be checked."""
-    photo = networks.photograph()
-    model: Any = networks.random_model("tiny_rednet").eval()
-    images = networks.image_batch(photo, (64, 64), 1, torch.float32, torch.device("cpu"))
-    with torch.no_grad(), kernels.use_backend("reference"):
-        out, mirrored = model(images), model(images.flip(-1))
-        model.layer2[-1].conv2.conv2.conv.weight.mul_(1.01)
-        changed = model(images)
-    assert timing.relative_error(mirrored, out) > 1e-3
-    assert timing.relative_error(changed, out) > 5 * tolerances.LOGITS
 
 
 # ---- the command
@@ -210,14 +189,11 @@ def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
     assert record["complete"] is True
     assert record["ceilings"] == CEILINGS
     assert [(row["operator"], row["pass"], row["status"]) for row in record["rows"]] == [
-        ("na2d_qk", "forward", "ok"),
-        ("na2d_qk", "forward+backward", "ok"),
+        ("na2d_qk", kind, "ok") for kind in PASSES
     ]
     rows = json.loads((tmp_path / "models.json").read_text())["rows"]
-    assert [(row["name"], row["pass"], list(row["speed_up"])) for row in rows] == [
-        ("tiny_rednet", "inference", ["naive"]),
-        ("tiny_rednet", "training", ["naive"]),
-    ]
+    assert [(row["name"], row["pass"]) for row in rows] == [("tiny_rednet", "inference"), ("tiny_rednet", "training")]
+    assert all(list(row["speed_up"]) == ["naive"] for row in rows)
     shown = capsys.readouterr().out
     assert "2×16@6×5 K=3" in shown
     assert "tiny_rednet" in shown

@@ -14,11 +14,6 @@ from tests.support import DEVICE
 CPU = torch.device("cpu")
 
 
-def test_timing_is_the_three_percentiles():
-    timed = Timing.of([float(n) for n in range(1, 102)])
-    assert timed == Timing(p20_ms=21.0, p50_ms=51.0, p80_ms=81.0, runs=101)
-
-
 def test_calls_take_turns_after_one_untimed_run_each(monkeypatch):
     now, order = [0.0], []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])  # a clock that only calls move
@@ -29,6 +24,7 @@ def test_calls_take_turns_after_one_untimed_run_each(monkeypatch):
     times = timing.measure({"a": call("a", 0.25), "b": call("b", 0.5)}, CPU, seconds=0, min_runs=3, max_runs=3)
     assert order == ["a", "b"] * 4
     assert times == {"a": Timing(250, 250, 250, 3), "b": Timing(500, 500, 500, 3)}
+    assert Timing.of([float(n) for n in range(1, 102)]) == Timing(p20_ms=21.0, p50_ms=51.0, p80_ms=81.0, runs=101)
     for seconds, runs in ((1, 9), (9, 2)):  # the time ends the runs, but not before the least of them
         found = timing.measure({"call": call("", seconds)}, CPU, seconds=8, min_runs=2, max_runs=1000)
         assert found["call"].runs == runs
@@ -87,7 +83,6 @@ def test_relative_error():
     assert timing.relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
     assert timing.relative_error(expected.half(), expected.double()) == 0
     assert timing.relative_error(torch.full((2,), 0.5), torch.zeros(2)) == pytest.approx(0.5**0.5)
-    assert timing.relative_error(torch.tensor([float("nan"), 4.0]), expected) != 0
     assert not timing.relative_error(torch.tensor([float("nan"), 4.0]), expected) <= 1e9
     with pytest.raises(ValueError, match=r"out must have the shape of expected, \(2,\), got \(3,\)"):
         timing.relative_error(torch.zeros(3), expected)
@@ -107,13 +102,9 @@ def test_machine_is_described_in_json():
     assert machine["device"].startswith(machine["cpu"])
     assert machine["torch"] == torch.__version__
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$", machine["date"])
-    head = subprocess.run(
-        ["git", "-C", str(timing.repository_root()), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if head.returncode == 0:
-        assert machine["commit"].removesuffix("-dirty") == head.stdout.strip()
-    else:
-        assert machine["commit"] is None
+    git = ["git", "-C", str(timing.repository_root()), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    assert (machine["commit"] or "").removesuffix("-dirty") == head
 
 
 def test_other_work_is_what_this_process_did_not_do(monkeypatch):

@@ -15,7 +15,7 @@ def by_name(batch=1, image=(224, 224)):
 
 
 def test_every_public_operator_runs_at_the_published_shapes():
-    """A benchmark adds images of 800×1280 to those of 224², and involutions that generate their kernels inside."""
+    """A benchmark adds images of 800×1280 to those of 224²; each involution also generates its kernels inside."""
     names = [f"{workload.output[0]} {workload.name}" for workload in workloads.benchmark_workloads()]
     assert len(set(names)) == len(names)
     generated = {name for name in names if "_generate" in name}
@@ -81,12 +81,11 @@ def test_workloads_are_valid_calls(name):
 
 def test_inputs_are_reproducible_and_in_the_models_memory_format():
     workload = by_name()["depthwise_conv2d OverLoCK-T 512@7² K=7"]
-    inputs, again = (workload.draw_inputs(torch.bfloat16, CPU) for _ in range(2))
-    assert torch.equal(inputs["x"], again["x"])
-    assert inputs["x"].dtype == torch.bfloat16
-    assert inputs["x"].is_contiguous(memory_format=torch.channels_last)
+    x, again = (workload.draw_inputs(torch.bfloat16, CPU)["x"] for _ in range(2))
+    assert torch.equal(x, again)
+    assert x.dtype == torch.bfloat16
     value = by_name()["contmix2d OverLoCK-T 16×16@7² K=5,7"].draw_inputs(torch.float32, CPU)["value"]
-    assert value.flatten(1, 3).is_contiguous(memory_format=torch.channels_last)
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (x, value.flatten(1, 3)))
 
 
 def test_upcast_is_float32_at_least():
