@@ -50,10 +50,9 @@ class ProfileMagics(Magics):
             call = None
         if not isinstance(call, ast.Call):
             raise UsageError(f"%profile takes a call, as in: %profile layer(x); got {text!r}")
-        function = self.shell.ev(ast.unparse(call.func))
-        collect: Any = ast.parse("lambda *inputs, **keywords: (inputs, keywords)", mode="eval").body
-        inputs, keywords = self.shell.ev(ast.unparse(ast.Call(collect, call.args, call.keywords)))
-        return function, inputs, keywords
+        apart = "lambda function, /, *inputs, **keywords: (function, inputs, keywords)"
+        collect: Any = ast.parse(apart, mode="eval").body
+        return self.shell.ev(ast.unparse(ast.Call(collect, [call.func, *call.args], call.keywords)))
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -178,8 +178,3 @@ def settled_model(name: str, images: Tensor, **arguments: Any) -> nn.Module:
 def random_images(batch: int, size: Size) -> Tensor:
     """Standard normal [B, 3, H, W], as normalised photographs roughly are."""
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
-
-
-def photograph_model(name: str, photo: Image.Image) -> nn.Module:
-    """A random model for a photograph at any size."""
-    return settled_model(name, image_batch(photo, (224, 224), 1, torch.float32, torch.device("cpu")))

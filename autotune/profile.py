@@ -97,7 +97,8 @@ def _model_cases(
 
     def family(name: str, size: Size, training: bool) -> dict[str, Any]:
         photo = networks.photograph()
-        model = networks.photograph_model(name, photo).to(settings.device)
+        seen = networks.image_batch(photo, (224, 224), 1, torch.float32, torch.device("cpu"))
+        model = networks.settled_model(name, seen).to(settings.device)
         images = networks.image_batch(photo, size, batch, torch.float32, settings.device)
         return measure_model(model, images, settings, training=training)
 

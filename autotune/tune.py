@@ -228,29 +228,32 @@ def run(arguments: argparse.Namespace) -> int:
         code = LOST
     except KeyboardInterrupt:
         code = 130
+    return _tell(tuning, store, code, as_json=arguments.json)
+
+
+def _tell(tuning: Tuning, store: Store, code: int, *, as_json: bool) -> int:
+    """Prints what was tuned, and on stderr what was not and why; the exit code."""
     rows = list(tuning.rows.values())
     best = {row["key"]: row["config"] for row in rows if row["config"] is not None}
-    stored = store.read()
+    stored, gpu = store.read(), gpu_name(tuning.device)
     unwritten = [key for key, config in best.items() if stored.get(key, {}).get("config") != config]
-    if arguments.json:
-        record = {"gpu": gpu_name(device), "store": str(store.path), "tuned": rows, "left": tuning.left}
-        print(
-            json.dumps(
-                record | {"passed_over": tuning.fatal, "errors": tuning.errors, "unwritten": unwritten}, indent=1
-            )
-        )
+    if as_json:
+        record = {"gpu": gpu, "store": str(store.path), "tuned": rows, "left": tuning.left}
+        record |= {"passed_over": tuning.fatal, "errors": tuning.errors, "unwritten": unwritten}
+        print(json.dumps(record, indent=1))
     elif rows:
-        _table(rows, f"Tuned on {gpu_name(device)}").show()
+        _table(rows, f"Tuned on {gpu}").show()
     elif not tuning.errors and not tuning.left:
         print("Everything is tuned already; --force tunes it again.")
     if tuning.left and code != LOST:
-        why = "interrupted" if code == 130 else "not all"
         left = f"{len(tuning.left)} of {len(tuning.found)} problems are left"
+        why = "interrupted" if code == 130 else "not all"
         messages.print(f"[yellow]{why}[/]: {left}; the same command goes on")
-    told = [("passed over[/], it ended an earlier run:", key) for key in tuning.fatal]
-    told += [("failed[/]", error) for error in dict.fromkeys(tuning.errors)]
-    told += [(f"not written[/] to {escape(str(store.path))}:", key) for key in unwritten]
-    for what, which in told:
+    for what, which in (
+        *(("passed over[/], it ended an earlier run:", key) for key in tuning.fatal),
+        *(("failed[/]", error) for error in dict.fromkeys(tuning.errors)),
+        *((f"not written[/] to {escape(str(store.path))}:", key) for key in unwritten),
+    ):
         messages.print(f"[red]{what} {escape(which)}")
     if len(unwritten) < len(best):
         messages.print(f"Wrote {escape(str(store.path))}")

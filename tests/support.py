@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels import tolerances
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = tolerances.OUTPUT, tolerances.GRADIENT
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -73,6 +75,16 @@ class Hostile:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def in_a_process(*command: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these arguments and environment variables beside this package; "" takes a variable away."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+        env={name: value for name, value in environment.items() if value},
+    )  # fmt: skip
 
 
 @functools.cache

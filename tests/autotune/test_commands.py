@@ -1,13 +1,11 @@
 """The commands of ``python -m autotune``: what they refuse, in one line and before anything is measured or written."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import autotune
 from autotune.__main__ import COMMANDS, main
+from tests.support import in_a_process
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
@@ -75,7 +73,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys)
 def test_the_package_brings_neither_torch_nor_ipython_and_its_help_shows_every_command(capsys):
     code = "import sys, autotune\nassert not {'torch', 'IPython', 'triton'} & set(sys.modules)\n"
     code += "assert set(autotune._MODULES) <= set(dir(autotune))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert in_a_process("-c", code).returncode == 0
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out

@@ -118,11 +118,7 @@ def test_triton_is_a_backend_of_its_own(x, monkeypatch):
     monkeypatch.setattr("autotune.contenders.interpreting", lambda: False)
     weight = torch.randn(1, 1, 3, 3, 8, 8)
     found = autotune.compare(kernels.involution2d, x, weight, seconds=0, min_runs=1, backward=True)
-    assert [(row["name"], row["kind"]) for row in found.timed] == [
-        ("triton", "ours"),
-        ("eager", "ours"),
-        ("naive", "naive"),
-    ]
+    assert {row["name"]: row["kind"] for row in found.timed} == {"triton": "ours", "eager": "ours", "naive": "naive"}
     # On a CPU the eager depthwise convolution is PyTorch's own, as the definition is.
     found = autotune.compare(kernels.depthwise_conv2d, x, torch.randn(16, 1, 3, 3), seconds=0, min_runs=1)
     assert [row["name"] for row in found.timed] == ["triton", "naive"]
@@ -196,10 +192,8 @@ def test_a_sweep_along_any_axis(monkeypatch):
     assert measured == ["1×16@5² K=3", "1×16@7² K=3"], "each shape once"
     figure = found.plot()
     assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["side of the map, pixels", "kernel size K, pixels"]
-    assert [axis.get_title("left") for axis in figure.axes[:2]] == [
-        "K = 3, 16 channels, batch 1",
-        "7², 16 channels, batch 1",
-    ]
+    held = [f"{text}, 16 channels, batch 1" for text in ("K = 3", "7²")]
+    assert [axis.get_title("left") for axis in figure.axes[:2]] == held
     assert all(axis.get_xscale() == axis.get_yscale() == "log" for axis in figure.axes)
     assert json.loads(found.to_json())["rows"] == found.rows
     for shown in ("size = 5", "kernel_size = 3", "of floor"):
@@ -230,11 +224,8 @@ def test_bad_sweeps_are_refused_before_anything_is_measured(arguments, message, 
 
 def test_anything_goes_under_the_roof(layer, x, monkeypatch):
     threads = []
-    monkeypatch.setattr(
-        roofs,
-        "measure_ceilings",
-        lambda *_: threads.append(torch.get_num_threads()) or roofs.Ceilings(1e10, 1e11, 2e10),
-    )
+    ceilings = roofs.Ceilings(1e10, 1e11, 2e10)
+    monkeypatch.setattr(roofs, "measure_ceilings", lambda *_: threads.append(torch.get_num_threads()) or ceilings)
     shapes = {"size": 7, "kernel_size": 3, "channels": 16, "device": "cpu"}
     swept = autotune.sweep("involution2d", {"batch": [1, 2]}, **shapes, **QUICK)
     compared = autotune.compare(layer, x, backends=["eager", "reference"], **QUICK)

@@ -1,27 +1,18 @@
 """Every kernel builds ahead of time for every supported architecture, and none spills. Needs no GPU."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
 
 from autotune.compile import ARCHITECTURES
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT, in_a_process
 
 
 def _compile(*arguments):
     """The command in a process of its own: this one has the interpreter switched on."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "autotune", "compile", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return in_a_process("-m", "autotune", "compile", *arguments, TRITON_INTERPRET="")
 
 
 def _kernel_names():

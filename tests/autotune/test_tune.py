@@ -2,10 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +13,10 @@ from kernels.tuning import choose
 from kernels.tuning.choose import key_of
 from kernels.tuning.store import Store, user_folder
 from tests.kernels.toy import BLOCKS, TOY, Problem
+from tests.support import in_a_process
 
 pytestmark = pytest.mark.usefixtures("store_folders")
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 QUICK = ("tune", "--all", "--quick", "--device", "cpu")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tries the command on a CPU, in the interpreter")
@@ -219,10 +215,5 @@ assert driver.active.get_current_target().arch == 90
 
 
 def test_what_is_compiled_ahead_is_what_a_launch_asks_for(tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", AHEAD, str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = in_a_process("-c", AHEAD, tmp_path, TRITON_INTERPRET="", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr

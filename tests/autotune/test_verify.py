@@ -66,11 +66,9 @@ def _key(count):
 
 
 def test_a_wrong_config_is_found(folder, pixels, capsys):
-    right, wrong = (entry_of(TOY, Config(block)) for block in (16, 32))
+    right, wrong, wide = (entry_of(TOY, Config(block)) for block in (16, 32, 128))
     store = Store(folder, gpu_name(HERE))
-    store.update(
-        {_key(196): right, _key(49): wrong, _key(25): right | {"source": "0"}, _key(130): entry_of(TOY, Config(128))}
-    )
+    store.update({_key(196): right, _key(49): wrong, _key(25): right | {"source": "0"}, _key(130): wide})
     pixels(20, 49)
     assert main(["verify", "--json"]) == 1
     shown = capsys.readouterr()
@@ -95,9 +93,7 @@ def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folder, pixels, 
     Store(folder, gpu_name(HERE)).update({_key(49): entry_of(TOY, Config(16))})
     pixels(20, 49, 21)
     tried, check = [], verify.check
-    monkeypatch.setattr(
-        verify, "check", lambda request, config: tried.append(request.problem) or check(request, config)
-    )
+    monkeypatch.setattr(verify, "check", lambda r, config: tried.append(r.problem) or check(r, config))
     assert main(["verify", "--json"]) == 0
     assert tried == [Problem(20), Problem(49)]
 

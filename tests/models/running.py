@@ -1,9 +1,7 @@
 """Running the commands: a model that trains a step in milliseconds, and processes that are killed."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 from torch import nn
@@ -11,8 +9,8 @@ from torch import nn
 from models.__main__ import main
 from models._contract import pretrained_config
 from models.volo import VOLO
+from tests.support import in_a_process
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ("ant", "bee", "cat")
 
 # A process of its own, which kills itself, as kill -9 does, when it is about to put the Nth file in place.
@@ -58,12 +56,10 @@ def refused(capsys, *arguments: object) -> str:
 
 
 def launch(folder: Path, *arguments: object, kill_at: int = 0, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = folder / "launcher.py"
     script.write_text(LAUNCHER)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(kill_at), *map(str, arguments)]
-    return subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=240)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    return in_a_process(*torchrun, script, kill_at, *arguments)
 
 
 def evaluate(*arguments: object) -> list[object]:

@@ -270,25 +270,22 @@ def test_a_model_twice_in_a_file_is_refused(source, tmp_path):
 # ---- models that differ from the file on purpose
 
 
-def test_another_number_of_classes_keeps_the_fresh_classifier(source, tmp_path):
-    model = fresh(num_classes=9)
-    classifier = model.get_classifier().weight.clone()
-    with pytest.warns(UserWarning, match=r"head\.fc keeps its own values: the file has 5 classes, the model 9"):
-        loaded(source.state_dict(), tmp_path, model)
-    assert torch.equal(model.get_classifier().weight, classifier)
-    for other in (model, loaded(source.state_dict(), tmp_path, fresh(num_classes=0))):
-        assert equal_entries(other.layer2, source.layer2)
-
-
-def test_a_file_without_a_head_leaves_the_models_own(source, tmp_path):
-    headless = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("head.")}
-    model = fresh()
+@pytest.mark.parametrize(
+    ("absent", "classes", "message"),
+    [
+        ((), 9, r"head\.fc keeps its own values: the file has 5 classes, the model 9"),
+        (("head.fc.weight", "head.fc.bias"), 5, "^head keeps its own values: the file has none"),
+    ],
+)
+def test_a_classifier_that_the_file_has_not_keeps_its_values(absent, classes, message, source, tmp_path):
+    model = fresh(num_classes=classes)
     head = copy.deepcopy(model.head)
-    with pytest.warns(UserWarning, match="^head keeps its own values: the file has none"):
-        loaded(headless, tmp_path, model)
+    with pytest.warns(UserWarning, match=message):
+        loaded(without(source.state_dict(), *absent) if absent else source.state_dict(), tmp_path, model)
     assert equal_entries(model.head, head)
-    assert equal_entries(model.layer2, source.layer2)
-    models.load_checkpoint(fresh(num_classes=0), tmp_path / "file.pth")
+    models.load_checkpoint(headless := fresh(num_classes=0), tmp_path / "file.pth")
+    for other in (model, headless):
+        assert equal_entries(other.layer2, source.layer2)
 
 
 @pytest.mark.parametrize("in_chans", [1, 4, 6])

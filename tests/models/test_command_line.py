@@ -2,7 +2,6 @@
 
 import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import autotune.__main__
 import models.__main__
 from models.commands.dispatch import run_command
 from models.commands.types import LARGEST, Number, device, dtype, image_size, natural, positive
+from tests.support import in_a_process
 
 PACKAGES = {"models": models.__main__.main, "autotune": autotune.__main__.main}
 INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000], ["inf", "-inf", "nan", "1e400", "x"]
@@ -141,10 +141,7 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, what, told):
 
 
 def test_a_wrong_backend_in_the_environment_is_one_line():
-    environment = {**os.environ, "DYNAMIC_KERNELS_BACKEND": "fast", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-m", "models", "list"], env=environment, capture_output=True, text=True, check=False
-    )
+    done = in_a_process("-m", "models", "list", DYNAMIC_KERNELS_BACKEND="fast")
     assert done.returncode == 2
     assert done.stderr.startswith("python -m models list: error: DYNAMIC_KERNELS_BACKEND must be one of")
     assert len(done.stderr.splitlines()) == 1
@@ -153,8 +150,5 @@ def test_a_wrong_backend_in_the_environment_is_one_line():
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
 def test_an_interrupt_while_a_command_is_imported_shows_no_traceback(tmp_path):
     (tmp_path / "PIL.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "models", "classify"], cwd=Path(__file__).parents[2], text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
-    )  # fmt: skip
+    done = in_a_process("-m", "models", "classify", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stderr) == (130, "python -m models classify: interrupted\n")

@@ -224,6 +224,29 @@ def test_features_head_and_classifier(family):
         FAMILY[family].build(features_only=True).reset_classifier(3)
 
 
+RETURNED = {  # in training, of 3 images of 64×96 pixels, with 5 classes or with none
+    "overlock": ([(3, 5), (3, 5)], [(3, 1024), (3, 16)]),
+    "rednet": ([(3, 5)], [(3, 2048)]),
+    "volo": ([(3, 5), (3, 24, 5), (4,)], [(3, 24), (3, 24, 24), (4,)]),
+}
+
+
+@by_family
+def test_training_reaches_every_parameter(family):
+    """What it returns depends on each of them: OverLoCK's two logits, VOLO's class logits, token logits and box."""
+    x = images(3, 3, 64, 96, device="cpu")
+    for num_classes, expected in zip((5, 0), RETURNED[family], strict=True):
+        model = deep(family, num_classes=num_classes).train()
+        out = model(x)
+        outputs = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else [out]
+        assert [tuple(output.shape) for output in outputs] == expected
+    model = deep(family).train()
+    loss_of(model, x).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert 0 < parameter.grad.norm() < float("inf"), name
+
+
 @by_family
 def test_plain_logits_in_training_leave_no_parameter_waiting(family):
     """Scripts that know only logits get one tensor, and a gradient wherever one is required."""

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
@@ -13,8 +12,9 @@ from safetensors.torch import load_file
 import models
 from models.commands import recipe
 from models.commands.recipe import PUBLISHED, Recipe
-from tests.models.running import CLASSES, ROOT, evaluate, finetune, launch, log_of, refused, run
+from tests.models.running import CLASSES, evaluate, finetune, launch, log_of, refused, run
 from tests.models.test_timm import TORCHVISION
+from tests.support import in_a_process
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -192,6 +192,5 @@ assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augm
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 def test_timms_augmentations_continue_to_the_bit(tmp_path, photographs):
-    command = [sys.executable, "-c", TORCHVISION + USE, str(photographs), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = in_a_process("-c", TORCHVISION + USE, photographs, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ import kernels
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.overlock import OverLoCK
 from models.registry import create_model
-from tests.models.families import fill, images, on_meta, shapes
+from tests.models.families import fill, images, on_meta, shapes, with_fixed_statistics
 from tests.support import assert_close, equal_entries, golden, golden_fill, official_state_dicts
 
 
@@ -100,24 +100,9 @@ def test_a_damaged_dense_file_is_refused(tmp_path):
 # ---- training
 
 
-def test_training_returns_both_logits_and_reaches_every_parameter():
-    model = small(drop_path_rate=0.2, in_chans=1).train()
-    out = model(images(4, 1, 64, 48, device="cpu"))
-    assert {name: tuple(logits.shape) for name, logits in out.items()} == {"main": (4, 5), "aux": (4, 5)}
-    (out["main"].square().mean() + out["aux"].square().mean()).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-    pooled = small(num_classes=0)(images(2, 3, 64, 64, device="cpu"))
-    assert (pooled["main"].shape, pooled["aux"].shape) == ((2, 1024), (2, 16))
-
-
 def test_auxiliary_logits():
     """They are BN → mean over positions → 1×1 convolution of Overview-Net's output."""
-    model = fill(small(in_chans=1))
-    model.train()
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.eval()
+    model = with_fixed_statistics(fill(small(in_chans=1)).train())
     contexts = []
     model.blocks4[-1].register_forward_hook(lambda *call: contexts.append(call[2]))
     with torch.no_grad():

@@ -27,25 +27,18 @@ def test_dilated_reparam_block(kernel_size):
     assert_close(block(x), sum_of_branches(block, x), TOLERANCE, "training mode")
 
     block.eval()
-    weights = [conv.weight for conv, _ in block.branches()] + [norm.weight for _, norm in block.branches()]
-    gradient = random_tensor(*x.shape, dtype=torch.float64, device="cpu")
-    expected = sum_of_branches(block, x)
-    out = block(x)
+    inputs = [x, *(part.weight for branch in block.branches() for part in branch)]
+    expected, out = sum_of_branches(block, x), block(x)
     assert_close(out, expected, TOLERANCE, "evaluation mode")
-    pairs = zip(
-        torch.autograd.grad(out, [x, *weights], gradient),
-        torch.autograd.grad(expected, [x, *weights], gradient),
-        strict=True,
-    )
-    for ours, theirs in pairs:
-        assert_close(ours, theirs, 1e-11, "gradient")
+    gradient = random_tensor(*x.shape, dtype=torch.float64, device="cpu")
+    found, right = (torch.autograd.grad(y, inputs, gradient) for y in (out, expected))
+    assert_close(found, right, 1e-11, "gradient")
 
-    block.merge()
-    assert block.merged
+    for time in ("merged", "merged twice"):
+        block.merge()
+        assert block.merged
+        assert_close(block(x), expected, TOLERANCE, time)
     assert sorted(block.state_dict()) == ["lk_origin.bias", "lk_origin.weight"]
-    assert_close(block(x), expected, TOLERANCE, "merged")
-    block.merge()  # a second time changes nothing
-    assert_close(block(x), expected, TOLERANCE, "merged twice")
 
 
 def test_dilated_reparam_block_adapts_single_batch_norms():

@@ -5,12 +5,10 @@ from it; everything of timm that these tests call is timm's own.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support import in_a_process
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 
@@ -164,11 +162,5 @@ with __import__("torch").device("meta"):
 
 
 def _run(script: str) -> None:
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(
-        command, check=False, env=environment, cwd=root, capture_output=True, text=True, timeout=300
-    )
+    result = in_a_process("-c", script)
     assert result.returncode == 0, result.stderr[-3000:]

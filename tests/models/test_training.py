@@ -28,8 +28,6 @@ from tests.models.running import tiny_volo
 from tests.support import relative_error
 
 CPU = torch.device("cpu")
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -65,37 +63,28 @@ def test_learning_rate_rises_then_falls():
     assert rates[-1] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("name", ["overlock_xt", "rednet26", "volo_d1"])
-def test_matrices_alone_decay(name):
-    model = on_meta(name)
-    names, decays = {id(parameter): key for key, parameter in model.named_parameters()}, {}
-    for group in parameter_groups(model, 0.05):
-        decays |= dict.fromkeys((names[id(parameter)] for parameter in group["params"]), group["weight_decay"])
-    spared = model.no_weight_decay()
-    assert decays == {
-        key: 0 if parameter.ndim <= 1 or key in spared else 0.05 for key, parameter in model.named_parameters()
-    }
-    decaying = parameter_groups(model, 0.05, decay_vectors=True)[0]
-    assert (decaying["weight_decay"], len(decaying["params"])) == (0.05, len(names) - len(spared))
-
-
-def test_frozen_parameters_are_in_no_group():
-    model = on_meta("rednet26").requires_grad_(False)
-    model.get_submodule(next(iter(model.classifiers))).requires_grad_(True)
-    assert [len(group["params"]) for group in parameter_groups(model, 0.05)] == [1, 1]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-@pytest.mark.parametrize("name", ["overlock_xt", "rednet26", "volo_d1"])
-def test_rates_fall_by_layer(name):
-    model = on_meta(name)
+def setting_of(model: Any, setting: str, **options: Any) -> dict[str, float]:
+    """Name -> what the parameter groups of ``options`` set for each parameter."""
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    scales = {}
-    for group in parameter_groups(model, 0.05, layer_decay=0.9):
-        scales |= dict.fromkeys((names[id(parameter)] for parameter in group["params"]), group["lr_scale"])
-    assert scales.keys() == set(names.values())
-    assert scales[f"{next(iter(model.classifiers))}.weight"] == max(scales.values()) == 1
-    assert scales[next(iter(names.values()))] == min(scales.values()) < 0.9**5
+    groups = parameter_groups(model, 0.05, **options)
+    return {names[id(parameter)]: group[setting] for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["overlock_xt", "rednet26", "volo_d1"])
+def test_matrices_alone_decay_and_rates_fall_by_layer(name):
+    model = on_meta(name)
+    parameters, spared = dict(model.named_parameters()), model.no_weight_decay()
+    decays = {key: 0 if key in spared or parameter.ndim <= 1 else 0.05 for key, parameter in parameters.items()}
+    assert setting_of(model, "weight_decay") == decays
+    decays = {key: 0 if key in spared else 0.05 for key in parameters}
+    assert setting_of(model, "weight_decay", decay_vectors=True) == decays
+    if importlib.util.find_spec("timm") is not None:
+        scales = setting_of(model, "lr_scale", layer_decay=0.9)
+        assert scales.keys() == parameters.keys()
+        assert scales[f"{next(iter(model.classifiers))}.weight"] == max(scales.values()) == 1
+        assert scales[next(iter(parameters))] == min(scales.values()) < 0.9**5
+    model.requires_grad_(False).get_submodule(next(iter(model.classifiers))).requires_grad_(True)
+    assert [len(group["params"]) for group in parameter_groups(model, 0.05)] == [1, 1], "frozen ones are in no group"
 
 
 # ---- what is random
@@ -105,11 +94,9 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(photographs):
     folder = ImageFolder(photographs / "train")
     augmentation = Augmentation(Preprocessing((32, 32), 1.0, "bicubic", (0.0,) * 3, (1.0,) * 3))
     ours, again, other = (TrainingImages(folder.samples, augmentation, seed) for seed in (0, 0, 1))
-    first: Any = ours[0, 3]
-    ours[0, 4]
-    assert torch.equal(first[0], again[0, 3][0])  # pyright: ignore[reportArgumentType]
-    for changed in (ours[1, 3], other[0, 3]):
-        assert not torch.equal(first[0], changed[0])  # pyright: ignore[reportArgumentType]
+    first, _, same, *changed = (images[0] for images in (ours[0, 3], ours[0, 4], again[0, 3], ours[1, 3], other[0, 3]))
+    assert torch.equal(first, same)
+    assert not any(torch.equal(first, image) for image in changed)
     generator = random.Random(0)
     for _ in range(200):
         left, top, right, bottom = augmentation.box(48, 40, generator)

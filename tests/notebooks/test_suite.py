@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from autotune.cases import LOST
 from autotune.results import Folder, ceilings_told, tables
 from notebooks.results import suite
 from notebooks.results.suite import Phase, phases_of, run_phases, summary
+from tests.support import in_a_process
 
 ENVIRONMENT = dict(os.environ)
 
@@ -43,11 +43,7 @@ def test_no_phase_takes_another_with_it(tmp_path, monkeypatch):
         Phase("well", _python("print('done')"), 10, background=([sys.executable, "-c", hang],)),
         seconds=24.0,
     )
-    assert {name: phase["status"] for name, phase in found.items()} == {
-        "failing": "failed",
-        "hanging": "out of time",
-        "well": "ok",
-    }
+    assert [phase["status"] for phase in found.values()] == ["failed", "out of time", "ok"]
     assert found["failing"]["exit_code"] == 1
     assert "what went wrong" in found["failing"]["log"]
     assert found["hanging"]["log"][0] == "hanging"
@@ -58,18 +54,14 @@ def test_no_phase_takes_another_with_it(tmp_path, monkeypatch):
 
 
 def test_a_crashed_process_is_started_again_and_told(tmp_path):
-    crash = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)}) if not again else None"
-    lost = f"raise SystemExit(0 if again else {LOST})"
-    always = f"raise SystemExit({LOST})"
-    found = _phases(
-        tmp_path,
-        Phase("crash", _python(crash), 1),
-        Phase("lost", _python(lost), 1),
-        Phase("always", _python(always), 1),
-    )
-    assert (found["crash"]["status"], found["crash"]["restarts"]) == ("ok", 1)
-    assert (found["lost"]["status"], found["lost"]["restarts"]) == ("ok", 1)
-    assert (found["always"]["status"], found["always"]["restarts"]) == ("failed", suite.RESTARTS)
+    codes = {
+        "crash": f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)}) if not again else None",
+        "lost": f"raise SystemExit(0 if again else {LOST})",
+        "always": f"raise SystemExit({LOST})",
+    }
+    found = _phases(tmp_path, *(Phase(name, _python(code), 1) for name, code in codes.items()))
+    ended = {name: (phase["status"], phase["restarts"]) for name, phase in found.items()}
+    assert ended == {"crash": ("ok", 1), "lost": ("ok", 1), "always": ("failed", suite.RESTARTS)}
     assert found["always"]["message"] == "lost the GPU"
 
 
@@ -78,9 +70,8 @@ def test_what_came_of_every_test_is_kept(tmp_path):
         "import pytest\n@pytest.fixture\ndef broken(): 1 / 0\ndef test_error(broken): ...\ndef test_passes(): ...\n"
         "def test_fails(): assert 0, 'far off\\nsecond line'\ndef test_skips(): pytest.skip()\n"
     )
-    environment = ENVIRONMENT | {"TEST_RESULTS": str(tmp_path / "kept"), "PYTHONPATH": str(suite.ROOT)}
-    command = [sys.executable, "-m", "pytest", "-p", "tests.device_guard", "-n", "1", "test_toy.py"]
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    command = ["-m", "pytest", "-p", "tests.device_guard", "-n", "1", "test_toy.py"]
+    in_a_process(*command, cwd=tmp_path, TEST_RESULTS=str(tmp_path / "kept"))
     assert json.loads((tmp_path / "kept").read_text()) == {
         "counts": {"error": 1, "passed": 1, "failed": 1, "skipped": 1},
         "failures": ["test_toy.py::test_error: ZeroDivisionError: division by zero",
