@@ -49,7 +49,8 @@ def run_command(
         known = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
         for name, (_, summary) in commands.items():
             known.add_parser(name, help=summary, add_help=False)
-        parser.parse_args(argv)  # ends here, with the help or with what is malformed
+        parser.parse_args(argv)  # ends here, with the help or with what is malformed, but for "--"
+        return 2
     name, code = f"python -m {package} {argv[0]}", 2
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
