@@ -40,7 +40,7 @@ def _copy_kernel(
     o_row, o_column = o_pixel // (vectors * VECTOR), o_pixel % (vectors * VECTOR)
     m_rows = (o_channel < channels) & (o_pixel < height * vectors * VECTOR)
     # [C, P]
-    p_rows = rows_ptr + (i_batch * channels + o_channel) * (height * vectors).to(tl.int64) * VECTOR + o_pixel
+    p_rows = rows_ptr + (i_batch * channels + o_channel) * tl.cast(height * vectors, tl.int64) * VECTOR + o_pixel
     o_features = o_channel.to(OFFSET) * features.c + o_row.to(OFFSET) * features.h + o_column.to(OFFSET) * features.w
     p_features = features.ptr + i_batch * features.b + o_features
     if TO_ROWS:
