@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, heuristic
-from kernels.depthwise.forward import common_arguments, in_vectors, problem_of
+from kernels.depthwise.forward import common_arguments, extent, in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of
 from kernels.dtypes import accumulator, accumulator_dtype, multiplies
 from kernels.launch import ceil_divide, launch, next_power_of_2
@@ -109,25 +109,25 @@ def _weight_gradient_kernel(
 @triton.jit
 def _diagonals_kernel(
     partial_ptr,  # [parts, C, ROWS, TILE_HEIGHT, KERNEL], contiguous
-    gradient_ptr,  # [C, KERNEL, KERNEL], contiguous
-    parts, channels,
+    gradient_ptr,  # [C, size, size], contiguous; KERNEL = (size − 1) · dilation + 1
+    parts, channels, dilation, size,
     KERNEL: tl.constexpr, TILE_HEIGHT: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row kh of the gradient sums the diagonal i = kh + r, r = 0.. of every part."""
     ROWS: tl.constexpr = TILE_HEIGHT + KERNEL - 1
-    blocks = tl.cdiv(KERNEL * KERNEL, BLOCK)
+    blocks = tl.cdiv(size * size, BLOCK)
     i_channel = (tl.program_id(0) // blocks).to(tl.int64)
     o_entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     o_r = tl.arange(0, TILE_HEIGHT)[:, None]
-    o_diagonal = ((o_entry // KERNEL + o_r) * TILE_HEIGHT + o_r) * KERNEL + o_entry % KERNEL
-    m_entry = o_entry < KERNEL * KERNEL
+    o_diagonal = ((o_entry // size * dilation + o_r) * TILE_HEIGHT + o_r) * KERNEL + o_entry % size * dilation
+    m_entry = o_entry < size * size
     p_partial = partial_ptr + i_channel * (ROWS * TILE_HEIGHT * KERNEL) + o_diagonal
     b_sum = tl.zeros([TILE_HEIGHT, BLOCK], ACCUMULATOR)
     for _ in range(parts):
         b_sum += tl.load(p_partial, mask=m_entry[None, :], other=0)
         p_partial += tl.cast(channels, tl.int64) * (ROWS * TILE_HEIGHT * KERNEL)
     b_gradient = tl.sum(b_sum, axis=0).to(gradient_ptr.dtype.element_ty)
-    tl.store(gradient_ptr + i_channel * (KERNEL * KERNEL) + o_entry, b_gradient, mask=m_entry)
+    tl.store(gradient_ptr + i_channel * (size * size) + o_entry, b_gradient, mask=m_entry)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -147,33 +147,23 @@ def _chunks(programs: int, image_blocks: int, tile_blocks: int) -> tuple[int, in
     return min(itertools.product(sorted(set(images)), sorted(set(tiles))), key=waves)
 
 
-@tunable(
-    CONFIGS,
-    heuristic,
-    problem=lambda grad, x, kernel_size: problem_of(x, kernel_size, weight_gradient=True),
-    reference=eager.weight_gradient,
-    name="depthwise_weight_gradient",
-)
-def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config) -> Tensor:
-    """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k], [C,1,K,K]: partial sums, then their sum."""
+def gradient_of_rows(
+    x: Tensor, grad_rows: Tensor, x_rows: Tensor, kernel_size: int, dilation: int, config: Config
+) -> Tensor:
+    """The weight's gradient from rows of x and of the output's gradient: partial sums, then their sum."""
     batch, channels = x.shape[:2]
-    if config.library or not multiplies(x.dtype):
-        return eager.weight_gradient(grad, x, kernel_size)
-    if x.numel() == 0:
-        return torch.zeros((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
-    check_size(x)
-    grad_rows, x_rows = rows_of(grad), rows_of(x)
-    common = common_arguments(x, (x_rows, grad_rows), kernel_size, config)
+    kernel_extent = extent(kernel_size, dilation)
+    common = common_arguments(x, (x_rows, grad_rows), kernel_extent, config)
     tiles = common["tiles_h"] * common["tiles_w"]
     image_tiles = min(config.block_tiles, next_power_of_2(tiles))
     tile_blocks = ceil_divide(tiles, image_tiles)
-    rows = config.tile_height + kernel_size - 1
+    rows = config.tile_height + kernel_extent - 1
     programs = ceil_divide(rows, config.block_rows) * ceil_divide(channels, config.block_channels)
     block_images = config.block_tiles // image_tiles
     image_chunks, tile_chunks = _chunks(programs, ceil_divide(batch, block_images), tile_blocks)
     chunk_images = ceil_divide(ceil_divide(batch, block_images), image_chunks) * block_images
     image_chunks = ceil_divide(batch, chunk_images)
-    shape = (image_chunks * tile_chunks, channels, rows, config.tile_height, kernel_size)
+    shape = (image_chunks * tile_chunks, channels, rows, config.tile_height, kernel_extent)
     partial = torch.empty(shape, dtype=accumulator_dtype(x.dtype), device=x.device)
     # One program per (block of input rows, block of channels, chunk of tile blocks, chunk of images), each in order.
     grid = (programs * tile_chunks * image_chunks,)
@@ -185,7 +175,7 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
         "batch": batch,
         "chunk_images": chunk_images,
         "tile_chunks": tile_chunks,
-        "KERNEL_BLOCK": next_power_of_2(kernel_size),
+        "KERNEL_BLOCK": next_power_of_2(kernel_extent),
         "IMAGE_TILES": image_tiles,
     }
     launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
@@ -196,7 +186,9 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
         "gradient_ptr": gradient,
         "parts": shape[0],
         "channels": channels,
-        "KERNEL": kernel_size,
+        "dilation": dilation,
+        "size": kernel_size,
+        "KERNEL": kernel_extent,
         "TILE_HEIGHT": config.tile_height,
         "ACCUMULATOR": accumulator(x.dtype),
         "BLOCK": block,
@@ -204,6 +196,23 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, *, config: Config
     grid = (ceil_divide(kernel_size**2, block) * channels,)
     launch(_diagonals_kernel, grid, x.device, arguments, num_warps=4, num_stages=1)
     return gradient
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda grad, x, size, dilation=1: problem_of(x, extent(size, dilation), weight_gradient=True),
+    reference=eager.weight_gradient,
+    name="depthwise_weight_gradient",
+)
+def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, dilation: int = 1, *, config: Config) -> Tensor:
+    """gradient[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i + (k − K//2)·dilation], [C,1,K,K]."""
+    if config.library or not multiplies(x.dtype):
+        return eager.weight_gradient(grad, x, kernel_size, dilation)
+    if x.numel() == 0:
+        return torch.zeros((x.shape[1], 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
+    check_size(x)
+    return gradient_of_rows(x, rows_of(grad), rows_of(x), kernel_size, dilation, config)
 
 
 @repeated

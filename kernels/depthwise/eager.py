@@ -45,12 +45,22 @@ def is_steered(x: Tensor, kernel_size: int) -> bool:
     return HAS_ONEDNN and x.device.type == "cpu" and not plain
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
-    """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k] (+ bias[c]), [B,C,H,W] in the memory order of x.
+def dense(weight: Tensor, dilation: int) -> Tensor:
+    """The kernel of dilation 1 that computes the same: zeros stand between its weights."""
+    if dilation == 1:
+        return weight
+    size = (weight.shape[-1] - 1) * dilation + 1
+    spread = weight.new_zeros(*weight.shape[:-2], size, size)
+    spread[..., ::dilation, ::dilation] = weight
+    return spread
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, dilation: int = 1) -> Tensor:
+    """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i + (k − K//2)·dilation] (+ bias[c]), [B,C,H,W] in the memory order of x.
 
     ``flipped`` takes weight[c, K−1−k] instead.
     """
-    weight = weight.flip(2, 3) if flipped else weight
+    weight = dense(weight.flip(2, 3) if flipped else weight, dilation)
     out = (steered if is_steered(x, weight.shape[-1]) else reference.depthwise_conv2d)(x, weight, bias)
     target = empty_like_map(x)
     return out if out.stride() == target.stride() else target.copy_(out)
@@ -73,8 +83,10 @@ def steered(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @alone
-def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
-    """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − K//2 + k]: grad, x [B,C,H,W] -> [C,1,K,K]."""
+def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int, dilation: int = 1) -> Tensor:
+    """out[c,0,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i + (k − K//2)·dilation]: grad, x [B,C,H,W] -> [C,1,K,K]."""
+    if dilation > 1:
+        return weight_gradient(grad, x, (kernel_size - 1) * dilation + 1)[..., ::dilation, ::dilation].contiguous()
     shape = (x.shape[1], 1, kernel_size, kernel_size)
     if not is_steered(x, kernel_size):
         return conv2d_weight(x, shape, grad, padding=kernel_size // 2, groups=x.shape[1])

@@ -57,7 +57,7 @@ def _convolution_kernel(
     out,  # like x
     channels, height, width, tiles, tiles_h, tiles_w,
     KERNEL: tl.constexpr, BAND_ROWS: tl.constexpr, VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
+    ADD: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
     TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -110,33 +110,41 @@ def _convolution_kernel(
     o_column = o_left + o_output % TILE_WIDTH
     o_out = o_channel * out.c + o_image * out.b + o_row.to(OFFSET) * out.h
     m_out = m_tile & (o_row < height) & (o_column < width * VECTOR)
-    tl.store(out.ptr + o_out * VECTOR + o_column, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
+    p_out = out.ptr + o_out * VECTOR + o_column
+    if ADD:
+        b_sum += tl.load(p_out, mask=m_out, other=0).to(ACCUMULATOR)
+    tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
 def _band_kernel(
-    weight,  # [C, K, K]
+    weight,  # [C, K, K], of which there are KERNEL = (K − 1) · dilation + 1
     band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
-    elements, band_rows, rows,
+    elements, band_rows, rows, dilation,
     KERNEL: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_column = o_element % TILE_WIDTH
     o_row = o_element // TILE_WIDTH % band_rows
     o_span = o_element // TILE_WIDTH // band_rows % SPAN
-    o_kernel_h = rows - 1 - o_row
-    o_kernel_w = o_span - o_column + (KERNEL // 2 - (SPAN - TILE_WIDTH) // 2)
+    o_kernel_h = (rows - 1 - o_row).to(tl.int32)
+    o_kernel_w = (o_span - o_column).to(tl.int32) + (KERNEL // 2 - (SPAN - TILE_WIDTH) // 2)
     m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h < KERNEL)
     m_weight &= (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
     if FLIPPED:
         o_kernel_h, o_kernel_w = KERNEL - 1 - o_kernel_h, KERNEL - 1 - o_kernel_w
+    m_weight &= (o_kernel_h % dilation == 0) & (o_kernel_w % dilation == 0)
+    o_weight = o_kernel_h // dilation * weight.h + o_kernel_w // dilation * weight.w
     p_weight = weight.ptr + o_element // TILE_WIDTH // band_rows // SPAN * weight.c
-    b_weight = tl.load(p_weight + o_kernel_h * weight.h + o_kernel_w * weight.w, mask=m_weight, other=0)
+    b_weight = tl.load(p_weight + o_weight, mask=m_weight, other=0)
     tl.store(band_ptr + o_element, b_weight, mask=o_element < elements)
 
 
-def band_of(weight: Tensor, flipped: bool, rows: int, config: Config, tile_width: int, span: int) -> Tensor:
-    """band[c, j, q, p] = weight[c, rows − 1 − q, j − p + K//2 − margin], 0 where there is no such weight."""
+def band_of(
+    weight: Tensor, flipped: bool, dilation: int, rows: int, config: Config, tile_width: int, span: int
+) -> Tensor:
+    """band[c, j, q, p] = weight[c, rows − 1 − q, j − p + K//2 − margin] of the kernel with zeros between its weights, 0
+    where there is no such weight."""
     band_rows = rows + config.tile_height - 1
     shape = (weight.shape[0], span, band_rows, tile_width)
     band = torch.empty(shape, dtype=weight.dtype, device=weight.device)
@@ -147,7 +155,8 @@ def band_of(weight: Tensor, flipped: bool, rows: int, config: Config, tile_width
         "elements": band.numel(),
         "band_rows": band_rows,
         "rows": rows,
-        "KERNEL": weight.shape[-1],
+        "dilation": dilation,
+        "KERNEL": extent(weight.shape[-1], dilation),
         "FLIPPED": flipped,
         "SPAN": span,
         "TILE_WIDTH": tile_width,
@@ -162,6 +171,11 @@ def in_vectors(tensor: Tensor) -> View:
     """A view of rows whose strides count vectors: multiplying by them in a kernel tells Triton how accesses align."""
     strides, vector = view(tensor, "b c h w"), vector_of(tensor)
     return strides._replace(b=strides.b // vector, c=strides.c // vector, h=strides.h // vector)
+
+
+def extent(kernel_size: int, dilation: int) -> int:
+    """How many columns a dilated kernel spans."""
+    return (kernel_size - 1) * dilation + 1
 
 
 def problem_of(x: Tensor, kernel_size: int, weight_gradient: bool = False) -> Problem:
@@ -194,28 +208,16 @@ def common_arguments(x: Tensor, rows: Sequence[Tensor], kernel_size: int, config
     }
 
 
-@tunable(
-    CONFIGS,
-    heuristic,
-    problem=lambda x, weight, *_: problem_of(x, weight.shape[-1]),
-    reference=eager.convolve,
-    name="depthwise",
-)
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, *, config: Config) -> Tensor:
-    """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k] (+ bias[c]), [B,C,H,W] in the memory order of x.
-
-    ``flipped`` takes weight[c, K−1−k] instead: the gradient of x is the flipped convolution of the gradient of out.
-    """
-    if config.library or not multiplies(x.dtype):
-        return eager.convolve(x, weight, bias, flipped)
-    if x.numel() == 0:
-        return empty_like_map(x)
-    check_size(x)
-    source, out = rows_of(x), new_rows(x)
-    common = common_arguments(x, (out, source), weight.shape[-1], config)
+def convolve_rows(
+    x: Tensor, source: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False,
+    dilation: int = 1, *, config: Config, add: bool = False,
+) -> None:  # fmt: skip
+    """The convolution of ``source``, which has x in rows, into or (``add``) onto the rows ``out``."""
+    kernel_size = extent(weight.shape[-1], dilation)
+    common = common_arguments(x, (out, source), kernel_size, config)
     tiles = x.shape[0] * common["tiles_h"] * common["tiles_w"]
-    rows = config.tile_height + weight.shape[-1] - 1 + config.block_rows - 1
-    band = band_of(weight, flipped, rows, config, common["TILE_WIDTH"], common["SPAN"])
+    rows = config.tile_height + kernel_size - 1 + config.block_rows - 1
+    band = band_of(weight, flipped, dilation, rows, config, common["TILE_WIDTH"], common["SPAN"])
     # One program per (block of tiles, block of channels), tiles fastest: they share the band.
     grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(x.shape[1], config.block_channels),)
     arguments = {
@@ -227,7 +229,31 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
         "tiles": tiles,
         "BAND_ROWS": band.shape[2],
         "HAS_BIAS": bias is not None,
+        "ADD": add,
     }
     stages = min(config.num_stages, 3) if torch.version.hip else config.num_stages  # 64 KiB of shared memory on AMD's
     launch(_convolution_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
+
+
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda x, weight, _bias=None, _flipped=False, dilation=1: problem_of(x, extent(weight.shape[-1], dilation)),
+    reference=eager.convolve,
+    name="depthwise",
+)
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False, dilation: int = 1, *, config: Config
+) -> Tensor:
+    """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i + (k − K//2)·dilation] (+ bias[c]), [B,C,H,W] in the memory order of x.
+
+    ``flipped`` takes weight[c, K−1−k] instead: the gradient of x is the flipped convolution of the gradient of out.
+    """
+    if config.library or not multiplies(x.dtype):
+        return eager.convolve(x, weight, bias, flipped, dilation)
+    if x.numel() == 0:
+        return empty_like_map(x)
+    check_size(x)
+    out = new_rows(x)
+    convolve_rows(x, rows_of(x), out, weight, bias, flipped, dilation, config=config)
     return in_layout_of(x, out)

@@ -8,6 +8,7 @@ is quick, and are closed under differentiation; where it needs no steering the e
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -121,3 +122,68 @@ _weight_gradient.differentiable(
     lambda grad_weight, grad, _x, _kernel_size, backend: _convolve(grad, grad_weight, None, True, backend),
 )
 _bias_gradient.differentiable(lambda grad_bias, grad, _backend: grad_bias[:, None, None].expand(grad.shape))
+
+
+def normed_branches(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], scale: Tensor, shift: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """out = Σ_n scale[n,c] · (u_n − mean u_n) / √(var u_n + ε) + shift[c],   u_n = w_n ∗ x: branches with batch norms
+
+    Triton's kernels only; what calls it has made sure that ``resolve`` says so. Differentiable once.
+
+    Args:
+        x: [B, C, H, W], not empty.
+        weights: N depthwise kernels [C, 1, K_n, K_n], K_n odd.
+        dilations: that of each, under "same" zero padding.
+        scale, shift: [N, C] and [C], in the type of x's sums.
+
+    Returns:
+        out like x, and mean and biased variance of every branch, [2, N, C], which have no gradient.
+    """
+    x, *kernels_of_branches = check_tensors(x=x, **{f"weights[{n}]": weight for n, weight in enumerate(weights)})
+    return _normed_branches(x, kernels_of_branches, scale, shift, list(dilations), epsilon)[:2]
+
+
+def _fake_branches(x, weights, scale, *_):
+    from kernels.depthwise.rows import are_rows, new_rows
+
+    rows = new_rows(x)
+    u = x.new_empty((len(weights), *rows.shape))
+    return empty_like_map(x), scale.new_empty((2, *scale.shape)), x.new_empty(0) if are_rows(x) else rows, u
+
+
+@operator(
+    "normed_depthwise_branches",
+    "(Tensor x, Tensor[] weights, Tensor scale, Tensor shift, int[] dilations, float epsilon)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_branches,
+    flops=lambda x, weights, *_: 2 * math.prod(x) * sum(weight[-1] ** 2 for weight in weights),
+)
+def _normed_branches(x, weights, scale, shift, dilations, epsilon):
+    """The output; statistics [2, N, C]; x in rows, empty where it lies in rows; what the norms take, in rows."""
+    from kernels.depthwise import branches
+
+    out, statistics, rows, u = branches.forward(x, weights, scale, shift, dilations, epsilon)
+    return out, statistics, x.new_empty(0) if rows is None else rows, u
+
+
+def _fake_branch_gradients(_grad, x, weights, scale, shift, *_):
+    return empty_like_map(x), [torch.empty_like(w) for w in weights], torch.empty_like(scale), torch.empty_like(shift)
+
+
+@operator(
+    "normed_depthwise_branches_backward",
+    "(Tensor grad, Tensor x, Tensor[] weights, Tensor scale, Tensor shift, int[] dilations, float epsilon,"
+    " Tensor out, Tensor statistics, Tensor rows, Tensor u) -> (Tensor, Tensor[], Tensor, Tensor)",
+    fake=_fake_branch_gradients,
+    flops=lambda _grad, x, weights, *_: 4 * math.prod(x) * sum(weight[-1] ** 2 for weight in weights),
+)
+def _normed_branches_backward(grad, x, weights, scale, _shift, dilations, epsilon, _out, statistics, rows, u):
+    from kernels.depthwise import branches
+
+    rows = x if rows.numel() == 0 else rows
+    grad_x, sums, *grad_weights = branches.backward(grad, x, weights, scale, dilations, epsilon, statistics, rows, u)
+    return grad_x, grad_weights, sums[:-1].clone(), sums[-1].clone()
+
+
+_normed_branches.differentiable_once(_normed_branches_backward, "depthwise branches with batch norms")

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.backend import get_backend
+from kernels.backend import get_backend, resolve, transforming
+from kernels.depthwise.eager import dense
+from kernels.depthwise.op import normed_branches
+from kernels.dtypes import multiplies
 from models.checks import flag, integer, one_of
 from models.layers.fusion import affine, as_built, convolves
 from models.layers.pointwise import in_16_bits_on_gpu
@@ -54,9 +57,7 @@ class DepthwiseConv2d(nn.Conv2d):
         if dilation > 1:
             if get_backend() == "reference" or (weight.shape[-1] <= 3 and not in_16_bits_on_gpu(input)):
                 return super().forward(input)
-            width = dilation * (weight.shape[-1] - 1) + 1
-            weight = weight.new_zeros(*weight.shape[:2], width, width)
-            weight[..., ::dilation, ::dilation] = self.weight
+            weight = dense(weight, dilation)
         return kernels.depthwise_conv2d(input, weight, self.bias)
 
 
@@ -64,7 +65,8 @@ class DilatedReparamBlock(nn.Module):
     """BN(K×K depthwise of x) + Σ BN(dilated depthwise of x), one K×K kernel with bias once merged (arXiv 2311.15599).
 
     While batch norms use their running statistics every branch is linear, and the sum is one K×K convolution. It is
-    computed as such, merged or not, as long as nobody replaced a branch. ``merge`` makes it permanent.
+    computed as such, merged or not, as long as nobody replaced a branch. ``merge`` makes it permanent. In training, one
+    operator computes all branches and their batch norms where Triton runs.
 
     Args:
         channels: C of the [B, C, H, W] input and output.
@@ -178,7 +180,42 @@ class DilatedReparamBlock(nn.Module):
         parameters = self.merged_parameters(x.device)
         if parameters is not None:
             return kernels.depthwise_conv2d(x, *parameters)
+        if self._is_one_operator(x):
+            return self._normed_branches(x)
         out = torch.zeros((), dtype=x.dtype, device=x.device)
         for conv, norm in self.branches():
             out = out + norm(conv(x))
+        return out
+
+    def _is_one_operator(self, x: Tensor) -> bool:
+        """Whether every branch is a plain convolution with a batch norm in training, and Triton computes them."""
+        if x.dim() != 4 or transforming() or resolve(get_backend(), x) != "triton" or not multiplies(x.dtype):
+            return False
+        parts, sizes = self.branches(), ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
+        for (conv, norm), (size, dilation) in zip(parts, sizes, strict=True):
+            kinds = {"kinds": DepthwiseConv2d, "dilation": dilation, "groups": self.channels}
+            if conv.bias is not None or not convolves(conv, size, x.device, **kinds):
+                return False
+            if not (as_built(norm, nn.BatchNorm2d, x.device) and norm.training and norm.affine):
+                return False
+            if norm.running_mean is None or norm.momentum is None:
+                return False
+            if (norm.eps, norm.momentum) != (self.origin_bn.eps, self.origin_bn.momentum):
+                return False
+        return x.numel() > self.channels == x.shape[1]
+
+    def _normed_branches(self, x: Tensor) -> Tensor:
+        convs, norms = zip(*self.branches(), strict=True)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.stack([norm.weight for norm in norms]).to(dtype)
+        shift = torch.stack([norm.bias for norm in norms]).to(dtype).sum(0)
+        weights, dilations = [conv.weight for conv in convs], [conv.dilation[0] for conv in convs]
+        out, statistics = normed_branches(x, weights, dilations, scale, shift, norms[0].eps)
+        with torch.no_grad():
+            number, momentum = x.numel() // self.channels, norms[0].momentum
+            mean, variance = statistics
+            for name, batch in (("running_mean", mean), ("running_var", variance * (number / (number - 1)))):
+                running = [getattr(norm, name) for norm in norms]
+                torch._foreach_lerp_(running, [row.to(running[0].dtype) for row in batch], momentum)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)  # pyright: ignore[reportPrivateImportUsage]
         return out

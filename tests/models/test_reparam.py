@@ -1,5 +1,6 @@
 """DilatedReparamBlock: the sum of its branches, in training, in evaluation and merged, whatever the branches are."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
+from kernels import tolerances
 from models.layers import DilatedReparamBlock
-from tests.support import assert_close, random_tensor, randomise
+from tests.support import DEVICE, assert_close, random_tensor, randomise, relative_error, triton_device
 
 TOLERANCE = 1e-12
 
@@ -84,3 +87,56 @@ def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
         assert not block.merged
         with pytest.raises(ValueError, match=r"replaced, wrapped or hooked: it cannot be merged"):
             block.merge()
+
+
+def trained(block: Any, x: Any, gradient: torch.Tensor, backend: str) -> list[torch.Tensor]:
+    """Output, gradients and running statistics of a training step."""
+    block, x = copy.deepcopy(block), x.detach().requires_grad_()
+    with kernels.use_backend(backend):
+        out = block(x)
+    out.backward(gradient)
+    grads = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+    return [out.detach(), x.grad, *grads, *(buffer.double() for buffer in block.buffers())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel_size", "shape", "channels_last"),
+    [(7, (3, 6, 7, 7), True), (7, (2, 3, 5, 9), False), (13, (2, 5, 14, 14), True), (17, (5, 2, 20, 16), False)],
+)
+def test_training_in_one_operator(kernel_size, shape, channels_last, dtype):
+    """Triton's, against the branches one by one in float64; the means are large beside the deviations."""
+    if triton_device() != "cpu" and dtype == torch.float64:
+        pytest.skip("Triton multiplies no float64 on a GPU")
+    block = randomise(DilatedReparamBlock(shape[1], kernel_size)).to(DEVICE, dtype)
+    x, gradient = (random_tensor(*shape) + 3).to(dtype), random_tensor(*shape, dtype=dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    found = trained(block, x, gradient, "triton")
+    expected = trained(copy.deepcopy(block).double(), x.double(), gradient.double(), "reference")
+    assert found[0].stride() == x.stride()
+    for ours, exact in zip(found, expected, strict=True):
+        assert relative_error(ours, exact) < 4 * tolerances.GRADIENT[dtype]
+    assert all(map(torch.equal, found, trained(block, x, gradient, "triton")))
+
+
+@pytest.mark.parametrize("kind", ["group", "not affine", "fused", "eps", "hook"])
+def test_training_of_branches_that_were_replaced(kind):
+    triton_device()
+    block = other_branches(kind).train().to(DEVICE)
+    x, gradient = random_tensor(2, 4, 9, 9, dtype=torch.float64), random_tensor(2, 4, 9, 9, dtype=torch.float64)
+    expected = trained(block, x, gradient, "reference")
+    assert_close(trained(block, x, gradient, "triton"), expected, 1e-10)
+
+
+def test_training_under_autocast_and_compiled():
+    triton_device()
+    block, x = DilatedReparamBlock(4, 7).to(DEVICE), random_tensor(2, 4, 7, 7)
+    with kernels.use_backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
+        out = block(x)
+        assert out.dtype == torch.bfloat16
+        fresh = copy.deepcopy(block)
+        compiled = torch.compile(fresh, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), block(x), 1e-6)
+    assert_close(fresh.origin_bn.running_var, block.origin_bn.running_var, 1e-6)
+    assert fresh.origin_bn.num_batches_tracked == 2
