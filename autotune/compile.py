@@ -58,6 +58,16 @@ class Fused(Workload):
         return fused_depthwise_conv2d(**inputs, gelu=True, squares=True)
 
 
+class Branches(Workload):
+    """Depthwise branches with batch norms, in training: two kernels of one workload's, the second dilated."""
+
+    def run(self, inputs: Any, *_: Any) -> Tensor:
+        from kernels.depthwise.op import normed_branches
+
+        x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"].float()
+        return normed_branches(x, [weight, weight[:, :, :3, :3]], (1, 2), torch.stack((bias, bias)), bias, 1e-5)[0]
+
+
 def cases() -> dict[str, list[Workload]]:
     """What is built, by name: operators at shapes of the models at which, together, they launch every kernel."""
     rednet = workloads.involution("RedNet-50", 128, 128, (28, 28), 7, 16)
@@ -75,6 +85,10 @@ def cases() -> dict[str, list[Workload]]:
         "outlook 6x32@28 K=3 s=2": [workloads.outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
         "depthwise 64@56 K=17": [channels_last(workloads.depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
         "depthwise 224@56 K=3, fused": [Fused(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
+        "depthwise 224@56 K=3, channels last": [workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)],
+        "depthwise 256@14 K=13, branches": [
+            Branches(**vars(workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)))
+        ],
         "depthwise 256@14 K=13, channels last": [workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
         "contmix 8x16@14 K=5, 13": [workloads.contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
         "contmix 8x16@56 K=5, 13": [workloads.contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],

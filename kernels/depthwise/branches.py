@@ -26,12 +26,13 @@ from kernels.depthwise.rows import check_size, in_layout_of, new_rows, rows_of, 
 from kernels.dtypes import accumulator, accumulator_dtype, precision
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import empty_like_map
+from kernels.reorder import copy_rows
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated
 from kernels.tuning.choose import Launcher
 from kernels.views import view
 
-PROGRAMS = 1024  # that sum over images: enough for every processor of a large GPU
+PROGRAMS = 2048  # that sum over images: enough for every processor of a large GPU
 
 
 @triton.jit
@@ -164,35 +165,32 @@ def _sum_kernel(
 
 @triton.jit
 def _reduction_kernel(
-    grad,  # [B, C, H, W]
+    rows_ptr,  # [B, C, H, pitch], contiguous: grad in rows, 0 beside the map
     u_ptr,  # [N, B, C, H, pitch], contiguous
     statistics_ptr,  # [2, N, C]
-    rows_ptr,  # [B, C, H, pitch], contiguous: becomes grad in rows
     parts_ptr,  # [parts, N + 1, C], contiguous
     batch, channels, height, width, vectors, epsilon, images,
     BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
     PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of some images and pixels: Σ grad · x̂_n for every branch, then Σ grad; and grad in rows."""
+    """Of some images and pixels: Σ grad · x̂_n for every branch, then Σ grad."""
     o_channel, o_pixel, i_chunk = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
     plane = tl.cast(height * vectors, tl.int64) * VECTOR
     m_channel = o_channel < channels
     m_rows = m_channel & (o_pixel < plane)
-    o_row, o_column = o_pixel // (vectors * VECTOR), o_pixel % (vectors * VECTOR)
-    m_map = m_rows & (o_column < width)
-    o_grad = o_channel.to(OFFSET) * grad.c + o_row.to(OFFSET) * grad.h + o_column.to(OFFSET) * grad.w
+    m_map = o_pixel % (vectors * VECTOR) < width
+    means = ()
+    for n in tl.static_range(BRANCHES):
+        means = means + (tl.load(statistics_ptr + n * channels + o_channel, mask=m_channel, other=0),)
     sums = (tl.zeros([BLOCK, 1], ACCUMULATOR),) * (BRANCHES + 1)
     for i_image in range(i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)):
-        i_batch = tl.cast(i_image, tl.int64)
-        o_rows = (i_batch * channels + o_channel) * plane + o_pixel
+        o_rows = (tl.cast(i_image, tl.int64) * channels + o_channel) * plane + o_pixel
         # [C, P]
-        b_grad = tl.load(grad.ptr + i_batch * grad.b + o_grad, mask=m_map, other=0)
-        tl.store(rows_ptr + o_rows, b_grad, mask=m_rows)
-        b_grad = b_grad.to(ACCUMULATOR)
+        b_grad = tl.load(rows_ptr + o_rows, mask=m_rows, other=0).to(ACCUMULATOR)
         for n in tl.static_range(BRANCHES):
-            b_u = tl.load(u_ptr + n * batch * channels * plane + o_rows, mask=m_map, other=0).to(ACCUMULATOR)
-            b_mean = tl.load(statistics_ptr + n * channels + o_channel, mask=m_channel, other=0)
-            b_part = sums[n] + tl.sum(b_grad * (b_u - b_mean), axis=1, keep_dims=True)
+            b_u = tl.load(u_ptr + n * batch * channels * plane + o_rows, mask=m_rows, other=0).to(ACCUMULATOR)
+            b_away = tl.where(m_map, b_u - means[n], 0.0)
+            b_part = sums[n] + tl.sum(b_grad * b_away, axis=1, keep_dims=True)
             sums = sums[:n] + (b_part,) + sums[n + 1 :]
         sums = sums[:BRANCHES] + (sums[BRANCHES] + tl.sum(b_grad, axis=1, keep_dims=True),)
     pixel_blocks = tl.cdiv(height * vectors * VECTOR, PIXELS)
@@ -247,7 +245,7 @@ def _config(launcher: Launcher, *arguments: Any) -> Config:
 def _tiled(x: Tensor, pitch: int, branches: int) -> tuple[int, dict[str, Any]]:
     """Tiles of an image, and what the kernels that go over tiles of rows share."""
     channels, height, width = x.shape[1:]
-    block = min(1024 if interpreting() else 64, next_power_of_2(channels))
+    block = min(1024 if interpreting() else 32, next_power_of_2(channels))
     pixels = min(2**14 if interpreting() else 64, next_power_of_2(height * pitch))
     arguments = {
         "batch": x.shape[0],
@@ -289,7 +287,7 @@ def forward(
     partial = torch.empty((branches, parts, 3, x.shape[1]), dtype=dtype, device=x.device)
     arguments = {"u_ptr": u, "parts_ptr": partial, "images": images, **common}
     # One program per (block of pixels, block of channels, branch, chunk of images).
-    launch(_moments_kernel, (tiles * branches * chunks,), x.device, arguments, num_warps=4, num_stages=3)
+    launch(_moments_kernel, (tiles * branches * chunks,), x.device, arguments, num_warps=4, num_stages=1)
     statistics = torch.empty((2, branches, x.shape[1]), dtype=dtype, device=x.device)
     block = 1024 if interpreting() else 16
     arguments = {
@@ -328,14 +326,14 @@ def backward(
     """The gradient of x; those of the scales and, last, of the shift, [N + 1, C]; then those of the weights."""
     branches, dtype = len(weights), accumulator_dtype(x.dtype)
     grad_rows, grads = new_rows(x), torch.empty_like(u)
+    copy_rows(grad_rows, grad, to_rows=True)
     tiles, common = _tiled(x, u.shape[-1], branches)
     images, chunks, parts = _chunks(x, tiles, u.shape[-1], common["PIXELS"])
     partial = torch.empty((parts, (branches + 1) * x.shape[1]), dtype=dtype, device=x.device)
     common |= {"u_ptr": u, "statistics_ptr": statistics, "rows_ptr": grad_rows, "epsilon": epsilon}
-    arguments = {"grad": view(grad, "b c h w"), "parts_ptr": partial, "images": images, **common}
-    arguments["OFFSET"] = precision(grad[None])["OFFSET"]
+    arguments = {"parts_ptr": partial, "images": images, **common}
     # One program per (block of pixels, block of channels, chunk of images).
-    launch(_reduction_kernel, (tiles * chunks,), x.device, arguments, num_warps=8, num_stages=1)
+    launch(_reduction_kernel, (tiles * chunks,), x.device, arguments, num_warps=4, num_stages=1)
     sums = sum_rows(sum_rows(partial, 64, dtype), 1, dtype)
     arguments = {"sums_ptr": sums, "grads_ptr": grads, "scale_ptr": scale, **common}
     # One program per (block of pixels, block of channels, image).

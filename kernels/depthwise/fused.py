@@ -1,12 +1,13 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""3×3 depthwise convolution for inference, in one pass with the GELU before it and the sums of squares after it.
+"""3×3 depthwise convolution of channels-last maps, in one pass with what stands before and after it.
 
-    h = GELU(x) or x;   out[b,c,i] = Σ_k weight[c,k] · h[b,c, i − 1 + k] + bias[c];   squares[b,c] = Σ_i out[b,c,i]²
+    out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − 1 + k] (+ bias[c]) (+ x[b,c,i])
+    for inference: of GELU(x) instead of x, and squares[b,c] = Σ_i out[b,c,i]²
 
-A program keeps COLUMNS outputs of a row in registers and slides down the map, so that it loads (COLUMNS + 2) / COLUMNS
-inputs per output and takes as many GELUs. Where images are few, it slides over a band of their rows only. The operator
-is a ``triton_op``: in compiled graphs Inductor launches the kernel itself, without the host's time for an operator in
-Python.
+``fused_backward`` has the weight's gradient. A program keeps COLUMNS outputs of a row in registers and slides down the
+map, so that it loads (COLUMNS + 2) / COLUMNS inputs per output and takes as many GELUs. Where images are few, it slides
+over a band of their rows only. For inference the operator is a ``triton_op``: in compiled graphs Inductor launches the
+kernel itself, without the host's time for an operator in Python.
 """
 
 import math
@@ -39,15 +40,24 @@ def _twice_gelu(x):
 
 
 @triton.jit
-def _row(p_row, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS + 2 inputs [C] of a row, or twice their GELU, from column ``first`` on; 0 outside the map."""
+def load_row(p_row, m_row, first, width, stride, m_channel, COLUMNS: tl.constexpr):
+    """COLUMNS pixels [C] of a row, from column ``first`` on; 0 outside the map."""
     values = ()
-    for i in tl.static_range(COLUMNS + 2):
+    for i in tl.static_range(COLUMNS):
         m_column = m_row & (first + i >= 0) & (first + i < width)
-        b_x = tl.load(p_row + i * stride, mask=m_channel & m_column, other=0).to(tl.float32)
-        if GELU:
-            b_x = _twice_gelu(b_x)
-        values = values + (b_x,)
+        values = values + (tl.load(p_row + i * stride, mask=m_channel & m_column, other=0).to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _entering(p_row, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS + 2 inputs [C] of a row, or twice their GELU, from column ``first`` on; 0 outside the map."""
+    values = load_row(p_row, m_row, first, width, stride, m_channel, COLUMNS + 2)
+    if GELU:
+        entering = ()
+        for i in tl.static_range(COLUMNS + 2):
+            entering = entering + (_twice_gelu(values[i]),)
+        values = entering
     return values
 
 
@@ -55,11 +65,12 @@ def _row(p_row, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLU
 def _fused_kernel(
     x,  # [B, H, W, C], contiguous
     weight,  # [C, 3, 3], contiguous
-    bias,  # [C]
+    bias,  # [C], not read without HAS_BIAS
     out,  # like x
     squares,  # [B, bands · strips, C], not written without SQUARES
     height, width, rows, half_channels, bands, strips, blocks,
-    GELU: tl.constexpr, SQUARES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, FLIPPED: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, SQUARES: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program per (image, band of rows, strip of columns, block of channels), channels fastest.
     i_block = tl.program_id(0) % blocks
@@ -77,16 +88,20 @@ def _fused_kernel(
     p_out = out + o_first + channels + o_channel - width * channels  # of the row above the one that is read
     w = ()
     for k in tl.static_range(9):
-        b_weight = tl.load(weight + o_channel * 9 + k, mask=m_channel, other=0).to(tl.float32)
+        b_weight = tl.load(weight + o_channel * 9 + (8 - k if FLIPPED else k), mask=m_channel, other=0).to(tl.float32)
+        if RESIDUAL and k == 4:
+            b_weight += 1
         w = w + (b_weight * 0.5 if GELU else b_weight,)
-    b_bias = tl.load(bias + o_channel, mask=m_channel, other=0).to(tl.float32)
+    b_bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        b_bias = tl.load(bias + o_channel, mask=m_channel, other=0).to(tl.float32)
     b_squares = tl.zeros([BLOCK], tl.float32)
     above = (b_bias,) * COLUMNS  # the row above the one that is read: only its last kernel row is missing
     here = (b_bias,) * COLUMNS
-    values = _row(p_x, height > 0, first, width, channels, m_channel, GELU, COLUMNS)
+    values = _entering(p_x, height > 0, first, width, channels, m_channel, GELU, COLUMNS)
     for i_row in range(first_row, last_row + 1):
         p_x += width * channels
-        following = _row(p_x, i_row + 1 < height, first, width, channels, m_channel, GELU, COLUMNS)
+        following = _entering(p_x, i_row + 1 < height, first, width, channels, m_channel, GELU, COLUMNS)
         done, left, below = (), (), ()
         for i in tl.static_range(COLUMNS):
             x0, x1, x2 = values[i], values[i + 1], values[i + 2]
@@ -113,41 +128,47 @@ def fits(x: Tensor) -> bool:
     return last and x.shape[1] % 2 == 0 and x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
 
 
-def _prepared(
-    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool
-) -> tuple[tuple[int, ...], dict[str, Any], Tensor, Tensor]:
-    """The launch's grid and arguments; its output and partial sums of squares."""
+def cut(x: Tensor) -> dict[str, int]:
+    """A map's sizes as kernels take them: into strips of columns, blocks of channels, and bands of so many rows."""
     batch, channels, height, width = x.shape
-    out = torch.empty_like(x)
     strips, blocks = ceil_divide(width, COLUMNS), ceil_divide(channels, BLOCK)
     bands = min(ceil_divide(PROGRAMS, batch * strips * blocks), ceil_divide(height, LEAST))
     rows = ceil_divide(height, bands)
-    bands = ceil_divide(height, rows)
+    sizes = {"height": height, "width": width, "rows": rows, "half_channels": channels // 2}
+    return sizes | {"bands": ceil_divide(height, rows), "strips": strips, "blocks": blocks}
+
+
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, squares: bool, flipped: bool, residual: bool
+) -> tuple[tuple[int, ...], dict[str, Any], Tensor, Tensor]:
+    """The launch's grid and arguments; its output and partial sums of squares."""
+    batch, channels = x.shape[:2]
+    out, sizes = torch.empty_like(x), cut(x)
+    bands, strips = sizes["bands"], sizes["strips"]
     parts = x.new_empty((batch, bands * strips, channels) if squares else (1,), dtype=torch.float32)
     arguments = {
         "x": x.permute(0, 2, 3, 1),
         "weight": weight,
-        "bias": bias,
+        "bias": weight if bias is None else bias,
         "out": out.permute(0, 2, 3, 1),
         "squares": parts,
-        "height": height,
-        "width": width,
-        "rows": rows,
-        "half_channels": channels // 2,
-        "bands": bands,
-        "strips": strips,
-        "blocks": blocks,
+        **sizes,
+        "HAS_BIAS": bias is not None,
+        "FLIPPED": flipped,
+        "RESIDUAL": residual,
         "GELU": gelu,
         "SQUARES": squares,
         "COLUMNS": COLUMNS,
         "BLOCK": BLOCK,
     }
-    return (batch * bands * strips * blocks,), arguments, out, parts
+    return (batch * bands * strips * sizes["blocks"],), arguments, out, parts
 
 
 @repeated
-def _launched(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> tuple[Tensor, Tensor]:
-    grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares)
+def _launched(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, squares: bool, flipped: bool, residual: bool
+) -> tuple[Tensor, Tensor]:
+    grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares, flipped, residual)
     launch(_fused_kernel, grid, x.device, arguments, num_warps=1)
     return out, parts
 
@@ -155,9 +176,9 @@ def _launched(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool
 @triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
 def _traced(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
     if type(x) in (Tensor, nn.Parameter):
-        out, parts = _launched(x, weight, bias, gelu, squares)
+        out, parts = _launched(x, weight, bias, gelu, squares, False, False)
     else:
-        grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares)
+        grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares, False, False)
         wrap_triton(_fused_kernel)[grid](**arguments, num_warps=1)
     return [out, parts.sum(1)] if squares else [out]
 
@@ -166,5 +187,11 @@ def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, 
     """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
     if torch.compiler.is_compiling():
         return _traced(x, weight, bias, gelu, squares)
-    out, parts = _launched(x, weight, bias, gelu, squares)
+    out, parts = _launched(x, weight, bias, gelu, squares, False, False)
     return [out, parts.sum(1)] if squares else [out]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool, residual: bool) -> Tensor:
+    """x [B, C, H, W] that ``fits``, weight [C, 1, 3, 3], bias [C] -> out like x; ``flipped`` takes weight[c, 8 − k]."""
+    bias = None if bias is None else bias.contiguous()
+    return _launched(x, weight.contiguous(), bias, False, False, flipped, residual)[0]

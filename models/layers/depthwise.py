@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import kernels
 from kernels.backend import get_backend, resolve, transforming
 from kernels.depthwise.eager import dense
-from kernels.depthwise.op import normed_branches
+from kernels.depthwise.op import normed_branches, residual_depthwise_conv2d
 from kernels.dtypes import multiplies
 from models.checks import flag, integer, one_of
 from models.layers.fusion import affine, as_built, convolves
@@ -26,7 +26,10 @@ class ResidualDepthwiseConv2d(nn.Conv2d):
         channels = integer("channels", channels)
         super().__init__(channels, channels, 3, padding=1, groups=channels)
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
+        if in_16_bits_on_gpu(input) and not transforming():
+            return residual_depthwise_conv2d(input, self.weight, self.bias)
         return input + super().forward(input)
 
     def folded(self) -> nn.Module:
@@ -40,7 +43,7 @@ class ResidualDepthwiseConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution with "same" padding, computed by ``kernels.depthwise_conv2d``: for kernels beyond 3×3.
+    """Depthwise convolution with "same" padding, computed by ``kernels.depthwise_conv2d``.
 
     A dilated kernel is one of dilation 1 with zeros between its entries, and computed as such where PyTorch has no fast
     kernels for dilation: in 16 bits on a GPU, and beyond 3×3 everywhere.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kernels.backend import get_backend, resolve
 from models.layers.basic import GELU2d, GlobalResponseNorm
+from models.layers.depthwise import DepthwiseConv2d
 from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before
 from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
@@ -20,7 +21,10 @@ from models.layers.tracing import leaf
 def is_depthwise(module: Any) -> bool:
     """Whether ``module`` is a plain 3×3 depthwise convolution with a bias."""
     groups = getattr(module, "in_channels", 0)
-    return convolves(module, 3, groups=groups) and module.out_channels == groups and module.bias is not None
+    kinds = (*CONVOLUTIONS, DepthwiseConv2d)
+    return (
+        convolves(module, 3, kinds=kinds, groups=groups) and module.out_channels == groups and module.bias is not None
+    )
 
 
 def _runs_fused(conv: Any, x: Tensor, layers: Iterable[nn.Module]) -> bool:
@@ -52,7 +56,7 @@ class FusedDepthwiseConv2d(nn.Conv2d):
         return fused_depthwise_conv2d(input, self.weight, bias, False, False)[0]
 
 
-KINDS = (*CONVOLUTIONS, FusedDepthwiseConv2d, GELU2d, GlobalResponseNorm)
+KINDS = (*CONVOLUTIONS, DepthwiseConv2d, FusedDepthwiseConv2d, GELU2d, GlobalResponseNorm)
 
 
 class FusedFeedForward(nn.Sequential):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.layers.basic import DropPath, GELU2d, GlobalResponseNorm, LayerNorm2d, LayerScale, SqueezeExcite, add_scaled
 from models.layers.contmix import ContMix
-from models.layers.depthwise import DilatedReparamBlock, ResidualDepthwiseConv2d
+from models.layers.depthwise import DepthwiseConv2d, DilatedReparamBlock, ResidualDepthwiseConv2d
 from models.layers.fusion import as_built, last_convolution
 from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
@@ -112,7 +112,7 @@ class DynamicConvBlock(ContMix):
         self.dwconv1 = ResidualDepthwiseConv2d(width)
         self.norm1 = LayerNorm2d(width, eps=1e-6)
         self.fusion = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            DepthwiseConv2d(width, 3),
             nn.BatchNorm2d(width),
             GELU2d(),
             PointwiseConv2d(width, channels),

@@ -4,6 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
+from kernels import tolerances
+from kernels.depthwise.op import residual_depthwise_conv2d
+from kernels.launch import watching_launches
 from tests.support import DEVICE, assert_close, random_tensor, triton_device
 
 fused = pytest.importorskip("kernels.depthwise.fused")
@@ -15,7 +19,7 @@ def _where_triton_runs():
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("shape", [(2, 6, 5, 9), (1, 66, 37, 7), (3, 2, 1, 1), (2, 130, 17, 16)])
+@pytest.mark.parametrize("shape", [(2, 6, 5, 9), (1, 66, 37, 7), (3, 2, 1, 1), (1, 130, 17, 8)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_definition(shape, gelu, dtype):
     channels = shape[1]
@@ -62,3 +66,28 @@ def test_what_does_not_fit():
     assert not fused.fits(x)  # channels first
     assert not fused.fits(x[:, :3].contiguous(memory_format=torch.channels_last))  # pairs of channels
     assert not fused.fits(x[:0].contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(3, 6, 5, 9), (1, 66, 9, 7), (2, 2, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_training_of_channels_last_maps(shape, residual, dtype):
+    """Forward and backward pass, each in the kernels for 3×3 windows."""
+    channels = shape[1]
+    x, grad = (random_tensor(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    tensors = [x, random_tensor(channels, 1, 3, 3, dtype=dtype), random_tensor(channels, dtype=dtype)]
+    function = residual_depthwise_conv2d if residual else kernels.depthwise_conv2d
+
+    def run(tensors, grad, backend):
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        with kernels.use_backend(backend):
+            out = function(*tensors)
+        return [out, *torch.autograd.grad(out, tensors, grad)]
+
+    launched = []
+    with watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
+        found = run(tensors, grad, "triton")
+    assert [launched.count(name) for name in ("_fused_kernel", "_gradient_kernel")] == [2, 1]
+    exact = run([tensor.double() for tensor in tensors], grad.double(), "reference")
+    assert_close(found, exact, tolerances.GRADIENT[dtype])
+    assert found[0].stride() == found[1].stride() == x.stride()

@@ -15,23 +15,54 @@ from pathlib import Path
 from typing import Any
 
 
-def _fused(batch: int, channels: int, side: int) -> tuple[Any, tuple[Any, ...], dict[str, bool]]:
+def _fused(batch: int, channels: int, side: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A 3×3 depthwise convolution as inference has it: function, tensors and options, as the emulator's cases are."""
-    import torch
-
     from kernels.depthwise.fused import fused_depthwise_conv2d
 
-    x, weight, bias = (
-        torch.empty(s, dtype=torch.bfloat16) for s in ((batch, channels, side, side), (channels, 1, 3, 3), channels)
-    )
+    tensors = _map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)
+    return lambda *given: fused_depthwise_conv2d(*given, gelu=True, squares=True)[0], tensors, {}
+
+
+def _depthwise(batch: int, channels: int, side: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A 3×3 depthwise convolution as training has it."""
+    import kernels
+
+    return kernels.depthwise_conv2d, (_map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)), {}
+
+
+def _branches(batch: int, channels: int, side: int, kernel_size: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """All branches of a large kernel and their batch norms in training."""
+    from kernels.depthwise.op import normed_branches
+    from models.layers import DilatedReparamBlock
+
+    sizes, dilations = zip((kernel_size, 1), *DilatedReparamBlock.BRANCHES[kernel_size], strict=True)
+    weights, scale = [_empty(channels, 1, size, size) for size in sizes], _empty(len(sizes), channels).float()
     return (
-        lambda *tensors, **options: fused_depthwise_conv2d(*tensors, **options)[0],
-        (x.to(memory_format=torch.channels_last), weight, bias),
-        {"gelu": True, "squares": True},
+        lambda x, weights, scale, shift: normed_branches(x, weights, dilations, scale, shift, 1e-5)[0],
+        (_map(batch, channels, side), weights, scale, scale[0].clone()),
+        {},
     )
+
+
+def _empty(*shape: int) -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def _map(batch: int, channels: int, side: int) -> Any:
+    return _empty(batch, side, side, channels).permute(0, 3, 1, 2)
 
 
 FORWARD_ONLY = {"fused.56": (_fused, (128, 224, 56)), "fused.14": (_fused, (128, 768, 14))}
+OTHERS = {
+    "depthwise3.56": (_depthwise, (128, 224, 56)),
+    "depthwise3.14": (_depthwise, (128, 768, 14)),
+    "branches.56": (_branches, (128, 56, 56, 17)),
+    "branches.28": (_branches, (128, 112, 28, 15)),
+    "branches.14": (_branches, (128, 256, 14, 13)),
+    "branches.7": (_branches, (128, 336, 7, 7)),
+}
 
 
 def main(folder: str, *wanted: str) -> None:
@@ -39,7 +70,7 @@ def main(folder: str, *wanted: str) -> None:
     import predict  # pyright: ignore[reportMissingImports]
     import triton
 
-    predict.CASES.update(FORWARD_ONLY)
+    predict.CASES.update(FORWARD_ONLY | OTHERS)
     path = Path(__file__).with_name(f"triton_{triton.__version__}.json")
     rows = {(row["case"], row["pass"]): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     order = [name for name in predict.CASES if not wanted or name.startswith(wanted)]
