@@ -59,13 +59,16 @@ class Fused(Workload):
 
 
 class Branches(Workload):
-    """Depthwise branches with batch norms, in training: two kernels of one workload's, the second dilated."""
+    """Depthwise branches with batch norms, in training: a workload's kernel, and a part of it dilated."""
 
-    def run(self, inputs: Any, *_: Any) -> Tensor:
+    def run(self, inputs: Any, gradient: Any = None, *_: Any) -> list[Tensor]:
         from kernels.depthwise.op import normed_branches
 
-        x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"].float()
-        return normed_branches(x, [weight, weight[:, :, :3, :3]], (1, 2), torch.stack((bias, bias)), bias, 1e-5)[0]
+        def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            weights, shift = [weight, weight[:, :, :3, :3]], bias.float()
+            return normed_branches(x, weights, (1, 2), torch.stack((shift, shift)), shift, 1e-5)[0]
+
+        return super().run(inputs, gradient, run)
 
 
 def cases() -> dict[str, list[Workload]]:
