@@ -1,4 +1,4 @@
-"""The inference form computes what the model computes, and is still a model of its family."""
+"""The inference form computes what the model computes, fused or not, and is still a model of its family."""
 
 import copy
 import io
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 import kernels
 import models
-from models.layers import DropPath, LayerScale, ResidualDepthwiseConv2d
+from models.layers import DropPath, GlobalResponseNorm, LayerScale, ResidualDepthwiseConv2d
+from models.layers.fused import FusedDepthwiseConv2d, FusedFeedForward, fuse
+from models.layers.overlock_blocks import feed_forward
 from models.overlock import VARIANTS
 from models.rednet import Bottleneck, PoolThenReLU, RedNet
 from models.volo import VOLO
 from tests.models.families import FAMILIES, fill, images, narrow, on_meta
-from tests.support import DEVICE, assert_close, equal_entries, random_tensor
+from tests.support import DEVICE, assert_close, equal_entries, random_tensor, randomise, triton_device
 
 EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings differs
 
@@ -242,3 +244,50 @@ def test_refusals(family):
 def test_refuses_other_models(model):
     with pytest.raises(TypeError, match=rf"model must be one that .* builds, got {type(model).__name__}"):
         models.optimize_for_inference(model)
+
+
+# ---- what a GPU runs in fewer passes: here in Triton's interpreter, in float16, against the layers by themselves
+
+
+@pytest.mark.parametrize("side", [3, 9])  # the norm scales the map, or the projection's weights
+def test_fused_feed_forward(side):
+    plain: Any = randomise(nn.Sequential(*feed_forward(12, 24)), torch.float32).requires_grad_(False)
+    plain.to(triton_device())[2] = plain[2].folded()  # an ordinary convolution
+    fused: Any = copy.deepcopy(plain)
+    fuse(fused)
+    assert [type(layer) for layer in fused[1:]] == [FusedFeedForward, nn.Identity, nn.Identity, nn.Identity]
+    x = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
+    expected = plain(x)
+    assert_close(fused(x), expected, 1e-6)  # float32: PyTorch's layers
+    with kernels.use_backend("triton"):
+        out = fused.half()(x.half())
+    assert_close(out, expected, 3e-3)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_fused_depthwise_convolution():
+    conv = randomise(nn.Conv2d(6, 6, 3, padding=1, groups=6), torch.float32).requires_grad_(False).to(triton_device())
+    layers: Any = nn.Sequential(copy.deepcopy(conv))
+    fuse(layers)
+    fuse(layers)  # a second time changes nothing
+    assert type(layers[0]) is FusedDepthwiseConv2d
+    x = random_tensor(2, 6, 5, 8).contiguous(memory_format=torch.channels_last)
+    layers.half()
+    with kernels.use_backend("triton"):
+        assert_close(layers(x.half()), conv(x), 2e-3)
+        assert_close(layers(x.half().contiguous()), conv(x), 2e-3, "by PyTorch, of channels-first maps")
+        x = x.half().requires_grad_()
+        (gradient,) = torch.autograd.grad(layers(x).sum(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_a_whole_model_is_fused():
+    triton_device()
+    model = fill(narrow("overlock")).eval()
+    fused = models.optimize_for_inference(model)
+    kinds = [type(layer) for layer in fused.modules()]
+    blocks = [type(layer) for layer in model.modules()].count(GlobalResponseNorm)
+    assert 0 < kinds.count(FusedFeedForward) < blocks  # fusion's norms have no convolution before them
+    x = images(2, 3, 64, 64)
+    with torch.no_grad(), kernels.use_backend("triton"):
+        assert_close(fused.half()(x.half()), model(x), 1e-2)
