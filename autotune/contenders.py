@@ -120,15 +120,15 @@ def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def _device(function: Function, given: Any) -> torch.device:
     """Where everything runs. ValueError where that is nowhere, or more than one place."""
-    tensors = tensors_in(given)
-    if not tensors:
+    if not tensors_in(given):
         raise ValueError("inputs must hold a tensor, and they hold none")
-    devices = sorted({str(tensor.device) for tensor in (*tensors, *weights_of(function))})
+    held = [*tensors_in(given), *weights_of(function)]
+    devices = sorted({str(tensor.device) for tensor in held})
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"inputs and weights must be on one device that computes, they are on {', '.join(devices)}")
-    if not any(tensor.dtype in tolerances.GRADIENT for tensor in (*tensors, *weights_of(function))):
+    if not any(tensor.dtype in tolerances.GRADIENT for tensor in held):
         raise ValueError("inputs must hold a tensor of float64, float32, float16 or bfloat16, and they hold none")
-    return tensors[0].device
+    return held[0].device
 
 
 def _detached(structure: Any, gradients: bool) -> Any:

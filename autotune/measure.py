@@ -80,7 +80,7 @@ def leaving_out(name: str, calls: dict[str, Any], left_out: dict[str, str]) -> I
 
 
 def time_and_memory(
-    calls: Mapping[str, Callable[[], object]], settings: Settings, measure: Callable[..., Any] = timing.measure
+    calls: Mapping[str, timing.Call], settings: Settings, measure: Callable[..., Any] = timing.measure
 ) -> dict[str, dict[str, Any]]:
     """Percentiles and runs of each call as ``measure`` takes them, and its ``peak_bytes``."""
     peaks = {name: timing.peak_memory(call, settings.device) for name, call in calls.items()}
@@ -94,7 +94,7 @@ def ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, min_runs: int
+    calls: Mapping[str, timing.Call], device: torch.device, *, seconds: float, min_runs: int
 ) -> dict[str, Timing]:
     """As ``timing.measure``, for calls so long that what the L2 cache holds before them does not matter.
 
@@ -108,7 +108,7 @@ def in_turns(
     return {name: Timing.of(samples[index :: len(calls)]) for index, name in enumerate(calls)}
 
 
-def _event_milliseconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+def _event_milliseconds(calls: Sequence[timing.Call]) -> list[float]:
     """Device time of each call, one after another."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     marks[0].record()

@@ -80,7 +80,7 @@ class Tuning:
     device: torch.device
     most: int = tuner.MOST_CANDIDATES
     force: bool = False
-    time_call: Callable[[Callable[[], object]], float] = tuner.median_milliseconds
+    time_call: tuner.Clock = tuner.median_milliseconds
     deadline: float = math.inf
     notes: Path | None = None
     fatal: Sequence[str] = ()
@@ -94,7 +94,7 @@ class Tuning:
         """Keys of the problems not tuned yet."""
         return [key for key in self.found if key not in self.rows]
 
-    def collect(self, calls: Iterator[Callable[[], object]]) -> None:
+    def collect(self, calls: Iterator[timing.Call]) -> None:
         """Find the problems that no file answers (all of them with ``force``), and what their candidates compile.
 
         Kernels are not run: from a model's later layers on the numbers are noise, but shapes are all that counts here.
@@ -109,7 +109,7 @@ class Tuning:
         with record_launches():
             self._run(calls, note)
 
-    def tune(self, calls: Iterator[Callable[[], object]]) -> None:
+    def tune(self, calls: Iterator[timing.Call]) -> None:
         """Tune each where it is launched: later its tensors may be overwritten. Every result is stored at once."""
         with Bar(len(self.found), seconds=0) as bar:
 
@@ -133,7 +133,7 @@ class Tuning:
         if self.notes is not None:
             atomic_write(self.notes, "".join(f"{key}\n" for key in (*self.fatal, *attempted)))
 
-    def _run(self, calls: Iterator[Callable[[], object]], observer: Callable[[Request], None]) -> None:
+    def _run(self, calls: Iterator[timing.Call], observer: Callable[[Request], None]) -> None:
         with tuner.meeting(observer):
             for call in calls:
                 try:
@@ -166,7 +166,7 @@ class Tuning:
         }
 
 
-def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], object]]:
+def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[timing.Call]:
     if arguments.model is not None:
         small = arguments.quick
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
@@ -260,7 +260,7 @@ def _tell(tuning: Tuning, store: Store, code: int, *, as_json: bool) -> int:
     return code or int(bool(tuning.fatal or tuning.errors or unwritten or len(best) < len(rows)))
 
 
-def _interpreted_milliseconds(call: Callable[[], object]) -> float:
+def _interpreted_milliseconds(call: timing.Call) -> float:
     """The interpreter's own time, which says nothing about a kernel: for smoke tests of the command."""
     began = time.perf_counter()
     call()

@@ -25,6 +25,7 @@ from kernels.tuning.choose import Config, Problem, Request, gpu_name, observing,
 MOST_CANDIDATES = 20
 
 Outputs = Tensor | Sequence[Tensor]
+Clock = Callable[[timing.Call], float]  # milliseconds of a call
 
 
 class Outcome(NamedTuple):
@@ -73,7 +74,7 @@ def disagreement(outputs: Outputs, reference: Outputs, problem: Problem = None) 
     return None
 
 
-def median_milliseconds(call: Callable[[], object]) -> float:
+def median_milliseconds(call: timing.Call) -> float:
     """Device time of a call, in a CUDA graph: a short kernel's own time is less than what its launch takes the host."""
     from triton.testing import do_bench, do_bench_cudagraph
 
@@ -87,9 +88,7 @@ def median_milliseconds(call: Callable[[], object]) -> float:
 
 @torch.no_grad()  # as inside an operator: a request may be run when its launch is long over
 def measure_candidates(
-    request: Request,
-    time_call: Callable[[Callable[[], object]], float] = median_milliseconds,
-    most: int = MOST_CANDIDATES,
+    request: Request, time_call: Clock = median_milliseconds, most: int = MOST_CANDIDATES
 ) -> list[Outcome]:
     """Every candidate, fastest first and rejected ones last. A config that fails or disagrees is never timed."""
     reference = request.reference()
@@ -110,11 +109,7 @@ def heuristic_milliseconds(request: Request, outcomes: Sequence[Outcome]) -> flo
     return next((outcome.milliseconds for outcome in outcomes if outcome.config == by_default), None)
 
 
-def tune(
-    request: Request,
-    time_call: Callable[[Callable[[], object]], float] = median_milliseconds,
-    most: int = MOST_CANDIDATES,
-) -> list[Outcome]:
+def tune(request: Request, time_call: Clock = median_milliseconds, most: int = MOST_CANDIDATES) -> list[Outcome]:
     """Measure the candidates, keep the best in the user's store, and return them all, best first.
 
     If every candidate is rejected nothing is stored, the heuristic's config leads the list, and a warning says so.
