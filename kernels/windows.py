@@ -65,3 +65,13 @@ class Window(NamedTuple):
         """Where the distance of every neighbour of a clamped window stands in a table of 2K − 1 distances, [L, K]."""
         distance = self.neighbours(length, axis, device) - torch.arange(length, device=device)[:, None]
         return distance // self.dilation[axis] + self.kernel_size[axis] - 1
+
+
+def windows_and_most(kernel_size: Pair, height: int, width: int) -> Pair:
+    """How many undilated clamped windows a map has, and how many outputs share the one that most do.
+
+    Along an axis at most K//2 + 1 outputs share a start, or all of them where the window is as long as the axis.
+    """
+    (kernel_h, kernel_w), lengths = kernel_size, (height, width)
+    rows, columns = (n if n == k else k // 2 + 1 for n, k in zip(lengths, kernel_size, strict=True))
+    return (height - kernel_h + 1) * (width - kernel_w + 1), rows * columns

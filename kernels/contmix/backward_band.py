@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.backward_shared import reference_grad_query
-from kernels.contmix.backward_stored import Rows
+from kernels.contmix.arguments import Rows, Tensors, adding, launch_on, problem_of, reference_gradients
 from kernels.contmix.bands import apart, first_seen, rows_of_block, shifted, together
-from kernels.contmix.configs import TILES, Saved, Tiles, block, grad_tiles_heuristic, problem_of, tile_of, types
+from kernels.contmix.configs import TILES, Tiles, block, grad_tiles_heuristic
 from kernels.contmix.forward_band import (
+    band_arguments,
     first_entry,
     logits_of_rows,
     moved_bias,
@@ -28,9 +28,8 @@ from kernels.contmix.forward_band import (
     position_table,
     query_of_ones,
 )
-from kernels.contmix.forward_shared import views_of
 from kernels.contmix.tiles import at_head, key_scale
-from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.launch import next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
@@ -185,37 +184,21 @@ def _grad_logits_band_kernel(
     TILES,
     grad_tiles_heuristic,
     problem=problem_of,
-    reference=reference_grad_query,
+    reference=lambda tensors, _target, previous, _rows: reference_gradients(tensors, previous)[0],
     name="contmix.band.grad_logits",
 )
-def grad_logits_band(saved: Saved, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Tiles) -> Tensor:
+def grad_logits_band(
+    tensors: Tensors, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Tiles
+) -> Tensor:
     """Fills ``rows``, and its outputs' gradient of query."""
-    sizes, problem = rows.sizes, problem_of(saved)
-    seen, tile_columns = tile_of(problem)
-    block_rows, columns = config.block_of(tile_columns)
-    blocks = ceil_divide(sizes.last_row - sizes.first_row + 1, block_rows) * ceil_divide(sizes.width, columns)
-    walks = ceil_divide(blocks, max(1, config.programs // (sizes.groups * sizes.batch)))
-    programs = ceil_divide(blocks, walks)
-    arguments = {
-        **views_of(saved),
-        "previous": view(grad_query if previous is None else previous, "b g c h w"),
-        "grad_query": view(grad_query, "b g c h w"),
+    arguments, programs = band_arguments(tensors, config, rows.sizes)
+    seen, columns, kernel_size = arguments["SEEN"], arguments["COLUMNS"], tensors.kernel_size
+    arguments |= {
+        **adding(grad_query, previous),
         "weights": view(rows.weights, "b g h w k"),
         "grad_logits": view(rows.grad_logits, "b g h w k"),
-        **types(saved, saved.grad, saved.out, grad_query, rows.weights),
-        "sizes": sizes,
-        "programs": programs,
-        "walks": walks,
-        "TILES": config.tiles,
-        "ACROSS": columns // tile_columns,
-        "COLUMNS": tile_columns,
-        "SEEN": seen,
-        "TABLE": next_power_of_2((2 * problem.kernel_size + 6) * (2 * problem.kernel_size - 1) + seen + tile_columns),
-        "BLOCK_CHANNELS": block(problem.channels),
-        "ADD": previous is not None,
+        "TABLE": next_power_of_2((2 * kernel_size + 6) * (2 * kernel_size - 1) + seen + columns),
+        "BLOCK_CHANNELS": block(tensors.value.shape[2]),
     }
-    # One program per (blocks that it walks over, group, batch entry).
-    grid = (programs * sizes.groups * sizes.batch,)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_grad_logits_band_kernel, grid, grad_query.device, arguments, **options)
+    launch_on(tensors, _grad_logits_band_kernel, programs, **arguments)
     return grad_query

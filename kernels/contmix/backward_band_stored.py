@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.backward_stored import Rows
+from kernels.contmix.arguments import Rows, Tensors, launch_on, problem_of
 from kernels.contmix.backward_tables import Sums
 from kernels.contmix.bands import first_block, first_seen
-from kernels.contmix.configs import Saved, block, problem_of, tile_of, types
+from kernels.contmix.configs import block, tile_of
 from kernels.contmix.tiles import at_head, load_pixels, store_pixels
-from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import dot
 from kernels.views import at, view
 from kernels.windows_triton import window_start
@@ -37,8 +37,7 @@ def _tiles_seeing(i_first, i_last, length, KERNEL: tl.constexpr, TILE: tl.conste
 def _grad_value_band_kernel(
     weights,  # [B, G, rows, W, patch]: p of some rows of outputs, of inputs tile by tile
     grad,  # [B, G, Dv, H, W]
-    previous,  # [B, G, Dv, H, W]: what to add to, where ADD
-    grad_value,  # [B, G, Dv, H, W]: written
+    grad_value,  # [B, G, Dv, H, W]: written, or added to, where ADD
     sizes, blocks,
     KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     UPCAST: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
@@ -86,14 +85,11 @@ def _grad_value_band_kernel(
     o_column = (i_column + o_input // 16) * COLUMNS - KERNEL // 2 + o_input % COLUMNS
     m_input = (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
     m_target = m_input[:, None] & m_channel
-    o_channel = o_channel.to(OFFSET)
-    if ADD:
-        added = at(previous, i_batch, i_group)
-        o_added = o_row.to(OFFSET) * added.h + o_column.to(OFFSET) * added.w
-        b_sum += tl.load(added.ptr + o_added[:, None] + (o_channel * added.c)[None, :], mask=m_target, other=0)
     target = at_head(grad_value, i_batch, i_group, CHANNELS)
     o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
-    p_target = target.ptr + o_target[:, None] + (o_channel * target.c)[None, :]
+    p_target = target.ptr + o_target[:, None] + (o_channel.to(OFFSET) * target.c)[None, :]
+    if ADD:
+        b_sum += tl.load(p_target, mask=m_target, other=0)
     tl.store(p_target, b_sum.to(grad_value.ptr.dtype.element_ty), mask=m_target)
 
 
@@ -101,8 +97,7 @@ def _grad_value_band_kernel(
 def _grad_parameters_band_kernel(
     query,  # [B, G, Dq, H, W]
     grad_logits,  # [B, G, rows, W, S]: ds of some rows of outputs
-    previous,  # [B, G, Dq, K²]: what to add to, where ADD
-    grad_projected,  # [N, B, G, Dq, K²]: written; N along the axis h
+    grad_projected,  # [N, B, G, Dq, K²]: written, or added to, where ADD; N along the axis h
     sums,  # [B, G, classes, SEEN, S]: ds summed over outputs of a class and of a column in what they see
     totals,  # [B, G, classes, COLUMNS, S]: ds summed over outputs whose windows begin at a column of it
     sizes, parts, chunks, chunk,
@@ -179,83 +174,72 @@ def _grad_parameters_band_kernel(
             b_projected += tl.gather(b_part, tl.broadcast_to(o_part[:, None], b_part.shape), 0)
     o_position = o_stored // SEEN * KERNEL + o_stored % SEEN
     m_position = (o_stored < KERNEL * SEEN) & (o_stored % SEEN < KERNEL)
-    if ADD:
-        added = at(previous, i_batch, i_group)
-        b_projected += load_pixels(added, o_position * added.k, m_position, QUERY_CHANNELS, BLOCK_QUERY)
     target = at(grad_projected, i_batch, i_group)
-    store_pixels(target, i_part * target.h + o_position * target.k, m_position, b_projected, QUERY_CHANNELS)
+    o_target = i_part * target.h + o_position * target.k
+    if ADD:
+        b_projected += load_pixels(target, o_target, m_position, QUERY_CHANNELS, BLOCK_QUERY)
+    store_pixels(target, o_target, m_position, b_projected, QUERY_CHANNELS)
 
 
-def grad_value_band(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tensor | None) -> None:
-    """Fills ``grad_value`` with what ``rows`` give, and what is there already."""
-    sizes, constants = rows.sizes, types(saved, saved.grad, grad_value, rows.weights)
-    seen, columns = tile_of(problem_of(saved))
-    half = constants["KERNEL"] // 2
-    outputs, stages = (8, 2) if half < 4 else (4, 3)
-    del constants["QUERY_CHANNELS"], constants["BLOCK_QUERY"]
+def grad_value_band(tensors: Tensors, rows: Rows, grad_value: Tensor, add: bool) -> None:
+    """Fills ``grad_value`` with what ``rows`` give, or adds it."""
+    sizes, (seen, columns), half = rows.sizes, tile_of(problem_of(tensors)), tensors.kernel_size // 2
     blocks = ceil_divide(sizes.height + half, 16 // columns) * ceil_divide(sizes.width + half, 4 * columns)
-    arguments = {
-        "weights": view(rows.weights, "b g h w k"),
-        "grad": view(saved.grad, "b g c h w"),
-        "previous": view(grad_value if previous is None else previous, "b g c h w"),
-        "grad_value": view(grad_value, "b g c h w"),
-        "sizes": sizes,
-        "blocks": blocks,
-        **constants,
-        "OUTPUTS": outputs,
-        "COLUMNS": columns,
-        "SEEN": seen,
-        "BLOCK_CHANNELS": block(saved.value.shape[2]),
-        "ADD": previous is not None,
-    }
     # One program per (block of inputs, group, batch entry).
-    grid = (blocks * sizes.groups * sizes.batch,)
-    launch(_grad_value_band_kernel, grid, grad_value.device, arguments, num_warps=4, num_stages=stages)
+    launch_on(
+        tensors,
+        _grad_value_band_kernel,
+        blocks * sizes.groups * sizes.batch,
+        weights=view(rows.weights, "b g h w k"),
+        grad_value=view(grad_value, "b g c h w"),
+        sizes=sizes,
+        blocks=blocks,
+        OUTPUTS=8 if half < 4 else 4,
+        COLUMNS=columns,
+        SEEN=seen,
+        BLOCK_CHANNELS=block(tensors.value.shape[2]),
+        ADD=add,
+        num_warps=4,
+        num_stages=2 if half < 4 else 3,
+    )
 
 
-def grad_parameters_band(saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None) -> Sums:
-    """Fills ``grad_projected`` with what ``rows`` give, and ``previous``; or leaves parts of it to be summed."""
-    sizes, constants = rows.sizes, types(saved, grad_projected, rows.weights)
-    kernel_size, (seen, columns) = constants["KERNEL"], tile_of(problem_of(saved))
+def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, add: bool) -> Sums:
+    """Fills ``grad_projected`` with what ``rows`` give, or adds it; or leaves parts of it to be summed."""
+    sizes, (seen, columns) = rows.sizes, tile_of(problem_of(tensors))
+    kernel_size, new_sums = tensors.kernel_size, tensors.statistics.new_empty
     stored, inner = rows.grad_logits.shape[-1], sizes.height - kernel_size + 1
     # AMD's GPUs have 64 KiB of shared memory.
     positions = min(64 if torch.version.hip else 256, max(64, next_power_of_2(stored)))
     programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
     chunk, parts, pieces = inner, 1, None
     least = LEAST_POSITIONS // positions
-    if previous is None and programs < least and grad_projected.permute(3, 0, 1, 2).is_contiguous():
+    if not add and programs < least and grad_projected.permute(3, 0, 1, 2).is_contiguous():
         chunk = 4 * ceil_divide(inner * programs, 4 * least)
         parts = ceil_divide(inner, chunk) + 2
-        pieces = saved.statistics.new_empty((parts, kernel_size**2, *saved.query.shape[:3]))
+        pieces = new_sums((parts, kernel_size**2, *tensors.query.shape[:3]))
     classes = kernel_size - 1 + ceil_divide(inner, chunk)
     shape = sizes.batch, sizes.groups, classes
-    sums, totals = (saved.statistics.new_empty((*shape, number, stored)) for number in (seen, columns))
-    del constants["CHANNELS"]
-    arguments = {
-        "query": view(saved.query, "b g c h w"),
-        "grad_logits": view(rows.grad_logits, "b g h w k"),
-        "previous": view(grad_projected if previous is None else previous, "b g c k"),
-        "grad_projected": view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
-        "sums": view(sums, "b g h w k"),
-        "totals": view(totals, "b g h w k"),
-        "sizes": sizes,
-        "parts": parts,
-        "chunks": ceil_divide(inner, chunk),
-        "chunk": chunk,
-        **constants,
-        "COLUMNS": columns,
-        "SEEN": seen,
-        "BLOCK_ENTRIES": block(seen + columns),
-        "STORED": stored,
-        "POSITIONS": positions,
-        "ADD": previous is not None,
-    }
+    sums, totals = (new_sums((*shape, number, stored)) for number in (seen, columns))
     # One program per (block of window positions, group, batch entry, part of the rows).
-    launch(
+    launch_on(
+        tensors,
         _grad_parameters_band_kernel,
-        (programs * parts,),
-        sums.device,
-        arguments,
+        programs * parts,
+        grad_logits=view(rows.grad_logits, "b g h w k"),
+        grad_projected=view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
+        sums=view(sums, "b g h w k"),
+        totals=view(totals, "b g h w k"),
+        sizes=sizes,
+        parts=parts,
+        chunks=ceil_divide(inner, chunk),
+        chunk=chunk,
+        COLUMNS=columns,
+        SEEN=seen,
+        BLOCK_ENTRIES=block(seen + columns),
+        STORED=stored,
+        POSITIONS=positions,
+        ADD=add,
         num_warps=positions // 16,
         num_stages=3,
     )

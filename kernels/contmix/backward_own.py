@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.backward_shared import reference_grad_query
-from kernels.contmix.backward_stored import Rows
-from kernels.contmix.configs import OWN, Own, Saved, block, grad_own_heuristic, problem_of, steps_of_own, types
-from kernels.contmix.forward_own import bias_of_step, logits_of_pairs
-from kernels.contmix.forward_shared import views_of
+from kernels.contmix.arguments import Rows, Tensors, adding, launch_on, problem_of, reference_gradients
+from kernels.contmix.configs import OWN, Own, block, grad_own_heuristic, steps_of_own
+from kernels.contmix.forward_own import bias_of_step, logits_of_pairs, own_arguments
 from kernels.contmix.tiles import key_scale, load_heads, pixels_of_tile, rpb_base, store_heads
-from kernels.launch import ceil_divide, launch
+from kernels.launch import ceil_divide
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
@@ -147,38 +145,27 @@ def _grad_logits_own_kernel(
     OWN,
     grad_own_heuristic,
     problem=problem_of,
-    reference=reference_grad_query,
+    reference=lambda tensors, _target, previous, _rows: reference_gradients(tensors, previous)[0],
     name="contmix.own.grad_logits",
 )
-def grad_logits_own(saved: Saved, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Own) -> Tensor:
+def grad_logits_own(
+    tensors: Tensors, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Own
+) -> Tensor:
     """Fills ``rows``, and its outputs' gradient of query."""
-    kernel_size = (saved.rpb.shape[1] + 1) // 2
-    kernel_rows, steps = steps_of_own(kernel_size)
-    sizes, outputs, columns = rows.sizes, 2 * config.pairs, 4 if kernel_rows == kernel_size else 16
+    sizes, kernel_size, outputs = rows.sizes, tensors.kernel_size, 2 * config.pairs
+    kernel_rows, _ = steps_of_own(kernel_size)
+    columns = 4 if kernel_rows == kernel_size else 16
     tiles = ceil_divide(sizes.last_row - sizes.first_row + 1, outputs // columns) * ceil_divide(sizes.width, columns)
-    head_blocks = ceil_divide(sizes.groups, config.heads)
-    arguments = {
-        **views_of(saved),
-        "previous": view(grad_query if previous is None else previous, "b g c h w"),
-        "grad_query": view(grad_query, "b g c h w"),
+    arguments, programs = own_arguments(tensors, config, tiles)
+    arguments |= {
+        **adding(grad_query, previous),
         "weights": view(rows.weights, "b g h k w c"),
         "grad_logits": view(rows.grad_logits, "b g h k w c"),
-        **types(saved, saved.grad, saved.out, grad_query, rows.weights),
         "sizes": sizes,
-        "tiles": tiles,
-        "head_blocks": head_blocks,
-        "images": config.images,
         "OUTPUTS": outputs,
         "COLUMNS": columns,
         "SEEN": block((kernel_rows + outputs // columns - 1) * (columns + kernel_size - 1)),
-        "HEADS": config.heads,
-        "ROWS": kernel_rows,
-        "STEPS": steps,
-        "BLOCK_CHANNELS": block(saved.value.shape[2]),
-        "ADD": previous is not None,
+        "BLOCK_CHANNELS": block(tensors.value.shape[2]),
     }
-    # One program per (tile of outputs, block of heads, images).
-    grid = (tiles * head_blocks * ceil_divide(sizes.batch, config.images),)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    launch(_grad_logits_own_kernel, grid, grad_query.device, arguments, **options)
+    launch_on(tensors, _grad_logits_own_kernel, programs, **arguments)
     return grad_query

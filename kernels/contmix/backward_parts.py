@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.contmix.arguments import Rows, Sizes, Targets, Tensors, problem_of
 from kernels.contmix.backward_band import grad_logits_band
 from kernels.contmix.backward_band_stored import grad_parameters_band, grad_value_band
 from kernels.contmix.backward_own import grad_logits_own
-from kernels.contmix.backward_shared import Targets
-from kernels.contmix.backward_stored import Rows, grad_parameters_own, grad_value_own
+from kernels.contmix.backward_stored import grad_parameters_own, grad_value_own
 from kernels.contmix.backward_tables import fold
-from kernels.contmix.configs import Problem, Saved, Sizes, is_band_backward, problem_of, steps_of_own, tile_of
+from kernels.contmix.configs import Problem, is_band_backward, steps_of_own, tile_of
 from kernels.launch import ceil_divide, next_power_of_2
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
@@ -43,43 +43,42 @@ def _shapes(problem: Problem, rows: int, width: int) -> list[tuple[int, ...]]:
     return 2 * [(rows, problem.kernel_size // kernel_rows, width, steps)]
 
 
-def rows_of(saved: Saved, first_row: int, last_row: int) -> Rows:
+def rows_of(tensors: Tensors, first_row: int, last_row: int) -> Rows:
     """Room for that of a map."""
-    batch, groups, _, height, width = saved.value.shape
-    shapes = _shapes(problem_of(saved), last_row + 1 - first_row, width)
-    weights, logits = (saved.value.new_empty((batch, groups, *shape)) for shape in shapes)
+    batch, groups, _, height, width = tensors.value.shape
+    shapes = _shapes(problem_of(tensors), last_row + 1 - first_row, width)
+    weights, logits = (tensors.value.new_empty((batch, groups, *shape)) for shape in shapes)
     return Rows(Sizes(batch, groups, height, width, first_row, last_row), weights, logits)
 
 
-def grad_own(saved: Saved, targets: Targets) -> None:
+def grad_own(tensors: Tensors, targets: Targets) -> None:
     """Fills the targets."""
-    batch, groups, _, height, width = saved.value.shape
-    problem, dtype = problem_of(saved), saved.statistics.dtype
+    batch, groups, _, height, width = tensors.value.shape
+    problem, dtype = problem_of(tensors), tensors.statistics.dtype
     band = is_band_backward(problem)
     grad_logits, grad_value, grad_parameters = BAND if band else OWN
     per_row = groups * max(map(math.prod, _shapes(problem, 1, width)))
-    most = max(MOST_STORED, saved.value.numel())
+    most = max(MOST_STORED, tensors.value.numel())
     images, count = max(1, min(batch, most // (per_row * height))), max(1, min(height, most // per_row))
     # Parts of nearly the same size, for a small last one would leave a GPU idle; of rows of whole tiles.
     images, count = (ceil_divide(size, ceil_divide(size, part)) for size, part in ((batch, images), (height, count)))
     count = min(height, ceil_divide(count, 16) * 16) if band else count
     found: list[tuple[Tensor, Tensor]] = []
     for i_batch in range(0, batch, images):
-        part, into = saved, targets
+        part, into, value, projected = tensors, targets, targets.value, targets.projected
         if images < batch:
-            part, into = (_of_images(tensors, slice(i_batch, i_batch + images)) for tensors in (saved, targets))
-        value = into.value if count == height else torch.empty_like(into.value, dtype=dtype)
-        projected = (
-            into.projected if part is saved and count == height else torch.empty_like(into.projected, dtype=dtype)
-        )
+            part, into = (_of_images(whole, slice(i_batch, i_batch + images)) for whole in (tensors, targets))
+            value, projected = into.value, torch.empty_like(into.projected, dtype=dtype)
+        if count < height:
+            value, projected = (torch.empty_like(of, dtype=dtype) for of in (into.value, into.projected))
         for first_row in range(0, height, count):
             rows = rows_of(part, first_row, min(first_row + count, height) - 1)
             grad_logits(part, into.query, into.previous, rows)
-            grad_value(part, rows, value, value if first_row > 0 else None)
-            sums = grad_parameters(part, rows, projected, projected if first_row > 0 else None)
+            grad_value(part, rows, value, first_row > 0)
+            sums = grad_parameters(part, rows, projected, first_row > 0)
             tables = targets.bias, targets.rpb
             if images < batch or count < height:
-                tables = torch.empty_like(saved.bias, dtype=dtype), torch.empty_like(saved.rpb, dtype=dtype)
+                tables = torch.empty_like(targets.bias, dtype=dtype), torch.empty_like(targets.rpb, dtype=dtype)
                 found.append(tables)
             fold(sums, *tables, projected)
         for target, filled in ((into.value, value), (into.projected, projected)):

@@ -12,19 +12,17 @@ dsᵀ @ projected, which adds to that of the blocks before. Value's and projecte
 kernel sums the parts.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix import eager
+from kernels.contmix.arguments import Targets, Tensors, adding, launch_on, problem_of, reference_gradients
 from kernels.contmix.backward_tables import Sums, fold
-from kernels.contmix.configs import SHARED, Saved, Shared, backward_heuristic, problem_of
+from kernels.contmix.configs import SHARED, Shared, backward_heuristic
 from kernels.contmix.forward_shared import shared_arguments
 from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
-from kernels.launch import ceil_divide, launch
+from kernels.launch import ceil_divide
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import View, at, view
@@ -140,48 +138,22 @@ def _backward_shared_kernel(
         tl.debug_barrier()
 
 
-def reference_gradients(saved: Saved) -> tuple[Tensor, ...]:
-    """Gradients of query, projected, bias, rpb and value of one kernel size."""
-    query, projected, bias, rpb, value, grad, out, statistics = saved
-    sizes = [(rpb.shape[1] + 1) // 2]
-    inputs = query, projected, bias, [rpb], value[:, None]
-    found = eager.contmix_backward(grad[:, None], *inputs, out[:, None], statistics[:, None], sizes)
-    return *found[:3], found[3][0], found[4][:, 0]
-
-
-def reference_grad_query(saved: Saved, _target: Tensor, previous: Tensor | None, *_) -> Tensor:
-    """That of query, and ``previous``."""
-    found = reference_gradients(saved)[0]
-    return found if previous is None else found + previous
-
-
-class Targets(NamedTuple):
-    """The gradients that a kernel size's backward pass writes, and the gradient of query that it adds to."""
-
-    query: Tensor  # [B, G, Dq, H, W]
-    value: Tensor  # [B, G, Dv, H, W]
-    projected: Tensor  # [B, G, Dq, K²], in memory K², B, G, Dq
-    bias: Tensor  # [K²]
-    rpb: Tensor  # [G, 2K-1, 2K-1]
-    previous: Tensor | None
-
-
 @tunable(
     SHARED,
     backward_heuristic,
     problem=problem_of,
-    reference=lambda saved, targets: _added(reference_gradients(saved), targets),
+    reference=lambda tensors, targets: reference_gradients(tensors, targets.previous),
     name="contmix.shared.backward",
 )
-def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[Tensor, ...]:
+def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tuple[Tensor, ...]:
     """Fills the targets."""
-    arguments = shared_arguments(saved, config, saved.grad, saved.out, *targets[:3])
-    batch, groups, channels, height, width = saved.value.shape
-    kernel_size, query_channels = arguments["KERNEL"], arguments["QUERY_CHANNELS"]
+    arguments, new_sums = shared_arguments(tensors, config), tensors.statistics.new_empty
+    batch, groups, channels, height, width = tensors.value.shape
+    kernel_size, query_channels = tensors.kernel_size, tensors.query.shape[2]
     places, positions = arguments["tiles"] * arguments["windows"], arguments["BLOCKS"] * config.steps
     chunks = ceil_divide(batch, config.images)
-    partial = saved.statistics.new_empty((chunks, groups, height, width, positions))
-    totals = saved.statistics.new_empty((chunks, groups, places, positions))
+    partial = new_sums((chunks, groups, height, width, positions))
+    totals = new_sums((chunks, groups, places, positions))
     scratch = targets.query
     if arguments["BLOCKS"] > 1 and scratch.dtype != partial.dtype:
         scratch = torch.empty_like(scratch, dtype=partial.dtype)
@@ -192,33 +164,23 @@ def backward_shared(saved: Saved, targets: Targets, *, config: Shared) -> tuple[
         key_view = View(projected, *projected.stride()[:3], h=0, w=projected.stride(3))
         value_parts = key_parts = None
     else:
-        value_parts = saved.value.new_empty((batch, groups, places, kernel_size**2, channels)).movedim(-1, 2)
-        key_parts = saved.value.new_empty((places, kernel_size**2, batch, groups, query_channels))
+        value_parts = tensors.value.new_empty((batch, groups, places, kernel_size**2, channels)).movedim(-1, 2)
+        key_parts = tensors.value.new_empty((places, kernel_size**2, batch, groups, query_channels))
         value_view, key_view = view(value_parts, "b g c h w"), view(key_parts, "h w b g c")
     arguments |= {
+        **adding(targets.query, targets.previous),
         "value_parts": value_view,
         "key_parts": key_view,
-        "previous": view(targets.query if targets.previous is None else targets.previous, "b g c h w"),
         "scratch": view(scratch, "b g c h w"),
-        "grad_query": view(targets.query, "b g c h w"),
         "partial": view(partial, "b g h w k"),
         "totals": view(totals, "b g h k"),
-        "images": config.images,
-        "ADD": targets.previous is not None,
     }
+    if torch.version.hip:  # whose compiler holds loads ahead in registers
+        arguments["num_stages"] = min(2, config.num_stages)
     # One program per (tile, window, group, chunk of images).
-    # AMD's compiler holds loads ahead in registers.
-    stages = min(2, config.num_stages) if torch.version.hip else config.num_stages
-    options = {"num_warps": config.num_warps, "num_stages": stages}
-    device = partial.device
-    launch(_backward_shared_kernel, (places * groups * chunks,), device, arguments, **options)
+    launch_on(tensors, _backward_shared_kernel, places * groups * chunks, **arguments)
     if value_parts is not None:
         sum_parts(value_parts, targets.value, (kernel_size, kernel_size), arguments["tiles"])
     sums = Sums(partial, totals, (kernel_size, positions), (0, height - 1, height), kernel_size, key_parts)
     fold(sums, targets.bias, targets.rpb, targets.projected)
     return targets.query, targets.value, targets.projected, targets.bias, targets.rpb
-
-
-def _added(gradients: tuple[Tensor, ...], targets: Targets) -> tuple[Tensor, ...]:
-    query, projected, bias, rpb, value = gradients
-    return query if targets.previous is None else query + targets.previous, value, projected, bias, rpb

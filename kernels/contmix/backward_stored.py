@@ -4,28 +4,18 @@
 """What follows from weights p and their logits' gradients ds in memory: gradients of value, of projected keys, and sums
 of ds over what shares entries of bias and rpb."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.contmix.arguments import Rows, Tensors, launch_on
 from kernels.contmix.backward_tables import Sums
-from kernels.contmix.configs import Saved, Sizes, block, steps_of_own, types
+from kernels.contmix.configs import block, steps_of_own
 from kernels.contmix.tiles import load_heads, load_pixels, store_heads, store_pixels
-from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import dot
 from kernels.views import at, view
 from kernels.windows_triton import window_start
-
-
-class Rows(NamedTuple):
-    """Some rows of outputs of some batch entries, and what the first kernel leaves of them for the others."""
-
-    sizes: Sizes
-    weights: Tensor  # [B, G, rows, K / ROWS, W, S]: p; of a band [B, G, rows, W, patch]
-    grad_logits: Tensor  # the same: ds; of a band [B, G, rows, W, rows of a window · SEEN]
-
 
 # Where there are fewer programs, two for each of a GPU's processors, several share the rows, of which each has some.
 LEAST_PROGRAMS, LEAST_ROWS = 264, 4
@@ -35,8 +25,7 @@ LEAST_PROGRAMS, LEAST_ROWS = 264, 4
 def _grad_value_own_kernel(
     weights,  # [B, G, rows, K / ROWS, W, S]: p of some rows of outputs
     grad,  # [B, G, Dv, H, W]
-    previous,  # [B, G, Dv, H, W]: what to add to, where ADD
-    grad_value,  # [B, G, Dv, H, W]: written
+    grad_value,  # [B, G, Dv, H, W]: written, or added to, where ADD
     sizes, tiles, head_blocks,
     KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     UPCAST: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
@@ -86,13 +75,10 @@ def _grad_value_own_kernel(
             b_grad = tl.where(b_grad * 0 == 0, b_grad, 0.0).to(b_weight.dtype)
             b_sum = dot(tl.permute(b_weight, [0, 2, 1]), tl.permute(b_grad, [1, 0, 2]), b_sum, UPCAST)
     b_sum = tl.permute(b_sum, [1, 0, 2])
+    target, o_target = at(grad_value, i_batch, 0), row.to(OFFSET) * grad_value.h + o_input.to(OFFSET) * grad_value.w
     if ADD:
-        o_target = row.to(OFFSET) * previous.h + o_input.to(OFFSET) * previous.w
-        b_sum += load_heads(
-            at(previous, i_batch, 0), o_target, o_input < width, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS
-        )
-    o_target = row.to(OFFSET) * grad_value.h + o_input.to(OFFSET) * grad_value.w
-    store_heads(at(grad_value, i_batch, 0), o_target, o_input < width, i_head, groups, b_sum, CHANNELS)
+        b_sum += load_heads(target, o_target, o_input < width, i_head, groups, CHANNELS, HEADS, BLOCK_CHANNELS)
+    store_heads(target, o_target, o_input < width, i_head, groups, b_sum, CHANNELS)
 
 
 @triton.jit
@@ -106,8 +92,7 @@ def _outputs_seeing(o_input, length, KERNEL: tl.constexpr):
 def _grad_parameters_own_kernel(
     query,  # [B, G, Dq, H, W]
     grad_logits,  # [B, G, rows, K / ROWS, W, S]: ds of some rows of outputs
-    previous,  # [B, G, Dq, K²]: what to add to, where ADD
-    grad_projected,  # [N, B, G, Dq, K²]: written; N along the axis h
+    grad_projected,  # [N, B, G, Dq, K²]: written, or added to, where ADD; N along the axis h
     sums,  # [N·B, G, classes of rows, K + 1, K / ROWS · S]: written; ds, summed over the outputs of a class of rows and
     # one of columns, and last over all columns
     sizes, count,
@@ -171,82 +156,76 @@ def _grad_parameters_own_kernel(
     o_position = o_stored // STEPS * ROWS * KERNEL + o_stored % STEPS
     m_position = m_stored & (o_stored % STEPS < ROWS * KERNEL)
     b_projected = tl.trans(b_projected)
-    if ADD:
-        added = at(previous, i_batch, i_group)
-        b_projected += load_pixels(added, o_position * added.k, m_position, QUERY_CHANNELS, BLOCK_QUERY)
     target = at(grad_projected, i_batch, i_group)
-    store_pixels(target, i_part * target.h + o_position * target.k, m_position, b_projected, QUERY_CHANNELS)
+    o_target = i_part * target.h + o_position * target.k
+    if ADD:
+        b_projected += load_pixels(target, o_target, m_position, QUERY_CHANNELS, BLOCK_QUERY)
+    store_pixels(target, o_target, m_position, b_projected, QUERY_CHANNELS)
 
 
-def grad_value_own(saved: Saved, rows: Rows, grad_value: Tensor, previous: Tensor | None) -> None:
-    """Fills ``grad_value`` with what ``rows`` give, and what is there already."""
-    sizes, (kernel_rows, steps) = rows.sizes, steps_of_own((saved.rpb.shape[1] + 1) // 2)
-    constants = types(saved, saved.grad, grad_value, rows.weights)
-    del constants["QUERY_CHANNELS"], constants["BLOCK_QUERY"]
+def grad_value_own(tensors: Tensors, rows: Rows, grad_value: Tensor, add: bool) -> None:
+    """Fills ``grad_value`` with what ``rows`` give, or adds it."""
+    sizes, (kernel_rows, steps) = rows.sizes, steps_of_own(tensors.kernel_size)
     heads = min(2, next_power_of_2(sizes.groups))
     tiles, head_blocks = sizes.height * ceil_divide(sizes.width, 16), ceil_divide(sizes.groups, heads)
-    arguments = {
-        "weights": view(rows.weights, "b g h k w c"),
-        "grad": view(saved.grad, "b g c h w"),
-        "previous": view(grad_value if previous is None else previous, "b g c h w"),
-        "grad_value": view(grad_value, "b g c h w"),
-        "sizes": sizes,
-        "tiles": tiles,
-        "head_blocks": head_blocks,
-        **constants,
-        "INPUTS": 16,
-        "OUTPUTS": 64,
-        "COLUMNS": min(32, block(min(sizes.width, constants["KERNEL"] + 15))),
-        "HEADS": heads,
-        "ROWS": kernel_rows,
-        "STEPS": steps,
-        "BLOCK_CHANNELS": block(saved.value.shape[2]),
-        "ADD": previous is not None,
-    }
     # One program per (tile of inputs, block of heads, batch entry).
-    grid = (tiles * head_blocks * sizes.batch,)
-    launch(_grad_value_own_kernel, grid, grad_value.device, arguments, num_warps=heads, num_stages=1)
+    launch_on(
+        tensors,
+        _grad_value_own_kernel,
+        tiles * head_blocks * sizes.batch,
+        weights=view(rows.weights, "b g h k w c"),
+        grad_value=view(grad_value, "b g c h w"),
+        sizes=sizes,
+        tiles=tiles,
+        head_blocks=head_blocks,
+        INPUTS=16,
+        OUTPUTS=64,
+        COLUMNS=min(32, block(min(sizes.width, tensors.kernel_size + 15))),
+        HEADS=heads,
+        ROWS=kernel_rows,
+        STEPS=steps,
+        BLOCK_CHANNELS=block(tensors.value.shape[2]),
+        ADD=add,
+        num_warps=heads,
+        num_stages=1,
+    )
 
 
-def grad_parameters_own(saved: Saved, rows: Rows, grad_projected: Tensor, previous: Tensor | None) -> Sums:
-    """Fills ``grad_projected`` with what ``rows`` give, and ``previous``; or leaves parts of it to be summed."""
-    sizes, constants = rows.sizes, types(saved, grad_projected, rows.weights)
-    batch, groups, height, width, first_row, last_row = sizes
-    kernel_size = constants["KERNEL"]
+def grad_parameters_own(tensors: Tensors, rows: Rows, grad_projected: Tensor, add: bool) -> Sums:
+    """Fills ``grad_projected`` with what ``rows`` give, or adds it; or leaves parts of it to be summed."""
+    batch, groups, height, width, first_row, last_row = rows.sizes
+    kernel_size, new_sums = tensors.kernel_size, tensors.statistics.new_empty
     kernel_rows, steps = steps_of_own(kernel_size)
     stored = kernel_size // kernel_rows * steps
     positions = min(64, next_power_of_2(stored))
     programs, count = ceil_divide(stored, positions) * groups * batch, last_row - first_row + 1
     several, parts = 1, None
-    if previous is None and programs < LEAST_PROGRAMS and grad_projected.permute(3, 0, 1, 2).is_contiguous():
+    if not add and programs < LEAST_PROGRAMS and grad_projected.permute(3, 0, 1, 2).is_contiguous():
         count = max(LEAST_ROWS, ceil_divide(count, LEAST_PROGRAMS // programs))
         several = ceil_divide(last_row - first_row + 1, count)
     if several > 1:
-        parts = saved.statistics.new_empty((several, kernel_size**2, *saved.query.shape[:3]))
+        parts = new_sums((several, kernel_size**2, *tensors.query.shape[:3]))
     first, last = (_class_of(row, height, kernel_size) for row in (first_row, last_row))
-    sums = saved.statistics.new_empty((several * batch, groups, last - first + 1, kernel_size + 1, stored))
-    del constants["CHANNELS"]
-    columns = max(block(kernel_size), min(64 if saved.value.dtype.itemsize == 2 else 32, block(width)))
-    arguments = {
-        "query": view(saved.query, "b g c h w"),
-        "grad_logits": view(rows.grad_logits, "b g h k w c"),
-        "previous": view(grad_projected if previous is None else previous, "b g c k"),
-        "grad_projected": view(grad_projected, "b g c k") if parts is None else view(parts, "h k b g c"),
-        "sums": view(sums, "b g h w k"),
-        "sizes": sizes,
-        "count": count,
-        **constants,
-        "ROWS": kernel_rows,
-        "STEPS": steps,
-        "COLUMNS": columns,
-        "POSITIONS": positions,
-        "ADD": previous is not None,
-    }
+    sums = new_sums((several * batch, groups, last - first + 1, kernel_size + 1, stored))
+    columns = max(block(kernel_size), min(64 if tensors.value.dtype.itemsize == 2 else 32, block(width)))
     # One program per (block of window positions, group, batch entry, part of the rows).
-    launch(
-        _grad_parameters_own_kernel, (programs * several,), sums.device, arguments,
-        num_warps=max(1, columns // 16), num_stages=1,
-    )  # fmt: skip
+    launch_on(
+        tensors,
+        _grad_parameters_own_kernel,
+        programs * several,
+        grad_logits=view(rows.grad_logits, "b g h k w c"),
+        grad_projected=view(grad_projected, "b g c k") if parts is None else view(parts, "h k b g c"),
+        sums=view(sums, "b g h w k"),
+        sizes=rows.sizes,
+        count=count,
+        ROWS=kernel_rows,
+        STEPS=steps,
+        COLUMNS=columns,
+        POSITIONS=positions,
+        ADD=add,
+        num_warps=max(1, columns // 16),
+        num_stages=1,
+    )
     # One row, or column, of a class is like a map of the window's size.
     step, of_map = (kernel_rows, steps), (first, last, kernel_size)
     return Sums(sums[:, :, :, :-1], sums[:, :, :, -1], step, of_map, kernel_size, parts)

@@ -15,50 +15,15 @@ inputs that these see, and all sums are matrix products; backward, on large maps
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from kernels.backend import interpreting
-from kernels.dtypes import precision, upcast
 from kernels.launch import ceil_divide, next_power_of_2
+from kernels.windows import windows_and_most
 
 OUTPUTS_PER_WINDOW = 16
-
-
-class Inputs(NamedTuple):
-    """What the forward pass of one kernel size reads."""
-
-    query: Tensor  # [B, G, Dq, H, W]
-    projected: Tensor  # [B, G, Dq, K²], in the accumulator's type
-    bias: Tensor  # [K²]
-    rpb: Tensor  # [G, 2K-1, 2K-1]
-    value: Tensor  # [B, G, Dv, H, W]
-
-
-class Saved(NamedTuple):
-    """What its backward pass reads."""
-
-    query: Tensor
-    projected: Tensor
-    bias: Tensor
-    rpb: Tensor
-    value: Tensor
-    grad: Tensor  # [B, G, Dv, H, W]
-    out: Tensor  # [B, G, Dv, H, W]
-    statistics: Tensor  # [B, G, H, W]: log Σ_k exp
-
-
-class Sizes(NamedTuple):
-    """Of a map, and the rows of outputs that a launch is about."""
-
-    batch: int
-    groups: int
-    height: int
-    width: int
-    first_row: int
-    last_row: int
 
 
 class Problem(NamedTuple):
@@ -74,14 +39,6 @@ class Problem(NamedTuple):
     outputs: int  # of a window, on average
 
 
-def problem_of(inputs: Inputs | Saved, *_: Any) -> Problem:
-    batch, groups, channels, height, width = inputs.value.shape
-    kernel_size = (inputs.rpb.shape[1] + 1) // 2
-    pixels, windows = height * width, (height - kernel_size + 1) * (width - kernel_size + 1)
-    query_channels, dtype = inputs.query.shape[2], inputs.value.dtype
-    return Problem(batch, groups, channels, query_channels, pixels, kernel_size, dtype, pixels // max(1, windows))
-
-
 def block(size: int) -> int:
     """A block that holds ``size`` elements and is a side of a matrix product."""
     return max(16, next_power_of_2(size))
@@ -90,18 +47,9 @@ def block(size: int) -> int:
 def shares_windows(height: int, width: int, kernel_size: int) -> bool:
     """Whether a clamped window serves at least 16 outputs on average, the least that fills a matrix product's rows; or
     tiles of 16 outputs are half full of those of a window that takes more than one step elsewhere."""
-    tiles, windows = tiles_and_windows(height, width, kernel_size, 16)
-    half_full = kernel_size > 5 and 2 * height * width >= OUTPUTS_PER_WINDOW * tiles * windows
+    windows, most = windows_and_most((kernel_size, kernel_size), height, width)
+    half_full = kernel_size > 5 and 2 * height * width >= OUTPUTS_PER_WINDOW * ceil_divide(most, 16) * windows
     return half_full or height * width >= OUTPUTS_PER_WINDOW * windows
-
-
-def tiles_and_windows(height: int, width: int, kernel_size: int, pixels: int) -> tuple[int, int]:
-    """How many tiles the outputs of a window fill, and how many windows there are.
-
-    At most K//2 + 1 outputs along an axis share a start, or all of them where the window is as long as the axis.
-    """
-    most = [length if length == kernel_size else kernel_size // 2 + 1 for length in (height, width)]
-    return ceil_divide(most[0] * most[1], pixels), (height - kernel_size + 1) * (width - kernel_size + 1)
 
 
 def is_band(problem: Problem, least: int = 7) -> bool:
@@ -287,16 +235,3 @@ def grad_own_heuristic(problem: Problem) -> Own:
         return config
     large = problem.kernel_size > 5 and problem.dtype.itemsize == 2
     return replace(config, pairs=16 if large else 8, images=1, num_stages=2 if large else 1)
-
-
-def types(inputs: Inputs | Saved, *others: Tensor) -> dict[str, Any]:
-    """The compile-time constants that all kernels take; ``others``, too, decide the offsets' type."""
-    query, value = inputs.query, inputs.value
-    return {
-        "KERNEL": (inputs.rpb.shape[1] + 1) // 2,
-        "QUERY_CHANNELS": query.shape[2],
-        "CHANNELS": value.shape[2],
-        **precision(value, query, *others),
-        "UPCAST": upcast(value.dtype),
-        "BLOCK_QUERY": block(query.shape[2]),
-    }

@@ -17,18 +17,20 @@ A program keeps the keys of its head and walks over blocks of tiles. As the band
 that is not finite reaches all outputs of a tile that sees it.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.contmix.arguments import Sizes, Tensors, launch_on, problem_of, reference_forward
 from kernels.contmix.bands import apart, as_left_side, largest, moved, order, packed
-from kernels.contmix.configs import TILES, Inputs, Sizes, Tiles, block, problem_of, tile_of, tiles_heuristic, types
-from kernels.contmix.forward_shared import forward_reference, views_of
+from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
 from kernels.contmix.tiles import at_head, cut_off, halves, key_scale
-from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
-from kernels.views import at, view
+from kernels.views import at
 from kernels.windows_triton import Pixels, offsets, window_start
 
 
@@ -227,33 +229,39 @@ def _forward_band_kernel(
         tl.store(sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=m_output)
 
 
-@tunable(TILES, tiles_heuristic, problem=problem_of, reference=forward_reference, name="contmix.band")
-def forward_band(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Tiles) -> Tensor:
-    """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
-    batch, groups, channels, height, width = inputs.value.shape
-    problem = problem_of(inputs)
-    seen, tile_columns = tile_of(problem)
+def band_arguments(tensors: Tensors, config: Tiles, sizes: Sizes) -> tuple[dict[str, Any], int]:
+    """What the kernels of bands take of these rows, and their programs: one per (blocks that it walks over, group,
+    batch entry)."""
+    seen, tile_columns = tile_of(problem_of(tensors))
     rows, columns = config.block_of(tile_columns)
-    blocks = ceil_divide(height, rows) * ceil_divide(width, columns)
-    walks = ceil_divide(blocks, max(1, config.programs // (groups * batch)))
+    images, outputs = sizes.groups * sizes.batch, (sizes.last_row - sizes.first_row + 1, sizes.width)
+    blocks = ceil_divide(outputs[0], rows) * ceil_divide(outputs[1], columns)
+    walks = ceil_divide(blocks, max(1, config.programs // images))
     programs = ceil_divide(blocks, walks)
     arguments = {
-        **views_of(inputs),
-        "out": view(out, "b g c h w"),
-        "statistics": view(statistics, "b g h w"),
-        **types(inputs, out),
-        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
+        "sizes": sizes,
         "programs": programs,
         "walks": walks,
         "TILES": config.tiles,
         "ACROSS": columns // tile_columns,
         "COLUMNS": tile_columns,
         "SEEN": seen,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return arguments, programs * images
+
+
+@tunable(TILES, tiles_heuristic, problem=problem_of, reference=reference_forward, name="contmix.band")
+def forward_band(tensors: Tensors, *, config: Tiles) -> Tensor:
+    """Fills ``out`` and ``statistics``."""
+    channels = tensors.value.shape[2]
+    arguments, programs = band_arguments(tensors, config, tensors.sizes)
+    seen, columns = arguments["SEEN"], arguments["COLUMNS"]
+    arguments |= {
         "STEP": min(64, 2048 // block(channels)) // seen,
-        "TABLE": next_power_of_2((2 * problem.kernel_size - 1) ** 2 + seen + tile_columns),
+        "TABLE": next_power_of_2((2 * tensors.kernel_size - 1) ** 2 + seen + columns),
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
     }
-    # One program per (blocks that it walks over, group, batch entry).
-    grid = (programs * groups * batch,)
-    launch(_forward_band_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
-    return out
+    launch_on(tensors, _forward_band_kernel, programs, **arguments)
+    return tensors.out

@@ -10,12 +10,14 @@ block per window position, and multiply the values that a pair sees: K + 1 of a 
 the last K, or the first K where its window is clamped to the first's.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.configs import OWN, Inputs, Own, Sizes, own_heuristic, problem_of, steps_of_own, types
-from kernels.contmix.forward_shared import forward_reference, views_of
+from kernels.contmix.arguments import Tensors, launch_on, problem_of, reference_forward
+from kernels.contmix.configs import OWN, Own, own_heuristic, steps_of_own
 from kernels.contmix.tiles import (
     halves,
     key_scale,
@@ -26,10 +28,10 @@ from kernels.contmix.tiles import (
     split,
     store_heads,
 )
-from kernels.launch import ceil_divide, launch, next_power_of_2
+from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
-from kernels.views import at, view
+from kernels.views import at
 from kernels.windows_triton import offsets
 
 
@@ -181,29 +183,33 @@ def _forward_own_kernel(
         tl.store(p_statistics, (b_max + tl.log2(b_total)) / LOG2_E, mask=m_statistics)
 
 
-@tunable(OWN, own_heuristic, problem=problem_of, reference=forward_reference, name="contmix.own")
-def forward_own(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Own) -> Tensor:
-    """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
-    batch, groups, channels, height, width = inputs.value.shape
-    rows, steps = steps_of_own((inputs.rpb.shape[1] + 1) // 2)
-    tiles, head_blocks = ceil_divide(height * ceil_divide(width, 2), config.pairs), ceil_divide(groups, config.heads)
+def own_arguments(tensors: Tensors, config: Own, tiles: int) -> tuple[dict[str, Any], int]:
+    """What the kernels of own windows take, and their programs: one per (tile of outputs, block of heads, images)."""
+    batch, groups, *_ = tensors.sizes
+    rows, steps = steps_of_own(tensors.kernel_size)
+    head_blocks = ceil_divide(groups, config.heads)
     arguments = {
-        **views_of(inputs),
-        "out": view(out, "b g c h w"),
-        "statistics": view(statistics, "b g h w"),
-        **types(inputs, out),
-        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
         "tiles": tiles,
         "head_blocks": head_blocks,
         "images": config.images,
-        "PAIRS": config.pairs,
         "HEADS": config.heads,
         "ROWS": rows,
         "STEPS": steps,
-        "LEVELS": steps.bit_length(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return arguments, tiles * head_blocks * ceil_divide(batch, config.images)
+
+
+@tunable(OWN, own_heuristic, problem=problem_of, reference=reference_forward, name="contmix.own")
+def forward_own(tensors: Tensors, *, config: Own) -> Tensor:
+    """Fills ``out`` and ``statistics``."""
+    channels, height, width = tensors.value.shape[2:]
+    arguments, programs = own_arguments(tensors, config, ceil_divide(height * ceil_divide(width, 2), config.pairs))
+    arguments |= {
+        "PAIRS": config.pairs,
+        "LEVELS": arguments["STEPS"].bit_length(),
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
     }
-    # One program per (tile of pairs, block of heads, images).
-    grid = (tiles * head_blocks * ceil_divide(batch, config.images),)
-    launch(_forward_own_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
-    return out
+    launch_on(tensors, _forward_own_kernel, programs, **arguments)
+    return tensors.out

@@ -15,24 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix import eager
-from kernels.contmix.configs import (
-    SHARED,
-    Inputs,
-    Saved,
-    Shared,
-    Sizes,
-    block,
-    problem_of,
-    shared_heuristic,
-    tiles_and_windows,
-    types,
-)
+from kernels.contmix.arguments import Tensors, launch_on, problem_of, reference_forward
+from kernels.contmix.configs import SHARED, Shared, block, shared_heuristic
 from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
-from kernels.launch import ceil_divide, launch
+from kernels.launch import ceil_divide
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
-from kernels.views import View, at, view
+from kernels.views import at
+from kernels.windows import windows_and_most
 from kernels.windows_triton import offsets, pixels_of_window
 
 
@@ -107,60 +97,29 @@ def _forward_shared_kernel(
         tl.store(sums.ptr + offsets(statistics, pixels, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=pixels.mask)
 
 
-AXES = {  # of the tensors of one kernel size
-    "query": "b g c h w",
-    "projected": "b g c k",
-    "bias": "k",
-    "rpb": "g h w",
-    "value": "b g c h w",
-    "grad": "b g c h w",
-    "out": "b g c h w",
-    "statistics": "b g h w",
-}
-
-
-def views_of(tensors: Inputs | Saved) -> dict[str, View]:
-    """The arguments that these tensors are, by name."""
-    return {name: view(tensor, AXES[name]) for name, tensor in tensors._asdict().items()}
-
-
-def shared_arguments(inputs: Inputs | Saved, config: Shared, *others: Tensor) -> dict[str, Any]:
-    """What all kernels of shared windows take; ``others`` as for ``types``."""
-    batch, groups, channels, height, width = inputs.value.shape
-    constants = types(inputs, *others)
-    tiles, windows = tiles_and_windows(height, width, constants["KERNEL"], config.pixels)
+def shared_arguments(tensors: Tensors, config: Shared) -> dict[str, Any]:
+    """What both kernels of shared windows take."""
+    kernel_size = tensors.kernel_size
+    windows, most = windows_and_most((kernel_size, kernel_size), *tensors.value.shape[3:])
     return {
-        **views_of(inputs),
-        "sizes": Sizes(batch, groups, height, width, 0, height - 1),
-        "tiles": tiles,
+        "tiles": ceil_divide(most, config.pixels),
         "windows": windows,
-        **constants,
+        "images": config.images,
         "PIXELS": config.pixels,
         "STEPS": config.steps,
-        "BLOCKS": ceil_divide(constants["KERNEL"] ** 2, config.steps),
-        "BLOCK_CHANNELS": block(channels),
+        "BLOCKS": ceil_divide(kernel_size**2, config.steps),
+        "BLOCK_CHANNELS": block(tensors.value.shape[2]),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
 
 
-def forward_reference(inputs: Inputs, *_: Tensor) -> Tensor:
-    """What the forward pass of one kernel size must return."""
-    query, projected, bias, rpb, value = inputs
-    return eager.contmix(query, projected, bias, [rpb], value[:, None], [(rpb.shape[1] + 1) // 2])[0][:, 0]
-
-
-@tunable(SHARED, shared_heuristic, problem=problem_of, reference=forward_reference, name="contmix.shared")
-def forward_shared(inputs: Inputs, out: Tensor, statistics: Tensor, *, config: Shared) -> Tensor:
-    """Fills ``out`` [B, G, Dv, H, W] and ``statistics`` [B, G, H, W]."""
-    batch, groups = out.shape[:2]
-    arguments = {
-        **shared_arguments(inputs, config, out),
-        "out": view(out, "b g c h w"),
-        "statistics": view(statistics, "b g h w"),
-        "images": config.images,
-    }
+@tunable(SHARED, shared_heuristic, problem=problem_of, reference=reference_forward, name="contmix.shared")
+def forward_shared(tensors: Tensors, *, config: Shared) -> Tensor:
+    """Fills ``out`` and ``statistics``."""
+    batch, groups, *_ = tensors.sizes
+    arguments = shared_arguments(tensors, config)
     # One program per (tile of outputs, window, group, images).
-    grid = (arguments["tiles"] * arguments["windows"] * groups * ceil_divide(batch, config.images),)
-    launch(
-        _forward_shared_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages
-    )
-    return out
+    programs = arguments["tiles"] * arguments["windows"] * groups * ceil_divide(batch, config.images)
+    launch_on(tensors, _forward_shared_kernel, programs, **arguments)
+    return tensors.out

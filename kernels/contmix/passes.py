@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contmix import eager
+from kernels.contmix.arguments import Targets, Tensors, problem_of
 from kernels.contmix.backward_parts import grad_own
-from kernels.contmix.backward_shared import Targets, backward_shared
-from kernels.contmix.configs import Inputs, Saved, is_band, problem_of, shares_windows
+from kernels.contmix.backward_shared import backward_shared
+from kernels.contmix.configs import is_band, shares_windows
 from kernels.contmix.forward_band import forward_band
 from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
@@ -54,12 +55,12 @@ def contmix(
     """(out like value; log Σ_k exp [B, M, G, H, W]), of tensors as the kernels read them."""
     out, statistics = eager.empty_outputs(value)
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
-        inputs = Inputs(query, *part, value[:, m])
+        tensors = Tensors(query, *part, value[:, m], out[:, m], statistics[:, m])
         if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
             forward = forward_shared
         else:
-            forward = forward_band if is_band(problem_of(inputs)) else forward_own
-        forward(inputs, out[:, m], statistics[:, m])
+            forward = forward_band if is_band(problem_of(tensors)) else forward_own
+        forward(tensors)
     return out, statistics
 
 
@@ -106,14 +107,14 @@ def _backward(
     previous = None
     gradients = eager.parts(grad_projected, grad_bias, grad_rpb, kernel_sizes)
     for m, (part, grads) in enumerate(zip(eager.parts(projected, bias, rpb, kernel_sizes), gradients, strict=True)):
-        saved = Saved(query, *part, value[:, m], grad[:, m], out[:, m], statistics[:, m])
+        tensors = Tensors(query, *part, value[:, m], out[:, m], statistics[:, m], grad[:, m])
         # Query's gradients of all sizes but the last are sums that the next one goes on with.
         last = m == len(kernel_sizes) - 1
         grad_of_size = grad_query if last else torch.empty_like(grad_query, dtype=statistics.dtype)
         targets = Targets(grad_of_size, grad_value[:, m], *grads, previous)
         if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
-            backward_shared(saved, targets)
+            backward_shared(tensors, targets)
         else:
-            grad_own(saved, targets)
+            grad_own(tensors, targets)
         previous = grad_of_size
     return grad_query, grad_value, grad_projected, grad_bias, *grad_rpb

@@ -13,19 +13,10 @@ from kernels.backend import interpreting
 from kernels.dtypes import multiplies
 from kernels.launch import next_power_of_2
 from kernels.views import alignment, view
-from kernels.windows import Window
+from kernels.windows import Window, windows_and_most
 
 # The least number of outputs that fill the rows of a matrix product.
 OUTPUTS_PER_WINDOW = 16
-
-
-def windows_and_most(window: Window, height: int, width: int) -> tuple[int, int]:
-    """How many clamped windows a map has, and how many outputs share the one that most do."""
-    kernel_h, kernel_w = window.kernel_size
-    rows, columns = (
-        length if length == size else size // 2 + 1 for length, size in ((height, kernel_h), (width, kernel_w))
-    )
-    return (height - kernel_h + 1) * (width - kernel_w + 1), rows * columns
 
 
 def shares_windows(kernel: Tensor, window: Window, height: int, width: int) -> bool:
@@ -35,7 +26,7 @@ def shares_windows(kernel: Tensor, window: Window, height: int, width: int) -> b
         return False
     if min(kernel.shape[2:4]) > 1 and kernel.stride(2) != kernel.shape[3] * kernel.stride(3):
         return False
-    return height * width >= OUTPUTS_PER_WINDOW * windows_and_most(window, height, width)[0]
+    return height * width >= OUTPUTS_PER_WINDOW * windows_and_most(window.kernel_size, height, width)[0]
 
 
 class SharedProblem(NamedTuple):
@@ -51,7 +42,10 @@ class SharedProblem(NamedTuple):
 
 def shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> SharedProblem:
     _, _, channels, height, width = features.shape
-    positions, most = window.kernel_size[0] * window.kernel_size[1], windows_and_most(window, height, width)[1]
+    positions, most = (
+        window.kernel_size[0] * window.kernel_size[1],
+        windows_and_most(window.kernel_size, height, width)[1],
+    )
     return SharedProblem(channels, height * width, positions, most, softmax, kernel.dtype)
 
 

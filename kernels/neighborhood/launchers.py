@@ -25,7 +25,7 @@ from kernels.tuning import tunable
 from kernels.tuning.choose import Launcher
 from kernels.views import View, alignment, view
 from kernels.window_parts import sum_parts
-from kernels.windows import Window
+from kernels.windows import Window, windows_and_most
 
 MOST_STEPS = 6  # of a shared window, held in registers at once
 
@@ -236,7 +236,7 @@ def _own_correlate(
 def _shared_cut(features: Tensor, window: Window, config: configs.SharedConfig) -> Cut:
     """One program per (tile of a window's outputs, window, group, batch entry)."""
     batch, groups, channels, height, width = features.shape
-    windows, most = configs.windows_and_most(window, height, width)
+    windows, most = windows_and_most(window.kernel_size, height, width)
     tiles = ceil_divide(most, config.block_outputs)
     constants = {
         "tiles": tiles,
