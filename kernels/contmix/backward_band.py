@@ -28,7 +28,7 @@ from kernels.contmix.forward_band import (
     position_table,
     query_of_ones,
 )
-from kernels.contmix.tiles import at_head, key_scale
+from kernels.contmix.tiles import at_head, key_scale, load_pixels, store_pixels
 from kernels.launch import next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -89,10 +89,9 @@ def _grad_logits_band_kernel(
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
     o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
-    o_tile, o_query, o_channel = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET), tl.arange(0, BLOCK_CHANNELS)
+    o_tile, o_query = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET)
     o_input, o_plane = tl.arange(0, TILES * PLANE), tl.arange(0, PLANE)
     o_seen_tile, o_seen = o_input // PLANE, o_input % PLANE
-    m_channel = (o_channel < CHANNELS)[None, :]
     for i_walk in range(i_walks, i_walks + walks):
         i_block = tl.minimum(i_walk, blocks - 1)
         row = first_row + i_block // blocks_w * (TILES // ACROSS * ROWS)
@@ -115,17 +114,13 @@ def _grad_logits_band_kernel(
         m_query = (right[:, None] == (o_flat // BLOCK_QUERY)[None, :]) & (o_query < QUERY_CHANNELS)[None, :]
         b_query = tl.load(p_query, mask=m_query, other=0)
         # [M, Dv]; outputs that are not there have no gradient
-        p_grad = grads.ptr + offsets(grads, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * grads.c)[None, :]
-        b_grad = tl.load(p_grad, mask=m_output[:, None] & m_channel, other=0)
-        p_out = outs.ptr + offsets(outs, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * outs.c)[None, :]
-        b_out = tl.load(p_out, mask=m_output[:, None] & m_channel, other=0)
+        b_grad = load_pixels(grads, offsets(grads, outputs, OFFSET), m_output, CHANNELS, BLOCK_CHANNELS)
+        b_out = load_pixels(outs, offsets(outs, outputs, OFFSET), m_output, CHANNELS, BLOCK_CHANNELS)
         b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
         b_statistics = tl.load(sums.ptr + offsets(statistics, outputs, OFFSET)) * LOG2_E
-        o_q = tl.arange(0, BLOCK_QUERY)
-        m_target = m_output[:, None] & (o_q < QUERY_CHANNELS)[None, :]
         if ADD:
-            p_previous = at(previous, i_batch, i_group).ptr + offsets(previous, outputs, OFFSET)[:, None]
-            b_previous = tl.load(p_previous + (o_q.to(OFFSET) * previous.c)[None, :], mask=m_target, other=0)
+            added = at_head(previous, i_batch, i_group, QUERY_CHANNELS)
+            b_added = load_pixels(added, offsets(added, outputs, OFFSET), m_output, QUERY_CHANNELS, BLOCK_QUERY)
         b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
 
         o_stored = (o_row - first_row).to(OFFSET) * weights.h + o_column.to(OFFSET) * weights.w
@@ -151,8 +146,7 @@ def _grad_logits_band_kernel(
             b_products = tl.zeros([TILES, 16, PLANE], ACCUMULATOR) - tl.reshape(b_delta, [TILES, 16, 1])
             o_h = seen_h + i * ROWS
             o_value = o_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
-            p_value = values.ptr + o_value[:, None] + (o_channel.to(OFFSET) * values.c)[None, :]
-            b_value = tl.load(p_value, mask=(m_seen & (o_h >= 0) & (o_h < height))[:, None] & m_channel, other=0)
+            b_value = load_pixels(values, o_value, m_seen & (o_h >= 0) & (o_h < height), CHANNELS, BLOCK_CHANNELS)
             b_value = tl.permute(tl.reshape(b_value, [TILES, PLANE, BLOCK_CHANNELS]), [0, 2, 1])
             b_products = dot(tl.reshape(b_grad, [TILES, 16, BLOCK_CHANNELS]), b_value, b_products, UPCAST)
             b_weight = together(shifted(rows[i * ROWS : i * ROWS + 2 * ROWS - 1], down, ROWS, False))
@@ -175,9 +169,8 @@ def _grad_logits_band_kernel(
         b_sum = tl.where(right[:, None] == (o_flat // BLOCK_QUERY)[None, :], b_sum, 0.0)
         b_sum = tl.sum(tl.reshape(b_sum, [OUTPUTS, COLUMNS, BLOCK_QUERY]), 1) * key_scale(dtype)
         if ADD:
-            b_sum += b_previous
-        p_target = targets.ptr + offsets(targets, outputs, OFFSET)[:, None] + (o_q.to(OFFSET) * targets.c)[None, :]
-        tl.store(p_target, b_sum.to(grad_query.ptr.dtype.element_ty), mask=m_target)
+            b_sum += b_added
+        store_pixels(targets, offsets(targets, outputs, OFFSET), m_output, b_sum, QUERY_CHANNELS)
 
 
 @tunable(

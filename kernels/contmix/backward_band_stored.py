@@ -84,13 +84,11 @@ def _grad_value_band_kernel(
     o_row = i_row * ROWS - KERNEL // 2 + o_input % 16 // COLUMNS
     o_column = (i_column + o_input // 16) * COLUMNS - KERNEL // 2 + o_input % COLUMNS
     m_input = (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
-    m_target = m_input[:, None] & m_channel
     target = at_head(grad_value, i_batch, i_group, CHANNELS)
     o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
-    p_target = target.ptr + o_target[:, None] + (o_channel.to(OFFSET) * target.c)[None, :]
     if ADD:
-        b_sum += tl.load(p_target, mask=m_target, other=0)
-    tl.store(p_target, b_sum.to(grad_value.ptr.dtype.element_ty), mask=m_target)
+        b_sum += load_pixels(target, o_target, m_input, CHANNELS, BLOCK_CHANNELS)
+    store_pixels(target, o_target, m_input, b_sum, CHANNELS)
 
 
 @triton.jit

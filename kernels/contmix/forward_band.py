@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.contmix.arguments import Sizes, Tensors, launch_on, problem_of, reference_forward
 from kernels.contmix.bands import apart, as_left_side, largest, moved, order, packed
 from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
-from kernels.contmix.tiles import at_head, cut_off, halves, key_scale
+from kernels.contmix.tiles import at_head, cut_off, halves, key_scale, load_pixels, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -170,7 +170,7 @@ def _forward_band_kernel(
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
     o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
-    o_tile, o_query, o_channel = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET), tl.arange(0, BLOCK_CHANNELS)
+    o_tile, o_query = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET)
     o_input = tl.arange(0, TILES * STEP * SEEN)
     o_seen_tile, o_seen = o_input // (STEP * SEEN), order(o_input % (STEP * SEEN))
     for i_walk in range(i_walks, i_walks + walks):
@@ -217,15 +217,12 @@ def _forward_band_kernel(
         for i in tl.static_range(len(rows) // STEP):
             o_h = seen_h + i * STEP
             o_value = o_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
-            p_value = values.ptr + o_value[:, None] + (o_channel.to(OFFSET) * values.c)[None, :]
-            m_value = (m_seen & (o_h < height))[:, None] & (o_channel < CHANNELS)[None, :]
-            b_value = tl.reshape(tl.load(p_value, mask=m_value, other=0), [TILES, STEP * SEEN, BLOCK_CHANNELS])
+            b_value = load_pixels(values, o_value, m_seen & (o_h < height), CHANNELS, BLOCK_CHANNELS)
+            b_value = tl.reshape(b_value, [TILES, STEP * SEEN, BLOCK_CHANNELS])
             b_weight = as_left_side(rows[i * STEP : i * STEP + STEP], dtype)
             b_sum = dot(tl.reshape(b_weight, [TILES, 16, STEP * SEEN]), b_value, b_sum, UPCAST)
         b_sum = tl.reshape(b_sum, [OUTPUTS, BLOCK_CHANNELS]) / b_total[:, None]
-        p_out = outs.ptr + offsets(outs, outputs, OFFSET)[:, None] + (o_channel.to(OFFSET) * outs.c)[None, :]
-        m_out = m_output[:, None] & (o_channel < CHANNELS)[None, :]
-        tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
+        store_pixels(outs, offsets(outs, outputs, OFFSET), m_output, b_sum, CHANNELS)
         tl.store(sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=m_output)
 
 

@@ -52,52 +52,50 @@ def pixels_of_tile(row, column, o_output, last_row, height, width, KERNEL: tl.co
 
 
 @triton.jit
-def load_heads(view, o_pixel, m_pixel, i_head, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """[P, heads, C] of a map [G, C, ...]; read as [P, heads · C], one axis for all that is adjacent in memory."""
+def _pointers_of_heads(view, o_pixel, i_head, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """[P, heads · C] of a map [G, C, ...], one axis for all that is adjacent in memory, and which there are."""
     o_flat = tl.arange(0, HEADS * BLOCK)
     o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
+    o_flat = o_head * aligned(view.g, CHANNELS) + o_channel * view.c
     m_flat = (o_head < heads) & (o_channel < CHANNELS)
-    p_flat = (
-        view.ptr
-        + aligned(o_pixel, CHANNELS)[:, None]
-        + (o_head * aligned(view.g, CHANNELS) + o_channel * view.c)[None, :]
-    )
-    b_flat = tl.load(p_flat, mask=m_pixel[:, None] & m_flat[None, :], other=0)
-    return tl.reshape(b_flat, [o_pixel.shape[0], HEADS, BLOCK])
+    return view.ptr + aligned(o_pixel, CHANNELS)[:, None] + o_flat[None, :], m_flat[None, :]
+
+
+@triton.jit
+def load_heads(view, o_pixel, m_pixel, i_head, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """[P, heads, C] of a map [G, C, ...]."""
+    p_flat, m_flat = _pointers_of_heads(view, o_pixel, i_head, heads, CHANNELS, HEADS, BLOCK)
+    return tl.reshape(tl.load(p_flat, mask=m_pixel[:, None] & m_flat, other=0), [o_pixel.shape[0], HEADS, BLOCK])
 
 
 @triton.jit
 def store_heads(view, o_pixel, m_pixel, i_head, heads, b_heads, CHANNELS: tl.constexpr):
     """The inverse of ``load_heads``."""
-    HEADS: tl.constexpr = b_heads.shape[1]
-    BLOCK: tl.constexpr = b_heads.shape[2]
-    o_flat = tl.arange(0, HEADS * BLOCK)
-    o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
-    m_flat = (o_head < heads) & (o_channel < CHANNELS)
-    p_flat = (
-        view.ptr
-        + aligned(o_pixel, CHANNELS)[:, None]
-        + (o_head * aligned(view.g, CHANNELS) + o_channel * view.c)[None, :]
-    )
-    b_flat = tl.reshape(b_heads, [b_heads.shape[0], HEADS * BLOCK]).to(view.ptr.dtype.element_ty)
-    tl.store(p_flat, b_flat, mask=m_pixel[:, None] & m_flat[None, :])
+    p_flat, m_flat = _pointers_of_heads(view, o_pixel, i_head, heads, CHANNELS, b_heads.shape[1], b_heads.shape[2])
+    b_flat = tl.reshape(b_heads, p_flat.shape).to(view.ptr.dtype.element_ty)
+    tl.store(p_flat, b_flat, mask=m_pixel[:, None] & m_flat)
+
+
+@triton.jit
+def _pointers(view, o_pixel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """[P, C] of a map [C, ...], and which there are."""
+    o_channel = tl.arange(0, BLOCK)
+    p_pixel = view.ptr + aligned(o_pixel, CHANNELS)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    return p_pixel, (o_channel < CHANNELS)[None, :]
 
 
 @triton.jit
 def load_pixels(view, o_pixel, m_pixel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """[P, C] of a map [C, ...]."""
-    o_channel = tl.arange(0, BLOCK)
-    p_pixel = view.ptr + aligned(o_pixel, CHANNELS)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
-    return tl.load(p_pixel, mask=m_pixel[:, None] & (o_channel < CHANNELS)[None, :], other=0)
+    p_pixel, m_channel = _pointers(view, o_pixel, CHANNELS, BLOCK)
+    return tl.load(p_pixel, mask=m_pixel[:, None] & m_channel, other=0)
 
 
 @triton.jit
 def store_pixels(view, o_pixel, m_pixel, b_pixels, CHANNELS: tl.constexpr):
     """The inverse of ``load_pixels``."""
-    o_channel = tl.arange(0, b_pixels.shape[1])
-    p_pixel = view.ptr + aligned(o_pixel, CHANNELS)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
-    m_pixels = m_pixel[:, None] & (o_channel < CHANNELS)[None, :]
-    tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=m_pixels)
+    p_pixel, m_channel = _pointers(view, o_pixel, CHANNELS, b_pixels.shape[1])
+    tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=m_pixel[:, None] & m_channel)
 
 
 @triton.jit
