@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.arguments import Rows, Tensors, adding, launch_on, problem_of, reference_gradients
-from kernels.contmix.bands import apart, first_seen, rows_of_block, shifted, together
+from kernels.contmix.bands import apart, first_seen, load_moved, outputs_of_block, rows_of_block, shifted, together
 from kernels.contmix.configs import TILES, Tiles, block, grad_tiles_heuristic
 from kernels.contmix.forward_band import (
     band_arguments,
@@ -33,7 +33,7 @@ from kernels.launch import next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
-from kernels.windows_triton import Pixels, offsets, window_start
+from kernels.windows_triton import offsets
 
 
 @triton.jit
@@ -75,8 +75,6 @@ def _grad_logits_band_kernel(
     grads, targets = at_head(grad, i_batch, i_group, CHANNELS), at_head(grad_query, i_batch, i_group, QUERY_CHANNELS)
     sums = at(statistics, i_batch, i_group)
     weights, grad_logits = at(weights, i_batch, i_group), at(grad_logits, i_batch, i_group)
-    blocks_w = tl.cdiv(width, ACROSS * COLUMNS)
-    blocks = blocks_w * tl.cdiv(last_row + 1 - first_row, TILES // ACROSS * ROWS)
 
     keys_of_rows, bias_of_rows = (), ()
     for i in tl.static_range(BLOCKS):
@@ -88,44 +86,36 @@ def _grad_logits_band_kernel(
         keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
-    o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
-    o_tile, o_query = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET)
-    o_input, o_plane = tl.arange(0, TILES * PLANE), tl.arange(0, PLANE)
+    o_flat, o_input, o_plane = tl.arange(0, COLUMNS * BLOCK_QUERY), tl.arange(0, TILES * PLANE), tl.arange(0, PLANE)
     o_seen_tile, o_seen = o_input // PLANE, o_input % PLANE
     for i_walk in range(i_walks, i_walks + walks):
-        i_block = tl.minimum(i_walk, blocks - 1)
-        row = first_row + i_block // blocks_w * (TILES // ACROSS * ROWS)
-        column = i_block % blocks_w * (ACROSS * COLUMNS)
-        o_row = row + o_tile // ACROSS * ROWS + o_output % 16 // COLUMNS
-        o_column = column + o_tile % ACROSS * COLUMNS + o_output % COLUMNS
-        m_output = (i_walk < blocks) & (o_row <= last_row) & (o_column < width)
-        o_row, o_column = tl.minimum(o_row, last_row), tl.minimum(o_column, width - 1)
-        start_h, start_w = window_start(o_row, height, KERNEL, 1), window_start(o_column, width, KERNEL, 1)
-        outputs = Pixels(o_row, o_column, m_output, start_h, start_w)
-        down = start_h - first_seen(o_row, height, KERNEL, ROWS)
-        right = start_w - first_seen(o_column, width, KERNEL, COLUMNS)
+        row, column, outputs = outputs_of_block(
+            i_walk, first_row, last_row, height, width, KERNEL, TILES, ACROSS, COLUMNS
+        )
+        down = outputs.start_h - first_seen(outputs.row, height, KERNEL, ROWS)
+        right = outputs.start_w - first_seen(outputs.column, width, KERNEL, COLUMNS)
         seen_row = tl.minimum(row + o_seen_tile // ACROSS * ROWS, last_row)
         seen_column = tl.minimum(column + o_seen_tile % ACROSS * COLUMNS, width - 1)
         seen_h = first_seen(seen_row, height, KERNEL, ROWS) + o_seen // SEEN
         seen_w = first_seen(seen_column, width, KERNEL, COLUMNS) + o_seen % SEEN
         m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w >= 0) & (seen_w < width)
         # [M, COLUMNS · Dq]
-        p_query = queries.ptr + offsets(queries, outputs, OFFSET)[:, None] + (o_query * queries.c)[None, :]
-        m_query = (right[:, None] == (o_flat // BLOCK_QUERY)[None, :]) & (o_query < QUERY_CHANNELS)[None, :]
-        b_query = tl.load(p_query, mask=m_query, other=0)
+        o_query = offsets(queries, outputs, OFFSET)
+        b_query = load_moved(queries, o_query, outputs.mask | True, right, QUERY_CHANNELS, COLUMNS, BLOCK_QUERY)
         # [M, Dv]; outputs that are not there have no gradient
-        b_grad = load_pixels(grads, offsets(grads, outputs, OFFSET), m_output, CHANNELS, BLOCK_CHANNELS)
-        b_out = load_pixels(outs, offsets(outs, outputs, OFFSET), m_output, CHANNELS, BLOCK_CHANNELS)
+        b_grad = load_pixels(grads, offsets(grads, outputs, OFFSET), outputs.mask, CHANNELS, BLOCK_CHANNELS)
+        b_out = load_pixels(outs, offsets(outs, outputs, OFFSET), outputs.mask, CHANNELS, BLOCK_CHANNELS)
         b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
         b_statistics = tl.load(sums.ptr + offsets(statistics, outputs, OFFSET)) * LOG2_E
         if ADD:
             added = at_head(previous, i_batch, i_group, QUERY_CHANNELS)
-            b_added = load_pixels(added, offsets(added, outputs, OFFSET), m_output, QUERY_CHANNELS, BLOCK_QUERY)
+            b_added = load_pixels(added, offsets(added, outputs, OFFSET), outputs.mask, QUERY_CHANNELS, BLOCK_QUERY)
         b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
 
-        o_stored = (o_row - first_row).to(OFFSET) * weights.h + o_column.to(OFFSET) * weights.w
+        o_row = (outputs.row - first_row).to(OFFSET)
+        o_stored = o_row * weights.h + outputs.column.to(OFFSET) * weights.w
         p_weight = weights.ptr + o_stored[:, None] + o_plane[None, :]
-        o_stored = (o_row - first_row).to(OFFSET) * grad_logits.h + o_column.to(OFFSET) * grad_logits.w
+        o_stored = o_row * grad_logits.h + outputs.column.to(OFFSET) * grad_logits.w
         p_logits = grad_logits.ptr + o_stored[:, None]
         b_nothing = tl.zeros([OUTPUTS, SEEN], ACCUMULATOR)
         rows, products = (), ()
@@ -154,7 +144,7 @@ def _grad_logits_band_kernel(
             # Inputs of a plane tile by tile
             b_weight = tl.reshape(b_weight, [OUTPUTS, ROWS, SEEN // COLUMNS, COLUMNS])
             b_weight = tl.reshape(tl.permute(b_weight, [0, 2, 1, 3]), [OUTPUTS, PLANE])
-            tl.store(p_weight + i * PLANE, b_weight.to(dtype), mask=m_output[:, None])
+            tl.store(p_weight + i * PLANE, b_weight.to(dtype), mask=outputs.mask[:, None])
             if i == PLANES - 1 and KERNEL % ROWS == 1:
                 for _ in tl.static_range(rows_of_block(KERNEL, ROWS, SEEN, BLOCKS - 1) - 1):
                     products = products + (b_nothing,)
@@ -163,14 +153,14 @@ def _grad_logits_band_kernel(
                     b_rows = products[j * ROWS : j * ROWS + rows_of_block(KERNEL, ROWS, SEEN, j) + ROWS - 1]
                     b_grad_logits = together(shifted(b_rows, down, ROWS, True)).to(dtype)
                     o_step = j * PLANE + tl.arange(0, b_grad_logits.shape[1])
-                    tl.store(p_logits + o_step[None, :], b_grad_logits, mask=m_output[:, None])
+                    tl.store(p_logits + o_step[None, :], b_grad_logits, mask=outputs.mask[:, None])
                     b_sum = dot(b_grad_logits, keys_of_rows[j][0], b_sum, UPCAST)
         # Of an output's part alone
         b_sum = tl.where(right[:, None] == (o_flat // BLOCK_QUERY)[None, :], b_sum, 0.0)
         b_sum = tl.sum(tl.reshape(b_sum, [OUTPUTS, COLUMNS, BLOCK_QUERY]), 1) * key_scale(dtype)
         if ADD:
             b_sum += b_added
-        store_pixels(targets, offsets(targets, outputs, OFFSET), m_output, b_sum, QUERY_CHANNELS)
+        store_pixels(targets, offsets(targets, outputs, OFFSET), outputs.mask, b_sum, QUERY_CHANNELS)
 
 
 @tunable(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.contmix.arguments import Rows, Tensors, launch_on, problem_of
 from kernels.contmix.backward_tables import Sums
-from kernels.contmix.bands import first_block, first_seen
+from kernels.contmix.bands import first_block, first_seen, load_moved
 from kernels.contmix.configs import block, tile_of
 from kernels.contmix.tiles import at_head, load_pixels, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
@@ -119,8 +119,7 @@ def _grad_parameters_band_kernel(
     queries, logits = at(query, i_batch, i_group), at(grad_logits, i_batch, i_group)
     sums, totals = at(sums, i_batch, i_group), at(totals, i_batch, i_group)
     o_stored, o_output = i_block * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, OUTPUTS)
-    o_entry, o_flat = tl.arange(0, BLOCK_ENTRIES), tl.arange(0, COLUMNS * BLOCK_QUERY)
-    o_channel, m_stored = o_flat % BLOCK_QUERY, o_stored < STORED
+    o_entry, m_stored = tl.arange(0, BLOCK_ENTRIES), o_stored < STORED
     # [S, SEEN + COLUMNS]: totals of windows that begin x columns into what is stored lie x entries to the left.
     o_total = tl.maximum(o_entry - SEEN, 0)
     m_sum = m_stored[:, None] & (o_entry < SEEN)[None, :]
@@ -152,9 +151,7 @@ def _grad_parameters_band_kernel(
             m_logits = m_output[:, None] & m_stored[None, :]
             b_grad_logits = tl.trans(tl.load(logits.ptr + o_step[:, None] + o_stored[None, :], mask=m_logits, other=0))
             o_query = o_row.to(OFFSET) * queries.h + o_column.to(OFFSET) * queries.w
-            p_query = queries.ptr + o_query[:, None] + (o_channel.to(OFFSET) * queries.c)[None, :]
-            m_query = m_output[:, None] & (right[:, None] == (o_flat // BLOCK_QUERY)[None, :])
-            b_query = tl.load(p_query, mask=m_query & (o_channel < QUERY_CHANNELS)[None, :], other=0)
+            b_query = load_moved(queries, o_query, m_output, right, QUERY_CHANNELS, COLUMNS, BLOCK_QUERY)
             b_projected = dot(b_grad_logits, b_query, b_projected, UPCAST)
             o_ones = (1 << (o_column - o_first)) | (1 << (SEEN + right))
             b_one = tl.where((o_ones[None, :] >> o_entry[:, None]) & 1 == 1, 1.0, 0.0).to(b_query.dtype)

@@ -10,6 +10,8 @@ Two adjacent weights are one number of 32 bits. Nothing here leaves a thread's r
 import triton
 import triton.language as tl
 
+from kernels.windows_triton import Pixels, window_start
+
 
 @triton.jit
 def packed(b, dtype: tl.constexpr):
@@ -128,6 +130,37 @@ def first_block(i_tile, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
 def first_seen(o_output, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
     """The first input of that block, which may be less than 0; the window's first where TILE is 1."""
     return first_block(o_output // TILE, length, KERNEL, TILE) * TILE - KERNEL // 2
+
+
+@triton.jit
+def outputs_of_block(
+    i_block, first_row, last_row, height, width,
+    KERNEL: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a block of TILES tiles, ACROSS of them side by side, COLUMNS outputs each; behind the block's own
+    first row and column. Of a block that is not there none are."""
+    ROWS: tl.constexpr = 16 // COLUMNS
+    blocks_w = tl.cdiv(width, ACROSS * COLUMNS)
+    blocks = blocks_w * tl.cdiv(last_row + 1 - first_row, TILES // ACROSS * ROWS)
+    i_inside = tl.minimum(i_block, blocks - 1)
+    row = first_row + i_inside // blocks_w * (TILES // ACROSS * ROWS)
+    column = i_inside % blocks_w * (ACROSS * COLUMNS)
+    o_output = tl.arange(0, 16 * TILES)
+    o_row = row + o_output // 16 // ACROSS * ROWS + o_output % 16 // COLUMNS
+    o_column = column + o_output // 16 % ACROSS * COLUMNS + o_output % COLUMNS
+    mask = (i_block < blocks) & (o_row <= last_row) & (o_column < width)
+    o_row, o_column = tl.minimum(o_row, last_row), tl.minimum(o_column, width - 1)
+    start_h, start_w = window_start(o_row, height, KERNEL, 1), window_start(o_column, width, KERNEL, 1)
+    return row, column, Pixels(o_row, o_column, mask, start_h, start_w)
+
+
+@triton.jit
+def load_moved(view, o_pixel, m_pixel, right, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """[M, COLUMNS · C] of a map [C, ...]: each pixel's channels in the place of column ``right``, zeros elsewhere."""
+    o_flat = tl.arange(0, COLUMNS * BLOCK)
+    o_channel = (o_flat % BLOCK).to(o_pixel.dtype)
+    m_flat = m_pixel[:, None] & (right[:, None] == (o_flat // BLOCK)[None, :]) & (o_channel < CHANNELS)[None, :]
+    return tl.load(view.ptr + o_pixel[:, None] + (o_channel * view.c)[None, :], mask=m_flat, other=0)
 
 
 @triton.jit

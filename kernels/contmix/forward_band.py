@@ -24,14 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.arguments import Sizes, Tensors, launch_on, problem_of, reference_forward
-from kernels.contmix.bands import apart, as_left_side, largest, moved, order, packed
+from kernels.contmix.bands import apart, as_left_side, largest, load_moved, moved, order, outputs_of_block, packed
 from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
 from kernels.contmix.tiles import at_head, cut_off, halves, key_scale, load_pixels, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at
-from kernels.windows_triton import Pixels, offsets, window_start
+from kernels.windows_triton import offsets, window_start
 
 
 @triton.jit
@@ -155,8 +155,6 @@ def _forward_band_kernel(
     keys = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
     values, outs = at_head(value, i_batch, i_group, CHANNELS), at_head(out, i_batch, i_group, CHANNELS)
     sums = at(statistics, i_batch, i_group)
-    blocks_w = tl.cdiv(width, ACROSS * COLUMNS)
-    blocks = blocks_w * tl.cdiv(height, TILES // ACROSS * ROWS)
 
     keys_of_rows, bias_of_rows = (), ()
     for level in tl.static_range(4):
@@ -169,28 +167,18 @@ def _forward_band_kernel(
             keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
-    o_output, o_flat = tl.arange(0, OUTPUTS), tl.arange(0, COLUMNS * BLOCK_QUERY)
-    o_tile, o_query = o_output // 16, (o_flat % BLOCK_QUERY).to(OFFSET)
-    o_input = tl.arange(0, TILES * STEP * SEEN)
+    o_tile, o_input = tl.arange(0, OUTPUTS) // 16, tl.arange(0, TILES * STEP * SEEN)
     o_seen_tile, o_seen = o_input // (STEP * SEEN), order(o_input % (STEP * SEEN))
     for i_walk in range(i_walks, i_walks + walks):
-        i_block = tl.minimum(i_walk, blocks - 1)
-        row, column = i_block // blocks_w * (TILES // ACROSS * ROWS), i_block % blocks_w * (ACROSS * COLUMNS)
-        tile_row, tile_column = row + o_tile // ACROSS * ROWS, column + o_tile % ACROSS * COLUMNS
-        o_row, o_column = tile_row + o_output % 16 // COLUMNS, tile_column + o_output % COLUMNS
-        m_output = (i_walk < blocks) & (o_row < height) & (o_column < width)
-        o_row, o_column = tl.minimum(o_row, height - 1), tl.minimum(o_column, width - 1)
-        start_h, start_w = window_start(o_row, height, KERNEL, 1), window_start(o_column, width, KERNEL, 1)
-        outputs = Pixels(o_row, o_column, m_output, start_h, start_w)
-        down = start_h - window_start(tile_row, height, KERNEL, 1)
-        right = start_w - window_start(tile_column, width, KERNEL, 1)
+        row, column, outputs = outputs_of_block(i_walk, 0, height - 1, height, width, KERNEL, TILES, ACROSS, COLUMNS)
+        down = outputs.start_h - window_start(row + o_tile // ACROSS * ROWS, height, KERNEL, 1)
+        right = outputs.start_w - window_start(column + o_tile % ACROSS * COLUMNS, width, KERNEL, 1)
         seen_h = window_start(row + o_seen_tile // ACROSS * ROWS, height, KERNEL, 1) + o_seen // SEEN
         seen_w = window_start(column + o_seen_tile % ACROSS * COLUMNS, width, KERNEL, 1) + o_seen % SEEN
         m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w < width)
         # [M, COLUMNS · Dq]
-        p_query = queries.ptr + offsets(queries, outputs, OFFSET)[:, None] + (o_query * queries.c)[None, :]
-        m_query = (right[:, None] == (o_flat // BLOCK_QUERY)[None, :]) & (o_query < QUERY_CHANNELS)[None, :]
-        b_query = tl.load(p_query, mask=m_query, other=0)
+        o_query = offsets(queries, outputs, OFFSET)
+        b_query = load_moved(queries, o_query, outputs.mask | True, right, QUERY_CHANNELS, COLUMNS, BLOCK_QUERY)
         b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
 
         logits = ()
@@ -222,8 +210,10 @@ def _forward_band_kernel(
             b_weight = as_left_side(rows[i * STEP : i * STEP + STEP], dtype)
             b_sum = dot(tl.reshape(b_weight, [TILES, 16, STEP * SEEN]), b_value, b_sum, UPCAST)
         b_sum = tl.reshape(b_sum, [OUTPUTS, BLOCK_CHANNELS]) / b_total[:, None]
-        store_pixels(outs, offsets(outs, outputs, OFFSET), m_output, b_sum, CHANNELS)
-        tl.store(sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=m_output)
+        store_pixels(outs, offsets(outs, outputs, OFFSET), outputs.mask, b_sum, CHANNELS)
+        tl.store(
+            sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=outputs.mask
+        )
 
 
 def band_arguments(tensors: Tensors, config: Tiles, sizes: Sizes) -> tuple[dict[str, Any], int]:
