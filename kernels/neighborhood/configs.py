@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,14 +20,28 @@ from kernels.windows import Window, windows_and_most
 OUTPUTS_PER_WINDOW = 16
 
 
-def shares_windows(kernel: Tensor, window: Window, height: int, width: int) -> bool:
+def shares_windows(kernel: Tensor, window: Window, features: Tensor) -> bool:
     """Whether windows serve at least 16 outputs each on average, and ``kernel`` [B, G, Kh, Kw, H, W] has one stride
     along them and a type whose matrices may be multiplied."""
     if not window.clamped or window.dilation != (1, 1) or not multiplies(kernel.dtype):
         return False
     if min(kernel.shape[2:4]) > 1 and kernel.stride(2) != kernel.shape[3] * kernel.stride(3):
         return False
+    height, width = features.shape[3:]
     return height * width >= OUTPUTS_PER_WINDOW * windows_and_most(window.kernel_size, height, width)[0]
+
+
+class Weights(NamedTuple):
+    """A dynamic kernel; or logits, with ``statistics``, whose softmax every launch takes for itself."""
+
+    kernel: Tensor  # [B, G, Kh, Kw, H, W]
+    rpb: Tensor | None = None  # [G, 2Kh-1, 2Kw-1], added to logits
+    out: Tensor | None = None  # [B, G, C, H, W]: mix of a softmax, which fills this and the next
+    statistics: Tensor | None = None  # [B, G, H, W]: log Σ_k exp
+
+    @property
+    def softmax(self) -> bool:
+        return self.statistics is not None
 
 
 class SharedProblem(NamedTuple):
@@ -36,17 +51,19 @@ class SharedProblem(NamedTuple):
     pixels: int
     positions: int
     outputs: int  # that share a window, at most
-    softmax: bool  # of logits
+    weighted: bool  # there are weights
+    softmax: bool  # made of logits
+    correlated: bool  # products of outputs and inputs are written
     dtype: torch.dtype
 
 
-def shared_problem(kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> SharedProblem:
+def shared_problem(
+    features: Tensor, weights: Weights | None, window: Window, target: Tensor | None = None
+) -> SharedProblem:
     _, _, channels, height, width = features.shape
-    positions, most = (
-        window.kernel_size[0] * window.kernel_size[1],
-        windows_and_most(window.kernel_size, height, width)[1],
-    )
-    return SharedProblem(channels, height * width, positions, most, softmax, kernel.dtype)
+    positions, most = math.prod(window.kernel_size), windows_and_most(window.kernel_size, height, width)[1]
+    flags = weights is not None, weights is not None and weights.softmax, target is not None
+    return SharedProblem(channels, height * width, positions, most, *flags, features.dtype)
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ class OwnProblem(NamedTuple):
     kernel_h: int
     kernel_w: int
     softmax: bool  # of logits
+    transposed: bool
     aligned: int  # what divides the channels, which are adjacent in memory, and where a pixel's begin; at most 16
     dtype: torch.dtype
 
@@ -112,10 +130,11 @@ class OwnProblem(NamedTuple):
         return min(self.block, 16 // self.dtype.itemsize, self.aligned)
 
 
-def own_problem(_kernel: Tensor, features: Tensor, window: Window, softmax: bool) -> OwnProblem:
+def own_problem(features: Tensor, weights: Weights | None, window: Window, *, transposed: bool = False) -> OwnProblem:
     _, _, channels, height, width = features.shape
     aligned = alignment(channels, view(features, "b g c h w")) if features.data_ptr() % 16 == 0 else 1
-    return OwnProblem(channels, height * width, *window.kernel_size, softmax, aligned, features.dtype)
+    flags = weights is not None and weights.softmax, transposed
+    return OwnProblem(channels, height * width, *window.kernel_size, *flags, aligned, features.dtype)
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def softmax_aggregate_backward(
     logits: Tensor,
     value: Tensor,
     rpb: Tensor | None,
-    out: Tensor,
-    log_sum_exp: Tensor,
+    out: Tensor | None,
+    log_sum_exp: Tensor | None,
     window: Window,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dlogits = p · (dp − Σ_k p·dp) with dp[i,k] = Σ_d grad_out[i] · value[nbr(i,k)]; dvalue = transpose(p, grad_out);

@@ -19,8 +19,10 @@ from kernels.backend import interpreting
 from kernels.dtypes import accumulator_dtype, precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import empty_like_layout
-from kernels.neighborhood.launchers import Softmax, along_window, form_of
+from kernels.neighborhood.configs import Weights
+from kernels.neighborhood.launchers import along_window, mix, softmax_backward
 from kernels.sum_rows import sum_rows
+from kernels.tuning import repeated
 from kernels.windows import Window
 from kernels.windows_triton import split_program, window_start
 
@@ -111,12 +113,12 @@ def _grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor
     return partial.sum(0).to(rpb.dtype)
 
 
+@repeated
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
     """(Σ_k softmax_k(logits + rpb) · value at nbr(i,k), [B,G,C,H,W] like value; log Σ_k exp, [B,G,H,W])."""
-    if value.numel() == 0:
-        dtype = accumulator_dtype(value.dtype)
-        return empty_like_layout(value, value.shape), value.new_empty(value[:, :, 0].shape, dtype=dtype)
-    return form_of(logits, window, value).softmax_mix(logits, value, rpb, window)
+    statistics = value.new_empty((*value.shape[:2], *value.shape[3:]), dtype=accumulator_dtype(value.dtype))
+    out = empty_like_layout(value, value.shape)
+    return mix(value, Weights(logits, rpb, out, statistics), window) if value.numel() > 0 else (out, statistics)
 
 
 def softmax_aggregate_backward(
@@ -132,6 +134,6 @@ def softmax_aggregate_backward(
     of_logits = empty_like_layout(logits, logits.shape)
     if value.numel() == 0:
         return of_logits, empty_like_layout(value, value.shape), None if rpb is None else torch.zeros_like(rpb)
-    form, softmax = form_of(logits, window, value), Softmax(logits, rpb, out, statistics)
-    of_logits, of_value = form.softmax_backward(grad, value, of_logits, window, softmax)
+    weights = Weights(logits, rpb, out, statistics)
+    of_logits, of_value = softmax_backward(grad, value, weights, of_logits, window)
     return of_logits, of_value, None if rpb is None else _grad_rpb(of_logits, rpb, window)

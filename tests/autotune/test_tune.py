@@ -235,7 +235,7 @@ def test_an_operator_from_the_command_line(capsys):
     assert main([*arguments, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     names = [row["key"].split()[0] for row in record["tuned"]]
-    assert names == ["own_windows.mix", "own_windows.correlate", "own_windows.transpose"]
+    assert names == ["own_windows.sum", "own_windows.correlate", "own_windows.sum"]
     assert set(_stored()) == {row["key"] for row in record["tuned"]}
     assert record["left"] == record["errors"] == []
     main([*arguments, "--force"])

@@ -100,10 +100,10 @@ def requests(
 
 
 def kind(request: Request) -> Kind:
-    """Its kernel, which of the two window rules it follows, and what else tells its forms apart: a softmax, padding."""
+    """Its kernel, which of the two window rules it follows, and the flags that tell its forms apart."""
     clamped = any(getattr(argument, "clamped", False) for argument in request.arguments)
-    others = {type(argument).__name__ for argument in request.arguments} - {"Tensor", "NoneType"}
-    return request.launcher.name, clamped, str([*sorted(others), request.keywords])
+    flags = [name for name, value in request.problem._asdict().items() if value is True]
+    return request.launcher.name, clamped, " ".join(flags)
 
 
 @functools.cache
