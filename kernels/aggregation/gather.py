@@ -23,8 +23,10 @@ from kernels.aggregation.configs import GATHERS, Gather, GatherProblem, gather_h
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch
 from kernels.layout import channels_fastest, empty_kernel_layout, empty_like_layout
-from kernels.neighborhood import launchers as neighborhood
 from kernels.neighborhood.configs import Weights
+from kernels.neighborhood.launchers import correlate as correlate_clamped
+from kernels.neighborhood.launchers import mix as mix_clamped
+from kernels.neighborhood.launchers import transpose as transpose_clamped
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows import Pair, Window
@@ -245,7 +247,7 @@ def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     if x.numel() == 0:
         return empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
     if window.clamped:
-        return neighborhood.mix(x, Weights(weight), window)
+        return mix_clamped(x, Weights(weight), window)
     return gather_aggregate(weight, x, window)
 
 
@@ -254,7 +256,7 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Te
     if g.numel() == 0:
         return empty_like_layout(g, (*g.shape[:3], *input_size))
     if window.clamped:
-        return neighborhood.transpose(g, Weights(weight), window)
+        return transpose_clamped(g, Weights(weight), window)
     return gather_transpose(weight, g, input_size, window)
 
 
@@ -264,5 +266,5 @@ def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
     if g.numel() == 0:
         return out
     if window.clamped:
-        return neighborhood.correlate(g, x, out, window)
+        return correlate_clamped(g, x, out, window)
     return gather_correlate(g, x, window)

@@ -25,11 +25,11 @@ from kernels.contmix.tiles import (
     load_heads,
     pixels_of_pairs,
     rpb_base,
-    split,
     store_heads,
 )
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
+from kernels.registers import unstack
 from kernels.tuning import tunable
 from kernels.views import at
 from kernels.windows_triton import offsets
@@ -82,11 +82,13 @@ def values_of_pairs(
 
 
 @triton.jit
-def weights_of_pairs(b_weight, LEVELS: tl.constexpr):
-    """[G, 2P, S] as 2 · S blocks [P, G]: first those of the pairs' first outputs. S = 2^(LEVELS - 1)."""
+def weights_of_pairs(b_weight):
+    """[G, 2P, S] as 2 · S blocks [P, G, 1]: first those of the pairs' first outputs."""
+    HEADS: tl.constexpr = b_weight.shape[0]
     PAIRS: tl.constexpr = b_weight.shape[1] // 2
-    b_weight = tl.reshape(tl.permute(b_weight, [1, 0, 2]), [PAIRS, 2, b_weight.shape[0], b_weight.shape[2]])
-    return split(tl.permute(b_weight, [0, 2, 1, 3]), LEVELS)
+    STEPS: tl.constexpr = b_weight.shape[2]
+    b_weight = tl.reshape(tl.permute(b_weight, [1, 0, 2]), [PAIRS, 2, HEADS, STEPS])
+    return unstack(tl.reshape(tl.permute(b_weight, [0, 2, 1, 3]), [PAIRS, HEADS, 2 * STEPS]))
 
 
 @triton.jit
@@ -101,9 +103,9 @@ def _forward_own_kernel(
     sizes, tiles, head_blocks, images,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of the windows are a step of S = STEPS = 2^(LEVELS - 1) positions; KERNEL is a multiple of ROWS."""
+    """ROWS rows of the windows are a step of S = STEPS positions; KERNEL is a multiple of ROWS."""
     batch, groups, height, width, first_row, last_row = sizes
     i_program = tl.program_id(0)
     i_tile, i_head = i_program % tiles, i_program // tiles % head_blocks * HEADS
@@ -113,6 +115,7 @@ def _forward_own_kernel(
     first = pixels_of_pairs(o_pair, 0, first_row, last_row, height, width, KERNEL)
     second = pixels_of_pairs(o_pair, 1, first_row, last_row, height, width, KERNEL)
     m_moved = second.start_w > first.start_w
+    m_second = m_moved[:, None, None]
     o_head = i_head + tl.arange(0, HEADS)
     m_head = o_head < groups
     o_head = tl.minimum(o_head, groups - 1)
@@ -151,33 +154,26 @@ def _forward_own_kernel(
             b_total = b_total * b_rescale + tl.sum(b_weight, axis=2)
             b_max = b_new_max
             if KERNEL > ROWS:
-                rescale = weights_of_pairs(b_rescale[:, :, None], 1)
-                b_first, b_second = b_first * rescale[0][:, :, None], b_second * rescale[1][:, :, None]
-            weights = weights_of_pairs(b_weight, LEVELS)
+                rescale = weights_of_pairs(b_rescale[:, :, None])
+                b_first, b_second = b_first * rescale[0], b_second * rescale[1]
+            weights = weights_of_pairs(b_weight)
             seen = seen + values_of_pairs(
                 values, o_value, m_moved, i_head, groups, AHEAD, ROWS, KERNEL, CHANNELS, HEADS, BLOCK_CHANNELS
             )
             for row in tl.static_range(ROWS):
                 for i in tl.static_range(KERNEL):
                     b_value = seen[row * (KERNEL + 1) + i].to(ACCUMULATOR)
-                    b_first += weights[row * KERNEL + i][:, :, None] * b_value
+                    b_first += weights[row * KERNEL + i] * b_value
                     if i == 0:
-                        b_value = tl.where(
-                            m_moved[:, None, None], seen[row * (KERNEL + 1) + KERNEL].to(ACCUMULATOR), b_value
-                        )
-                        b_weight = tl.where(
-                            m_moved[:, None], weights[STEPS + row * KERNEL + KERNEL - 1], weights[STEPS + row * KERNEL]
-                        )
-                    else:
-                        b_weight = tl.where(
-                            m_moved[:, None], weights[STEPS + row * KERNEL + i - 1], weights[STEPS + row * KERNEL + i]
-                        )
-                    b_second += b_weight[:, :, None] * b_value
+                        b_value = tl.where(m_second, seen[row * (KERNEL + 1) + KERNEL].to(ACCUMULATOR), b_value)
+                    b_weight = weights[STEPS + row * KERNEL + i]
+                    b_before = weights[STEPS + row * KERNEL + (i + KERNEL - 1) % KERNEL]
+                    b_second += tl.where(m_second, b_before, b_weight) * b_value
 
-        totals = weights_of_pairs(b_total[:, :, None], 1)
+        totals = weights_of_pairs(b_total[:, :, None])
         o_first, o_second = offsets(out, first, OFFSET), offsets(out, second, OFFSET)
-        store_heads(outs, o_first, first.mask, i_head, groups, b_first / totals[0][:, :, None], CHANNELS)
-        store_heads(outs, o_second, second.mask, i_head, groups, b_second / totals[1][:, :, None], CHANNELS)
+        store_heads(outs, o_first, first.mask, i_head, groups, b_first / totals[0], CHANNELS)
+        store_heads(outs, o_second, second.mask, i_head, groups, b_second / totals[1], CHANNELS)
         p_statistics = sums.ptr + (o_head * statistics.g)[:, None] + offsets(statistics, outputs, OFFSET)[None, :]
         m_statistics = m_head[:, None] & outputs.mask[None, :]
         tl.store(p_statistics, (b_max + tl.log2(b_total)) / LOG2_E, mask=m_statistics)
@@ -208,7 +204,6 @@ def forward_own(tensors: Tensors, *, config: Own) -> Tensor:
     arguments, programs = own_arguments(tensors, config, ceil_divide(height * ceil_divide(width, 2), config.pairs))
     arguments |= {
         "PAIRS": config.pairs,
-        "LEVELS": arguments["STEPS"].bit_length(),
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
     }
     launch_on(tensors, _forward_own_kernel, programs, **arguments)

@@ -148,25 +148,3 @@ def rpb_base(rpb, pixels, KERNEL: tl.constexpr):
     """Where in rpb the windows of a tile's outputs begin."""
     o_row = pixels.start_h - pixels.row + KERNEL - 1
     return o_row * rpb.h + (pixels.start_w - pixels.column + KERNEL - 1) * rpb.w
-
-
-@triton.jit
-def _columns(b, SIZE: tl.constexpr):
-    """The two columns of b as [P, G, SIZE, 2]; without their last axis where it is one entry long."""
-    even, odd = tl.split(tl.reshape(b, [b.shape[0], b.shape[1], SIZE, 2]))
-    if SIZE == 1:
-        even, odd = tl.reshape(even, [b.shape[0], b.shape[1]]), tl.reshape(odd, [b.shape[0], b.shape[1]])
-    return even, odd
-
-
-@triton.jit
-def split(b, LEVELS: tl.constexpr):
-    """A block [P, G, ...] as the 2^LEVELS blocks [P, G] that it holds, in their order in memory."""
-    parts = (b,)
-    for level in tl.static_range(LEVELS):
-        low, high = (), ()
-        for i in tl.static_range(len(parts)):
-            even, odd = _columns(parts[i], 1 << (LEVELS - 1 - level))
-            low, high = low + (even,), high + (odd,)
-        parts = low + high
-    return parts

@@ -22,16 +22,16 @@ from kernels.outlook.configs import CONFIGS, Config, heuristic
 from kernels.outlook.forward import mix
 from kernels.outlook.tiles import (
     Windows,
+    block_of,
     by_head,
     common_arguments,
+    entries_of,
     inside,
     load_pixels,
     pixel_pointers,
     problem_of,
     softmax,
-    stack,
     tile_of,
-    unstack,
 )
 from kernels.tuning import tunable
 from kernels.views import aligned, view
@@ -82,7 +82,7 @@ def _grad_logits_kernel(
                 grads = grads + (tl.load(p_target, mask=masks[ahead], other=0),)
             b_logits = rows[t].to(ACCUMULATOR) * scale
             b_grad = tl.reshape(grads[t], values[0].shape).to(ACCUMULATOR)
-            weights, b_total, b_max = softmax(unstack(b_logits, POSITIONS))
+            weights, b_total, b_max = softmax(entries_of(b_logits, POSITIONS))
             statistics = statistics + (b_max + tl.log2(b_total),)
             products, b_delta = (), tl.zeros_like(b_max)
             for s in tl.static_range(POSITIONS):
@@ -93,8 +93,8 @@ def _grad_logits_kernel(
             for s in tl.static_range(POSITIONS):
                 b_gradient = weights[s] * b_factor * (products[s] - b_delta)
                 gradients = gradients + (b_gradient.to(target_ptr.dtype.element_ty),)
-            tl.store(target_ptr + o_logits + t * POSITIONS, stack(gradients, BLOCK_POSITIONS), mask=m_entry)
-        tl.store(statistics_ptr + o_item * POSITIONS + o_entry, stack(statistics, BLOCK_POSITIONS), mask=m_entry)
+            tl.store(target_ptr + o_logits + t * POSITIONS, block_of(gradients, BLOCK_POSITIONS), mask=m_entry)
+        tl.store(statistics_ptr + o_item * POSITIONS + o_entry, block_of(statistics, BLOCK_POSITIONS), mask=m_entry)
     else:
         for t in range(POSITIONS):
             b_logits = tl.load(logits_ptr + o_logits + t * POSITIONS, mask=m_entry, other=0).to(ACCUMULATOR) * scale

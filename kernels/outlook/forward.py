@@ -31,6 +31,7 @@ from kernels.outlook.tiles import (
     Windows,
     by_head,
     common_arguments,
+    entries_of,
     inside,
     load_pixels,
     pixel_pointers,
@@ -38,7 +39,6 @@ from kernels.outlook.tiles import (
     sizes_of,
     softmax,
     tile_of,
-    unstack,
 )
 from kernels.tuning import tunable
 from kernels.views import aligned, view
@@ -126,9 +126,9 @@ def _mix_kernel(
             b_logits = loaded[t].to(ACCUMULATOR) * scale
             if TRANSPOSED:
                 b_weights = tl.where(masks[t], tl.exp2(b_logits - statistics[t]), 0.0)
-                rows = rows + (unstack(b_weights, POSITIONS),)
+                rows = rows + (entries_of(b_weights, POSITIONS),)
             else:
-                weights, b_total, _ = softmax(unstack(b_logits, POSITIONS))
+                weights, b_total, _ = softmax(entries_of(b_logits, POSITIONS))
                 b_factor, row = tl.where(masks[t], 1 / b_total, 0.0), ()
                 for s in tl.static_range(POSITIONS):
                     row = row + (weights[s] * b_factor,)
@@ -187,7 +187,7 @@ def _mix_kernel(
                             b_weights = tl.exp2(b_logits - tl.load(p_statistics, mask=m_entry, other=0))
                         else:
                             b_weights = tl.exp2(b_logits - b_statistics)
-                        weights = unstack(tl.where(m_entry, b_weights, 0.0), KERNEL)
+                        weights = entries_of(tl.where(m_entry, b_weights, 0.0), KERNEL)
                         for other_w in tl.static_range(KERNEL):
                             p_pixel = pixel_pointers(
                                 source, tile, o_row + other_h, o_column + other_w, SOURCE_COLUMN, OFFSET

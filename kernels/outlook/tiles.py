@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.outlook.configs import Config, Problem
+from kernels.registers import stack, unstack
 from kernels.views import alignment, multiple, view
 
 MARGIN = 2**16  # what blocks reach beyond the last window, and windows beyond the last pixel
@@ -96,34 +97,17 @@ def load_pixels(p_pixels, mask, ACCUMULATOR: tl.constexpr, BLOCK_HEADS: tl.const
 
 
 @triton.jit
-def unstack(block, COUNT: tl.constexpr):
-    """The first COUNT columns [P, G, 1] of a block [P, G, N]; Triton moves the whole row into a lane for this, once."""
-    parts = (block,)
-    for _ in tl.static_range(8):
-        if parts[0].shape[2] > 1:
-            even, odd = (), ()
-            for i in tl.static_range(len(parts)):
-                b_part = parts[i]
-                b_pairs = tl.reshape(b_part, [b_part.shape[0], b_part.shape[1], b_part.shape[2] // 2, 2])
-                first, second = tl.split(b_pairs)
-                even, odd = even + (first,), odd + (second,)
-            parts = even + odd
-    return parts[:COUNT]
+def entries_of(block, COUNT: tl.constexpr):
+    """The first COUNT columns [P, G, 1] of a block [P, G, N]."""
+    return unstack(block)[:COUNT]
 
 
 @triton.jit
-def stack(parts, COUNT: tl.constexpr):
-    """[P, G, COUNT] of at most COUNT blocks [P, G, 1], zeros beyond them: ``unstack`` reversed."""
-    for _ in tl.static_range(len(parts), COUNT):
-        parts = parts + (tl.zeros_like(parts[0]),)
-    for _ in tl.static_range(8):
-        if len(parts) > 1:
-            pairs = ()
-            for i in tl.static_range(len(parts) // 2):
-                b_pair = tl.join(parts[i], parts[len(parts) // 2 + i])
-                pairs = pairs + (tl.reshape(b_pair, [b_pair.shape[0], b_pair.shape[1], b_pair.shape[2] * 2]),)
-            parts = pairs
-    return parts[0]
+def block_of(entries, COUNT: tl.constexpr):
+    """[P, G, COUNT] of at most COUNT blocks [P, G, 1], zeros beyond them."""
+    for _ in tl.static_range(len(entries), COUNT):
+        entries = entries + (tl.zeros_like(entries[0]),)
+    return stack(entries)
 
 
 @triton.jit
