@@ -60,18 +60,11 @@ def copy_rows(rows: Tensor, features: Tensor, to_rows: bool) -> None:
     # One program per (block of pixels, block of channels, image).
     grid = (ceil_divide(height * pitch, block_pixels) * ceil_divide(channels, block_channels) * batch,)
     arguments = {
-        "rows_ptr": rows,
-        "features": view(features, "b c h w"),
-        "channels": channels,
-        "height": height,
-        "width": width,
+        "rows_ptr": rows, "features": view(features, "b c h w"), "channels": channels, "height": height, "width": width,
         "vectors": pitch // vector,
-        "TO_ROWS": to_rows,
-        "VECTOR": vector,
-        "OFFSET": precision(features[None])["OFFSET"],
-        "BLOCK_PIXELS": block_pixels,
-        "BLOCK_CHANNELS": block_channels,
-    }
+        "TO_ROWS": to_rows, "VECTOR": vector, "OFFSET": precision(features[None])["OFFSET"],
+        "BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels,
+    }  # fmt: skip
     launch(_copy_kernel, grid, rows.device, arguments, num_warps=4, num_stages=1)
 
 

@@ -51,15 +51,9 @@ def sum_rows(matrix: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
         block_rows = 4096 // block_columns
     sums = torch.empty((parts, columns), dtype=dtype, device=matrix.device)
     arguments = {
-        "matrix_ptr": matrix,
-        "sums_ptr": sums,
-        "rows": rows,
-        "columns": columns,
-        "run": run,
-        "ACCUMULATOR": accumulator(matrix.dtype),
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLUMNS": block_columns,
-    }
+        "matrix_ptr": matrix, "sums_ptr": sums, "rows": rows, "columns": columns, "run": run,
+        "ACCUMULATOR": accumulator(matrix.dtype), "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns,
+    }  # fmt: skip
     grid = (parts * ceil_divide(columns, block_columns),)
     launch(_sum_rows_kernel, grid, matrix.device, arguments, num_warps=4, num_stages=1)
     return sums

@@ -49,21 +49,11 @@ def sum_parts(parts: Tensor, target: Tensor, kernel_size: tuple[int, int], tiles
     blocks = ceil_divide(height * width, 64)
     views = {name: view(maps, "b g c h w") for name, maps in (("parts", parts), ("target", target))}
     arguments = {
-        **views,
-        "ALIGNED": alignment(channels, *views.values()),
-        "FILLED": parts.shape[2] if parts.shape[2] > channels else 0,
-        "groups": groups,
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "tiles": tiles,
-        "windows": parts.shape[3] // tiles,
-        "blocks": blocks,
-        "KERNEL_H": kernel_size[0],
-        "KERNEL_W": kernel_size[1],
-        **precision(target, parts),
-        "BLOCK_PIXELS": 64,
+        **views, "ALIGNED": alignment(channels, *views.values()),
+        "FILLED": parts.shape[2] if parts.shape[2] > channels else 0, "groups": groups, "channels": channels,
+        "height": height, "width": width, "tiles": tiles, "windows": parts.shape[3] // tiles, "blocks": blocks,
+        "KERNEL_H": kernel_size[0], "KERNEL_W": kernel_size[1], **precision(target, parts), "BLOCK_PIXELS": 64,
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
-    }
+    }  # fmt: skip
     # One program per (block of pixels, group, batch entry).
     launch(_sum_parts_kernel, (blocks * groups * batch,), target.device, arguments, num_warps=4, num_stages=2)

@@ -58,20 +58,18 @@ def window_start(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr)
 
 
 @triton.jit
-def neighbour(o_output, o_step, length, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
+def neighbour(o_output, o_step, length, WINDOW: tl.constexpr, AXIS: tl.constexpr):
     """Position ``o_step`` of the zero-padded window of output ``o_output``: (input, whether it is inside)."""
-    o_input = o_output * STRIDE - PADDING + o_step * DILATION
+    o_input = o_output * WINDOW.stride[AXIS] - WINDOW.padding[AXIS] + o_step * WINDOW.dilation[AXIS]
     return o_input, (o_input >= 0) & (o_input < length)
 
 
 @triton.jit
-def inverse_neighbour(
-    o_input, o_step, output_length, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr
-):
+def inverse_neighbour(o_input, o_step, output_length, WINDOW: tl.constexpr, AXIS: tl.constexpr):
     """The output whose zero-padded window holds ``o_input`` at position ``o_step``: (output, whether there is one)."""
-    scaled = o_input + PADDING - o_step * DILATION
-    o_output = scaled // STRIDE
-    return o_output, (scaled >= 0) & (o_output * STRIDE == scaled) & (o_output < output_length)
+    scaled = o_input + WINDOW.padding[AXIS] - o_step * WINDOW.dilation[AXIS]
+    o_output = scaled // WINDOW.stride[AXIS]
+    return o_output, (scaled >= 0) & (o_output * WINDOW.stride[AXIS] == scaled) & (o_output < output_length)
 
 
 class Pixels(NamedTuple):

@@ -185,21 +185,10 @@ class Gather:
             and self.block_steps < 2 * problem.steps
         )
 
-    def constants(self, window: Window) -> dict[str, int]:
-        """What the compiler knows of a window and of the blocks."""
-        return {
-            "KERNEL_H": window.kernel_size[0],
-            "KERNEL_W": window.kernel_size[1],
-            "STRIDE_H": window.stride[0],
-            "STRIDE_W": window.stride[1],
-            "PADDING_H": window.padding[0],
-            "PADDING_W": window.padding[1],
-            "DILATION_H": window.dilation[0],
-            "DILATION_W": window.dilation[1],
-            "BLOCK_PIXELS": self.block_pixels,
-            "BLOCK_CHANNELS": self.block_channels,
-            "BLOCK_STEPS": self.block_steps,
-        }
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Constants of a kernel."""
+        return {f"BLOCK_{name}": getattr(self, f"block_{name.lower()}") for name in ("PIXELS", "CHANNELS", "STEPS")}
 
 
 GATHERS = tuple(

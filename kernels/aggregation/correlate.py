@@ -173,15 +173,10 @@ def correlate(g: Tensor, x: Tensor, window: Window, padded: bool = False, *, con
         window, (g, x, target) = turned(window, g, x, out)
     common, programs = common_arguments(x, g, window, config)
     arguments = {
-        "g": view(g, "b g c h w"),
-        "x": view(x, "b g c h w"),
-        "out": view(target, "b g k c h w"),
-        **common,
-        "PADDED": padded,
-        "LANE": _lane(common, x, config.num_warps),
-        "ALL_CHANNELS": common["channel_blocks"] == 1,
+        "g": view(g, "b g c h w"), "x": view(x, "b g c h w"), "out": view(target, "b g k c h w"), **common,
+        "PADDED": padded, "LANE": _lane(common, x, config.num_warps), "ALL_CHANNELS": common["channel_blocks"] == 1,
         "OUT_LANES": lanes,
-    }
+    }  # fmt: skip
     # One program per (group block, row tile, columns of all images), fastest first; it walks the channels.
     launch(_correlate_kernel, (programs,), out.device, arguments, num_warps=config.num_warps, num_stages=1)
     return out

@@ -41,11 +41,11 @@ def _gather_sum_kernel(
     source,  # [B, G, C, source_height, source_width]; the gradient of the output if TRANSPOSED
     out,  # [B, G, C, height, width]
     groups, channels, source_height, source_width, height, width,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
+    KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
+    KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     i_pixel, i_channel, i_group, i_batch = split_program(
         tl.cdiv(height * width, BLOCK_PIXELS), tl.cdiv(channels, BLOCK_CHANNELS), groups
     )
@@ -66,14 +66,12 @@ def _gather_sum_kernel(
         # Both [S, P]: where the source is, and the output whose dynamic kernel weighs it.
         o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
         if TRANSPOSED:
-            o_source_h, m_row = inverse_neighbour(o_row, o_kernel_h, source_height, STRIDE_H, PADDING_H, DILATION_H)
-            o_source_w, m_column = inverse_neighbour(
-                o_column, o_kernel_w, source_width, STRIDE_W, PADDING_W, DILATION_W
-            )
+            o_source_h, m_row = inverse_neighbour(o_row, o_kernel_h, source_height, WINDOW, 0)
+            o_source_w, m_column = inverse_neighbour(o_column, o_kernel_w, source_width, WINDOW, 1)
             o_output_h, o_output_w = o_source_h, o_source_w
         else:
-            o_source_h, m_row = neighbour(o_row, o_kernel_h, source_height, STRIDE_H, PADDING_H, DILATION_H)
-            o_source_w, m_column = neighbour(o_column, o_kernel_w, source_width, STRIDE_W, PADDING_W, DILATION_W)
+            o_source_h, m_row = neighbour(o_row, o_kernel_h, source_height, WINDOW, 0)
+            o_source_w, m_column = neighbour(o_column, o_kernel_w, source_width, WINDOW, 1)
             o_output_h, o_output_w = o_row, o_column
         m_step = m_step & m_row & m_column
         # [S, P]
@@ -106,11 +104,11 @@ def _correlate_kernel(
     x,  # [B, G, C, source_height, source_width]
     out,  # [B, G, Kh, Kw, height, width], Kh under ``c`` and Kw under ``k``
     groups, channels, source_height, source_width, height, width,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    WINDOW: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_STEPS: tl.constexpr,
 ):  # fmt: skip
+    KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
+    KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     i_pixel, _i_channel, i_group, i_batch = split_program(tl.cdiv(height * width, BLOCK_PIXELS), 1, groups)
     g, x, out = at(g, i_batch, i_group), at(x, i_batch, i_group), at(out, i_batch, i_group)
     o_pixel = i_pixel * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -122,8 +120,8 @@ def _correlate_kernel(
     for first_step in range(0, KERNEL_H * KERNEL_W, BLOCK_STEPS):
         o_step = (first_step + tl.arange(0, BLOCK_STEPS))[:, None]
         o_kernel_h, o_kernel_w = o_step // KERNEL_W, o_step % KERNEL_W
-        o_input_h, m_row = neighbour(o_row, o_kernel_h, source_height, STRIDE_H, PADDING_H, DILATION_H)
-        o_input_w, m_column = neighbour(o_column, o_kernel_w, source_width, STRIDE_W, PADDING_W, DILATION_W)
+        o_input_h, m_row = neighbour(o_row, o_kernel_h, source_height, WINDOW, 0)
+        o_input_w, m_column = neighbour(o_column, o_kernel_w, source_width, WINDOW, 1)
         m_step = m_pixel & (o_step < KERNEL_H * KERNEL_W)
         m_input = m_step & m_row & m_column
         o_input = o_input_h.to(OFFSET) * x.h + o_input_w.to(OFFSET) * x.w
@@ -158,15 +156,9 @@ def _common_arguments(
     """What both kernels take alike, of maps [B, G, C, H, W]."""
     _, groups, channels, height, width = outputs.shape
     return {
-        "groups": groups,
-        "channels": channels,
-        "source_height": source.shape[3],
-        "source_width": source.shape[4],
-        "height": height,
-        "width": width,
-        **config.constants(window),
-        **precision(source, outputs, *others),
-    }
+        "groups": groups, "channels": channels, "source_height": source.shape[3], "source_width": source.shape[4],
+        "height": height, "width": width, "WINDOW": window, **config.blocks, **precision(source, outputs, *others),
+    }  # fmt: skip
 
 
 def _gather_sum(

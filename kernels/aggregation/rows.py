@@ -205,21 +205,13 @@ def weighted_sum(
         strides = kernel.stride()
         aligned = math.gcd(16, kernel.data_ptr(), *(kernel.itemsize * strides[axis] for axis in (0, 2, 3)))
     arguments = {
-        "x": view(x, "b g c h w"),
-        "weight": view(kernel, kernel_axes),
-        "span": unused if span is None else view(span, "k c"),
-        "bias": unused if bias is None else view(bias, "k"),
-        "out": view(target, "b g c h w"),
-        **common,
-        "TRANSPOSED": transposed,
-        "FEATURES": features,
-        "BLOCK_FEATURES": block_features,
-        "ALIGNED": aligned,
-        "HAS_BIAS": bias is not None,
-        "WEIGHT_LANES": weight_lanes,
-        "OFFSET": precision(kernel[:, None])["OFFSET"],
+        "x": view(x, "b g c h w"), "weight": view(kernel, kernel_axes),
+        "span": unused if span is None else view(span, "k c"), "bias": unused if bias is None else view(bias, "k"),
+        "out": view(target, "b g c h w"), **common,
+        "TRANSPOSED": transposed, "FEATURES": features, "BLOCK_FEATURES": block_features, "ALIGNED": aligned,
+        "HAS_BIAS": bias is not None, "WEIGHT_LANES": weight_lanes, "OFFSET": precision(kernel[:, None])["OFFSET"],
         "UPCAST": upcast(x.dtype),
-    }
+    }  # fmt: skip
     # One program per (group block, channel block, row tile, columns of all images), fastest first.
     grid = (programs * common["channel_blocks"],)
     # The next step's operands of a product are copied to shared memory while this step's taps are used, unless features

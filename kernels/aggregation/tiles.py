@@ -299,23 +299,11 @@ def common_arguments(
     block_groups, block_channels = config.block(groups if joined else 1, channels)
     row_tiles = ceil_divide(height + rows_before, config.rows)
     arguments = {
-        "batch": batch,
-        "groups": groups,
-        "channels": channels,
-        "x_height": x.shape[3],
-        "x_width": x.shape[4],
-        "height": height,
-        "width": width,
-        "row_tiles": row_tiles,
+        "batch": batch, "groups": groups, "channels": channels, "x_height": x.shape[3], "x_width": x.shape[4],
+        "height": height, "width": width, "row_tiles": row_tiles,
         "channel_blocks": ceil_divide(channels, block_channels) if block_groups == 1 else 1,
-        "WINDOW": window,
-        "X_LANES": not channels_fastest(x),
-        "PAIRS": block_channels > 1 and in_pairs(x, outputs),
-        "ACCUMULATOR": accumulator(x.dtype),
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "GROUPS": block_groups,
-        "CHANNELS": block_channels,
-        "LOADS": config.loads,
-    }
+        "WINDOW": window, "X_LANES": not channels_fastest(x), "PAIRS": block_channels > 1 and in_pairs(x, outputs),
+        "ACCUMULATOR": accumulator(x.dtype), "ROWS": config.rows, "COLUMNS": config.columns, "GROUPS": block_groups,
+        "CHANNELS": block_channels, "LOADS": config.loads,
+    }  # fmt: skip
     return arguments, ceil_divide(groups, block_groups) * row_tiles * ceil_divide(batch * width, config.columns)

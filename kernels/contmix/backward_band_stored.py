@@ -182,21 +182,11 @@ def grad_value_band(tensors: Tensors, rows: Rows, grad_value: Tensor, add: bool)
     blocks = ceil_divide(sizes.height + half, 16 // columns) * ceil_divide(sizes.width + half, 4 * columns)
     # One program per (block of inputs, group, batch entry).
     launch_on(
-        tensors,
-        _grad_value_band_kernel,
-        blocks * sizes.groups * sizes.batch,
-        weights=view(rows.weights, "b g h w k"),
-        grad_value=view(grad_value, "b g c h w"),
-        sizes=sizes,
-        blocks=blocks,
-        OUTPUTS=8 if half < 4 else 4,
-        COLUMNS=columns,
-        SEEN=seen,
-        BLOCK_CHANNELS=block(tensors.value.shape[2]),
-        ADD=add,
-        num_warps=4,
-        num_stages=2 if half < 4 else 3,
-    )
+        tensors, _grad_value_band_kernel, blocks * sizes.groups * sizes.batch, weights=view(rows.weights, "b g h w k"),
+        grad_value=view(grad_value, "b g c h w"), sizes=sizes, blocks=blocks,
+        OUTPUTS=8 if half < 4 else 4, COLUMNS=columns, SEEN=seen, BLOCK_CHANNELS=block(tensors.value.shape[2]), ADD=add,
+        num_warps=4, num_stages=2 if half < 4 else 3,
+    )  # fmt: skip
 
 
 def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, add: bool) -> Sums:
@@ -218,24 +208,11 @@ def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, a
     sums, totals = (new_sums((*shape, number, stored)) for number in (seen, columns))
     # One program per (block of window positions, group, batch entry, part of the rows).
     launch_on(
-        tensors,
-        _grad_parameters_band_kernel,
-        programs * parts,
-        grad_logits=view(rows.grad_logits, "b g h w k"),
+        tensors, _grad_parameters_band_kernel, programs * parts, grad_logits=view(rows.grad_logits, "b g h w k"),
         grad_projected=view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
-        sums=view(sums, "b g h w k"),
-        totals=view(totals, "b g h w k"),
-        sizes=sizes,
-        parts=parts,
-        chunks=ceil_divide(inner, chunk),
-        chunk=chunk,
-        COLUMNS=columns,
-        SEEN=seen,
-        BLOCK_ENTRIES=block(seen + columns),
-        STORED=stored,
-        POSITIONS=positions,
-        ADD=add,
-        num_warps=positions // 16,
-        num_stages=3,
-    )
+        sums=view(sums, "b g h w k"), totals=view(totals, "b g h w k"), sizes=sizes, parts=parts,
+        chunks=ceil_divide(inner, chunk), chunk=chunk,
+        COLUMNS=columns, SEEN=seen, BLOCK_ENTRIES=block(seen + columns), STORED=stored, POSITIONS=positions, ADD=add,
+        num_warps=positions // 16, num_stages=3,
+    )  # fmt: skip
     return Sums(sums, totals.flatten(2, 3), (1, seen), (0, classes - 1, classes), seen, pieces)

@@ -158,14 +158,11 @@ def grad_logits_own(
     tiles = ceil_divide(sizes.last_row - sizes.first_row + 1, outputs // columns) * ceil_divide(sizes.width, columns)
     arguments, programs = own_arguments(tensors, config, tiles)
     arguments |= {
-        **adding(grad_query, previous),
-        "weights": view(rows.weights, "b g h k w c"),
-        "grad_logits": view(rows.grad_logits, "b g h k w c"),
-        "sizes": sizes,
-        "OUTPUTS": outputs,
-        "COLUMNS": columns,
+        **adding(grad_query, previous), "weights": view(rows.weights, "b g h k w c"),
+        "grad_logits": view(rows.grad_logits, "b g h k w c"), "sizes": sizes,
+        "OUTPUTS": outputs, "COLUMNS": columns,
         "SEEN": block((kernel_rows + outputs // columns - 1) * (columns + kernel_size - 1)),
         "BLOCK_CHANNELS": block(tensors.value.shape[2]),
-    }
+    }  # fmt: skip
     launch_on(tensors, _grad_logits_own_kernel, programs, **arguments)
     return grad_query

@@ -17,8 +17,9 @@ from kernels.contmix.backward_band_stored import grad_parameters_band, grad_valu
 from kernels.contmix.backward_own import grad_logits_own
 from kernels.contmix.backward_stored import grad_parameters_own, grad_value_own
 from kernels.contmix.backward_tables import fold
+from kernels.contmix.bands import rows_of_block
 from kernels.contmix.configs import Problem, is_band_backward, steps_of_own, tile_of
-from kernels.launch import ceil_divide, next_power_of_2
+from kernels.launch import ceil_divide
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24
@@ -30,9 +31,8 @@ def _stored_of_band(problem: Problem) -> tuple[int, int]:
     """How many numbers an output leaves in the backward pass: of p, of all that its tile sees, and of ds."""
     (seen, columns), kernel_size = tile_of(problem), problem.kernel_size
     rows = 16 // columns
-    whole = (kernel_size - 1) // rows * rows
-    last = max(16 // seen, next_power_of_2(kernel_size - whole))
-    return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, (whole + last) * seen
+    of_window = sum(rows_of_block(kernel_size, rows, seen, i) for i in range(ceil_divide(kernel_size, rows)))
+    return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, of_window * seen
 
 
 def _shapes(problem: Problem, rows: int, width: int) -> list[tuple[int, ...]]:

@@ -168,13 +168,9 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
         key_parts = tensors.value.new_empty((places, kernel_size**2, batch, groups, query_channels))
         value_view, key_view = view(value_parts, "b g c h w"), view(key_parts, "h w b g c")
     arguments |= {
-        **adding(targets.query, targets.previous),
-        "value_parts": value_view,
-        "key_parts": key_view,
-        "scratch": view(scratch, "b g c h w"),
-        "partial": view(partial, "b g h w k"),
-        "totals": view(totals, "b g h k"),
-    }
+        **adding(targets.query, targets.previous), "value_parts": value_view, "key_parts": key_view,
+        "scratch": view(scratch, "b g c h w"), "partial": view(partial, "b g h w k"), "totals": view(totals, "b g h k"),
+    }  # fmt: skip
     if torch.version.hip:  # whose compiler holds loads ahead in registers
         arguments["num_stages"] = min(2, config.num_stages)
     # One program per (tile, window, group, chunk of images).

@@ -170,25 +170,12 @@ def grad_value_own(tensors: Tensors, rows: Rows, grad_value: Tensor, add: bool) 
     tiles, head_blocks = sizes.height * ceil_divide(sizes.width, 16), ceil_divide(sizes.groups, heads)
     # One program per (tile of inputs, block of heads, batch entry).
     launch_on(
-        tensors,
-        _grad_value_own_kernel,
-        tiles * head_blocks * sizes.batch,
-        weights=view(rows.weights, "b g h k w c"),
-        grad_value=view(grad_value, "b g c h w"),
-        sizes=sizes,
-        tiles=tiles,
-        head_blocks=head_blocks,
-        INPUTS=16,
-        OUTPUTS=64,
-        COLUMNS=min(32, block(min(sizes.width, tensors.kernel_size + 15))),
-        HEADS=heads,
-        ROWS=kernel_rows,
-        STEPS=steps,
-        BLOCK_CHANNELS=block(tensors.value.shape[2]),
-        ADD=add,
-        num_warps=heads,
+        tensors, _grad_value_own_kernel, tiles * head_blocks * sizes.batch, weights=view(rows.weights, "b g h k w c"),
+        grad_value=view(grad_value, "b g c h w"), sizes=sizes, tiles=tiles, head_blocks=head_blocks,
+        INPUTS=16, OUTPUTS=64, COLUMNS=min(32, block(min(sizes.width, tensors.kernel_size + 15))), HEADS=heads,
+        ROWS=kernel_rows, STEPS=steps, BLOCK_CHANNELS=block(tensors.value.shape[2]), ADD=add, num_warps=heads,
         num_stages=1,
-    )
+    )  # fmt: skip
 
 
 def grad_parameters_own(tensors: Tensors, rows: Rows, grad_projected: Tensor, add: bool) -> Sums:
@@ -210,22 +197,12 @@ def grad_parameters_own(tensors: Tensors, rows: Rows, grad_projected: Tensor, ad
     columns = max(block(kernel_size), min(64 if tensors.value.dtype.itemsize == 2 else 32, block(width)))
     # One program per (block of window positions, group, batch entry, part of the rows).
     launch_on(
-        tensors,
-        _grad_parameters_own_kernel,
-        programs * several,
-        grad_logits=view(rows.grad_logits, "b g h k w c"),
+        tensors, _grad_parameters_own_kernel, programs * several, grad_logits=view(rows.grad_logits, "b g h k w c"),
         grad_projected=view(grad_projected, "b g c k") if parts is None else view(parts, "h k b g c"),
-        sums=view(sums, "b g h w k"),
-        sizes=rows.sizes,
-        count=count,
-        ROWS=kernel_rows,
-        STEPS=steps,
-        COLUMNS=columns,
-        POSITIONS=positions,
-        ADD=add,
-        num_warps=max(1, columns // 16),
+        sums=view(sums, "b g h w k"), sizes=rows.sizes, count=count,
+        ROWS=kernel_rows, STEPS=steps, COLUMNS=columns, POSITIONS=positions, ADD=add, num_warps=max(1, columns // 16),
         num_stages=1,
-    )
+    )  # fmt: skip
     # One row, or column, of a class is like a map of the window's size.
     step, of_map = (kernel_rows, steps), (first, last, kernel_size)
     return Sums(sums[:, :, :, :-1], sums[:, :, :, -1], step, of_map, kernel_size, parts)

@@ -226,16 +226,10 @@ def band_arguments(tensors: Tensors, config: Tiles, sizes: Sizes) -> tuple[dict[
     walks = ceil_divide(blocks, max(1, config.programs // images))
     programs = ceil_divide(blocks, walks)
     arguments = {
-        "sizes": sizes,
-        "programs": programs,
-        "walks": walks,
-        "TILES": config.tiles,
-        "ACROSS": columns // tile_columns,
-        "COLUMNS": tile_columns,
-        "SEEN": seen,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+        "sizes": sizes, "programs": programs, "walks": walks,
+        "TILES": config.tiles, "ACROSS": columns // tile_columns, "COLUMNS": tile_columns, "SEEN": seen,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
     return arguments, programs * images
 
 

@@ -185,15 +185,10 @@ def own_arguments(tensors: Tensors, config: Own, tiles: int) -> tuple[dict[str, 
     rows, steps = steps_of_own(tensors.kernel_size)
     head_blocks = ceil_divide(groups, config.heads)
     arguments = {
-        "tiles": tiles,
-        "head_blocks": head_blocks,
-        "images": config.images,
-        "HEADS": config.heads,
-        "ROWS": rows,
-        "STEPS": steps,
-        "num_warps": config.num_warps,
+        "tiles": tiles, "head_blocks": head_blocks, "images": config.images,
+        "HEADS": config.heads, "ROWS": rows, "STEPS": steps, "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-    }
+    }  # fmt: skip
     return arguments, tiles * head_blocks * ceil_divide(batch, config.images)
 
 

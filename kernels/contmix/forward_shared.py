@@ -102,16 +102,10 @@ def shared_arguments(tensors: Tensors, config: Shared) -> dict[str, Any]:
     kernel_size = tensors.kernel_size
     windows, most = windows_and_most((kernel_size, kernel_size), *tensors.value.shape[3:])
     return {
-        "tiles": ceil_divide(most, config.pixels),
-        "windows": windows,
-        "images": config.images,
-        "PIXELS": config.pixels,
-        "STEPS": config.steps,
-        "BLOCKS": ceil_divide(kernel_size**2, config.steps),
-        "BLOCK_CHANNELS": block(tensors.value.shape[2]),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+        "tiles": ceil_divide(most, config.pixels), "windows": windows, "images": config.images,
+        "PIXELS": config.pixels, "STEPS": config.steps, "BLOCKS": ceil_divide(kernel_size**2, config.steps),
+        "BLOCK_CHANNELS": block(tensors.value.shape[2]), "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
 
 
 @tunable(SHARED, shared_heuristic, problem=problem_of, reference=reference_forward, name="contmix.shared")

@@ -113,14 +113,10 @@ def _launch(
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     maps = [views[name] for name, tensor in given.items() if tensor.dim() == 5 and name != "parts"]
     arguments = {
-        **views,
-        **constants,
-        "ALIGNED": alignment(features.shape[2], *maps),
-        "sizes": Sizes(*features.shape),
-        "SOFTMAX": weights is not None and weights.softmax,
-        "HAS_RPB": "rpb" in given,
+        **views, **constants, "ALIGNED": alignment(features.shape[2], *maps), "sizes": Sizes(*features.shape),
+        "SOFTMAX": weights is not None and weights.softmax, "HAS_RPB": "rpb" in given,
         **precision(features, *given.values()),
-    }
+    }  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(kernel, (programs,), features.device, arguments, **options)
 
@@ -133,12 +129,9 @@ def _own_constants(features: Tensor, window: Window, config: OwnConfig, block: i
     row_tiles = dilation * ceil_divide(ceil_divide(height, dilation), config.rows)
     constants = {
         "row_tiles": row_tiles,
-        "WINDOW": window,
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "CHANNELS": block,
+        "WINDOW": window, "ROWS": config.rows, "COLUMNS": config.columns, "CHANNELS": block,
         "STEPS": next_power_of_2(window.kernel_size[1]),
-    }
+    }  # fmt: skip
     column_tiles = ceil_divide(batch * groups * width, config.columns)
     return constants, ceil_divide(channels, block) * row_tiles * column_tiles
 
@@ -188,15 +181,11 @@ def _shared_constants(features: Tensor, window: Window, config: SharedConfig) ->
     windows, most = windows_and_most(window.kernel_size, height, width)
     tiles = ceil_divide(most, config.block_outputs)
     constants = {
-        "tiles": tiles,
-        "windows": windows,
-        "KERNEL_H": window.kernel_size[0],
-        "KERNEL_W": window.kernel_size[1],
-        "UPCAST": upcast(features.dtype),
-        "BLOCK_OUTPUTS": config.block_outputs,
-        "BLOCK_STEPS": config.block_steps,
+        "tiles": tiles, "windows": windows,
+        "KERNEL_H": window.kernel_size[0], "KERNEL_W": window.kernel_size[1], "UPCAST": upcast(features.dtype),
+        "BLOCK_OUTPUTS": config.block_outputs, "BLOCK_STEPS": config.block_steps,
         "BLOCK_CHANNELS": max(16, next_power_of_2(channels)),
-    }
+    }  # fmt: skip
     return constants, tiles * windows * groups * batch
 
 

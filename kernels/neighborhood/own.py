@@ -1,7 +1,6 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # pyright: reportAssignmentType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Clamped windows of which nearly every output has its own: sums and products in rows of outputs.
 
     mix         Σ_k w[i,k] · value[nbr(i,k)]          softmax inside where logits are given

@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """Where outputs have windows of their own: what a program owns, and the taps that it meets on one row of the map.
 
 A program owns R rows of P columns. The columns of all images and heads lie on one axis, so that no width wastes lanes.

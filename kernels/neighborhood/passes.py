@@ -1,6 +1,5 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker.
 """na2d_softmax_av on Triton kernels: its passes, and the gradient of its relative position bias.
 
 The weights p are never stored: the backward pass computes them again from one number per pixel and head, log Σ_k exp.
@@ -94,21 +93,11 @@ def _grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor
     relative = (2 * kernel_h - 1) * (2 * kernel_w - 1)
     grid = (ceil_divide(relative, RPB_BLOCK_RELATIVE) * chunks * groups,)
     arguments = {
-        "grad": along_window(parts),
-        "partial_ptr": partial,
-        "parts": parts.shape[0],
-        "groups": groups,
-        "height": height,
-        "width": width,
-        "chunks": chunks,
-        "KERNEL_H": kernel_h,
-        "KERNEL_W": kernel_w,
-        "DILATION_H": window.dilation[0],
-        "DILATION_W": window.dilation[1],
-        **precision(parts),
-        "BLOCK_PIXELS": RPB_BLOCK_PIXELS,
-        "BLOCK_RELATIVE": RPB_BLOCK_RELATIVE,
-    }
+        "grad": along_window(parts), "partial_ptr": partial, "parts": parts.shape[0], "groups": groups,
+        "height": height, "width": width, "chunks": chunks,
+        "KERNEL_H": kernel_h, "KERNEL_W": kernel_w, "DILATION_H": window.dilation[0], "DILATION_W": window.dilation[1],
+        **precision(parts), "BLOCK_PIXELS": RPB_BLOCK_PIXELS, "BLOCK_RELATIVE": RPB_BLOCK_RELATIVE,
+    }  # fmt: skip
     launch(_grad_rpb_kernel, grid, rpb.device, arguments, num_warps=4, num_stages=2)
     return partial.sum(0).to(rpb.dtype)
 

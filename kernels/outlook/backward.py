@@ -152,15 +152,11 @@ def grad_logits(
     images = by_head(value, logits.shape[3]), by_head(grad_out, logits.shape[3])
     common, programs = common_arguments(logits, value, windows, config, *images)
     arguments = {
-        **common,
-        "value": view(images[0], "b h w g c"),
-        "grad": view(images[1], "b h w g c"),
-        "statistics_ptr": statistics,
-        "target_ptr": target,
-        "VALUE_COLUMN": value.stride(2),
-        "GRAD_COLUMN": grad_out.stride(2),
+        **common, "value": view(images[0], "b h w g c"), "grad": view(images[1], "b h w g c"),
+        "statistics_ptr": statistics, "target_ptr": target,
+        "VALUE_COLUMN": value.stride(2), "GRAD_COLUMN": grad_out.stride(2),
         "UNROLLED": problem_of(logits, value, windows).unrolled and images[0].shape[4] <= config.block_channels,
-    }
+    }  # fmt: skip
     # One program per (block of heads, block of windows).
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(_grad_logits_kernel, (programs,), value.device, arguments, **options)

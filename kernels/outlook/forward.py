@@ -222,16 +222,13 @@ def mix(logits: Tensor, source: Tensor, statistics: Tensor | None, windows: Wind
     common, programs = common_arguments(logits, source, windows, config, *images)
     (kernel_size, stride, padding, _), sizes = windows, common["sizes"]
     arguments = {
-        **common,
-        "statistics_ptr": source if statistics is None else statistics,
-        "source": view(images[0], "b h w g c"),
-        "target": view(images[1], "b h w g c"),
+        **common, "statistics_ptr": source if statistics is None else statistics,
+        "source": view(images[0], "b h w g c"), "target": view(images[1], "b h w g c"),
         "reach_h": min(sizes.height, (sizes.windows_h - 1) * stride - padding + kernel_size),
         "reach_w": min(sizes.width, (sizes.windows_w - 1) * stride - padding + kernel_size),
-        "SOURCE_COLUMN": source.stride(2),
-        "TRANSPOSED": statistics is not None,
+        "SOURCE_COLUMN": source.stride(2), "TRANSPOSED": statistics is not None,
         "UNROLLED": problem_of(logits, source, windows).unrolled,
-    }
+    }  # fmt: skip
     # One program per (block of channels, block of heads, block of cells).
     grid = (programs * ceil_divide(sizes.channels, config.block_channels),)
     launch(_mix_kernel, grid, target.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)

@@ -151,16 +151,10 @@ def common_arguments(
     heads = min(config.block_heads, next_power_of_2(sizes.heads))
     block = min(config.block_items // heads, next_power_of_2(sizes.windows))
     arguments = {
-        "logits_ptr": logits,
-        "sizes": sizes,
-        "scale": windows.scale * math.log2(math.e),
+        "logits_ptr": logits, "sizes": sizes, "scale": windows.scale * math.log2(math.e),
         "ALIGNED": alignment(sizes.channels, *(view(image, "b h w g c") for image in images)),
-        "KERNEL": windows.kernel_size,
-        "STRIDE": windows.stride,
-        "PADDING": windows.padding,
-        **precision(*(tensor[None, None] for tensor in (logits, *images))),
-        "BLOCK_WINDOWS": block,
-        "BLOCK_HEADS": heads,
-        "BLOCK_CHANNELS": config.block_channels,
-    }
+        "KERNEL": windows.kernel_size, "STRIDE": windows.stride, "PADDING": windows.padding,
+        **precision(*(tensor[None, None] for tensor in (logits, *images))), "BLOCK_WINDOWS": block,
+        "BLOCK_HEADS": heads, "BLOCK_CHANNELS": config.block_channels,
+    }  # fmt: skip
     return arguments, ceil_divide(sizes.windows, block) * ceil_divide(sizes.heads, heads)
