@@ -43,6 +43,26 @@ class Problem(NamedTuple):
     dtype: torch.dtype
 
 
+def by_columns(kernel: Tensor, x: Tensor) -> bool:
+    """Whether columns slide and rows lie side by side: then the taps of a step are adjacent in memory."""
+    return channels_fastest(kernel) and channels_fastest(x)
+
+
+def problem_of(
+    x: Tensor, size: Pair | torch.Size, window: Window, *, kernel: Tensor | None = None, features: int = 0,
+    transposed: bool = False, padded: bool = False,
+) -> Problem:  # fmt: skip
+    """The problem of a launch over ``size`` = (rows, columns) positions."""
+    axis = int(kernel is not None and by_columns(kernel, x))
+    last, strides = channels_fastest(x), x.stride()
+    # Each pixel's channels begin at 16 bytes, as a compiler sees it.
+    aligned = strides[0] % 16 == strides[3] % 16 == strides[4] % 16 == 0 and x.data_ptr() % 16 == 0
+    return Problem(
+        x.shape[2], x.shape[1], size[0] * size[1], size[axis], window.kernel_size[axis],
+        window.stride[axis] if transposed else 1, transposed, features, last, last and aligned, padded, x.dtype,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """``rows`` by ``columns`` by ``channels``, of several groups where they fit; ``loads`` rows are loaded at once."""

@@ -10,18 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aggregation import eager
-from kernels.aggregation.configs import CONFIGS, Config, correlate_heuristic
+from kernels.aggregation.configs import CONFIGS, Config, by_columns, correlate_heuristic, problem_of
 from kernels.aggregation.tiles import (
     across,
     all_apart,
-    by_columns,
     common_arguments,
     halved,
     halvings,
     load_rows,
     pitch,
     place,
-    problem_of,
     sources,
     stack,
     tap_of,

@@ -17,17 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aggregation import eager
-from kernels.aggregation.configs import CONFIGS, Config, heuristic
+from kernels.aggregation.configs import CONFIGS, Config, by_columns, heuristic, problem_of
 from kernels.aggregation.correlate import correlate  # noqa: F401  (the algebra in one module)
 from kernels.aggregation.tiles import (
     across,
-    by_columns,
     common_arguments,
     load_rows,
     narrowed,
     pitch,
     place,
-    problem_of,
     slide,
     sources,
     turned,

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aggregation.configs import Config, Problem
+from kernels.aggregation.configs import Config
 from kernels.dtypes import accumulator
 from kernels.launch import ceil_divide
 from kernels.layout import channels_fastest
-from kernels.windows import Pair, Window
+from kernels.windows import Window
 
 
 class Tile(NamedTuple):
@@ -260,31 +260,11 @@ def in_pairs(*maps: Tensor) -> bool:
     )
 
 
-def by_columns(kernel: Tensor, x: Tensor) -> bool:
-    """Whether columns slide and rows lie side by side: then the taps of a step are adjacent in memory."""
-    return channels_fastest(kernel) and channels_fastest(x)
-
-
 def turned(window: Window, *tensors: Tensor) -> tuple[Window, tuple[Tensor, ...]]:
     """Rows and columns exchanged: of a window, of maps and of dynamic kernels."""
     size, stride, padding, dilation = (pair[::-1] for pair in window[:4])
     maps = (tensor.transpose(-2, -1) for tensor in tensors)
     return Window(size, stride, padding, dilation), tuple(m if m.dim() == 5 else m.transpose(2, 3) for m in maps)
-
-
-def problem_of(
-    x: Tensor, size: Pair | torch.Size, window: Window, *, kernel: Tensor | None = None, features: int = 0,
-    transposed: bool = False, padded: bool = False,
-) -> Problem:  # fmt: skip
-    """The problem of a launch over ``size`` = (rows, columns) positions."""
-    axis = int(kernel is not None and by_columns(kernel, x))
-    last, strides = channels_fastest(x), x.stride()
-    # Each pixel's channels begin at 16 bytes, as a compiler sees it.
-    aligned = strides[0] % 16 == strides[3] % 16 == strides[4] % 16 == 0 and x.data_ptr() % 16 == 0
-    return Problem(
-        x.shape[2], x.shape[1], size[0] * size[1], size[axis], window.kernel_size[axis],
-        window.stride[axis] if transposed else 1, transposed, features, last, last and aligned, padded, x.dtype,
-    )  # fmt: skip
 
 
 def common_arguments(

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.aggregation import eager
-from kernels.aggregation.configs import CONFIGS, Config, Problem, heuristic
+from kernels.aggregation.configs import CONFIGS, Config, Problem, heuristic, problem_of
 from kernels.aggregation.rows import weighted_sum, weighted_sum_kernel
-from kernels.aggregation.tiles import problem_of
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
 from kernels.reorder import in_channels_last, in_order_of

@@ -19,7 +19,6 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -30,7 +29,7 @@ from kernels.dtypes import at_least_float32
 from kernels.launch import noticed
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
 from kernels.tuning.source import source_of, triton_version
-from kernels.tuning.store import Store, gpu_name, shipped_folder, user_folder
+from kernels.tuning.store import gpu_name, opened, shipped_folder, user_folder
 
 Config = Any  # a frozen dataclass with ``valid(problem)``
 Problem = Any  # a NamedTuple of what the choice depends on, with a field ``pixels``
@@ -225,13 +224,6 @@ def config_of(entry: dict[str, Any], launcher: Launcher, problem: Problem) -> Co
     return next((c for c in offered if dataclasses.asdict(c) == entry.get("config")), None)
 
 
-@functools.cache
-def _store(folder: Path, gpu: str) -> tuple[Store, dict[str, dict[str, Any]]]:
-    """A file and its entries, read once per process; ``remember`` adds to the user's."""
-    store = Store(folder, gpu)
-    return store, store.read()
-
-
 def look_up(launcher: Launcher, problem: Problem, gpu: str) -> Choice:
     """The config of a problem by the order above."""
     key = key_of(launcher, problem)
@@ -239,7 +231,7 @@ def look_up(launcher: Launcher, problem: Problem, gpu: str) -> Choice:
     if gpu in SAME_CHIP:
         places.append(("same chip", shipped_folder(), SAME_CHIP[gpu]))
     for name, folder, of_gpu in places:
-        entry = _store(folder, of_gpu)[1].get(key)
+        entry = opened(folder, of_gpu)[1].get(key)
         if entry is not None and stale(entry, launcher) is None:
             config = config_of(entry, launcher, problem)
             if config is not None and config.valid(problem):
@@ -249,7 +241,7 @@ def look_up(launcher: Launcher, problem: Problem, gpu: str) -> Choice:
 
 def remember(key: str, entry: dict[str, Any], gpu: str) -> bool:
     """Write an entry to the user's store, and use it in this process from now on; False where it cannot be written."""
-    store, entries = _store(user_folder(), gpu)
+    store, entries = opened(user_folder(), gpu)
     entries[key] = entry
     return store.update({key: entry})
 
@@ -299,4 +291,4 @@ def observing(observer: Callable[[Request], object]) -> Iterator[None]:
 def forget() -> None:
     """Drop what this process remembers, so that the files are read again."""
     _choose_again()
-    _store.cache_clear()
+    opened.cache_clear()

@@ -6,6 +6,7 @@ version and the kernel's code it was tuned with. Nothing a file can contain stop
 costs one warning, and the heuristics serve instead.
 """
 
+import functools
 import json
 import os
 import re
@@ -118,3 +119,10 @@ class Store:
         except OSError as error:
             self._warn("write", error)
             return False
+
+
+@functools.cache
+def opened(folder: Path, gpu: str) -> tuple[Store, dict[str, dict[str, Any]]]:
+    """A file and its entries, read once per process; ``choose.remember`` adds to the user's."""
+    store = Store(folder, gpu)
+    return store, store.read()
