@@ -100,8 +100,8 @@ def fuse(module: nn.Module) -> None:
             setattr(module, name, nn.Identity())
     for start in range(len(children) - 3 if as_built(module, nn.Sequential) else 0):
         names, (gelu, conv, norm, project) = zip(*children[start : start + 4], strict=True)
-        fits = as_built(gelu, GELU2d) and is_depthwise(conv) and as_built(norm, GlobalResponseNorm)
-        if fits and convolves(project, 1):
+        exact = as_built(gelu, GELU2d) and gelu.approximate == "none"
+        if exact and is_depthwise(conv) and as_built(norm, GlobalResponseNorm) and convolves(project, 1):
             setattr(module, names[0], FusedFeedForward(conv, norm, project))
             for name in names[1:]:
                 setattr(module, name, nn.Identity())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kernels
 import models
-from models.layers import DropPath, GlobalResponseNorm, LayerScale, ResidualDepthwiseConv2d
+from models.layers import DropPath, GELU2d, GlobalResponseNorm, LayerScale, ResidualDepthwiseConv2d
 from models.layers.fused import FusedDepthwiseConv2d, FusedFeedForward, fuse
 from models.layers.overlock_blocks import feed_forward
 from models.overlock import VARIANTS
@@ -256,6 +256,10 @@ def test_fused_feed_forward(side):
     fused: Any = copy.deepcopy(plain)
     fuse(fused)
     assert [type(layer) for layer in fused[1:]] == [FusedFeedForward, nn.Identity, nn.Identity, nn.Identity]
+    other: Any = copy.deepcopy(plain)
+    other[1] = GELU2d("tanh")  # not the kernel's
+    fuse(other)
+    assert FusedFeedForward not in map(type, other)
     x = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
     expected = plain(x)
     assert_close(fused(x), expected, 1e-6)  # float32: PyTorch's layers
