@@ -99,7 +99,7 @@ class Operator:
         if torch.compiler.is_compiling():  # before anything that a compiler cannot follow
             return self.definition(*arguments)
         tensors, form = _spread(arguments)
-        if _is_seen(tensors):
+        if is_seen(tensors):
             return self.definition(*arguments)
         run = self.function
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -195,7 +195,7 @@ class _Function(torch.autograd.Function):
         return *spread, None
 
 
-def _is_seen(tensors: Sequence[Tensor]) -> bool:
+def is_seen(tensors: Sequence[Tensor]) -> bool:
     """Whether more than autograd must see a call: a mode, a transform, a trace, a profiler or a subclass of Tensor."""
     return (
         torch._C._len_torch_dispatch_stack() > 0

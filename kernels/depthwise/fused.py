@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import interpreting
 from kernels.launch import ceil_divide, launch
+from kernels.registration import is_seen
 from kernels.tuning import repeated
 
 COLUMNS = 7  # divides the maps of images of 224 pixels
@@ -120,9 +122,13 @@ def _fused_kernel(
         tl.store(p_squares, b_squares, mask=m_channel)
 
 
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter)
+
+
 def fits(x: Tensor) -> bool:
     """Whether the operator takes x [B, C, H, W]: channels-last memory, an even number of channels."""
-    if interpreting() and torch.compiler.is_compiling():  # PyTorch traces no interpreted kernels
+    if interpreting() and (torch.compiler.is_compiling() or not _is_plain(x)):  # PyTorch traces no interpreted kernels
         return False
     last = x.permute(0, 2, 3, 1).is_contiguous()
     return last and x.shape[1] % 2 == 0 and x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
@@ -175,7 +181,7 @@ def _launched(
 
 @triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
 def _traced(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
-    if type(x) in (Tensor, nn.Parameter):
+    if _is_plain(x):
         out, parts = _launched(x, weight, bias, gelu, squares, False, False)
     else:
         grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares, False, False)
@@ -183,9 +189,15 @@ def _traced(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) 
     return [out, parts.sum(1)] if squares else [out]
 
 
+@register_flop_formula(torch.ops.dynamic_kernels.fused_depthwise_conv2d)
+def _flops(x: torch.Size, *_: Any, **__: Any) -> int:
+    """Two per multiply-add; GELU and squares are left out."""
+    return 2 * 9 * math.prod(x)
+
+
 def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
     """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_seen((x, weight, bias)):
         return _traced(x, weight, bias, gelu, squares)
     out, parts = _launched(x, weight, bias, gelu, squares, False, False)
     return [out, parts.sum(1)] if squares else [out]

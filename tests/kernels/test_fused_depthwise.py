@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import tolerances
@@ -33,8 +34,10 @@ def test_definition(shape, gelu, dtype):
     assert_close(out, expected, tolerance)
     assert_close(squares, expected.square().sum((2, 3)), tolerance)
     assert out.stride() == x.stride()
-    (alone,) = fused.fused_depthwise_conv2d(x, weight, bias, gelu, False)
+    with FlopCounterMode(display=False) as counter:  # which sees the operator
+        (alone,) = fused.fused_depthwise_conv2d(x, weight, bias, gelu, False)
     assert torch.equal(alone, out)
+    assert counter.get_total_flops() == 18 * x.numel()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])

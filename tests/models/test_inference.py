@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import models
@@ -267,6 +268,8 @@ def test_fused_feed_forward(side):
         out = fused.half()(x.half())
     assert_close(out, expected, 3e-3)
     assert out.is_contiguous(memory_format=torch.channels_last)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, kernels.use_backend("triton"):
+        assert fused(mode.from_tensor(x.half())).stride() == out.stride()
 
 
 def test_fused_depthwise_convolution():
