@@ -4,7 +4,7 @@
     out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − 1 + k] (+ bias[c]) (+ x[b,c,i])
     for inference: of GELU(x) instead of x, and squares[b,c] = Σ_i out[b,c,i]²
 
-``fused_backward`` has the weight's gradient. A program keeps COLUMNS outputs of a row in registers and slides down the
+``sliding`` trains it. A program keeps COLUMNS outputs of a row in registers and slides down the
 map, so that it loads (COLUMNS + 2) / COLUMNS inputs per output and takes as many GELUs. Where images are few, it slides
 over a band of their rows only. For inference the operator is a ``triton_op``: in compiled graphs Inductor launches the
 kernel itself, without the host's time for an operator in Python.
@@ -64,7 +64,7 @@ def _entering(p_row, m_row, first, width, stride, m_channel, GELU: tl.constexpr,
 
 
 @triton.jit
-def _fused_kernel(
+def fused_kernel(
     x,  # [B, H, W, C], contiguous
     weight,  # [C, 3, 3], contiguous
     bias,  # [C], not read without HAS_BIAS
@@ -122,13 +122,14 @@ def _fused_kernel(
         tl.store(p_squares, b_squares, mask=m_channel)
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
+    """Whether x holds numbers: PyTorch traces with tensors of other types."""
     return type(x) in (Tensor, nn.Parameter)
 
 
 def fits(x: Tensor) -> bool:
     """Whether the operator takes x [B, C, H, W]: channels-last memory, an even number of channels."""
-    if interpreting() and (torch.compiler.is_compiling() or not _is_plain(x)):  # PyTorch traces no interpreted kernels
+    if interpreting() and (torch.compiler.is_compiling() or not is_plain(x)):  # PyTorch traces no interpreted kernels
         return False
     last = x.permute(0, 2, 3, 1).is_contiguous()
     return last and x.shape[1] % 2 == 0 and x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
@@ -144,7 +145,7 @@ def cut(x: Tensor) -> dict[str, int]:
     return sizes | {"bands": ceil_divide(height, rows), "strips": strips, "blocks": blocks}
 
 
-def _prepared(
+def prepared(
     x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, squares: bool, flipped: bool, residual: bool
 ) -> tuple[tuple[int, ...], dict[str, Any], Tensor, Tensor]:
     """The launch's grid and arguments; its output and partial sums of squares."""
@@ -171,21 +172,21 @@ def _prepared(
 
 
 @repeated
-def _launched(
+def launched(
     x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, squares: bool, flipped: bool, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares, flipped, residual)
-    launch(_fused_kernel, grid, x.device, arguments, num_warps=1)
+    grid, arguments, out, parts = prepared(x, weight, bias, gelu, squares, flipped, residual)
+    launch(fused_kernel, grid, x.device, arguments, num_warps=1)
     return out, parts
 
 
 @triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
 def _traced(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
-    if _is_plain(x):
-        out, parts = _launched(x, weight, bias, gelu, squares, False, False)
+    if is_plain(x):
+        out, parts = launched(x, weight, bias, gelu, squares, False, False)
     else:
-        grid, arguments, out, parts = _prepared(x, weight, bias, gelu, squares, False, False)
-        wrap_triton(_fused_kernel)[grid](**arguments, num_warps=1)
+        grid, arguments, out, parts = prepared(x, weight, bias, gelu, squares, False, False)
+        wrap_triton(fused_kernel)[grid](**arguments, num_warps=1)
     return [out, parts.sum(1)] if squares else [out]
 
 
@@ -199,11 +200,5 @@ def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, 
     """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
     if torch.compiler.is_compiling() or is_seen((x, weight, bias)):
         return _traced(x, weight, bias, gelu, squares)
-    out, parts = _launched(x, weight, bias, gelu, squares, False, False)
+    out, parts = launched(x, weight, bias, gelu, squares, False, False)
     return [out, parts.sum(1)] if squares else [out]
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool, residual: bool) -> Tensor:
-    """x [B, C, H, W] that ``fits``, weight [C, 1, 3, 3], bias [C] -> out like x; ``flipped`` takes weight[c, 8 − k]."""
-    bias = None if bias is None else bias.contiguous()
-    return _launched(x, weight.contiguous(), bias, False, False, flipped, residual)[0]

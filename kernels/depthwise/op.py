@@ -64,45 +64,45 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     differentiated = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
     if on_eager and not (differentiated and torch.is_grad_enabled()):  # exported, these are PyTorch's operators alone
         return without_autocast(eager.steered, x, weight, bias)
-    return _convolve(x, weight, bias, False, False, backend)
+    if _is_sliding(x, kernel_size, backend):
+        from kernels.depthwise.sliding import convolve
+
+        return convolve(x, weight, bias, False, False)
+    return _convolve(x, weight, bias, False, backend)
 
 
 def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x + depthwise_conv2d(x, weight, bias)"""
-    backend = get_backend()
-    if resolve(backend, x) != "triton":
-        return x + depthwise_conv2d(x, weight, bias)
     x, weight, bias = check_tensors(["bias"], x=x, weight=weight, bias=bias)
-    return _convolve(x, weight, bias, False, True, backend)
+    if not _is_sliding(x, weight.shape[-1], get_backend()):
+        return x + without_autocast(depthwise_conv2d, x, weight, bias)
+    from kernels.depthwise.sliding import convolve
+
+    return convolve(x, weight, bias, False, True)
 
 
-def _slides(x: Tensor, kernel_size: int, *others: Tensor) -> bool:
-    """Whether the kernels for 3×3 windows and channels-last maps compute this."""
-    if kernel_size != 3 or x.dtype == torch.float64:
+def _is_sliding(x: Tensor, kernel_size: int, backend: str) -> bool:
+    """Whether the kernels for 3×3 windows of channels-last maps compute this."""
+    if kernel_size != 3 or x.dtype == torch.float64 or backend == "reference" or resolve(backend, x) != "triton":
         return False
     from kernels.depthwise.fused import fits
 
-    return all(map(fits, (x, *others)))
+    return fits(x)
 
 
 @operator(
     "depthwise_conv2d",
-    "(Tensor x, Tensor weight, Tensor? bias, bool flipped, bool residual, str backend) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, bool flipped, str backend) -> Tensor",
     fake=lambda x, *_: empty_like_map(x),
     flops=lambda x, weight, *_: 2 * math.prod(x) * weight[-1] ** 2,
 )
-def _convolve(x, weight, bias, flipped, residual, backend):
-    """``flipped`` convolves with weight[c, K−1−k]; ``residual`` adds x."""
+def _convolve(x, weight, bias, flipped, backend):
+    """``flipped`` convolves with weight[c, K−1−k]."""
     if resolve(backend, x) == "triton":
-        if _slides(x, weight.shape[-1]):
-            from kernels.depthwise.fused import convolve
-
-            return convolve(x, weight, bias, flipped, residual)
         from kernels.depthwise.forward import convolve
     else:
         from kernels.depthwise.eager import convolve
-    out = convolve(x, weight, bias, flipped)
-    return x + out if residual else out
+    return convolve(x, weight, bias, flipped)
 
 
 @operator(
@@ -113,10 +113,6 @@ def _convolve(x, weight, bias, flipped, residual, backend):
 )
 def _weight_gradient(grad, x, kernel_size, backend):
     if resolve(backend, x) == "triton":
-        if _slides(x, kernel_size, grad):
-            from kernels.depthwise.fused_backward import weight_gradient
-
-            return weight_gradient(grad, x)
         from kernels.depthwise.backward import weight_gradient
     else:
         from kernels.depthwise.eager import weight_gradient
@@ -128,27 +124,27 @@ def _weight_gradient(grad, x, kernel_size, backend):
     "(Tensor grad, str backend) -> Tensor",
     fake=lambda grad, _backend: grad.new_empty(grad.shape[1]),
 )
-def _bias_gradient(grad, backend):
+def bias_gradient(grad, backend):
     if resolve(backend, grad) == "triton":
-        from kernels.depthwise.backward import bias_gradient
+        from kernels.depthwise import backward
 
-        return bias_gradient(grad)
+        return backward.bias_gradient(grad)
     return grad.sum((0, 2, 3))
 
 
 _convolve.differentiable(
-    lambda grad, _x, weight, _bias, flipped, *rest: _convolve(grad, weight, None, not flipped, *rest),
+    lambda grad, _x, weight, _bias, flipped, backend: _convolve(grad, weight, None, not flipped, backend),
     # Flipped, output i meets weight k at i + K//2 − k: input and output change places.
-    lambda grad, x, weight, _bias, flipped, _residual, backend: _weight_gradient(
+    lambda grad, x, weight, _bias, flipped, backend: _weight_gradient(
         *((x, grad) if flipped else (grad, x)), weight.shape[-1], backend
     ),
-    lambda grad, *arguments: _bias_gradient(grad, arguments[-1]),
+    lambda grad, _x, _weight, _bias, _flipped, backend: bias_gradient(grad, backend),
 )
 _weight_gradient.differentiable(
-    lambda grad_weight, _grad, x, _kernel_size, backend: _convolve(x, grad_weight, None, False, False, backend),
-    lambda grad_weight, grad, _x, _kernel_size, backend: _convolve(grad, grad_weight, None, True, False, backend),
+    lambda grad_weight, _grad, x, _kernel_size, backend: _convolve(x, grad_weight, None, False, backend),
+    lambda grad_weight, grad, _x, _kernel_size, backend: _convolve(grad, grad_weight, None, True, backend),
 )
-_bias_gradient.differentiable(lambda grad_bias, grad, _backend: grad_bias[:, None, None].expand(grad.shape))
+bias_gradient.differentiable(lambda grad_bias, grad, _backend: grad_bias[:, None, None].expand(grad.shape))
 
 
 def normed_branches(

@@ -12,6 +12,7 @@ from kernels.launch import watching_launches
 from tests.support import DEVICE, assert_close, random_tensor, triton_device
 
 fused = pytest.importorskip("kernels.depthwise.fused")
+sliding = pytest.importorskip("kernels.depthwise.sliding")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,27 @@ def test_training_of_channels_last_maps(shape, residual, dtype):
     launched = []
     with watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
         found = run(tensors, grad, "triton")
-    assert [launched.count(name) for name in ("_fused_kernel", "_gradient_kernel")] == [2, 1]
+    assert [launched.count(name) for name in ("fused_kernel", "_gradient_kernel")] == [2, 1]
     exact = run([tensor.double() for tensor in tensors], grad.double(), "reference")
     assert_close(found, exact, tolerances.GRADIENT[dtype])
     assert found[0].stride() == found[1].stride() == x.stride()
+
+
+def test_twice_differentiable_counted_and_traced():
+    x = random_tensor(2, 4, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = random_tensor(4, 1, 3, 3).requires_grad_(), random_tensor(4).requires_grad_()
+
+    def penalty(backend):
+        with kernels.use_backend(backend):
+            out = kernels.depthwise_conv2d(x, weight, bias)
+        first = torch.autograd.grad(out.square().sum(), [x, weight], create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), [x, weight, bias])
+
+    assert_close(penalty("triton"), penalty("reference"), 1e-5)
+    with kernels.use_backend("triton"):
+        with FlopCounterMode(display=False) as counter:
+            kernels.depthwise_conv2d(x, weight, bias).sum().backward()
+        if DEVICE == "cuda":  # PyTorch traces no interpreted kernels
+            torch.library.opcheck(sliding._traced, (x, weight, bias, False, True))
+            torch.library.opcheck(sliding._traced_gradient, (x, x))
+    assert counter.get_total_flops() == 3 * 2 * 9 * x.numel()
