@@ -46,8 +46,11 @@ def sum_rows(matrix: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
     if interpreting():
         block_rows, block_columns = min(256, next_power_of_2(run)), min(1024, next_power_of_2(columns))
     else:
-        # One part of few columns is summed by few programs: the narrower their blocks, the more there are.
-        block_columns = min(next_power_of_2(columns), 1024 if columns >= 2**16 else 64 if parts > 1 else 16)
+        # One part of few columns is summed by few programs: the narrower their blocks, the more there are. Wide blocks
+        # exchange less between threads, where there is enough for all.
+        narrow = 64 if parts > 1 else 16
+        wide = columns * max(1, parts // 4) >= 2**16
+        block_columns = min(next_power_of_2(columns), 1024 if wide else narrow)
         block_rows = 4096 // block_columns
     sums = torch.empty((parts, columns), dtype=dtype, device=matrix.device)
     arguments = {
