@@ -36,6 +36,20 @@ KERNEL_AXES = "b g c k h w"
 
 
 @triton.jit
+def _pixels(i_pixel, height, width, BLOCK: tl.constexpr):
+    """Rows and columns of a block of pixels, and which there are, [1, P] each."""
+    o_pixel = i_pixel * BLOCK + tl.arange(0, BLOCK)
+    return (o_pixel // width)[None, :], (o_pixel % width)[None, :], (o_pixel < height * width)[None, :]
+
+
+@triton.jit
+def _entries(kernel, o_kernel_h, o_kernel_w, o_row, o_column, OFFSET: tl.constexpr):
+    """[S, P]: pointers to window positions of a dynamic kernel's outputs."""
+    p_step = kernel.ptr + o_kernel_h.to(OFFSET) * kernel.c + o_kernel_w.to(OFFSET) * kernel.k
+    return p_step + o_row.to(OFFSET) * kernel.h + o_column.to(OFFSET) * kernel.w
+
+
+@triton.jit
 def _gather_sum_kernel(
     weight,  # [B, G, Kh, Kw, H', W'], Kh under ``c`` and Kw under ``k``
     source,  # [B, G, C, source_height, source_width]; the gradient of the output if TRANSPOSED
@@ -50,11 +64,8 @@ def _gather_sum_kernel(
         tl.cdiv(height * width, BLOCK_PIXELS), tl.cdiv(channels, BLOCK_CHANNELS), groups
     )
     weight, source, out = at(weight, i_batch, i_group), at(source, i_batch, i_group), at(out, i_batch, i_group)
-    o_pixel = i_pixel * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    o_row, o_column, m_pixel = _pixels(i_pixel, height, width, BLOCK_PIXELS)
     o_channel = (i_channel * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(OFFSET)
-    o_row = (o_pixel // width)[None, :]
-    o_column = (o_pixel % width)[None, :]
-    m_pixel = (o_pixel < height * width)[None, :]
     m_channel = o_channel < channels
     p_channel = source.ptr + (o_channel * source.c)[None, :, None]
 
@@ -75,15 +86,8 @@ def _gather_sum_kernel(
             o_output_h, o_output_w = o_row, o_column
         m_step = m_step & m_row & m_column
         # [S, P]
-        b_weight = tl.load(
-            weight.ptr
-            + o_kernel_h.to(OFFSET) * weight.c
-            + o_kernel_w.to(OFFSET) * weight.k
-            + o_output_h.to(OFFSET) * weight.h
-            + o_output_w.to(OFFSET) * weight.w,
-            mask=m_step,
-            other=0,
-        )
+        p_weight = _entries(weight, o_kernel_h, o_kernel_w, o_output_h, o_output_w, OFFSET)
+        b_weight = tl.load(p_weight, mask=m_step, other=0)
         o_source = o_source_h.to(OFFSET) * source.h + o_source_w.to(OFFSET) * source.w
         # [S, C, P]
         b_source = tl.load(
@@ -111,10 +115,7 @@ def _correlate_kernel(
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     i_pixel, _i_channel, i_group, i_batch = split_program(tl.cdiv(height * width, BLOCK_PIXELS), 1, groups)
     g, x, out = at(g, i_batch, i_group), at(x, i_batch, i_group), at(out, i_batch, i_group)
-    o_pixel = i_pixel * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    o_row = (o_pixel // width)[None, :]
-    o_column = (o_pixel % width)[None, :]
-    m_pixel = (o_pixel < height * width)[None, :]
+    o_row, o_column, m_pixel = _pixels(i_pixel, height, width, BLOCK_PIXELS)
     o_pixel_g = o_row.to(OFFSET) * g.h + o_column.to(OFFSET) * g.w
 
     for first_step in range(0, KERNEL_H * KERNEL_W, BLOCK_STEPS):
@@ -139,15 +140,8 @@ def _correlate_kernel(
                 other=0,
             )
             b_sum += tl.sum(b_g[None, :, :].to(ACCUMULATOR) * b_x.to(ACCUMULATOR), axis=1)
-        tl.store(
-            out.ptr
-            + o_kernel_h.to(OFFSET) * out.c
-            + o_kernel_w.to(OFFSET) * out.k
-            + o_row.to(OFFSET) * out.h
-            + o_column.to(OFFSET) * out.w,
-            b_sum.to(out.ptr.dtype.element_ty),
-            mask=m_step,
-        )
+        p_out = _entries(out, o_kernel_h, o_kernel_w, o_row, o_column, OFFSET)
+        tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_step)
 
 
 def _common_arguments(
@@ -211,13 +205,7 @@ def _correlation_problem(g: Tensor, x: Tensor, window: Window) -> GatherProblem:
     return GatherProblem(g.shape[2], g.shape[3] * g.shape[4], steps, channels_fastest(g), channels_fastest(x), x.dtype)
 
 
-@tunable(
-    GATHERS,
-    gather_heuristic,
-    problem=_correlation_problem,
-    reference=eager.correlate,
-    name="gather.correlate",
-)
+@tunable(GATHERS, gather_heuristic, problem=_correlation_problem, reference=eager.correlate, name="gather.correlate")
 def gather_correlate(g: Tensor, x: Tensor, window: Window, *, config: Gather) -> Tensor:
     """``correlate`` with every output's own window."""
     out = empty_kernel_layout(g, window.kernel_size)

@@ -14,12 +14,12 @@ from torch import Tensor
 from kernels.contmix.arguments import Rows, Tensors, adding, launch_on, problem_of, reference_gradients
 from kernels.contmix.configs import OWN, Own, block, grad_own_heuristic, steps_of_own
 from kernels.contmix.forward_own import bias_of_step, logits_of_pairs, own_arguments
-from kernels.contmix.tiles import key_scale, load_heads, pixels_of_tile, rpb_base, store_heads
+from kernels.contmix.tiles import key_scale, load_heads, rpb_base, store_heads
 from kernels.launch import ceil_divide
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at, view
-from kernels.windows_triton import offsets, window_start
+from kernels.windows_triton import offsets, pixels_at, window_start
 
 
 @triton.jit
@@ -65,7 +65,8 @@ def _grad_logits_own_kernel(
     o_output, o_position, o_seen = tl.arange(0, OUTPUTS), tl.arange(0, STEPS), tl.arange(0, SEEN)
     tiles_w = tl.cdiv(width, COLUMNS)
     row, column = first_row + i_tile // tiles_w * (OUTPUTS // COLUMNS), i_tile % tiles_w * COLUMNS
-    outputs = pixels_of_tile(row, column, o_output, last_row, height, width, KERNEL, COLUMNS)
+    o_row, o_column = row + o_output // COLUMNS, column + o_output % COLUMNS
+    outputs = pixels_at(o_row, o_column, last_row, height, width, KERNEL)
     # What the tile sees in a step, row by row.
     SEEN_W: tl.constexpr = COLUMNS + KERNEL - 1
     start_h, start_w = window_start(row, height, KERNEL, 1), window_start(column, width, KERNEL, 1)

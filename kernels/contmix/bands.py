@@ -9,7 +9,7 @@ Two adjacent weights are one number of 32 bits. Nothing here leaves a thread's r
 import triton
 import triton.language as tl
 
-from kernels.windows_triton import Pixels, window_start
+from kernels.windows_triton import Pixels, pixels_at
 
 
 @triton.jit
@@ -147,10 +147,9 @@ def outputs_of_block(
     o_output = tl.arange(0, 16 * TILES)
     o_row = row + o_output // 16 // ACROSS * ROWS + o_output % 16 // COLUMNS
     o_column = column + o_output // 16 % ACROSS * COLUMNS + o_output % COLUMNS
-    mask = (i_block < blocks) & (o_row <= last_row) & (o_column < width)
-    o_row, o_column = tl.minimum(o_row, last_row), tl.minimum(o_column, width - 1)
-    start_h, start_w = window_start(o_row, height, KERNEL, 1), window_start(o_column, width, KERNEL, 1)
-    return row, column, Pixels(o_row, o_column, mask, start_h, start_w)
+    outputs = pixels_at(o_row, o_column, last_row, height, width, KERNEL)
+    mask = (i_block < blocks) & outputs.mask
+    return row, column, Pixels(outputs.row, outputs.column, mask, outputs.start_h, outputs.start_w)
 
 
 @triton.jit

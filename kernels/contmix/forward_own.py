@@ -18,15 +18,7 @@ from torch import Tensor
 
 from kernels.contmix.arguments import Tensors, launch_on, problem_of, reference_forward
 from kernels.contmix.configs import OWN, Own, own_heuristic, steps_of_own
-from kernels.contmix.tiles import (
-    halves,
-    key_scale,
-    load_biases,
-    load_heads,
-    pixels_of_pairs,
-    rpb_base,
-    store_heads,
-)
+from kernels.contmix.tiles import halves, key_scale, load_biases, load_heads, pixels_of_pairs, rpb_base, store_heads
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.registers import unstack
@@ -197,9 +189,6 @@ def forward_own(tensors: Tensors, *, config: Own) -> Tensor:
     """Fills ``out`` and ``statistics``."""
     channels, height, width = tensors.value.shape[2:]
     arguments, programs = own_arguments(tensors, config, ceil_divide(height * ceil_divide(width, 2), config.pairs))
-    arguments |= {
-        "PAIRS": config.pairs,
-        "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
-    }
+    arguments |= {"PAIRS": config.pairs, "BLOCK_CHANNELS": max(8, next_power_of_2(channels))}
     launch_on(tensors, _forward_own_kernel, programs, **arguments)
     return tensors.out

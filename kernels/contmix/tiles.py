@@ -42,15 +42,6 @@ def pixels_of_pairs(o_pair, o_second, first_row, last_row, height, width, KERNEL
 
 
 @triton.jit
-def pixels_of_tile(row, column, o_output, last_row, height, width, KERNEL: tl.constexpr, COLUMNS: tl.constexpr):
-    """Outputs of a tile, COLUMNS of each row, whose first is at ``row`` and ``column``."""
-    row, column = row + o_output // COLUMNS, column + o_output % COLUMNS
-    mask = (row <= last_row) & (column < width)
-    row, column = tl.minimum(row, last_row), tl.minimum(column, width - 1)
-    return Pixels(row, column, mask, window_start(row, height, KERNEL, 1), window_start(column, width, KERNEL, 1))
-
-
-@triton.jit
 def _pointers_of_heads(view, o_pixel, i_head, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """[P, heads · C] of a map [G, C, ...], one axis for all that is adjacent in memory, and which there are."""
     o_flat = tl.arange(0, HEADS * BLOCK)

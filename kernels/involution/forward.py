@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.aggregation import eager
-from kernels.aggregation.configs import CONFIGS, Config, Problem, heuristic, problem_of
+from kernels.aggregation.configs import CONFIGS, Config, heuristic, problem_of
 from kernels.aggregation.rows import weighted_sum, weighted_sum_kernel
 from kernels.involution import generate
 from kernels.layout import empty_like_layout
@@ -33,15 +33,14 @@ def whole_blocks(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return features, weight
 
 
-def _problem(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Problem:
-    return problem_of(x, features.shape[2:], window, features=features.shape[1])
-
-
-def _reference(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-    return generate.forward(x, features, weight, bias, window, eager)
-
-
-@tunable(CONFIGS, heuristic, problem=_problem, reference=_reference)
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda x, features, _weight, _bias, window: problem_of(
+        x, features.shape[2:], window, features=features.shape[1]
+    ),
+    reference=lambda x, features, weight, bias, window: generate.forward(x, features, weight, bias, window, eager),
+)
 def involution_generate(
     x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, *, config: Config
 ) -> Tensor:
@@ -57,17 +56,20 @@ def forward(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, wi
     return out if last is x else in_order_of(x, out)
 
 
-def _transposed_problem(g: Tensor, x: Tensor, features: Tensor, *options: Any) -> Problem:
-    return problem_of(g, x.shape[3:], options[-1], features=features.shape[1], transposed=True)
-
-
 def _transposed_reference(g: Tensor, x: Tensor, *inputs: Any) -> Tensor:
     features, weight, bias, window = inputs
     kernels = generate.kernels_of(features, weight, bias, g.shape[1], window)
     return eager.transpose(kernels, g, (x.shape[3], x.shape[4]), window)
 
 
-@tunable(CONFIGS, heuristic, problem=_transposed_problem, reference=_transposed_reference)
+@tunable(
+    CONFIGS,
+    heuristic,
+    problem=lambda g, x, features, _weight, _bias, window: problem_of(
+        g, x.shape[3:], window, features=features.shape[1], transposed=True
+    ),
+    reference=_transposed_reference,
+)
 def involution_generate_transpose(
     g: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, *, config: Config
 ) -> Tensor:

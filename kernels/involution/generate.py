@@ -54,13 +54,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    window: Window,
-    algebra: ModuleType,
+    grad: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, algebra: ModuleType
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, features, weight and bias (always computed); sums over images run step by step, in order."""
     accumulator, wide = accumulator_dtype(weight.dtype), _product_dtype(x)

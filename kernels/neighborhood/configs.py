@@ -88,8 +88,8 @@ class SharedConfig:
 # Not (64, 32, 8), (64, 64, 4) and (64, 64, 8): of them Triton 3.6 and 3.7 make sm_90 code of ``mix`` with 16 channels
 # that gives NaN in an emulator, and an H200 lost its context over one of them.
 SHARED_CONFIGS = tuple(
-    SharedConfig(outputs, steps, warps)
-    for outputs, steps, warps in (
+    SharedConfig(*blocks_and_warps)
+    for blocks_and_warps in (
         (16, 16, 1), (16, 32, 1), (16, 32, 2), (16, 64, 2), (32, 32, 2), (32, 32, 4), (32, 64, 4), (32, 128, 4),
         (64, 16, 4), (64, 32, 4), (64, 128, 8), (128, 32, 4), (128, 64, 8),
     )
@@ -154,8 +154,8 @@ class OwnConfig:
 
 
 OWN_CONFIGS = tuple(
-    OwnConfig(rows, columns, warps)
-    for rows, columns, warps in (
+    OwnConfig(*tile_and_warps)
+    for tile_and_warps in (
         (4, 8, 1), (2, 8, 1), (1, 8, 1), (4, 16, 1), (2, 16, 1), (1, 16, 1), (4, 4, 1), (2, 4, 1), (1, 4, 1),
         (4, 16, 2), (2, 16, 2), (1, 16, 2), (4, 32, 1), (2, 32, 1), (1, 32, 1), (1, 64, 1),
     )

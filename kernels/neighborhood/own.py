@@ -86,18 +86,16 @@ def sum_kernel(
 ):  # fmt: skip
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
-    DILATION_H: tl.constexpr = WINDOW.dilation[0]
-    DILATION_W: tl.constexpr = WINDOW.dilation[1]
     batch, groups, channels, height, width = sizes
     source, out = aligned(source, ALIGNED), aligned(out, ALIGNED)
     i_program = tl.program_id(0)
     i_block, i_rest = i_program % channel_blocks, i_program // channel_blocks
     i_column = i_rest // row_tiles * COLUMNS
-    rows = rows_of(i_rest % row_tiles, height, ROWS, KERNEL_H, DILATION_H, TRANSPOSED)
-    columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, KERNEL_W, DILATION_W, TRANSPOSED)
+    rows = rows_of(i_rest % row_tiles, height, ROWS, WINDOW, TRANSPOSED)
+    columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, WINDOW, TRANSPOSED)
     o_channel = i_block * CHANNELS + tl.arange(0, CHANNELS)
     m_channel = (o_channel < multiple(channels, ALIGNED))[None, :]
-    o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
+    o_first = (columns.first * WINDOW.dilation[1] + columns.residue).to(OFFSET)
     p_source = image_of(source, columns)[:, None] + (
         o_first[:, None] * source.w + o_channel.to(OFFSET)[None, :] * source.c
     )
@@ -112,13 +110,15 @@ def sum_kernel(
             if i_block == 0:
                 tl.store(taps.p_statistics, b_statistics / LOG2_E, mask=taps.own)
         for i_source in range(rows.begin, rows.end):
-            o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
+            o_source = tl.cast(i_source * WINDOW.dilation[0] + rows.residue, OFFSET)
             seen = ()
             for i in tl.static_range(KERNEL_W):
                 m_seen = m_channel
                 if TRANSPOSED:
                     m_seen = m_channel & (columns.first + first_step + i <= columns.last)[:, None]
-                p_seen = p_source + (o_source * source.h + tl.cast((first_step + i) * DILATION_W, OFFSET) * source.w)
+                p_seen = p_source + (
+                    o_source * source.h + tl.cast((first_step + i) * WINDOW.dilation[1], OFFSET) * source.w
+                )
                 seen = seen + (tl.load(p_seen, mask=m_seen, other=0),)
             b_taps = load_taps(
                 taps, weight, rpb, rows, i_source, WINDOW, TRANSPOSED, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET
@@ -149,7 +149,7 @@ def sum_kernel(
         columns.column.to(OFFSET)[:, None] * out.w + o_channel.to(OFFSET)[None, :] * out.c
     )
     for r in tl.static_range(ROWS):
-        o_row = tl.cast((rows.first + r) * DILATION_H + rows.residue, OFFSET)
+        o_row = tl.cast((rows.first + r) * WINDOW.dilation[0] + rows.residue, OFFSET)
         m_out = columns.mask[:, None] & m_channel & (rows.first + r < rows.members)
         tl.store(p_out + o_row * out.h, sums[r].to(out.ptr.dtype.element_ty), mask=m_out)
 
@@ -170,28 +170,26 @@ def correlate_kernel(
 ):  # fmt: skip
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
-    DILATION_H: tl.constexpr = WINDOW.dilation[0]
-    DILATION_W: tl.constexpr = WINDOW.dilation[1]
     batch, groups, channels, height, width = sizes
     grad, value, out = aligned(grad, ALIGNED), aligned(value, ALIGNED), aligned(out, ALIGNED)
     i_program = tl.program_id(0)
     i_column = i_program // row_tiles * COLUMNS
-    rows = rows_of(i_program % row_tiles, height, ROWS, KERNEL_H, DILATION_H, False)
-    columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, KERNEL_W, DILATION_W, False)
+    rows = rows_of(i_program % row_tiles, height, ROWS, WINDOW, False)
+    columns = columns_of(i_column + tl.arange(0, COLUMNS), batch, groups, width, WINDOW, False)
     targets = taps_of(target, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
     if SOFTMAX:
         taps = taps_of(logits, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
         b_statistics = tl.load(taps.p_statistics) * LOG2_E
     o_channel = tl.arange(0, CHANNELS)
     m_channel = (o_channel < multiple(channels, ALIGNED))[None, :]
-    o_first = (columns.first * DILATION_W + columns.residue).to(OFFSET)
+    o_first = (columns.first * WINDOW.dilation[1] + columns.residue).to(OFFSET)
     p_value = image_of(value, columns)[:, None] + (o_first[:, None] * value.w + o_channel.to(OFFSET)[None, :] * value.c)
     o_column = columns.column.to(OFFSET)[:, None]
     p_grad = image_of(grad, columns)[:, None] + (o_column * grad.w + o_channel.to(OFFSET)[None, :] * grad.c)
     p_out = image_of(out, columns)[:, None] + (o_column * out.w + o_channel.to(OFFSET)[None, :] * out.c)
     grads, deltas = (), ()
     for r in tl.static_range(ROWS):
-        o_row = tl.minimum(rows.first + r, rows.members - 1) * DILATION_H + rows.residue
+        o_row = tl.minimum(rows.first + r, rows.members - 1) * WINDOW.dilation[0] + rows.residue
         b_grad = tl.load(p_grad + tl.cast(o_row, OFFSET) * grad.h, mask=m_channel, other=0).to(ACCUMULATOR)
         grads = grads + (b_grad,)
         b_delta = tl.zeros([COLUMNS], ACCUMULATOR)
@@ -200,10 +198,10 @@ def correlate_kernel(
             b_delta = tl.sum(b_grad * b_out, axis=1)
         deltas = deltas + (b_delta,)
     for i_source in range(rows.begin, rows.end):
-        o_source = tl.cast(i_source * DILATION_H + rows.residue, OFFSET)
+        o_source = tl.cast(i_source * WINDOW.dilation[0] + rows.residue, OFFSET)
         seen = ()
         for i in tl.static_range(KERNEL_W):
-            p_seen = p_value + (o_source * value.h + i * DILATION_W * value.w)
+            p_seen = p_value + (o_source * value.h + i * WINDOW.dilation[1] * value.w)
             seen = seen + (tl.load(p_seen, mask=m_channel, other=0),)
         if SOFTMAX:
             b_logits = load_taps(taps, logits, rpb, rows, i_source, WINDOW, False, True, HAS_RPB, ACCUMULATOR, OFFSET)

@@ -71,23 +71,25 @@ def _sources(top, bottom, members, KERNEL: tl.constexpr, TRANSPOSED: tl.constexp
 
 
 @triton.jit
-def rows_of(i_tile, height, ROWS: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
+def rows_of(i_tile, height, ROWS: tl.constexpr, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Tile ``i_tile`` of the rows. Sources are inputs; outputs if TRANSPOSED."""
+    DILATION: tl.constexpr = WINDOW.dilation[0]
     residue, first = i_tile % DILATION, i_tile // DILATION * ROWS
     members = (height - residue + DILATION - 1) // DILATION
     top, bottom = tl.minimum(first, members - 1), tl.minimum(first + ROWS, members) - 1
-    begin, last = _sources(top, bottom, members, KERNEL, TRANSPOSED)
+    begin, last = _sources(top, bottom, members, WINDOW.kernel_size[0], TRANSPOSED)
     return Rows(first, members, residue, begin, last + 1)
 
 
 @triton.jit
-def columns_of(o_column, batch, groups, width, KERNEL: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
+def columns_of(o_column, batch, groups, width, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Positions on the axis of all images' columns."""
+    DILATION: tl.constexpr = WINDOW.dilation[1]
     o_inside = tl.minimum(o_column, batch * groups * width - 1)
     column, i_image = o_inside % width, o_inside // width
     residue, member = column % DILATION, column // DILATION
     members = (width - residue + DILATION - 1) // DILATION
-    first, last = _sources(member, member, members, KERNEL, TRANSPOSED)
+    first, last = _sources(member, member, members, WINDOW.kernel_size[1], TRANSPOSED)
     group, batch = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
     return Columns(column, group, batch, o_column == o_inside, residue, member, members, first, last)
 

@@ -111,13 +111,7 @@ def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window:
 
 
 def softmax_aggregate_backward(
-    grad: Tensor,
-    logits: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    out: Tensor,
-    statistics: Tensor,
-    window: Window,
+    grad: Tensor, logits: Tensor, value: Tensor, rpb: Tensor | None, out: Tensor, statistics: Tensor, window: Window
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of logits, value and rpb (None without one), each in the memory order of its tensor."""
     of_logits = empty_like_layout(logits, logits.shape)
