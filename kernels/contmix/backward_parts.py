@@ -31,7 +31,7 @@ def _stored_of_band(problem: Problem) -> tuple[int, int]:
     """How many numbers an output leaves in the backward pass: of p, of all that its tile sees, and of ds."""
     (seen, columns), kernel_size = tile_of(problem), problem.kernel_size
     rows = 16 // columns
-    of_window = sum(rows_of_block(kernel_size, rows, seen, i) for i in range(ceil_divide(kernel_size, rows)))
+    of_window = sum(int(rows_of_block(kernel_size, rows, seen, i)) for i in range(ceil_divide(kernel_size, rows)))
     return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, of_window * seen
 
 
