@@ -19,7 +19,7 @@ from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
 from kernels.registration import WINDOW, fields_of, operator, window_of
-from kernels.windows import Pair, Window
+from kernels.windows import Window
 
 
 def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
@@ -90,11 +90,6 @@ def aggregate(weight: Tensor, x: Tensor, window: Window, backend: str) -> Tensor
 def correlate(g: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)], [B, G, Kh, Kw, H', W'] in the memory order of g."""
     return _correlate(g, x, list(window.kernel_size), *fields_of(window, backend))
-
-
-def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, backend: str) -> Tensor:
-    """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i], [B, G, C, H, W] in the memory order of g."""
-    return _transpose(weight, g, list(input_size), *fields_of(window, backend))
 
 
 def aggregation_flops(channels_shape: Sequence[int], kernel_shape: Sequence[int]) -> int:

@@ -145,13 +145,8 @@ def na2d_softmax_av(
     if backend == "reference":
         options = {"rpb": rpb, "dilation": window.dilation}
         return without_autocast(reference.na2d_softmax_av, logits, value, window.kernel_size, **options)
-    out = softmax_aggregate(kernel_first(logits, window.kernel_size), value.movedim(4, 2), rpb, window, backend)
-    return out.movedim(2, 4)
-
-
-def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window, backend: str) -> Tensor:
-    """aggregate(softmax over the window of logits + rpb, value) for views logits [B,G,Kh,Kw,H,W], value [B,G,C,H,W]."""
-    return _softmax_aggregate(logits, value, rpb, list(window.dilation), backend)[0]
+    maps = kernel_first(logits, window.kernel_size), value.movedim(4, 2)
+    return _softmax_aggregate(*maps, rpb, list(window.dilation), backend)[0].movedim(2, 4)
 
 
 def _window_of(logits: Tensor, dilation: list[int]) -> Window:
