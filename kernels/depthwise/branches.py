@@ -1,272 +1,32 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Depthwise branches of one map, each with a batch norm behind it, summed: a ``DilatedReparamBlock`` in training.
 
-    u_n = w_n ∗ x,   x̂_n = (u_n − mean u_n) / √(var u_n + ε),   out = Σ_n (γ_n · x̂_n + β_n)
-    dγ_n = Σ dout · x̂_n,   dβ = Σ dout,   du_n = γ_n / √(var u_n + ε) · (dout − dβ / M − x̂_n · dγ_n / M)
+    out = Σ_n BatchNorm_n(w_n ∗ x)
 
-over the M values of a channel; dw_n and dx are the derivatives of convolutions. x is copied into rows (``rows``) once
-instead of once per branch, and the branches stay in rows from one convolution to the next: by themselves, seven
-convolutions of channels-last maps would be copied fourteen times forward and twenty-eight times backward.
+x is copied into rows (``rows``) once instead of once per branch, and the branches stay in rows from one convolution to
+the next: by themselves, seven convolutions of channels-last maps would be copied fourteen times forward and 28 times
+backward. What the norms do stands in ``branch_norms``.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import interpreting
 from kernels.depthwise.backward import gradient_of_rows, weight_gradient
+from kernels.depthwise.branch_norms import norm_gradients, normed_sum, statistics_of
 from kernels.depthwise.configs import Config
 from kernels.depthwise.forward import convolve, convolve_rows
-from kernels.depthwise.rows import check_size, in_layout_of, new_rows, rows_of, vector_of
-from kernels.dtypes import accumulator, accumulator_dtype, precision
-from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.layout import empty_like_map
+from kernels.depthwise.rows import check_size, in_layout_of, new_rows, rows_of
 from kernels.reorder import copy_rows
-from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated
 from kernels.tuning.choose import Launcher
-from kernels.views import view
-
-PROGRAMS = 2048  # that sum over images: enough for every processor of a large GPU
-
-
-@triton.jit
-def _tile(channels, height, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's channels [C, 1] and pixels of rows [1, P]; and what number the program has beside these two."""
-    pixel_blocks, channel_blocks = tl.cdiv(height * vectors * VECTOR, PIXELS), tl.cdiv(channels, BLOCK)
-    i_pixel, i_channel = tl.program_id(0) % pixel_blocks, tl.program_id(0) // pixel_blocks % channel_blocks
-    o_channel = i_channel * BLOCK + tl.arange(0, BLOCK)[:, None]
-    o_pixel = i_pixel * PIXELS + tl.arange(0, PIXELS)[None, :]
-    return o_channel, o_pixel, tl.program_id(0) // pixel_blocks // channel_blocks
-
-
-@triton.jit
-def _moments_kernel(
-    u_ptr,  # [N, B, C, H, pitch], contiguous
-    parts_ptr,  # [N, parts, 3, C], contiguous: number, mean, squares about it
-    batch, channels, height, width, vectors, images,
-    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of some images and pixels, by Welford's updates: nothing cancels where a mean is large."""
-    o_channel, o_pixel, i_rest = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
-    i_branch, i_chunk = i_rest % BRANCHES, i_rest // BRANCHES
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
-    first = i_chunk * images
-    last = tl.minimum(first + images, batch)
-    p_u = u_ptr + ((tl.cast(i_branch, tl.int64) * batch + first) * channels + o_channel) * plane + o_pixel
-    # [C, P]
-    b_mean = tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
-    b_squares = tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
-    for i_image in range(first, last):
-        b_away = tl.load(p_u, mask=m_rows, other=0).to(ACCUMULATOR) - b_mean
-        number = (i_image - first + 1).to(ACCUMULATOR)
-        b_mean += b_away * (1 / number)
-        b_squares += b_away * b_away * ((number - 1) / number)
-        p_u += channels * plane
-    # [C, 1]
-    m_map = m_rows & (o_pixel % (vectors * VECTOR) < width)
-    number = tl.cast(last - first, ACCUMULATOR)
-    b_number = tl.sum(m_map.to(ACCUMULATOR), axis=1, keep_dims=True)
-    b_total = tl.sum(tl.where(m_map, b_mean, 0.0), axis=1, keep_dims=True) / tl.maximum(b_number, 1)
-    b_squares += (b_mean - b_total) * (b_mean - b_total) * number
-    b_squares = tl.sum(tl.where(m_map, b_squares, 0.0), axis=1, keep_dims=True)
-    pixel_blocks = tl.cdiv(height * vectors * VECTOR, PIXELS)
-    i_part = (
-        i_branch * (pixel_blocks * tl.cdiv(batch, images)) + i_chunk * pixel_blocks + tl.program_id(0) % pixel_blocks
-    )
-    p_parts = parts_ptr + i_part.to(tl.int64) * (3 * channels) + o_channel
-    tl.store(p_parts, b_number * number, mask=m_channel)
-    tl.store(p_parts + channels, b_total, mask=m_channel)
-    tl.store(p_parts + 2 * channels, b_squares, mask=m_channel)
-
-
-@triton.jit
-def _statistics_kernel(
-    parts_ptr,  # [N, parts, 3, C], contiguous: number, mean, squares about it
-    statistics_ptr,  # [2, N, C], contiguous: mean and biased variance
-    parts, channels,
-    BRANCHES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr, ACCUMULATOR: tl.constexpr,
-):  # fmt: skip
-    i_branch = tl.program_id(0) % BRANCHES
-    o_channel = tl.program_id(0) // BRANCHES * BLOCK + tl.arange(0, BLOCK)
-    m_channel = (o_channel < channels)[None, :]
-    o_part = tl.arange(0, BLOCK_PARTS)[:, None]
-    p_parts = parts_ptr + (i_branch * parts + o_part).to(tl.int64) * (3 * channels) + o_channel[None, :]
-    # [P, C]
-    b_number = tl.zeros([BLOCK_PARTS, BLOCK], ACCUMULATOR)
-    b_sum = tl.zeros([BLOCK_PARTS, BLOCK], ACCUMULATOR)
-    b_squares = tl.zeros([BLOCK_PARTS, BLOCK], ACCUMULATOR)
-    for i_part in range(0, parts, BLOCK_PARTS):
-        m_part = m_channel & (i_part + o_part < parts)
-        p_part = p_parts + tl.cast(i_part, tl.int64) * (3 * channels)
-        b_part = tl.load(p_part, mask=m_part, other=0)
-        b_number += b_part
-        b_sum += b_part * tl.load(p_part + channels, mask=m_part, other=0)
-    # [C]
-    b_total = tl.maximum(tl.sum(b_number, axis=0), 1)
-    b_mean = tl.sum(b_sum, axis=0) / b_total
-    for i_part in range(0, parts, BLOCK_PARTS):
-        m_part = m_channel & (i_part + o_part < parts)
-        p_part = p_parts + tl.cast(i_part, tl.int64) * (3 * channels)
-        b_away = tl.load(p_part + channels, mask=m_part, other=0) - b_mean[None, :]
-        b_squares += tl.load(p_part, mask=m_part, other=0) * b_away * b_away
-        b_squares += tl.load(p_part + 2 * channels, mask=m_part, other=0)
-    p_statistics = statistics_ptr + i_branch * channels + o_channel
-    tl.store(p_statistics, b_mean, mask=o_channel < channels)
-    b_variance = tl.sum(b_squares, axis=0) / b_total
-    tl.store(p_statistics + BRANCHES * channels, b_variance, mask=o_channel < channels)
-
-
-@triton.jit
-def _norm(statistics_ptr, o_norm, m_channel, norms, epsilon):
-    """Mean and 1 / √(variance + ε) of a branch, [C, 1]."""
-    b_variance = tl.load(statistics_ptr + norms + o_norm, mask=m_channel, other=1)
-    return tl.load(statistics_ptr + o_norm, mask=m_channel, other=0), tl.rsqrt(b_variance + epsilon)
-
-
-@triton.jit
-def _sum_kernel(
-    u_ptr,  # [N, B, C, H, pitch], contiguous
-    statistics_ptr,  # [2, N, C]
-    scale_ptr,  # [N, C]
-    shift_ptr,  # [C]
-    out,  # [B, C, H, W]
-    batch, channels, height, width, vectors, epsilon,
-    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = Σ_n γ_n · x̂_n + β, by tiles: rows are read along pixels, out is written along channels."""
-    o_channel, o_pixel, i_batch = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
-    o_rows = (i_batch.to(tl.int64) * channels + o_channel) * plane + o_pixel
-    # [C, P]
-    b_sum = tl.load(shift_ptr + o_channel, mask=m_channel, other=0) + tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
-    for n in tl.static_range(BRANCHES):
-        o_norm = n * channels + o_channel
-        b_mean, b_rsqrt = _norm(statistics_ptr, o_norm, m_channel, BRANCHES * channels, epsilon)
-        b_scale = tl.load(scale_ptr + o_norm, mask=m_channel, other=0)
-        b_u = tl.load(u_ptr + n * batch * channels * plane + o_rows, mask=m_rows, other=0)
-        b_sum += (b_u.to(ACCUMULATOR) - b_mean) * (b_rsqrt * b_scale)
-    o_row, o_column = o_pixel // (vectors * VECTOR), o_pixel % (vectors * VECTOR)
-    o_out = o_channel.to(OFFSET) * out.c + o_row.to(OFFSET) * out.h + o_column.to(OFFSET) * out.w
-    tl.store(out.ptr + i_batch.to(tl.int64) * out.b + o_out, b_sum.to(out.ptr.dtype.element_ty),
-             mask=m_rows & (o_column < width))  # fmt: skip
-
-
-@triton.jit
-def _reduction_kernel(
-    rows_ptr,  # [B, C, H, pitch], contiguous: grad in rows, 0 beside the map
-    u_ptr,  # [N, B, C, H, pitch], contiguous
-    statistics_ptr,  # [2, N, C]
-    parts_ptr,  # [parts, N + 1, C], contiguous
-    batch, channels, height, width, vectors, epsilon, images,
-    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of some images and pixels: Σ grad · x̂_n for every branch, then Σ grad."""
-    o_channel, o_pixel, i_chunk = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
-    m_map = o_pixel % (vectors * VECTOR) < width
-    means = ()
-    for n in tl.static_range(BRANCHES):
-        means = means + (tl.load(statistics_ptr + n * channels + o_channel, mask=m_channel, other=0),)
-    sums = (tl.zeros([BLOCK, 1], ACCUMULATOR),) * (BRANCHES + 1)
-    for i_image in range(i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)):
-        o_rows = (tl.cast(i_image, tl.int64) * channels + o_channel) * plane + o_pixel
-        # [C, P]
-        b_grad = tl.load(rows_ptr + o_rows, mask=m_rows, other=0).to(ACCUMULATOR)
-        for n in tl.static_range(BRANCHES):
-            b_u = tl.load(u_ptr + n * batch * channels * plane + o_rows, mask=m_rows, other=0).to(ACCUMULATOR)
-            b_away = tl.where(m_map, b_u - means[n], 0.0)
-            b_part = sums[n] + tl.sum(b_grad * b_away, axis=1, keep_dims=True)
-            sums = sums[:n] + (b_part,) + sums[n + 1 :]
-        sums = sums[:BRANCHES] + (sums[BRANCHES] + tl.sum(b_grad, axis=1, keep_dims=True),)
-    pixel_blocks = tl.cdiv(height * vectors * VECTOR, PIXELS)
-    i_part = i_chunk * pixel_blocks + tl.program_id(0) % pixel_blocks
-    p_parts = parts_ptr + i_part.to(tl.int64) * (BRANCHES + 1) * channels + o_channel
-    for n in tl.static_range(BRANCHES):
-        o_norm = n * channels + o_channel
-        _mean, b_rsqrt = _norm(statistics_ptr, o_norm, m_channel, BRANCHES * channels, epsilon)
-        tl.store(p_parts + n * channels, sums[n] * b_rsqrt, mask=m_channel)
-    tl.store(p_parts + BRANCHES * channels, sums[BRANCHES], mask=m_channel)
-
-
-@triton.jit
-def _gradients_kernel(
-    rows_ptr,  # [B, C, H, pitch], contiguous: grad in rows
-    u_ptr,  # [N, B, C, H, pitch], contiguous
-    statistics_ptr,  # [2, N, C]
-    scale_ptr,  # [N, C]
-    sums_ptr,  # [N + 1, C]: dγ, dβ
-    grads_ptr,  # like u: becomes du
-    batch, channels, height, width, vectors, epsilon,
-    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """du_n, 0 where rows are longer than the map is wide."""
-    o_channel, o_pixel, i_batch = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
-    m_map = o_pixel % (vectors * VECTOR) < width
-    o_rows = (i_batch.to(tl.int64) * channels + o_channel) * plane + o_pixel
-    b_grad = tl.load(rows_ptr + o_rows, mask=m_rows, other=0).to(ACCUMULATOR)
-    number = tl.cast(tl.cast(batch, tl.int64) * height * width, ACCUMULATOR)
-    b_mean_grad = tl.load(sums_ptr + BRANCHES * channels + o_channel, mask=m_channel, other=0) / number
-    for n in tl.static_range(BRANCHES):
-        o_norm = n * channels + o_channel
-        b_mean, b_rsqrt = _norm(statistics_ptr, o_norm, m_channel, BRANCHES * channels, epsilon)
-        b_scale = tl.load(scale_ptr + o_norm, mask=m_channel, other=0)
-        b_slope = tl.load(sums_ptr + o_norm, mask=m_channel, other=0) / number * b_rsqrt
-        o_branch = n * batch * channels * plane + o_rows
-        b_u = tl.load(u_ptr + o_branch, mask=m_rows, other=0).to(ACCUMULATOR)
-        b_grad_u = (b_grad - b_mean_grad - (b_u - b_mean) * b_slope) * (b_scale * b_rsqrt)
-        tl.store(grads_ptr + o_branch, tl.where(m_map, b_grad_u, 0.0).to(grads_ptr.dtype.element_ty), mask=m_rows)
 
 
 def _config(launcher: Launcher, *arguments: Any) -> Config:
     """That of the same convolution by itself, unless it is PyTorch's."""
     config = launcher.choose(*arguments)
     return launcher.heuristic(launcher.problem_of(*arguments)._replace(copied=True)) if config.library else config
-
-
-def _tiled(x: Tensor, pitch: int, branches: int) -> tuple[int, dict[str, Any]]:
-    """Tiles of an image, and what the kernels that go over tiles of rows share."""
-    channels, height, width = x.shape[1:]
-    block = min(1024 if interpreting() else 32, next_power_of_2(channels))
-    pixels = min(2**14 if interpreting() else 64, next_power_of_2(height * pitch))
-    arguments = {
-        "batch": x.shape[0],
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "vectors": pitch // vector_of(x),
-        "BRANCHES": branches,
-        "VECTOR": vector_of(x),
-        **precision(x[None]),
-        "PIXELS": pixels,
-        "BLOCK": block,
-    }
-    return ceil_divide(height * pitch, pixels) * ceil_divide(channels, block), arguments
-
-
-def _chunks(x: Tensor, programs: int, pitch: int, pixels: int) -> tuple[int, int, int]:
-    """How many images a program sums, how many such chunks there are, and how many parts of a channel's sum."""
-    images = x.shape[0] if interpreting() else max(1, x.shape[0] * programs // PROGRAMS)
-    chunks = ceil_divide(x.shape[0], images)
-    return images, chunks, chunks * ceil_divide(x.shape[2] * pitch, pixels)
 
 
 @repeated
@@ -277,44 +37,12 @@ def forward(
     rows [N, B, C, H, pitch]."""
     check_size(x)
     rows = rows_of(x)
-    branches, dtype = len(weights), accumulator_dtype(x.dtype)
-    u = torch.empty((branches, *rows.shape), dtype=x.dtype, device=x.device)
+    u = torch.empty((len(weights), *rows.shape), dtype=x.dtype, device=x.device)
     for n, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
         config = _config(convolve, x, weight, None, False, dilation)
         convolve_rows(x, rows, u[n], weight, None, False, dilation, config=config)
-    tiles, common = _tiled(x, rows.shape[3], branches)
-    images, chunks, parts = _chunks(x, tiles * branches, rows.shape[3], common["PIXELS"])
-    partial = torch.empty((branches, parts, 3, x.shape[1]), dtype=dtype, device=x.device)
-    arguments = {"u_ptr": u, "parts_ptr": partial, "images": images, **common}
-    # One program per (block of pixels, block of channels, branch, chunk of images).
-    launch(_moments_kernel, (tiles * branches * chunks,), x.device, arguments, num_warps=4, num_stages=1)
-    statistics = torch.empty((2, branches, x.shape[1]), dtype=dtype, device=x.device)
-    block = 1024 if interpreting() else 16
-    arguments = {
-        "parts_ptr": partial,
-        "statistics_ptr": statistics,
-        "parts": parts,
-        "channels": x.shape[1],
-        "BRANCHES": branches,
-        "BLOCK_PARTS": 128,
-        "BLOCK": block,
-        "ACCUMULATOR": accumulator(x.dtype),
-    }
-    # One program per (branch, block of channels).
-    grid = (branches * ceil_divide(x.shape[1], block),)
-    launch(_statistics_kernel, grid, x.device, arguments, num_warps=4, num_stages=1)
-    out = empty_like_map(x)
-    arguments = {
-        "u_ptr": u,
-        "statistics_ptr": statistics,
-        "scale_ptr": scale,
-        "shift_ptr": shift,
-        "out": view(out, "b c h w"),
-        **common,
-        "epsilon": epsilon,
-    }
-    # One program per (block of pixels, block of channels, image).
-    launch(_sum_kernel, (tiles * x.shape[0],), x.device, arguments, num_warps=4, num_stages=1)
+    statistics = statistics_of(x, u)
+    out = normed_sum(x, u, statistics, scale, shift, epsilon)
     return out, statistics, None if rows is x else rows, u
 
 
@@ -324,21 +52,9 @@ def backward(
     statistics: Tensor, x_rows: Tensor, u: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradient of x; those of the scales and, last, of the shift, [N + 1, C]; then those of the weights."""
-    branches, dtype = len(weights), accumulator_dtype(x.dtype)
-    grad_rows, grads = new_rows(x), torch.empty_like(u)
+    grad_rows = new_rows(x)
     copy_rows(grad_rows, grad, to_rows=True)
-    tiles, common = _tiled(x, u.shape[-1], branches)
-    images, chunks, parts = _chunks(x, tiles, u.shape[-1], common["PIXELS"])
-    partial = torch.empty((parts, (branches + 1) * x.shape[1]), dtype=dtype, device=x.device)
-    common |= {"u_ptr": u, "statistics_ptr": statistics, "rows_ptr": grad_rows, "epsilon": epsilon}
-    arguments = {"parts_ptr": partial, "images": images, **common}
-    # One program per (block of pixels, block of channels, chunk of images).
-    launch(_reduction_kernel, (tiles * chunks,), x.device, arguments, num_warps=4, num_stages=1)
-    sums = sum_rows(sum_rows(partial, 64, dtype), 1, dtype)
-    arguments = {"sums_ptr": sums, "grads_ptr": grads, "scale_ptr": scale, **common}
-    # One program per (block of pixels, block of channels, image).
-    launch(_gradients_kernel, (tiles * x.shape[0],), x.device, arguments, num_warps=4, num_stages=1)
-
+    grads, sums = norm_gradients(x, grad_rows, u, statistics, scale, epsilon)
     out, grad_weights = new_rows(x), []
     for n, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
         config = _config(convolve, x, weight, None, True, dilation)
@@ -346,4 +62,4 @@ def backward(
         size = weight.shape[-1]
         config = _config(weight_gradient, grad, x, size, dilation)
         grad_weights.append(gradient_of_rows(x, grads[n], x_rows, size, dilation, config))
-    return in_layout_of(x, out), sums.view(branches + 1, x.shape[1]), *grad_weights
+    return in_layout_of(x, out), sums, *grad_weights
