@@ -42,7 +42,7 @@ from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, Problem, heuristic, tile_shape
 from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows, rows_of, vector_of
 from kernels.dtypes import multiplies, precision
-from kernels.launch import ceil_divide, launch
+from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.layout import empty_like_map
 from kernels.products import dot
 from kernels.tuning import tunable
@@ -120,24 +120,25 @@ def _convolution_kernel(
 def _band_kernel(
     weight,  # [C, K, K], of which there are KERNEL = (K − 1) · dilation + 1
     band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
-    elements, band_rows, rows, dilation,
+    band_rows, rows, dilation,
     KERNEL: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    o_element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    o_column = o_element % TILE_WIDTH
+    elements = SPAN * TILE_WIDTH * band_rows
+    blocks = tl.cdiv(elements, BLOCK)
+    i_channel = (tl.program_id(0) // blocks).to(tl.int64)
+    o_element = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     o_row = o_element // TILE_WIDTH % band_rows
-    o_span = o_element // TILE_WIDTH // band_rows % SPAN
-    o_kernel_h = (rows - 1 - o_row).to(tl.int32)
-    o_kernel_w = (o_span - o_column).to(tl.int32) + (KERNEL // 2 - (SPAN - TILE_WIDTH) // 2)
+    o_span = o_element // TILE_WIDTH // band_rows
+    o_kernel_h = rows - 1 - o_row
+    o_kernel_w = o_span - o_element % TILE_WIDTH + (KERNEL // 2 - (SPAN - TILE_WIDTH) // 2)
     m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h < KERNEL)
     m_weight &= (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
     if FLIPPED:
         o_kernel_h, o_kernel_w = KERNEL - 1 - o_kernel_h, KERNEL - 1 - o_kernel_w
     m_weight &= (o_kernel_h % dilation == 0) & (o_kernel_w % dilation == 0)
     o_weight = o_kernel_h // dilation * weight.h + o_kernel_w // dilation * weight.w
-    p_weight = weight.ptr + o_element // TILE_WIDTH // band_rows // SPAN * weight.c
-    b_weight = tl.load(p_weight + o_weight, mask=m_weight, other=0)
-    tl.store(band_ptr + o_element, b_weight, mask=o_element < elements)
+    b_weight = tl.load(weight.ptr + i_channel * weight.c + o_weight, mask=m_weight, other=0)
+    tl.store(band_ptr + i_channel * elements + o_element, b_weight, mask=o_element < elements)
 
 
 def band_of(
@@ -148,11 +149,11 @@ def band_of(
     band_rows = rows + config.tile_height - 1
     shape = (weight.shape[0], span, band_rows, tile_width)
     band = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    block = 2**16 if interpreting() else 1024
+    elements = span * band_rows * tile_width
+    block = next_power_of_2(elements) if interpreting() else 1024
     arguments = {
         "weight": view(weight[:, 0], "c h w"),
         "band_ptr": band,
-        "elements": band.numel(),
         "band_rows": band_rows,
         "rows": rows,
         "dilation": dilation,
@@ -162,7 +163,8 @@ def band_of(
         "TILE_WIDTH": tile_width,
         "BLOCK": block,
     }
-    grid = (ceil_divide(band.numel(), block),)
+    # One program per (block of the band, channel).
+    grid = (ceil_divide(elements, block) * weight.shape[0],)
     launch(_band_kernel, grid, band.device, arguments, num_warps=4, num_stages=1)
     return band
 
