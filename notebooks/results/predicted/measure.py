@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from autotune import timing
 from autotune.measure import one_line
-from autotune.workloads import Workload, channels_last, operator_workloads
+from autotune.workloads import Workload, channels_last, depthwise, operator_workloads
 from kernels.files import write_json
 from notebooks.results.folder import case_of
 
@@ -32,10 +32,13 @@ CACHE = 512 << 20  # bytes; several times any L2
 
 
 def cases() -> dict[str, Workload]:
-    """Every operator at the models' shapes, where maps lie channels last the other way, too; ContMix on a large one."""
+    """Every operator at the models' shapes, where maps lie channels last the other way, too; ContMix on a large one;
+    and 3×3 depthwise convolutions, as training has them."""
     large = [found for found in operator_workloads(2, (800, 1280)) if found.operator == "contmix2d"]
     found = {case_of(workload.operator, workload.shape): workload for workload in (*operator_workloads(128), large[0])}
     last = {name.removesuffix(".last"): case for name, case in found.items() if name.endswith(".last")}
+    small = ((224, 56), (768, 14))
+    found |= {f"depthwise3.{side}": depthwise("OverLoCK-XT", 128, c, (side, side), 3) for c, side in small}
     return found | {name: channels_last(case, False) for name, case in last.items()}
 
 
