@@ -21,7 +21,7 @@ from autotune.measure import one_line
 from autotune.tables import Table
 from autotune.tunables import stored_entries
 from autotune.tuner import disagreement, meeting
-from autotune.workloads import Workload, benchmark_workloads, contmix, involution, neighborhood
+from autotune.workloads import Workload, benchmark_workloads, contmix, depthwise, involution, neighborhood
 from kernels.backend import interpreting, triton_installed
 from kernels.tuning.choose import Config, Request, gpu_name
 from models.commands.dispatch import CommandError
@@ -37,10 +37,12 @@ def workloads_of(device: torch.device) -> list[Workload]:
     """Operators that launch every kernel between them."""
     if device.type == "cuda":
         return [*benchmark_workloads(), *(workload for found in cases().values() for workload in found)]
-    # Windows that outputs share, large ones of an output's own, and one that is too large for rows to slide.
+    # Windows that outputs share, large ones of an output's own, one that is too large for rows to slide, and a
+    # depthwise kernel larger than 3×3, for which there are kernels without configs.
     shared = [neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]
     mixes = [contmix("tiny", 1, 2, 16, size, sizes, context=9) for size, sizes in (((5, 5), (3, 5)), ((9, 17), (3, 7)))]
-    return [*benchmark_workloads(quick=True), *shared, *mixes, involution("tiny", 1, 16, (5, 5), 17, 16)]
+    others = [involution("tiny", 1, 16, (5, 5), 17, 16), depthwise("tiny", 1, 16, (5, 5), 5)]
+    return [*benchmark_workloads(quick=True), *shared, *mixes, *others]
 
 
 def check(request: Request, config: Config) -> dict[str, Any]:
