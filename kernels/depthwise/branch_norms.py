@@ -28,12 +28,16 @@ PROGRAMS = 2048  # that sum over images: enough for every processor of a large G
 
 @triton.jit
 def _tile(channels, height, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's channels [C, 1] and pixels of rows [1, P]; and what number the program has beside these two."""
+    """A program's channels [C, 1] and pixels of rows [1, P]; which channels there are, and which of both; the elements
+    of a channel's rows; and what number the program has beside its tile."""
     pixel_blocks, channel_blocks = tl.cdiv(height * vectors * VECTOR, PIXELS), tl.cdiv(channels, BLOCK)
     i_pixel, i_channel = tl.program_id(0) % pixel_blocks, tl.program_id(0) // pixel_blocks % channel_blocks
     o_channel = i_channel * BLOCK + tl.arange(0, BLOCK)[:, None]
     o_pixel = i_pixel * PIXELS + tl.arange(0, PIXELS)[None, :]
-    return o_channel, o_pixel, tl.program_id(0) // pixel_blocks // channel_blocks
+    plane = tl.cast(height * vectors, tl.int64) * VECTOR
+    m_channel = o_channel < channels
+    i_rest = tl.program_id(0) // pixel_blocks // channel_blocks
+    return o_channel, o_pixel, m_channel, m_channel & (o_pixel < plane), plane, i_rest
 
 
 @triton.jit
@@ -41,15 +45,13 @@ def _moments_kernel(
     u_ptr,  # [N, B, C, H, pitch], contiguous
     parts_ptr,  # [N, parts, 3, C], contiguous: number, mean, squares about it
     batch, channels, height, width, vectors, images,
-    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, ACCUMULATOR: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of some images and pixels, by Welford's updates: nothing cancels where a mean is large."""
-    o_channel, o_pixel, i_rest = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
+    tile = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
+    o_channel, o_pixel, m_channel, m_rows, plane, i_rest = tile
     i_branch, i_chunk = i_rest % BRANCHES, i_rest // BRANCHES
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
     first = i_chunk * images
     last = tl.minimum(first + images, batch)
     p_u = u_ptr + ((tl.cast(i_branch, tl.int64) * batch + first) * channels + o_channel) * plane + o_pixel
@@ -70,9 +72,7 @@ def _moments_kernel(
     b_squares += (b_mean - b_total) * (b_mean - b_total) * number
     b_squares = tl.sum(tl.where(m_map, b_squares, 0.0), axis=1, keep_dims=True)
     pixel_blocks = tl.cdiv(height * vectors * VECTOR, PIXELS)
-    i_part = (
-        i_branch * (pixel_blocks * tl.cdiv(batch, images)) + i_chunk * pixel_blocks + tl.program_id(0) % pixel_blocks
-    )
+    i_part = (i_branch * tl.cdiv(batch, images) + i_chunk) * pixel_blocks + tl.program_id(0) % pixel_blocks
     p_parts = parts_ptr + i_part.to(tl.int64) * (3 * channels) + o_channel
     tl.store(p_parts, b_number * number, mask=m_channel)
     tl.store(p_parts + channels, b_total, mask=m_channel)
@@ -135,10 +135,8 @@ def _sum_kernel(
     PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = Σ_n γ_n · x̂_n + β, by tiles: rows are read along pixels, out is written along channels."""
-    o_channel, o_pixel, i_batch = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
+    tile = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
+    o_channel, o_pixel, m_channel, m_rows, plane, i_batch = tile
     o_rows = (i_batch.to(tl.int64) * channels + o_channel) * plane + o_pixel
     # [C, P]
     b_sum = tl.load(shift_ptr + o_channel, mask=m_channel, other=0) + tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
@@ -161,14 +159,12 @@ def _reduction_kernel(
     statistics_ptr,  # [2, N, C]
     parts_ptr,  # [parts, N + 1, C], contiguous
     batch, channels, height, width, vectors, epsilon, images,
-    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, ACCUMULATOR: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of some images and pixels: Σ grad · x̂_n for every branch, then Σ grad."""
-    o_channel, o_pixel, i_chunk = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
+    tile = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
+    o_channel, o_pixel, m_channel, m_rows, plane, i_chunk = tile
     m_map = o_pixel % (vectors * VECTOR) < width
     means = ()
     for n in tl.static_range(BRANCHES):
@@ -203,14 +199,12 @@ def _gradients_kernel(
     sums_ptr,  # [N + 1, C]: dγ, dβ
     grads_ptr,  # like u: becomes du
     batch, channels, height, width, vectors, epsilon,
-    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCHES: tl.constexpr, VECTOR: tl.constexpr, ACCUMULATOR: tl.constexpr, PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """du_n, 0 where rows are longer than the map is wide."""
-    o_channel, o_pixel, i_batch = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
-    plane = tl.cast(height * vectors, tl.int64) * VECTOR
-    m_channel = o_channel < channels
-    m_rows = m_channel & (o_pixel < plane)
+    tile = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
+    o_channel, o_pixel, m_channel, m_rows, plane, i_batch = tile
     m_map = o_pixel % (vectors * VECTOR) < width
     o_rows = (i_batch.to(tl.int64) * channels + o_channel) * plane + o_pixel
     b_grad = tl.load(rows_ptr + o_rows, mask=m_rows, other=0).to(ACCUMULATOR)
@@ -234,7 +228,8 @@ def _tiled(x: Tensor, pitch: int, branches: int) -> tuple[int, dict[str, Any]]:
     pixels = min(2**14 if interpreting() else 64, next_power_of_2(height * pitch))
     arguments = {
         "batch": x.shape[0], "channels": channels, "height": height, "width": width, "vectors": pitch // vector_of(x),
-        "BRANCHES": branches, "VECTOR": vector_of(x), **precision(x[None]), "PIXELS": pixels, "BLOCK": block,
+        "BRANCHES": branches, "VECTOR": vector_of(x), "ACCUMULATOR": accumulator(x.dtype),
+        "PIXELS": pixels, "BLOCK": block,
     }  # fmt: skip
     return ceil_divide(height * pitch, pixels) * ceil_divide(channels, block), arguments
 
@@ -272,7 +267,7 @@ def normed_sum(x: Tensor, u: Tensor, statistics: Tensor, scale: Tensor, shift: T
     out = empty_like_map(x)
     tiles, common = _tiled(x, u.shape[-1], u.shape[0])
     arguments = {"u_ptr": u, "statistics_ptr": statistics, "scale_ptr": scale, "shift_ptr": shift, "epsilon": epsilon}
-    arguments |= {"out": view(out, "b c h w"), **common}
+    arguments |= {"out": view(out, "b c h w"), "OFFSET": precision(out[None])["OFFSET"], **common}
     # One program per (block of pixels, block of channels, image).
     launch(_sum_kernel, (tiles * x.shape[0],), x.device, arguments, num_warps=4, num_stages=1)
     return out

@@ -155,8 +155,8 @@ def prepared(
     parts = x.new_empty((batch, bands * strips, channels) if squares else (1,), dtype=torch.float32)
     arguments = {
         "x": x.permute(0, 2, 3, 1),
-        "weight": weight,
-        "bias": weight if bias is None else bias,
+        "weight": weight.contiguous(),
+        "bias": weight if bias is None else bias.contiguous(),
         "out": out.permute(0, 2, 3, 1),
         "squares": parts,
         **sizes,

@@ -73,16 +73,14 @@ def _gradient_kernel(
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool, residual: bool) -> Tensor:
-    bias = None if bias is None else bias.contiguous()
-    return launched(x, weight.contiguous(), bias, False, False, flipped, residual)[0]
+    return launched(x, weight, bias, False, False, flipped, residual)[0]
 
 
 @triton_op("dynamic_kernels::sliding_depthwise_conv2d", mutates_args=())
 def _traced(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool, residual: bool) -> Tensor:
     if is_plain(x):
         return _convolve(x, weight, bias, flipped, residual)
-    bias = None if bias is None else bias.contiguous()
-    grid, arguments, out, _ = prepared(x, weight.contiguous(), bias, False, False, flipped, residual)
+    grid, arguments, out, _ = prepared(x, weight, bias, False, False, flipped, residual)
     wrap_triton(fused_kernel)[grid](**arguments, num_warps=1)
     return out
 

@@ -108,6 +108,16 @@ class DilatedReparamBlock(nn.Module):
         dilated = [(getattr(self, f"dil_conv_{name}"), getattr(self, f"dil_bn_{name}")) for name in names]
         return [(self.lk_origin, self.origin_bn), *dilated]
 
+    @property
+    def _sizes(self) -> tuple[tuple[int, int], ...]:
+        """Kernel size and dilation of every branch."""
+        return ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
+
+    def _is_branch(self, conv: nn.Module, size: int, dilation: int, device: torch.device | None) -> bool:
+        """Whether ``conv`` is, as built, a branch's convolution of that size."""
+        kinds = DepthwiseConv2d
+        return conv.bias is None and convolves(conv, size, device, kinds=kinds, dilation=dilation, groups=self.channels)
+
     def merged_parameters(self, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
         """Kernel [C, 1, K, K] and bias [C] of the one convolution that equals the sum of all branches.
 
@@ -115,12 +125,9 @@ class DilatedReparamBlock(nn.Module):
         stacking them would be faster, but would make their gradients views of one tensor.
         """
         parts = []
-        sizes = ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
-        for (size, dilation), (conv, norm) in zip(sizes, self.branches(), strict=True):
+        for (size, dilation), (conv, norm) in zip(self._sizes, self.branches(), strict=True):
             normed = affine(norm, device)
-            if normed is None or conv.bias is not None:
-                return None
-            if not convolves(conv, size, device, kinds=DepthwiseConv2d, dilation=dilation, groups=self.channels):
+            if normed is None or not self._is_branch(conv, size, dilation, device):
                 return None
             parts.append((size, dilation, conv.weight, *normed))
         kernel = torch.zeros_like(self.lk_origin.weight)
@@ -194,10 +201,8 @@ class DilatedReparamBlock(nn.Module):
         """Whether every branch is a plain convolution with a batch norm in training, and Triton computes them."""
         if x.dim() != 4 or transforming() or resolve(get_backend(), x) != "triton" or not multiplies(x.dtype):
             return False
-        parts, sizes = self.branches(), ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
-        for (conv, norm), (size, dilation) in zip(parts, sizes, strict=True):
-            kinds = {"kinds": DepthwiseConv2d, "dilation": dilation, "groups": self.channels}
-            if conv.bias is not None or not convolves(conv, size, x.device, **kinds):
+        for (conv, norm), (size, dilation) in zip(self.branches(), self._sizes, strict=True):
+            if not self._is_branch(conv, size, dilation, x.device):
                 return False
             if not (as_built(norm, nn.BatchNorm2d, x.device) and norm.training and norm.affine):
                 return False
