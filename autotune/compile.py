@@ -58,6 +58,21 @@ class Fused(Workload):
         return fused_depthwise_conv2d(**inputs, gelu=True, squares=True)
 
 
+class Residual(Workload):
+    """The end of RedNet's block as inference has it in 16 bits, after an involution; and with a shortcut."""
+
+    def run(self, inputs: Any, *_: Any) -> list[Tensor]:
+        from kernels.pointwise import residual_pointwise_conv2d
+
+        x, channels = inputs["x"], inputs["x"].shape[1]
+        if x.itemsize > 2:
+            return []
+        scale, weight = x.new_empty(channels), x.new_empty(4 * channels, channels)
+        bias, skipped = x.new_empty(4 * channels), x.repeat(1, 4, 1, 1)
+        rest = scale, scale, weight, bias
+        return [residual_pointwise_conv2d(x, *rest, skipped), residual_pointwise_conv2d(x, *rest, x, weight)]
+
+
 class Branches(Workload):
     """Depthwise branches with batch norms, in training: a workload's kernel, and a part of it dilated."""
 
@@ -82,6 +97,7 @@ def cases() -> dict[str, list[Workload]]:
         "involution 128@28 K=7, channels first": [rednet],
         "involution 128@28 K=7, channels last": [channels_last(rednet)],
         "involution 2x8x16@28 K=17": [wide],
+        "involution 128@28 K=7, the end of its block": [Residual(**vars(channels_last(rednet)))],
         "involution, kernels generated, 128@28 K=7": [workloads.generation(channels_last(rednet))],
         "neighborhood 8x16@14 K=13": [fused, *unfused],
         "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import integer, integers
-from models.layers import DropPath, Involution2d, PointwiseConv2d
+from models.layers import DropPath, Involution2d, LayerScale, PointwiseConv2d
 from models.layers.basic import to_channels_last
 from models.layers.fusion import CONVOLUTIONS, affine, as_built, fold_after
 from models.layers.involution import conv_bn_relu
+from models.layers.residual import normed_product_and_shortcut, shortcut_convolution
 from models.registry import variant
 
 
@@ -52,14 +53,23 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x))
         out = out if getattr(self.conv1, "relu", False) else F.relu(out)
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.conv2(out)
+        if self._ends_in_product():
+            joined = normed_product_and_shortcut(self.bn2, self.conv3, self.downsample, out, x)
+            if joined is not None:
+                return joined
+        out = F.relu(self.bn2(out))
         out = self.drop_path(self.bn3(self.conv3(out)))
         return F.relu(out + self.downsample(x))
 
-    def folded(self) -> nn.Module:
-        """Folds batch norms, and the first ReLU, into the convolutions before them.
+    def _ends_in_product(self) -> bool:
+        """Whether nothing stands between the last convolution and the sum, as in inference."""
+        return as_built(self.bn3, nn.Identity) and as_built(self.drop_path, nn.Identity)
 
-        ``bn2`` follows the involution and stays.
+    def folded(self) -> nn.Module:
+        """Folds batch norms, and the first ReLU, into the convolutions before them, both last biases into one.
+
+        ``bn2`` follows the involution and stays, as a scale and a shift.
         """
         for conv, name in ((self.conv1, "bn1"), (self.conv3, "bn3")):
             norm = affine(getattr(self, name))
@@ -68,6 +78,15 @@ class Bottleneck(nn.Module):
                 setattr(self, name, nn.Identity())
         if as_built(self.conv1, PointwiseConv2d) and as_built(self.bn1, nn.Identity):
             self.conv1.relu = True
+        norm, beside = affine(self.bn2), shortcut_convolution(self.downsample)
+        if norm is not None:
+            self.bn2 = LayerScale(len(norm[1]))
+            self.bn2.weight = nn.Parameter(norm[0].view(-1, 1, 1, 1), requires_grad=False)
+            self.bn2.bias = nn.Parameter(norm[1], requires_grad=False)
+        last = self.conv3 if self._ends_in_product() and as_built(self.conv3, CONVOLUTIONS) else None
+        if last is not None and last.bias is not None and beside is not None and beside.bias is not None:
+            last.bias = nn.Parameter(last.bias + beside.bias, requires_grad=False)
+            beside.bias = None
         return self
 
 

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import models
+from kernels.launch import watching_launches
+from models.inference import _fold
 from models.layers import DropPath, GELU2d, GlobalResponseNorm, LayerScale, ResidualDepthwiseConv2d
 from models.layers.fused import FusedDepthwiseConv2d, FusedFeedForward, fuse
 from models.layers.overlock_blocks import feed_forward
@@ -167,8 +169,9 @@ def test_once_more_changes_nothing_and_copies_are_equal(family):
 def test_every_variant_folds_completely(name):
     model: Any = models.optimize_for_inference(on_meta(name).eval())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    if isinstance(model, RedNet):  # those after an involution
-        assert len(norms) == 1 + sum(isinstance(module, Bottleneck) for module in model.modules())
+    if isinstance(model, RedNet):  # those after an involution: the stem's, and scales and shifts in the blocks
+        assert len(norms) == 1
+        assert all(isinstance(module.bn2, LayerScale) for module in model.modules() if isinstance(module, Bottleneck))
         assert isinstance(model.maxpool, PoolThenReLU)
     else:
         assert not norms
@@ -286,6 +289,30 @@ def test_fused_depthwise_convolution():
         x = x.half().requires_grad_()
         (gradient,) = torch.autograd.grad(layers(x).sum(), x)
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("in_channels", "stride"), [(16, 1), (64, 1), (32, 2)])
+def test_end_of_a_bottleneck(in_channels, stride):
+    plain: Any = randomise(Bottleneck(in_channels, 16, stride, 0.5), torch.float32).eval().to(triton_device())
+    for conv in (plain.conv1, plain.conv3):
+        nn.init.kaiming_normal_(conv.weight)
+    fused: Any = copy.deepcopy(plain).requires_grad_(False)
+    _fold(fused)
+    x = random_tensor(2, in_channels, 9, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = plain(x)
+        assert_close(fused(x), expected, 1e-5)  # float32: PyTorch's layers
+        half, launched = copy.deepcopy(fused).half(), []
+        with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
+            out = half(x.half())
+            assert launched.count("residual_kernel") == 1
+            half.conv3.register_forward_hook(one_and_a_half)
+            hooked = half(x.half())
+            assert launched.count("residual_kernel") == 1
+        fused.conv3.register_forward_hook(one_and_a_half)
+        assert_close(hooked, fused(x), 5e-3)
+    assert_close(out, expected, 5e-3)
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_whole_model_is_fused():

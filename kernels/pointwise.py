@@ -1,0 +1,159 @@
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""The end of a residual block, in one pass over channels-last maps: a 1×1 convolution with what stands around it.
+
+    out[b,n,i] = ReLU(Σ_k weight[n,k] · ReLU(scale[k]·x[b,k,i] + shift[k]) + bias[n] + r[b,n,i])
+    r[b,n,i]   = skipped[b,n,i], or Σ_l second[n,l] · skipped[b,l,stride·i]
+
+A matrix product reads the residual, or makes it by a second product, where PyTorch writes the product, and reads it
+again beside the residual. It is for inference, and a ``triton_op``: Inductor launches the kernel itself.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.backend import interpreting
+from kernels.depthwise.fused import is_plain
+from kernels.launch import ceil_divide, launch
+from kernels.registration import is_seen
+from kernels.tuning import repeated
+
+# Of a program's outputs, and of one step of its products: less would read x and weights more often than L2 can deliver.
+BLOCKS = {"PIXELS": 128, "OUTPUTS": 256, "CHANNELS": 64}
+OPTIONS = {"num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _product(
+    b_out,  # [P, N]
+    p_pixel, m_pixel,  # [P]
+    weight,  # [outputs, channels]
+    o_output, m_output,  # [N]
+    scale, shift,  # [channels], not read without NORM
+    channels,
+    NORM: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """b_out + Σ_k weight[n, k] · f(pixel[k]), where f is ReLU(scale·x + shift) with NORM."""
+    for first in range(0, channels, CHANNELS):
+        o_channel = first + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+        b_x = tl.load(p_pixel[:, None] + o_channel[None, :], mask=m_pixel[:, None] & m_channel[None, :], other=0)
+        p_weight = weight + o_output[None, :] * channels + o_channel[:, None]
+        b_weight = tl.load(p_weight, mask=m_output[None, :] & m_channel[:, None], other=0)  # [K, N]
+        if NORM:
+            b_scale = tl.load(scale + o_channel, mask=m_channel, other=0).to(tl.float32)[None, :]
+            b_shift = tl.load(shift + o_channel, mask=m_channel, other=0).to(tl.float32)[None, :]
+            b_x = tl.maximum(b_x * b_scale + b_shift, 0, propagate_nan=tl.PropagateNan.ALL).to(b_weight.dtype)
+        b_out = tl.dot(b_x, b_weight, b_out, input_precision="ieee")
+    return b_out
+
+
+@triton.jit
+def residual_kernel(
+    x,  # [B, height, width, channels]
+    scale, shift,  # [channels]
+    weight,  # [outputs, channels]
+    bias,  # [outputs]
+    skipped,  # [B, skipped_height, skipped_width, skipped_channels]
+    second,  # [outputs, skipped_channels], not read without SECOND
+    out,  # [B, height, width, outputs]
+    pixels, height, width, channels, outputs, skipped_height, skipped_width, skipped_channels, stride,
+    SECOND: tl.constexpr, PIXELS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    # One program per (block of pixels of all images, block of outputs), outputs fastest. All tensors are contiguous.
+    blocks = tl.cdiv(outputs, OUTPUTS)
+    o_pixel = (tl.program_id(0) // blocks).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    o_output = tl.program_id(0) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
+    m_pixel, m_output = o_pixel < pixels, o_output < outputs
+    o_out = o_pixel[:, None] * outputs + o_output[None, :]
+    m_out = m_pixel[:, None] & m_output[None, :]
+    if SECOND:
+        o_row, o_column = o_pixel // width, o_pixel % width * stride
+        o_row = o_row // height * skipped_height + o_row % height * stride
+        p_skipped = skipped + (o_row * skipped_width + o_column) * skipped_channels
+        b_out = tl.zeros([PIXELS, OUTPUTS], tl.float32)
+        b_out = _product(
+            b_out, p_skipped, m_pixel, second, o_output, m_output, scale, shift, skipped_channels, False, CHANNELS
+        )
+    else:
+        b_out = tl.load(skipped + o_out, mask=m_out, other=0).to(tl.float32)
+    p_x = x + o_pixel * channels
+    b_out = _product(b_out, p_x, m_pixel, weight, o_output, m_output, scale, shift, channels, True, CHANNELS)
+    b_out += tl.load(bias + o_output, mask=m_output, other=0).to(tl.float32)[None, :]
+    b_out = tl.maximum(b_out, 0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
+
+
+def fits(*maps: Tensor) -> bool:
+    """Whether the operator takes maps [B, C, H, W]: plain channels-last memory."""
+    if interpreting() and (torch.compiler.is_compiling() or not all(map(is_plain, maps))):
+        return False  # PyTorch traces no interpreted kernels
+    return all(x.dim() == 4 and x.numel() > 0 and x.permute(0, 2, 3, 1).is_contiguous() for x in maps)
+
+
+def _prepared(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
+    stride: int,
+) -> tuple[tuple[int, ...], dict[str, Any], Tensor]:  # fmt: skip
+    """The launch's grid and arguments, and its output."""
+    (batch, channels, height, width), outputs = x.shape, weight.shape[0]
+    out = x.new_empty((batch, height, width, outputs))
+    pixels = batch * height * width
+    arguments = {
+        "x": x.permute(0, 2, 3, 1), "scale": scale, "shift": shift, "weight": weight, "bias": bias,
+        "skipped": skipped.permute(0, 2, 3, 1), "second": weight if second is None else second, "out": out,
+        "pixels": pixels, "height": height, "width": width, "channels": channels, "outputs": outputs,
+        "skipped_height": skipped.shape[2], "skipped_width": skipped.shape[3], "skipped_channels": skipped.shape[1],
+        "stride": stride, "SECOND": second is not None, **BLOCKS,
+    }  # fmt: skip
+    grid = (ceil_divide(pixels, BLOCKS["PIXELS"]) * ceil_divide(outputs, BLOCKS["OUTPUTS"]),)
+    return grid, arguments, out.permute(0, 3, 1, 2)
+
+
+@repeated
+def _launched(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
+    stride: int,
+) -> Tensor:  # fmt: skip
+    grid, arguments, out = _prepared(x, scale, shift, weight, bias, skipped, second, stride)
+    launch(residual_kernel, grid, x.device, arguments, **OPTIONS)
+    return out
+
+
+@triton_op("dynamic_kernels::residual_pointwise_conv2d", mutates_args=())
+def _traced(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
+    stride: int,
+) -> Tensor:  # fmt: skip
+    if is_plain(x):
+        return _launched(x, scale, shift, weight, bias, skipped, second, stride)
+    grid, arguments, out = _prepared(x, scale, shift, weight, bias, skipped, second, stride)
+    wrap_triton(residual_kernel)[grid](**arguments, **OPTIONS)
+    return out
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.residual_pointwise_conv2d)
+def _flops(x: Any, _scale: Any, _shift: Any, weight: Any, _bias: Any, _skipped: Any, second: Any, *_: Any, **__: Any):
+    """Two per multiply-add of the products."""
+    channels = weight[1] + (0 if second is None else second[1])
+    return 2 * x[0] * math.prod(x[2:]) * weight[0] * channels
+
+
+def residual_pointwise_conv2d(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor,
+    second: Tensor | None = None, stride: int = 1,
+) -> Tensor:  # fmt: skip
+    """The formula above, for maps that ``fits``.
+
+    x [B, K, H, W], scale and shift [K], weight [N, K], bias [N] and skipped [B, N, H, W], or second [N, L] and skipped
+    [B, L, H', W'] with H = ⌈H' / stride⌉ and W likewise -> [B, N, H, W] in channels-last memory.
+    """
+    if torch.compiler.is_compiling() or is_seen((x, skipped)):
+        return _traced(x, scale, shift, weight, bias, skipped, second, stride)
+    return _launched(x, scale, shift, weight, bias, skipped, second, stride)
