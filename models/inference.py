@@ -9,7 +9,7 @@ Affine layers compute s·x + t per channel: batch norms with running statistics,
 say what they become by a method ``folded``; this module has the order, and the rule for layers in sequence. Some
 layers stay: the batch norm after an involution, whose kernels depend on its input, and layers that were replaced,
 wrapped or hooked. Last, ``layers.fused`` joins layers that a GPU can run in fewer passes; ``layers.residual`` does so
-at the end of RedNet's blocks.
+at the end of RedNet's blocks, and in bfloat16 there VOLO's products take GELU in.
 """
 
 from __future__ import annotations

@@ -32,13 +32,24 @@ class PointwiseConv2d(nn.Conv2d):
             return F.relu(out) if self.relu else out
         pixels = input.permute(0, 2, 3, 1)
         rows, weight = pixels.reshape(-1, pixels.shape[3]), self.weight.flatten(1)
-        plain = rows.dtype == weight.dtype and not torch.is_autocast_enabled(rows.device.type)
-        if self.relu and self.bias is not None and plain and not (torch.is_grad_enabled() and input.requires_grad):
-            out = torch.ops.aten._addmm_activation(self.bias, rows, weight.t())
+        if self.relu:
+            out = activated(rows, weight, self.bias)
+            out = F.relu(F.linear(rows, weight, self.bias)) if out is None else out
         else:
             out = F.linear(rows, weight, self.bias)
-            out = F.relu(out) if self.relu else out
         return out.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
+
+
+def activated(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor | None:
+    """ReLU(rows·weightᵀ + bias) by the matrix product's own kernel, or GELU by its formula with tanh.
+
+    None where there is no such kernel: without a bias, with gradients, of several types.
+    """
+    if bias is None or rows.dtype != weight.dtype or torch.is_autocast_enabled(rows.device.type):
+        return None
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return None
+    return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=gelu)
 
 
 def in_16_bits_on_gpu(x: Tensor) -> bool:

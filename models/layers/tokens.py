@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.backend import transforming
 from models.layers.basic import DropPath
+from models.layers.fusion import as_built
 from models.layers.outlook import check_heads
+from models.layers.pointwise import activated, in_16_bits_on_gpu
 
 
 class Attention(nn.Module):
@@ -55,7 +58,13 @@ def _split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
 
 
 class Mlp(nn.Module):
-    """W₂·GELU(W₁·x) over the last dimension."""
+    """W₂·GELU(W₁·x) over the last dimension.
+
+    With ``inference``, GELU is a part of the first product in bfloat16 on a GPU, by the formula with tanh. Its error, of
+    normally distributed numbers 2e-4 of GELU's norm, is an eighth of what rounding to bfloat16 costs.
+    """
+
+    inference = False
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -63,7 +72,20 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        # torch.fx records what is called, and forward-mode derivatives know no such product.
+        eligible = self.inference and isinstance(x, Tensor) and not transforming() and in_16_bits_on_gpu(x)
+        if eligible and x.dtype != torch.float16 and as_built(self.fc1, nn.Linear, x.device):
+            hidden = activated(x.flatten(0, -2), self.fc1.weight, self.fc1.bias, gelu=True)
+            if hidden is not None:
+                return hidden.unflatten(0, x.shape[:-1])
+        return F.gelu(self.fc1(x))
+
+    def folded(self) -> nn.Module:
+        self.inference = True
+        return self
 
 
 class Block(nn.Module):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from models.checkpoints import load_checkpoint, save_checkpoint
-from models.layers.tokens import Attention, ClassAttention, mix_box, random_box, resize_position_embedding
+from models.layers.pointwise import activated
+from models.layers.tokens import Attention, ClassAttention, Mlp, mix_box, random_box, resize_position_embedding
 from models.volo import VOLO
 from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, golden_fill, random_tensor
 
@@ -38,6 +39,35 @@ def test_attention_layers_follow_their_definition():
     ):
         layer = golden_fill().fill_(kind(8, 2)).double().to(DEVICE)
         assert_close(layer(x), layer.proj(attend(*parts(layer))), FORWARD_TOLERANCE[torch.float64])
+
+
+def test_mlp_whose_product_takes_gelu_in(monkeypatch):
+    """On a GPU by tanh, whose error is less than that of rounding; elsewhere PyTorch's product has GELU itself."""
+    x = random_tensor(2, 3, 16, dtype=torch.float64)
+    layer = golden_fill().fill_(Mlp(16, 48)).double().to(DEVICE).requires_grad_(False)
+    expected = layer.fc2(F.gelu(layer.fc1(x)))
+    layer.folded()
+    assert torch.equal(layer(x), expected)
+    products = []
+
+    def seen(*arguments, **options):
+        products.append(options)
+        return activated(*arguments, **options)
+
+    monkeypatch.setattr("models.layers.tokens.activated", seen)
+    monkeypatch.setattr("models.layers.tokens.in_16_bits_on_gpu", lambda _: True)
+    assert_close(layer(x), expected, 1e-14 if DEVICE == "cpu" else 1e-3)
+    x.requires_grad_()
+    assert_close(layer(x), expected, 1e-14)  # with gradients, which that product has not
+    assert layer(x).requires_grad
+    assert products == [{"gelu": True}] * 3
+    layer.fc1.register_forward_hook(lambda *_: None)
+    assert_close(layer(x), expected, 1e-14)
+    assert len(products) == 3
+    normal = random_tensor(100_000, dtype=torch.float64, seed=0)
+    others = F.gelu(normal, approximate="tanh"), F.gelu(normal).bfloat16()
+    errors = [(other - F.gelu(normal)).norm() for other in others]
+    assert 8 * errors[0] < errors[1]
 
 
 # ---- image sizes and the position embedding
