@@ -60,8 +60,8 @@ def _split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
 class Mlp(nn.Module):
     """W₂·GELU(W₁·x) over the last dimension.
 
-    With ``inference``, GELU is a part of the first product in bfloat16 on a GPU, by the formula with tanh. Its error, of
-    normally distributed numbers 2e-4 of GELU's norm, is an eighth of what rounding to bfloat16 costs.
+    With ``inference``, GELU is a part of the first product in bfloat16 on a GPU, by the formula with tanh. Its error is
+    an eighth of bfloat16's rounding: 2e-4 of GELU's norm for normally distributed numbers.
     """
 
     inference = False
