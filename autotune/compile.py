@@ -50,12 +50,12 @@ TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float64: "
 
 
 class Fused(Workload):
-    """A 3×3 depthwise convolution as inference has it, with all that its kernel can do beside it."""
+    """A 3×3 depthwise convolution of GELU with all that its kernels can do beside it."""
 
-    def run(self, inputs: Any, *_: Any) -> list[Tensor]:
-        from kernels.depthwise.fused import fused_depthwise_conv2d
+    def run(self, inputs: Any, gradient: Any = None, *_: Any) -> list[Tensor]:
+        from kernels.depthwise.sliding import gelu_convolve
 
-        return fused_depthwise_conv2d(**inputs, gelu=True, squares=True)
+        return super().run(inputs, gradient, lambda x, weight, bias: gelu_convolve(x, weight, bias, True)[0])
 
 
 class Residual(Workload):

@@ -122,9 +122,20 @@ class Operator:
 
         self._register(differentiate)
 
-    def differentiable_once(self, backward: Operator, name: str) -> None:
-        """``backward(grad, *arguments, *outputs)`` is the only derivative: a gradient of the first output for each of
-        the leading arguments that are tensors, lists of tensors or None. A single output is left out of its arguments.
+    def differentiable_together(self, gradients: Callable[..., Sequence[Tensor | None]]) -> None:
+        """``gradients(grads, *arguments)`` are those of the leading arguments, given each output's or None."""
+
+        def differentiate(ctx: Any, *grads: Tensor | None) -> list[Any]:
+            arguments, _ = _saved(ctx)
+            found = list(gradients(grads, *arguments))
+            return found + [None] * (len(arguments) - len(found))
+
+        self._register(differentiate, keeps=False)
+
+    def differentiable_once(self, backward: Operator, name: str, derivatives: int = 1) -> None:
+        """``backward(*grads, *arguments, *outputs)`` is the only derivative: a gradient for each of the leading
+        arguments that are tensors, lists of tensors or None. ``derivatives`` is how many outputs have one, and how many
+        grads there are; a single output is left out of the arguments.
 
         A second derivative is an error that says how to get one of ``kernels.<name>``.
         """
@@ -135,34 +146,37 @@ class Operator:
                 'under kernels.use_backend("reference")'
             )
 
-        def differentiate(ctx: Any, grad: Tensor, *_: Any) -> list[Any]:
+        def differentiate(ctx: Any, *grads: Tensor) -> list[Any]:
             arguments, outputs = _saved(ctx)
-            grads = backward(grad, *arguments, *outputs)
-            found = [None if argument is None else grad for argument, grad in zip(arguments, grads, strict=False)]
+            found = backward(*grads[:derivatives], *arguments, *outputs)
+            found = [None if argument is None else grad for argument, grad in zip(arguments, found, strict=False)]
             return found + [None] * (len(arguments) - len(found))
 
         backward.definition.register_autograd(refuse)
-        self._register(differentiate)
+        self._register(differentiate, derivatives)
 
-    def _register(self, differentiate: Callable[..., list[Any]]) -> None:
+    def _register(self, differentiate: Callable[..., list[Any]], derivatives: int = 1, keeps: bool = True) -> None:
+        """``differentiate(ctx, *grads of the outputs)``; ``keeps``: of several outputs only the first ones, so many,
+        have ``derivatives``, and all are kept for them."""
+
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            return tuple([None] * len(ctx.form) if grads[0] is None else differentiate(ctx, *grads))
+            nothing = all(grad is None for grad in grads)
+            return tuple([None] * len(ctx.form) if nothing else differentiate(ctx, *grads))
+
+        def save(ctx: Any, tensors: Iterable[Tensor], form: list[Any], output: Any) -> None:
+            outputs = output if keeps and isinstance(output, tuple) else ()
+            ctx.save_for_backward(*tensors, *outputs)
+            ctx.form = form
+            ctx.mark_non_differentiable(*outputs[derivatives:])
+            ctx.set_materialize_grads(keeps and derivatives > 1)  # else no zeros, for what has no derivative
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _save(ctx, *_spread(inputs), output)
+            save(ctx, *_spread(inputs), output)
 
         self.definition.register_autograd(backward, setup_context=setup_context)
-        members = {"function": staticmethod(self.function), "differentiate": staticmethod(backward)}
+        members = {"function": self.function, "differentiate": backward, "save": save}
+        members = {name: staticmethod(member) for name, member in members.items()}
         self._differentiable = type(self.function.__name__, (_Function,), members)
-
-
-def _save(ctx: Any, tensors: Iterable[Tensor], form: list[Any], output: Any) -> None:
-    """Keep arguments and, where there are several, outputs, of which the first alone has a derivative."""
-    outputs = output if isinstance(output, tuple) else ()
-    ctx.save_for_backward(*tensors, *outputs)
-    ctx.form = form
-    ctx.mark_non_differentiable(*outputs[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what has no derivative
 
 
 def _saved(ctx: Any) -> tuple[list[Any], Iterator[Tensor]]:
@@ -176,12 +190,13 @@ class _Function(torch.autograd.Function):
 
     function: Callable[..., Any]
     differentiate: Callable[..., Sequence[Any]]
+    save: Callable[..., None]
 
     @classmethod
     def forward(cls, ctx: Any, *tensors_and_form: Any) -> Any:
         *tensors, form = tensors_and_form
         output = cls.function(*_gathered(iter(tensors), form))
-        _save(ctx, tensors, form, output)
+        cls.save(ctx, tensors, form, output)
         return output
 
     @classmethod

@@ -8,21 +8,21 @@
 Affine layers compute s·x + t per channel: batch norms with running statistics, and layer scales. Blocks and families
 say what they become by a method ``folded``; this module has the order, and the rule for layers in sequence. Some
 layers stay: the batch norm after an involution, whose kernels depend on its input, and layers that were replaced,
-wrapped or hooked. Last, ``layers.fused`` joins layers that a GPU can run in fewer passes; ``layers.residual`` does so
-at the end of RedNet's blocks, and in bfloat16 there VOLO's products take GELU in.
+wrapped or hooked. Last, layers are joined that a GPU can run in fewer passes: at the end of RedNet's blocks
+(``layers.residual``), ReLU with the 1×1 convolution before it, and in bfloat16 GELU with VOLO's products.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from models._contract import BackboneContract
-from models.layers import DepthwiseConv2d, DilatedReparamBlock, LayerScale
-from models.layers.fused import fuse
+from models.layers import DepthwiseConv2d, DilatedReparamBlock, LayerScale, PointwiseConv2d
 from models.layers.fusion import CONVOLUTIONS, affine, as_built, convolves, fold_after, fold_before
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +64,9 @@ def optimize_for_inference(model: Model) -> Model:
     optimised.set_grad_checkpointing(False)
     optimised.to(torch.promote_types(dtype, torch.float32))  # so that weights are rounded once, after folding
     _fold(optimised)
-    fuse(optimised)
+    for module in optimised.modules():
+        if isinstance(module, nn.Sequential):
+            _join_relu(module)
     optimised.to(dtype)
     for module in optimised.modules():
         # A weight in another memory format than the image would be copied at every call.
@@ -108,6 +110,16 @@ def fold_sequence(layers: nn.Sequential) -> None:
         else:
             continue
         layers[index] = nn.Identity()
+
+
+def _join_relu(layers: nn.Sequential) -> None:
+    """Lets 1×1 convolutions, which may be matrix products, take the ReLU that follows them."""
+    children: list[tuple[str, Any]] = list(layers.named_children())
+    children = [(name, layer) for name, layer in children if not isinstance(layer, nn.Identity)]
+    for (_, conv), (name, relu) in itertools.pairwise(children):
+        if as_built(conv, PointwiseConv2d) and as_built(relu, nn.ReLU):
+            conv.relu = True
+            setattr(layers, name, nn.Identity())
 
 
 def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -2,12 +2,11 @@
 """3×3 depthwise convolution of channels-last maps, in one pass with what stands before and after it.
 
     out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − 1 + k] (+ bias[c]) (+ x[b,c,i])
-    for inference: of GELU(x) instead of x, and squares[b,c] = Σ_i out[b,c,i]²
+    or of GELU(x) instead of x, and then also squares[b,c] = Σ_i out[b,c,i]²
 
-``sliding`` trains it. A program keeps COLUMNS outputs of a row in registers and slides down the
-map, so that it loads (COLUMNS + 2) / COLUMNS inputs per output and takes as many GELUs. Where images are few, it slides
-over a band of their rows only. For inference the operator is a ``triton_op``: in compiled graphs Inductor launches the
-kernel itself, without the host's time for an operator in Python.
+``sliding`` has its gradients and the operators. A program keeps COLUMNS outputs of a row in registers and slides down
+the map, so that it loads (COLUMNS + 2) / COLUMNS inputs per output and takes as many GELUs. Where images are few, it
+slides over a band of their rows only.
 """
 
 import math
@@ -17,13 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.library import triton_op, wrap_triton
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import interpreting
-from kernels.launch import ceil_divide, launch
-from kernels.registration import is_seen
-from kernels.tuning import repeated
+from kernels.launch import ceil_divide
 
 COLUMNS = 7  # divides the maps of images of 224 pixels
 BLOCK = 64  # channels of a program, two per lane
@@ -32,13 +27,19 @@ LEAST = 8
 
 
 @triton.jit
-def _twice_gelu(x):
-    """2·GELU(x) = x + |x|·(1 − 2Φ(−|x|)), 2Φ being 2 to the power of a polynomial: to 1e-6, in a third of erf's
-    instructions. Only numbers of bfloat16 above 1.7e38 pass float32 here; infinity gives infinity, −∞ NaN."""
+def twice_tail(x):
+    """2Φ(−|x|), Φ being the normal distribution's: 2 to the power of a polynomial, to 1e-6, in a third of erf's
+    instructions."""
     a = tl.abs(x)
     power = a * (8.507894352e-3 + a * (-9.305259446e-4 + a * (6.159844634e-5 - a * 1.834819841e-6)))
-    power = 4.7087e-6 + a * (-1.151251078 + a * (-0.4584643841 + a * (-5.396007374e-2 + power)))
-    return x + a * (1 - tl.exp2(power))
+    return tl.exp2(4.7087e-6 + a * (-1.151251078 + a * (-0.4584643841 + a * (-5.396007374e-2 + power))))
+
+
+@triton.jit
+def twice_gelu(x, b_tail):
+    """2·GELU(x) = x + |x|·(1 − 2Φ(−|x|)). Only numbers of bfloat16 above 1.7e38 pass float32 here; infinity gives
+    infinity, −∞ NaN."""
+    return x + tl.abs(x) * (1 - b_tail)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def load_row(p_row, m_row, first, width, stride, m_channel, COLUMNS: tl.constexp
     values = ()
     for i in tl.static_range(COLUMNS):
         m_column = m_row & (first + i >= 0) & (first + i < width)
-        values = values + (tl.load(p_row + i * stride, mask=m_channel & m_column, other=0).to(tl.float32),)
+        values = values + (tl.load(p_row + i * stride, mask=m_channel & m_column, other=0),)
     return values
 
 
@@ -55,12 +56,11 @@ def load_row(p_row, m_row, first, width, stride, m_channel, COLUMNS: tl.constexp
 def _entering(p_row, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLUMNS: tl.constexpr):
     """COLUMNS + 2 inputs [C] of a row, or twice their GELU, from column ``first`` on; 0 outside the map."""
     values = load_row(p_row, m_row, first, width, stride, m_channel, COLUMNS + 2)
-    if GELU:
-        entering = ()
-        for i in tl.static_range(COLUMNS + 2):
-            entering = entering + (_twice_gelu(values[i]),)
-        values = entering
-    return values
+    entering = ()
+    for i in tl.static_range(COLUMNS + 2):
+        b_x = values[i].to(tl.float32)
+        entering = entering + (twice_gelu(b_x, twice_tail(b_x)) if GELU else b_x,)
+    return entering
 
 
 @triton.jit
@@ -69,10 +69,9 @@ def fused_kernel(
     weight,  # [C, 3, 3], contiguous
     bias,  # [C], not read without HAS_BIAS
     out,  # like x
-    squares,  # [B, bands · strips, C], not written without SQUARES
+    squares,  # [B, bands · strips, C], not written without GELU
     height, width, rows, half_channels, bands, strips, blocks,
-    HAS_BIAS: tl.constexpr, FLIPPED: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, SQUARES: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program per (image, band of rows, strip of columns, block of channels), channels fastest.
     i_block = tl.program_id(0) % blocks
@@ -90,7 +89,7 @@ def fused_kernel(
     p_out = out + o_first + channels + o_channel - width * channels  # of the row above the one that is read
     w = ()
     for k in tl.static_range(9):
-        b_weight = tl.load(weight + o_channel * 9 + (8 - k if FLIPPED else k), mask=m_channel, other=0).to(tl.float32)
+        b_weight = tl.load(weight + o_channel * 9 + k, mask=m_channel, other=0).to(tl.float32)
         if RESIDUAL and k == 4:
             b_weight += 1
         w = w + (b_weight * 0.5 if GELU else b_weight,)
@@ -113,11 +112,11 @@ def fused_kernel(
         for i in tl.static_range(COLUMNS):
             m_out = m_channel & (i_row > top) & (first + 1 + i < width)
             tl.store(p_out + i * channels, done[i].to(out.dtype.element_ty), mask=m_out)
-            if SQUARES:
+            if GELU:
                 b_squares += tl.where(m_out, done[i] * done[i], 0)
         values, above, here = following, left, below
         p_out += width * channels
-    if SQUARES:
+    if GELU:
         p_squares = squares + i_part.to(tl.int64) * channels + o_channel
         tl.store(p_squares, b_squares, mask=m_channel)
 
@@ -146,13 +145,13 @@ def cut(x: Tensor) -> dict[str, int]:
 
 
 def prepared(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, squares: bool, flipped: bool, residual: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool
 ) -> tuple[tuple[int, ...], dict[str, Any], Tensor, Tensor]:
     """The launch's grid and arguments; its output and partial sums of squares."""
     batch, channels = x.shape[:2]
     out, sizes = torch.empty_like(x), cut(x)
     bands, strips = sizes["bands"], sizes["strips"]
-    parts = x.new_empty((batch, bands * strips, channels) if squares else (1,), dtype=torch.float32)
+    parts = x.new_empty((batch, bands * strips, channels) if gelu else (1,), dtype=torch.float32)
     arguments = {
         "x": x.permute(0, 2, 3, 1),
         "weight": weight.contiguous(),
@@ -161,44 +160,9 @@ def prepared(
         "squares": parts,
         **sizes,
         "HAS_BIAS": bias is not None,
-        "FLIPPED": flipped,
         "RESIDUAL": residual,
         "GELU": gelu,
-        "SQUARES": squares,
         "COLUMNS": COLUMNS,
         "BLOCK": BLOCK,
     }
     return (batch * bands * strips * sizes["blocks"],), arguments, out, parts
-
-
-@repeated
-def launched(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, squares: bool, flipped: bool, residual: bool
-) -> tuple[Tensor, Tensor]:
-    grid, arguments, out, parts = prepared(x, weight, bias, gelu, squares, flipped, residual)
-    launch(fused_kernel, grid, x.device, arguments, num_warps=1)
-    return out, parts
-
-
-@triton_op("dynamic_kernels::fused_depthwise_conv2d", mutates_args=())
-def _traced(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
-    if is_plain(x):
-        out, parts = launched(x, weight, bias, gelu, squares, False, False)
-    else:
-        grid, arguments, out, parts = prepared(x, weight, bias, gelu, squares, False, False)
-        wrap_triton(fused_kernel)[grid](**arguments, num_warps=1)
-    return [out, parts.sum(1)] if squares else [out]
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.fused_depthwise_conv2d)
-def _flops(x: torch.Size, *_: Any, **__: Any) -> int:
-    """Two per multiply-add; GELU and squares are left out."""
-    return 2 * 9 * math.prod(x)
-
-
-def fused_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, squares: bool) -> list[Tensor]:
-    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> out like x and, where asked for, its sums of squares [B, C]."""
-    if torch.compiler.is_compiling() or is_seen((x, weight, bias)):
-        return _traced(x, weight, bias, gelu, squares)
-    out, parts = launched(x, weight, bias, gelu, squares, False, False)
-    return [out, parts.sum(1)] if squares else [out]

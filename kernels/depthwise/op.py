@@ -67,7 +67,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if _is_sliding(x, kernel_size, backend):
         from kernels.depthwise.sliding import convolve
 
-        return convolve(x, weight, bias, False, False)
+        return convolve(x, weight, bias, False)
     return _convolve(x, weight, bias, False, backend)
 
 
@@ -78,7 +78,7 @@ def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) ->
         return x + without_autocast(depthwise_conv2d, x, weight, bias)
     from kernels.depthwise.sliding import convolve
 
-    return convolve(x, weight, bias, False, True)
+    return convolve(x, weight, bias, True)
 
 
 def _is_sliding(x: Tensor, kernel_size: int, backend: str) -> bool:

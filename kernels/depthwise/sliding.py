@@ -1,13 +1,17 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
-"""3×3 depthwise convolutions of channels-last maps, trained: ``fused``'s kernel and the gradient of its weight.
+"""3×3 depthwise convolutions of channels-last maps as operators: ``fused``'s kernel, and one for all its gradients.
 
-    out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − 1 + k] (+ bias[c]) (+ x[b,c,i])
-    gradient[c,k] = Σ_{b,i} grad[b,c,i] · x[b,c, i − 1 + k]
+    out[i] = Σ_k w[k] · y[i − 1 + k] (+ bias) (+ y[i]),  y = x or GELU(x),  squares = Σ_i out[i]²     per channel
+    dout'[i] = dout[i] + 2·out[i]·dsquares
+    dx[j] = y'[j] · (Σ_k w[k] · dout'[j + 1 − k] (+ dout'[j]))
+    dw[k] = Σ_j y[j] · dout'[j + 1 − k]        dbias = Σ_i dout'[i]
 
-For the gradient a program slides down a strip of maps, with three rows of gradients and one of inputs in registers, and
-adds up the nine sums of its channels. Both are ``triton_op``s, which compiled code launches by itself.
+A program slides down a strip of maps with three rows of gradients and one of inputs in registers. So every map is read
+once, and what training would otherwise write between GELU, convolution and response norm is never stored. The
+operators are ``triton_op``s: compiled code launches the kernels by itself, without the host's time for an operator.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +21,18 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.depthwise.fused import BLOCK, COLUMNS, PROGRAMS, cut, fused_kernel, is_plain, launched, load_row, prepared
+from kernels.depthwise.fused import (
+    BLOCK,
+    COLUMNS,
+    PROGRAMS,
+    cut,
+    fused_kernel,
+    is_plain,
+    load_row,
+    prepared,
+    twice_gelu,
+    twice_tail,
+)
 from kernels.launch import ceil_divide, launch
 from kernels.registration import Operator
 from kernels.sum_rows import sum_rows
@@ -25,142 +40,242 @@ from kernels.tuning import repeated
 
 
 @triton.jit
-def _gradient_kernel(
+def _gradient_row(
+    p_grad, p_out, b_factor, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """COLUMNS + 2 gradients dout' [C] of a row, from column ``first`` on; 0 outside the map."""
+    grads = load_row(p_grad, m_row, first, width, stride, m_channel, COLUMNS + 2)
+    outputs = grads
+    if GELU:
+        outputs = load_row(p_out, m_row, first, width, stride, m_channel, COLUMNS + 2)
+    row = ()
+    for i in tl.static_range(COLUMNS + 2):
+        b_grad = grads[i].to(tl.float32)
+        row = row + (b_grad + b_factor * outputs[i].to(tl.float32) if GELU else b_grad,)
+    return row
+
+
+@triton.jit
+def gradients_kernel(
     grad,  # [B, H, W, C], contiguous
     x,  # like grad
-    parts,  # [chunks of images · bands · strips, C, 3, 3], contiguous
-    batch, height, width, rows, half_channels, bands, strips, blocks, images,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    weight,  # [C, 3, 3], contiguous
+    out,  # like grad, not read without GELU
+    grad_squares,  # [B, C], contiguous, not read without GELU
+    grad_x,  # like grad
+    sums,  # [chunks of images · bands · strips, C·9 + C], contiguous: of the weight, then of the bias
+    batch, height, width, rows, bands, strips, blocks, images,
+    CHANNELS: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program per (chunk of images, band of rows, strip of columns, block of channels), channels fastest.
+    # One program per (chunk of images, band of rows, strip of columns, block of channels), channels fastest. A constant
+    # CHANNELS makes a row's addresses constant, too: without it they take a third of the registers.
     i_block = tl.program_id(0) % blocks
     i_part = tl.program_id(0) // blocks  # chunk, band and strip
     i_strip = i_part % strips
     i_chunk = i_part // strips // bands
     top = i_part // strips % bands * rows
     last_row = tl.minimum(top + rows, height)
-    channels = half_channels * 2  # the compiler then knows that it is even
     o_channel = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_channel = o_channel < channels
+    m_channel = o_channel < CHANNELS
     first = i_strip * COLUMNS
-    tops = (tl.zeros([BLOCK], tl.float32),) * 3  # sums of the kernel's rows
-    middles = (tl.zeros([BLOCK], tl.float32),) * 3
-    bottoms = (tl.zeros([BLOCK], tl.float32),) * 3
-    for i_image in range(i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)):
-        o_first = tl.cast(i_image, tl.int64) * height * width * channels + ((top - 1) * width + first) * channels
-        p_x, p_grad = x + o_first - channels + o_channel, grad + o_first + width * channels + o_channel
-        # Gradients of the rows above the input row that is read, beside it and below; a band has those of its own.
-        above = (tl.zeros([BLOCK], tl.float32),) * COLUMNS
-        here = (tl.zeros([BLOCK], tl.float32),) * COLUMNS
-        for i_row in range(top - 1, last_row + 1):
-            values = load_row(p_x, (i_row >= 0) & (i_row < height), first - 1, width, channels, m_channel, COLUMNS + 2)
-            below = load_row(p_grad, i_row + 1 < last_row, first, width, channels, m_channel, COLUMNS)
-            for k in tl.static_range(3):
-                b_top, b_middle, b_bottom = tops[k], middles[k], bottoms[k]
-                for i in tl.static_range(COLUMNS):
-                    b_top += below[i] * values[i + k]
-                    b_middle += here[i] * values[i + k]
-                    b_bottom += above[i] * values[i + k]
-                tops = tops[:k] + (b_top,) + tops[k + 1 :]
-                middles = middles[:k] + (b_middle,) + middles[k + 1 :]
-                bottoms = bottoms[:k] + (b_bottom,) + bottoms[k + 1 :]
-            above, here = here, below
-            p_x += width * channels
-            p_grad += width * channels
-    sums = tops + middles + bottoms
+    pitch = width * CHANNELS
+    w = ()
     for k in tl.static_range(9):
-        tl.store(parts + (i_part.to(tl.int64) * channels + o_channel) * 9 + k, sums[k], mask=m_channel)
+        b_weight = tl.load(weight + o_channel * 9 + (8 - k), mask=m_channel, other=0).to(tl.float32)
+        if RESIDUAL and k == 4:
+            b_weight += 1
+        w = w + (b_weight * 0.5 if GELU else b_weight,)
+    weights = (tl.zeros([BLOCK], tl.float32),) * 9
+    b_bias = tl.zeros([BLOCK], tl.float32)
+    for i_image in range(i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)):
+        o_first = tl.cast(i_image, tl.int64) * height * pitch + top * pitch + first * CHANNELS + o_channel
+        p_grad, p_out = grad + o_first - pitch - CHANNELS, out + o_first - pitch - CHANNELS
+        p_x, p_grad_x = x + o_first, grad_x + o_first
+        b_factor = tl.zeros([BLOCK], tl.float32)
+        if GELU:
+            b_factor = 2 * tl.load(grad_squares + i_image * CHANNELS + o_channel, mask=m_channel, other=0)
+        # Gradients of the rows above the input row, beside it and below.
+        above = _gradient_row(p_grad, p_out, b_factor, top > 0, first - 1, width, CHANNELS, m_channel, GELU, COLUMNS)
+        p_grad, p_out = p_grad + pitch, p_out + pitch
+        here = _gradient_row(p_grad, p_out, b_factor, height > 0, first - 1, width, CHANNELS, m_channel, GELU, COLUMNS)
+        values = load_row(p_x, height > 0, first, width, CHANNELS, m_channel, COLUMNS)
+        for i_row in range(top, last_row):
+            p_grad, p_out, p_x = p_grad + pitch, p_out + pitch, p_x + pitch
+            following = load_row(p_x, i_row + 1 < last_row, first, width, CHANNELS, m_channel, COLUMNS)
+            below = _gradient_row(
+                p_grad, p_out, b_factor, i_row + 1 < height, first - 1, width, CHANNELS, m_channel, GELU, COLUMNS
+            )
+            for i in tl.static_range(COLUMNS):
+                b_grad = w[0] * above[i] + w[1] * above[i + 1] + w[2] * above[i + 2]
+                b_grad += w[3] * here[i] + w[4] * here[i + 1] + w[5] * here[i + 2]
+                b_grad += w[6] * below[i] + w[7] * below[i + 1] + w[8] * below[i + 2]
+                b_x = values[i].to(tl.float32)
+                if GELU:  # GELU'(x) = Φ(x) + x·φ(x), all of them doubled
+                    b_tail = twice_tail(b_x)
+                    b_density = tl.exp2(b_x * b_x * -0.72134752) * 0.797884561
+                    b_twice = twice_gelu(b_x, b_tail)
+                    b_grad *= tl.where(b_twice > 0, 2 - b_tail, b_tail) + b_x * b_density
+                    b_x = b_twice
+                m_column = m_channel & (first + i < width)
+                tl.store(p_grad_x + i * CHANNELS, b_grad.to(grad_x.dtype.element_ty), mask=m_column)
+                b_bias += here[i + 1]
+                added = ()
+                for k in tl.static_range(3):
+                    added = added + (weights[k] + b_x * below[i + 2 - k],)
+                for k in tl.static_range(3):
+                    added = added + (weights[3 + k] + b_x * here[i + 2 - k],)
+                for k in tl.static_range(3):
+                    added = added + (weights[6 + k] + b_x * above[i + 2 - k],)
+                weights = added
+            above, here, values = here, below, following
+            p_grad_x += pitch
+    p_sums = sums + i_part.to(tl.int64) * (CHANNELS * 10)
+    for k in tl.static_range(9):
+        tl.store(p_sums + o_channel * 9 + k, weights[k] * (0.5 if GELU else 1.0), mask=m_channel)
+    tl.store(p_sums + CHANNELS * 9 + o_channel, b_bias, mask=m_channel)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool, residual: bool) -> Tensor:
-    return launched(x, weight, bias, False, False, flipped, residual)[0]
-
-
-@triton_op("dynamic_kernels::sliding_depthwise_conv2d", mutates_args=())
-def _traced(x: Tensor, weight: Tensor, bias: Tensor | None, flipped: bool, residual: bool) -> Tensor:
+def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, arguments: dict[str, Any]) -> None:
+    """Now, or in the graph that PyTorch traces."""
     if is_plain(x):
-        return _convolve(x, weight, bias, flipped, residual)
-    grid, arguments, out, _ = prepared(x, weight, bias, False, False, flipped, residual)
-    wrap_triton(fused_kernel)[grid](**arguments, num_warps=1)
-    return out
+        launch(kernel, grid, x.device, arguments, num_warps=1)
+    else:
+        wrap_triton(kernel)[grid](**arguments, num_warps=1)
 
 
-def _prepared_gradient(grad: Tensor, x: Tensor) -> tuple[tuple[int, ...], dict[str, Any], Tensor]:
-    """The launch's grid and arguments; its sums, [parts, C · 9]."""
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool) -> tuple[Tensor, Tensor]:
+    grid, arguments, out, parts = prepared(x, weight, bias, residual, gelu)
+    _launch(fused_kernel, grid, x, arguments)
+    return out, parts
+
+
+def _differentiated(
+    grad: Tensor, x: Tensor, weight: Tensor, residual: bool, out: Tensor | None, grad_squares: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and parts of those of weight and bias, [parts, C·9 + C]."""
     batch, channels = x.shape[:2]
     sizes = cut(x)
+    del sizes["half_channels"]
     others = sizes["bands"] * sizes["strips"]
     images = max(1, batch * others * sizes["blocks"] // (2 * PROGRAMS))
     chunks = ceil_divide(batch, images)
-    parts = x.new_empty((chunks * others, channels * 9), dtype=torch.float32)
+    parts, grad_x = x.new_empty((chunks * others, channels * 10), dtype=torch.float32), torch.empty_like(x)
     arguments = {
         "grad": grad.permute(0, 2, 3, 1),
         "x": x.permute(0, 2, 3, 1),
-        "parts": parts,
+        "weight": weight.contiguous(),
+        "out": (grad if out is None else out).permute(0, 2, 3, 1),
+        "grad_squares": parts if grad_squares is None else grad_squares.contiguous(),
+        "grad_x": grad_x.permute(0, 2, 3, 1),
+        "sums": parts,
         "batch": batch,
         **sizes,
         "images": images,
+        "CHANNELS": channels,
+        "RESIDUAL": residual,
+        "GELU": out is not None,
         "COLUMNS": COLUMNS,
         "BLOCK": BLOCK,
     }
-    return (chunks * others * sizes["blocks"],), arguments, parts
+    _launch(gradients_kernel, (chunks * others * sizes["blocks"],), x, arguments)
+    return grad_x, parts
+
+
+_convolved_again = repeated(_convolved)
 
 
 @repeated
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    grid, arguments, parts = _prepared_gradient(grad, x)
-    launch(_gradient_kernel, grid, x.device, arguments, num_warps=1)
-    return sum_rows(sum_rows(parts, 64, torch.float32), 1, x.dtype).view(x.shape[1], 1, 3, 3)
+def _differentiated_again(
+    grad: Tensor, x: Tensor, weight: Tensor, residual: bool, out: Tensor | None, grad_squares: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    grad_x, parts = _differentiated(grad, x, weight, residual, out, grad_squares)
+    return grad_x, sum_rows(sum_rows(parts, 64, torch.float32), 1, x.dtype).view(-1)
 
 
-@triton_op("dynamic_kernels::sliding_depthwise_conv2d_weight_gradient", mutates_args=())
-def _traced_gradient(grad: Tensor, x: Tensor) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    return (_convolved_again if is_plain(x) else _convolved)(x, weight, bias, residual, False)[0]
+
+
+def _gelu_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, Tensor]:
+    out, parts = (_convolved_again if is_plain(x) else _convolved)(x, weight, bias, residual, True)
+    return out, parts.sum(1)
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _all_gradients(grad, x, weight, residual, None, None)
+
+
+def _gelu_gradients(
+    grad: Tensor, grad_squares: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool,
+    out: Tensor, squares: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _all_gradients(_last(grad), x, weight, residual, out, grad_squares)
+
+
+def _all_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, residual: bool, out: Tensor | None, grad_squares: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     if is_plain(x):
-        return _weight_gradient(grad, x)
-    grid, arguments, parts = _prepared_gradient(grad, x)
-    wrap_triton(_gradient_kernel)[grid](**arguments, num_warps=1)
-    return parts.sum(0).to(x.dtype).view(x.shape[1], 1, 3, 3)
+        grad_x, sums = _differentiated_again(grad, x, weight, residual, out, grad_squares)
+    else:
+        grad_x, parts = _differentiated(grad, x, weight, residual, out, grad_squares)
+        sums = parts.sum(0).to(x.dtype)
+    channels = x.shape[1]
+    return grad_x, sums[: channels * 9].view(channels, 1, 3, 3), sums[channels * 9 :].clone()
 
 
-convolve = Operator(_traced, _convolve)
-"""x [B, C, H, W] that ``fused.fits``, weight [C, 1, 3, 3], bias [C] or None, whether to take weight[c, 8 − k], and
-whether to add x -> out like x."""
-weight_gradient = Operator(_traced_gradient, _weight_gradient)
+def _operator(name: str, function: Any) -> Operator:
+    return Operator(triton_op(f"dynamic_kernels::{name}", function, mutates_args=()), function)
+
+
+convolve = _operator("sliding_depthwise_conv2d", _convolve)
+"""x [B, C, H, W] that ``fused.fits``, weight [C, 1, 3, 3], bias [C] or None, whether to add x -> out like x."""
+gradients = _operator("sliding_depthwise_conv2d_backward", _gradients)
+"""The gradient of ``convolve``'s output, its x, weight and whether x is added -> those of x, weight and bias."""
+gelu_convolve = _operator("gelu_depthwise_conv2d", _gelu_convolve)
+"""``convolve`` of GELU(x), which is also what is added -> out, and its sums of squares [B, C] in float32."""
+_gelu_backward = _operator("gelu_depthwise_conv2d_backward", _gelu_gradients)
 
 
 def _last(grad: Tensor) -> Tensor:
     return grad.contiguous(memory_format=torch.channels_last)
 
 
-def _bias_gradient(grad: Tensor) -> Tensor:
-    if not is_plain(grad):  # compiled code sums it with what else it sums
-        return grad.sum((0, 2, 3))
-    from kernels.depthwise.op import bias_gradient
+def _twice(grads: Any, grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> list[Tensor | None]:
+    """Given those of ``gradients``'s outputs, which are linear in grad, in x and in weight."""
+    of_x, of_weight, of_bias = grads
+    found: list[Tensor | None] = [None, None, None]
+    if of_x is not None:
+        of_x = _last(of_x)
+        found[0], found[2] = convolve(of_x, weight, None, residual), gradients(grad, of_x, weight, False)[1]
+    if of_weight is not None or of_bias is not None:
+        of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
+        through = convolve(x, of_weight, of_bias, False)
+        found[0] = through if found[0] is None else found[0] + through
+        found[1] = gradients(grad, x, of_weight, False)[0]
+    return found
 
-    return bias_gradient(grad, "triton")
 
-
-convolve.differentiable(
-    lambda grad, _x, weight, _bias, flipped, residual: convolve(_last(grad), weight, None, not flipped, residual),
-    # Flipped, output i meets weight k at i + 1 − k: input and output change places.
-    lambda grad, x, _weight, _bias, flipped, _residual: weight_gradient(
-        *((x, _last(grad)) if flipped else (_last(grad), x))
-    ),
-    lambda grad, *_: _bias_gradient(_last(grad)),
+convolve.differentiable_together(
+    lambda grads, x, weight, bias, residual: gradients(_last(grads[0]), x, weight, residual)[: 2 if bias is None else 3]
 )
-weight_gradient.differentiable(
-    lambda grad_weight, _grad, x: convolve(x, grad_weight, None, False, False),
-    lambda grad_weight, grad, _x: convolve(grad, grad_weight, None, True, False),
-)
+gradients.differentiable_together(_twice)
+gelu_convolve.differentiable_once(_gelu_backward, "a depthwise convolution of GELU", derivatives=2)
 
 
 @register_flop_formula(
-    [
-        torch.ops.dynamic_kernels.sliding_depthwise_conv2d,
-        torch.ops.dynamic_kernels.sliding_depthwise_conv2d_weight_gradient,
-    ]
+    [torch.ops.dynamic_kernels.sliding_depthwise_conv2d, torch.ops.dynamic_kernels.gelu_depthwise_conv2d]
 )
-def _flops(first: Any, *_: Any, **__: Any) -> int:
-    """Of either: nine multiply-adds for each element of the map that comes first."""
-    batch, channels, height, width = first
-    return 2 * 9 * batch * channels * height * width
+def _flops(x: torch.Size, *_: Any, **__: Any) -> int:
+    """Two per multiply-add; GELU and squares are left out."""
+    return 2 * 9 * math.prod(x)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.sliding_depthwise_conv2d_backward)
+def _backward_flops(grad: torch.Size, *_: Any, **__: Any) -> int:
+    return 4 * 9 * math.prod(grad)
+
+
+@register_flop_formula(torch.ops.dynamic_kernels.gelu_depthwise_conv2d_backward)
+def _gelu_backward_flops(_grad: Any, _grad_squares: Any, x: torch.Size, *_: Any, **__: Any) -> int:
+    return 4 * 9 * math.prod(x)

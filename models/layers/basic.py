@@ -83,14 +83,17 @@ def add_scaled(scale: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
 
 
 class GlobalResponseNorm(nn.Module):
-    """out = x·(γ·n/(mean_c n + 1e-6) + 1) + β with n = ‖x‖₂ over each channel's positions (arXiv 2301.00808)."""
+    """out = x·(γ·n/(mean_c n + 1e-6) + 1) + β with n = ‖x‖₂ over each channel's positions (arXiv 2301.00808).
+
+    ``beta`` is None once inference has folded it into the next convolution.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
         channels = integer("channels", channels)
         self.eps = eps
         self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
@@ -100,9 +103,14 @@ class GlobalResponseNorm(nn.Module):
             norm = x.square().sum((2, 3), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         else:
             norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        return self.scaled(x, norm)
+
+    def scaled(self, x: Tensor, norm: Tensor) -> Tensor:
+        """The output, given norms n [B, C, 1, 1]."""
         # On the permuted view, whose default order compiled code keeps: the next layers read channels-last maps.
-        scale, shift = (each.to(x.dtype).permute(0, 2, 3, 1) for each in (self.scale(norm), self.beta))
-        return torch.addcmul(shift, x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
+        x, scale = x.permute(0, 2, 3, 1), self.scale(norm).to(x.dtype).permute(0, 2, 3, 1)
+        out = x * scale if self.beta is None else torch.addcmul(self.beta.to(x.dtype).permute(0, 2, 3, 1), x, scale)
+        return out.permute(0, 3, 1, 2)
 
     def scale(self, norm: Tensor) -> Tensor:
         """γ·n/(mean_c n + 1e-6) + 1 for norms n [B, C, 1, 1]."""

@@ -33,10 +33,10 @@ class ResidualDepthwiseConv2d(nn.Conv2d):
         return input + super().forward(input)
 
     def folded(self) -> nn.Module:
-        """x + W∗x + b = (W + δ)∗x + b, where δ is 1 at the window's centre: an ordinary convolution."""
+        """x + W∗x + b = (W + δ)∗x + b, where δ is 1 at the window's centre: a depthwise convolution."""
         if not as_built(self, ResidualDepthwiseConv2d):
             return self
-        conv = nn.Conv2d(self.in_channels, self.in_channels, 3, padding=1, groups=self.groups, device="meta")
+        conv = DepthwiseConv2d(self.in_channels, 3)
         conv.weight, conv.bias = self.weight, self.bias
         conv.weight[:, :, 1, 1] += 1
         return conv

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.layers.basic import DropPath, GELU2d, GlobalResponseNorm, LayerNorm2d, LayerScale, SqueezeExcite, add_scaled
 from models.layers.contmix import ContMix
 from models.layers.depthwise import DepthwiseConv2d, DilatedReparamBlock, ResidualDepthwiseConv2d
+from models.layers.feed_forward import FeedForwardSequential, feed_forward
 from models.layers.fusion import as_built, last_convolution
 from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
@@ -43,12 +44,6 @@ class ContextDownsample(nn.Module):
         return self.x_proj(x), self.h_proj(h)
 
 
-def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
-    """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
-    inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
-    return [PointwiseConv2d(channels, hidden), *inside, PointwiseConv2d(hidden, channels)]
-
-
 class RepConvBlock(nn.Module):
     """Base-Net and Overview-Net block: x ← x + dw₃(x), then ls(x) + drop_path(MLP(SE(BN(dilated reparam_K(LN(x)))))).
 
@@ -67,7 +62,7 @@ class RepConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dwconv = ResidualDepthwiseConv2d(channels)
-        self.proj = nn.Sequential(
+        self.proj = FeedForwardSequential(
             LayerNorm2d(channels, eps=1e-6),
             DilatedReparamBlock(channels, kernel_size, merged=reparam),
             nn.BatchNorm2d(channels),
@@ -125,7 +120,7 @@ class DynamicConvBlock(ContMix):
         self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv2d(channels, width))
         self.dwconv2 = ResidualDepthwiseConv2d(width)
         self.norm2 = LayerNorm2d(width, eps=1e-6)
-        self.mlp = nn.Sequential(*feed_forward(width, 3 * channels))
+        self.mlp = FeedForwardSequential(*feed_forward(width, 3 * channels))
         self.ls1 = LayerScale(width)
         self.ls2 = LayerScale(width)
         self.drop_path = DropPath(drop_path)
@@ -153,7 +148,7 @@ class DynamicConvBlock(ContMix):
 
 def _move_shift(scale: Any, branch: Any) -> None:
     """Lets the branch's last convolution (or layer scale) add the shift of ``scale``: their outputs are summed."""
-    last = branch if as_built(branch, LayerScale) else last_convolution(branch)
+    last = branch if as_built(branch, LayerScale) else last_convolution(branch, FeedForwardSequential)
     if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
         last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
         scale.bias = None

@@ -20,36 +20,59 @@ def _where_triton_runs():
     triton_device()
 
 
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(2, 6, 5, 9), (1, 66, 37, 7), (3, 2, 1, 1), (1, 130, 17, 8)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_definition(shape, gelu, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gelu_convolution(shape, residual, dtype):
+    """Outputs and gradients, through both outputs."""
     channels = shape[1]
-    x = random_tensor(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight, bias = random_tensor(channels, 1, 3, 3, dtype=dtype), random_tensor(channels, dtype=dtype)
+    x, grad = (random_tensor(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    tensors = [x, random_tensor(channels, 1, 3, 3, dtype=dtype), random_tensor(channels, dtype=dtype)]
+    grads = [grad, random_tensor(*shape[:2]) / 10]
     assert fused.fits(x)
-    out, squares = fused.fused_depthwise_conv2d(x, weight, bias, gelu, True)
-    entering = F.gelu(x.double()) if gelu else x.double()
-    expected = F.conv2d(entering, weight.double(), bias.double(), padding=1, groups=channels)
-    tolerance = 1e-3 if dtype == torch.float16 else 2e-6
-    assert_close(out, expected, tolerance)
-    assert_close(squares, expected.square().sum((2, 3)), tolerance)
-    assert out.stride() == x.stride()
+
+    def run(function, tensors, grads):
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        outs = function(*tensors)
+        return [*outs, *torch.autograd.grad(outs, tensors, grads)]
+
+    def definition(x, weight, bias):
+        entering = F.gelu(x)
+        out = F.conv2d(entering, weight, bias, padding=1, groups=channels) + (entering if residual else 0)
+        return out, out.square().sum((2, 3))
+
+    found = run(lambda *tensors: sliding.gelu_convolve(*tensors, residual), tensors, grads)
+    exact = run(definition, [tensor.double() for tensor in tensors], [grad.double() for grad in grads])
+    assert_close(found, exact, 3e-6 if dtype == torch.float32 else tolerances.GRADIENT[dtype])
+    assert found[0].stride() == found[2].stride() == x.stride()
     with FlopCounterMode(display=False) as counter:  # which sees the operator
-        (alone,) = fused.fused_depthwise_conv2d(x, weight, bias, gelu, False)
-    assert torch.equal(alone, out)
+        sliding.gelu_convolve(*tensors, residual)
     assert counter.get_total_flops() == 18 * x.numel()
+
+
+def test_gelu_convolution_is_differentiable_once():
+    x = random_tensor(1, 2, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out, squares = sliding.gelu_convolve(x, random_tensor(2, 1, 3, 3), None, False)
+    (through_one,) = torch.autograd.grad(squares.sum(), x, retain_graph=True)  # the other has no gradient
+    assert through_one.abs().sum() > 0
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="can be differentiated once"):
+        torch.autograd.grad(gradient.sum(), x)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_gelu_of_small_and_large_numbers(scale):
-    """By a convolution that copies."""
+    """And its slope, by a convolution that copies."""
     x = torch.linspace(-8, 8, 2 * 49 * 16, device=DEVICE).view(2, 16, 7, 7) * scale
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(16, 1, 3, 3, device=DEVICE)
     weight[:, :, 1, 1] = 1
-    (out,) = fused.fused_depthwise_conv2d(x, weight, torch.zeros(16, device=DEVICE), True, False)
+    x.requires_grad_()
+    out, _ = sliding.gelu_convolve(x, weight, torch.zeros(16, device=DEVICE), False)
     assert (out - F.gelu(x.double())).abs().max() < 1e-6 * scale
+    exact = x.detach().double().requires_grad_()
+    (slope,), (expected,) = (torch.autograd.grad(y.sum(), t) for y, t in ((out, x), (F.gelu(exact), exact)))
+    assert (slope - expected).abs().max() < 3e-6
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -59,10 +82,13 @@ def test_what_is_not_finite(bad, gelu):
     x = torch.zeros(1, 2, 9, 9, device=DEVICE).contiguous(memory_format=torch.channels_last)
     x[0, 1, 4, 4] = bad
     weight, bias = torch.ones(2, 1, 3, 3, device=DEVICE), torch.zeros(2, device=DEVICE)
-    out, squares = fused.fused_depthwise_conv2d(x, weight, bias, gelu, True)
     expected = F.conv2d(F.gelu(x.double()) if gelu else x.double(), weight.double(), padding=1, groups=2)
+    if gelu:
+        out, squares = sliding.gelu_convolve(x, weight, bias, False)
+        torch.testing.assert_close(squares.double(), expected.square().sum((2, 3)), equal_nan=True)
+    else:
+        out = sliding.convolve(x, weight, bias, False)
     torch.testing.assert_close(out.double(), expected, equal_nan=True)
-    torch.testing.assert_close(squares.double(), expected.square().sum((2, 3)), equal_nan=True)
 
 
 def test_what_does_not_fit():
@@ -91,7 +117,7 @@ def test_training_of_channels_last_maps(shape, residual, dtype):
     launched = []
     with watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
         found = run(tensors, grad, "triton")
-    assert [launched.count(name) for name in ("fused_kernel", "_gradient_kernel")] == [2, 1]
+    assert [launched.count(name) for name in ("fused_kernel", "gradients_kernel")] == [1, 1]
     exact = run([tensor.double() for tensor in tensors], grad.double(), "reference")
     assert_close(found, exact, tolerances.GRADIENT[dtype])
     assert found[0].stride() == found[1].stride() == x.stride()
@@ -104,14 +130,17 @@ def test_twice_differentiable_counted_and_traced():
     def penalty(backend):
         with kernels.use_backend(backend):
             out = kernels.depthwise_conv2d(x, weight, bias)
-        first = torch.autograd.grad(out.square().sum(), [x, weight], create_graph=True)
-        return torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), [x, weight, bias])
+        first = torch.autograd.grad(out.square().sum(), [x, weight, bias], create_graph=True)
+        return torch.autograd.grad(
+            torch.stack([gradient.square().sum() for gradient in first]).sum(), [x, weight, bias]
+        )
 
     assert_close(penalty("triton"), penalty("reference"), 1e-5)
     with kernels.use_backend("triton"):
         with FlopCounterMode(display=False) as counter:
             kernels.depthwise_conv2d(x, weight, bias).sum().backward()
         if DEVICE == "cuda":  # PyTorch traces no interpreted kernels
-            torch.library.opcheck(sliding._traced, (x, weight, bias, False, True))
-            torch.library.opcheck(sliding._traced_gradient, (x, x))
+            for operator in (sliding.convolve, sliding.gelu_convolve):
+                torch.library.opcheck(operator.definition, (x, weight, bias, True))
+            torch.library.opcheck(sliding.gradients.definition, (x, x, weight, True))
     assert counter.get_total_flops() == 3 * 2 * 9 * x.numel()

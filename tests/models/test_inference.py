@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import models
+from kernels import tolerances
 from kernels.launch import watching_launches
 from models.inference import _fold
-from models.layers import DropPath, GELU2d, GlobalResponseNorm, LayerScale, ResidualDepthwiseConv2d
-from models.layers.fused import FusedDepthwiseConv2d, FusedFeedForward, fuse
-from models.layers.overlock_blocks import feed_forward
+from models.layers import DropPath, GELU2d, LayerScale, ResidualDepthwiseConv2d
+from models.layers.feed_forward import FeedForwardSequential, feed_forward
 from models.overlock import VARIANTS
 from models.rednet import Bottleneck, PoolThenReLU, RedNet
 from models.volo import VOLO
@@ -254,41 +254,51 @@ def test_refuses_other_models(model):
 
 
 @pytest.mark.parametrize("side", [3, 9])  # the norm scales the map, or the projection's weights
-def test_fused_feed_forward(side):
-    plain: Any = randomise(nn.Sequential(*feed_forward(12, 24)), torch.float32).requires_grad_(False)
-    plain.to(triton_device())[2] = plain[2].folded()  # an ordinary convolution
-    fused: Any = copy.deepcopy(plain)
-    fuse(fused)
-    assert [type(layer) for layer in fused[1:]] == [FusedFeedForward, nn.Identity, nn.Identity, nn.Identity]
-    other: Any = copy.deepcopy(plain)
-    other[1] = GELU2d("tanh")  # not the kernel's
-    fuse(other)
-    assert FusedFeedForward not in map(type, other)
+@pytest.mark.parametrize("folded", [False, True])
+def test_feed_forward(side, folded):
+    layers: Any = FeedForwardSequential(*feed_forward(12, 24))
+    layers = randomise(layers, torch.float32).requires_grad_(False).to(triton_device())
+    if folded:
+        layers[2] = layers[2].folded()
+        layers.folded()
+        assert layers[3].beta is None
     x = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
-    expected = plain(x)
-    assert_close(fused(x), expected, 1e-6)  # float32: PyTorch's layers
-    with kernels.use_backend("triton"):
-        out = fused.half()(x.half())
+    expected = layers(x)  # float32: PyTorch's layers
+    launched = []
+    with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made.arguments["GELU"])):
+        out = layers.half()(x.half())
+        assert launched == [True]
+        layers[1] = GELU2d("tanh")  # not the kernel's
+        layers(x.half())
+    assert True not in launched[1:]
     assert_close(out, expected, 3e-3)
     assert out.is_contiguous(memory_format=torch.channels_last)
+    layers[1] = GELU2d()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, kernels.use_backend("triton"):
-        assert fused(mode.from_tensor(x.half())).stride() == out.stride()
+        assert layers(mode.from_tensor(x.half())).stride() == out.stride()
 
 
-def test_fused_depthwise_convolution():
-    conv = randomise(nn.Conv2d(6, 6, 3, padding=1, groups=6), torch.float32).requires_grad_(False).to(triton_device())
-    layers: Any = nn.Sequential(copy.deepcopy(conv))
-    fuse(layers)
-    fuse(layers)  # a second time changes nothing
-    assert type(layers[0]) is FusedDepthwiseConv2d
-    x = random_tensor(2, 6, 5, 8).contiguous(memory_format=torch.channels_last)
-    layers.half()
+@pytest.mark.parametrize("side", [3, 9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_of_a_feed_forward(side, dtype):
+    """Output and gradients, without and under autocast, against float64; a channel of zeros has a gradient, too."""
+    exact: Any = randomise(FeedForwardSequential(*feed_forward(12, 24)), torch.float64).to(triton_device())
+    with torch.no_grad():
+        exact[0].weight[3], exact[0].bias[3], exact[2].bias[3] = 0, 0, 0
+    x = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
+    grad = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
+
+    def run(layers, x, grad):
+        x = x.detach().requires_grad_()
+        out = layers(x)
+        return [out, *torch.autograd.grad(out, [x, *layers.parameters()], grad.to(out.dtype))]
+
+    expected = run(exact, x.double(), grad.double())
     with kernels.use_backend("triton"):
-        assert_close(layers(x.half()), conv(x), 2e-3)
-        assert_close(layers(x.half().contiguous()), conv(x), 2e-3, "by PyTorch, of channels-first maps")
-        x = x.half().requires_grad_()
-        (gradient,) = torch.autograd.grad(layers(x).sum(), x)
-    assert gradient.abs().sum() > 0
+        assert_close(run(copy.deepcopy(exact).to(dtype), x.to(dtype), grad), expected, tolerances.GRADIENT[dtype] * 3)
+        with torch.autocast(DEVICE, dtype):
+            found = run(copy.deepcopy(exact).float(), x, grad)
+    assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
 
 
 @pytest.mark.parametrize(("in_channels", "stride"), [(16, 1), (64, 1), (32, 2)])
@@ -319,9 +329,10 @@ def test_a_whole_model_is_fused():
     triton_device()
     model = fill(narrow("overlock")).eval()
     fused = models.optimize_for_inference(model)
-    kinds = [type(layer) for layer in fused.modules()]
-    blocks = [type(layer) for layer in model.modules()].count(GlobalResponseNorm)
-    assert 0 < kinds.count(FusedFeedForward) < blocks  # fusion's norms have no convolution before them
-    x = images(2, 3, 64, 64)
+    parts = [type(layer) for layer in fused.modules()].count(FeedForwardSequential)
+    x, launched = images(2, 3, 64, 64), []
     with torch.no_grad(), kernels.use_backend("triton"):
-        assert_close(fused.half()(x.half()), model(x), 1e-2)
+        with watching_launches(lambda made, _: launched.append(made.arguments.get("GELU"))):
+            out = fused.half()(x.half())
+        assert_close(out, model(x), 1e-2)
+    assert launched.count(True) == parts > 0

@@ -16,15 +16,15 @@ from typing import Any
 
 
 def _fused(batch: int, channels: int, side: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A 3×3 depthwise convolution as inference has it: function, tensors and options, as the emulator's cases are."""
-    from kernels.depthwise.fused import fused_depthwise_conv2d
+    """A 3×3 depthwise convolution of GELU: function, tensors and options, as the emulator's cases are."""
+    from kernels.depthwise.sliding import gelu_convolve
 
     tensors = _map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)
-    return lambda *given: fused_depthwise_conv2d(*given, gelu=True, squares=True)[0], tensors, {}
+    return lambda *given: gelu_convolve(*given, True)[0], tensors, {}
 
 
 def _depthwise(batch: int, channels: int, side: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A 3×3 depthwise convolution as training has it."""
+    """A 3×3 depthwise convolution."""
     import kernels
 
     return kernels.depthwise_conv2d, (_map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)), {}
@@ -54,8 +54,9 @@ def _map(batch: int, channels: int, side: int) -> Any:
     return _empty(batch, side, side, channels).permute(0, 3, 1, 2)
 
 
-FORWARD_ONLY = {"fused.56": (_fused, (128, 224, 56)), "fused.14": (_fused, (128, 768, 14))}
 OTHERS = {
+    "fused.56": (_fused, (128, 224, 56)),
+    "fused.14": (_fused, (128, 768, 14)),
     "depthwise3.56": (_depthwise, (128, 224, 56)),
     "depthwise3.14": (_depthwise, (128, 768, 14)),
     "branches.56": (_branches, (128, 56, 56, 17)),
@@ -70,13 +71,11 @@ def main(folder: str, *wanted: str) -> None:
     import predict  # pyright: ignore[reportMissingImports]
     import triton
 
-    predict.CASES.update(FORWARD_ONLY | OTHERS)
+    predict.CASES.update(OTHERS)
     path = Path(__file__).with_name(f"triton_{triton.__version__}.json")
     rows = {(row["case"], row["pass"]): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     order = [name for name in predict.CASES if not wanted or name.startswith(wanted)]
     for name, backward in itertools.product(order, (False, True)):
-        if backward and name in FORWARD_ONLY:
-            continue
         found = [predict.predict(launch) for launch in predict.run_case(predict.CASES[name], backward=backward)]
         if not found:
             continue

@@ -1,0 +1,100 @@
+"""OverLoCK's feed-forward part, whose hidden layers a GPU runs in two kernels: one each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.backend import get_backend, resolve, transforming
+from models.layers.basic import GELU2d, GlobalResponseNorm
+from models.layers.depthwise import DepthwiseConv2d, ResidualDepthwiseConv2d
+from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before
+from models.layers.pointwise import PointwiseConv2d
+
+
+class FeedForwardSequential(nn.Sequential):
+    """Layers in sequence. Where GELU, a 3×3 depthwise convolution, a response norm and a 1×1 convolution follow one
+    another, they are computed together: in 16 bits on a GPU, if nobody replaced, wrapped or hooked them.
+
+    A kernel takes GELU on its way in and the norm's sums of squares on its way out. Of the hidden maps training keeps
+    two: what GELU takes, and what the norm takes.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _runs_kernels(input):
+            return super().forward(input)
+        layers = list(self)
+        while layers:
+            if _are_hidden(layers[:4], input.device) and _fits(layers[1], input):
+                input = _fused(input, *layers[1:4])
+                del layers[:4]
+            else:
+                input = layers.pop(0)(input)
+        return input
+
+    def folded(self) -> nn.Module:
+        """The norm's shift becomes a part of the 1×1 convolution's."""
+        layers: list[Any] = list(self)
+        for index in range(len(layers) - 3):
+            _, _, norm, project = hidden = layers[index : index + 4]
+            if _are_hidden(hidden) and norm.beta is not None:
+                fold_before(project, torch.ones_like(norm.beta).flatten(), norm.beta.flatten())
+                norm.beta = None
+        return self
+
+
+def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
+    """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
+    inside = [GELU2d(), ResidualDepthwiseConv2d(hidden), GlobalResponseNorm(hidden)]
+    return [PointwiseConv2d(channels, hidden), *inside, PointwiseConv2d(hidden, channels)]
+
+
+def _are_hidden(layers: list[Any], device: torch.device | None = None) -> bool:
+    """Whether these are the four layers, as built, on ``device`` (None: any)."""
+    if len(layers) < 4 or not as_built(layers[0], GELU2d) or layers[0].approximate != "none":
+        return False
+    _, conv, norm, project = layers
+    channels = getattr(conv, "in_channels", 0)
+    kinds = (*CONVOLUTIONS, DepthwiseConv2d, ResidualDepthwiseConv2d)
+    depthwise = convolves(conv, 3, device, kinds=kinds, groups=channels) and conv.out_channels == channels
+    return depthwise and as_built(norm, GlobalResponseNorm, device) and convolves(project, 1, device)
+
+
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels compute with x in 16 bits; not where ``torch.fx`` records layers."""
+    if not isinstance(x, Tensor) or transforming() or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return resolve(get_backend(), x) == "triton"
+
+
+def _fits(conv: Any, x: Tensor) -> bool:
+    """Whether the kernel computes ``conv`` of x."""
+    from kernels.depthwise.fused import fits
+
+    return fits(x) and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled(x.device.type))
+
+
+def _fused(x: Tensor, conv: Any, norm: Any, project: Any) -> Tensor:
+    """project(norm(conv(GELU(x)))).
+
+    Where an image has more pixels than the projection has outputs, the norm scales the projection's weights instead of
+    the map, W·(s·x + β) = (W·s)·x + W·β, which saves a map and, in training, the sums for the norm's gradient.
+    """
+    from kernels.depthwise.sliding import gelu_convolve
+
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    x, squares = gelu_convolve(x, conv.weight.to(x.dtype), bias, isinstance(conv, ResidualDepthwiseConv2d))
+    # The bound keeps the gradient of a channel of zeros at zero.
+    length = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()[:, :, None, None]
+    if project.out_channels >= x.shape[2] * x.shape[3]:
+        return project(norm.scaled(x, length))
+    weight = (project.weight.flatten(1) * norm.scale(length).flatten(2).transpose(1, 2)).to(x.dtype)  # [B, out, C]
+    out = x.permute(0, 2, 3, 1).flatten(1, 2) @ weight.transpose(1, 2)
+    shift = project.bias
+    if norm.beta is not None:
+        moved = project.weight.flatten(1) @ norm.beta.flatten()
+        shift = moved if shift is None else shift + moved
+    out = out if shift is None else out + shift.to(out.dtype)
+    return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
