@@ -109,6 +109,7 @@ def cases() -> dict[str, list[Workload]]:
             Branches(**vars(workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)))
         ],
         "depthwise 256@14 K=13, channels last": [workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
+        "depthwise 512@7 K=7, channels last": [workloads.depthwise("OverLoCK-T", 128, 512, (7, 7), 7)],
         "contmix 8x16@14 K=5, 13": [workloads.contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
         "contmix 8x16@56 K=5, 13": [workloads.contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],
         "contmix 32x8@7 K=5, 7": [workloads.contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7))],

@@ -99,10 +99,10 @@ def _is_sliding(x: Tensor, kernel_size: int, backend: str) -> bool:
 def _convolve(x, weight, bias, flipped, backend):
     """``flipped`` convolves with weight[c, K−1−k]."""
     if resolve(backend, x) == "triton":
-        from kernels.depthwise.forward import convolve
-    else:
-        from kernels.depthwise.eager import convolve
-    return convolve(x, weight, bias, flipped)
+        from kernels.depthwise import forward, small
+
+        return (small if small.fits(x, weight.shape[-1]) else forward).convolve(x, weight, bias, flipped)
+    return eager.convolve(x, weight, bias, flipped)
 
 
 @operator(
@@ -113,10 +113,11 @@ def _convolve(x, weight, bias, flipped, backend):
 )
 def _weight_gradient(grad, x, kernel_size, backend):
     if resolve(backend, x) == "triton":
-        from kernels.depthwise.backward import weight_gradient
-    else:
-        from kernels.depthwise.eager import weight_gradient
-    return weight_gradient(grad, x, kernel_size)
+        from kernels.depthwise import backward, small
+
+        fit = small.fits(x, kernel_size) and small.fits(grad, kernel_size)
+        return (small if fit else backward).weight_gradient(grad, x, kernel_size)
+    return eager.weight_gradient(grad, x, kernel_size)
 
 
 @operator(

@@ -57,9 +57,10 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     narrow = {name for name in _kernel_names() if dtype == "fp32" and any(part in name for part in of_16_bits)}
     assert {report["kernel"] for report in result["reports"]} == _kernel_names() - narrow
     assert all(0 < report["registers"] <= 512 for report in result["reports"])
-    # A build for AMD's GPUs made here has loads ahead, in registers, or larger blocks, that a launch there is without.
+    # A build for AMD's GPUs made here has loads ahead, in registers, or other blocks, that a launch there is without.
     on_amd = {"weighted_sum_kernel": 608, "backward_shared_kernel": 600}
     on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2644, "residual_kernel": 96}
+    on_amd["small_map_gradient_kernel"] = 4
     known = on_amd if architecture.startswith("gfx") else SPILLS[dtype]
     if not triton.__version__.startswith("3.7."):  # the numbers are 3.7's: 3.6 spills up to 944 bytes more
         known = {name: 1024 + known.get(name, 0) for name in _kernel_names()}
