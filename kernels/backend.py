@@ -129,6 +129,12 @@ def _capable(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@functools.cache
+def is_hopper() -> bool:
+    """Whether the GPU is one, with 227 KiB of shared memory for a program; taken for granted where there is none."""
+    return not torch.cuda.is_available() or (torch.cuda.get_device_capability()[0] == 9 and not torch.version.hip)
+
+
 def resolve(backend: str, *maps: Tensor) -> str:
     """``triton`` or ``eager`` for maps [..., H, W] of one device, from the backend that was asked for.
 

@@ -12,14 +12,13 @@ backward, products with all inputs that a tile sees are matrix products, of whic
 inputs that these see, and all sums are matrix products; backward, on large maps, windows of 5 are taken so, too.
 """
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from kernels.backend import interpreting
+from kernels.backend import interpreting, is_hopper
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.windows import windows_and_most
 
@@ -200,20 +199,13 @@ def tiles_heuristic(problem: Problem) -> Tiles:
     return Tiles(4, 264 if problem.kernel_size > 7 else 528)
 
 
-@functools.cache
-def _is_hopper() -> bool:
-    """Whether the GPU is one, whose shared memory holds 8 tiles' loads that are on their way; taken for granted where
-    there is none."""
-    return not torch.cuda.is_available() or (torch.cuda.get_device_capability()[0] == 9 and not torch.version.hip)
-
-
 def grad_tiles_heuristic(problem: Problem) -> Tiles:
     """One round of programs, as many for each of a GPU's processors as registers allow; fewer whose loads are on their
-    way early serve larger windows better."""
+    way early serve larger windows better, where shared memory holds those of 8 tiles."""
     if interpreting():
         return tiles_heuristic(problem)
     if problem.kernel_size > 7:
-        return Tiles(8, 132, 8, 2) if _is_hopper() else Tiles(4, 264)
+        return Tiles(8, 132, 8, 2) if is_hopper() else Tiles(4, 264)
     return Tiles(4, 264, 4, 2) if problem.kernel_size > 5 else Tiles(4, 396)
 
 

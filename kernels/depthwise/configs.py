@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.backend import interpreting
+from kernels.backend import interpreting, is_hopper
 from kernels.launch import ceil_divide, next_power_of_2
 
 
@@ -47,7 +47,8 @@ class Config:
     library: bool = False
 
     def valid(self, problem: Problem) -> bool:
-        """Products of 16 or more; 4 to 128 sums a thread, 64 of wider types; 32 KiB of operands a stage."""
+        """Products of 16 or more; 4 to 128 sums a thread, 64 of wider types; 32 KiB of operands a stage, or 48 where a
+        program has shared memory for four of those."""
         if self.library:
             return True
         outputs, columns = self.tile_height * problem.tile_width, self.block_rows * problem.span
@@ -60,7 +61,7 @@ class Config:
             32 <= outputs <= 256
             and 16 <= columns <= 128
             and 4 <= sums <= (128 if problem.dtype.itemsize == 2 else 64)
-            and operands <= 2**15
+            and operands <= (3 * 2**14 if is_hopper() else 2**15)
             and self.block_tiles <= 2 * max(problem.images * ceil_divide(problem.pixels, outputs), 16)
             and self.block_channels < 2 * problem.channels
         )
@@ -72,7 +73,7 @@ CONFIGS = (
     # 16 bits: forward a product of as many tiles as registers hold, the weight gradient of as many columns.
     Config(8, 256, 1, num_warps=8),
     Config(8, 128, 1, num_warps=8, num_stages=4),
-    Config(8, 128, 1, num_warps=8),
+    Config(8, 128, 2, num_warps=8),
     Config(8, 128, 2),
     Config(8, 128, 8),
     Config(4, 128, 2),
@@ -124,7 +125,8 @@ def heuristic(problem: Problem) -> Config:
         height, tiles, columns = 8, 128, 64 if span == 8 else 32
     elif span == 32:
         height, tiles, columns, warps = 8, 2**12 // problem.tile_width, 32, 8
-        stages = 4 if problem.tile_width == 32 else 3
+        if problem.tile_width == 32:  # two rows a step, half as many steps, where shared memory holds them
+            columns, stages = (64, 3) if is_hopper() else (32, 4)
     else:
         height, tiles, columns = 128 // problem.tile_width, 64, 64
     most = max(16, next_power_of_2(problem.images * ceil_divide(problem.pixels, height * problem.tile_width)))
