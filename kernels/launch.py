@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kernels.backend import interpreting
@@ -85,6 +85,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: 
     with _disable_current_modes():  # a watcher is not told what the interpreter does with tensors
         watch(Launch(kernel, grid, arguments, options), _run(kernel, grid, device, arguments, options))
     _thread.watch = watch
+
+
+def is_plain(x: Any) -> bool:
+    """Whether x holds numbers: PyTorch traces the body of a ``triton_op`` with tensors of other types."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: Any, options: dict[str, int]) -> Any:

@@ -19,8 +19,7 @@ from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import interpreting
-from kernels.depthwise.fused import is_plain
-from kernels.launch import ceil_divide, launch
+from kernels.launch import ceil_divide, is_plain, launch
 from kernels.registration import is_seen
 from kernels.tuning import repeated
 
@@ -97,11 +96,11 @@ def fits(*maps: Tensor) -> bool:
     return all(x.dim() == 4 and x.numel() > 0 and x.permute(0, 2, 3, 1).is_contiguous() for x in maps)
 
 
-def _prepared(
+@repeated
+def _convolve(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
     stride: int,
-) -> tuple[tuple[int, ...], dict[str, Any], Tensor]:  # fmt: skip
-    """The launch's grid and arguments, and its output."""
+) -> Tensor:  # fmt: skip
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     out = x.new_empty((batch, height, width, outputs))
     pixels = batch * height * width
@@ -113,29 +112,19 @@ def _prepared(
         "stride": stride, "SECOND": second is not None, **BLOCKS,
     }  # fmt: skip
     grid = (ceil_divide(pixels, BLOCKS["PIXELS"]) * ceil_divide(outputs, BLOCKS["OUTPUTS"]),)
-    return grid, arguments, out.permute(0, 3, 1, 2)
-
-
-@repeated
-def _launched(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
-    stride: int,
-) -> Tensor:  # fmt: skip
-    grid, arguments, out = _prepared(x, scale, shift, weight, bias, skipped, second, stride)
-    launch(residual_kernel, grid, x.device, arguments, **OPTIONS)
-    return out
+    if is_plain(x):
+        launch(residual_kernel, grid, x.device, arguments, **OPTIONS)
+    else:
+        wrap_triton(residual_kernel)[grid](**arguments, **OPTIONS)
+    return out.permute(0, 3, 1, 2)
 
 
 @triton_op("dynamic_kernels::residual_pointwise_conv2d", mutates_args=())
-def _traced(
+def _seen(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
     stride: int,
 ) -> Tensor:  # fmt: skip
-    if is_plain(x):
-        return _launched(x, scale, shift, weight, bias, skipped, second, stride)
-    grid, arguments, out = _prepared(x, scale, shift, weight, bias, skipped, second, stride)
-    wrap_triton(residual_kernel)[grid](**arguments, **OPTIONS)
-    return out
+    return _convolve(x, scale, shift, weight, bias, skipped, second, stride)
 
 
 @register_flop_formula(torch.ops.dynamic_kernels.residual_pointwise_conv2d)
@@ -155,5 +144,5 @@ def residual_pointwise_conv2d(
     [B, L, H', W'] with H = ⌈H' / stride⌉ and W likewise -> [B, N, H, W] in channels-last memory.
     """
     if torch.compiler.is_compiling() or is_seen((x, skipped)):
-        return _traced(x, scale, shift, weight, bias, skipped, second, stride)
-    return _launched(x, scale, shift, weight, bias, skipped, second, stride)
+        return _seen(x, scale, shift, weight, bias, skipped, second, stride)
+    return _convolve(x, scale, shift, weight, bias, skipped, second, stride)

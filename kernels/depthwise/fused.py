@@ -10,15 +10,16 @@ slides over a band of their rows only.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
+from torch.library import wrap_triton
 
 from kernels.backend import interpreting
-from kernels.launch import ceil_divide
+from kernels.launch import ceil_divide, is_plain, launch
+from kernels.tuning import repeated
 
 COLUMNS = 7  # divides the maps of images of 224 pixels
 BLOCK = 64  # channels of a program, two per lane
@@ -121,11 +122,6 @@ def fused_kernel(
         tl.store(p_squares, b_squares, mask=m_channel)
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether x holds numbers: PyTorch traces with tensors of other types."""
-    return type(x) in (Tensor, nn.Parameter)
-
-
 def fits(x: Tensor) -> bool:
     """Whether the operator takes x [B, C, H, W]: channels-last memory, an even number of channels."""
     if interpreting() and (torch.compiler.is_compiling() or not is_plain(x)):  # PyTorch traces no interpreted kernels
@@ -144,10 +140,9 @@ def cut(x: Tensor) -> dict[str, int]:
     return sizes | {"bands": ceil_divide(height, rows), "strips": strips, "blocks": blocks}
 
 
-def prepared(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool
-) -> tuple[tuple[int, ...], dict[str, Any], Tensor, Tensor]:
-    """The launch's grid and arguments; its output and partial sums of squares."""
+@repeated
+def convolve_maps(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool) -> tuple[Tensor, Tensor]:
+    """The output and, with GELU, partial sums of squares [B, parts, C]."""
     batch, channels = x.shape[:2]
     out, sizes = torch.empty_like(x), cut(x)
     bands, strips = sizes["bands"], sizes["strips"]
@@ -165,4 +160,9 @@ def prepared(
         "COLUMNS": COLUMNS,
         "BLOCK": BLOCK,
     }
-    return (batch * bands * strips * sizes["blocks"],), arguments, out, parts
+    grid = (batch * bands * strips * sizes["blocks"],)
+    if is_plain(x):
+        launch(fused_kernel, grid, x.device, arguments, num_warps=1)
+    else:
+        wrap_triton(fused_kernel)[grid](**arguments, num_warps=1)
+    return out, parts

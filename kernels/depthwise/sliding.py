@@ -25,15 +25,13 @@ from kernels.depthwise.fused import (
     BLOCK,
     COLUMNS,
     PROGRAMS,
+    convolve_maps,
     cut,
-    fused_kernel,
-    is_plain,
     load_row,
-    prepared,
     twice_gelu,
     twice_tail,
 )
-from kernels.launch import ceil_divide, launch
+from kernels.launch import ceil_divide, is_plain, launch
 from kernels.registration import Operator
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated
@@ -135,24 +133,11 @@ def gradients_kernel(
     tl.store(p_sums + CHANNELS * 9 + o_channel, b_bias, mask=m_channel)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, arguments: dict[str, Any]) -> None:
-    """Now, or in the graph that PyTorch traces."""
-    if is_plain(x):
-        launch(kernel, grid, x.device, arguments, num_warps=1)
-    else:
-        wrap_triton(kernel)[grid](**arguments, num_warps=1)
-
-
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, gelu: bool) -> tuple[Tensor, Tensor]:
-    grid, arguments, out, parts = prepared(x, weight, bias, residual, gelu)
-    _launch(fused_kernel, grid, x, arguments)
-    return out, parts
-
-
+@repeated
 def _differentiated(
     grad: Tensor, x: Tensor, weight: Tensor, residual: bool, out: Tensor | None, grad_squares: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and parts of those of weight and bias, [parts, C·9 + C]."""
+    """The gradient of x, and those of weight and bias in a row of C·9 + C; traced, in rows to be summed."""
     batch, channels = x.shape[:2]
     sizes = cut(x)
     del sizes["half_channels"]
@@ -177,51 +162,41 @@ def _differentiated(
         "COLUMNS": COLUMNS,
         "BLOCK": BLOCK,
     }
-    _launch(gradients_kernel, (chunks * others * sizes["blocks"],), x, arguments)
+    grid = (chunks * others * sizes["blocks"],)
+    if is_plain(x):
+        launch(gradients_kernel, grid, x.device, arguments, num_warps=1)
+        return grad_x, sum_rows(sum_rows(parts, 64, torch.float32), 1, x.dtype)
+    wrap_triton(gradients_kernel)[grid](**arguments, num_warps=1)
     return grad_x, parts
 
 
-_convolved_again = repeated(_convolved)
-
-
-@repeated
-def _differentiated_again(
-    grad: Tensor, x: Tensor, weight: Tensor, residual: bool, out: Tensor | None, grad_squares: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    grad_x, parts = _differentiated(grad, x, weight, residual, out, grad_squares)
-    return grad_x, sum_rows(sum_rows(parts, 64, torch.float32), 1, x.dtype).view(-1)
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, residual: bool, out: Tensor | None = None,
+    grad_squares: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_x, sums = _differentiated(grad, x, weight, residual, out, grad_squares)
+    sums, channels = sums.sum(0).to(x.dtype) if len(sums) > 1 else sums[0].to(x.dtype), x.shape[1]
+    return grad_x, sums[: channels * 9].view(channels, 1, 3, 3), sums[channels * 9 :].clone()
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    return (_convolved_again if is_plain(x) else _convolved)(x, weight, bias, residual, False)[0]
+    return convolve_maps(x, weight, bias, residual, False)[0]
 
 
 def _gelu_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, Tensor]:
-    out, parts = (_convolved_again if is_plain(x) else _convolved)(x, weight, bias, residual, True)
+    out, parts = convolve_maps(x, weight, bias, residual, True)
     return out, parts.sum(1)
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _all_gradients(grad, x, weight, residual, None, None)
+def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(grad, x, weight, residual)
 
 
-def _gelu_gradients(
+def _gelu_convolve_backward(
     grad: Tensor, grad_squares: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool,
     out: Tensor, squares: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _all_gradients(_last(grad), x, weight, residual, out, grad_squares)
-
-
-def _all_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, residual: bool, out: Tensor | None, grad_squares: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if is_plain(x):
-        grad_x, sums = _differentiated_again(grad, x, weight, residual, out, grad_squares)
-    else:
-        grad_x, parts = _differentiated(grad, x, weight, residual, out, grad_squares)
-        sums = parts.sum(0).to(x.dtype)
-    channels = x.shape[1]
-    return grad_x, sums[: channels * 9].view(channels, 1, 3, 3), sums[channels * 9 :].clone()
+    return _gradients(_last(grad), x, weight, residual, out, grad_squares)
 
 
 def _operator(name: str, function: Any) -> Operator:
@@ -230,11 +205,11 @@ def _operator(name: str, function: Any) -> Operator:
 
 convolve = _operator("sliding_depthwise_conv2d", _convolve)
 """x [B, C, H, W] that ``fused.fits``, weight [C, 1, 3, 3], bias [C] or None, whether to add x -> out like x."""
-gradients = _operator("sliding_depthwise_conv2d_backward", _gradients)
+gradients = _operator("sliding_depthwise_conv2d_backward", _convolve_backward)
 """The gradient of ``convolve``'s output, its x, weight and whether x is added -> those of x, weight and bias."""
 gelu_convolve = _operator("gelu_depthwise_conv2d", _gelu_convolve)
 """``convolve`` of GELU(x), which is also what is added -> out, and its sums of squares [B, C] in float32."""
-_gelu_backward = _operator("gelu_depthwise_conv2d_backward", _gelu_gradients)
+_gelu_backward = _operator("gelu_depthwise_conv2d_backward", _gelu_convolve_backward)
 
 
 def _last(grad: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from kernels.dtypes import at_least_float32
-from kernels.launch import noticed
+from kernels.launch import is_plain, noticed
 from kernels.tuning.repeat import Repeat, key_of_call, repeat_of
 from kernels.tuning.source import source_of, triton_version
 from kernels.tuning.store import gpu_name, opened, shipped_folder, user_folder
@@ -166,12 +166,18 @@ def repeated(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
     its other arguments. A pass that does anything else to a tensor runs as it is written.
     """
     name = f"{function.__module__}.{function.__qualname__}"
-    return functools.update_wrapper(functools.partial(_again, name, function), function)
+
+    @functools.wraps(function)  # not a partial: PyTorch reads the code of functions to find the kernels they launch
+    def again(*arguments: Any, **keywords: Any) -> Outputs:
+        return _again(name, function, *arguments, **keywords)
+
+    return again
 
 
 def _again(name: str, call: Callable[..., Outputs], /, *arguments: Any, **keywords: Any) -> Outputs:
     """The result of a call, which is repeated where an equal one was made before, and watched where none was."""
-    if noticed() or _observer is not None or on_miss is not None:
+    traced = isinstance(arguments[0], Tensor) and not is_plain(arguments[0])
+    if traced or noticed() or _observer is not None or on_miss is not None:
         return call(*arguments, **keywords)
     key, tensors = key_of_call(name, arguments, keywords)
     repeat = _repeats.get(key)

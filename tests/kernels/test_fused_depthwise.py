@@ -1,5 +1,9 @@
 """3×3 depthwise convolution with GELU before and sums of squares after it, against PyTorch in float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +148,17 @@ def test_twice_differentiable_counted_and_traced():
                 torch.library.opcheck(operator.definition, (x, weight, bias, True))
             torch.library.opcheck(sliding.gradients.definition, (x, x, weight, True))
     assert counter.get_total_flops() == 3 * 2 * 9 * x.numel()
+
+
+def test_pytorch_knows_the_kernels_of_operators_that_it_traces():
+    """Its caches of compiled graphs hold for the code of the kernels that they launch."""
+    code = """
+from kernels import pointwise
+from kernels.depthwise import sliding
+from torch._library.triton import triton_ops_to_kernels
+found = {name: kernels for name, kernels in triton_ops_to_kernels.items() if name.startswith("dynamic_kernels::")}
+assert len(found) >= 5, found
+assert all(found.values()), found
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -1,5 +1,7 @@
 """The end of a residual block in one kernel, against PyTorch in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,7 @@ def test_definition(shape, stride, dtype):
         skipped = last(batch, 80, stride * (height - 1) + 1, stride * width, dtype=dtype)  # odd and even
         beside = random_tensor(outputs, 80, dtype=dtype), stride
     assert pointwise.fits(x, skipped)
-    arguments = x, scale, shift, weight, bias, skipped, *beside
+    arguments: Any = (x, scale, shift, weight, bias, skipped, *beside)
     out = pointwise.residual_pointwise_conv2d(*arguments)
     assert_close(out, expected_of(*arguments), tolerances.OUTPUT[dtype])
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -50,7 +52,7 @@ def test_definition(shape, stride, dtype):
         assert torch.equal(pointwise.residual_pointwise_conv2d(*arguments), out)
     assert counter.get_total_flops() == 2 * out.numel() * (channels + (80 if stride else 0))
     if DEVICE == "cuda":  # PyTorch traces no interpreted kernels
-        torch.library.opcheck(pointwise._traced, arguments if beside else (*arguments, None, 1))
+        torch.library.opcheck(pointwise._seen, arguments if beside else (*arguments, None, 1))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
@@ -59,7 +61,7 @@ def test_what_is_not_finite(bad):
     tensors = [last(1, 4, 3, 3, dtype=torch.float32), *(torch.ones(4, device=DEVICE) for _ in range(2))]
     tensors += [torch.eye(4, device=DEVICE) + 1, torch.zeros(4, device=DEVICE), last(1, 4, 3, 3, dtype=torch.float32)]
     for index in (0, 5):
-        changed = [tensor.clone() for tensor in tensors]
+        changed: Any = [tensor.clone() for tensor in tensors]
         changed[index][0, 1, 2, 1] = bad
         out = pointwise.residual_pointwise_conv2d(*changed)
         torch.testing.assert_close(out.double(), expected_of(*changed), equal_nan=True, rtol=1e-5, atol=1e-5)
