@@ -73,6 +73,16 @@ class Residual(Workload):
         return [residual_pointwise_conv2d(x, *rest, skipped), residual_pointwise_conv2d(x, *rest, x, weight)]
 
 
+class Normed(Workload):
+    """The backward pass of a batch norm and GELU, as compiled training has it."""
+
+    def run(self, inputs: Any, *_: Any) -> list[Tensor]:
+        from kernels.normed import normed_gelu_backward
+
+        x, bias = inputs["x"], inputs["bias"].float()
+        return normed_gelu_backward(x, x, inputs["bias"], bias, bias, bias, bias)
+
+
 class Branches(Workload):
     """Depthwise branches with batch norms, in training: a workload's kernel, and a part of it dilated."""
 
@@ -105,6 +115,7 @@ def cases() -> dict[str, list[Workload]]:
         "depthwise 64@56 K=17": [channels_last(workloads.depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
         "depthwise 224@56 K=3, fused": [Fused(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
         "depthwise 224@56 K=3, channels last": [workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)],
+        "batch norm and GELU 56@56": [Normed(**vars(workloads.depthwise("OverLoCK-XT", 128, 56, (56, 56), 3)))],
         "depthwise 256@14 K=13, branches": [
             Branches(**vars(workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)))
         ],

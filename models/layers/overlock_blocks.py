@@ -13,6 +13,7 @@ from models.layers.contmix import ContMix
 from models.layers.depthwise import DepthwiseConv2d, DilatedReparamBlock, ResidualDepthwiseConv2d
 from models.layers.feed_forward import FeedForwardSequential, feed_forward
 from models.layers.fusion import as_built, last_convolution
+from models.layers.normed import NormedSequential
 from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
 
@@ -23,7 +24,7 @@ def stem(in_chans: int, channels: int) -> nn.Sequential:
     for inputs, outputs, stride in ((in_chans, half, 2), (half, half, 1), (half, channels, 2), (channels, channels, 1)):
         conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(outputs), GELU2d()]
-    return nn.Sequential(*layers[:-1])
+    return NormedSequential(*layers[:-1])
 
 
 def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -106,7 +107,7 @@ class DynamicConvBlock(ContMix):
         self.h_scale = None if first else LayerScale(context_channels)
         self.dwconv1 = ResidualDepthwiseConv2d(width)
         self.norm1 = LayerNorm2d(width, eps=1e-6)
-        self.fusion = nn.Sequential(
+        self.fusion = NormedSequential(
             DepthwiseConv2d(width, 3),
             nn.BatchNorm2d(width),
             GELU2d(),

@@ -153,11 +153,11 @@ def test_twice_differentiable_counted_and_traced():
 def test_pytorch_knows_the_kernels_of_operators_that_it_traces():
     """Its caches of compiled graphs hold for the code of the kernels that they launch."""
     code = """
-from kernels import pointwise
+from kernels import normed, pointwise
 from kernels.depthwise import sliding
 from torch._library.triton import triton_ops_to_kernels
 found = {name: kernels for name, kernels in triton_ops_to_kernels.items() if name.startswith("dynamic_kernels::")}
-assert len(found) >= 5, found
+assert len(found) >= 6, found
 assert all(found.values()), found
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
