@@ -80,9 +80,9 @@ def fold_before(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1), requires_grad=False)
 
 
-def last_convolution(layers: nn.Module, kind: type[nn.Sequential] = nn.Sequential) -> nn.Conv2d | None:
+def last_convolution(layers: nn.Module, *kinds: type[nn.Sequential]) -> nn.Conv2d | None:
     """The last layer in sequence apart from identities, if it is a convolution that may be folded into; else None."""
-    if not as_built(layers, kind):
+    if not as_built(layers, (nn.Sequential, *kinds)):
         return None
     last: Any = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)][-1]
     return last if as_built(last, CONVOLUTIONS) else None
