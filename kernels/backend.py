@@ -109,6 +109,11 @@ def use_backend(name: str) -> Iterator[None]:
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device. PyTorch raises an error for ``meta``, which has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def triton_installed() -> bool:
     return _TRITON_INSTALLED
 

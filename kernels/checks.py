@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.backend import under_autocast
 from kernels.windows import Pair
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -76,9 +77,8 @@ def check_tensors(optional: Sequence[str] = (), /, **tensors: Any) -> tuple[Any,
     for name, tensor in given.items():
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}")
-    device_type = first.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    common = torch.get_autocast_dtype(device_type) if autocast and first.dtype != torch.float64 else first.dtype
+    autocast = under_autocast(first)
+    common = torch.get_autocast_dtype(first.device.type) if autocast and first.dtype != torch.float64 else first.dtype
     for name, tensor in given.items():
         if tensor.dtype != first.dtype and not (autocast and torch.float64 not in (tensor.dtype, common)):
             exception = ", and autocast leaves float64 as it is" if autocast else ""

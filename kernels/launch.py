@@ -92,6 +92,13 @@ def is_plain(x: Any) -> bool:
     return type(x) in (Tensor, nn.Parameter)
 
 
+def is_launchable(*tensors: Tensor) -> bool:
+    """Whether the kernel of a ``triton_op`` can run on these, be recorded or be traced by PyTorch."""
+    if interpreting() and (torch.compiler.is_compiling() or not all(map(is_plain, tensors))):
+        return False  # PyTorch traces no interpreted kernels
+    return recording() or not any(is_plain(tensor) and tensor.is_meta for tensor in tensors)
+
+
 def _run(kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: Any, options: dict[str, int]) -> Any:
     _mend_interpreter()
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import interpreting
-from kernels.launch import ceil_divide, is_plain, launch
+from kernels.launch import ceil_divide, is_launchable, is_plain, launch
 from kernels.registration import is_seen
 from kernels.tuning import repeated
 
@@ -91,9 +90,9 @@ def residual_kernel(
 
 def fits(*maps: Tensor) -> bool:
     """Whether the operator takes maps [B, C, H, W]: plain channels-last memory."""
-    if interpreting() and (torch.compiler.is_compiling() or not all(map(is_plain, maps))):
-        return False  # PyTorch traces no interpreted kernels
-    return all(x.dim() == 4 and x.numel() > 0 and x.permute(0, 2, 3, 1).is_contiguous() for x in maps)
+    return is_launchable(*maps) and all(
+        x.dim() == 4 and x.numel() > 0 and x.permute(0, 2, 3, 1).is_contiguous() for x in maps
+    )
 
 
 @repeated
@@ -105,8 +104,9 @@ def _convolve(
     out = x.new_empty((batch, height, width, outputs))
     pixels = batch * height * width
     arguments = {
-        "x": x.permute(0, 2, 3, 1), "scale": scale, "shift": shift, "weight": weight, "bias": bias,
-        "skipped": skipped.permute(0, 2, 3, 1), "second": weight if second is None else second, "out": out,
+        "x": x.permute(0, 2, 3, 1), "scale": scale, "shift": shift, "weight": weight.contiguous(),
+        "bias": bias,
+        "skipped": skipped.permute(0, 2, 3, 1), "second": weight if second is None else second.contiguous(), "out": out,
         "pixels": pixels, "height": height, "width": width, "channels": channels, "outputs": outputs,
         "skipped_height": skipped.shape[2], "skipped_width": skipped.shape[3], "skipped_channels": skipped.shape[1],
         "stride": stride, "SECOND": second is not None, **BLOCKS,

@@ -1,9 +1,9 @@
 """How operators are registered with PyTorch and differentiated, and how a schema spells a window.
 
-The operators are ``torch.library.custom_op``s and not ``triton_op``s, whose bodies PyTorch traces: ours look configs up
-in files, record launches, and run an eager path or Triton's interpreter. The backend's name travels in the schemas
-because the backward pass must run what the forward pass ran, and it comes when the ``use_backend`` block is over, on a
-thread of PyTorch's own.
+Most operators are ``torch.library.custom_op``s and not ``triton_op``s, whose bodies PyTorch traces: they look configs
+up in files, and run an eager path or Triton's interpreter. ``triton_op``s are those with one config and no other path.
+The backend's name travels in the schemas because the backward pass must run what the forward pass ran, and it comes
+when the ``use_backend`` block is over, on a thread of PyTorch's own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.backend import under_autocast
 from kernels.launch import recording
 from kernels.windows import Window
 
@@ -36,11 +37,18 @@ WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend
 
 def without_autocast(function: Callable[..., Any], first: Tensor, *arguments: Any, **keywords: Any) -> Any:
     """Call ``function`` in the dtypes of its arguments: ``check_tensors`` has applied autocast already."""
-    device = first.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not under_autocast(first):
         return function(first, *arguments, **keywords)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(first.device.type, enabled=False):
         return function(first, *arguments, **keywords)
+
+
+def _refuse_tangents(name: str, values: Iterable[Any]) -> None:
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, values)):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative: run the forward pass inside the dual level, or under "
+            'kernels.use_backend("reference")'
+        )
 
 
 def _has_tangent(value: object) -> bool:
@@ -100,6 +108,7 @@ class Operator:
             return self.definition(*arguments)
         tensors, form = _spread(arguments)
         if is_seen(tensors):
+            _refuse_tangents(self.definition._qualname, tensors)
             return self.definition(*arguments)
         run = self.function
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -239,11 +248,7 @@ def operator(
     def register(function: Callable[..., Any]) -> Operator:
         @functools.wraps(function)
         def implementation(*arguments: Any) -> Any:
-            if forward_ad._current_level >= 0 and any(map(_has_tangent, _pytree.tree_leaves(arguments))):
-                raise NotImplementedError(
-                    f"dynamic_kernels::{name} has no forward-mode derivative: run the forward pass inside the dual "
-                    'level, or under kernels.use_backend("reference")'
-                )
+            _refuse_tangents(f"dynamic_kernels::{name}", _pytree.tree_leaves(arguments))
             return without_autocast(function, *arguments)
 
         definition = torch.library.custom_op(f"dynamic_kernels::{name}", implementation, mutates_args=(), schema=schema)

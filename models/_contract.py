@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.backend import under_autocast
 from models.checks import flag, integer, number, one_of
 from models.feature_info import FeatureInfo
 from models.layers.fusion import CONVOLUTIONS, as_built
@@ -286,7 +287,7 @@ class BackboneContract(nn.Module):
             raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}")
         if min(x.shape[2:]) < self.sides[0]:
             raise ValueError(f"x must be at least {self.sides[0]} pixels high and wide, got {tuple(x.shape[2:])}")
-        if torch.compiler.is_compiling() or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
+        if torch.compiler.is_compiling() or under_autocast(x):
             return
         first: Any = next((module for module in self.modules() if isinstance(module, nn.Conv2d)), None)
         weight = None if first is None else first._parameters.get("weight")

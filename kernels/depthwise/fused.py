@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from kernels.backend import interpreting
-from kernels.launch import ceil_divide, is_plain, launch
+from kernels.launch import ceil_divide, is_launchable, is_plain, launch
 from kernels.tuning import repeated
 
 COLUMNS = 7  # divides the maps of images of 224 pixels
@@ -124,9 +123,7 @@ def fused_kernel(
 
 def fits(x: Tensor) -> bool:
     """Whether the operator takes x [B, C, H, W]: channels-last memory, an even number of channels."""
-    if interpreting() and (torch.compiler.is_compiling() or not is_plain(x)):  # PyTorch traces no interpreted kernels
-        return False
-    last = x.permute(0, 2, 3, 1).is_contiguous()
+    last = is_launchable(x) and x.permute(0, 2, 3, 1).is_contiguous()
     return last and x.shape[1] % 2 == 0 and x.numel() > 0 and math.prod(x.shape[1:]) < 2**31
 
 

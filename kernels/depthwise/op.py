@@ -47,17 +47,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Source: the large kernels of arXiv 2502.20087 (OverLoCK), after arXiv 2203.06717.
     """
-    x, weight, bias = check_tensors(["bias"], x=x, weight=weight, bias=bias)
-    check_shape("x", x, "B C H W")
-    check_shape("weight", weight, "C 1 K K", C=x.shape[1])
-    kernel_size = weight.shape[-1]
-    if kernel_size % 2 == 0:
-        raise ValueError(f"weight must have an odd kernel size (the window needs a centre), got {list(weight.shape)}")
-    if kernel_size > LARGEST_KERNEL:
-        raise ValueError(f"weight must have a kernel size of at most {LARGEST_KERNEL}, got {list(weight.shape)}")
-    if bias is not None:
-        check_shape("bias", bias, "C", C=x.shape[1])
-    backend = get_backend()
+    x, weight, bias = _checked(x, weight, bias)
+    backend, kernel_size = get_backend(), weight.shape[-1]
     on_eager = backend != "reference" and resolve(backend, x) == "eager"
     if backend == "reference" or (on_eager and not eager.is_steered(x, kernel_size)):
         return without_autocast(reference.depthwise_conv2d, x, weight, bias)
@@ -73,12 +64,27 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x + depthwise_conv2d(x, weight, bias)"""
-    x, weight, bias = check_tensors(["bias"], x=x, weight=weight, bias=bias)
+    x, weight, bias = _checked(x, weight, bias)
     if not _is_sliding(x, weight.shape[-1], get_backend()):
         return x + without_autocast(depthwise_conv2d, x, weight, bias)
     from kernels.depthwise.sliding import convolve
 
     return convolve(x, weight, bias, True)
+
+
+def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments with autocast applied; an error for those that do not fit together."""
+    x, weight, bias = check_tensors(["bias"], x=x, weight=weight, bias=bias)
+    check_shape("x", x, "B C H W")
+    check_shape("weight", weight, "C 1 K K", C=x.shape[1])
+    kernel_size = weight.shape[-1]
+    if kernel_size % 2 == 0:
+        raise ValueError(f"weight must have an odd kernel size (the window needs a centre), got {list(weight.shape)}")
+    if kernel_size > LARGEST_KERNEL:
+        raise ValueError(f"weight must have a kernel size of at most {LARGEST_KERNEL}, got {list(weight.shape)}")
+    if bias is not None:
+        check_shape("bias", bias, "C", C=x.shape[1])
+    return x, weight, bias
 
 
 def _is_sliding(x: Tensor, kernel_size: int, backend: str) -> bool:

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -148,6 +150,34 @@ def test_twice_differentiable_counted_and_traced():
                 torch.library.opcheck(operator.definition, (x, weight, bias, True))
             torch.library.opcheck(sliding.gradients.definition, (x, x, weight, True))
     assert counter.get_total_flops() == 3 * 2 * 9 * x.numel()
+
+
+def test_meta_tensors_have_shapes_alone():
+    x = torch.empty(2, 4, 5, 6, device="meta").contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.empty(4, 1, 3, 3, device="meta")
+    with kernels.use_backend("triton"):
+        for function in (kernels.depthwise_conv2d, residual_depthwise_conv2d):
+            out = function(x, weight, None)
+            assert out.stride() == x.stride()
+            assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("shapes", [((4, 1, 3, 3), None), ((8, 1, 5, 3), None), ((8, 1, 3, 3), (4,))])
+def test_what_does_not_fit_together_is_refused(shapes):
+    x = torch.zeros(1, 8, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight, bias = (None if shape is None else torch.zeros(shape, device=DEVICE) for shape in shapes)
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match="must have shape"):
+        residual_depthwise_conv2d(x, cast("torch.Tensor", weight), bias)
+
+
+def test_forward_mode_through_a_recorded_graph_is_refused():
+    x = random_tensor(2, 4, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with kernels.use_backend("triton"):
+        out = kernels.depthwise_conv2d(x, random_tensor(4, 1, 3, 3))
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match=r"use_backend\(\"reference\"\)"):
+            torch.autograd.grad(out, x, grad)
 
 
 def test_pytorch_knows_the_kernels_of_operators_that_it_traces():

@@ -67,9 +67,18 @@ def test_what_is_not_finite(bad):
         torch.testing.assert_close(out.double(), expected_of(*changed), equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_in_any_order():
+    x, skipped = last(2, 6, 3, 3, dtype=torch.float32), last(2, 5, 3, 3, dtype=torch.float32)
+    scale, shift, bias = random_tensor(6), random_tensor(6), random_tensor(4)
+    weights = random_tensor(6, 4).t(), random_tensor(5, 4).t()
+    arguments: Any = (x, scale, shift, weights[0], bias, skipped, weights[1])
+    assert_close(pointwise.residual_pointwise_conv2d(*arguments), expected_of(*arguments), tolerances.OUTPUT[x.dtype])
+
+
 def test_what_does_not_fit():
     x = torch.zeros(2, 4, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
     assert pointwise.fits(x, x)
     assert not pointwise.fits(x, x.contiguous())  # channels first
     assert not pointwise.fits(x[:, :2], x)  # a slice of channels
     assert not pointwise.fits(x[:0], x[:0])
+    assert not pointwise.fits(x.to("meta"), x.to("meta"))  # which holds no numbers
