@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import get_backend, resolve, transforming
+from kernels.backend import get_backend, resolve, transforming, under_autocast
 from models.layers.basic import GELU2d, GlobalResponseNorm
 from models.layers.depthwise import DepthwiseConv2d, ResidualDepthwiseConv2d
 from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before
@@ -27,7 +27,7 @@ class FeedForwardSequential(nn.Sequential):
             return super().forward(input)
         layers = list(self)
         while layers:
-            if _are_hidden(layers[:4], input.device) and _fits(layers[1], input):
+            if _in_16_bits(input) and _are_hidden(layers[:4], input.device) and _fits(layers[1], input):
                 input = _fused(input, *layers[1:4])
                 del layers[:4]
             else:
@@ -63,17 +63,23 @@ def _are_hidden(layers: list[Any], device: torch.device | None = None) -> bool:
 
 
 def _runs_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels compute with x in 16 bits; not where ``torch.fx`` records layers."""
-    if not isinstance(x, Tensor) or transforming() or x.dtype not in (torch.float16, torch.bfloat16):
+    """Whether Triton's kernels may compute in 16 bits what follows x; not where ``torch.fx`` records layers."""
+    if not isinstance(x, Tensor) or transforming():
         return False
-    return resolve(get_backend(), x) == "triton"
+    # Under autocast, layer norms return float32, and what follows them is in 16 bits again.
+    return (_in_16_bits(x) or under_autocast(x)) and resolve(get_backend(), x) == "triton"
+
+
+def _in_16_bits(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _fits(conv: Any, x: Tensor) -> bool:
     """Whether the kernel computes ``conv`` of x."""
     from kernels.depthwise.fused import fits
 
-    return fits(x) and (x.dtype == conv.weight.dtype or torch.is_autocast_enabled(x.device.type))
+    one_type = x.dtype == conv.weight.dtype or under_autocast(x)
+    return one_type and x.ndim == 4 and x.shape[1] == conv.in_channels and fits(x)
 
 
 def _fused(x: Tensor, conv: Any, norm: Any, project: Any) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import transforming
+from kernels.backend import transforming, under_autocast
 from models.layers.tracing import leaf
 
 
@@ -45,9 +45,9 @@ def activated(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fa
 
     None where there is no such kernel: without a bias, with gradients, of several types.
     """
-    if bias is None or rows.dtype != weight.dtype or torch.is_autocast_enabled(rows.device.type):
+    if bias is None or rows.dtype != weight.dtype or under_autocast(rows):
         return None
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, weight, bias)):
         return None
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=gelu)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import get_backend, resolve
+from kernels.backend import get_backend, resolve, under_autocast
 from models.layers.basic import LayerScale
 from models.layers.fusion import CONVOLUTIONS, as_built
 from models.layers.pointwise import PointwiseConv2d
@@ -28,13 +28,13 @@ def shortcut_convolution(shortcut: nn.Module, device: torch.device | None = None
 def normed_product_and_shortcut(norm: Any, conv: Any, shortcut: nn.Module, x: Tensor, skipped: Tensor) -> Tensor | None:
     """ReLU(conv(ReLU(norm(x))) + shortcut(skipped)) by one kernel, for a ``LayerScale`` and a ``PointwiseConv2d``.
 
-    None where it does not run: in training, beyond 16 bits and GPUs, and where a layer is not as built.
+    None where it does not run: with gradients, beyond 16 bits and GPUs, and where a layer is not as built.
     """
     if not isinstance(x, Tensor):  # torch.fx records what is called
         return None
     if x.dtype not in (torch.float16, torch.bfloat16) or resolve(get_backend(), x) != "triton":
         return None
-    if torch.is_autocast_enabled(x.device.type) or (torch.is_grad_enabled() and x.requires_grad):
+    if under_autocast(x):
         return None
     if not (as_built(norm, LayerScale, x.device) and as_built(conv, PointwiseConv2d, x.device)):
         return None
@@ -48,7 +48,10 @@ def normed_product_and_shortcut(norm: Any, conv: Any, shortcut: nn.Module, x: Te
         second, stride = beside.weight.flatten(1), beside.stride[0]
     from kernels.pointwise import fits, residual_pointwise_conv2d
 
-    if not fits(x, skipped):
+    channels = conv.out_channels if second is None else second.shape[1]
+    if (x.shape[1], len(norm.bias), skipped.shape[1]) != (conv.in_channels, conv.in_channels, channels):
         return None
-    weights = norm.weight.flatten(), norm.bias, conv.weight.flatten(1), conv.bias
-    return residual_pointwise_conv2d(x, *weights, skipped, second, stride)
+    tensors = x, norm.weight.flatten(), norm.bias, conv.weight.flatten(1), conv.bias, skipped, second
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return None
+    return residual_pointwise_conv2d(*tensors, stride) if fits(x, skipped) else None

@@ -176,6 +176,12 @@ def test_every_variant_folds_completely(name):
     else:
         assert not norms
     assert not any(isinstance(module, DropPath | ResidualDepthwiseConv2d) for module in model.modules())
+    scales = {
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if getattr(module, "bias", None) is not None and isinstance(module, LayerScale)
+    }
+    assert scales <= {"x_scale", "bn2"}  # whose shift no convolution stands beside to take
     assert not any("dil_" in name for name, _ in model.named_modules())
     assert hasattr(model, "aux_head") == isinstance(model, VOLO)  # where it is part of the logits
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -296,9 +302,35 @@ def test_training_of_a_feed_forward(side, dtype):
     expected = run(exact, x.double(), grad.double())
     with kernels.use_backend("triton"):
         assert_close(run(copy.deepcopy(exact).to(dtype), x.to(dtype), grad), expected, tolerances.GRADIENT[dtype] * 3)
-        with torch.autocast(DEVICE, dtype):
+        launched = []  # under autocast what comes may be in float32, as from a layer norm
+        with torch.autocast(DEVICE, dtype), watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
             found = run(copy.deepcopy(exact).float(), x, grad)
+    assert [launched.count(name) for name in ("fused_kernel", "gradients_kernel")] == [1, 1]
     assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
+
+
+def test_a_feed_forward_of_other_channels_launches_nothing():
+    """A kernel would read beside the weights, where PyTorch has an error."""
+    layers, launched = FeedForwardSequential(*feed_forward(12, 24)[1:]).to(triton_device()).half(), []
+    x = random_tensor(1, 32, 9, 9).half().contiguous(memory_format=torch.channels_last)
+    refused = pytest.raises((RuntimeError, ValueError), match=r"channels|weight must have shape")
+    with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made)), refused:
+        layers(x)
+    assert not launched
+
+
+def test_a_bottleneck_whose_parameters_learn_again():
+    """The kernel of its end has no gradients."""
+    block: Any = randomise(Bottleneck(64, 16), torch.float32).eval().to(triton_device()).requires_grad_(False)
+    _fold(block)
+    block.half()
+    x = random_tensor(2, 64, 5, 4).half().contiguous(memory_format=torch.channels_last)
+    for parameters in (block.conv3.parameters(), block.bn2.parameters(), block.conv1.parameters()):
+        parameters = [parameter.requires_grad_() for parameter in parameters]
+        with kernels.use_backend("triton"):
+            grads = torch.autograd.grad(block(x).float().sum(), parameters)
+        assert all(grad.abs().sum() > 0 for grad in grads)
+        block.requires_grad_(False)
 
 
 @pytest.mark.parametrize(("in_channels", "stride"), [(16, 1), (64, 1), (32, 2)])

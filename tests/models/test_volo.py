@@ -60,10 +60,14 @@ def test_mlp_whose_product_takes_gelu_in(monkeypatch):
     x.requires_grad_()
     assert_close(layer(x), expected, 1e-14)  # with gradients, which that product has not
     assert layer(x).requires_grad
-    assert products == [{"gelu": True}] * 3
+    x.requires_grad_(False)
+    layer.fc1.weight.requires_grad_()
+    assert torch.autograd.grad(layer(x).sum(), layer.fc1.weight)[0].abs().sum() > 0
+    layer.requires_grad_(False)
+    assert products == [{"gelu": True}] * 4
     layer.fc1.register_forward_hook(lambda *_: None)
     assert_close(layer(x), expected, 1e-14)
-    assert len(products) == 3
+    assert len(products) == 4
     normal = random_tensor(100_000, dtype=torch.float64, seed=0)
     others = F.gelu(normal, approximate="tanh"), F.gelu(normal).bfloat16()
     errors = [(other - F.gelu(normal)).norm() for other in others]
