@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.backend import interpreting
 from kernels.depthwise import eager
 from kernels.depthwise.configs import CONFIGS, Config, heuristic
-from kernels.depthwise.forward import common_arguments, extent, in_vectors, problem_of
+from kernels.depthwise.forward import SMALL_HEIGHT, common_arguments, extent, in_vectors, problem_of
 from kernels.depthwise.rows import check_size, rows_of
 from kernels.dtypes import accumulator, accumulator_dtype, multiplies
 from kernels.launch import ceil_divide, launch, next_power_of_2
@@ -35,11 +35,11 @@ EPILOGUE = 22  # what a program does once, in steps of its loop
 def _weight_gradient_kernel(
     grad,  # [B, C, H, W] in rows, like x
     x,  # [B, C, H, W] in rows, its strides but the last divided by VECTOR
-    partial_ptr,  # [image chunks, tile chunks, C, ROWS, TILE_HEIGHT, KERNEL], contiguous
-    batch, channels, height, width, tiles_h, tiles_w, chunk_images, tile_chunks,
-    KERNEL: tl.constexpr, KERNEL_BLOCK: tl.constexpr, IMAGE_TILES: tl.constexpr, VECTOR: tl.constexpr,
-    UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
-    TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    partial_ptr,  # [image chunks, tile chunks, C, ROWS, TILE_HEIGHT, EXTENT], contiguous
+    batch, channels, height, width, tiles_h, tiles_w, step, chunk_images, tile_chunks,
+    KERNEL: tl.constexpr, EXTENT: tl.constexpr, EXTENT_BLOCK: tl.constexpr, IMAGE_TILES: tl.constexpr,
+    VECTOR: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """partial[i, r, kw] = Σ_{tiles, p} grad[tile, r, p] · x[tile, i, p + kw]: what input row i adds to kh = i − r."""
@@ -61,22 +61,24 @@ def _weight_gradient_kernel(
     i_first = i_partial // tile_chunks * chunk_images
     i_last = tl.minimum(i_first + chunk_images, batch)
     # Input rows that no tile of the map has: the sums are 0.
-    if (i_row + BLOCK_ROWS + (tiles_h - 1) * TILE_HEIGHT <= KERNEL // 2) | (i_row >= KERNEL // 2 + height):
+    past = KERNEL // 2 + tl.cdiv(height, step)
+    if (i_row + BLOCK_ROWS + (tiles_h - 1) * TILE_HEIGHT <= KERNEL // 2) | (i_row >= past):
         i_last = i_first
+    tiles = tiles_h * tiles_w * step
     o_block = tl.arange(0, BLOCK_TILES)[:, None]
     o_span = tl.arange(0, BLOCK_ROWS * SPAN)[None, :]
     o_output = tl.arange(0, TILE)[None, :]
     # A block is IMAGE_TILES tiles of as many images as fit, so that going on to the next images divides nothing.
-    for i_tile in range(i_partial % tile_chunks * IMAGE_TILES, tiles_h * tiles_w, tile_chunks * IMAGE_TILES):
+    for i_tile in range(i_partial % tile_chunks * IMAGE_TILES, tiles, tile_chunks * IMAGE_TILES):
         o_tile = i_tile + o_block % IMAGE_TILES
-        o_top = o_tile // tiles_w * TILE_HEIGHT
+        o_top, o_phase = o_tile // tiles_w // step * TILE_HEIGHT, o_tile // tiles_w % step
         o_left = o_tile % tiles_w * TILE_WIDTH
-        m_tile = (o_channel < channels) & (o_tile < tiles_h * tiles_w)
-        o_x_row = o_top - KERNEL // 2 + i_row + o_span // SPAN
+        m_tile = (o_channel < channels) & (o_tile < tiles)
+        o_x_row = (o_top - KERNEL // 2 + i_row + o_span // SPAN) * step + o_phase
         o_x_column = o_left - MARGIN + o_span % SPAN
         m_x = m_tile & (o_x_row >= 0) & (o_x_row < height) & (o_x_column >= 0) & (o_x_column < width * VECTOR)
         p_x = x.ptr + (o_channel * x.c + o_x_row.to(OFFSET) * x.h) * VECTOR + o_x_column
-        o_row = o_top + o_output // TILE_WIDTH
+        o_row = (o_top + o_output // TILE_WIDTH) * step + o_phase
         o_column = o_left + o_output % TILE_WIDTH
         m_grad = m_tile & (o_row < height) & (o_column < width * VECTOR)
         p_grad = grad.ptr + (o_channel * grad.c + o_row.to(OFFSET) * grad.h) * VECTOR + o_column
@@ -87,45 +89,45 @@ def _weight_gradient_kernel(
             b_grad = tl.load(p_grad + o_batch * grad.b * VECTOR, mask=m_grad & (o_batch < i_last), other=0)
             b_sum = dot(tl.trans(b_grad), b_x, b_sum, UPCAST)
 
-    # [N, BLOCK_ROWS · KERNEL_BLOCK]: every output's sums moved by its column p, which makes diagonals columns.
-    o_tap = tl.arange(0, BLOCK_ROWS * KERNEL_BLOCK)[None, :]
-    o_shifted = tl.arange(0, TILE)[:, None] % TILE_WIDTH + o_tap % KERNEL_BLOCK + (MARGIN - KERNEL // 2)
+    # [N, BLOCK_ROWS · EXTENT_BLOCK]: every output's sums moved by its column p, which makes diagonals columns.
+    o_tap = tl.arange(0, BLOCK_ROWS * EXTENT_BLOCK)[None, :]
+    o_shifted = tl.arange(0, TILE)[:, None] % TILE_WIDTH + o_tap % EXTENT_BLOCK + (MARGIN - EXTENT // 2)
     m_shifted = (o_shifted >= 0) & (o_shifted < SPAN) & (o_channel < channels)
-    o_shifted = tl.minimum(tl.maximum(o_shifted, 0), SPAN - 1) + o_tap // KERNEL_BLOCK * SPAN
+    o_shifted = tl.minimum(tl.maximum(o_shifted, 0), SPAN - 1) + o_tap // EXTENT_BLOCK * SPAN
     b_sum = tl.gather(b_sum, o_shifted + tl.zeros_like(o_channel).to(tl.int32), len(b_sum.shape) - 1)
     b_sum = tl.where(m_shifted, b_sum, 0.0)
-    b_sum = tl.reshape(b_sum, [BLOCK_CHANNELS * TILE_HEIGHT, TILE_WIDTH, BLOCK_ROWS * KERNEL_BLOCK])
+    b_sum = tl.reshape(b_sum, [BLOCK_CHANNELS * TILE_HEIGHT, TILE_WIDTH, BLOCK_ROWS * EXTENT_BLOCK])
     o_channel_row = tl.arange(0, BLOCK_CHANNELS * TILE_HEIGHT)[:, None]
     o_channel = i_channel + o_channel_row // TILE_HEIGHT
-    o_row = i_row + o_tap // KERNEL_BLOCK
+    o_row = i_row + o_tap // EXTENT_BLOCK
     o_partial = (i_partial.to(tl.int64) * channels + o_channel) * ROWS + o_row
     tl.store(
-        partial_ptr + (o_partial * TILE_HEIGHT + o_channel_row % TILE_HEIGHT) * KERNEL + o_tap % KERNEL_BLOCK,
+        partial_ptr + (o_partial * TILE_HEIGHT + o_channel_row % TILE_HEIGHT) * EXTENT + o_tap % EXTENT_BLOCK,
         tl.sum(b_sum, axis=1),
-        mask=(o_channel < channels) & (o_row < ROWS) & (o_tap % KERNEL_BLOCK < KERNEL),
+        mask=(o_channel < channels) & (o_row < ROWS) & (o_tap % EXTENT_BLOCK < EXTENT),
     )
 
 
 @triton.jit
 def _diagonals_kernel(
-    partial_ptr,  # [parts, C, ROWS, TILE_HEIGHT, KERNEL], contiguous
-    gradient_ptr,  # [C, size, size], contiguous; KERNEL = (size − 1) · dilation + 1
-    parts, channels, dilation, size,
-    KERNEL: tl.constexpr, TILE_HEIGHT: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr,  # [parts, C, ROWS, TILE_HEIGHT, EXTENT], contiguous
+    gradient_ptr,  # [C, size, size], contiguous
+    parts, channels, row_dilation, dilation, size,
+    EXTENT: tl.constexpr, TILE_HEIGHT: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row kh of the gradient sums the diagonal i = kh + r, r = 0.. of every part."""
-    ROWS: tl.constexpr = TILE_HEIGHT + KERNEL - 1
+    rows = TILE_HEIGHT + (size - 1) * row_dilation
     blocks = tl.cdiv(size * size, BLOCK)
     i_channel = (tl.program_id(0) // blocks).to(tl.int64)
     o_entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     o_r = tl.arange(0, TILE_HEIGHT)[:, None]
-    o_diagonal = ((o_entry // size * dilation + o_r) * TILE_HEIGHT + o_r) * KERNEL + o_entry % size * dilation
+    o_diagonal = ((o_entry // size * row_dilation + o_r) * TILE_HEIGHT + o_r) * EXTENT + o_entry % size * dilation
     m_entry = o_entry < size * size
-    p_partial = partial_ptr + i_channel * (ROWS * TILE_HEIGHT * KERNEL) + o_diagonal
+    p_partial = partial_ptr + i_channel * (rows * TILE_HEIGHT * EXTENT) + o_diagonal
     b_sum = tl.zeros([TILE_HEIGHT, BLOCK], ACCUMULATOR)
     for _ in range(parts):
         b_sum += tl.load(p_partial, mask=m_entry[None, :], other=0)
-        p_partial += tl.cast(channels, tl.int64) * (ROWS * TILE_HEIGHT * KERNEL)
+        p_partial += tl.cast(channels, tl.int64) * (rows * TILE_HEIGHT * EXTENT)
     b_gradient = tl.sum(b_sum, axis=0).to(gradient_ptr.dtype.element_ty)
     tl.store(gradient_ptr + i_channel * (size * size) + o_entry, b_gradient, mask=m_entry)
 
@@ -153,11 +155,12 @@ def gradient_of_rows(
     """The weight's gradient from rows of x and of the output's gradient: partial sums, then their sum."""
     batch, channels = x.shape[:2]
     kernel_extent = extent(kernel_size, dilation)
-    common = common_arguments(x, (x_rows, grad_rows), kernel_extent, config)
-    tiles = common["tiles_h"] * common["tiles_w"]
+    step = dilation if x.shape[2] > SMALL_HEIGHT // 2 else 1
+    common = common_arguments(x, (x_rows, grad_rows), kernel_size, dilation, step, config)
+    tiles = common["tiles_h"] * common["tiles_w"] * step
     image_tiles = min(config.block_tiles, next_power_of_2(tiles))
     tile_blocks = ceil_divide(tiles, image_tiles)
-    rows = config.tile_height + kernel_extent - 1
+    rows = config.tile_height + common["KERNEL"] - 1
     programs = ceil_divide(rows, config.block_rows) * ceil_divide(channels, config.block_channels)
     block_images = config.block_tiles // image_tiles
     image_chunks, tile_chunks = _chunks(programs, ceil_divide(batch, block_images), tile_blocks)
@@ -175,7 +178,8 @@ def gradient_of_rows(
         "batch": batch,
         "chunk_images": chunk_images,
         "tile_chunks": tile_chunks,
-        "KERNEL_BLOCK": next_power_of_2(kernel_extent),
+        "EXTENT": kernel_extent,
+        "EXTENT_BLOCK": next_power_of_2(kernel_extent),
         "IMAGE_TILES": image_tiles,
     }
     launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
@@ -186,9 +190,10 @@ def gradient_of_rows(
         "gradient_ptr": gradient,
         "parts": shape[0],
         "channels": channels,
+        "row_dilation": dilation // step,
         "dilation": dilation,
         "size": kernel_size,
-        "KERNEL": kernel_extent,
+        "EXTENT": kernel_extent,
         "TILE_HEIGHT": config.tile_height,
         "ACCUMULATOR": accumulator(x.dtype),
         "BLOCK": block,

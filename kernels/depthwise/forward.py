@@ -10,6 +10,9 @@ columns. Input row i adds to all outputs (r, p) of its tile at once:
 The tiles of all images of a channel share the weights, so they are the rows of a matrix product. Those of step i lie
 side by side, since the *band* holds the kernel's rows in reverse: band[j, q, p] = w[c − q, j − p] with q = c − i + r.
 
+A dilated kernel is one with zeros between its columns and, on small maps, its rows; on others a tile's rows lie as far
+apart as the kernel's, and none of its steps is for zeros.
+
 Cost per output at K = 17 (tiles of 8 x 16, a span of 32, 256 tiles a block) against a thread per output:
 
     elements loaded     24·32/128 = 6 of x, 24·32/256 = 3 of the band     2·289: x and weight
@@ -48,6 +51,8 @@ from kernels.products import dot
 from kernels.tuning import tunable
 from kernels.views import View, view
 
+SMALL_HEIGHT = 16  # of maps on which that would leave tiles half empty
+
 
 @triton.jit
 def _convolution_kernel(
@@ -55,7 +60,7 @@ def _convolution_kernel(
     band_ptr,  # [C, SPAN, BAND_ROWS, TILE_WIDTH], contiguous
     bias,  # [C], not read without HAS_BIAS
     out,  # like x
-    channels, height, width, tiles, tiles_h, tiles_w,
+    channels, height, width, tiles, tiles_h, tiles_w, step,
     KERNEL: tl.constexpr, BAND_ROWS: tl.constexpr, VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
     TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
@@ -79,15 +84,16 @@ def _convolution_kernel(
     first_top = i_tile * BLOCK_TILES // row_tiles * TILE_HEIGHT
     last_top = (tl.minimum((i_tile + 1) * BLOCK_TILES, tiles) - 1) // row_tiles * TILE_HEIGHT
     first_row = tl.maximum(KERNEL // 2 - last_top, 0)
-    last_row = tl.minimum(KERNEL // 2 + height - first_top, TILE_HEIGHT + KERNEL - 1)
-    o_image = (o_tile % row_tiles // tiles_w).to(OFFSET)
+    last_row = tl.minimum(KERNEL // 2 + tl.cdiv(height, step) - first_top, TILE_HEIGHT + KERNEL - 1)
+    o_image = (o_tile % row_tiles // tiles_w // step).to(OFFSET)
+    o_phase = o_tile % row_tiles // tiles_w % step
     o_top = o_tile // row_tiles * TILE_HEIGHT
     o_left = o_tile % tiles_w * TILE_WIDTH
     m_tile = m_channel & (o_tile < tiles)
 
     # Columns of the product's left factor are (row, column) of a span, [1, J]; they are its right one's rows, [J, 1].
     o_span = tl.arange(0, BLOCK_ROWS * SPAN)
-    o_row = o_top - KERNEL // 2 + (o_span // SPAN)[None, :]
+    o_row = (o_top - KERNEL // 2 + (o_span // SPAN)[None, :]) * step + o_phase
     o_column = o_left - MARGIN + (o_span % SPAN)[None, :]
     m_span = m_tile & (o_column >= 0) & (o_column < width * VECTOR)
     p_x = x.ptr + (o_channel * x.c + o_image * x.b + o_row.to(OFFSET) * x.h) * VECTOR + o_column
@@ -97,8 +103,8 @@ def _convolution_kernel(
     o_band += o_output // 4 * 4 + o_output % 4  # asynchronous copies of 16 bytes would pass L1 by
     p_band = band_ptr + o_channel * (SPAN * BAND_ROWS * TILE_WIDTH) + o_band
     for i_row in range(first_row, last_row, BLOCK_ROWS):
-        m_row = (o_row + i_row >= 0) & (o_row + i_row < height)
-        o_step = tl.cast(i_row, OFFSET) * x.h * VECTOR
+        m_row = (o_row + i_row * step >= 0) & (o_row + i_row * step < height)
+        o_step = tl.cast(i_row * step, OFFSET) * x.h * VECTOR
         # [T, J], [J, N]
         b_x = tl.load(p_x + o_step, mask=m_span & m_row, other=0)
         b_band = tl.load(p_band - i_row * TILE_WIDTH, mask=m_channel, other=0)
@@ -106,7 +112,7 @@ def _convolution_kernel(
 
     if HAS_BIAS:
         b_sum += tl.load(bias.ptr + o_channel * bias.c, mask=m_channel, other=0).to(ACCUMULATOR)
-    o_row = o_top + o_output // TILE_WIDTH
+    o_row = (o_top + o_output // TILE_WIDTH) * step + o_phase
     o_column = o_left + o_output % TILE_WIDTH
     o_out = o_channel * out.c + o_image * out.b + o_row.to(OFFSET) * out.h
     m_out = m_tile & (o_row < height) & (o_column < width * VECTOR)
@@ -118,10 +124,11 @@ def _convolution_kernel(
 
 @triton.jit
 def _band_kernel(
-    weight,  # [C, K, K], of which there are KERNEL = (K − 1) · dilation + 1
+    weight,  # [C, K, K], which spans KERNEL rows and EXTENT columns
     band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
-    band_rows, rows, dilation,
-    KERNEL: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    band_rows, rows, row_dilation, dilation,
+    KERNEL: tl.constexpr, EXTENT: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     elements = SPAN * TILE_WIDTH * band_rows
     blocks = tl.cdiv(elements, BLOCK)
@@ -130,22 +137,22 @@ def _band_kernel(
     o_row = o_element // TILE_WIDTH % band_rows
     o_span = o_element // TILE_WIDTH // band_rows
     o_kernel_h = rows - 1 - o_row
-    o_kernel_w = o_span - o_element % TILE_WIDTH + (KERNEL // 2 - (SPAN - TILE_WIDTH) // 2)
+    o_kernel_w = o_span - o_element % TILE_WIDTH + (EXTENT // 2 - (SPAN - TILE_WIDTH) // 2)
     m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h < KERNEL)
-    m_weight &= (o_kernel_w >= 0) & (o_kernel_w < KERNEL)
+    m_weight &= (o_kernel_w >= 0) & (o_kernel_w < EXTENT)
+    m_weight &= (o_kernel_h % row_dilation == 0) & (o_kernel_w % dilation == 0)
     if FLIPPED:
-        o_kernel_h, o_kernel_w = KERNEL - 1 - o_kernel_h, KERNEL - 1 - o_kernel_w
-    m_weight &= (o_kernel_h % dilation == 0) & (o_kernel_w % dilation == 0)
-    o_weight = o_kernel_h // dilation * weight.h + o_kernel_w // dilation * weight.w
+        o_kernel_h, o_kernel_w = KERNEL - 1 - o_kernel_h, EXTENT - 1 - o_kernel_w
+    o_weight = o_kernel_h // row_dilation * weight.h + o_kernel_w // dilation * weight.w
     b_weight = tl.load(weight.ptr + i_channel * weight.c + o_weight, mask=m_weight, other=0)
     tl.store(band_ptr + i_channel * elements + o_element, b_weight, mask=o_element < elements)
 
 
 def band_of(
-    weight: Tensor, flipped: bool, dilation: int, rows: int, config: Config, tile_width: int, span: int
+    weight: Tensor, flipped: bool, dilation: int, step: int, rows: int, config: Config, tile_width: int, span: int
 ) -> Tensor:
-    """band[c, j, q, p] = weight[c, rows − 1 − q, j − p + K//2 − margin] of the kernel with zeros between its weights, 0
-    where there is no such weight."""
+    """band[c, j, q, p] = weight[c, rows − 1 − q, j − p + K//2 − margin] of the kernel with zeros between its columns
+    and, unless rows lie ``step`` apart, its rows; 0 where there is no such weight."""
     band_rows = rows + config.tile_height - 1
     shape = (weight.shape[0], span, band_rows, tile_width)
     band = torch.empty(shape, dtype=weight.dtype, device=weight.device)
@@ -156,8 +163,10 @@ def band_of(
         "band_ptr": band,
         "band_rows": band_rows,
         "rows": rows,
+        "row_dilation": dilation // step,
         "dilation": dilation,
-        "KERNEL": extent(weight.shape[-1], dilation),
+        "KERNEL": extent(weight.shape[-1], dilation // step),
+        "EXTENT": extent(weight.shape[-1], dilation),
         "FLIPPED": flipped,
         "SPAN": span,
         "TILE_WIDTH": tile_width,
@@ -187,17 +196,20 @@ def problem_of(x: Tensor, kernel_size: int, weight_gradient: bool = False) -> Pr
     return Problem(batch, channels, height * width, kernel_size, tile_width, span, x.dtype, weight_gradient, copied)
 
 
-def common_arguments(x: Tensor, rows: Sequence[Tensor], kernel_size: int, config: Config) -> dict[str, Any]:
-    """What the kernels of both passes take of a map x and two maps in rows."""
+def common_arguments(
+    x: Tensor, rows: Sequence[Tensor], kernel_size: int, dilation: int, step: int, config: Config
+) -> dict[str, Any]:
+    """What the kernels of both passes take of a map x and two maps in rows; a tile's rows lie ``step`` apart."""
     (height, width), vector = x.shape[2:], vector_of(x)
-    tile_width, span = tile_shape(kernel_size, width)
+    tile_width, span = tile_shape(extent(kernel_size, dilation), width)
     return {
         "channels": x.shape[1],
         "height": height,
         "width": rows[0].shape[3] // vector,
-        "tiles_h": ceil_divide(height, config.tile_height),
+        "tiles_h": ceil_divide(ceil_divide(height, step), config.tile_height),
         "tiles_w": ceil_divide(width, tile_width),
-        "KERNEL": kernel_size,
+        "step": step,
+        "KERNEL": extent(kernel_size, dilation // step),
         "VECTOR": vector,
         "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
         **precision(*(tensor.transpose(0, 1)[None] for tensor in rows)),
@@ -215,11 +227,11 @@ def convolve_rows(
     dilation: int = 1, *, config: Config, add: bool = False,
 ) -> None:  # fmt: skip
     """The convolution of ``source``, which has x in rows, into or (``add``) onto the rows ``out``."""
-    kernel_size = extent(weight.shape[-1], dilation)
-    common = common_arguments(x, (out, source), kernel_size, config)
-    tiles = x.shape[0] * common["tiles_h"] * common["tiles_w"]
-    rows = config.tile_height + kernel_size - 1 + config.block_rows - 1
-    band = band_of(weight, flipped, dilation, rows, config, common["TILE_WIDTH"], common["SPAN"])
+    step = dilation if x.shape[2] > SMALL_HEIGHT else 1
+    common = common_arguments(x, (out, source), weight.shape[-1], dilation, step, config)
+    tiles = x.shape[0] * step * common["tiles_h"] * common["tiles_w"]
+    rows = config.tile_height + common["KERNEL"] - 1 + config.block_rows - 1
+    band = band_of(weight, flipped, dilation, step, rows, config, common["TILE_WIDTH"], common["SPAN"])
     # One program per (block of tiles, block of channels), tiles fastest: they share the band.
     grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(x.shape[1], config.block_channels),)
     arguments = {

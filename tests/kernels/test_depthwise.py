@@ -72,6 +72,29 @@ def test_weight_gradient_in_chunks(chunks, monkeypatch):
     assert_close(backward.weight_gradient(grad, x, 3, config=config), expected, GRADIENT_TOLERANCE[x.dtype])
 
 
+@pytest.mark.parametrize(
+    "config", [None, Config(8, 4, 2), Config(4, 16, 4)]
+)  # the heuristic's; several tiles and steps
+@pytest.mark.parametrize("dilation", [2, 3, 7])
+@pytest.mark.parametrize("height", [7, 16, 17, 40])  # around where rows of a tile lie apart, which parts them unevenly
+def test_dilated(height, dilation, config):
+    x, grad = (random_tensor(3, 2, height, 13, dtype=torch.float32) for _ in range(2))
+    weight = random_tensor(2, 1, 3, 3).requires_grad_()
+    x.requires_grad_()
+    exact = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    expected = torch.nn.functional.conv2d(*exact, None, 1, dilation, dilation, 2)
+    of_x, of_weight = torch.autograd.grad(expected, exact, grad.double())
+    options = {} if config is None else {"config": config}
+    with torch.no_grad():
+        assert_close(
+            forward.convolve(x, weight, None, False, dilation, **options), expected, FORWARD_TOLERANCE[x.dtype]
+        )
+        through = forward.convolve(grad, weight, None, True, dilation, **options)
+        assert_close(through, of_x, GRADIENT_TOLERANCE[x.dtype])
+        gradient = backward.weight_gradient(grad, x, 3, dilation, **options)
+        assert_close(gradient, of_weight, GRADIENT_TOLERANCE[x.dtype])
+
+
 def test_a_value_that_is_not_finite_stays_in_its_image_and_channel():
     """Products may spread it over tiles of its own image and channel; elsewhere nothing changes."""
     x, weight = random_tensor(2, 3, 9, 40), random_tensor(3, 1, 3, 3)
