@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.dtypes import upcast
 from kernels.launch import ceil_divide, is_launchable, is_plain, launch
+from kernels.products import dot
 from kernels.registration import is_seen
 from kernels.tuning import repeated
 
@@ -35,7 +37,7 @@ def _product(
     o_output, m_output,  # [N]
     scale, shift,  # [channels], not read without NORM
     channels,
-    NORM: tl.constexpr, CHANNELS: tl.constexpr,
+    NORM: tl.constexpr, CHANNELS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """b_out + Σ_k weight[n, k] · f(pixel[k]), where f is ReLU(scale·x + shift) with NORM."""
     for first in range(0, channels, CHANNELS):
@@ -48,7 +50,7 @@ def _product(
             b_scale = tl.load(scale + o_channel, mask=m_channel, other=0).to(tl.float32)[None, :]
             b_shift = tl.load(shift + o_channel, mask=m_channel, other=0).to(tl.float32)[None, :]
             b_x = tl.maximum(b_x * b_scale + b_shift, 0, propagate_nan=tl.PropagateNan.ALL).to(b_weight.dtype)
-        b_out = tl.dot(b_x, b_weight, b_out, input_precision="ieee")
+        b_out = dot(b_x, b_weight, b_out, UPCAST)
     return b_out
 
 
@@ -62,7 +64,7 @@ def residual_kernel(
     second,  # [outputs, skipped_channels], not read without SECOND
     out,  # [B, height, width, outputs]
     pixels, height, width, channels, outputs, skipped_height, skipped_width, skipped_channels, stride,
-    SECOND: tl.constexpr, PIXELS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    SECOND: tl.constexpr, PIXELS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # One program per (block of pixels of all images, block of outputs), outputs fastest. All tensors are contiguous.
     blocks = tl.cdiv(outputs, OUTPUTS)
@@ -77,12 +79,13 @@ def residual_kernel(
         p_skipped = skipped + (o_row * skipped_width + o_column) * skipped_channels
         b_out = tl.zeros([PIXELS, OUTPUTS], tl.float32)
         b_out = _product(
-            b_out, p_skipped, m_pixel, second, o_output, m_output, scale, shift, skipped_channels, False, CHANNELS
-        )
+            b_out, p_skipped, m_pixel, second, o_output, m_output, scale, shift, skipped_channels,
+            False, CHANNELS, UPCAST,
+        )  # fmt: skip
     else:
         b_out = tl.load(skipped + o_out, mask=m_out, other=0).to(tl.float32)
     p_x = x + o_pixel * channels
-    b_out = _product(b_out, p_x, m_pixel, weight, o_output, m_output, scale, shift, channels, True, CHANNELS)
+    b_out = _product(b_out, p_x, m_pixel, weight, o_output, m_output, scale, shift, channels, True, CHANNELS, UPCAST)
     b_out += tl.load(bias + o_output, mask=m_output, other=0).to(tl.float32)[None, :]
     b_out = tl.maximum(b_out, 0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
@@ -109,7 +112,7 @@ def _convolve(
         "skipped": skipped.permute(0, 2, 3, 1), "second": weight if second is None else second.contiguous(), "out": out,
         "pixels": pixels, "height": height, "width": width, "channels": channels, "outputs": outputs,
         "skipped_height": skipped.shape[2], "skipped_width": skipped.shape[3], "skipped_channels": skipped.shape[1],
-        "stride": stride, "SECOND": second is not None, **BLOCKS,
+        "stride": stride, "SECOND": second is not None, **BLOCKS, "UPCAST": upcast(x.dtype),
     }  # fmt: skip
     grid = (ceil_divide(pixels, BLOCKS["PIXELS"]) * ceil_divide(outputs, BLOCKS["OUTPUTS"]),)
     if is_plain(x):

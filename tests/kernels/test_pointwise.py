@@ -33,7 +33,7 @@ def expected_of(x, scale, shift, weight, bias, skipped, second=None, stride=1):
 # The last has several blocks of pixels and outputs, all partly empty; its products take several steps.
 @pytest.mark.parametrize("shape", [(2, 16, 3, 5, 24), (1, 6, 1, 1, 2), (3, 72, 7, 9, 264)])
 @pytest.mark.parametrize("stride", [0, 1, 2])  # 0: without a second product
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_definition(shape, stride, dtype):
     batch, channels, height, width, outputs = shape
     x = last(batch, channels, height, width, dtype=dtype)
