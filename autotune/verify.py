@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from autotune import timing
-from autotune.compile import cases
+from autotune.kernel_cases import cases
 from autotune.measure import one_line
 from autotune.tables import Table
 from autotune.tunables import stored_entries
