@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from kernels.depthwise.fused import twice_tail
+from kernels.depthwise.fused import twice_gelu_slope, twice_tail
 from kernels.launch import ceil_divide, is_plain, launch
 from kernels.registration import is_seen
 
@@ -27,9 +27,8 @@ PARTS = 1056  # of the rows, each summed by one program for each block of channe
 
 @triton.jit
 def _slope(z):
-    """GELU′(z) = Φ(z) + z·φ(z)."""
-    b_tail = 0.5 * twice_tail(z)
-    return tl.where(z > 0, 1 - b_tail, b_tail) + z * tl.exp2(z * z * -0.72134752) * 0.3989422804
+    """GELU′(z)."""
+    return 0.5 * twice_gelu_slope(z, twice_tail(z))
 
 
 @triton.jit

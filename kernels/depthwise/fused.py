@@ -43,6 +43,13 @@ def twice_gelu(x, b_tail):
 
 
 @triton.jit
+def twice_gelu_slope(x, b_tail):
+    """2·GELU′(x) = 2Φ(x) + 2·x·φ(x). GELU has the sign of x, where it is not 0."""
+    b_twice_phi = tl.where(twice_gelu(x, b_tail) > 0, 2 - b_tail, b_tail)
+    return b_twice_phi + x * (tl.exp2(x * x * -0.72134752) * 0.797884561)
+
+
+@triton.jit
 def load_row(p_row, m_row, first, width, stride, m_channel, COLUMNS: tl.constexpr):
     """COLUMNS pixels [C] of a row, from column ``first`` on; 0 outside the map."""
     values = ()

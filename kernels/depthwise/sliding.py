@@ -29,6 +29,7 @@ from kernels.depthwise.fused import (
     cut,
     load_row,
     twice_gelu,
+    twice_gelu_slope,
     twice_tail,
 )
 from kernels.launch import ceil_divide, is_plain, launch
@@ -108,12 +109,10 @@ def gradients_kernel(
                 b_grad += w[3] * here[i] + w[4] * here[i + 1] + w[5] * here[i + 2]
                 b_grad += w[6] * below[i] + w[7] * below[i + 1] + w[8] * below[i + 2]
                 b_x = values[i].to(tl.float32)
-                if GELU:  # GELU'(x) = Φ(x) + x·φ(x), all of them doubled
+                if GELU:
                     b_tail = twice_tail(b_x)
-                    b_density = tl.exp2(b_x * b_x * -0.72134752) * 0.797884561
-                    b_twice = twice_gelu(b_x, b_tail)
-                    b_grad *= tl.where(b_twice > 0, 2 - b_tail, b_tail) + b_x * b_density
-                    b_x = b_twice
+                    b_grad *= twice_gelu_slope(b_x, b_tail)
+                    b_x = twice_gelu(b_x, b_tail)
                 m_column = m_channel & (first + i < width)
                 tl.store(p_grad_x + i * CHANNELS, b_grad.to(grad_x.dtype.element_ty), mask=m_column)
                 b_bias += here[i + 1]
