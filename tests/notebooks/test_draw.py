@@ -36,14 +36,15 @@ def defined(notebook: str) -> types.SimpleNamespace:
         return constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))
 
     names: dict[str, Any] = {}
-    exec(compile(ast.Module([*filter(kept, ast.parse(code).body)], []), notebook, "exec"), names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(NOTEBOOKS)  # a notebook's kernel runs in its folder
+        exec(compile(ast.Module([*filter(kept, ast.parse(code).body)], []), notebook, "exec"), names)
     return types.SimpleNamespace(**names)
 
 
 @pytest.fixture
-def cells(monkeypatch):
+def cells():
     """What notebook 04 defines."""
-    monkeypatch.syspath_prepend(NOTEBOOKS)
     return defined("04_dynamic_kernels")
 
 
