@@ -48,21 +48,19 @@ def launch_overhead(device: torch.device, *, quick: bool = False) -> dict[str, A
     given, which adds the output's allocation and the arguments; ``tuned`` the same asking the tuner, whose answer is in
     memory; ``operator`` the call through PyTorch's dispatcher.
     """
-    from kernels.aggregation import op
-    from kernels.aggregation.configs import gather_heuristic, gather_problem
-    from kernels.aggregation.gather import gather_aggregate
+    from kernels.aggregation import op, rows
 
     window = Window((3, 3), padding=(1, 1))
     weight = torch.randn(1, 1, 3, 3, 4, 4, device=device)
     x = torch.randn(1, 1, 16, 4, 4, device=device)
-    config = gather_heuristic(gather_problem(weight, x, (4, 4), (3, 3)))
+    config = rows.aggregate.choose(weight, x, window)
     with record_launches() as launches:
-        gather_aggregate(weight, x, window, config=config)
+        rows.aggregate(weight, x, window, config=config)
     kernel, grid, arguments, options = launches[0]
     calls: dict[str, Any] = {
         "direct": lambda: kernel[grid](**arguments, **options),
-        "configured": lambda: gather_aggregate(weight, x, window, config=config),
-        "tuned": lambda: gather_aggregate(weight, x, window),
+        "configured": lambda: rows.aggregate(weight, x, window, config=config),
+        "tuned": lambda: rows.aggregate(weight, x, window),
         "operator": lambda: op.aggregate(weight, x, window, "triton"),
     }
     timers = {name: Timer("call()", globals={"call": call}) for name, call in calls.items()}

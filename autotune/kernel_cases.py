@@ -65,11 +65,9 @@ def cases() -> dict[str, list[Workload]]:
     unfused = [workloads.neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
     fused = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (14, 14), 13)
     dilated = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (56, 56), 7)
-    wide = workloads.involution("", 2, 128, (28, 28), 17, 16)  # too large for rows to slide
     return {
         "involution 128@28 K=7, channels first": [rednet],
         "involution 128@28 K=7, channels last": [channels_last(rednet)],
-        "involution 2x8x16@28 K=17": [wide],
         "involution 128@28 K=7, the end of its block": [Residual(**vars(channels_last(rednet)))],
         "involution, kernels generated, 128@28 K=7": [workloads.generation(channels_last(rednet))],
         "neighborhood 8x16@14 K=13": [fused, *unfused],

@@ -13,7 +13,7 @@ with ``start(i) = clamp(i - K//2, 0, L - K)`` for dilation 1. Dilation ``d`` spl
 ``i mod d``; class ``r`` has ``ceil((L - r)/d)`` members and the same clamp runs inside the class, so a clamped
 window needs ``K*d <= L``. The clamped rule is the border rule of neighbourhood attention (arXiv 2204.07143).
 
-``windows_triton`` states the same two rules for kernels, and their inverse: which outputs reach an input.
+``windows_triton`` states the clamped rule for kernels; those of the other walk it (``aggregation.tiles``).
 """
 
 from __future__ import annotations

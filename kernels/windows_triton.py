@@ -1,7 +1,7 @@
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # Triton's constexpr and the values inside a kernel are opaque to a type checker, here and in every file with kernels.
-"""The two window rules of ``windows`` as Triton helpers, along one axis and in both directions.
+"""The clamped rule of ``windows`` as Triton helpers.
 
 Vocabulary of every kernel in this repository:
 
@@ -12,8 +12,6 @@ Vocabulary of every kernel in this repository:
 ``p_``  pointers
 ``b_``  blocks of values, their shape in a comment above
 ======  =====================================================================================
-
-A *step* enumerates what one position exchanges values with: step k is the window position k.
 """
 
 from typing import Any, NamedTuple
@@ -55,21 +53,6 @@ def window_start(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr)
         members = (length - residue + DILATION - 1) // DILATION
         o_start = _clamped_start(o_output // DILATION, members, KERNEL) * DILATION + residue
     return o_start
-
-
-@triton.jit
-def neighbour(o_output, o_step, length, WINDOW: tl.constexpr, AXIS: tl.constexpr):
-    """Position ``o_step`` of the zero-padded window of output ``o_output``: (input, whether it is inside)."""
-    o_input = o_output * WINDOW.stride[AXIS] - WINDOW.padding[AXIS] + o_step * WINDOW.dilation[AXIS]
-    return o_input, (o_input >= 0) & (o_input < length)
-
-
-@triton.jit
-def inverse_neighbour(o_input, o_step, output_length, WINDOW: tl.constexpr, AXIS: tl.constexpr):
-    """The output whose zero-padded window holds ``o_input`` at position ``o_step``: (output, whether there is one)."""
-    scaled = o_input + WINDOW.padding[AXIS] - o_step * WINDOW.dilation[AXIS]
-    o_output = scaled // WINDOW.stride[AXIS]
-    return o_output, (scaled >= 0) & (o_output * WINDOW.stride[AXIS] == scaled) & (o_output < output_length)
 
 
 class Pixels(NamedTuple):

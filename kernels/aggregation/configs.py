@@ -1,7 +1,8 @@
-"""Which tile the algebra's kernels work on, rows that slide or gathers: the one place where it is decided."""
+"""Which tile the algebra's kernels work on where windows are zero-padded: the one place where it is decided."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,13 +18,34 @@ LARGEST_KERNEL, LARGEST_STRIDE, LARGEST_DILATION = 16, 4, 8
 
 
 def slides(window: Window) -> bool:
-    """Whether rows can slide over registers: a zero-padded window of a size and a stride that registers hold."""
-    return (
-        not window.clamped
-        and max(window.kernel_size) <= LARGEST_KERNEL
-        and max(window.stride) <= LARGEST_STRIDE
-        and max(window.dilation) <= LARGEST_DILATION
+    """Whether rows can slide over registers, of a large window piece by piece. Beyond these strides and dilations there
+    are hardly rows that outputs share, and the eager path computes them."""
+    return not window.clamped and max(window.stride) <= LARGEST_STRIDE and max(window.dilation) <= LARGEST_DILATION
+
+
+def in_one_piece(window: Window) -> bool:
+    """Whether registers hold the taps of a whole window."""
+    return max(window.kernel_size) <= LARGEST_KERNEL
+
+
+def pieces(window: Window) -> Iterator[tuple[Window, slice, slice]]:
+    """A window in pieces that registers hold, and the rows and columns of each in it."""
+    rows, columns = (
+        [slice(first, min(first + step, length)) for first in range(0, length, step)]
+        for length, step in zip(window.kernel_size, map(_taps, window.kernel_size), strict=True)
     )
+    for places in itertools.product(rows, columns):
+        size_h, size_w = (place.stop - place.start for place in places)
+        padding_h, padding_w = (
+            padding - place.start * dilation
+            for place, padding, dilation in zip(places, window.padding, window.dilation, strict=True)
+        )
+        yield window._replace(kernel_size=(size_h, size_w), padding=(padding_h, padding_w)), *places
+
+
+def _taps(length: int) -> int:
+    """Of a window's rows or columns, as many as a piece has."""
+    return ceil_divide(length, ceil_divide(length, LARGEST_KERNEL))
 
 
 class Problem(NamedTuple):
@@ -33,7 +55,7 @@ class Problem(NamedTuple):
     groups: int
     pixels: int
     rows: int
-    taps: int  # rows of the window
+    taps: int  # rows of the window, or of a piece
     multiple: int  # of which a tile's rows must be: the stride where transposed, else 1
     transposed: bool  # outputs are looked up by input
     features: int  # that generate the dynamic kernel; 0 where it is read
@@ -58,7 +80,7 @@ def problem_of(
     # Each pixel's channels begin at 16 bytes, as a compiler sees it.
     aligned = strides[0] % 16 == strides[3] % 16 == strides[4] % 16 == 0 and x.data_ptr() % 16 == 0
     return Problem(
-        x.shape[2], x.shape[1], size[0] * size[1], size[axis], window.kernel_size[axis],
+        x.shape[2], x.shape[1], size[0] * size[1], size[axis], _taps(window.kernel_size[axis]),
         window.stride[axis] if transposed else 1, transposed, features, last, last and aligned, padded, x.dtype,
     )  # fmt: skip
 
@@ -166,72 +188,3 @@ def correlate_heuristic(problem: Problem) -> Config:
             return replace(config, rows=_rows(problem, 4), columns=8, loads=16, num_warps=2)
         return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 4 else 8), loads=8)
     return replace(config, rows=_rows(problem, 4 if problem.dtype.itemsize > 2 else 7), loads=1, num_warps=1)
-
-
-class GatherProblem(NamedTuple):
-    """What the choice of a config depends on where every output gathers its own window."""
-
-    channels: int
-    pixels: int
-    steps: int
-    kernel_fastest: bool = False  # window positions, not pixels, are adjacent in the memory of the dynamic kernel
-    channels_fastest: bool = False  # channels, not pixels, are adjacent in the memory of the features
-    dtype: torch.dtype = torch.float32
-
-
-def gather_problem(kernel: Tensor, features: Tensor, size: Sequence[int], steps: Pair) -> GatherProblem:
-    """The problem of a launch over ``size`` = (rows, columns) positions and ``steps`` window steps along each axis."""
-    layouts = channels_fastest(kernel), channels_fastest(features)
-    return GatherProblem(features.shape[2], size[0] * size[1], steps[0] * steps[1], *layouts, features.dtype)
-
-
-@dataclass(frozen=True)
-class Gather:
-    """Tile of one program: pixels and channels, and window positions per step."""
-
-    block_pixels: int
-    block_channels: int
-    block_steps: int
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def valid(self, problem: GatherProblem) -> bool:
-        """At most 128 elements of the largest block per thread, and no block of more than twice what it covers."""
-        per_thread = self.block_pixels * self.block_channels * self.block_steps / (32 * self.num_warps)
-        return (
-            per_thread <= 128
-            and self.block_pixels < 2 * max(problem.pixels, 16)
-            and self.block_channels < 2 * problem.channels
-            and self.block_steps < 2 * problem.steps
-        )
-
-    @property
-    def blocks(self) -> dict[str, int]:
-        """Constants of a kernel."""
-        return {f"BLOCK_{name}": getattr(self, f"block_{name.lower()}") for name in ("PIXELS", "CHANNELS", "STEPS")}
-
-
-GATHERS = tuple(
-    Gather(pixels, channels, steps, warps)
-    for pixels, channels, steps, warps in (
-        (64, 16, 16, 4), (64, 16, 16, 8), (32, 32, 16, 4), (32, 32, 16, 8), (32, 16, 16, 4), (16, 16, 16, 4),
-        (64, 16, 1, 4), (128, 16, 1, 4), (128, 32, 1, 4), (64, 32, 1, 4), (32, 32, 1, 4), (16, 64, 1, 4),
-    )
-)  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def gather_heuristic(problem: GatherProblem) -> Gather:
-    """The config where nothing was tuned.
-
-    A dynamic kernel with adjacent window positions is read 16 at a time (32 bytes in bf16, a DRAM sector), by 64
-    pixels, so that sums over positions stay inside a thread; one with adjacent pixels plane by plane.
-    """
-    pixels, channels = max(16, next_power_of_2(problem.pixels)), next_power_of_2(problem.channels)
-    steps = next_power_of_2(problem.steps)
-    if interpreting():  # cost there is per block operation, whatever the size of the block
-        channels = min(channels, 64)
-        pixels = min(pixels, 2**16 // channels)
-        return Gather(pixels, channels, max(1, min(steps, 2**19 // (channels * pixels))))
-    channels, steps = min(channels, 32), min(steps, 16) if problem.kernel_fastest else 1
-    return Gather(min(pixels, max(16, min(128, 16384 // (channels * steps)))), channels, steps)

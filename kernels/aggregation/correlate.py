@@ -10,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aggregation import eager
-from kernels.aggregation.configs import CONFIGS, Config, by_columns, correlate_heuristic, problem_of
+from kernels.aggregation.configs import (
+    CONFIGS,
+    Config,
+    by_columns,
+    correlate_heuristic,
+    in_one_piece,
+    pieces,
+    problem_of,
+)
 from kernels.aggregation.tiles import (
     across,
     all_apart,
@@ -164,8 +172,14 @@ def correlate(g: Tensor, x: Tensor, window: Window, padded: bool = False, *, con
         out = torch.empty(shape, dtype=g.dtype, device=g.device).permute(0, 4, 5, 3, 1, 2)
     else:
         out = empty_kernel_layout(g, window.kernel_size)
+    for piece, rows, columns in [(window, slice(None), slice(None))] if in_one_piece(window) else pieces(window):
+        _fill(out[:, :, rows, columns], g, x, piece, padded, config)
+    return out
+
+
+def _fill(out: Tensor, g: Tensor, x: Tensor, window: Window, padded: bool, config: Config) -> None:
     if out.numel() == 0:
-        return out
+        return
     target, lanes = out, not padded and not channels_fastest(g)
     if not padded and by_columns(g, x):
         window, (g, x, target) = turned(window, g, x, out)
@@ -177,4 +191,3 @@ def correlate(g: Tensor, x: Tensor, window: Window, padded: bool = False, *, con
     }  # fmt: skip
     # One program per (group block, row tile, columns of all images), fastest first; it walks the channels.
     launch(_correlate_kernel, (programs,), out.device, arguments, num_warps=config.num_warps, num_stages=1)
-    return out

@@ -26,13 +26,15 @@ def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
     """The module that computes the three here; Triton is imported at the first use and not before."""
     if "eager" in [resolve(backend, each) for each in maps]:
         return eager
+    if window.clamped:
+        from kernels.aggregation import clamped
+
+        return clamped
     if slides(window):
         from kernels.aggregation import rows
 
         return rows
-    from kernels.aggregation import gather
-
-    return gather
+    return eager
 
 
 @operator(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aggregation import eager
-from kernels.aggregation.configs import CONFIGS, Config, by_columns, heuristic, problem_of
+from kernels.aggregation.configs import CONFIGS, Config, by_columns, heuristic, in_one_piece, pieces, problem_of
 from kernels.aggregation.correlate import correlate  # noqa: F401  (the algebra in one module)
 from kernels.aggregation.tiles import (
     across,
@@ -31,7 +31,7 @@ from kernels.aggregation.tiles import (
     turned,
     unstack,
 )
-from kernels.dtypes import precision, upcast
+from kernels.dtypes import accumulator_dtype, precision, upcast
 from kernels.launch import launch
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.products import dot
@@ -219,6 +219,17 @@ def weighted_sum(
     return out
 
 
+def _read(x: Tensor, weight: Tensor, out: Tensor, window: Window, config: Config, transposed: bool) -> Tensor:
+    """``weighted_sum`` with a dynamic kernel that is read; the sums of a window's pieces meet in their own type."""
+    if in_one_piece(window):
+        return weighted_sum(x, weight, None, None, out, window, config, transposed)
+    total = torch.zeros_like(out, dtype=accumulator_dtype(out.dtype))
+    for piece, rows, columns in pieces(window):
+        part = weight[:, :, rows, columns]
+        total += weighted_sum(x, part, None, None, torch.empty_like(total), piece, config, transposed)
+    return out.copy_(total)
+
+
 @tunable(
     CONFIGS,
     heuristic,
@@ -229,7 +240,7 @@ def weighted_sum(
 def aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Config) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]; [B,G,C,H',W'] in the memory order of x."""
     out = empty_like_layout(x, (*x.shape[:3], *weight.shape[4:]))
-    return weighted_sum(x, weight, None, None, out, window, config, transposed=False)
+    return _read(x, weight, out, window, config, transposed=False)
 
 
 @tunable(
@@ -242,4 +253,4 @@ def aggregate(weight: Tensor, x: Tensor, window: Window, *, config: Config) -> T
 def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, *, config: Config) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]; [B,G,C,H,W] in the memory order of g."""
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
-    return weighted_sum(g, weight, None, None, out, window, config, transposed=True)
+    return _read(g, weight, out, window, config, transposed=True)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kernels import reference
-from kernels.aggregation.configs import slides
+from kernels.aggregation.configs import in_one_piece, slides
 from kernels.aggregation.op import aggregate, algebra
 from kernels.backend import get_backend, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
@@ -141,7 +141,7 @@ def involution2d_generate(
 def _fused(backend: str, window: Window, *maps: Tensor) -> bool:
     """Whether one launch generates and uses the kernels."""
     triton = "eager" not in [resolve(backend, each) for each in maps]
-    return triton and slides(window) and multiplies(maps[0].dtype)
+    return triton and slides(window) and in_one_piece(window) and multiplies(maps[0].dtype)
 
 
 def _flops(x, features, weight, *_) -> int:

@@ -262,7 +262,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from autotune.precompile import AbsentDevice, build, builds
 from kernels.tuning.choose import observing
-from kernels.aggregation.gather import gather_aggregate
+from kernels.aggregation.rows import aggregate
 from kernels.launch import record_launches
 from kernels.windows import Window
 
@@ -270,7 +270,7 @@ driver.set_active(AbsentDevice(GPUTarget("cuda", 90, 32)))
 found = []
 x, weight = torch.randn(1, 2, 16, 8, 8), torch.randn(1, 2, 3, 3, 8, 8)
 with record_launches() as launches, observing(lambda request: found.extend(builds(request, 1))):
-    gather_aggregate(weight, x, Window((3, 3), padding=(1, 1)))
+    aggregate(weight, x, Window((3, 3), padding=(1, 1)))
 (described,) = found
 build(described)
 cubins = lambda: sorted(Path(sys.argv[1]).glob("*/*.cubin"))

@@ -194,10 +194,11 @@ OPERATORS = [
             "even window": involution((6, 7), 4, 2, 4, padding=1),
             "unpadded": involution((7, 7), 5, 5, 7, padding=0),
             "more padding than window": involution((4, 3), 2, 1, (2, 3), padding=(4, 5)),
-            "too large for registers": involution((12, 11), 6, 2, 3, stride=5, padding=9, dilation=9),
+            "in pieces": involution((6, 7), 6, 2, (17, 18), stride=(1, 2), dilation=(2, 1)),
+            "too sparse for registers": involution((12, 11), 6, 2, 3, stride=5, padding=9, dilation=9),
             "one pixel": involution((1, 1), 2, 2, 1),
         },
-        every(SCALES, (1, 4, 32), (1, 5, 16, 100), (1, 3, 7, 16), (1, 3, 4))(
+        every(SCALES, (1, 4, 32), (1, 5, 16, 100), (1, 3, 7, 16, 35), (1, 3, 4))(
             lambda size, groups, channels, k, stride: involution(size, groups * channels, groups, k, stride=stride)
         ),
         (6 * 9 * PIXELS, 2 * 6 * 9 * PIXELS),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.aggregation import eager, gather, rows
+from kernels.aggregation import eager, rows
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
 from kernels.windows import Window
@@ -56,7 +56,7 @@ def test_offsets_are_64_bit_where_32_would_overflow():
     assert not fits_int32(torch.empty(1, 1, 2, 2**15, 2**15 + 1, device="meta"))
     assert fits_int32(torch.empty(2**20, 1, 8, 2**7, 2**7, device="meta"))
     huge = torch.empty(1, 1, 2, 2**15, 2**15 + 1, device="meta", dtype=torch.bfloat16)
-    weight = torch.empty(1, 1, 1, 1, *huge.shape[3:], device="meta", dtype=torch.bfloat16)
+    weight = torch.empty(1, 2, 1, 1, *huge.shape[3:], device="meta", dtype=torch.bfloat16)
     with record_launches() as launches:
-        gather.gather_aggregate(weight, huge, Window((1, 1)))
+        rows.aggregate(weight, huge.transpose(1, 2), Window((1, 1)))
     assert str(launches[0].arguments["OFFSET"]) == "int64"

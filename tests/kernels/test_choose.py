@@ -94,9 +94,9 @@ def test_comments_and_docstrings_do_not_void_an_entry(tmp_path, monkeypatch):
 
 
 def test_an_entry_depends_on_all_code_that_its_launches_run():
-    importlib.import_module("kernels.aggregation.gather")
-    found = modules_of("kernels.aggregation.gather")
-    assert found == {"kernels.aggregation.gather", "kernels.views", "kernels.windows_triton"}
+    importlib.import_module("kernels.aggregation.correlate")
+    found = modules_of("kernels.aggregation.correlate")
+    assert found == {"kernels.aggregation.correlate", "kernels.aggregation.tiles"}
 
 
 def test_what_a_look_up_would_refuse_is_no_candidate():
