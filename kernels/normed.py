@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from kernels.depthwise.fused import twice_gelu_slope, twice_tail
 from kernels.launch import ceil_divide, is_plain, launch
-from kernels.registration import is_seen
+from kernels.registration import traced_operator
 
 ROWS, CHANNELS = 64, 32  # of a tile
 PARTS = 1056  # of the rows, each summed by one program for each block of channels: 8 for each processor of a large GPU
@@ -98,9 +98,14 @@ def normed_gradient_kernel(
     tl.store(out + o_tile, b_out.to(out.dtype.element_ty), mask=m_tile)
 
 
-def _gradients(
+@traced_operator("normed_gelu_backward")
+def normed_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor
 ) -> list[Tensor]:
+    """dx, dweight and dbias, like x and weight [C], for dout and x [B, C, H, W] in channels-last memory.
+
+    The other tensors are [C] in float32.
+    """
     batch, channels, height, width = x.shape
     rows = batch * height * width
     tiles = ceil_divide(ceil_divide(rows, ROWS), PARTS)
@@ -123,22 +128,3 @@ def _gradients(
     else:
         wrap_triton(normed_gradient_kernel)[grid](**arguments, num_warps=4)
     return [out, grad_weight, grad_bias]
-
-
-@triton_op("dynamic_kernels::normed_gelu_backward", mutates_args=())
-def _seen(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor
-) -> list[Tensor]:
-    return _gradients(grad, x, weight, scale, shift, mean, rstd)
-
-
-def normed_gelu_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor
-) -> list[Tensor]:
-    """dx, dweight and dbias, like x and weight [C], for dout and x [B, C, H, W] in channels-last memory.
-
-    The other tensors are [C] in float32.
-    """
-    if torch.compiler.is_compiling() or is_seen((x, grad, weight)):
-        return _seen(grad, x, weight, scale, shift, mean, rstd)
-    return _gradients(grad, x, weight, scale, shift, mean, rstd)

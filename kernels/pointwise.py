@@ -11,17 +11,15 @@ again beside the residual. It is for inference, and a ``triton_op``: Inductor la
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
-from torch.utils.flop_counter import register_flop_formula
+from torch.library import wrap_triton
 
 from kernels.dtypes import upcast
 from kernels.launch import ceil_divide, is_launchable, is_plain, launch
 from kernels.products import dot
-from kernels.registration import is_seen
+from kernels.registration import traced_operator
 from kernels.tuning import repeated
 
 # Of a program's outputs, and of one step of its products: less would read x and weights more often than L2 can deliver.
@@ -122,21 +120,13 @@ def _convolve(
     return out.permute(0, 3, 1, 2)
 
 
-@triton_op("dynamic_kernels::residual_pointwise_conv2d", mutates_args=())
-def _seen(
-    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
-    stride: int,
-) -> Tensor:  # fmt: skip
-    return _convolve(x, scale, shift, weight, bias, skipped, second, stride)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.residual_pointwise_conv2d)
-def _flops(x: Any, _scale: Any, _shift: Any, weight: Any, _bias: Any, _skipped: Any, second: Any, *_: Any, **__: Any):
+def _flops(x: Any, _scale: Any, _shift: Any, weight: Any, _bias: Any, _skipped: Any, *second: Any) -> int:
     """Two per multiply-add of the products."""
-    channels = weight[1] + (0 if second is None else second[1])
+    channels = weight[1] + (second[0][1] if second and second[0] is not None else 0)
     return 2 * x[0] * math.prod(x[2:]) * weight[0] * channels
 
 
+@traced_operator("residual_pointwise_conv2d", flops=_flops)
 def residual_pointwise_conv2d(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor,
     second: Tensor | None = None, stride: int = 1,
@@ -146,6 +136,4 @@ def residual_pointwise_conv2d(
     x [B, K, H, W], scale and shift [K], weight [N, K], bias [N] and skipped [B, N, H, W], or second [N, L] and skipped
     [B, L, H', W'] with H = ⌈H' / stride⌉ and W likewise -> [B, N, H, W] in channels-last memory.
     """
-    if torch.compiler.is_compiling() or is_seen((x, skipped)):
-        return _seen(x, scale, shift, weight, bias, skipped, second, stride)
     return _convolve(x, scale, shift, weight, bias, skipped, second, stride)

@@ -18,7 +18,6 @@ import torch._inductor.config
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _profiler_enabled
-from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 from torch.utils.flop_counter import register_flop_formula
@@ -99,7 +98,7 @@ class Operator:
     ``torch.library`` around it, costs the host more than a launch does.
     """
 
-    def __init__(self, definition: CustomOpDef, function: Callable[..., Any]) -> None:
+    def __init__(self, definition: Any, function: Callable[..., Any]) -> None:
         self.definition, self.function = definition, function
         self._differentiable: type[_Function] | None = None
 
@@ -253,12 +252,30 @@ def operator(
 
         definition = torch.library.custom_op(f"dynamic_kernels::{name}", implementation, mutates_args=(), schema=schema)
         definition.register_fake(fake)
-        if flops is not None:
-            count = register_flop_formula(getattr(torch.ops.dynamic_kernels, name))
-            count(lambda *shapes, flops=flops, **_: flops(*shapes))
+        _count(name, flops)
         return Operator(definition, function)
 
     return register
+
+
+def traced_operator(name: str, *, flops: Callable[..., int] | None = None) -> Callable[[Callable[..., Any]], Operator]:
+    """Register the decorated function as ``dynamic_kernels::<name>``, a ``triton_op``; its annotations are the schema.
+
+    PyTorch finds the kernels, whose code its caches depend on, in the function and in those that it calls by name.
+    """
+
+    def register(function: Callable[..., Any]) -> Operator:
+        definition = torch.library.triton_op(f"dynamic_kernels::{name}", function, mutates_args=())
+        _count(name, flops)
+        return Operator(definition, function)
+
+    return register
+
+
+def _count(name: str, flops: Callable[..., int] | None) -> None:
+    if flops is not None:
+        count = register_flop_formula(getattr(torch.ops.dynamic_kernels, name))
+        count(lambda *shapes, **_: flops(*shapes))
 
 
 def window_of(kernel_size: Sequence[int], fields: Sequence[Any]) -> Window:

@@ -18,8 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
-from torch.utils.flop_counter import register_flop_formula
+from torch.library import wrap_triton
 
 from kernels.depthwise.fused import (
     BLOCK,
@@ -33,7 +32,7 @@ from kernels.depthwise.fused import (
     twice_tail,
 )
 from kernels.launch import ceil_divide, is_plain, launch
-from kernels.registration import Operator
+from kernels.registration import traced_operator
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated
 
@@ -178,37 +177,32 @@ def _gradients(
     return grad_x, sums[: channels * 9].view(channels, 1, 3, 3), sums[channels * 9 :].clone()
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+@traced_operator("sliding_depthwise_conv2d", flops=lambda x, *_: 2 * 9 * math.prod(x))
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    """x [B, C, H, W] that ``fused.fits``, weight [C, 1, 3, 3], bias [C] or None, whether to add x -> out like x."""
     return convolve_maps(x, weight, bias, residual, False)[0]
 
 
-def _gelu_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, Tensor]:
+@traced_operator("sliding_depthwise_conv2d_backward", flops=lambda grad, *_: 4 * 9 * math.prod(grad))
+def gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``convolve``'s output, its x, weight and whether x is added -> those of x, weight and bias."""
+    return _gradients(grad, x, weight, residual)
+
+
+@traced_operator("gelu_depthwise_conv2d", flops=lambda x, *_: 2 * 9 * math.prod(x))
+def gelu_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> tuple[Tensor, Tensor]:
+    """``convolve`` of GELU(x), which is also what is added -> out, and its sums of squares [B, C] in float32. GELU and
+    squares are not counted among its operations."""
     out, parts = convolve_maps(x, weight, bias, residual, True)
     return out, parts.sum(1)
 
 
-def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(grad, x, weight, residual)
-
-
-def _gelu_convolve_backward(
+@traced_operator("gelu_depthwise_conv2d_backward", flops=lambda _grad, _squares, x, *_: 4 * 9 * math.prod(x))
+def _gelu_backward(
     grad: Tensor, grad_squares: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool,
     out: Tensor, squares: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _gradients(_last(grad), x, weight, residual, out, grad_squares)
-
-
-def _operator(name: str, function: Any) -> Operator:
-    return Operator(triton_op(f"dynamic_kernels::{name}", function, mutates_args=()), function)
-
-
-convolve = _operator("sliding_depthwise_conv2d", _convolve)
-"""x [B, C, H, W] that ``fused.fits``, weight [C, 1, 3, 3], bias [C] or None, whether to add x -> out like x."""
-gradients = _operator("sliding_depthwise_conv2d_backward", _convolve_backward)
-"""The gradient of ``convolve``'s output, its x, weight and whether x is added -> those of x, weight and bias."""
-gelu_convolve = _operator("gelu_depthwise_conv2d", _gelu_convolve)
-"""``convolve`` of GELU(x), which is also what is added -> out, and its sums of squares [B, C] in float32."""
-_gelu_backward = _operator("gelu_depthwise_conv2d_backward", _gelu_convolve_backward)
 
 
 def _last(grad: Tensor) -> Tensor:
@@ -235,21 +229,3 @@ convolve.differentiable_together(
 )
 gradients.differentiable_together(_twice)
 gelu_convolve.differentiable_once(_gelu_backward, "a depthwise convolution of GELU", derivatives=2)
-
-
-@register_flop_formula(
-    [torch.ops.dynamic_kernels.sliding_depthwise_conv2d, torch.ops.dynamic_kernels.gelu_depthwise_conv2d]
-)
-def _flops(x: torch.Size, *_: Any, **__: Any) -> int:
-    """Two per multiply-add; GELU and squares are left out."""
-    return 2 * 9 * math.prod(x)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.sliding_depthwise_conv2d_backward)
-def _backward_flops(grad: torch.Size, *_: Any, **__: Any) -> int:
-    return 4 * 9 * math.prod(grad)
-
-
-@register_flop_formula(torch.ops.dynamic_kernels.gelu_depthwise_conv2d_backward)
-def _gelu_backward_flops(_grad: Any, _grad_squares: Any, x: torch.Size, *_: Any, **__: Any) -> int:
-    return 4 * 9 * math.prod(x)
