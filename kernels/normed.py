@@ -1,4 +1,3 @@
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Backward pass of a batch norm and the GELU after it, on channels-last maps.
 
     out = GELU(z)   z[b,c,i] = scale[c]·x[b,c,i] + shift[c]   scale = weight·rstd   shift = bias − scale·mean

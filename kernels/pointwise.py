@@ -1,4 +1,3 @@
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """The end of a residual block, in one pass over channels-last maps: a 1×1 convolution with what stands around it.
 
     out[b,n,i] = ReLU(Σ_k weight[n,k] · ReLU(scale[k]·x[b,k,i] + shift[k]) + bias[n] + r[b,n,i])

@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
 """Matrix products, and the exponentials of a softmax, as the kernels of several operators take them."""
 
 import triton

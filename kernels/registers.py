@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 """The last axis of a block taken apart into registers, one block for each entry, and put together again.
 
 Triton moves all of a row into one thread for this, once; what follows takes entries by their numbers, as of a tuple.

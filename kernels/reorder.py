@@ -1,5 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Maps copied between channels first and channels last, tile by tile, so that reads and writes are both contiguous.
 
 PyTorch's own copy reads, or writes, one element per 32-byte sector.

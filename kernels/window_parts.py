@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
 """Value's gradient where outputs share clamped windows: the parts that tiles of outputs left, one per window position,
 summed where their windows lie on top of each other."""
 

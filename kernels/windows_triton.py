@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# Triton's constexpr and the values inside a kernel are opaque to a type checker, here and in every file with kernels.
 """The clamped rule of ``windows`` as Triton helpers.
 
 Vocabulary of every kernel in this repository:

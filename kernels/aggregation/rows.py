@@ -1,5 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """aggregate and transpose for zero-padded windows: rows that slide over registers (see ``tiles``).
 
 They are one kernel. The dynamic kernel is read from memory, or generated (``involution.forward``): the taps of a step

@@ -1,5 +1,4 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
 """Rows that slide over registers: what the kernels for zero-padded windows share.
 
 A program owns R rows of P columns, all channels of G groups. The columns of all images lie on one axis, so that no
@@ -262,7 +261,7 @@ def in_pairs(*maps: Tensor) -> bool:
 
 def turned(window: Window, *tensors: Tensor) -> tuple[Window, tuple[Tensor, ...]]:
     """Rows and columns exchanged: of a window, of maps and of dynamic kernels."""
-    size, stride, padding, dilation = (pair[::-1] for pair in window[:4])
+    size, stride, padding, dilation = ((columns, rows) for rows, columns in window[:4])
     maps = (tensor.transpose(-2, -1) for tensor in tensors)
     return Window(size, stride, padding, dilation), tuple(m if m.dim() == 5 else m.transpose(2, 3) for m in maps)
 

@@ -1,5 +1,4 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
 
 """The first kernel of ContMix's backward pass for large windows of 16-bit numbers, where nearly every output has a
 window of its own.

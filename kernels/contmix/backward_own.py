@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 """The first kernel of ContMix's backward pass where nearly every output has a window of its own.
 
 Σ_c grad · value is a matrix product: of a tile of outputs, and all inputs that any of them sees; each output gathers

@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 """ContMix's backward pass where windows are shared: two kernels, neither of which stores a logit.
 
     p = exp2(l − log2 Σ exp2),   dp = value @ gradᵀ,   δ = Σ_c grad · out,   ds = p ∘ (dp − δ)           all [S, P]

@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 """What follows from weights p and their logits' gradients ds in memory: gradients of value, of projected keys, and sums
 of ds over what shares entries of bias and rpb."""
 

@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 """Softmax weights of 16 bits as a banded matrix: rows of windows as blocks [M, S / 2], moved to where windows begin.
 
 Two adjacent weights are one number of 32 bits. Nothing here leaves a thread's registers.

@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 """ContMix's forward pass for large windows of 16-bit numbers, where nearly every output has a window of its own.
 
 A tile is 16 outputs, COLUMNS of them side by side. Together they see hardly more inputs than one of them does, and all

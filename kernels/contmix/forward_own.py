@@ -1,7 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false
-
 """ContMix's forward pass where nearly every output has a window of its own.
 
 A program takes pairs of adjacent outputs of several heads, whose channels are adjacent in memory. Logits of a step, all

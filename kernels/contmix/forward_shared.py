@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 """ContMix's forward pass where windows are shared: sums over window positions are plain matrix products.
 
 A program keeps one (tile of the outputs of a window, head) and walks over images, so that bias + rpb is gathered once

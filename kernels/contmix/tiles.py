@@ -1,6 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 """What ContMix's kernels share: pixels of a tile, products with projected keys, relative biases, tuples of weights.
 
 Projected keys come in float32, for rounding them between the two exchanged linear steps would cost more than the

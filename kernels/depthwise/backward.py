@@ -1,5 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """The gradients of a depthwise convolution's weight, the products of ``forward`` transposed, and of its bias.
 
     gradient[c, k] = Σ_{b,i} grad[b, c, i] · x[b, c, i − K//2 + k]        bias: Σ_{b,i} grad[b, c, i]

@@ -1,5 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """The batch norms of depthwise branches: maps u [N, B, C, H, pitch] in rows, normed each by its statistics, and summed.
 
     statistics: mean u_n, var u_n          out = Σ_n γ_n · x̂_n + β,   x̂_n = (u_n − mean u_n) / √(var u_n + ε)

@@ -1,4 +1,4 @@
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """3×3 depthwise convolutions of channels-last maps as operators: ``fused``'s kernel, and one for all its gradients.
 
     out[i] = Σ_k w[k] · y[i − 1 + k] (+ bias) (+ y[i]),  y = x or GELU(x),  squares = Σ_i out[i]²     per channel

@@ -1,5 +1,3 @@
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
-# pyright: reportAssignmentType=false
 """Depthwise convolution of small channels-last maps: a thread has a channel's map and kernel in its registers.
 
     out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k] (+ bias[c])

@@ -1,6 +1,4 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# pyright: reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """Clamped windows of which nearly every output has its own: sums and products in rows of outputs.
 
     mix         Σ_k w[i,k] · value[nbr(i,k)]          softmax inside where logits are given

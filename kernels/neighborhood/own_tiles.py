@@ -1,5 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Where outputs have windows of their own: what a program owns, and the taps that it meets on one row of the map.
 
 A program owns R rows of P columns. The columns of all images and heads lie on one axis, so that no width wastes lanes.

@@ -1,5 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """na2d_softmax_av on Triton kernels: its passes, and the gradient of its relative position bias.
 
 The weights p are never stored: the backward pass computes them again from one number per pixel and head, log Σ_k exp.

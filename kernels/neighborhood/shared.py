@@ -1,5 +1,4 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 """Clamped windows that many outputs share: aggregate, transpose and correlate as dense matrix products.
 
 Along an axis of length L clamped windows have L − K + 1 starts only: on a 14x14 map with K = 13 four windows serve 196

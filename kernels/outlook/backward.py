@@ -1,5 +1,4 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false, reportAssignmentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 """Gradients of outlook attention: that of value by the forward's kernel transposed, that of the logits by this one.
 
     dlogits_w = scale · p_w ∘ (dp_w − Σ_s p_w ∘ dp_w),    dp_w[t, s] = Σ_c dout[pixel(w, t), c] · value[pixel(w, s), c]

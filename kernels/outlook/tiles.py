@@ -1,5 +1,3 @@
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportInvalidTypeForm=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 """What the kernels of outlook attention share: a program's tile, and rows of weights taken apart into registers."""
 
 import math
