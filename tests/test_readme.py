@@ -2,17 +2,18 @@
 
 import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from autotune.__main__ import COMMANDS as AUTOTUNE
-from models.__main__ import COMMANDS as MODELS
+import autotune.__main__
+import models.__main__
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "notebooks/README.md", "notebooks/results/README.md")]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PACKAGES = {"models": models.__main__, "autotune": autotune.__main__}
 README = PAGES[0].read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -34,7 +35,7 @@ def test_a_block_runs_alone(block, tmp_path, monkeypatch):
 def test_commands_and_links_exist(page):
     text = page.read_text()
     for package, name in re.findall(r"python -m (models|autotune) ([a-z]+)", text):
-        assert name in (MODELS if package == "models" else AUTOTUNE), f"python -m {package} {name}"
+        assert name in PACKAGES[package].COMMANDS, f"python -m {package} {name}"
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"`?\bmake ([a-z]+)\b(?=[` ])(?! sure)", " ".join(re.findall(r"`[^`]+`", text))):
         assert target in targets, f"make {target}"
@@ -43,14 +44,11 @@ def test_commands_and_links_exist(page):
             assert (page.parent / link).exists(), link
 
 
-def test_options_of_the_commands_exist(capsys):
-    """Each command line of the README parses as far as its options' names."""
-    from models.__main__ import main
-
-    for line in re.findall(r"^(?:torchrun \S+ \S+ )?(?:python )?-m models (.*)$", README, re.MULTILINE):
-        command, *rest = shlex.split(line)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_of_the_commands_exist(page, capsys):
+    """Each command line of a page or a notebook parses as far as its options' names."""
+    for package, command, rest in re.findall(r"-m (models|autotune) ([a-z]+)([^`\n\"\\]*)", page.read_text()):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
-        known = capsys.readouterr().out
-        for option in (word for word in rest if word.startswith("--")):
-            assert option in known, f"{command} {option}"
+            PACKAGES[package].main([command, "--help"])
+        given, known = (set(re.findall(r"--[a-z-]+", text)) for text in (rest, capsys.readouterr().out))
+        assert given <= known, f"{command}: {given - known}"
