@@ -151,15 +151,14 @@ def test_without_timm_its_parts_are_refused(tmp_path, photographs, monkeypatch, 
 
 
 USE = """
-import os, sys
+import json, os, sys
 import torch
 torch.set_num_threads(1)
 from models import registry
 from pathlib import Path
 from tests.models.running import finetune, log_of, run, tiny_volo
-from tests.models.test_finetune import PARTS
 registry.register_model(tiny_volo)
-images, folder = Path(sys.argv[1]), Path(sys.argv[2])
+images, folder, PARTS = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 
 def train(output, *options):
     every = ["--batch", 2, "--log-every", 1, "--save-every", 2]
@@ -192,5 +191,5 @@ assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augm
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 def test_timms_augmentations_continue_to_the_bit(tmp_path, photographs):
-    done = in_a_process("-c", TORCHVISION + USE, photographs, tmp_path)
+    done = in_a_process("-c", TORCHVISION + USE, photographs, tmp_path, json.dumps(PARTS))
     assert done.returncode == 0, done.stderr[-3000:]
