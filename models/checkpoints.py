@@ -10,13 +10,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kernels.files import atomic_write
 from models.checks import flag
 from models.downloads import fetch
+from models.layers.tokens import resize_position_embedding
 from models.metadata import Metadata, read_metadata
 from models.weight_files import entries_for, is_bookkeeping, listed, part_of, read_state_dict, unwrapped_name
 
@@ -187,8 +187,7 @@ def _adapted_shapes(state: dict[str, Tensor], model: nn.Module, own: Mapping[str
             tiled = tensor.repeat(1, -(-channels // tensor.shape[1]), 1, 1)[:, :channels]
             state[name] = tensor.sum(1, keepdim=True) if channels == 1 else tiled * (tensor.shape[1] / channels)
         elif name.endswith("pos_embed") and tensor.shape[0] == size[0] and tensor.shape[3] == size[3]:
-            resized = F.interpolate(tensor.float().permute(0, 3, 1, 2), size[1:3], mode="bicubic")  # [1, h, w, C]
-            state[name] = resized.permute(0, 2, 3, 1).to(tensor.dtype)
+            state[name] = resize_position_embedding(tensor.float(), (size[1], size[2])).to(tensor.dtype)
     return state
 
 

@@ -66,10 +66,6 @@ class ContMix(nn.Module):
     @leaf
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """Mixes x [B, d, H, W] by kernels computed from features, which are f and c concatenated -> [B, d, H, W]."""
-        return self.mix(x, features)
-
-    def mix(self, x: Tensor, features: Tensor) -> Tensor:
-        """What ``forward`` does, for subclasses with another ``forward``."""
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
         expected = [x.shape[0], self.channels + self.context_channels, x.shape[2], x.shape[3]]

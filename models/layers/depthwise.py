@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels.backend import get_backend, resolve, transforming
+from kernels.backend import get_backend
 from kernels.depthwise.eager import dense
 from kernels.depthwise.op import normed_branches, residual_depthwise_conv2d
 from kernels.dtypes import multiplies
 from models.checks import flag, integer, one_of
-from models.layers.fusion import affine, as_built, convolves
+from models.layers.fusion import affine, as_built, convolves, runs_triton, trains
 from models.layers.pointwise import in_16_bits_on_gpu
 from models.layers.tracing import leaf
 
@@ -28,7 +28,7 @@ class ResidualDepthwiseConv2d(nn.Conv2d):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if in_16_bits_on_gpu(input) and not transforming():
+        if in_16_bits_on_gpu(input):
             return residual_depthwise_conv2d(input, self.weight, self.bias)
         return input + super().forward(input)
 
@@ -199,14 +199,10 @@ class DilatedReparamBlock(nn.Module):
 
     def _is_one_operator(self, x: Tensor) -> bool:
         """Whether every branch is a plain convolution with a batch norm in training, and Triton computes them."""
-        if x.dim() != 4 or transforming() or resolve(get_backend(), x) != "triton" or not multiplies(x.dtype):
+        if x.dim() != 4 or not runs_triton(x) or not multiplies(x.dtype):
             return False
         for (conv, norm), (size, dilation) in zip(self.branches(), self._sizes, strict=True):
-            if not self._is_branch(conv, size, dilation, x.device):
-                return False
-            if not (as_built(norm, nn.BatchNorm2d, x.device) and norm.training and norm.affine):
-                return False
-            if norm.running_mean is None or norm.momentum is None:
+            if not self._is_branch(conv, size, dilation, x.device) or not trains(norm, x.device):
                 return False
             if (norm.eps, norm.momentum) != (self.origin_bn.eps, self.origin_bn.momentum):
                 return False

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import get_backend, resolve, transforming, under_autocast
+from kernels.backend import under_autocast
 from models.layers.basic import GELU2d, GlobalResponseNorm
 from models.layers.depthwise import DepthwiseConv2d, ResidualDepthwiseConv2d
-from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before
-from models.layers.pointwise import PointwiseConv2d
+from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before, runs_triton
+from models.layers.pointwise import HALVES, PointwiseConv2d
 
 
 class FeedForwardSequential(nn.Sequential):
@@ -27,7 +27,7 @@ class FeedForwardSequential(nn.Sequential):
             return super().forward(input)
         layers = list(self)
         while layers:
-            if _in_16_bits(input) and _are_hidden(layers[:4], input.device) and _fits(layers[1], input):
+            if input.dtype in HALVES and _are_hidden(layers[:4], input.device) and _fits(layers[1], input):
                 input = _fused(input, *layers[1:4])
                 del layers[:4]
             else:
@@ -62,16 +62,10 @@ def _are_hidden(layers: list[Any], device: torch.device | None = None) -> bool:
     return depthwise and as_built(norm, GlobalResponseNorm, device) and convolves(project, 1, device)
 
 
-def _runs_kernels(x: Tensor) -> bool:
+def _runs_kernels(x: Any) -> bool:
     """Whether Triton's kernels may compute in 16 bits what follows x; not where ``torch.fx`` records layers."""
-    if not isinstance(x, Tensor) or transforming():
-        return False
     # Under autocast, layer norms return float32, and what follows them is in 16 bits again.
-    return (_in_16_bits(x) or under_autocast(x)) and resolve(get_backend(), x) == "triton"
-
-
-def _in_16_bits(x: Tensor) -> bool:
-    return x.dtype in (torch.float16, torch.bfloat16)
+    return isinstance(x, Tensor) and (x.dtype in HALVES or under_autocast(x)) and runs_triton(x)
 
 
 def _fits(conv: Any, x: Tensor) -> bool:

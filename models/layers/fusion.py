@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from kernels.backend import get_backend, resolve
 from models.layers.pointwise import PointwiseConv2d
 
 # The last two stand for plain tensors while PyTorch traces a model.
@@ -30,12 +31,9 @@ def as_built(module: Any, kinds: type | tuple[type, ...], device: torch.device |
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is None:
-                continue
-            if type(tensor) not in PLAIN or (device is not None and tensor.device != device):
-                return False
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and (type(tensor) not in PLAIN or device not in (None, tensor.device)):
+            return False
     return True
 
 
@@ -53,6 +51,18 @@ def convolves(
         (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
         == ((kernel_size,) * 2, (1, 1), (dilation * (kernel_size // 2),) * 2, (dilation,) * 2, groups, "zeros")
     )
+
+
+def trains(norm: Any, device: torch.device) -> bool:
+    """Whether ``norm`` is, as built, a batch norm in training, with weights and a fixed momentum of its statistics."""
+    if not as_built(norm, nn.BatchNorm2d, device) or not norm.training or not norm.affine:
+        return False
+    return norm.running_mean is not None and norm.momentum is not None
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels compute with x here; not inside ``torch.func``'s transforms."""
+    return resolve(get_backend(), x) == "triton"
 
 
 def affine(norm: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:

@@ -85,11 +85,9 @@ class Involution2d(nn.Module):
             raise ValueError(f"x must have shape [B, {self.channels}, H, W], got {list(x.shape)}")
         pooled = F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x
         features = self.conv1(pooled)
-        window, whole = (
-            {"stride": self.stride, "dilation": self.dilation},
-            as_built(self.conv2, nn.Sequential, x.device),
-        )
-        span: Any = self.conv2[0] if whole and len(self.conv2) == 1 else self.conv2
+        window = {"stride": self.stride, "dilation": self.dilation}
+        whole = as_built(self.conv2, nn.Sequential, x.device) and len(self.conv2) == 1
+        span: Any = self.conv2[0] if whole else self.conv2
         if convolves(span, 1, x.device):
             # The per-pixel kernels would take more memory than x: the operator makes them tile by tile.
             shape = {"kernel_size": self.kernel_size, "groups": self.groups, **window}

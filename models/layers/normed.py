@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import get_backend, resolve, transforming
 from models.layers.basic import GELU2d
-from models.layers.fusion import as_built
+from models.layers.fusion import as_built, runs_triton, trains
 from models.layers.pointwise import in_16_bits_on_gpu
 
 
@@ -20,9 +19,9 @@ def normed_gelu(norm: nn.Module, x: Tensor) -> Tensor | None:
 
     Its backward pass has kernels. In Inductor's, the batch norm's output is written again, in float32.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or transforming():
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return None
-    if not in_16_bits_on_gpu(x) or x.dim() != 4 or resolve(get_backend(), x) != "triton":
+    if not in_16_bits_on_gpu(x) or x.dim() != 4 or not runs_triton(x):
         return None
     statistics = _statistics(norm, x)
     return None if statistics is None else _NormedGELU.apply(x, norm.weight, norm.bias, *statistics)
@@ -50,9 +49,7 @@ class NormedSequential(nn.Sequential):
 
 def _statistics(norm: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and 1 / deviation [C] of x, which renew the running ones of a batch norm in training, as built; or None."""
-    if not (as_built(norm, nn.BatchNorm2d, x.device) and norm.training and norm.affine):
-        return None
-    if norm.running_mean is None or norm.momentum is None or x.numel() <= x.shape[1]:
+    if not trains(norm, x.device) or x.numel() <= x.shape[1]:
         return None
     number = x.numel() // x.shape[1]
     with torch.no_grad():

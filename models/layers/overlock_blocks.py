@@ -135,7 +135,7 @@ class DynamicConvBlock(ContMix):
         residual = self.dwconv1(x_and_h)
         features = self.norm1(residual)
         x = self.fusion(features)
-        mixed = self.dyconv_proj(self.mix(x, features)) + self.lepe(x)
+        mixed = self.dyconv_proj(super().forward(x, features)) + self.lepe(x)
         x = add_scaled(self.ls1, residual, self.drop_path(self.proj(self.se_layer(mixed) * self.gate(x))))
         x = self.dwconv2(x)
         return add_scaled(self.ls2, x, self.drop_path(self.mlp(self.norm2(x))))

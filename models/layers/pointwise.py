@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.backend import transforming, under_autocast
 from models.layers.tracing import leaf
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -27,7 +31,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if transforming() or not (in_16_bits_on_gpu(input) and is_matrix(input)):
+        if not (in_16_bits_on_gpu(input) and is_matrix(input)):
             out = super().forward(input)
             return F.relu(out) if self.relu else out
         pixels = input.permute(0, 2, 3, 1)
@@ -52,12 +56,12 @@ def activated(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fa
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=gelu)
 
 
-def in_16_bits_on_gpu(x: Tensor) -> bool:
-    """Whether x is multiplied in 16 bits on a GPU."""
-    if x.device.type != "cuda":
+def in_16_bits_on_gpu(x: Any) -> bool:
+    """Whether x is multiplied in 16 bits on a GPU; not inside ``torch.func``, nor where ``torch.fx`` records calls."""
+    if not isinstance(x, Tensor) or x.device.type != "cuda" or transforming():
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return dtype in (torch.float16, torch.bfloat16)
+    return dtype in HALVES
 
 
 def is_matrix(x: Tensor) -> bool:

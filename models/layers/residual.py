@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import get_backend, resolve, under_autocast
+from kernels.backend import under_autocast
 from models.layers.basic import LayerScale
-from models.layers.fusion import CONVOLUTIONS, as_built
-from models.layers.pointwise import PointwiseConv2d
+from models.layers.fusion import CONVOLUTIONS, as_built, runs_triton
+from models.layers.pointwise import HALVES, PointwiseConv2d
 
 
 def shortcut_convolution(shortcut: nn.Module, device: torch.device | None = None) -> nn.Conv2d | None:
@@ -32,9 +32,7 @@ def normed_product_and_shortcut(norm: Any, conv: Any, shortcut: nn.Module, x: Te
     """
     if not isinstance(x, Tensor):  # torch.fx records what is called
         return None
-    if x.dtype not in (torch.float16, torch.bfloat16) or resolve(get_backend(), x) != "triton":
-        return None
-    if under_autocast(x):
+    if x.dtype not in HALVES or under_autocast(x) or not runs_triton(x):
         return None
     if not (as_built(norm, LayerScale, x.device) and as_built(conv, PointwiseConv2d, x.device)):
         return None

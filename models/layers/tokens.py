@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import transforming
 from models.layers.basic import DropPath
 from models.layers.fusion import as_built
 from models.layers.outlook import check_heads
@@ -25,7 +24,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = _split_heads(self.qkv(x), 3, self.num_heads)
-        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj(attend(query, key, value))
 
 
 class ClassAttention(nn.Module):
@@ -42,14 +41,16 @@ class ClassAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (query,) = _split_heads(self.q(x[:, :1]), 1, self.num_heads)
         key, value = _split_heads(self.kv(x), 2, self.num_heads)
-        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj(attend(query, key, value))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q·kᵀ / √d)·v: [B, heads, N, d] each. PyTorch's fused attention has no forward-mode derivative."""
+    """softmax(q·kᵀ / √d)·v, [B, heads, N, d] each, with the heads side by side: [B, N, C]."""
     if torch.autograd.forward_ad._current_level < 0:
-        return F.scaled_dot_product_attention(query, key, value)
-    return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
+        out = F.scaled_dot_product_attention(query, key, value)
+    else:  # PyTorch's fused attention has no forward-mode derivative
+        out = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
+    return out.transpose(1, 2).flatten(2)
 
 
 def _split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -75,9 +76,8 @@ class Mlp(nn.Module):
         return self.fc2(self._hidden(x))
 
     def _hidden(self, x: Tensor) -> Tensor:
-        # torch.fx records what is called, and forward-mode derivatives know no such product.
-        eligible = self.inference and isinstance(x, Tensor) and not transforming() and in_16_bits_on_gpu(x)
-        if eligible and x.dtype != torch.float16 and as_built(self.fc1, nn.Linear, x.device):
+        eligible = self.inference and in_16_bits_on_gpu(x) and x.dtype != torch.float16
+        if eligible and as_built(self.fc1, nn.Linear, x.device):
             hidden = activated(x.flatten(0, -2), self.fc1.weight, self.fc1.bias, gelu=True)
             if hidden is not None:
                 return hidden.unflatten(0, x.shape[:-1])
