@@ -54,10 +54,10 @@ FRACTION = Number(at_least=0, at_most=1)
 
 
 def device(text: str) -> torch.device:
-    """A device that exists here and computes: cpu, cuda, cuda:1."""
+    """A device that exists here and computes: cpu, cuda (any GPU), cuda:1."""
     try:
-        place = torch.empty(0, device=text).device
-        if place.type == "meta":
+        place = torch.device(text)
+        if torch.empty(0, device=place).is_meta:
             raise RuntimeError("meta tensors hold no values")
         return place
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import autotune.__main__
 import models.__main__
@@ -64,7 +65,7 @@ def test_help_is_plain_text(capsys):
     assert "`" not in capsys.readouterr().out
 
 
-def test_a_number_says_what_it_must_be():
+def test_a_number_says_what_it_must_be(monkeypatch):
     assert str(positive) == "an integer of at least 1"
     assert str(Number(above=0, at_most=2)) == "a finite number above 0 and of at most 2"
     assert [natural.holds(value) for value in (0, 3, LARGEST, -1, 1.0, "1", None)] == [True] * 3 + [False] * 4
@@ -72,6 +73,8 @@ def test_a_number_says_what_it_must_be():
     assert image_size("64x96") == (64, 96)
     assert str(device("cpu")) == "cpu"
     assert dtype("bf16") == dtype("bfloat16")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(0))  # as on a machine with GPUs
+    assert device("cuda").index is None  # each of torchrun's processes takes its own
 
 
 # ---- terminals
