@@ -1,6 +1,6 @@
 """What ContMix's launchers share: the tensors of one kernel size, what kernels take of them, what must come out."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -73,6 +73,16 @@ class Rows(NamedTuple):
     sizes: Sizes
     weights: Tensor  # [B, G, rows, K / ROWS, W, S]: p; of a band [B, G, rows, W, patch]
     grad_logits: Tensor  # the same: ds; of a band [B, G, rows, W, rows of a window · SEEN]
+
+
+Parts = TypeVar("Parts", Tensors, Targets)
+
+
+def part_of(tensors: Parts, images: slice, heads: slice = slice(None)) -> Parts:
+    """Those of some batch entries and groups."""
+    rest = {"bias": tensors.bias, "rpb": tensors.rpb[heads]}
+    maps = {name: tensor for name, tensor in tensors._asdict().items() if name not in rest and tensor is not None}
+    return tensors._replace(**{name: tensor[images, heads] for name, tensor in maps.items()}, **rest)
 
 
 def problem_of(tensors: Tensors, *_: Any) -> Problem:

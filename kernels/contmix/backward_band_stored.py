@@ -13,11 +13,14 @@ from kernels.contmix.configs import block, tile_of
 from kernels.contmix.tiles import at_head, load_pixels, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import dot
+from kernels.sum_rows import sum_rows
 from kernels.views import at, view
 from kernels.windows_triton import window_start
 
 # Where programs have fewer window positions, 256 for each of a GPU's processors, several share the rows of a map.
 LEAST_POSITIONS = 132 * 256
+# Of a map of fewer pixels, whose rows are mostly border, ds is summed over images instead of rows.
+SMALL_MAP = 1000
 # Tiles of inputs side by side that a program takes.
 INPUTS: tl.constexpr = tl.constexpr(4)
 
@@ -98,15 +101,15 @@ def _grad_parameters_band_kernel(
     sizes, parts, chunks, chunk,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_QUERY: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
-    BLOCK_ENTRIES: tl.constexpr, STORED: tl.constexpr, POSITIONS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr, STORED: tl.constexpr, POSITIONS: tl.constexpr, BORDER: tl.constexpr,
+    LOG_WIDE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Rows of outputs come in classes: K // 2 from either border are each one of its own, and between them each
+    """Rows of outputs come in classes: BORDER from either border are each one of its own, and between them each
     ``chunk`` rows are. A program walks over all classes, or over one of N parts: those above, one chunk, those below.
 
     All sums are products with ds: of queries, each in the channels of the column where its window begins, and of ones,
     each at the output's column and at that one.
     """
-    HALF: tl.constexpr = KERNEL // 2
     OUTPUTS: tl.constexpr = tl.constexpr(64)
     BLOCKS: tl.constexpr = (STORED + POSITIONS - 1) // POSITIONS
     batch, groups, height, width, first_row, last_row = sizes
@@ -122,18 +125,18 @@ def _grad_parameters_band_kernel(
     m_sum = m_stored[:, None] & (o_entry < SEEN)[None, :]
     m_total = m_stored[:, None] & ((o_entry >= SEEN) & (o_entry < SEEN + COLUMNS))[None, :]
     m_total &= o_stored[:, None] >= o_total[None, :]
-    begin = tl.where(i_part == 0, 0, HALF - 1 + i_part.to(tl.int32))
-    end = tl.where(i_part == parts - 1, KERNEL - 1 + chunks, HALF + i_part.to(tl.int32))
+    begin = tl.where(i_part == 0, 0, BORDER - 1 + i_part.to(tl.int32))
+    end = tl.where(i_part == parts - 1, 2 * BORDER + chunks, BORDER + i_part.to(tl.int32))
     b_projected = tl.zeros([POSITIONS, COLUMNS * BLOCK_QUERY], ACCUMULATOR)
     for i_class in range(begin, end):
-        i_chunk = i_class - HALF
+        i_chunk = i_class - BORDER
         is_chunk = (i_chunk >= 0) & (i_chunk < chunks)
-        begin_row = tl.where(is_chunk, HALF + i_chunk * chunk, height - HALF + i_chunk - chunks)
+        begin_row = tl.where(is_chunk, BORDER + i_chunk * chunk, height - BORDER + i_chunk - chunks)
         begin_row = tl.where(i_chunk < 0, i_class, begin_row)
-        end_row = tl.where(is_chunk, tl.minimum(begin_row + chunk, height - HALF), begin_row + 1)
+        end_row = tl.where(is_chunk, tl.minimum(begin_row + chunk, height - BORDER), begin_row + 1)
         begin_row, end_row = tl.maximum(begin_row, first_row), tl.minimum(end_row, last_row + 1)
-        # Outputs of a step lie in one row, or in 16 columns of some rows; the binary logarithm of how many columns.
-        log_wide = tl.where(is_chunk, 4, 6)
+        # Outputs of a step lie in one row, or in a few columns of some rows; the binary logarithm of how many columns.
+        log_wide = tl.where(is_chunk, LOG_WIDE, 6)
         steps_w = (width + (1 << log_wide) - 1) >> log_wide
         steps_h = tl.maximum(end_row - begin_row + (OUTPUTS >> log_wide) - 1, 0) >> (6 - log_wide)
         b_sum = tl.zeros([POSITIONS, BLOCK_ENTRIES], ACCUMULATOR)
@@ -190,7 +193,9 @@ def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, a
     """Fills ``grad_projected`` with what ``rows`` give, or adds it; or leaves parts of it to be summed."""
     sizes, (seen, columns) = rows.sizes, tile_of(problem_of(tensors))
     kernel_size, new_sums = tensors.kernel_size, tensors.statistics.new_empty
-    stored, inner = rows.grad_logits.shape[-1], sizes.height - kernel_size + 1
+    stored, whole = rows.grad_logits.shape[-1], sizes.height * sizes.width < SMALL_MAP
+    border = 0 if whole else kernel_size // 2
+    inner = sizes.height - 2 * border
     # AMD's GPUs have 64 KiB of shared memory.
     positions = min(64 if torch.version.hip else 256, max(64, next_power_of_2(stored)))
     programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
@@ -200,7 +205,7 @@ def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, a
         chunk = 4 * ceil_divide(inner * programs, 4 * least)
         parts = ceil_divide(inner, chunk) + 2
         pieces = new_sums((parts, kernel_size**2, *tensors.query.shape[:3]))
-    classes = kernel_size - 1 + ceil_divide(inner, chunk)
+    classes = 2 * border + ceil_divide(inner, chunk)
     shape = sizes.batch, sizes.groups, classes
     sums, totals = (new_sums((*shape, number, stored)) for number in (seen, columns))
     # One program per (block of window positions, group, batch entry, part of the rows).
@@ -209,7 +214,13 @@ def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, a
         grad_projected=view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
         sums=view(sums, "b g h w k"), totals=view(totals, "b g h w k"), sizes=sizes, parts=parts,
         chunks=ceil_divide(inner, chunk), chunk=chunk,
-        COLUMNS=columns, SEEN=seen, BLOCK_ENTRIES=block(seen + columns), STORED=stored, POSITIONS=positions, ADD=add,
+        COLUMNS=columns, SEEN=seen, BLOCK_ENTRIES=block(seen + columns), STORED=stored, POSITIONS=positions,
+        BORDER=border, LOG_WIDE=min(4, (sizes.width - 1).bit_length()), ADD=add,
         num_warps=positions // 16, num_stages=3,
     )  # fmt: skip
-    return Sums(sums, totals.flatten(2, 3), (1, seen), (0, classes - 1, classes), seen, pieces)
+    totals = totals.flatten(2, 3)
+    if whole:
+        sums = sum_rows(rows.grad_logits.flatten(1), 12, sums.dtype).unflatten(1, rows.grad_logits.shape[1:])
+        return Sums(sums, totals, seen, seen, columns, (sizes.first_row, sizes.last_row, sizes.height), pieces)
+    # Classes are like rows of a map, and what their outputs see like its columns.
+    return Sums(sums, totals, seen, seen, 0, (0, classes - 1, classes), pieces)

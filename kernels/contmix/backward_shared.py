@@ -174,6 +174,6 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
     launch_on(tensors, _backward_shared_kernel, places * groups * chunks, **arguments)
     if value_parts is not None:
         sum_parts(value_parts, targets.value, (kernel_size, kernel_size), arguments["tiles"])
-    sums = Sums(partial, totals, (kernel_size, positions), (0, height - 1, height), kernel_size, key_parts)
+    sums = Sums(partial, totals, kernel_size, kernel_size, 1, (0, height - 1, height), key_parts)
     fold(sums, targets.bias, targets.rpb, targets.projected)
     return targets.query, targets.value, targets.projected, targets.bias, targets.rpb

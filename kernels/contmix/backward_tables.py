@@ -1,12 +1,14 @@
 """Gradients of bias and rpb: those of the logits, summed over images in parts, folded onto positions in a window and
 relative positions."""
 
+import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.contmix.bands import first_seen
 from kernels.dtypes import accumulator
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.views import View, view
@@ -21,14 +23,14 @@ def _first_row(i_class, length, KERNEL: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def _fold_kernel(
-    sums,  # [N, G, rows, W, K / ROWS · S]: Σ of ds over the images of a part
-    totals,  # [N, G, M, K / ROWS · S]: the same, of several outputs; at the same distance from each other throughout
+    sums,  # [N, G, rows, W, S]: Σ of ds over the images of a part
+    totals,  # [M, S]: Σ of ds over several outputs
     bias,  # [K²]: written
     rpb,  # [G, 2K-1, 2K-1]: written
     pieces,  # [I, E]: parts of one more gradient
     total,  # [E]: written, their sum
     parts, groups, height, width, first_row, last_row, places, count, elements,
-    KERNEL: tl.constexpr, SEEN: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    KERNEL: tl.constexpr, PITCH: tl.constexpr, SEEN: tl.constexpr, TILE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     ITEMS: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr,
     POSITIONS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -47,15 +49,16 @@ def _fold_kernel(
         b_sum = tl.zeros([ITEMS * COLUMNS, RELATIVE], ACCUMULATOR)
         for i_column in range(0, width, COLUMNS):
             o_column = (i_column + o_flat % COLUMNS)[:, None]
-            # The window position at a distance.
-            o_kernel = o_relative[None, :] - (window_start(o_column, width, SEEN, 1) - o_column + KERNEL - 1)
+            # The number of a window's row at a distance.
+            o_first = first_seen(o_column, width, KERNEL, TILE) if TILE > 0 else 0
+            o_kernel = o_relative[None, :] + o_column - o_first - (KERNEL - 1)
             mask = (o_column < width) & (o_kernel >= 0) & (o_kernel < SEEN)
             o_sum = o_item.to(tl.int64) * sums.b + (o_column * sums.w + o_kernel)
             for i_row in range(begin, end + 1, AT_ONCE):
                 for i in tl.static_range(AT_ONCE):
                     row = i_row + i
                     kernel_h = i_relative - (window_start(row, height, KERNEL, 1) - row + KERNEL - 1)
-                    o_row = (row - first_row) * sums.h + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL
+                    o_row = (row - first_row) * sums.h + kernel_h * PITCH
                     if AT_ONCE > 1:
                         p_item = sums.ptr + (i_group * sums.g + o_row)
                         b_sum += tl.load(p_item + o_sum, mask=mask & (o_item < parts) & (row <= end), other=0)
@@ -69,11 +72,11 @@ def _fold_kernel(
     elif i_program < ENTRIES * groups + KERNEL:
         kernel_h = i_program - ENTRIES * groups
         o_kernel = tl.arange(0, POSITIONS)
-        p_totals = totals.ptr + kernel_h // ROWS * STEPS + kernel_h % ROWS * KERNEL + o_kernel
+        p_totals = totals.ptr + kernel_h * PITCH + o_kernel
         b_total = tl.zeros([PLACES, POSITIONS], ACCUMULATOR)
-        for i_place in range(0, parts * groups * places, PLACES):
+        for i_place in range(0, places, PLACES):
             o_place = i_place + tl.arange(0, PLACES)
-            mask = (o_place < parts * groups * places)[:, None] & (o_kernel < KERNEL)[None, :]
+            mask = (o_place < places)[:, None] & (o_kernel < KERNEL)[None, :]
             b_total += tl.load(p_totals[None, :] + (o_place.to(tl.int64) * totals.h)[:, None], mask=mask, other=0)
         p_bias = bias.ptr + (kernel_h * KERNEL + o_kernel) * bias.k
         tl.store(p_bias, tl.sum(b_total, 0).to(bias.ptr.dtype.element_ty), mask=o_kernel < KERNEL)
@@ -86,20 +89,21 @@ def _fold_kernel(
 
 
 class Sums(NamedTuple):
-    """What bias' and rpb's gradients are summed from, where S is ``step[1]``; and parts of projected keys'."""
+    """What bias' and rpb's gradients are summed from, and parts of projected keys'."""
 
-    sums: Tensor  # [N, G, rows, W, K / ROWS · S]
-    totals: Tensor  # [N, G, M, K / ROWS · S]
-    step: tuple[int, int]  # ROWS and S
+    sums: Tensor  # [N, G, rows, W, S]
+    totals: Tensor  # [N, G, M, S], at the same distance from each other throughout
+    pitch: int  # from a row of a window to the next, in S
+    seen: int  # numbers of such a row: as many as a window's, or what a tile of outputs sees
+    tile: int  # columns of outputs that see the same; 0: all do
     rows: tuple[int, int, int]  # the first and the last row of outputs, and the map's height
-    seen: int  # how many columns of a row S holds: those of a window, or more
     pieces: Tensor | None = None  # [I, ...]
 
 
 def fold(found: Sums, bias: Tensor, rpb: Tensor, total: Tensor | None = None) -> None:
     """Fills ``bias`` [K²] and ``rpb`` [G, 2K-1, 2K-1]; and ``total`` from its pieces, which lie in memory one after the
     other as it does."""
-    sums, totals, step, (first_row, last_row, height), seen, pieces = found
+    sums, totals, pitch, seen, tile, (first_row, last_row, height), pieces = found
     parts, groups, _, width, _ = sums.shape
     entries = rpb.shape[1]
     kernel_size = (entries + 1) // 2
@@ -123,13 +127,13 @@ def fold(found: Sums, bias: Tensor, rpb: Tensor, total: Tensor | None = None) ->
         "width": width,
         "first_row": first_row,
         "last_row": last_row,
-        "places": totals.shape[2],
+        "places": math.prod(totals.shape[:3]),
         "count": pieces.shape[0],
         "elements": elements,
         "KERNEL": kernel_size,
+        "PITCH": pitch,
         "SEEN": seen,
-        "ROWS": step[0],
-        "STEPS": step[1],
+        "TILE": tile,
         "ACCUMULATOR": accumulator(sums.dtype),
         # Numbers of some blocks: 32 of a thread, all of which are on their way at the same time.
         "ITEMS": items,

@@ -62,7 +62,7 @@ def parts(
     return zip(projected.split(positions, 3), bias.split(positions), rpb, strict=True)
 
 
-def _factors(query: Tensor, projected: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def factors(query: Tensor, projected: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Query and a channel of ones, [B, G, Dq + 1, H, W]; projected and the bias, [B, G, Dq + 1, ΣK²]."""
     ones = F.pad(query.movedim(2, -1), (0, 1), value=1).movedim(-1, 2)
     keys = torch.cat((projected, bias.expand(*projected.shape[:2], 1, -1)), 2)
@@ -75,7 +75,7 @@ def contmix(
 ) -> tuple[Tensor, Tensor]:
     """(out like value; log Σ_k exp [B, M, G, H, W])"""
     out, statistics = empty_outputs(value)
-    query, keys = _factors(query, projected, bias)
+    query, keys = factors(query, projected, bias)
     for m, of_size in enumerate(keys.split([size**2 for size in kernel_sizes], 3)):
 
         def made(part: Part, keys: Tensor = of_size) -> _MadeLogits:
@@ -103,7 +103,7 @@ def contmix_backward(
     grad_value, grad_rpb = empty_outputs(value)[0], []
     # In query's memory order, which ``to`` below keeps.
     grad_query = torch.zeros_like(empty_like_layout(query, query.shape), dtype=accumulator_dtype(query.dtype))
-    query, keys = _factors(query, projected, bias)
+    query, keys = factors(query, projected, bias)
     grad_keys, sizes = torch.zeros_like(keys), [size**2 for size in kernel_sizes]
     for m, (of_size, sums) in enumerate(zip(keys.split(sizes, 3), grad_keys.split(sizes, 3), strict=True)):
 

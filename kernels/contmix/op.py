@@ -9,7 +9,7 @@ from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shape, check_tensors, check_window_fits, odd_int
 from kernels.contmix import eager
-from kernels.dtypes import at_least_float32, multiplies
+from kernels.dtypes import at_least_float32
 from kernels.layout import empty_like_layout
 from kernels.registration import operator, without_autocast
 
@@ -99,7 +99,7 @@ def _projected(key: Tensor, proj_weight: Tensor) -> Tensor:
 
 def _on_triton(backend: str, value: Tensor) -> bool:
     """Whether Triton computes this, which is imported at the first use and not before."""
-    return resolve(backend, value) == "triton" and multiplies(value.dtype) and value.numel() > 0
+    return resolve(backend, value) == "triton" and value.numel() > 0
 
 
 def _multiply_adds(times: tuple[int, int, int], query, key, proj_weight, _bias, _rpb, value, *_) -> int:

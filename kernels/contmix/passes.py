@@ -1,21 +1,27 @@
 """ContMix on Triton kernels: the forward and the backward pass, each kernel size in the form that suits it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.contmix import eager
 from kernels.contmix.arguments import Targets, Tensors, problem_of
-from kernels.contmix.backward_parts import grad_own
+from kernels.contmix.backward_parts import backward_band
 from kernels.contmix.backward_shared import backward_shared
-from kernels.contmix.configs import is_band, shares_windows
+from kernels.contmix.composed import backward_composed, forward_composed
+from kernels.contmix.configs import FILLED_BACKWARD, FILLED_FORWARD, is_band, shares_windows
 from kernels.contmix.forward_band import forward_band
-from kernels.contmix.forward_own import forward_own
 from kernels.contmix.forward_shared import forward_shared
 from kernels.contmix.tiles import VECTOR
+from kernels.dtypes import multiplies
 from kernels.layout import empty_like_layout
 from kernels.reorder import in_channels_last, in_order_of
 from kernels.tuning import repeated
+
+Pass = Callable[..., Any]
 
 
 def as_read(features: Tensor) -> Tensor:
@@ -48,6 +54,14 @@ def as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
     return empty_like_layout(given, given.shape).copy_(result.narrow(-3, 0, given.shape[-3]))
 
 
+def _form(tensors: Tensors, filled: float, shared: Pass, band: Pass, composed: Pass) -> Pass:
+    """Which of these suits a kernel size."""
+    height, width = tensors.value.shape[3:]
+    if multiplies(tensors.value.dtype) and shares_windows(height, width, tensors.kernel_size, filled):
+        return shared
+    return band if is_band(problem_of(tensors)) else composed
+
+
 @repeated
 def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
@@ -56,11 +70,7 @@ def contmix(
     out, statistics = eager.empty_outputs(value)
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
         tensors = Tensors(query, *part, value[:, m], out[:, m], statistics[:, m])
-        if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
-            forward = forward_shared
-        else:
-            forward = forward_band if is_band(problem_of(tensors)) else forward_own
-        forward(tensors)
+        _form(tensors, FILLED_FORWARD, forward_shared, forward_band, forward_composed)(tensors)
     return out, statistics
 
 
@@ -112,9 +122,6 @@ def _backward(
         last = m == len(kernel_sizes) - 1
         grad_of_size = grad_query if last else torch.empty_like(grad_query, dtype=statistics.dtype)
         targets = Targets(grad_of_size, grad_value[:, m], *grads, previous)
-        if shares_windows(value.shape[4], value.shape[5], kernel_sizes[m]):
-            backward_shared(tensors, targets)
-        else:
-            grad_own(tensors, targets)
+        _form(tensors, FILLED_BACKWARD, backward_shared, backward_band, backward_composed)(tensors, targets)
         previous = grad_of_size
     return grad_query, grad_value, grad_projected, grad_bias, *grad_rpb

@@ -1,4 +1,4 @@
-"""What ContMix's kernels share: pixels of a tile, products with projected keys, relative biases, tuples of weights.
+"""What ContMix's kernels share: pixels of a tile, products with projected keys, relative biases.
 
 Projected keys come in float32, for rounding them between the two exchanged linear steps would cost more than the
 definition's own rounding; a product of 16-bit numbers takes each key as the sum of two.
@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from kernels import views
-from kernels.windows_triton import Pixels, window_start
 
 # What every stride of a map but its channels' is a multiple of: 16 bytes of a 16-bit type.
 VECTOR: tl.constexpr = tl.constexpr(8)
@@ -24,43 +23,6 @@ def aligned(offset, CHANNELS: tl.constexpr):
 def at_head(view, i_batch, i_head, CHANNELS: tl.constexpr):
     """A map's part of one batch entry and head, of strides that are ``aligned``."""
     return views.at(views.aligned(view, 16 if CHANNELS % 16 == 0 else VECTOR), i_batch, i_head)
-
-
-@triton.jit
-def pixels_of_pairs(o_pair, o_second, first_row, last_row, height, width, KERNEL: tl.constexpr):
-    """Pixel ``o_second`` (0 or 1) of the pairs of adjacent columns that fill rows ``first_row`` to ``last_row``."""
-    pairs_w = (width + 1) // 2
-    pairs = (last_row - first_row + 1) * pairs_w
-    o_inside = tl.minimum(o_pair, pairs - 1)
-    row, column = first_row + o_inside // pairs_w, o_inside % pairs_w * 2 + o_second
-    mask = (o_pair < pairs) & (column < width)
-    column = tl.minimum(column, width - 1)
-    return Pixels(row, column, mask, window_start(row, height, KERNEL, 1), window_start(column, width, KERNEL, 1))
-
-
-@triton.jit
-def _pointers_of_heads(view, o_pixel, i_head, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """[P, heads · C] of a map [G, C, ...], one axis for all that is adjacent in memory, and which there are."""
-    o_flat = tl.arange(0, HEADS * BLOCK)
-    o_head, o_channel = (i_head + o_flat // BLOCK).to(o_pixel.dtype), (o_flat % BLOCK).to(o_pixel.dtype)
-    o_flat = o_head * aligned(view.g, CHANNELS) + o_channel * view.c
-    m_flat = (o_head < heads) & (o_channel < CHANNELS)
-    return view.ptr + aligned(o_pixel, CHANNELS)[:, None] + o_flat[None, :], m_flat[None, :]
-
-
-@triton.jit
-def load_heads(view, o_pixel, m_pixel, i_head, heads, CHANNELS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """[P, heads, C] of a map [G, C, ...]."""
-    p_flat, m_flat = _pointers_of_heads(view, o_pixel, i_head, heads, CHANNELS, HEADS, BLOCK)
-    return tl.reshape(tl.load(p_flat, mask=m_pixel[:, None] & m_flat, other=0), [o_pixel.shape[0], HEADS, BLOCK])
-
-
-@triton.jit
-def store_heads(view, o_pixel, m_pixel, i_head, heads, b_heads, CHANNELS: tl.constexpr):
-    """The inverse of ``load_heads``."""
-    p_flat, m_flat = _pointers_of_heads(view, o_pixel, i_head, heads, CHANNELS, b_heads.shape[1], b_heads.shape[2])
-    b_flat = tl.reshape(b_heads, p_flat.shape).to(view.ptr.dtype.element_ty)
-    tl.store(p_flat, b_flat, mask=m_pixel[:, None] & m_flat)
 
 
 @triton.jit

@@ -80,13 +80,14 @@ def _batch_parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return sums.as_strided((sums.shape[0], *tensor.shape[1:]), (elements, *tensor.stride()[1:]))
 
 
-def _grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor:
-    """Σ over (b, i, k) of the gradient of logits [B,G,Kh,Kw,H,W] at each relative position, like rpb."""
+def grad_rpb(gradient_of_logits: Tensor, window: Window) -> Tensor:
+    """Σ over (b, i, k) of the gradient of logits [B,G,Kh,Kw,H,W] at each relative position, [G,2Kh-1,2Kw-1], as wide as
+    an accumulator."""
     _, groups, kernel_h, kernel_w, height, width = gradient_of_logits.shape
-    dtype = accumulator_dtype(rpb.dtype)
+    dtype = accumulator_dtype(gradient_of_logits.dtype)
     parts = _batch_parts(gradient_of_logits, dtype)
     chunks = min(RPB_CHUNKS, ceil_divide(height * width, RPB_BLOCK_PIXELS))
-    partial = torch.empty((chunks, *rpb.shape), dtype=dtype, device=rpb.device)
+    partial = parts.new_empty((chunks, groups, 2 * kernel_h - 1, 2 * kernel_w - 1))
     # One program per (block of relative positions, chunk of pixels, group); each walks its chunk in order.
     relative = (2 * kernel_h - 1) * (2 * kernel_w - 1)
     grid = (ceil_divide(relative, RPB_BLOCK_RELATIVE) * chunks * groups,)
@@ -96,8 +97,8 @@ def _grad_rpb(gradient_of_logits: Tensor, rpb: Tensor, window: Window) -> Tensor
         "KERNEL_H": kernel_h, "KERNEL_W": kernel_w, "DILATION_H": window.dilation[0], "DILATION_W": window.dilation[1],
         **precision(parts), "BLOCK_PIXELS": RPB_BLOCK_PIXELS, "BLOCK_RELATIVE": RPB_BLOCK_RELATIVE,
     }  # fmt: skip
-    launch(_grad_rpb_kernel, grid, rpb.device, arguments, num_warps=4, num_stages=2)
-    return partial.sum(0).to(rpb.dtype)
+    launch(_grad_rpb_kernel, grid, parts.device, arguments, num_warps=4, num_stages=2)
+    return partial.sum(0)
 
 
 @repeated
@@ -117,4 +118,4 @@ def softmax_aggregate_backward(
         return of_logits, empty_like_layout(value, value.shape), None if rpb is None else torch.zeros_like(rpb)
     weights = Weights(logits, rpb, out, statistics)
     of_logits, of_value = softmax_backward(grad, value, weights, of_logits, window)
-    return of_logits, of_value, None if rpb is None else _grad_rpb(of_logits, rpb, window)
+    return of_logits, of_value, None if rpb is None else grad_rpb(of_logits, window).to(rpb.dtype)

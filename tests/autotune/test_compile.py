@@ -25,7 +25,6 @@ def _kernel_names():
 # few of them there than with smaller tiles; kernels that are not named here take none.
 SPILLS = {
     "bf16": {
-        "forward_own_kernel": 120,
         "forward_shared_kernel": 24,
         "grad_logits_band_kernel": 456,  # for sm_80, where a launch takes half the tiles; 120 for sm_90
         "grad_value_band_kernel": 8,  # for sm_80

@@ -29,8 +29,11 @@ def watched(monkeypatch):
 
 @BY_NAME
 def test_other_tensors_in_the_places_of_the_first(operator, watched):
+    dtype = torch.float32
+    if operator.name == "contmix2d":  # of whose kernels others leave a product to PyTorch
+        operator, dtype = operator.at(operator.cases["own windows"]), torch.float16
     for _ in range(3):
-        check(operator, operator.tensors(batch=2), "triton")
+        check(operator, operator.tensors(2, dtype), "triton")
     assert {key[0] for key, made in watched.items() if made is None} <= NEVER
     assert operator.name == "depthwise_conv2d" or any(watched.values())
     if operator.name == "contmix2d":  # what lies between the launches of a pass is released before its end
