@@ -7,6 +7,7 @@ import math
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,37 +39,35 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
     Raises:
         UnreadableImageError: the file is missing, damaged or not an image, or does not say which value is white.
     """
-    try:
-        with _opened(path) as file:
-            file.load()
-            with contextlib.suppress(Exception):  # EXIF may be damaged where the pixels are whole
-                ImageOps.exif_transpose(file, in_place=True)
-            return _eight_bits(file).convert(MODES[channels])
-    except Exception as error:  # decoders fail in any way on a malformed file
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        file.load()
+        with contextlib.suppress(Exception):  # EXIF may be damaged where the pixels are whole
+            ImageOps.exif_transpose(file, in_place=True)
+        return _eight_bits(file).convert(MODES[channels])
 
 
 def check_image(path: str | Path) -> None:
     """Raises UnreadableImageError if the file's first bytes show that it is not an image."""
+    with _opened(path):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image file. Whatever is wrong with it, also inside the block, ends in an UnreadableImageError."""
     try:
-        _opened(path).close()
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-def _opened(path: str | Path) -> Image.Image:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is not a regular file")  # a pipe would never end
-    with warnings.catch_warnings():  # raised above 89 megapixels; above twice as many Pillow raises an error
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path, formats=FORMATS)
-
-
-def _unreadable(path: str | Path, error: Exception) -> UnreadableImageError:
-    unknown = isinstance(error, Image.UnidentifiedImageError)
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    reason = f"its format is not one of {', '.join(FORMATS)}" if unknown else reason
-    return UnreadableImageError(f"{path} cannot be read as an image: {reason}")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is not a regular file")  # a pipe would never end
+        with warnings.catch_warnings():  # raised above 89 megapixels; above twice as many Pillow raises an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            file = Image.open(path, formats=FORMATS)
+        with file:
+            yield file
+    except Exception as error:  # decoders fail in any way on a malformed file
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = f"its format is not one of {', '.join(FORMATS)}" if unknown else reason
+        raise UnreadableImageError(f"{path} cannot be read as an image: {reason}") from error
 
 
 def _eight_bits(file: Image.Image) -> Image.Image:
