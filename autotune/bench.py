@@ -192,11 +192,9 @@ def run(arguments: argparse.Namespace) -> int:
     everything = not (arguments.environment or arguments.operator or arguments.model)
     folder = arguments.out or timing.results_folder(device, scratch=quick)
     machine = timing.describe_machine(device)
-    record = {"schema": 1, "complete": False, "machine": machine}
-    stated = {
-        name: getattr(settings, name) for name in ("device", "dtype", "backend", "compiler", "min_runs", "seconds")
-    }
-    record["settings"] = {name: str(value).removeprefix("torch.") for name, value in stated.items()}
+    names = ("device", "dtype", "backend", "compiler", "min_runs", "seconds")
+    stated = {name: str(getattr(settings, name)).removeprefix("torch.") for name in names}
+    record = {"schema": 1, "complete": False, "machine": machine, "settings": stated}
     codes: list[int] = []
     plans: list[tuple[Path, list[Case], dict[str, Any]]] = []
     with input_errors():

@@ -18,16 +18,7 @@ from torch.nn import functional as F
 import kernels
 from autotune import timing
 from autotune.cases import Case
-from autotune.measure import (
-    Call,
-    Settings,
-    check,
-    graphs,
-    largest_error,
-    leaving_out,
-    ratios,
-    time_and_memory,
-)
+from autotune.measure import Call, Settings, check, graphs, largest_error, leaving_out, ratios, time_and_memory
 from autotune.passes import PASSES, upcast
 from autotune.workloads import Inputs, Workload
 from kernels import tolerances

@@ -178,11 +178,9 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     """‖out − expected‖ / ‖expected‖ in float64: NaN where out has one, ‖out‖ where expected is 0."""
     if out.shape != expected.shape:
         raise ValueError(f"out must have the shape of expected, {tuple(expected.shape)}, got {tuple(out.shape)}")
-    # Apple's GPUs know no float64.
-    out, expected = (t.detach().cpu() if t.device.type == "mps" else t.detach() for t in (out, expected))
-    norm = torch.linalg.vector_norm(expected, dtype=torch.float64).item()
-    distance = torch.linalg.vector_norm(out.double() - expected.double()).item()
-    return distance / (norm if norm > 0 else 1.0)
+    place = "cpu" if out.device.type == "mps" else out.device  # Apple's GPUs know no float64
+    out, expected = (tensor.detach().to(place).double() for tensor in (out, expected))
+    return ((out - expected).norm() / (expected.norm() or 1)).item()
 
 
 def _cpu_name() -> str:

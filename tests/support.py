@@ -15,20 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autotune.timing import relative_error as relative_error
 from kernels import tolerances
 
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = tolerances.OUTPUT, tolerances.GRADIENT
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    """‖out − expected‖ / ‖expected‖ in float64; NaN (never "close") where out has one, ‖out‖ where expected is 0."""
-    out, expected = out.detach().double().cpu(), expected.detach().double().cpu()
-    assert out.shape == expected.shape, f"shape {tuple(out.shape)} instead of {tuple(expected.shape)}"
-    norm = expected.norm().item()
-    return (out - expected).norm().item() / (norm if norm > 0 else 1.0)
 
 
 def assert_close(out: Any, expected: Any, tolerance: float, what: str = "output") -> None:
