@@ -1,7 +1,5 @@
 """``python -m autotune COMMAND``: one module per command, imported only when the command is called."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

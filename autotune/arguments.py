@@ -1,7 +1,5 @@
 """Types of command-line arguments that name what can be measured; the others are those of ``models.commands``."""
 
-from __future__ import annotations
-
 import argparse
 import fnmatch
 import pkgutil

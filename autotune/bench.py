@@ -11,8 +11,6 @@ Exit code: 0 everything that was begun agrees and is timed, 1 something failed, 
 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Rows of a measurement: one after another within a time limit, each written to disk before the next begins."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

@@ -1,7 +1,5 @@
 """What the hardware allows, measured: copy bandwidth, matrix-product rates, and the host's time for a launch."""
 
-from __future__ import annotations
-
 import functools
 import statistics
 from typing import Any

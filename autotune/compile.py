@@ -11,8 +11,6 @@ once.
 Exit code: 0 everything builds and nothing spills, 1 otherwise, 2 bad arguments.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

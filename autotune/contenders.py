@@ -1,7 +1,5 @@
 """``autotune.compare``: a function or module of one's own, on every backend that runs here and against any others."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,7 +1,5 @@
 """What ``autotune.compare`` found, as a table for a notebook or a terminal, a figure, JSON, or a DataFrame."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What every kernel is launched for once: operators at shapes of the models, and parts of models that have kernels."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

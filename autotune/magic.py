@@ -1,7 +1,5 @@
 """``%load_ext autotune`` in IPython or Jupyter: ``%profile layer(x)`` is ``autotune.compare(layer, x)``."""
 
-from __future__ import annotations
-
 import ast
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Contenders that compute the same: each is checked before it is timed, then they take turns."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

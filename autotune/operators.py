@@ -3,8 +3,6 @@
 It is compared with its definition in float32 (float64 in float64), so that the bound is on our rounding alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Sequence

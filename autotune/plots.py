@@ -4,8 +4,6 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; each contender 
 nothing rests on colour alone. Sizes are chosen for a README, which shows a figure some 800 pixels wide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

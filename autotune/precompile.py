@@ -5,8 +5,6 @@ would. Compiling takes a second, timing a twentieth of one: what tuning is about
 processes, whose results meet in Triton's cache on disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import math

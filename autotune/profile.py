@@ -17,8 +17,6 @@ Exit code: 0 all lines agree and are timed, 1 a line failed, became slower or co
 the GPU was lost, 130 interrupted; what was done by then is kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import functools

@@ -1,7 +1,5 @@
 """What ``profile`` shows: its table, its figures and what became faster or slower, made from profile.json alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

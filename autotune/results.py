@@ -3,8 +3,6 @@
 A folder holds environment.json, bench.json (operators), models.json and, of make gpu, tests.json; each may be missing.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``autotune.roofline``: operators, and results of ``compare`` and ``sweep``, under the ceilings measured here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle

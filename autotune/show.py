@@ -4,8 +4,6 @@ Entries that launches pass over are shown with the reason: tuned with another Tr
 since, or nothing the kernel offers. They do no harm; tuning again replaces them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import warnings

@@ -1,7 +1,5 @@
 """``autotune.sweep``: throughput and peak memory of an operator along any of its axes, beside the naive path."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping

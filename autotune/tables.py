@@ -1,7 +1,5 @@
 """Numbers and tables as people read them: a table is described once, for terminals, notebooks and pages."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

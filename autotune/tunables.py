@@ -1,7 +1,5 @@
 """All kernels that can be tuned, found where they are defined, and what a stored key and entry mean to them."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import pkgutil

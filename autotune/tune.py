@@ -11,8 +11,6 @@ Exit code: 0 done, 1 a problem had no config that ran and agreed or could not be
 nowhere to write, 4 the GPU was lost, 130 interrupted; what was tuned by then is kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

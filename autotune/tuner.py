@@ -3,8 +3,6 @@
 It happens only when asked for: inside ``with tuning():``, or by ``python -m autotune tune``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence

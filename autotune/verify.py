@@ -7,8 +7,6 @@ problem it was tuned for where an operator meets that, else on the first of its 
 Exit code: 0 all agree, 1 one does not, 2 there is nothing here to run kernels on, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any

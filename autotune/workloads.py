@@ -4,8 +4,6 @@ Each ``Workload`` is data: the inputs' shapes, the multiply-adds, and from them 
 follow from the image's size, so 224² gives the classification shapes and 800×1280 those of dense prediction.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping

@@ -9,8 +9,6 @@ A family derives from ``BackboneContract`` and provides
   ``folded`` (its inference form), ``global_pools``, ``fixed_input_size``, ``training_only``, ``plain_options``.
 """
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar

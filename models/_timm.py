@@ -1,7 +1,5 @@
 """timm's registry: every model of this package under its own name, by ``timm.create_model``."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Loads weight files into models, which change only if the whole file fits, and writes them."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping

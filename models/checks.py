@@ -1,7 +1,5 @@
 """Argument checks of models and layers: every error names the argument, what was expected and what came."""
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Sequence
 from typing import Any

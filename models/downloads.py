@@ -1,7 +1,5 @@
 """Weight files from the web, into the folder that ``torch.hub`` keeps them in."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os

@@ -1,7 +1,5 @@
 """The feature maps of a backbone: their channels, reduction and modules."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -12,8 +12,6 @@ wrapped or hooked. Last, layers are joined that a GPU can run in fewer passes: a
 (``layers.residual``), ReLU with the 1×1 convolution before it, and in bfloat16 GELU with VOLO's products.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from typing import Any, TypeVar

@@ -3,8 +3,6 @@
 ``finetune`` writes it into the header of a .safetensors file, each entry as JSON under its own name.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import asdict, dataclass, fields

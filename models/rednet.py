@@ -4,8 +4,6 @@
 Entry names are those of the published checkpoints (which carry a ``backbone.`` prefix that loading removes).
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any

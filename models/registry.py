@@ -1,7 +1,5 @@
 """Names of all models, and the one function that builds any of them."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import os

@@ -1,7 +1,5 @@
 """Reading what ``torch.save`` wrote without ever running code from it."""
 
-from __future__ import annotations
-
 import re
 import threading
 import warnings

@@ -4,8 +4,6 @@
 token labelling and mix-token from arXiv 2104.10858. Entry names are those of the published checkpoints.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 

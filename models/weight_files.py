@@ -1,7 +1,5 @@
 """Finds the state dict in a weight file, whatever a training script put around it and before its names."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

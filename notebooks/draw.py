@@ -1,7 +1,5 @@
 """What several notebooks share: the photograph and models, tables, committed results, and a model's own calls."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Command-line arguments that several commands take, and the model that they describe."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import os

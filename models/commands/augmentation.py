@@ -1,7 +1,5 @@
 """Random crops, timm's augmentations, and random numbers that do not depend on what was drawn before."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import math

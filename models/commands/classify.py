@@ -6,8 +6,6 @@
 Without --pretrained, --checkpoint or --run the weights are random, and so are the answers; the command says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ A command's module offers ``add_arguments(parser)`` and ``run(arguments) -> int`
 ``--help`` shows above the options.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib

@@ -1,7 +1,5 @@
 """The processes of a run: one, or those that torchrun started."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator

@@ -8,8 +8,6 @@ DIR holds one folder for each class, numbered in the order of their names: Image
 its last count in FILE, and ends with the same result.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The files of a training run. Each of them is whole even after a kill."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -22,8 +22,6 @@ The images per step are divided among the processes; where a GPU holds fewer, --
 Mixup, CutMix, RandAugment and erasing are timm's and need it installed.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

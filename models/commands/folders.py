@@ -1,7 +1,5 @@
 """Labelled images in the ImageFolder layout: one folder per class, classes numbered in the order of their names."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -4,8 +4,6 @@ Parameters are counted as in the papers, without the auxiliary classifier that O
 accuracies are the papers', at the size shown.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from importlib import resources

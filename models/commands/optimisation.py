@@ -1,7 +1,5 @@
 """What training minimises, and how a step's rates follow from its number: nothing here has a state to be saved."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Progress on stderr: a bar on a terminal, elsewhere a line now and then for the log of a long run."""
 
-from __future__ import annotations
-
 import time
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """How to train: every setting that a run's result depends on, and the settings that each family's authors used."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import Any
 

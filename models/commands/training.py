@@ -5,8 +5,6 @@ the run's seed and the number of the step; learning rate and averaging follow fr
 run is its weights, the optimiser's moments and the number, and a run that continues takes the path it would have taken.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Types of command-line arguments, for ``python -m models`` and ``python -m autotune`` alike."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import dataclass

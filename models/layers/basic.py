@@ -1,7 +1,5 @@
 """Norms, scales and gates of the families, on feature maps [B, C, H, W], mostly in channels-last memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

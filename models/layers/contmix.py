@@ -1,7 +1,5 @@
 """ContMix: OverLoCK's dynamic convolution as a layer."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Depthwise convolutions: residual 3×3, large kernels, and large kernels trained with dilated branches beside them."""
 
-from __future__ import annotations
-
 import copy
 from typing import ClassVar
 

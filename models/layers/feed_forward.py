@@ -1,7 +1,5 @@
 """OverLoCK's feed-forward part, whose hidden layers a GPU runs in two kernels: one each way."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What a parent may fuse of its children, and what inference folds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

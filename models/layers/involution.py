@@ -1,7 +1,5 @@
 """Involution, its kernels generated from the features they act on, as a layer."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A batch norm and the GELU after it, in training that PyTorch compiles."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

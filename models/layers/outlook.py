@@ -1,7 +1,5 @@
 """VOLO's outlook attention as a layer."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

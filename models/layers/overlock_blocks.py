@@ -1,8 +1,6 @@
 """OverLoCK's parts: stem and downsampling, ``RepConvBlock`` of Base-Net and Overview-Net, ``DynamicConvBlock`` of
 Focus-Net."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """1×1 convolutions, computed as matrix products on a GPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The end of a residual block, which inference runs in one kernel on a GPU."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

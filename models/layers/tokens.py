@@ -1,7 +1,5 @@
 """Transformer blocks on tokens, class attention, position embeddings, and the mixing of mix-token."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

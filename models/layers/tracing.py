@@ -1,7 +1,5 @@
 """Modules that ``torch.fx`` records as one node."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -7,8 +7,6 @@ by predicted/collect.py), <device>/profile.json, and what a GPU's folder holds (
 are those of kernels/tuning/configs. Figures are drawn again from the same files.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -4,8 +4,6 @@ It holds what ``make gpu`` leaves, kernels.json (the time of every kernel by its
 and ncu.json (counters of Nsight Compute, and the host's time of that run); all but environment.json may be missing.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the pages show of a GPU: tables, sentences and figures from its folder of notebooks/results alone."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -10,8 +10,6 @@ bench.json, models.json, and summary.md, which tells of all of them in words.
 Exit code: 0 every phase ended well, 1 something failed, 2 there is no GPU, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

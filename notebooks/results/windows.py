@@ -5,8 +5,6 @@
 from the repository's root writes windows.png beside this file. It shows no measurement, so nothing else draws it again.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

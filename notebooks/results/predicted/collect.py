@@ -6,8 +6,6 @@ from the repository's root; the folder holds ``predict.py``. Cases that begin wi
 others stay. Takes minutes. Times are sums over a case's launches, in microseconds.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -6,8 +6,6 @@ from the repository's root. Cases carry collect.py's names. Each kernel's time i
 GPU's L2 cache is overwritten, as read by PyTorch's profiler; in microseconds, in the order of the launches.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import statistics
