@@ -287,9 +287,10 @@ class Trainer:
         share = Subset(images, range(distributed.rank(), count, distributed.world_size()))
         batches = loader(share, self.device, self.workers, batch_size=self.recipe.batch)
         totals = torch.zeros(2, dtype=torch.int64, device=self.device)
+        training = model.training  # a frozen backbone is not
         model.eval()
         for logits, labels in predict(model, batches, self.device, self.dtype):
             totals += count_correct(logits, labels)
-        model.train()
+        model.train(training)
         top1, top5 = (100 * hits / count for hits in distributed.sum_over_processes(totals).tolist())
         return {"top1": top1, "top5": top5}

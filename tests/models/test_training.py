@@ -1,5 +1,6 @@
 """What the training loop is made of: losses, rates, groups, batches, random numbers; and each family learns digits."""
 
+import copy
 import importlib.util
 import random
 from collections.abc import Callable
@@ -171,6 +172,16 @@ def test_accumulated_batches_are_one_large_batch(optimizer):
     (losses, one), (other_losses, other) = results
     assert other_losses == pytest.approx(losses, rel=1e-6)  # logits are float32
     assert relative_error(other, one) < 1e-3
+
+
+def test_a_frozen_backbone_stays_as_it_is():
+    """Its batch norms, too, from epoch to epoch; the classifiers learn."""
+    model, images = tiny_volo(num_classes=3).double(), colours()
+    before = copy.deepcopy(model.state_dict())
+    recipe = Recipe(epochs=2, batch=8, ema_decay=0, freeze_backbone=True)
+    Trainer(model, recipe, images, TensorDataset(images.images, torch.tensor(images.labels)), CPU).fit()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{name}.{part}" for name in model.classifiers for part in ("weight", "bias")}
 
 
 # ---- scikit-learn's handwritten digits, on either CPU path alike
