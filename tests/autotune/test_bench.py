@@ -18,11 +18,7 @@ from kernels import tolerances
 from tests.support import DEVICE
 
 HERE = torch.device(DEVICE)
-CEILINGS = {
-    "copy_bytes_per_second": 1e9,
-    "bf16_operations_per_second": 1e12,
-    "fp32_operations_per_second": 1e11,
-}
+CEILINGS = {"copy_bytes_per_second": 1e9, "bf16_operations_per_second": 1e12, "fp32_operations_per_second": 1e11}
 SETTINGS = Settings(HERE, torch.float32, seconds=0.001, min_runs=2, thorough=True, compiler="eager", ceilings=CEILINGS)
 TINY = {workload.operator: workload for workload in workloads.benchmark_workloads(quick=True)}
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -93,6 +94,8 @@ FAMILY = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(FAMILY)
+by_family = pytest.mark.parametrize("family", FAMILIES)
+SHALLOW = {"overlock": {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)}, "rednet": {"depths": (1, 0, 0, 0)}}
 
 
 def official_name(model: object, name: str) -> str:

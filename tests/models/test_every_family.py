@@ -14,7 +14,7 @@ from models import optimize_for_inference
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers import DropPath
 from models.registry import create_model, list_models
-from tests.models.families import FAMILIES, FAMILY, deep, fill, images, loss_of, narrow, official_name, on_meta, shapes
+from tests.models.families import FAMILY, by_family, deep, fill, images, loss_of, narrow, official_name, on_meta, shapes
 from tests.support import (
     DEVICE,
     FORWARD_TOLERANCE,
@@ -26,9 +26,6 @@ from tests.support import (
     official_state_dicts,
     triton_device,
 )
-
-by_family = pytest.mark.parametrize("family", FAMILIES)
-
 
 # ---- the official facts
 

@@ -10,16 +10,13 @@ from torch.export import Dim
 
 import models
 from models.layers import ContMix, Involution2d, OutlookAttention
-from tests.models.families import FAMILIES, FAMILY, narrow
+from tests.models.families import FAMILY, SHALLOW, by_family, narrow
 from tests.support import assert_close, golden_fill, random_tensor
-
-by_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def exported_form(family: str) -> Any:
     """What to export: the inference form, on the CPU."""
-    shallow = {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)} if family == "overlock" else {}
-    return models.optimize_for_inference(narrow(family, **shallow))
+    return models.optimize_for_inference(narrow(family, **SHALLOW["overlock"] if family == "overlock" else {}))
 
 
 def image(batch: int) -> Tensor:

@@ -10,16 +10,14 @@ from torch import nn
 
 import kernels
 from models.checkpoints import load_checkpoint, save_checkpoint
-from models.overlock import OverLoCK
 from models.registry import create_model
-from tests.models.families import fill, images, on_meta, shapes, with_fixed_statistics
+from tests.models.families import FAMILY, fill, images, on_meta, shapes, with_fixed_statistics
 from tests.support import assert_close, equal_entries, golden, golden_fill, official_state_dicts
 
 
 def small(**overrides) -> Any:
     """A model of a few thousand parameters with every kind of block, as it is initialised."""
-    structure = {"depth": (1, 1, 1, 1), "sub_depth": (2, 1), "embed_dim": (8, 8, 16, 16), "sub_num_heads": (1, 2)}
-    return OverLoCK(**{**structure, "num_classes": 5, **overrides})
+    return FAMILY["overlock"].build(**{"depth": (1, 1, 1, 1), "sub_depth": (2, 1), "num_classes": 5, **overrides})
 
 
 def test_dense_state_dict_names_and_shapes():

@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import models
-from tests.models.families import FAMILIES, images, in_training, loss_of, narrow, with_fixed_statistics
+from tests.models.families import SHALLOW, by_family, images, in_training, loss_of, narrow, with_fixed_statistics
 from tests.support import DEVICE, assert_close, random_tensor
-
-by_family = pytest.mark.parametrize("family", FAMILIES)
-SHALLOW = {"overlock": {"depth": (1, 0, 0, 0), "sub_depth": (1, 0)}, "rednet": {"depths": (1, 0, 0, 0)}}
 
 
 def prepared(family: str, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 import models
 from models import registry
-from tests.models.families import FAMILIES, FAMILY, narrow
+from tests.models.families import FAMILIES, FAMILY, by_family, narrow
 from tests.support import official_state_dicts
 
 
@@ -77,7 +77,7 @@ def test_every_argument_is_refused_by_name(family, argument):
             models.create_model(FAMILY[family].smallest, **{**features, argument: value})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@by_family
 def test_numbers_of_other_libraries_are_numbers(family):
     options = {"features_only": np.bool_(True), "out_indices": np.array([0, 2]), "in_chans": np.int32(1)}
     model = narrow(family, **options, **({"img_size": np.int64(96)} if family == "volo" else {}))
@@ -85,7 +85,7 @@ def test_numbers_of_other_libraries_are_numbers(family):
     assert len(model(torch.zeros(1, 1, 64, 64))) == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@by_family
 def test_calls_refuse_by_name(family):
     model, x = narrow(family), torch.zeros(1, 3, 64, 64)
     for wrong in (None, "x", [x], x.to_sparse(), x.to(torch.complex64)):

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from models import registry
-from tests.models.families import FAMILIES, FAMILY, deep, images, on_meta
+from tests.models.families import FAMILY, by_family, deep, images, on_meta
 from tests.support import assert_close
-
-by_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @by_family
