@@ -115,7 +115,7 @@ SHARED = tuple(
 TILES = tuple(
     Tiles(tiles, programs, tiles, stages)
     for tiles, programs, stages in (
-        (4, 132, 1), (4, 264, 1), (4, 396, 2), (4, 528, 1), (4, 1056, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
+        (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 1056, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
         (8, 132, 1), (8, 132, 2), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
     )
 )  # fmt: skip
@@ -160,9 +160,10 @@ def tiles_heuristic(problem: Problem) -> Tiles:
 
 def grad_tiles_heuristic(problem: Problem) -> Tiles:
     """One round of programs, as many for each of a GPU's processors as registers allow; fewer whose loads are on their
-    way early serve larger windows better, where shared memory holds those of 8 tiles."""
+    way early serve larger windows better, where shared memory holds those of 8 tiles. A small window's keys are quick
+    to load: a program for each block needs the fewest registers."""
     if interpreting():
         return tiles_heuristic(problem)
     if problem.kernel_size > 7:
         return Tiles(8, 132, 8, 2) if is_hopper() else Tiles(4, 264)
-    return Tiles(4, 264 if problem.kernel_size > 5 else 396, 4, 2)
+    return Tiles(4, 264, 4, 2) if problem.kernel_size > 5 or problem.pixels < 128 else Tiles(8, 1 << 20, 8)

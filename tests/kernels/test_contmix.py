@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels.contmix import eager, passes
+from kernels.contmix import backward_band_stored, eager, passes
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, observing
 from tests.kernels.operators import OPERATORS, contmix
@@ -79,14 +79,15 @@ def test_rounding_is_no_more_than_the_definitions_own(norm, kernel_sizes, contex
         assert_close(operator(ours), expected, max(FORWARD_TOLERANCE[dtype], naive))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "small_map"), [(torch.float16, 0), (torch.bfloat16, 10**6)])
 @pytest.mark.parametrize(
     ("size", "kernel_size", "masked"),
     [((31, 33), 5, False), ((9, 12), 7, False), ((25, 9), 9, True), ((13, 30), 13, False), ((17, 16), 15, True)],
 )
-def test_bands(size, kernel_size, masked, dtype, monkeypatch):
+def test_bands(size, kernel_size, masked, dtype, small_map, monkeypatch):
     """Several tiles along both axes, windows that begin alike at borders; a bias of -inf leaves a position nothing."""
     monkeypatch.setattr(passes, "shares_windows", lambda *_: False)
+    monkeypatch.setattr(backward_band_stored, "SMALL_MAP", small_map)
     operator = ROW.at(contmix(size, 3, 14, 10, 6, (kernel_size,)))
     tensors = operator.tensors(dtype=dtype)
     if masked:
