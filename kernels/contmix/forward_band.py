@@ -225,6 +225,7 @@ def band_arguments(tensors: Tensors, config: Tiles, sizes: Sizes) -> tuple[dict[
     arguments = {
         "sizes": sizes, "programs": programs, "walks": walks,
         "TILES": config.tiles, "ACROSS": columns // tile_columns, "COLUMNS": tile_columns, "SEEN": seen,
+        "BLOCK_QUERY": max(8, next_power_of_2(tensors.query.shape[2])),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     return arguments, programs * images
