@@ -14,7 +14,7 @@ from kernels.dtypes import accumulator
 from kernels.launch import ceil_divide, launch, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "run"])
 def _sum_rows_kernel(
     matrix_ptr,  # [rows, columns], contiguous
     sums_ptr,  # [parts, columns], contiguous

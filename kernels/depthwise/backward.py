@@ -29,22 +29,26 @@ SLOTS = 528  # programs that run at once: four on each of an H200's 132 processo
 EPILOGUE = 22  # what a program does once, in steps of its loop
 
 
-@triton.jit
+# As in ``forward``, what only bounds loops and masks is no constant.
+BOUNDS = ["batch", "channels", "height", "width", "tiles_h", "reach", "reach_w", "image_tiles", "chunk_images"]
+
+
+@triton.jit(do_not_specialize=[*BOUNDS, "tile_chunks"])
 def _weight_gradient_kernel(
     grad,  # [B, C, H, W] in rows, like x
     x,  # [B, C, H, W] in rows, its strides but the last divided by VECTOR
-    partial_ptr,  # [image chunks, tile chunks, C, ROWS, TILE_HEIGHT, EXTENT], contiguous
-    batch, channels, height, width, tiles_h, tiles_w, step, chunk_images, tile_chunks,
-    KERNEL: tl.constexpr, EXTENT: tl.constexpr, EXTENT_BLOCK: tl.constexpr, IMAGE_TILES: tl.constexpr,
-    VECTOR: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
-    TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    partial_ptr,  # [image chunks, tile chunks, C, rows, TILE_HEIGHT, extent], contiguous
+    batch, channels, height, width, tiles_h, tiles_w, step, reach, reach_w, image_tiles, chunk_images,
+    tile_chunks,
+    EXTENT_BLOCK: tl.constexpr, VECTOR: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """partial[i, r, kw] = Σ_{tiles, p} grad[tile, r, p] · x[tile, i, p + kw]: what input row i adds to kh = i − r."""
     MARGIN: tl.constexpr = (SPAN - TILE_WIDTH) // 2
-    ROWS: tl.constexpr = TILE_HEIGHT + KERNEL - 1
+    rows = TILE_HEIGHT + 2 * reach
     TILE: tl.constexpr = TILE_HEIGHT * TILE_WIDTH
-    row_blocks = tl.cdiv(ROWS, BLOCK_ROWS)
+    row_blocks = tl.cdiv(rows, BLOCK_ROWS)
     channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     i_row = tl.program_id(0) % row_blocks * BLOCK_ROWS
     i_rest = tl.program_id(0) // row_blocks
@@ -59,20 +63,20 @@ def _weight_gradient_kernel(
     i_first = i_partial // tile_chunks * chunk_images
     i_last = tl.minimum(i_first + chunk_images, batch)
     # Input rows that no tile of the map has: the sums are 0.
-    past = KERNEL // 2 + tl.cdiv(height, step)
-    if (i_row + BLOCK_ROWS + (tiles_h - 1) * TILE_HEIGHT <= KERNEL // 2) | (i_row >= past):
+    past = reach + tl.cdiv(height, step)
+    if (i_row + BLOCK_ROWS + (tiles_h - 1) * TILE_HEIGHT <= reach) | (i_row >= past):
         i_last = i_first
     tiles = tiles_h * tiles_w * step
     o_block = tl.arange(0, BLOCK_TILES)[:, None]
     o_span = tl.arange(0, BLOCK_ROWS * SPAN)[None, :]
     o_output = tl.arange(0, TILE)[None, :]
-    # A block is IMAGE_TILES tiles of as many images as fit, so that going on to the next images divides nothing.
-    for i_tile in range(i_partial % tile_chunks * IMAGE_TILES, tiles, tile_chunks * IMAGE_TILES):
-        o_tile = i_tile + o_block % IMAGE_TILES
+    # A block is image_tiles tiles of as many images as fit, so that going on to the next images divides nothing.
+    for i_tile in range(i_partial % tile_chunks * image_tiles, tiles, tile_chunks * image_tiles):
+        o_tile = i_tile + o_block % image_tiles
         o_top, o_phase = o_tile // tiles_w // step * TILE_HEIGHT, o_tile // tiles_w % step
         o_left = o_tile % tiles_w * TILE_WIDTH
         m_tile = (o_channel < channels) & (o_tile < tiles)
-        o_x_row = (o_top - KERNEL // 2 + i_row + o_span // SPAN) * step + o_phase
+        o_x_row = (o_top - reach + i_row + o_span // SPAN) * step + o_phase
         o_x_column = o_left - MARGIN + o_span % SPAN
         m_x = m_tile & (o_x_row >= 0) & (o_x_row < height) & (o_x_column >= 0) & (o_x_column < width * VECTOR)
         p_x = x.ptr + (o_channel * x.c + o_x_row.to(OFFSET) * x.h) * VECTOR + o_x_column
@@ -80,8 +84,8 @@ def _weight_gradient_kernel(
         o_column = o_left + o_output % TILE_WIDTH
         m_grad = m_tile & (o_row < height) & (o_column < width * VECTOR)
         p_grad = grad.ptr + (o_channel * grad.c + o_row.to(OFFSET) * grad.h) * VECTOR + o_column
-        for i_image in range(i_first, i_last, BLOCK_TILES // IMAGE_TILES):
-            o_batch = (i_image + o_block // IMAGE_TILES).to(OFFSET)
+        for i_image in range(i_first, i_last, BLOCK_TILES // image_tiles):
+            o_batch = (i_image + o_block // image_tiles).to(OFFSET)
             # [T, J], [T, N]
             b_x = tl.load(p_x + o_batch * x.b * VECTOR, mask=m_x & (o_batch < i_last), other=0)
             b_grad = tl.load(p_grad + o_batch * grad.b * VECTOR, mask=m_grad & (o_batch < i_last), other=0)
@@ -89,7 +93,7 @@ def _weight_gradient_kernel(
 
     # [N, BLOCK_ROWS · EXTENT_BLOCK]: every output's sums moved by its column p, which makes diagonals columns.
     o_tap = tl.arange(0, BLOCK_ROWS * EXTENT_BLOCK)[None, :]
-    o_shifted = tl.arange(0, TILE)[:, None] % TILE_WIDTH + o_tap % EXTENT_BLOCK + (MARGIN - EXTENT // 2)
+    o_shifted = tl.arange(0, TILE)[:, None] % TILE_WIDTH + o_tap % EXTENT_BLOCK + (MARGIN - reach_w)
     m_shifted = (o_shifted >= 0) & (o_shifted < SPAN) & (o_channel < channels)
     o_shifted = tl.minimum(tl.maximum(o_shifted, 0), SPAN - 1) + o_tap // EXTENT_BLOCK * SPAN
     b_sum = tl.gather(b_sum, o_shifted + tl.zeros_like(o_channel).to(tl.int32), len(b_sum.shape) - 1)
@@ -98,20 +102,22 @@ def _weight_gradient_kernel(
     o_channel_row = tl.arange(0, BLOCK_CHANNELS * TILE_HEIGHT)[:, None]
     o_channel = i_channel + o_channel_row // TILE_HEIGHT
     o_row = i_row + o_tap // EXTENT_BLOCK
-    o_partial = (i_partial.to(tl.int64) * channels + o_channel) * ROWS + o_row
+    o_partial = (i_partial.to(tl.int64) * channels + o_channel) * rows + o_row
     tl.store(
-        partial_ptr + (o_partial * TILE_HEIGHT + o_channel_row % TILE_HEIGHT) * EXTENT + o_tap % EXTENT_BLOCK,
+        partial_ptr
+        + (o_partial * TILE_HEIGHT + o_channel_row % TILE_HEIGHT) * (2 * reach_w + 1)
+        + o_tap % EXTENT_BLOCK,
         tl.sum(b_sum, axis=1),
-        mask=(o_channel < channels) & (o_row < ROWS) & (o_tap % EXTENT_BLOCK < EXTENT),
+        mask=(o_channel < channels) & (o_row < rows) & (o_tap % EXTENT_BLOCK <= 2 * reach_w),
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "channels", "row_dilation", "dilation", "size", "extent"])
 def _diagonals_kernel(
-    partial_ptr,  # [parts, C, ROWS, TILE_HEIGHT, EXTENT], contiguous
+    partial_ptr,  # [parts, C, rows, TILE_HEIGHT, extent], contiguous
     gradient_ptr,  # [C, size, size], contiguous
-    parts, channels, row_dilation, dilation, size,
-    EXTENT: tl.constexpr, TILE_HEIGHT: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr,
+    parts, channels, row_dilation, dilation, size, extent,
+    TILE_HEIGHT: tl.constexpr, ACCUMULATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row kh of the gradient sums the diagonal i = kh + r, r = 0.. of every part."""
     rows = TILE_HEIGHT + (size - 1) * row_dilation
@@ -119,13 +125,13 @@ def _diagonals_kernel(
     i_channel = (tl.program_id(0) // blocks).to(tl.int64)
     o_entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     o_r = tl.arange(0, TILE_HEIGHT)[:, None]
-    o_diagonal = ((o_entry // size * row_dilation + o_r) * TILE_HEIGHT + o_r) * EXTENT + o_entry % size * dilation
+    o_diagonal = ((o_entry // size * row_dilation + o_r) * TILE_HEIGHT + o_r) * extent + o_entry % size * dilation
     m_entry = o_entry < size * size
-    p_partial = partial_ptr + i_channel * (rows * TILE_HEIGHT * EXTENT) + o_diagonal
+    p_partial = partial_ptr + i_channel * (rows * TILE_HEIGHT * extent) + o_diagonal
     b_sum = tl.zeros([TILE_HEIGHT, BLOCK], ACCUMULATOR)
     for _ in range(parts):
         b_sum += tl.load(p_partial, mask=m_entry[None, :], other=0)
-        p_partial += tl.cast(channels, tl.int64) * (rows * TILE_HEIGHT * EXTENT)
+        p_partial += tl.cast(channels, tl.int64) * (rows * TILE_HEIGHT * extent)
     b_gradient = tl.sum(b_sum, axis=0).to(gradient_ptr.dtype.element_ty)
     tl.store(gradient_ptr + i_channel * (size * size) + o_entry, b_gradient, mask=m_entry)
 
@@ -158,7 +164,7 @@ def gradient_of_rows(
     tiles = common["tiles_h"] * common["tiles_w"] * step
     image_tiles = min(config.block_tiles, next_power_of_2(tiles))
     tile_blocks = ceil_divide(tiles, image_tiles)
-    rows = config.tile_height + common["KERNEL"] - 1
+    rows = config.tile_height + 2 * common["reach"]
     programs = ceil_divide(rows, config.block_rows) * ceil_divide(channels, config.block_channels)
     block_images = config.block_tiles // image_tiles
     image_chunks, tile_chunks = _chunks(programs, ceil_divide(batch, block_images), tile_blocks)
@@ -176,9 +182,9 @@ def gradient_of_rows(
         "batch": batch,
         "chunk_images": chunk_images,
         "tile_chunks": tile_chunks,
-        "EXTENT": kernel_extent,
+        "reach_w": kernel_extent // 2,
         "EXTENT_BLOCK": next_power_of_2(kernel_extent),
-        "IMAGE_TILES": image_tiles,
+        "image_tiles": image_tiles,
     }
     launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     gradient = torch.empty((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
@@ -191,7 +197,7 @@ def gradient_of_rows(
         "row_dilation": dilation // step,
         "dilation": dilation,
         "size": kernel_size,
-        "EXTENT": kernel_extent,
+        "extent": kernel_extent,
         "TILE_HEIGHT": config.tile_height,
         "ACCUMULATOR": accumulator(x.dtype),
         "BLOCK": block,

@@ -52,16 +52,17 @@ from kernels.views import View, view
 SMALL_HEIGHT = 16  # of maps on which that would leave tiles half empty
 
 
-@triton.jit
+# What only bounds loops and masks is no constant: each of a model's large kernels, and each of their branches, would
+# have code of its own, which takes a second to compile.
+@triton.jit(do_not_specialize=["channels", "height", "width", "tiles", "tiles_h", "reach", "band_rows"])
 def _convolution_kernel(
     x,  # [B, C, H, W] in rows, strides but the last and the width divided by VECTOR
-    band_ptr,  # [C, SPAN, BAND_ROWS, TILE_WIDTH], contiguous
+    band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
     bias,  # [C], not read without HAS_BIAS
     out,  # like x
-    channels, height, width, tiles, tiles_h, tiles_w, step,
-    KERNEL: tl.constexpr, BAND_ROWS: tl.constexpr, VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ADD: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr,
-    TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    channels, height, width, tiles, tiles_h, tiles_w, step, reach, band_rows,
+    VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     MARGIN: tl.constexpr = (SPAN - TILE_WIDTH) // 2
@@ -81,8 +82,8 @@ def _convolution_kernel(
     row_tiles = tiles // tiles_h
     first_top = i_tile * BLOCK_TILES // row_tiles * TILE_HEIGHT
     last_top = (tl.minimum((i_tile + 1) * BLOCK_TILES, tiles) - 1) // row_tiles * TILE_HEIGHT
-    first_row = tl.maximum(KERNEL // 2 - last_top, 0)
-    last_row = tl.minimum(KERNEL // 2 + tl.cdiv(height, step) - first_top, TILE_HEIGHT + KERNEL - 1)
+    first_row = tl.maximum(reach - last_top, 0)
+    last_row = tl.minimum(reach + tl.cdiv(height, step) - first_top, TILE_HEIGHT + 2 * reach)
     o_image = (o_tile % row_tiles // tiles_w // step).to(OFFSET)
     o_phase = o_tile % row_tiles // tiles_w % step
     o_top = o_tile // row_tiles * TILE_HEIGHT
@@ -91,15 +92,15 @@ def _convolution_kernel(
 
     # Columns of the product's left factor are (row, column) of a span, [1, J]; they are its right one's rows, [J, 1].
     o_span = tl.arange(0, BLOCK_ROWS * SPAN)
-    o_row = (o_top - KERNEL // 2 + (o_span // SPAN)[None, :]) * step + o_phase
+    o_row = (o_top - reach + (o_span // SPAN)[None, :]) * step + o_phase
     o_column = o_left - MARGIN + (o_span % SPAN)[None, :]
     m_span = m_tile & (o_column >= 0) & (o_column < width * VECTOR)
     p_x = x.ptr + (o_channel * x.c + o_image * x.b + o_row.to(OFFSET) * x.h) * VECTOR + o_column
     o_output = tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[None, :]
-    o_band_row = BAND_ROWS - TILE_HEIGHT - o_span // SPAN
-    o_band = ((o_span % SPAN) * BAND_ROWS + o_band_row)[:, None] * TILE_WIDTH
+    o_band_row = band_rows - TILE_HEIGHT - o_span // SPAN
+    o_band = ((o_span % SPAN) * band_rows + o_band_row)[:, None] * TILE_WIDTH
     o_band += o_output // 4 * 4 + o_output % 4  # asynchronous copies of 16 bytes would pass L1 by
-    p_band = band_ptr + o_channel * (SPAN * BAND_ROWS * TILE_WIDTH) + o_band
+    p_band = band_ptr + o_channel * (SPAN * band_rows * TILE_WIDTH) + o_band
     for i_row in range(first_row, last_row, BLOCK_ROWS):
         m_row = (o_row + i_row * step >= 0) & (o_row + i_row * step < height)
         o_step = tl.cast(i_row * step, OFFSET) * x.h * VECTOR
@@ -120,13 +121,12 @@ def _convolution_kernel(
     tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["band_rows", "rows", "reach", "reach_w"])
 def _band_kernel(
-    weight,  # [C, K, K], which spans KERNEL rows and EXTENT columns
+    weight,  # [C, K, K], which reaches so many rows and columns from its centre
     band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
-    band_rows, rows, row_dilation, dilation,
-    KERNEL: tl.constexpr, EXTENT: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    band_rows, rows, row_dilation, dilation, reach, reach_w,
+    FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     elements = SPAN * TILE_WIDTH * band_rows
     blocks = tl.cdiv(elements, BLOCK)
@@ -135,12 +135,12 @@ def _band_kernel(
     o_row = o_element // TILE_WIDTH % band_rows
     o_span = o_element // TILE_WIDTH // band_rows
     o_kernel_h = rows - 1 - o_row
-    o_kernel_w = o_span - o_element % TILE_WIDTH + (EXTENT // 2 - (SPAN - TILE_WIDTH) // 2)
-    m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h < KERNEL)
-    m_weight &= (o_kernel_w >= 0) & (o_kernel_w < EXTENT)
+    o_kernel_w = o_span - o_element % TILE_WIDTH + (reach_w - (SPAN - TILE_WIDTH) // 2)
+    m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h <= 2 * reach)
+    m_weight &= (o_kernel_w >= 0) & (o_kernel_w <= 2 * reach_w)
     m_weight &= (o_kernel_h % row_dilation == 0) & (o_kernel_w % dilation == 0)
     if FLIPPED:
-        o_kernel_h, o_kernel_w = KERNEL - 1 - o_kernel_h, EXTENT - 1 - o_kernel_w
+        o_kernel_h, o_kernel_w = 2 * reach - o_kernel_h, 2 * reach_w - o_kernel_w
     o_weight = o_kernel_h // row_dilation * weight.h + o_kernel_w // dilation * weight.w
     b_weight = tl.load(weight.ptr + i_channel * weight.c + o_weight, mask=m_weight, other=0)
     tl.store(band_ptr + i_channel * elements + o_element, b_weight, mask=o_element < elements)
@@ -163,8 +163,8 @@ def band_of(
         "rows": rows,
         "row_dilation": dilation // step,
         "dilation": dilation,
-        "KERNEL": extent(weight.shape[-1], dilation // step),
-        "EXTENT": extent(weight.shape[-1], dilation),
+        "reach": extent(weight.shape[-1], dilation // step) // 2,
+        "reach_w": extent(weight.shape[-1], dilation) // 2,
         "FLIPPED": flipped,
         "SPAN": span,
         "TILE_WIDTH": tile_width,
@@ -207,7 +207,7 @@ def common_arguments(
         "tiles_h": ceil_divide(ceil_divide(height, step), config.tile_height),
         "tiles_w": ceil_divide(width, tile_width),
         "step": step,
-        "KERNEL": extent(kernel_size, dilation // step),
+        "reach": extent(kernel_size, dilation // step) // 2,
         "VECTOR": vector,
         "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
         **precision(*(tensor.transpose(0, 1)[None] for tensor in rows)),
@@ -228,7 +228,7 @@ def convolve_rows(
     step = dilation if x.shape[2] > SMALL_HEIGHT else 1
     common = common_arguments(x, (out, source), weight.shape[-1], dilation, step, config)
     tiles = x.shape[0] * step * common["tiles_h"] * common["tiles_w"]
-    rows = config.tile_height + common["KERNEL"] - 1 + config.block_rows - 1
+    rows = config.tile_height + 2 * common["reach"] + config.block_rows - 1
     band = band_of(weight, flipped, dilation, step, rows, config, common["TILE_WIDTH"], common["SPAN"])
     # One program per (block of tiles, block of channels), tiles fastest: they share the band.
     grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(x.shape[1], config.block_channels),)
@@ -239,7 +239,7 @@ def convolve_rows(
         "out": in_vectors(out),
         **common,
         "tiles": tiles,
-        "BAND_ROWS": band.shape[2],
+        "band_rows": band.shape[2],
         "HAS_BIAS": bias is not None,
         "ADD": add,
     }
