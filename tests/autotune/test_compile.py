@@ -18,7 +18,7 @@ def _compile(*arguments):
 def _kernel_names():
     """Every kernel this repository launches, read from the source."""
     sources = "\n".join(path.read_text() for path in ROOT.glob("kernels/**/*.py"))
-    return {name.strip("_") for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", sources)}
+    return {name.strip("_") for name in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", sources)}
 
 
 # The most bytes on the stack that a kernel may take, by dtype. Kernels that hold many sums at once are quicker with a
