@@ -96,6 +96,8 @@ def build(what: Build, target: Any = None) -> Any:
         return kernel.warmup(grid=what.grid, **dict(what.arguments), **dict(what.options))
     previous: Any = driver._active
     try:
+        if target.arch != 90:  # where heuristics limit no registers
+            what = what._replace(options=tuple(option for option in what.options if option[0] != "maxnreg"))
         driver.set_active(AbsentDevice(target))  # pyright: ignore[reportArgumentType]
         kernel.device_caches.clear()  # of the current device, and of other targets: they are kept by its number alone
         return build(what)

@@ -101,10 +101,11 @@ def launch_on(
     num_warps: int,
     num_stages: int,
     sizes: Sizes | None = None,
+    most_registers: int = 0,
     **arguments: Any,
 ) -> None:
     """Launches a kernel with ``arguments``, with views of those ``tensors`` that it names, and with what it names of
-    the constants below; ``sizes`` are those of the whole map unless given."""
+    the constants below; ``sizes`` are those of the whole map unless given. A thread gets ``most_registers`` if any."""
     views = {name: view(tensor, AXES[name]) for name, tensor in tensors._asdict().items() if tensor is not None}
     query_channels, dtype = tensors.query.shape[2], tensors.value.dtype
     known = {
@@ -119,6 +120,8 @@ def launch_on(
     }
     named = {name: value for name, value in known.items() if name in kernel.arg_names}
     options = {"num_warps": num_warps, "num_stages": num_stages}
+    if most_registers:
+        options["maxnreg"] = most_registers
     launch(kernel, (programs,), tensors.value.device, named | arguments, **options)
 
 

@@ -10,7 +10,6 @@ inputs that these see, and all sums are matrix products again. That takes number
 *Composed.* What fits neither, of wider numbers above all, stores its logits and is left to neighbourhood attention.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -97,10 +96,12 @@ class Tiles:
         """A warp for each tile, and not twice the tiles that there are."""
         return self.tiles == self.num_warps and 16 * self.tiles < max(128, 2 * problem.pixels)
 
-    def block_of(self, columns: int) -> tuple[int, int]:
-        """(rows, columns) of outputs that the tiles cover, a square or nearly, where a tile is ``columns`` wide."""
-        columns = min(self.tiles * columns, next_power_of_2(math.isqrt(16 * self.tiles - 1) + 1))
-        return 16 * self.tiles // columns, columns
+    def block_of(self, columns: int, height: int, width: int) -> tuple[int, int, int]:
+        """(blocks that cover a map, their rows, their columns): the fewest, and of those nearly squares. A tile is
+        ``columns`` wide."""
+        shapes = [(16 * self.tiles // columns >> i, columns << i) for i in range(self.tiles.bit_length())]
+        blocks = [(ceil_divide(height, rows) * ceil_divide(width, wide), rows, wide) for rows, wide in shapes]
+        return min(blocks, key=lambda block: (block[0], block[1] + block[2]))
 
 
 SHARED = tuple(
@@ -115,7 +116,7 @@ SHARED = tuple(
 TILES = tuple(
     Tiles(tiles, programs, tiles, stages)
     for tiles, programs, stages in (
-        (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 1056, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
+        (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 792, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
         (8, 132, 1), (8, 132, 2), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
     )
 )  # fmt: skip
@@ -152,10 +153,12 @@ def backward_heuristic(problem: Problem) -> Shared:
 
 
 def tiles_heuristic(problem: Problem) -> Tiles:
-    """One round of programs: 2 for each of a GPU's processors, or 4 where a smaller window leaves registers."""
+    """One round of programs: as many for each of a GPU's processors, 2 to 6, as windows leave them registers."""
     if interpreting():
         return Tiles(4 * next_power_of_2(ceil_divide(problem.pixels, 64)), 1)
-    return Tiles(4, 264 if problem.kernel_size > 7 else 528)
+    if problem.kernel_size <= 7:
+        return Tiles(4, 528 if problem.kernel_size > 5 else 792)
+    return Tiles(4, 396 if problem.kernel_size <= 13 and is_hopper() else 264)
 
 
 def grad_tiles_heuristic(problem: Problem) -> Tiles:

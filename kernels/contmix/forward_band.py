@@ -20,10 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import is_hopper
 from kernels.contmix.arguments import Sizes, Tensors, launch_on, problem_of, reference_forward
-from kernels.contmix.bands import apart, as_left_side, largest, load_moved, moved, order, outputs_of_block, packed
+from kernels.contmix.bands import (
+    apart,
+    as_left_side,
+    largest,
+    load_moved,
+    lost,
+    moved,
+    outputs_of_block,
+    packed,
+    unpacked,
+)
 from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
-from kernels.contmix.tiles import at_head, cut_off, halves, key_scale, load_pixels, store_pixels
+from kernels.contmix.tiles import aligned, at_head, cut_off, halves, key_scale, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
@@ -52,24 +63,27 @@ def moved_bias(
     bias, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """Bias in the same rows, moved by 0 to 3 columns, [ROWS · SEEN, 16]: three blocks whose sum it is, and one of
-    zeros. Where there is no window position, less than any bias."""
+    """Bias in the same rows, moved by 0 to 3 columns, and zeros, [ROWS · SEEN, 16]. Where there is no window position,
+    less than any bias."""
     LOWEST: tl.constexpr = tl.constexpr(-3e6 if dtype == tl.float16 else -1e30)
-    o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, 16)
-    o_column = (o_step % SEEN)[:, None] - (o_flat % 4)[None, :]
+    o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, 16)[None, :]
+    o_column = (o_step % SEEN)[:, None] - o_flat
     o_row = (i_row + o_step // SEEN)[:, None]
     m_bias = (o_row < KERNEL) & (o_column >= 0) & (o_column < KERNEL)
     p_bias = bias.ptr + (o_row * KERNEL + o_column) * bias.k
-    b_bias = tl.load(p_bias, mask=m_bias, other=0).to(ACCUMULATOR)
+    b_bias = tl.load(p_bias, mask=m_bias & (o_flat < 4), other=0).to(ACCUMULATOR)
     # An infinite bias would not vanish where the query of ones is 0.
     b_bias = tl.where(m_bias, tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL), 1.2 * LOWEST)
-    b_bias *= 1 / key_scale(dtype)
-    b_parts = tl.zeros(b_bias.shape, dtype)
-    for part in tl.static_range(3):
-        b_part = cut_off(b_bias, dtype)
-        b_bias -= b_part.to(ACCUMULATOR)
-        b_parts = tl.where((o_flat // 4 == part)[None, :], b_part, b_parts)
-    return b_parts
+    return cut_off(tl.where(o_flat < 4, b_bias, 0.0) * (1 / key_scale(dtype)), dtype)
+
+
+@triton.jit
+def position_entries(rpb, i_group, o_entry, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr, dtype: tl.constexpr):
+    """The bits of ``dtype`` of some entries of rpb in one row; of those that are not there 0."""
+    SIDE: tl.constexpr = 2 * KERNEL - 1
+    p_entry = rpb.ptr + i_group * rpb.g + o_entry // SIDE * rpb.h + o_entry % SIDE * rpb.w
+    b_entry = tl.load(p_entry, mask=(o_entry >= 0) & (o_entry < SIDE * SIDE), other=0).to(ACCUMULATOR)
+    return cut_off(b_entry * (1 / key_scale(dtype)), dtype).to(tl.uint16, bitcast=True).to(tl.int32)
 
 
 @triton.jit
@@ -77,12 +91,11 @@ def position_table(
     rpb, i_group, KERNEL: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """rpb in one row [TABLE], which begins so early that it holds entries for inputs left of the first window, too."""
-    SIDE: tl.constexpr = 2 * KERNEL - 1
-    o_table = tl.arange(0, TABLE) - COLUMNS
-    p_table = rpb.ptr + i_group * rpb.g + o_table // SIDE * rpb.h + o_table % SIDE * rpb.w
-    b_table = tl.load(p_table, mask=(o_table >= 0) & (o_table < SIDE * SIDE), other=0).to(ACCUMULATOR)
-    return b_table * (1 / key_scale(dtype))
+    """rpb in one row [TABLE], which begins so early that it holds entries for inputs left of the first window, too;
+    each of ``packed`` with the next."""
+    b_even = position_entries(rpb, i_group, tl.arange(0, TABLE) - COLUMNS, KERNEL, ACCUMULATOR, dtype)
+    b_odd = position_entries(rpb, i_group, tl.arange(0, TABLE) - COLUMNS + 1, KERNEL, ACCUMULATOR, dtype)
+    return b_even | (b_odd << 16)
 
 
 @triton.jit
@@ -96,7 +109,7 @@ def first_entry(outputs, right, KERNEL: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def query_of_ones(right, dtype: tl.constexpr):
     """[M, 16], which bias is multiplied with."""
-    return cut_off(tl.where(right[:, None] == (tl.arange(0, 16) % 4)[None, :], 1.0, 0.0), dtype)
+    return cut_off(tl.where(right[:, None] == tl.arange(0, 16)[None, :], 1.0, 0.0), dtype)
 
 
 @triton.jit
@@ -105,11 +118,13 @@ def logits_of_rows(
     KERNEL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Logits of ROWS rows of a window from ROW on, in units of ``key_scale``: [M, ROWS · SEEN]."""
-    o_step = tl.arange(0, ROWS * SEEN)
-    o_entry = (ROW + o_step // SEEN) * (2 * KERNEL - 1) + o_step % SEEN
+    PAIRS: tl.constexpr = ROWS * SEEN // 2
+    o_pair = tl.arange(0, PAIRS)
+    o_entry = (ROW + o_pair // (SEEN // 2)) * (2 * KERNEL - 1) + o_pair % (SEEN // 2) * 2
     # A gather along the only axis goes by shared memory.
-    o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [b_query.shape[0] * ROWS * SEEN])
-    b_logits = tl.reshape(tl.gather(b_table, o_entry, 0), [b_query.shape[0], ROWS * SEEN])
+    o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [b_query.shape[0] * PAIRS])
+    b_pairs = tl.reshape(tl.gather(b_table, o_entry, 0), [b_query.shape[0], PAIRS])
+    b_logits = unpacked(b_pairs, b_query.dtype).to(tl.float32)
     b_logits = dot(b_one, tl.trans(b_bias), b_logits, UPCAST)
     b_logits = dot(b_query, tl.trans(keys[0]), b_logits, UPCAST)
     return dot(b_query, tl.trans(keys[1]), b_logits, UPCAST)
@@ -150,8 +165,7 @@ def _forward_band_kernel(
     i_group, i_batch = (i_program // programs % groups).to(tl.int64), (i_program // programs // groups).to(tl.int64)
     queries = at_head(query, i_batch, i_group, QUERY_CHANNELS)
     keys = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
-    values, outs = at_head(value, i_batch, i_group, CHANNELS), at_head(out, i_batch, i_group, CHANNELS)
-    sums = at(statistics, i_batch, i_group)
+    values = at_head(value, i_batch, i_group, CHANNELS)
 
     keys_of_rows, bias_of_rows = (), ()
     for level in tl.static_range(4):
@@ -164,15 +178,18 @@ def _forward_band_kernel(
             keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
-    o_tile, o_input = tl.arange(0, OUTPUTS) // 16, tl.arange(0, TILES * STEP * SEEN)
-    o_seen_tile, o_seen = o_input // (STEP * SEEN), order(o_input % (STEP * SEEN))
-    for i_walk in range(i_walks, i_walks + walks):
+    # Inputs of tiles by position first, else shared memory would hold what a position has in all tiles together.
+    o_tile, o_seen_tile = tl.arange(0, OUTPUTS) // 16, tl.arange(0, TILES)[None, :]
+    o_seen, o_channel = tl.arange(0, STEP * SEEN)[:, None], tl.arange(0, BLOCK_CHANNELS)[None, None, :]
+    for i_walk in tl.range(i_walks, i_walks + walks, disable_licm=True):
         row, column, outputs = outputs_of_block(i_walk, 0, height - 1, height, width, KERNEL, TILES, ACROSS, COLUMNS)
         down = outputs.start_h - window_start(row + o_tile // ACROSS * ROWS, height, KERNEL, 1)
         right = outputs.start_w - window_start(column + o_tile % ACROSS * COLUMNS, width, KERNEL, 1)
         seen_h = window_start(row + o_seen_tile // ACROSS * ROWS, height, KERNEL, 1) + o_seen // SEEN
         seen_w = window_start(column + o_seen_tile % ACROSS * COLUMNS, width, KERNEL, 1) + o_seen % SEEN
         m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w < width)
+        o_value = seen_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
+        p_value = values.ptr + aligned(o_value, CHANNELS)[:, :, None] + o_channel.to(OFFSET) * values.c
         # [M, COLUMNS · Dq]
         o_query = offsets(queries, outputs, OFFSET)
         b_query = load_moved(queries, o_query, outputs.mask | True, right, QUERY_CHANNELS, COLUMNS, BLOCK_QUERY)
@@ -200,27 +217,28 @@ def _forward_band_kernel(
 
         b_sum = tl.zeros([TILES, 16, BLOCK_CHANNELS], ACCUMULATOR)
         for i in tl.static_range(len(rows) // STEP):
-            o_h = seen_h + i * STEP
-            o_value = o_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
-            b_value = load_pixels(values, o_value, m_seen & (o_h < height), CHANNELS, BLOCK_CHANNELS)
-            b_value = tl.reshape(b_value, [TILES, STEP * SEEN, BLOCK_CHANNELS])
+            m_value = (m_seen & (seen_h + i * STEP < height))[:, :, None] & (o_channel < CHANNELS)
+            p_step = p_value + aligned(tl.cast(i * STEP, OFFSET) * values.h, CHANNELS)
+            b_value = tl.permute(tl.load(p_step, mask=m_value, other=0), [1, 0, 2])
             b_weight = as_left_side(rows[i * STEP : i * STEP + STEP], dtype)
             b_sum = dot(tl.reshape(b_weight, [TILES, 16, STEP * SEEN]), b_value, b_sum, UPCAST)
-        b_sum = tl.reshape(b_sum, [OUTPUTS, BLOCK_CHANNELS]) / b_total[:, None]
+        b_total = tl.log2(b_total)
+        b_sum = tl.reshape(b_sum, [OUTPUTS, BLOCK_CHANNELS]) * tl.exp2(lost(dtype) - b_total)[:, None]
+        outs, sums = at_head(out, i_batch, i_group, CHANNELS), at(statistics, i_batch, i_group)
         store_pixels(outs, offsets(outs, outputs, OFFSET), outputs.mask, b_sum, CHANNELS)
-        tl.store(
-            sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=outputs.mask
-        )
+        tl.store(sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + b_total) / LOG2_E, mask=outputs.mask)
 
 
 def band_arguments(tensors: Tensors, config: Tiles, sizes: Sizes) -> tuple[dict[str, Any], int]:
     """What the kernels of bands take of these rows, and their programs: one per (blocks that it walks over, group,
-    batch entry)."""
+    batch entry), such that the last of the rounds in which they run ends early. To begin takes as long as a block."""
     seen, tile_columns = tile_of(problem_of(tensors))
-    rows, columns = config.block_of(tile_columns)
-    images, outputs = sizes.groups * sizes.batch, (sizes.last_row - sizes.first_row + 1, sizes.width)
-    blocks = ceil_divide(outputs[0], rows) * ceil_divide(outputs[1], columns)
-    walks = ceil_divide(blocks, max(1, config.programs // images))
+    blocks, _, columns = config.block_of(tile_columns, sizes.last_row - sizes.first_row + 1, sizes.width)
+    images = sizes.groups * sizes.batch
+    walks = min(
+        range(1, blocks + 1),
+        key=lambda walks: (ceil_divide(images * ceil_divide(blocks, walks), config.programs) * (walks + 1), -walks),
+    )
     programs = ceil_divide(blocks, walks)
     arguments = {
         "sizes": sizes, "programs": programs, "walks": walks,
@@ -241,6 +259,8 @@ def forward_band(tensors: Tensors, *, config: Tiles) -> Tensor:
         "STEP": min(64, 2048 // block(channels)) // seen,
         "TABLE": next_power_of_2((2 * tensors.kernel_size - 1) ** 2 + seen + columns),
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
+        # Three programs of 4 warps on a processor, where it has shared memory for them.
+        "most_registers": 168 if config.programs == 396 and is_hopper() else 0,
     }
     launch_on(tensors, _forward_band_kernel, programs, **arguments)
     return tensors.out
