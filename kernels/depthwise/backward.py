@@ -30,18 +30,18 @@ EPILOGUE = 22  # what a program does once, in steps of its loop
 
 
 # As in ``forward``, what only bounds loops and masks is no constant.
-BOUNDS = ["batch", "channels", "height", "width", "tiles_h", "reach", "reach_w", "image_tiles", "chunk_images"]
+BOUNDS = ["batch", "channels", "height", "width", "tiles_h", "reach", "reach_w", "chunk_images", "tile_chunks"]
 
 
-@triton.jit(do_not_specialize=[*BOUNDS, "tile_chunks"])
+@triton.jit(do_not_specialize=BOUNDS)
 def _weight_gradient_kernel(
     grad,  # [B, C, H, W] in rows, like x
     x,  # [B, C, H, W] in rows, its strides but the last divided by VECTOR
     partial_ptr,  # [image chunks, tile chunks, C, rows, TILE_HEIGHT, extent], contiguous
-    batch, channels, height, width, tiles_h, tiles_w, step, reach, reach_w, image_tiles, chunk_images,
-    tile_chunks,
-    EXTENT_BLOCK: tl.constexpr, VECTOR: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    batch, channels, height, width, tiles_h, tiles_w, step, reach, reach_w, chunk_images, tile_chunks,
+    EXTENT_BLOCK: tl.constexpr, IMAGE_TILES: tl.constexpr, VECTOR: tl.constexpr, UPCAST: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """partial[i, r, kw] = Σ_{tiles, p} grad[tile, r, p] · x[tile, i, p + kw]: what input row i adds to kh = i − r."""
@@ -70,9 +70,9 @@ def _weight_gradient_kernel(
     o_block = tl.arange(0, BLOCK_TILES)[:, None]
     o_span = tl.arange(0, BLOCK_ROWS * SPAN)[None, :]
     o_output = tl.arange(0, TILE)[None, :]
-    # A block is image_tiles tiles of as many images as fit, so that going on to the next images divides nothing.
-    for i_tile in range(i_partial % tile_chunks * image_tiles, tiles, tile_chunks * image_tiles):
-        o_tile = i_tile + o_block % image_tiles
+    # A block is IMAGE_TILES tiles of as many images as fit, so that going on to the next images divides nothing.
+    for i_tile in range(i_partial % tile_chunks * IMAGE_TILES, tiles, tile_chunks * IMAGE_TILES):
+        o_tile = i_tile + o_block % IMAGE_TILES
         o_top, o_phase = o_tile // tiles_w // step * TILE_HEIGHT, o_tile // tiles_w % step
         o_left = o_tile % tiles_w * TILE_WIDTH
         m_tile = (o_channel < channels) & (o_tile < tiles)
@@ -84,8 +84,8 @@ def _weight_gradient_kernel(
         o_column = o_left + o_output % TILE_WIDTH
         m_grad = m_tile & (o_row < height) & (o_column < width * VECTOR)
         p_grad = grad.ptr + (o_channel * grad.c + o_row.to(OFFSET) * grad.h) * VECTOR + o_column
-        for i_image in range(i_first, i_last, BLOCK_TILES // image_tiles):
-            o_batch = (i_image + o_block // image_tiles).to(OFFSET)
+        for i_image in range(i_first, i_last, BLOCK_TILES // IMAGE_TILES):
+            o_batch = (i_image + o_block // IMAGE_TILES).to(OFFSET)
             # [T, J], [T, N]
             b_x = tl.load(p_x + o_batch * x.b * VECTOR, mask=m_x & (o_batch < i_last), other=0)
             b_grad = tl.load(p_grad + o_batch * grad.b * VECTOR, mask=m_grad & (o_batch < i_last), other=0)
@@ -184,7 +184,7 @@ def gradient_of_rows(
         "tile_chunks": tile_chunks,
         "reach_w": kernel_extent // 2,
         "EXTENT_BLOCK": next_power_of_2(kernel_extent),
-        "image_tiles": image_tiles,
+        "IMAGE_TILES": image_tiles,
     }
     launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     gradient = torch.empty((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)

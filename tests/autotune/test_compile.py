@@ -32,6 +32,7 @@ SPILLS = {
         "backward_shared_kernel": 208,  # for sm_80
         "weighted_sum_kernel": 32,  # for sm_80
         "gradients_kernel": 8,  # for sm_80
+        "weight_gradient_kernel": 16,  # for sm_80
         "convolution_kernel": 16,  # for sm_100, where it adds to what other branches gave
         "residual_kernel": 240,  # for sm_80
     },
