@@ -111,11 +111,6 @@ def _name(function: Function) -> str:
     return "function" if name == "<lambda>" else name
 
 
-def _least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
-    kinds = [tensor.dtype for tensor in tensors if tensor.dtype in tolerances.GRADIENT]
-    return max(kinds, key=tolerances.GRADIENT.__getitem__)
-
-
 def _device(function: Function, given: Any) -> torch.device:
     """Where everything runs. ValueError where that is nowhere, or more than one place."""
     if not tensors_in(given):
@@ -219,7 +214,8 @@ def _measure(
     device = settings.device
     naive = run.on("reference").checked()
     paths, operations = _paths(run, device, backends)
-    dtype = _least_precise([*run.tensors, *naive])
+    dtypes = [tensor.dtype for tensor in (*run.tensors, *naive) if tensor.dtype in tolerances.GRADIENT]
+    dtype = max(dtypes, key=tolerances.GRADIENT.__getitem__)  # the least precise
     what, tolerance = "outputs", tolerances.LOGITS
     if run.backward:
         what, tolerance = "outputs and gradients", tolerances.MODEL_GRADIENT

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 @contextmanager
 def tuning() -> Iterator[None]:
     """Inside the block, a problem without a tuned config is tuned at its first launch."""
-    with choose.asking(best_config):
+    with choose.asking(lambda request: tune(request)[0].config):
         yield
 
 
@@ -51,11 +51,6 @@ def meeting(observer: Callable[[Request], object]) -> Iterator[None]:
         torch.autograd.set_multithreading_enabled(False),  # pyright: ignore[reportPrivateImportUsage]
     ):
         yield
-
-
-def best_config(request: Request) -> Config:
-    """The config that tuning finds for a launch."""
-    return tune(request)[0].config
 
 
 def disagreement(outputs: Outputs, reference: Outputs, problem: Problem = None) -> str | None:

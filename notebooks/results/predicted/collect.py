@@ -12,23 +12,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+Case = tuple[Any, tuple[Any, ...], dict[str, Any]]  # function, tensors and options, as the emulator's cases are
 
-def _fused(batch: int, channels: int, side: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A 3×3 depthwise convolution of GELU: function, tensors and options, as the emulator's cases are."""
+
+def _depthwise(batch: int, channels: int, side: int, fused: bool = False) -> Case:
+    """A 3×3 depthwise convolution, or one of GELU."""
+    import kernels
     from kernels.depthwise.sliding import gelu_convolve
 
-    tensors = _map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)
-    return lambda *given: gelu_convolve(*given, True)[0], tensors, {}
+    function = (lambda *given: gelu_convolve(*given, True)[0]) if fused else kernels.depthwise_conv2d
+    return function, (_map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)), {}
 
 
-def _depthwise(batch: int, channels: int, side: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A 3×3 depthwise convolution."""
-    import kernels
-
-    return kernels.depthwise_conv2d, (_map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)), {}
-
-
-def _branches(batch: int, channels: int, side: int, kernel_size: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _branches(batch: int, channels: int, side: int, kernel_size: int) -> Case:
     """All branches of a large kernel and their batch norms in training."""
     from kernels.depthwise.op import normed_branches
     from models.layers import DilatedReparamBlock
@@ -53,8 +49,8 @@ def _map(batch: int, channels: int, side: int) -> Any:
 
 
 OTHERS = {
-    "fused.56": (_fused, (128, 224, 56)),
-    "fused.14": (_fused, (128, 768, 14)),
+    "fused.56": (_depthwise, (128, 224, 56, True)),
+    "fused.14": (_depthwise, (128, 768, 14, True)),
     "depthwise3.56": (_depthwise, (128, 224, 56)),
     "depthwise3.14": (_depthwise, (128, 768, 14)),
     "branches.56": (_branches, (128, 56, 56, 17)),
@@ -73,21 +69,22 @@ def main(folder: str, *wanted: str) -> None:
     path = Path(__file__).with_name(f"triton_{triton.__version__}.json")
     rows = {(row["case"], row["pass"]): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     order = [name for name in predict.CASES if not wanted or name.startswith(wanted)]
-    for name, backward in itertools.product(order, (False, True)):
-        found = [predict.predict(launch) for launch in predict.run_case(predict.CASES[name], backward=backward)]
+    for name, kind in itertools.product(order, ("forward", "backward")):
+        launches = predict.run_case(predict.CASES[name], backward=kind == "backward")
+        found = [predict.predict(launch) for launch in launches]
         if not found:
             continue
         longest = max(found, key=lambda launch: launch["predicted"])
-        rows[name, "backward" if backward else "forward"] = {
+        rows[name, kind] = {
             "case": name,
-            "pass": "backward" if backward else "forward",
+            "pass": kind,
             "launches": len(found),
             "floor_microseconds": round(sum(launch["floor"] for launch in found), 2),
             "microseconds": round(sum(launch["predicted"] for launch in found), 2),
             "bound_by": f"{longest['kernel']}: {longest['bound']}",
             "spilled_bytes": sum(launch["spilled"] for launch in found),
         }
-        print(rows[name, "backward" if backward else "forward"], flush=True)
+        print(rows[name, kind], flush=True)
         cases = list(predict.CASES)
         ordered = sorted(rows.values(), key=lambda row: (cases.index(row["case"]), row["pass"] == "backward"))
         record = {"triton": triton.__version__, "architecture": "sm_90", "rows": ordered}
