@@ -18,43 +18,42 @@ PACKAGES = {"models": models.__main__.main, "autotune": autotune.__main__.main}
 INTEGER, NUMBER = ["-1", "1.5", "x", "", "nan", "1e3", str(10**10), "9" * 5000], ["inf", "-inf", "nan", "1e400", "x"]
 
 
+FINETUNE, EVALUATE, CLASSIFY = "finetune D --model M --output O", "evaluate D --model M", "classify I --model M"
+
+
 @pytest.mark.parametrize(
-    ("command", "option", "values"),
+    ("command", "values"),
     [
-        *((f"models finetune D --model M --output O {option}", option, [*INTEGER, "0"])
+        *((f"models {FINETUNE} {option}", [*INTEGER, "0"])
           for option in ("--epochs", "--batch", "--accumulate", "--log-every")),
-        *((f"models finetune D --model M --output O {option}", option, INTEGER)
-          for option in ("--workers", "--save-every")),
-        ("models finetune D --model M --output O --seed", "--seed", ["-1", "nan", str(10**30)]),
-        *((f"models finetune D --model M --output O {option}", option, [*NUMBER, "-1"])
+        *((f"models {FINETUNE} {option}", INTEGER) for option in ("--workers", "--save-every")),
+        (f"models {FINETUNE} --seed", ["-1", "nan", str(10**30)]),
+        *((f"models {FINETUNE} {option}", [*NUMBER, "-1"])
           for option in ("--lr", "--min-lr", "--warmup-epochs", "--warmup-lr", "--weight-decay", "--aux-weight",
                          "--clip", "--mixup", "--cutmix")),
-        *((f"models finetune D --model M --output O {option}", option, [*NUMBER, "-0.1", "1.1"])
-          for option in ("--label-smoothing", "--ema", "--drop-path", "--least-area", "--flip",
+        *((f"models {FINETUNE} {option}", [*NUMBER, "-0.1", "1.1"])
+          for option in ("--label-smoothing", "--ema", "--drop-path", "--layer-decay", "--least-area", "--flip",
                          "--erasing")),
-        ("models evaluate D --model M --batch", "--batch", [*INTEGER, "0"]),
-        ("models evaluate D --model M --save-every", "--save-every", [*INTEGER, "0"]),
-        ("models evaluate D --model M --workers", "--workers", [*INTEGER, "5000"]),
-        ("models classify I --model M --crop-pct", "--crop-pct", [*NUMBER, "0", "1e-300", "3"]),
-        ("models classify I --model M --size", "--size", ["31", "x", "64x", "1x1", "-64", "9" * 5000, "20000", "64.5"]),
-        *((f"models {command} --model M --device", "--device", ["meta", "abacus", "cuda:99", ""])
-          for command in ("classify I", "evaluate D", "finetune D --output O")),
-        *((f"autotune {command} --device", "--device", ["meta", "abacus", "cuda:99", ""])
-          for command in ("profile", "bench", "tune --all")),
-        *((f"autotune {command}", command.split()[-1], [*INTEGER, "0"])
-          for command in ("profile --batch", "bench --batch", "tune --all --batch",
-                          "tune --all --candidates")),
-        *((f"autotune {command}", command.split()[-1], [*NUMBER, "0", "-1"])
-          for command in ("bench --seconds", "tune --all --seconds")),
-        ("autotune bench --size", "--size", ["31", "9" * 5000, "20000"]),
+        (f"models {EVALUATE} --batch", [*INTEGER, "0"]),
+        (f"models {EVALUATE} --save-every", [*INTEGER, "0"]),
+        (f"models {EVALUATE} --workers", [*INTEGER, "5000"]),
+        (f"models {CLASSIFY} --crop-pct", [*NUMBER, "0", "1e-300", "3"]),
+        (f"models {CLASSIFY} --size", ["31", "x", "64x", "1x1", "-64", "9" * 5000, "20000", "64.5"]),
+        ("autotune bench --size", ["31", "9" * 5000, "20000"]),
+        *((f"{command} --device", ["meta", "abacus", "cuda:99", ""])
+          for command in (f"models {CLASSIFY}", f"models {EVALUATE}", f"models {FINETUNE}", "autotune profile",
+                          "autotune bench", "autotune tune --all")),
+        *((f"autotune {command}", [*INTEGER, "0"])
+          for command in ("profile --batch", "bench --batch", "tune --all --batch", "tune --all --candidates")),
+        *((f"autotune {command}", [*NUMBER, "0", "-1"]) for command in ("bench --seconds", "tune --all --seconds")),
     ],
-    ids=lambda value: value if isinstance(value, str) and value.startswith(("models", "autotune")) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_every_number_is_bounded_and_refused_by_its_option(capsys, command, option, values):
-    package, *arguments = command.split()
+def test_every_number_is_bounded_and_refused_by_its_option(capsys, command, values):
+    package, *arguments, option = command.split()
     for value in values:
         with pytest.raises(SystemExit) as ended:
-            PACKAGES[package]([*arguments[:-1], f"{option}={value}"])
+            PACKAGES[package]([*arguments, f"{option}={value}"])
         assert ended.value.code == 2
         assert f"argument {option}: must be " in capsys.readouterr().err
 
