@@ -7,11 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.arguments import Rows, Tensors, launch_on, problem_of
-from kernels.contmix.backward_tables import Sums
 from kernels.contmix.bands import first_block, first_seen, load_moved
 from kernels.contmix.configs import block, tile_of
 from kernels.contmix.tiles import at_head, load_pixels, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
+from kernels.neighborhood.tables import Sums
 from kernels.products import dot
 from kernels.sum_rows import sum_rows
 from kernels.views import at, view

@@ -11,10 +11,10 @@ from torch import Tensor
 from kernels.contmix.arguments import Rows, Sizes, Targets, Tensors, part_of, problem_of
 from kernels.contmix.backward_band import grad_logits_band
 from kernels.contmix.backward_band_stored import grad_parameters_band, grad_value_band
-from kernels.contmix.backward_tables import fold
 from kernels.contmix.bands import rows_of_block
 from kernels.contmix.configs import Problem, tile_of
 from kernels.launch import ceil_divide
+from kernels.neighborhood.tables import fold
 
 # Numbers of one kind that a backward pass stores at a time, p and ds each, or as many as value has: 32 MB of 16 bits.
 MOST_STORED = 1 << 24

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.arguments import Targets, Tensors, adding, launch_on, problem_of, reference_gradients
-from kernels.contmix.backward_tables import Sums, fold
 from kernels.contmix.configs import SHARED, Shared, backward_heuristic
 from kernels.contmix.forward_shared import shared_arguments
 from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
 from kernels.launch import ceil_divide
+from kernels.neighborhood.tables import Sums, fold
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import View, at, view

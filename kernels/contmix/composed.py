@@ -62,7 +62,7 @@ def backward_composed(tensors: Tensors, targets: Targets) -> None:
         grad_logits = torch.empty_like(weights.kernel)
         _, grad_value = softmax_backward(part.grad, part.value, weights, grad_logits, window)
         into.value.copy_(grad_value)
-        grad_table[heads] += grad_rpb(grad_logits, window)
+        grad_table[heads] += grad_rpb(grad_logits, window, grad_table.dtype)
         matrices = grad_logits.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(2, 3)
         grad_query = (keys[:, :, :-1] @ matrices.mT).view(into.query.shape)
         into.query.copy_(grad_query if into.previous is None else grad_query + into.previous)
