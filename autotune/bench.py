@@ -104,7 +104,8 @@ def _in_turns(found: Sequence[workloads.Workload]) -> list[workloads.Workload]:
 
 def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case]:
     small, plans = arguments.quick, list[Plan]()
-    for name in arguments.model or (["rednet26"] if small else ["*"]):
+    for name in arguments.model or ["*"]:
+        name = "rednet26" if small and name == "*" else name
         known = [plan for plan in PLANS if name in (plan.model, "*") and not small]
         if not known and name not in models.list_models():
             raise ValueError(f"--model must be one of {', '.join(models.list_models())}; got {name!r}")

@@ -1,5 +1,6 @@
 """``python -m autotune bench``: operators and models are checked before they are timed."""
 
+import argparse
 import dataclasses
 import json
 
@@ -207,3 +208,8 @@ def test_compile_only_times_nothing(tmp_path, monkeypatch):
     assert main(["bench", "--operator", "na2d_av", "--quick", "--compile-only", "--out", str(tmp_path)]) == 0
     assert compiled == ["eager", "eager"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quick_takes_one_model_for_those_of_make_gpu():
+    arguments = argparse.Namespace(model=["*"], quick=True, batch=None, size=None)
+    assert {case.facts["model"] for case in bench._model_cases(arguments, SETTINGS)} == {"rednet26"}
