@@ -30,6 +30,7 @@ A value of x that is not finite may reach any output of its own image and channe
 no other image and no other channel.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,16 +55,16 @@ SMALL_HEIGHT = 16  # of maps on which that would leave tiles half empty
 
 # What only bounds loops and masks is no constant: each of a model's large kernels, and each of their branches, would
 # have code of its own, which takes a second to compile.
-@triton.jit(do_not_specialize=["channels", "height", "width", "tiles", "tiles_h", "reach", "band_rows"])
+@triton.jit(do_not_specialize=["channels", "height", "width", "out_width", "tiles", "tiles_h", "reach", "band_rows"])
 def _convolution_kernel(
     x,  # [B, C, H, W] in rows, strides but the last and the width divided by VECTOR
     band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
     bias,  # [C], not read without HAS_BIAS
-    out,  # like x
-    channels, height, width, tiles, tiles_h, tiles_w, step, reach, band_rows,
-    VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    out,  # [B, C, H, W'], strides but the last and out_width divided by OUT_VECTOR
+    channels, height, width, out_width, tiles, tiles_h, tiles_w, step, reach, band_rows,
+    VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     MARGIN: tl.constexpr = (SPAN - TILE_WIDTH) // 2
     tile_blocks = tl.cdiv(tiles, BLOCK_TILES)
@@ -114,8 +115,8 @@ def _convolution_kernel(
     o_row = (o_top + o_output // TILE_WIDTH) * step + o_phase
     o_column = o_left + o_output % TILE_WIDTH
     o_out = o_channel * out.c + o_image * out.b + o_row.to(OFFSET) * out.h
-    m_out = m_tile & (o_row < height) & (o_column < width * VECTOR)
-    p_out = out.ptr + o_out * VECTOR + o_column
+    m_out = m_tile & (o_row < height) & (o_column < out_width * OUT_VECTOR)
+    p_out = out.ptr + o_out * OUT_VECTOR + o_column
     if ADD:
         b_sum += tl.load(p_out, mask=m_out, other=0).to(ACCUMULATOR)
     tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
@@ -176,9 +177,10 @@ def band_of(
     return band
 
 
-def in_vectors(tensor: Tensor) -> View:
-    """A view of rows whose strides count vectors: multiplying by them in a kernel tells Triton how accesses align."""
-    strides, vector = view(tensor, "b c h w"), vector_of(tensor)
+def in_vectors(tensor: Tensor, vector: int = 0) -> View:
+    """A view of rows whose strides count vectors, of 16 bytes or as many elements as are said: multiplying by them in a
+    kernel tells Triton how accesses align."""
+    strides, vector = view(tensor, "b c h w"), vector or vector_of(tensor)
     return strides._replace(b=strides.b // vector, c=strides.c // vector, h=strides.h // vector)
 
 
@@ -226,17 +228,20 @@ def convolve_rows(
 ) -> None:  # fmt: skip
     """The convolution of ``source``, which has x in rows, into or (``add``) onto the rows ``out``."""
     step = dilation if x.shape[2] > SMALL_HEIGHT else 1
-    common = common_arguments(x, (out, source), weight.shape[-1], dilation, step, config)
+    common = common_arguments(x, (source, out), weight.shape[-1], dilation, step, config)
     tiles = x.shape[0] * step * common["tiles_h"] * common["tiles_w"]
     rows = config.tile_height + 2 * common["reach"] + config.block_rows - 1
     band = band_of(weight, flipped, dilation, step, rows, config, common["TILE_WIDTH"], common["SPAN"])
+    out_vector = math.gcd(vector_of(out), out.shape[3])
     # One program per (block of tiles, block of channels), tiles fastest: they share the band.
     grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(x.shape[1], config.block_channels),)
     arguments = {
         "x": in_vectors(source),
         "band_ptr": band,
         "bias": View(out) if bias is None else view(bias, "c"),
-        "out": in_vectors(out),
+        "out": in_vectors(out, out_vector),
+        "out_width": out.shape[3] // out_vector,
+        "OUT_VECTOR": out_vector,
         **common,
         "tiles": tiles,
         "band_rows": band.shape[2],
@@ -266,6 +271,8 @@ def convolve(
     if x.numel() == 0:
         return empty_like_map(x)
     check_size(x)
-    out = new_rows(x)
+    # Channels first, rows of 8 bytes can be written to as they lie in the result, which spares a copy.
+    as_given = x.is_contiguous() and x.shape[3] * x.element_size() % 8 == 0
+    out = x.new_empty(x.shape) if as_given else new_rows(x)
     convolve_rows(x, rows_of(x), out, weight, bias, flipped, dilation, config=config)
     return in_layout_of(x, out)
