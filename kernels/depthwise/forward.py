@@ -21,7 +21,7 @@ A map no wider than a span has one tile across and no halo: at 14 x 14 that halv
 vectors which the software pipeline fetches ahead, 8 bytes for the band, so that L1 keeps it. In float32 each product
 is three (``products.dot``). Rows must be aligned for this (``rows``): channels-last tensors, and maps with rows of
 another length than a multiple of 16 bytes, are copied before and after, two passes over memory where a thread per
-output would cost ten.
+output would cost ten; sums, channels first, need no copy where rows are multiples of 8 bytes.
 
 PyTorch's own convolution is a config like the others (``LIBRARY``): tuning always times it, and small problems get it
 untuned.
