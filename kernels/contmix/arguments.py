@@ -71,8 +71,8 @@ class Rows(NamedTuple):
     """Some rows of outputs of some batch entries, and what the first kernel leaves of them for the others."""
 
     sizes: Sizes
-    weights: Tensor  # [B, G, rows, K / ROWS, W, S]: p; of a band [B, G, rows, W, patch]
-    grad_logits: Tensor  # the same: ds; of a band [B, G, rows, W, rows of a window · SEEN]
+    weights: Tensor  # [B, G, rows, W, patch]: p
+    grad_logits: Tensor  # [B, G, rows, W, rows of a window · SEEN]: ds
 
 
 Parts = TypeVar("Parts", Tensors, Targets)

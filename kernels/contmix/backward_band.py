@@ -1,7 +1,7 @@
 # pyright: reportGeneralTypeIssues=false
 
-"""The first kernel of ContMix's backward pass for large windows of 16-bit numbers, where nearly every output has a
-window of its own.
+"""The first kernel of ContMix's backward pass for windows of 16-bit numbers, where nearly every output has one of its
+own.
 
 Tiles and logits are those of ``forward_band``. The inputs that a tile sees are whole tiles, too, as wide and high as
 those of outputs, the first of which begins K // 2 before the map: so p, of as many rows of inputs as such tiles have at

@@ -30,7 +30,8 @@ def contmix2d(
     Both steps before the softmax are linear, so they are computed in the other order: keys projected once,
     projected[c,k] = Σ_l key[c,l] · proj_weight[k,l], then logits[n,k] = Σ_c query[c,n] · projected[c,k] + proj_bias[k].
     That needs no affinity tensor and Dq instead of Dq·L/ΣK² + L multiply-adds per logit (16 instead of 53 in OverLoCK).
-    The logits are never stored: a kernel computes those of its own pixels (Triton), or a few megabytes live at a time.
+    The logits are never stored whole: a kernel computes those of its own pixels (Triton, in 16 bits or where outputs
+    share windows), or some megabytes live at a time.
 
     Args:
         query: [B, G, Dq, H, W]; no scale is applied.

@@ -1,7 +1,5 @@
 """Which config each neighbourhood kernel runs with: dense products where outputs share windows, rows elsewhere."""
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass, replace

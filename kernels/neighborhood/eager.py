@@ -6,8 +6,6 @@ The only tensor of the logits' size is their gradient: bias, softmax and band ex
 backward pass runs the softmax again, which costs no more than recovering p from log Σ exp and is more accurate.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -6,8 +6,6 @@ correlate           Σ_c g[i,c] · value[nbr(i,k),c]
 softmax_backward    the gradients of a softmax's logits, p · (correlate − δ), and of value, transpose
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

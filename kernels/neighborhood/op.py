@@ -1,7 +1,5 @@
 """Neighbourhood operators: windows that slide inward at the border, so that every output has K² true neighbours."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kernels import reference

@@ -9,8 +9,6 @@ See ``own_tiles`` for how a program cuts the map. A warp issues C·K²/32 multip
 source once for all rows of a tile.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

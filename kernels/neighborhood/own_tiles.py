@@ -9,8 +9,6 @@ What weighs a source row is one block of *taps* [R, P, S]: own rows, columns, an
 two. Own rows of a tile are few and the same for all lanes; so whether a row sees a source row is a branch.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

@@ -13,8 +13,6 @@ Each entry of a dynamic kernel is read or written exactly once per kernel, along
 adjacent in memory.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

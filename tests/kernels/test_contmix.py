@@ -1,4 +1,4 @@
-"""contmix2d beyond the rules for every operator: both of its forms, what it stores, what rounding and NaN do."""
+"""contmix2d beyond the rules for every operator: its forms, what it stores, what rounding and NaN do."""
 
 import math
 
