@@ -122,12 +122,13 @@ def _convolution_kernel(
     tl.store(p_out, b_sum.to(out.ptr.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["band_rows", "rows", "reach", "reach_w"])
+@triton.jit(do_not_specialize=["band_rows", "rows"])
 def _band_kernel(
-    weight,  # [C, K, K], which reaches so many rows and columns from its centre
+    weight,  # [C, K, K], which spans KERNEL rows and EXTENT columns
     band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
-    band_rows, rows, row_dilation, dilation, reach, reach_w,
-    FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    band_rows, rows, row_dilation, dilation,
+    KERNEL: tl.constexpr, EXTENT: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     elements = SPAN * TILE_WIDTH * band_rows
     blocks = tl.cdiv(elements, BLOCK)
@@ -136,12 +137,12 @@ def _band_kernel(
     o_row = o_element // TILE_WIDTH % band_rows
     o_span = o_element // TILE_WIDTH // band_rows
     o_kernel_h = rows - 1 - o_row
-    o_kernel_w = o_span - o_element % TILE_WIDTH + (reach_w - (SPAN - TILE_WIDTH) // 2)
-    m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h <= 2 * reach)
-    m_weight &= (o_kernel_w >= 0) & (o_kernel_w <= 2 * reach_w)
+    o_kernel_w = o_span - o_element % TILE_WIDTH + (EXTENT // 2 - (SPAN - TILE_WIDTH) // 2)
+    m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h < KERNEL)
+    m_weight &= (o_kernel_w >= 0) & (o_kernel_w < EXTENT)
     m_weight &= (o_kernel_h % row_dilation == 0) & (o_kernel_w % dilation == 0)
     if FLIPPED:
-        o_kernel_h, o_kernel_w = 2 * reach - o_kernel_h, 2 * reach_w - o_kernel_w
+        o_kernel_h, o_kernel_w = KERNEL - 1 - o_kernel_h, EXTENT - 1 - o_kernel_w
     o_weight = o_kernel_h // row_dilation * weight.h + o_kernel_w // dilation * weight.w
     b_weight = tl.load(weight.ptr + i_channel * weight.c + o_weight, mask=m_weight, other=0)
     tl.store(band_ptr + i_channel * elements + o_element, b_weight, mask=o_element < elements)
@@ -164,8 +165,8 @@ def band_of(
         "rows": rows,
         "row_dilation": dilation // step,
         "dilation": dilation,
-        "reach": extent(weight.shape[-1], dilation // step) // 2,
-        "reach_w": extent(weight.shape[-1], dilation) // 2,
+        "KERNEL": extent(weight.shape[-1], dilation // step),
+        "EXTENT": extent(weight.shape[-1], dilation),
         "FLIPPED": flipped,
         "SPAN": span,
         "TILE_WIDTH": tile_width,
