@@ -58,8 +58,11 @@ def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
 
 
 def test_a_heuristic_that_cannot_take_a_problem_is_named(folders, capsys, monkeypatch):
+    def fails(problem: Problem) -> None:
+        raise ZeroDivisionError
+
     Store(folders[0], GPU).update({KEY: ENTRY})
-    monkeypatch.setattr(TOY, "heuristic", lambda problem: 1 // 0)
+    monkeypatch.setattr(TOY, "heuristic", fails)
     assert _shown(capsys)["entries"][0]["unused"].startswith("no launch can meet this problem (ZeroDivisionError")
 
 
