@@ -103,6 +103,12 @@ class Tiles:
         blocks = [(ceil_divide(height, rows) * ceil_divide(width, wide), rows, wide) for rows, wide in shapes]
         return min(blocks, key=lambda block: (block[0], block[1] + block[2]))
 
+    @property
+    def most_registers(self) -> int:
+        """Of a thread in the forward pass, so that three programs of 4 warps share a processor, where it has shared
+        memory for them; 0: as many as it takes."""
+        return 168 if self.programs == 396 and is_hopper() else 0
+
 
 SHARED = tuple(
     Shared(pixels, steps, images, warps, stages)

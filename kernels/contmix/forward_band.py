@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import is_hopper
 from kernels.contmix.arguments import Sizes, Tensors, launch_on, problem_of, reference_forward
 from kernels.contmix.bands import (
     apart,
@@ -259,8 +258,7 @@ def forward_band(tensors: Tensors, *, config: Tiles) -> Tensor:
         "STEP": min(64, 2048 // block(channels)) // seen,
         "TABLE": next_power_of_2((2 * tensors.kernel_size - 1) ** 2 + seen + columns),
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
-        # Three programs of 4 warps on a processor, where it has shared memory for them.
-        "most_registers": 168 if config.programs == 396 and is_hopper() else 0,
+        "most_registers": config.most_registers,
     }
     launch_on(tensors, _forward_band_kernel, programs, **arguments)
     return tensors.out
