@@ -1,12 +1,10 @@
 """What training minimises, and how a step's rates follow from its number: nothing here has a state to be saved."""
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models._contract import BackboneContract
 from models.commands.augmentation import timm_part
@@ -58,16 +56,6 @@ def cosine_with_warmup(
         return peak * (step + 1) / (warmup + 1) if first is None else first + (peak - first) * step / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def warmed_up_ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """For ``AveragedModel``: update n decays by min(decay, (1 + n) / (10 + n)). So a short run forgets its start."""
-
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        n = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(list(averaged), list(current), count)
-
-    return update
 
 
 def parameter_groups(

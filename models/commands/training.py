@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset, Subset
 
 from kernels.files import atomic_write, writing
@@ -28,7 +28,7 @@ from models.commands.dispatch import CommandError
 from models.commands.evaluate import count_correct, predict
 from models.commands.files import BEST, LAST, LOG, STATE, plain, read_state
 from models.commands.folders import TrainingBatches, loader
-from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss, warmed_up_ema
+from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss
 from models.commands.progress import Bar
 from models.commands.recipe import OPTIONS, Recipe
 from models.commands.types import DTYPES
@@ -93,7 +93,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.average: AveragedModel | None = None
         if recipe.ema_decay:
-            self.average = AveragedModel(model, multi_avg_fn=warmed_up_ema(recipe.ema_decay), use_buffers=True)
+            self.average = AveragedModel(model, use_buffers=True)
         self.step = 0
         self.best: float | None = None
         self.log: list[dict[str, Any]] = []
@@ -230,6 +230,9 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
+            # So a short run forgets its start. AveragedModel would hand over its count on the GPU, to be waited for.
+            decay = min(recipe.ema_decay, (1 + self.step) / (10 + self.step))
+            self.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
             self.average.update_parameters(self.model)
         self.step += 1
 

@@ -174,6 +174,20 @@ def test_accumulated_batches_are_one_large_batch(optimizer):
     assert relative_error(other, one) < 1e-3
 
 
+def test_averaged_weights_forget_their_start():
+    """The average is the first step's weights; step n, counted from 0, keeps min(decay, (1 + n) / (10 + n)) of it."""
+    model = tiny_volo(num_classes=3, return_dense=False).double()
+    trainer, weights = Trainer(model, Recipe(epochs=2, batch=8, ema_decay=0.3), colours(), None, CPU), []
+    vector = nn.utils.parameters_to_vector
+    trainer.optimizer.register_step_post_hook(lambda *_: weights.append(vector(model.parameters()).detach().clone()))
+    trainer.fit()
+    expected = weights[0]
+    for kept, last in zip((2 / 11, 3 / 12, 0.3, 0.3, 0.3), weights[1:], strict=True):
+        expected = kept * expected + (1 - kept) * last
+    assert trainer.average is not None
+    torch.testing.assert_close(vector(trainer.average.module.parameters()).detach(), expected)
+
+
 def test_a_frozen_backbone_stays_as_it_is():
     """Its batch norms, too, from epoch to epoch; the classifiers learn."""
     model, images = tiny_volo(num_classes=3).double(), colours()
