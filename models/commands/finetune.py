@@ -6,7 +6,8 @@
 DIR holds train and val, each with one folder per class. The run keeps in --output: state.pt (to continue),
 log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights, which tell evaluate and
 classify (--run) what they are of. Call the same command again after a kill and it continues, with the result it would
-have had. (torchrun takes --run DIR for an option of its own: write --checkpoint DIR/best.safetensors there.)
+have had; with more than two processes, but for rounding. (torchrun takes --run DIR for an option of its own: write
+--checkpoint DIR/best.safetensors there.)
 
 AdamW; linear warm-up, then half a cosine; random-resized crops and flips; label smoothing; the averaged weights (EMA)
 are the ones evaluated and kept. OverLoCK trains with its auxiliary loss; VOLO on its summed logits, or, with

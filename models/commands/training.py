@@ -3,6 +3,8 @@
 Everything random in a step (which images, their crops, dropped paths, mixed boxes) is drawn from generators seeded with
 the run's seed and the number of the step; learning rate and averaging follow from that number, too. So the state of a
 run is its weights, the optimiser's moments and the number, and a run that continues takes the path it would have taken.
+With more than two processes that holds but for rounding: DistributedDataParallel puts gradients into other buckets
+after a process's first step, and in which order three numbers are added depends on their place in a bucket.
 """
 
 import contextlib
