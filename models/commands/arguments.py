@@ -55,7 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     text = "the best weights of a finetune's --output, with its model, sizes and classes"
     weights.add_argument("--run", type=best_of_run, dest="checkpoint", metavar="DIR", help=text)
     weights.add_argument("--pretrained", action="store_true", help="the official ImageNet weights, downloaded once")
-    text = "use_ema=False: the last weights of a file that has averaged ones beside them"
+    text = "the last weights of a file that has averaged ones, too (use_ema=False in Python)"
     parser.add_argument("--no-ema", action="store_true", help=text)
     text = "what else the model's function takes, as in drop_path_rate=0.2"
     kwargs: dict[str, Any] = {"type": model_option, "nargs": "+", "default": [], "metavar": "NAME=VALUE"}
@@ -82,7 +82,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -
     if not loads:
         group.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 and fp16 by autocast (fp32)")
         group.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
-    most, text = min(4, os.cpu_count() or 1), "that load images (%(default)s)"
+    most, text = min(4, os.cpu_count() or 1), "processes that load images (%(default)s)"
     group.add_argument("--workers", type=processes, default=most, metavar="N", help=text)
 
 

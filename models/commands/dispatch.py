@@ -95,9 +95,8 @@ def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
         if error.name is None or error.name.partition(".")[0] in OURS:
             raise
         command = name.rpartition(" ")[2]
-        raise CommandError(
-            f"{command} needs the package {error.name}, which is not installed here; pip install -e . brings it"
-        ) from None
+        missing = f"{command} needs the package {error.name}, which is not installed here"
+        raise CommandError(f"{missing}; pip install -e . in a checkout brings it") from None
 
 
 def _give_up_stdout() -> bool:

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("recipe")
     group.add_argument("--recipe", choices=tuple(PUBLISHED), help="what the paper trained with, see above")
-    group.add_argument("--drop-path", type=Number(at_least=0, below=1), metavar="RATE", help="(the model's own)")
+    text = "chance that a block is skipped (the model's own)"
+    group.add_argument("--drop-path", type=Number(at_least=0, below=1), metavar="RATE", help=text)
     for known in fields(Recipe):  # what is not given is the recipe's
         flag, kind, text = known.metadata["flag"], known.metadata["kind"], known.metadata["help"]
         how: dict[str, Any] = {"type": kind, "metavar": "TEXT" if kind is str else "N"}
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             how = {"action": "store_true"}
         elif isinstance(kind, tuple):
             how = {"choices": kind}
-        text = text if known.default in (None, "", False) else f"{text} ({known.default})"
+        text = text if known.default is None or kind in (bool, str) else f"{text} ({known.default})"
         group.add_argument(flag, dest=known.name, default=argparse.SUPPRESS, help=text, **how)
 
     common.add_image_arguments(parser)
