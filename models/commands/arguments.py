@@ -118,8 +118,11 @@ def build_model(
         if given.get("num_classes", num_classes) != num_classes:
             raise ValueError(f"--model-kwargs: num_classes must be {num_classes} here, got {given['num_classes']}")
         options["num_classes"] = num_classes
-    with torch.device("meta"):
-        outline = create_model(arguments.model, **options)
+    try:
+        with torch.device("meta"):
+            outline = create_model(arguments.model, **options)
+    except (ValueError, TypeError) as error:  # which names arguments of Python's functions
+        raise ValueError(f"--model or --model-kwargs: {error}") from error
     if not isinstance(outline, BackboneContract) or outline.features_only:
         raise ValueError(f"--model must be a classifier, got {arguments.model} with {options}")
     if arguments.size is not None and outline.fixed_input_size and "img_size" not in given:

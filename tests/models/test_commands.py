@@ -71,7 +71,7 @@ def test_classify_refuses_before_anything_is_written(tmp_path, photographs, weig
     text.write_text("no image")
     for arguments, told in (
         ([photograph, text], str(text)),
-        ([photograph, "--model", "tiny_vol"], "did you mean"),
+        ([photograph, "--model", "tiny_vol"], "--model or --model-kwargs: name: no model 'tiny_vol'; did you mean"),
         ([photograph, "--checkpoint", weights, "--classes", text], "3 classes"),
         ([photograph, "--checkpoint", absent / "w.pth"], "no file"),
         ([photograph, "--output", absent / "bars.png"], "--output: there is no folder"),

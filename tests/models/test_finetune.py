@@ -89,7 +89,7 @@ def test_finetune_refuses_before_anything_is_written(tmp_path, photographs, weig
         (finetune(tmp_path / "none", output), "no folder"),
         (finetune(photographs, output, "--checkpoint", photographs / "val" / "ant" / "0.png"), "0.png"),
         (finetune(photographs, output, "--model-kwargs", "num_classes=7"), "num_classes must be 3"),
-        (finetune(photographs, output, "--model-kwargs", "depth=7"), "depth"),
+        (finetune(photographs, output, "--model-kwargs", "depth=7"), "--model or --model-kwargs: "),
         (finetune(photographs, weights), "--output must be a folder"),
         (["finetune", photographs, "--output", output], "--model is needed"),
     ):
