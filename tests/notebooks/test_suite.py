@@ -13,6 +13,7 @@ from autotune.__main__ import main
 from autotune.cases import LOST
 from autotune.results import Folder, ceilings_told, tables
 from notebooks.results import suite
+from notebooks.results.predicted import measure
 from notebooks.results.suite import Phase, phases_of, run_phases, summary
 from tests.support import in_a_process
 
@@ -51,6 +52,14 @@ def test_no_phase_takes_another_with_it(tmp_path, monkeypatch):
     assert found["hanging"]["seconds"] < 20
     assert "log" not in found["well"]
     assert "| hanging | out of time |" in (tmp_path / "summary.md").read_text()
+
+
+def test_times_of_kernels_are_kept_where_there_is_no_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        measure.main([str(tmp_path / "kernels.json")])
+    assert "this measures a GPU, and there is none here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_crashed_process_is_started_again_and_told(tmp_path):

@@ -6,6 +6,7 @@ from the repository's root; the folder holds ``predict.py``. Cases that begin wi
 others stay. Takes minutes. Times are sums over a case's launches, in microseconds.
 """
 
+import argparse
 import itertools
 import json
 import sys
@@ -60,15 +61,19 @@ OTHERS = {
 }
 
 
-def main(folder: str, *wanted: str) -> None:
-    sys.path.insert(0, folder)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER_OF_THE_EMULATOR")
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    given = parser.parse_args()
+    sys.path.insert(0, given.folder)
     import predict  # pyright: ignore[reportMissingImports]
     import triton
 
     predict.CASES.update(OTHERS)
     path = Path(__file__).with_name(f"triton_{triton.__version__}.json")
     rows = {(row["case"], row["pass"]): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    order = [name for name in predict.CASES if not wanted or name.startswith(wanted)]
+    order = [name for name in predict.CASES if not given.cases or name.startswith(tuple(given.cases))]
     for name, kind in itertools.product(order, ("forward", "backward")):
         launches = predict.run_case(predict.CASES[name], backward=kind == "backward")
         found = [predict.predict(launch) for launch in launches]
@@ -92,4 +97,4 @@ def main(folder: str, *wanted: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

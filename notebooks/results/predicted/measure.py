@@ -6,11 +6,11 @@ from the repository's root. Cases carry collect.py's names. Each kernel's time i
 GPU's L2 cache is overwritten, as read by PyTorch's profiler; in microseconds, in the order of the launches.
 """
 
+import argparse
 import functools
 import json
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,18 @@ def _predictions() -> dict[tuple[str, str], float]:
     return {(row["case"], row["pass"]): row["microseconds"] for row in json.loads(newest.read_text())["rows"]}
 
 
-def main(file: str, *wanted: str) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE.json", help="what it writes, over what is there")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="beginnings of names (default: all cases)")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("this measures a GPU, and there is none here")
     device = timing.best_device()
     predicted = _predictions()
     rows: list[dict[str, Any]] = []
     for name, workload in cases().items():
-        if wanted and not name.startswith(wanted):
+        if given.cases and not name.startswith(tuple(given.cases)):
             continue
         try:
             inputs = workload.draw_inputs(torch.bfloat16, device)
@@ -95,8 +101,8 @@ def main(file: str, *wanted: str) -> None:
         except Exception as error:  # the other cases still are worth their time
             rows.append({"case": name, "failed": one_line(error)})
             print(f"{name:20s} failed: {one_line(error)}", flush=True)
-        write_json(Path(file), {"schema": 1, "machine": timing.describe_machine(device), "rows": rows})
+        write_json(given.file, {"schema": 1, "machine": timing.describe_machine(device), "rows": rows})
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
