@@ -6,7 +6,9 @@ columns. Input row i adds to all outputs (r, p) of its tile at once:
     out[tile, (r, p)] += Σ_j x[tile, i, j] · w[i − r, j − p],     w[k, l] = 0 outside the kernel
 
 The tiles of all images of a channel share the weights, so they are the rows of a matrix product. Those of step i lie
-side by side, since the *band* holds the kernel's rows in reverse: band[j, q, p] = w[c − q, j − p] with q = c − i + r.
+side by side, since the *band* holds the kernel's rows in reverse: band[q, j − p] = w[c − q, j − p] with q = c − i + r.
+It is stored once per input column of a span, moved by one each time, as the product takes it. Where a tile is as wide
+as its span, four times suffice, since windows may begin at multiples of 8 bytes: a quarter of the memory at 28 x 28.
 
 A dilated kernel is one with zeros between its columns and, on small maps, its rows; on others a tile's rows lie as far
 apart as the kernel's, and none of its steps is for zeros.
@@ -58,13 +60,14 @@ SMALL_HEIGHT = 16  # of maps on which that would leave tiles half empty
 @triton.jit(do_not_specialize=["channels", "height", "width", "out_width", "tiles", "tiles_h", "reach", "band_rows"])
 def _convolution_kernel(
     x,  # [B, C, H, W] in rows, strides but the last and the width divided by VECTOR
-    band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
+    band_ptr,  # [C, COPIES, band_rows, LENGTH], contiguous
     bias,  # [C], not read without HAS_BIAS
     out,  # [B, C, H, W'], strides but the last and out_width divided by OUT_VECTOR
     channels, height, width, out_width, tiles, tiles_h, tiles_w, step, reach, band_rows,
     VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr, UPCAST: tl.constexpr,
     ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    COPIES: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     MARGIN: tl.constexpr = (SPAN - TILE_WIDTH) // 2
     tile_blocks = tl.cdiv(tiles, BLOCK_TILES)
@@ -98,16 +101,17 @@ def _convolution_kernel(
     m_span = m_tile & (o_column >= 0) & (o_column < width * VECTOR)
     p_x = x.ptr + (o_channel * x.c + o_image * x.b + o_row.to(OFFSET) * x.h) * VECTOR + o_column
     o_output = tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[None, :]
-    o_band_row = band_rows - TILE_HEIGHT - o_span // SPAN
-    o_band = ((o_span % SPAN) * band_rows + o_band_row)[:, None] * TILE_WIDTH
+    o_band_row = o_span % COPIES * band_rows + band_rows - TILE_HEIGHT - o_span // SPAN
+    o_band = (o_band_row * LENGTH + (LENGTH - TILE_WIDTH - o_span % SPAN // COPIES * COPIES))[:, None]
     o_band += o_output // 4 * 4 + o_output % 4  # asynchronous copies of 16 bytes would pass L1 by
-    p_band = band_ptr + o_channel * (SPAN * band_rows * TILE_WIDTH) + o_band
+    o_band += o_output // TILE_WIDTH * (LENGTH - TILE_WIDTH)
+    p_band = band_ptr + o_channel * (COPIES * band_rows * LENGTH) + o_band
     for i_row in range(first_row, last_row, BLOCK_ROWS):
         m_row = (o_row + i_row * step >= 0) & (o_row + i_row * step < height)
         o_step = tl.cast(i_row * step, OFFSET) * x.h * VECTOR
         # [T, J], [J, N]
         b_x = tl.load(p_x + o_step, mask=m_span & m_row, other=0)
-        b_band = tl.load(p_band - i_row * TILE_WIDTH, mask=m_channel, other=0)
+        b_band = tl.load(p_band - i_row * LENGTH, mask=m_channel, other=0)
         b_sum = dot(b_x, b_band, b_sum, UPCAST)
 
     if HAS_BIAS:
@@ -125,19 +129,18 @@ def _convolution_kernel(
 @triton.jit(do_not_specialize=["band_rows", "rows"])
 def _band_kernel(
     weight,  # [C, K, K], which spans KERNEL rows and EXTENT columns
-    band_ptr,  # [C, SPAN, band_rows, TILE_WIDTH], contiguous
+    band_ptr,  # [C, COPIES, band_rows, LENGTH], contiguous
     band_rows, rows, row_dilation, dilation,
     KERNEL: tl.constexpr, EXTENT: tl.constexpr, FLIPPED: tl.constexpr, SPAN: tl.constexpr, TILE_WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COPIES: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    elements = SPAN * TILE_WIDTH * band_rows
+    elements = COPIES * band_rows * LENGTH
     blocks = tl.cdiv(elements, BLOCK)
     i_channel = (tl.program_id(0) // blocks).to(tl.int64)
     o_element = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    o_row = o_element // TILE_WIDTH % band_rows
-    o_span = o_element // TILE_WIDTH // band_rows
-    o_kernel_h = rows - 1 - o_row
-    o_kernel_w = o_span - o_element % TILE_WIDTH + (EXTENT // 2 - (SPAN - TILE_WIDTH) // 2)
+    o_kernel_h = rows - 1 - o_element // LENGTH % band_rows
+    o_column = o_element // LENGTH // band_rows + LENGTH - TILE_WIDTH - o_element % LENGTH
+    o_kernel_w = o_column + (EXTENT // 2 - (SPAN - TILE_WIDTH) // 2)
     m_weight = (o_element < elements) & (o_kernel_h >= 0) & (o_kernel_h < KERNEL)
     m_weight &= (o_kernel_w >= 0) & (o_kernel_w < EXTENT)
     m_weight &= (o_kernel_h % row_dilation == 0) & (o_kernel_w % dilation == 0)
@@ -151,12 +154,13 @@ def _band_kernel(
 def band_of(
     weight: Tensor, flipped: bool, dilation: int, step: int, rows: int, config: Config, tile_width: int, span: int
 ) -> Tensor:
-    """band[c, j, q, p] = weight[c, rows − 1 − q, j − p + K//2 − margin] of the kernel with zeros between its columns
-    and, unless rows lie ``step`` apart, its rows; 0 where there is no such weight."""
+    """band[c, s, q, u] = weight[c, rows − 1 − q, s + length − tile_width − u + K//2 − margin] of the kernel with zeros
+    between its columns and, unless rows lie ``step`` apart, its rows; 0 where there is no such weight."""
+    copies, length = (4, 2 * tile_width) if span == tile_width else (span, tile_width)
     band_rows = rows + config.tile_height - 1
-    shape = (weight.shape[0], span, band_rows, tile_width)
+    shape = (weight.shape[0], copies, band_rows, length)
     band = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    elements = span * band_rows * tile_width
+    elements = math.prod(shape[1:])
     block = next_power_of_2(elements) if interpreting() else 1024
     arguments = {
         "weight": view(weight[:, 0], "c h w"),
@@ -170,6 +174,8 @@ def band_of(
         "FLIPPED": flipped,
         "SPAN": span,
         "TILE_WIDTH": tile_width,
+        "COPIES": copies,
+        "LENGTH": length,
         "BLOCK": block,
     }
     # One program per (block of the band, channel).
@@ -245,7 +251,9 @@ def convolve_rows(
         "OUT_VECTOR": out_vector,
         **common,
         "tiles": tiles,
+        "COPIES": band.shape[1],
         "band_rows": band.shape[2],
+        "LENGTH": band.shape[3],
         "HAS_BIAS": bias is not None,
         "ADD": add,
     }
