@@ -82,8 +82,8 @@ class Trainer:
         self.total_steps = recipe.epochs * self.steps_per_epoch
         if recipe.freeze_backbone:
             model.requires_grad_(False)
-            for name in model.classifiers:
-                model.get_submodule(name).requires_grad_(True)
+            for name in model.classifiers:  # in evaluation mode, as it then is, the model uses no other
+                model.get_submodule(name).requires_grad_(not name.startswith(model.training_only))
         groups = parameter_groups(model, recipe.weight_decay, recipe.decay_vectors, recipe.layer_decay)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
@@ -183,8 +183,7 @@ class Trainer:
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
             places = [self.device] if self.device.type == "cuda" else None
-            unused = self.recipe.freeze_backbone  # OverLoCK's auxiliary head
-            wrapped = DistributedDataParallel(self.model, places, find_unused_parameters=unused)
+            wrapped = DistributedDataParallel(self.model, places)
         keys = TrainingBatches(self.training, self.recipe, self.step)
         batches = iter(loader(self.training, self.device, self.workers, batch_sampler=keys))
         self.model.train(not self.recipe.freeze_backbone)

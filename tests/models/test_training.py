@@ -196,6 +196,9 @@ def test_a_frozen_backbone_stays_as_it_is():
     Trainer(model, recipe, images, TensorDataset(images.images, torch.tensor(images.labels)), CPU).fit()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {f"{name}.{part}" for name in model.classifiers for part in ("weight", "bias")}
+    overlock = on_meta("overlock_xt")  # whose auxiliary classifier would wait for gradients
+    Trainer(overlock, recipe, images, None, CPU)
+    assert {name for name, p in overlock.named_parameters() if p.requires_grad} == {"head.4.weight", "head.4.bias"}
 
 
 # ---- scikit-learn's handwritten digits, on either CPU path alike
