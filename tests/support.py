@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kernels
 from autotune.timing import relative_error as relative_error
 from kernels import tolerances
 
@@ -47,6 +48,24 @@ def random_tensor(
     """Standard normal numbers, fresh in every call unless seeded, drawn in float64 and rounded to ``dtype``."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device=device, dtype=dtype)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def differentiated(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Outputs of the function on a backend, and gradients of the tensors for those gradients of the outputs."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    with kernels.use_backend(backend):
+        out = function(*tensors)
+    outs = list(out) if isinstance(out, tuple | list) else [out]
+    return [*outs, *torch.autograd.grad(outs, tensors, grads)]
 
 
 def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:

@@ -2,9 +2,6 @@
 
 import asyncio
 import operator
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -15,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 from kernels import backend
 from kernels.backend import BACKENDS
+from tests.support import in_a_process
 
 
 def test_unknown_backend():
@@ -31,50 +29,44 @@ def test_backend_is_restored_after_an_error():
     assert kernels.get_backend() == "auto"
 
 
-def _python(code, **environment):
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_a_fresh_process():
-    """The environment presets the backend; importing loads no kernel; Triton refuses a CPU without its interpreter.
+    """The environment presets the backend; importing loads no kernel; PyTorch knows those of operators that it traces,
+    on whose code its caches of compiled graphs depend; Triton refuses a CPU without its interpreter.
 
     PyTorch's own FLOP counter imports triton where it is installed; ours must not be why.
     """
-    code = (
-        "import sys, torch, kernels\n"
-        "print(kernels.get_backend())\n"
-        "loaded = [name for name, m in sys.modules.items() if name.startswith('kernels.') and hasattr(m, 'tl')]\n"
-        "print(loaded + [name for name in ('models', 'autotune') if name in sys.modules])\n"
-        "kernels.set_backend('triton')\n"
-        "kernels.involution2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1, 3, 3))"
-    )
-    refused = _python(code, DYNAMIC_KERNELS_BACKEND="eager")
-    assert refused.stdout.split() == ["eager", "[]"]
+    code = """if True:
+        import sys, torch, kernels
+        print(kernels.get_backend())
+        loaded = [name for name, m in sys.modules.items() if name.startswith("kernels.") and hasattr(m, "tl")]
+        print(loaded + [name for name in ("models", "autotune") if name in sys.modules])
+        from kernels import normed, pointwise
+        from kernels.depthwise import sliding
+        from torch._library.triton import triton_ops_to_kernels
+        traced = [known for name, known in triton_ops_to_kernels.items() if name.startswith("dynamic_kernels::")]
+        print(len(traced) >= 6 and all(traced))
+        kernels.set_backend("triton")
+        kernels.involution2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1, 3, 3))
+    """
+    refused = in_a_process("-c", code, DYNAMIC_KERNELS_BACKEND="eager", TRITON_INTERPRET="")
+    assert refused.stdout.split() == ["eager", "[]", "True"]
     assert "ValueError: backend 'triton' needs tensors on a GPU, got device cpu" in refused.stderr
 
 
 def test_works_where_triton_is_not_installed():
-    code = (
-        "import sys, torch\n"
-        "sys.modules['triton'] = None\n"
-        "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name.split('.')[0] == 'triton' else find(name, *a)\n"
-        "import kernels\n"
-        "x = torch.randn(1, 4, 6, 6, requires_grad=True)\n"
-        "kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6)).sum().backward(); print(x.grad.shape)\n"
-        "kernels.set_backend('triton')\n"
-        "try: kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6))\n"
-        "except ValueError as error: print(error)\n"
-    )
-    done = _python(code)
+    code = """if True:
+        import sys, torch
+        sys.modules["triton"] = None
+        import importlib.util as u; find = u.find_spec
+        u.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else find(name, *a)
+        import kernels
+        x = torch.randn(1, 4, 6, 6, requires_grad=True)
+        kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6)).sum().backward(); print(x.grad.shape)
+        kernels.set_backend("triton")
+        try: kernels.involution2d(x, torch.randn(1, 2, 3, 3, 6, 6))
+        except ValueError as error: print(error)
+    """
+    done = in_a_process("-c", code, TRITON_INTERPRET="")
     assert "torch.Size([1, 4, 6, 6])" in done.stdout, done.stderr
     assert "the package triton is not installed" in done.stdout
 

@@ -1,10 +1,6 @@
 """Launches made again with the arguments of an earlier one: other pointers, and what is not repeated."""
 
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +8,7 @@ import torch
 import kernels
 from kernels.tuning import choose, repeat
 from tests.kernels.rules import BY_NAME, check
-from tests.support import assert_close, random_tensor, triton_device
+from tests.support import assert_close, in_a_process, random_tensor
 
 # Launchers that make more than one launch and are never repeated.
 NEVER = {"depthwise", "depthwise_weight_gradient"}
@@ -21,7 +17,6 @@ NEVER = {"depthwise", "depthwise_weight_gradient"}
 @pytest.fixture
 def watched(monkeypatch):
     """The repeats, empty at first; filling outputs with NaN, as the tests do, does not prevent them."""
-    triton_device()
     monkeypatch.setattr(repeat, "HARMLESS", {torch.ops.aten.fill_.Scalar})
     monkeypatch.setattr(choose, "_repeats", {})
     return choose._repeats
@@ -119,11 +114,7 @@ def test_triton_is_given_what_it_gives_itself():
         assert ours == theirs, [(a, b) for a, b in zip(ours, theirs) if a != b]
         print("same", len(ours))
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
     if not repeat.ends_as_known():
         pytest.skip("this Triton is launched as it launches itself")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], env=environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = in_a_process("-c", textwrap.dedent(code), TRITON_INTERPRET="")
     assert done.stdout.startswith("same"), done.stderr

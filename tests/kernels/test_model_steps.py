@@ -1,4 +1,4 @@
-"""The end of a residual block in one kernel, against PyTorch in float64."""
+"""Steps of models in one kernel: the end of a residual block; the backward pass of a batch norm and GELU."""
 
 from typing import Any
 
@@ -7,19 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import tolerances
-from tests.support import DEVICE, assert_close, random_tensor, triton_device
-
-pointwise = pytest.importorskip("kernels.pointwise")
-
-
-@pytest.fixture(autouse=True)
-def _where_triton_runs():
-    triton_device()
+from kernels import normed, pointwise, tolerances
+from tests.support import DEVICE, assert_close, channels_last, random_tensor
 
 
 def last(*shape, dtype):
-    return random_tensor(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return channels_last(random_tensor(*shape, dtype=dtype))
 
 
 def expected_of(x, scale, shift, weight, bias, skipped, second=None, stride=1):
@@ -34,7 +27,7 @@ def expected_of(x, scale, shift, weight, bias, skipped, second=None, stride=1):
 @pytest.mark.parametrize("shape", [(2, 16, 3, 5, 24), (1, 6, 1, 1, 2), (3, 72, 7, 9, 264)])
 @pytest.mark.parametrize("stride", [0, 1, 2])  # 0: without a second product
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_definition(shape, stride, dtype):
+def test_end_of_a_residual_block(shape, stride, dtype):
     batch, channels, height, width, outputs = shape
     x = last(batch, channels, height, width, dtype=dtype)
     scale, shift = random_tensor(channels, dtype=dtype), random_tensor(channels, dtype=dtype)
@@ -77,9 +70,45 @@ def test_weights_in_any_order():
 
 
 def test_what_does_not_fit():
-    x = torch.zeros(2, 4, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x = channels_last(torch.zeros(2, 4, 3, 3, device=DEVICE))
     assert pointwise.fits(x, x)
     assert not pointwise.fits(x, x.contiguous())  # channels first
     assert not pointwise.fits(x[:, :2], x)  # a slice of channels
     assert not pointwise.fits(x[:0], x[:0])
     assert not pointwise.fits(x.to("meta"), x.to("meta"))  # which holds no numbers
+
+
+# ---- the backward pass of a batch norm and GELU
+
+
+@pytest.mark.parametrize("shape", [(2, 28, 9, 8), (3, 340, 3, 5), (1, 5, 1, 2), (2, 32, 16, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_normed_gelu_backward(shape, dtype, monkeypatch):
+    monkeypatch.setattr(normed, "PARTS", 3)  # of several tiles
+    x, grad = (channels_last(random_tensor(*shape, dtype=dtype)) for _ in range(2))
+    weight, bias = random_tensor(shape[1], dtype=dtype) + 1, random_tensor(shape[1], dtype=dtype)
+    x += 2
+    exact = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    z = F.batch_norm(exact[0], None, None, exact[1], exact[2], True, 0.1, 1e-3)
+    expected = torch.autograd.grad(F.gelu(z), exact, grad.double())
+    variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    rstd = torch.rsqrt(variance + 1e-3)
+    scale = weight.float() * rstd
+    statistics = scale, bias.float() - mean * scale, mean, rstd
+    arguments = grad, x, weight, *statistics
+    out = normed.normed_gelu_backward(*arguments)
+    assert_close(out, expected, tolerances.GRADIENT[dtype])
+    assert out[0].stride() == x.stride()
+    assert all(map(torch.equal, out, normed.normed_gelu_backward(*arguments)))
+    if DEVICE == "cuda":  # PyTorch traces no interpreted kernels
+        torch.library.opcheck(normed.normed_gelu_backward.definition, arguments)
+
+
+def test_slope_of_gelu():
+    """With a scale of one and no sums to speak of, dx is GELU'."""
+    x = channels_last(torch.linspace(-9, 9, 4096, device=DEVICE).view(1, 1, 64, 64))
+    one, none = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    total = normed.normed_gelu_backward(torch.ones_like(x), x, one, one, none, none, none)
+    exact = x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(F.gelu(exact).sum(), exact)
+    assert (total[0] - (slope - slope.mean())).abs().max() < 2e-6

@@ -1,0 +1,227 @@
+"""depthwise_conv2d of channels-last maps in kernels of their own: small maps; 3×3 windows, with GELU or without."""
+
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernels import tolerances
+from kernels.depthwise import fused, sliding, small
+from kernels.depthwise.op import residual_depthwise_conv2d
+from kernels.launch import watching_launches
+from tests.support import DEVICE, assert_close, channels_last, differentiated, random_tensor
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+SLIDING = {"fused_kernel": 1, "gradients_kernel": 1}
+SMALL = {"_small_map_kernel": 2, "_small_map_gradient_kernel": 1}
+
+
+def drawn(shape, kernel_size=3, dtype=torch.float32) -> list[torch.Tensor]:
+    """A channels-last map, weight and bias."""
+    x, channels = channels_last(random_tensor(*shape, dtype=dtype)), shape[1]
+    weight = random_tensor(channels, 1, kernel_size, kernel_size, dtype=dtype)
+    return [x, weight, random_tensor(channels, dtype=dtype)]
+
+
+def doubled(tensors):
+    return [tensor.double() for tensor in tensors]
+
+
+@pytest.fixture(
+    params=[((2, 6, 5, 9), 2048), ((1, 66, 5, 8), 2048), ((5, 2, 3, 1), 1)], ids=lambda param: str(param[0])
+)
+def shape(request, monkeypatch):
+    """Maps of several strips, bands and blocks of channels, cut short; images in chunks of two, the last of one."""
+    shape, programs = request.param
+    monkeypatch.setattr(fused, "LEAST", 2)
+    for module in (fused, sliding):
+        monkeypatch.setattr(module, "PROGRAMS", programs)
+    return shape
+
+
+def check(function, shape, kernel_size, dtype, launches):
+    """Output and gradients, each by those kernels."""
+    tensors, grad = drawn(shape, kernel_size, dtype), channels_last(random_tensor(*shape, dtype=dtype))
+    launched: list[str] = []
+    with watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
+        found = differentiated(function, tensors, [grad], "triton")
+    assert {name: launched.count(name) for name in SMALL | SLIDING} == dict.fromkeys(SMALL | SLIDING, 0) | launches
+    exact = differentiated(function, doubled(tensors), [grad.double()], "reference")
+    assert_close(found[:1], exact[:1], tolerances.OUTPUT[dtype])
+    assert_close(found[1:], exact[1:], tolerances.GRADIENT[dtype])
+    assert found[0].stride() == found[1].stride() == grad.stride()
+
+
+# The models' map; one that its program's channels do not fill; kernels larger than a map, and of one weight.
+@pytest.mark.parametrize(
+    ("shape", "kernel_size"),
+    [
+        ((3, 4, 7, 7), 7),
+        ((2, 37, 5, 3), 5),
+        ((1, 6, 8, 10), 7),
+        ((2, 3, 2, 3), 9),
+        ((2, 5, 6, 1), 3),
+        ((1, 2, 11, 9), 1),
+    ],
+)
+@DTYPES
+def test_small_maps(shape, kernel_size, dtype):
+    check(kernels.depthwise_conv2d, shape, kernel_size, dtype, SMALL)
+
+
+@pytest.mark.parametrize("function", [kernels.depthwise_conv2d, residual_depthwise_conv2d])
+@DTYPES
+def test_windows_of_3(shape, function, dtype):
+    check(function, shape, 3, dtype, SLIDING)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@DTYPES
+def test_gelu_convolution(shape, residual, dtype):
+    """Outputs and gradients, through both outputs."""
+    tensors = drawn(shape, dtype=dtype)
+    grads = [channels_last(random_tensor(*shape, dtype=dtype)), random_tensor(*shape[:2]) / 10]
+    assert fused.fits(tensors[0])
+
+    def definition(x, weight, bias):
+        entering = F.gelu(x)
+        out = F.conv2d(entering, weight, bias, padding=1, groups=shape[1]) + (entering if residual else 0)
+        return out, out.square().sum((2, 3))
+
+    found = differentiated(lambda *tensors: sliding.gelu_convolve(*tensors, residual), tensors, grads)
+    exact = differentiated(definition, doubled(tensors), doubled(grads))
+    assert_close(found, exact, 3e-6 if dtype == torch.float32 else tolerances.GRADIENT[dtype])
+    assert found[0].stride() == found[2].stride() == tensors[0].stride()
+
+
+def test_gelu_convolution_is_differentiable_once_and_counted():
+    x, weight, _ = drawn((1, 2, 3, 3))
+    with FlopCounterMode(display=False) as counter:  # which sees the operator
+        out, squares = sliding.gelu_convolve(x.requires_grad_(), weight, None, False)
+    assert counter.get_total_flops() == 18 * x.numel()
+    (through_one,) = torch.autograd.grad(squares.sum(), x, retain_graph=True)  # the other has no gradient
+    assert through_one.abs().sum() > 0
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="can be differentiated once"):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_gelu_of_small_and_large_numbers(scale):
+    """And its slope, by a convolution that copies."""
+    x = channels_last(torch.linspace(-8, 8, 2 * 49 * 16, device=DEVICE).view(2, 16, 7, 7) * scale).requires_grad_()
+    weight = torch.zeros(16, 1, 3, 3, device=DEVICE)
+    weight[:, :, 1, 1] = 1
+    out, _ = sliding.gelu_convolve(x, weight, torch.zeros(16, device=DEVICE), False)
+    assert (out - F.gelu(x.double())).abs().max() < 1e-6 * scale
+    exact = x.detach().double().requires_grad_()
+    (slope,), (expected,) = (torch.autograd.grad(y.sum(), t) for y, t in ((out, x), (F.gelu(exact), exact)))
+    assert (slope - expected).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("form", ["small", "sliding", "gelu"])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite(bad, form):
+    """Infinity gives infinity, its negative by GELU NaN, as in PyTorch; neither reaches more outputs than there."""
+    x = channels_last(torch.zeros(2, 2, 9, 9, device=DEVICE))
+    x[1, 1, 4, 4] = bad
+    size = 5 if form == "small" else 3
+    weight = torch.ones(2, 1, size, size, device=DEVICE)
+    entering = F.gelu(x.double()) if form == "gelu" else x.double()
+    expected = F.conv2d(entering, weight.double(), padding=size // 2, groups=2)
+    if form == "gelu":
+        out, squares = sliding.gelu_convolve(x, weight, torch.zeros(2, device=DEVICE), False)
+        torch.testing.assert_close(squares.double(), expected.square().sum((2, 3)), equal_nan=True)
+    else:
+        with kernels.use_backend("triton"):
+            out = kernels.depthwise_conv2d(x, weight)
+    torch.testing.assert_close(out.double(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_twice_differentiable_and_counted(kernel_size):
+    shape = (2, 4, 4, 5)
+    tensors = drawn(shape, kernel_size)
+
+    def penalty(backend):
+        def of_first(*tensors):
+            with kernels.use_backend(backend):
+                out = kernels.depthwise_conv2d(*tensors)
+            first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+            return torch.stack([gradient.square().sum() for gradient in first]).sum()
+
+        return differentiated(of_first, tensors)
+
+    assert_close(penalty("triton"), penalty("reference"), 1e-5)
+    with FlopCounterMode(display=False) as counter:
+        differentiated(kernels.depthwise_conv2d, tensors, [channels_last(random_tensor(*shape))], "triton")
+    assert counter.get_total_flops() == 3 * 2 * kernel_size**2 * tensors[0].numel()
+    if DEVICE == "cuda" and kernel_size == 3:  # PyTorch traces no interpreted kernels
+        x, weight, bias = tensors
+        for operator in (sliding.convolve, sliding.gelu_convolve):
+            torch.library.opcheck(operator.definition, (x, weight, bias, True))
+        torch.library.opcheck(sliding.gradients.definition, (x, x, weight, True))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 100])
+def test_weight_gradient_of_small_maps_in_chunks_of_images(programs, monkeypatch):
+    """Of one image or several, the last chunk of fewer, and all in one."""
+    monkeypatch.setattr(small, "PROGRAMS", programs)
+    (x, weight, _), grad = drawn((5, 3, 4, 5)), channels_last(random_tensor(5, 3, 4, 5))
+    exact = differentiated(kernels.depthwise_conv2d, doubled((x, weight)), [grad.double()], "reference")
+    assert_close(small.weight_gradient(grad, x, 3), exact[2], tolerances.GRADIENT[x.dtype])
+
+
+def test_gradient_in_another_memory_order():
+    """It, and what is made of it, takes the kernels for any map."""
+    (x, weight, _), grad = drawn((2, 3, 4, 5)), random_tensor(2, 3, 4, 5)
+    exact = differentiated(kernels.depthwise_conv2d, doubled((x, weight)), [grad.double()], "reference")
+    found = differentiated(kernels.depthwise_conv2d, [x, weight], [grad], "triton")
+    assert_close(found, exact, tolerances.GRADIENT[x.dtype])
+
+
+def test_what_does_not_fit():
+    x, image = channels_last(torch.zeros(2, 4, 7, 7, device=DEVICE)), torch.zeros(2, 4, 9, 10, device=DEVICE)
+    assert small.fits(x, 7)
+    assert small.fits(x, 9)
+    assert not small.fits(x, 11)  # nor do a thread's registers hold
+    assert not small.fits(channels_last(image), 7)
+    assert not small.fits(channels_last(image[..., :2, :2]), 13)
+    assert not small.fits(x.double(), 7)
+    assert fused.fits(x)
+    for other in (x.contiguous(), x[:, :3], x[:0]):  # channels first, a slice of the channels, an empty batch
+        assert not small.fits(other, 7)
+        assert not fused.fits(other)
+    assert not fused.fits(channels_last(x[:, :3]))  # it takes pairs of channels
+
+
+def test_meta_tensors_have_shapes_alone():
+    x = channels_last(torch.empty(2, 4, 5, 6, device="meta")).requires_grad_()
+    weight = torch.empty(4, 1, 3, 3, device="meta")
+    with kernels.use_backend("triton"):
+        for function in (kernels.depthwise_conv2d, residual_depthwise_conv2d):
+            out = function(x, weight, None)
+            assert out.stride() == x.stride()
+            assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("shapes", [((4, 1, 3, 3), None), ((8, 1, 5, 3), None), ((8, 1, 3, 3), (4,))])
+def test_what_does_not_fit_together_is_refused(shapes):
+    x = channels_last(torch.zeros(1, 8, 4, 4, device=DEVICE))
+    weight, bias = (None if shape is None else torch.zeros(shape, device=DEVICE) for shape in shapes)
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match="must have shape"):
+        residual_depthwise_conv2d(x, cast("torch.Tensor", weight), bias)
+
+
+def test_forward_mode_through_a_recorded_graph_is_refused():
+    x, weight, _ = drawn((2, 4, 5, 6))
+    with kernels.use_backend("triton"):
+        out = kernels.depthwise_conv2d(x.requires_grad_(), weight)
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match=r"use_backend\(\"reference\"\)"):
+            torch.autograd.grad(out, x, grad)
