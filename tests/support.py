@@ -68,6 +68,14 @@ def differentiated(
     return [*outs, *torch.autograd.grad(outs, tensors, grads)]
 
 
+def trained(module: nn.Module, x: Tensor, grad: Tensor, backend: str = "auto") -> list[Tensor]:
+    """Output of the module on a backend, and for that gradient of it those of x and of every parameter that has one."""
+    leaves = [x.detach().requires_grad_(), *(p for p in module.parameters() if p.requires_grad)]
+    with kernels.use_backend(backend):
+        out = module(leaves[0])
+    return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
 def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
     """The module with random numbers in every parameter and running statistic, so that every term matters."""
     module.to(dtype)

@@ -20,7 +20,16 @@ from models.overlock import VARIANTS
 from models.rednet import Bottleneck, PoolThenReLU, RedNet
 from models.volo import VOLO
 from tests.models.families import FAMILIES, fill, images, narrow, on_meta
-from tests.support import DEVICE, assert_close, equal_entries, random_tensor, randomise, triton_device
+from tests.support import (
+    DEVICE,
+    assert_close,
+    channels_last,
+    equal_entries,
+    random_tensor,
+    randomise,
+    trained,
+    triton_device,
+)
 
 EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings differs
 
@@ -268,7 +277,7 @@ def test_feed_forward(side, folded):
         layers[2] = layers[2].folded()
         layers.folded()
         assert layers[3].beta is None
-    x = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
+    x = channels_last(random_tensor(2, 12, side, side))
     expected = layers(x)  # float32: PyTorch's layers
     launched = []
     with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made.arguments["GELU"])):
@@ -291,20 +300,14 @@ def test_training_of_a_feed_forward(side, dtype):
     exact: Any = randomise(FeedForwardSequential(*feed_forward(12, 24)), torch.float64).to(triton_device())
     with torch.no_grad():
         exact[0].weight[3], exact[0].bias[3], exact[2].bias[3] = 0, 0, 0
-    x = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
-    grad = random_tensor(2, 12, side, side).contiguous(memory_format=torch.channels_last)
-
-    def run(layers, x, grad):
-        x = x.detach().requires_grad_()
-        out = layers(x)
-        return [out, *torch.autograd.grad(out, [x, *layers.parameters()], grad.to(out.dtype))]
-
-    expected = run(exact, x.double(), grad.double())
-    with kernels.use_backend("triton"):
-        assert_close(run(copy.deepcopy(exact).to(dtype), x.to(dtype), grad), expected, tolerances.GRADIENT[dtype] * 3)
-        launched = []  # under autocast what comes may be in float32, as from a layer norm
-        with torch.autocast(DEVICE, dtype), watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
-            found = run(copy.deepcopy(exact).float(), x, grad)
+    x = channels_last(random_tensor(2, 12, side, side))
+    grad = channels_last(random_tensor(2, 12, side, side))
+    expected = trained(exact, x.double(), grad)
+    found = trained(copy.deepcopy(exact).to(dtype), x.to(dtype), grad, "triton")
+    assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
+    launched = []  # under autocast what comes may be in float32, as from a layer norm
+    with torch.autocast(DEVICE, dtype), watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
+        found = trained(copy.deepcopy(exact).float(), x, grad, "triton")
     assert [launched.count(name) for name in ("fused_kernel", "gradients_kernel")] == [1, 1]
     assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
 
@@ -312,7 +315,7 @@ def test_training_of_a_feed_forward(side, dtype):
 def test_a_feed_forward_of_other_channels_launches_nothing():
     """A kernel would read beside the weights, where PyTorch has an error."""
     layers, launched = FeedForwardSequential(*feed_forward(12, 24)[1:]).to(triton_device()).half(), []
-    x = random_tensor(1, 32, 9, 9).half().contiguous(memory_format=torch.channels_last)
+    x = channels_last(random_tensor(1, 32, 9, 9).half())
     refused = pytest.raises((RuntimeError, ValueError), match=r"channels|weight must have shape")
     with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made)), refused:
         layers(x)
@@ -324,7 +327,7 @@ def test_a_bottleneck_whose_parameters_learn_again():
     block: Any = randomise(Bottleneck(64, 16), torch.float32).eval().to(triton_device()).requires_grad_(False)
     _fold(block)
     block.half()
-    x = random_tensor(2, 64, 5, 4).half().contiguous(memory_format=torch.channels_last)
+    x = channels_last(random_tensor(2, 64, 5, 4).half())
     for parameters in (block.conv3.parameters(), block.bn2.parameters(), block.conv1.parameters()):
         parameters = [parameter.requires_grad_() for parameter in parameters]
         with kernels.use_backend("triton"):
@@ -340,7 +343,7 @@ def test_end_of_a_bottleneck(in_channels, stride):
         nn.init.kaiming_normal_(conv.weight)
     fused: Any = copy.deepcopy(plain).requires_grad_(False)
     _fold(fused)
-    x = random_tensor(2, in_channels, 9, 8).contiguous(memory_format=torch.channels_last)
+    x = channels_last(random_tensor(2, in_channels, 9, 8))
     with torch.no_grad():
         expected = plain(x)
         assert_close(fused(x), expected, 1e-5)  # float32: PyTorch's layers

@@ -11,7 +11,7 @@ from torch import nn
 import kernels
 from kernels import tolerances
 from models.layers import DilatedReparamBlock
-from tests.support import DEVICE, assert_close, random_tensor, randomise, relative_error, triton_device
+from tests.support import DEVICE, assert_close, random_tensor, randomise, relative_error, trained, triton_device
 
 TOLERANCE = 1e-12
 
@@ -89,14 +89,10 @@ def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
             block.merge()
 
 
-def trained(block: Any, x: Any, gradient: torch.Tensor, backend: str) -> list[torch.Tensor]:
+def step(block: Any, x: torch.Tensor, gradient: torch.Tensor, backend: str) -> list[torch.Tensor]:
     """Output, gradients and running statistics of a training step."""
-    block, x = copy.deepcopy(block), x.detach().requires_grad_()
-    with kernels.use_backend(backend):
-        out = block(x)
-    out.backward(gradient)
-    grads = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
-    return [out.detach(), x.grad, *grads, *(buffer.double() for buffer in block.buffers())]
+    block = copy.deepcopy(block)
+    return [*trained(block, x, gradient, backend), *(buffer.double() for buffer in block.buffers())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -112,12 +108,12 @@ def test_training_in_one_operator(kernel_size, shape, channels_last, dtype):
     x, gradient = (random_tensor(*shape) + 3).to(dtype), random_tensor(*shape, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    found = trained(block, x, gradient, "triton")
-    expected = trained(copy.deepcopy(block).double(), x.double(), gradient.double(), "reference")
+    found = step(block, x, gradient, "triton")
+    expected = step(copy.deepcopy(block).double(), x.double(), gradient.double(), "reference")
     assert found[0].stride() == x.stride()
     for ours, exact in zip(found, expected, strict=True):
         assert relative_error(ours, exact) < 4 * tolerances.GRADIENT[dtype]
-    assert all(map(torch.equal, found, trained(block, x, gradient, "triton")))
+    assert all(map(torch.equal, found, step(block, x, gradient, "triton")))
 
 
 @pytest.mark.parametrize("kind", ["group", "not affine", "fused", "eps", "hook"])
@@ -125,8 +121,8 @@ def test_training_of_branches_that_were_replaced(kind):
     triton_device()
     block = other_branches(kind).train().to(DEVICE)
     x, gradient = random_tensor(2, 4, 9, 9, dtype=torch.float64), random_tensor(2, 4, 9, 9, dtype=torch.float64)
-    expected = trained(block, x, gradient, "reference")
-    assert_close(trained(block, x, gradient, "triton"), expected, 1e-10)
+    expected = step(block, x, gradient, "reference")
+    assert_close(step(block, x, gradient, "triton"), expected, 1e-10)
 
 
 def test_training_under_autocast_and_compiled():
