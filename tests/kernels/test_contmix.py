@@ -132,30 +132,25 @@ def test_what_a_nan_in_the_outputs_gradient_reaches(bad):
     assert grad_value[0, 0].isfinite().logical_not().any(1).equal(window)
 
 
+def _largest_share(run, device, dtype, heads, size, backward=True):
+    """Elements of the largest tensor over the number of logits, with K = 13."""
+    shapes = (1, heads, 16, *size), (1, heads, 16, 169), (169,), (heads, 25, 25), (1, 1, heads, 16, *size)
+    query, projected, bias, rpb, value = (torch.ones(shape, device=device, dtype=dtype) for shape in shapes)
+    with _LargestTensor() as seen:
+        out, statistics = run.contmix(query, projected, bias, [rpb], value, [13])
+        if backward:
+            run.contmix_backward(out, query, projected, bias, [rpb], value, out, statistics, [13])
+    return seen.elements / (heads * math.prod(size) * 169)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_never_stored_whole(dtype):
-    """A 200x320 map with K = 13 and eight heads has 86 million logits; no tensor of the kernels comes near that."""
-    shapes = (1, 8, 16, 200, 320), (1, 8, 16, 169), (169,), (8, 25, 25), (1, 1, 8, 16, 200, 320)
-    logits = 8 * 200 * 320 * 169
-
-    def largest(device, run, backward):
-        query, projected, bias, rpb, value = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
-        with _LargestTensor() as seen:
-            out, statistics = run.contmix(query, projected, bias, [rpb], value, [13])
-            if backward:
-                run.contmix_backward(out, query, projected, bias, [rpb], value, out, statistics, [13])
-        return seen.elements
-
+    """A 200x320 map with eight heads has 86 million logits; no tensor of the kernels comes near that."""
     with record_launches():  # sizes are all that is asked for
-        assert largest("meta", passes, backward=False) <= logits / 8
-        assert largest("meta", passes, backward=True) <= logits / 4
+        assert _largest_share(passes, "meta", dtype, 8, (200, 320), backward=False) <= 1 / 8
+        assert _largest_share(passes, "meta", dtype, 8, (200, 320)) <= 1 / 4
 
 
 def test_eager_logits_are_never_stored_whole():
-    """One head of such a map has 10.8 million logits."""
-    query, value = torch.randn(1, 1, 16, 200, 320), torch.randn(1, 1, 1, 16, 200, 320)
-    inputs = query, torch.randn(1, 1, 16, 169), torch.randn(169), [torch.randn(1, 25, 25)], value
-    with _LargestTensor() as seen:
-        out, statistics = eager.contmix(*inputs, [13])
-        eager.contmix_backward(out, *inputs, out, statistics, [13])
-    assert seen.elements <= 200 * 320 * 169 / 4  # the values of overlapping tiles, more than twice the map
+    """Values of overlapping tiles, more than twice the map, are the most."""
+    assert _largest_share(eager, "cpu", torch.float32, 1, (100, 160)) <= 1 / 4
