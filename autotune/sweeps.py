@@ -115,9 +115,10 @@ def sweep(
         ValueError: an argument is not what it must be; nothing was measured then.
         DisagreementError: the two paths compute different things at a shape.
     """
-    if not isinstance(over, Mapping) or not over or not set(over) <= set(AXES):
-        raise ValueError(f"over must map some of {', '.join(AXES)} to values, got {over!r}")
-    values = {axis: list(numbers) for axis, numbers in over.items()}
+    axes = over if isinstance(over, Mapping) and all(isinstance(n, Iterable) for n in over.values()) else {}
+    if not axes or not set(axes) <= set(AXES):
+        raise ValueError(f"over must map some of {', '.join(AXES)} to lists of values, got {over!r}")
+    values = {axis: list(numbers) for axis, numbers in axes.items()}
     if empty := [axis for axis, numbers in values.items() if not numbers]:
         raise ValueError(f"over must have a value for {empty[0]}, got none")
     place = timing.best_device() if device is None else torch.empty(0, device=device).device

@@ -208,6 +208,7 @@ def test_a_sweep_along_any_axis(monkeypatch):
         ({"over": {}}, "over must map some of size, kernel_size, channels, batch"),
         ({"over": {"heads": [1]}}, "over must map some of size"),
         ({"over": {"size": []}}, "over must have a value for size"),
+        ({"over": {"size": 7}}, "over must map some of size, kernel_size, channels, batch to lists of values"),
         ({"over": {"kernel_size": [3, 4]}}, "kernel_size 4 at size 28² does not suit na2d_av"),
         ({"channels": 24}, "channels must be a multiple of 16 for na2d_av, got 24"),
         ({"batch": 0}, "batch must be an integer of at least 1, got 0"),
