@@ -32,7 +32,7 @@ class ProfileMagics(Magics):
             option, _, line = line.partition(" ")
             name, _, value = option[2:].partition("=")
             if name not in (VALUES if value else FLAGS):
-                known = ", ".join(f"--{name}" for name in (*FLAGS, *VALUES))
+                known = ", ".join(f"--{name}" for name in (*FLAGS, *(f"{name}=VALUE" for name in VALUES)))
                 raise UsageError(f"%profile knows the options {known}, and not {option}; see %profile?")
             chosen[name] = self.shell.ev(value) if value else True
             line = line.strip()

@@ -273,6 +273,6 @@ def test_profile_magic(layer, x):
     assert [row["name"] for row in found.timed] == ["eager", "naive", "Conv2d"]
     from IPython.core.error import UsageError
 
-    for line in ("", "layer", "layer(x", "--seconds layer(x)", "--backwards layer(x)"):
-        with pytest.raises(UsageError):
+    for line in ("", "layer", "layer(x", "--seconds 1 layer(x)", "--backwards layer(x)"):
+        with pytest.raises(UsageError, match="--seconds=VALUE, and not" if line.startswith("--") else "takes a call"):
             shell.run_line_magic("profile", line)
