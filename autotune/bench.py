@@ -38,6 +38,7 @@ from autotune.results import Folder, incidents, tables
 from kernels.backend import BACKENDS, interpreting, triton_installed
 from kernels.files import write_json
 from models.commands import types
+from models.commands.arguments import make_folder
 from models.commands.dispatch import input_errors
 
 LIBRARIES = ("torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "pytest", "pytest-xdist")
@@ -197,7 +198,7 @@ def run(arguments: argparse.Namespace) -> int:
     codes: list[int] = []
     plans: list[tuple[Path, list[Case], dict[str, Any]]] = []
     with input_errors():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--out")
         if arguments.environment or everything:
             environment = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
             codes.append(int(not written("environment", write_json, folder / "environment.json", environment)))

@@ -39,6 +39,7 @@ from autotune.passes import PASSES
 from autotune.workloads import Size, Workload
 from kernels.backend import BACKENDS, interpreting, resolve
 from kernels.files import write_json
+from models.commands.arguments import make_folder
 from models.commands.dispatch import input_errors
 from models.commands.progress import console as messages
 from models.commands.types import Number, device, dtype, image_size, positive
@@ -204,7 +205,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.against is not None:
             earlier = report.earlier_rows(arguments.against, record, (case.name for case in cases))
         folder = _out_folder(arguments, settings.device)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--out")
 
     path, start, others = folder / "profile.json", time.monotonic(), other_work()
     try:

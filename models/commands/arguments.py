@@ -46,6 +46,14 @@ def check_parent(path: Path | None, option: str) -> None:
         raise ValueError(f"{option}: there is no folder {path.parent}")
 
 
+def make_folder(path: Path, option: str) -> None:
+    """ValueError naming ``option`` unless there is a folder at ``path``, or can be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} must be a folder, and {path} cannot be made one: {error.strerror}") from error
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help='one of those that "list" shows (default: the run\'s)')
     weights = parser.add_mutually_exclusive_group()

@@ -217,7 +217,7 @@ def _alone(output: Path) -> Iterator[None]:
     Raises:
         CommandError: another run is still writing there.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    common.make_folder(output, "--output")
     try:
         with locked(output / LOCK, LOCK_SECONDS):
             yield

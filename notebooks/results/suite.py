@@ -37,7 +37,8 @@ from kernels.files import atomic_write, write_json
 from kernels.tuning.choose import gpu_name
 from kernels.tuning.store import Store, shipped_folder
 from models.commands import types
-from models.commands.dispatch import CommandError
+from models.commands.arguments import make_folder
+from models.commands.dispatch import CommandError, input_errors
 from models.commands.progress import console as messages
 
 ROOT = Path(__file__).parents[2]
@@ -244,7 +245,8 @@ def run(arguments: argparse.Namespace) -> int:
     if device.type != "cuda" and not quick:
         raise CommandError("the suite measures a GPU; --quick tries it out on a CPU")
     folder = (arguments.out or timing.results_folder(device, scratch=quick)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    with input_errors():
+        make_folder(folder, "--out")
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         # A fresh store, but what ships for this GPU need not be found again: entries that no longer hold are ignored.

@@ -30,6 +30,9 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machin
         ("profile --quick --backend magic", "--backend: invalid choice: 'magic'"),
         ("bench --quick --no-compile --operator nothing", "--operator must match a name, 'nothing' does not"),
         ("bench --quick --no-compile --model resnet50", "got 'resnet50'"),
+        ("bench --quick --no-compile --operator na2d_av --out /dev/null", "--out must be a folder, and /dev/null"),
+        ("profile --quick --operator na2d_av --out /dev/null/new", "--out must be a folder, and /dev/null/new cannot"),
+        ("suite --quick --out /dev/null", "--out must be a folder, and /dev/null cannot be made one: File exists"),
         ("compile --arch sm_1", "argument --arch: invalid choice: 'sm_1'"),
         ("compile --only nothing", "no case contains 'nothing'"),
         ("tune --model rednet26 --all", "argument --all: not allowed with argument --model"),
@@ -42,9 +45,10 @@ def test_bad_arguments_are_named(command, message, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("DYNAMIC_KERNELS_STORE", str(tmp_path / "store"))
     if command.startswith("compile"):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    out = ["--out", str(tmp_path / "new")] if command.startswith(("profile", "bench")) else []
+    name, *options = command.split()
+    out = ["--out", str(tmp_path / "new")] if name in ("profile", "bench") else []
     try:
-        code = main([*command.split(), *out])
+        code = main([name, *out, *options])
     except SystemExit as error:
         code = error.code
     assert code == 2
