@@ -86,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how("--quick", action="store_true", help="smoke test: tiny shapes, two runs each; any device")
     how("--compile-only", action="store_true", help="only fill torch.compile's caches on disk")
     how("--resume", action="store_true", help="keep the rows that the files in --out hold already")
-    how("--out", type=Path, metavar="DIR", help="(default: notebooks/results/DEVICE; --quick: build/...)")
+    text = "(default: notebooks/results/DEVICE; build/results/DEVICE for a part, which must not replace the whole)"
+    how("--out", type=Path, metavar="DIR", help=text)
 
 
 def _in_turns(found: Sequence[workloads.Workload]) -> list[workloads.Workload]:
@@ -190,7 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
         compile_only=arguments.compile_only,
     )
     everything = not (arguments.environment or arguments.operator or arguments.model)
-    folder = arguments.out or timing.results_folder(device, scratch=quick)
+    folder = arguments.out or timing.results_folder(device, scratch=quick or not everything)
     machine = timing.describe_machine(device)
     names = ("device", "dtype", "backend", "compiler", "min_runs", "seconds")
     stated = {name: str(getattr(settings, name)).removeprefix("torch.") for name in names}

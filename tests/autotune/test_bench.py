@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +214,11 @@ def test_compile_only_times_nothing(tmp_path, monkeypatch):
 def test_quick_takes_one_model_for_those_of_make_gpu():
     arguments = argparse.Namespace(model=["*"], quick=True, batch=None, size=None)
     assert {case.facts["model"] for case in bench._model_cases(arguments, SETTINGS)} == {"rednet26"}
+
+
+def test_a_part_replaces_no_committed_whole(monkeypatch):
+    asked = list[bool]()
+    monkeypatch.setattr(timing, "results_folder", lambda _, scratch: asked.append(scratch) or Path("/dev/null"))
+    for what in ([], ["--operator", "na2d_av"], ["--model", "rednet26"], ["--environment"], ["--quick"]):
+        assert main(["bench", *what]) == 2  # nothing can be written there
+    assert asked == [False, True, True, True, True]
