@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from models._contract import BackboneContract
 from models.checkpoints import local_file, read_state_dict
+from models.commands import distributed
 from models.commands.files import BEST
 from models.commands.progress import console
 from models.commands.types import DTYPES, Number, device, image_size, positive, processes
@@ -157,4 +158,6 @@ def build_model(
 
 
 def note(text: str) -> None:
-    console.print(f"[yellow]note:[/] {escape(text)}")
+    """Prints it once, however many processes run."""
+    if distributed.rank() == 0:
+        console.print(f"[yellow]note:[/] {escape(text)}")

@@ -99,7 +99,7 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
             if left or not given["batch"]:
                 why = f"takes {images}, which {shares} batches cannot share; give another --accumulate, or --batch"
                 raise ValueError(f"--recipe {arguments.recipe} {why}")
-        elif given["batch"] * shares != published.images and distributed.rank() == 0:
+        elif given["batch"] * shares != published.images:
             common.note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
     arguments.model_kwargs = [*options.items(), *arguments.model_kwargs]
     try:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import models
 from models.commands import recipe
+from models.commands.arguments import note
 from models.commands.recipe import PUBLISHED, Recipe
 from tests.models.running import CLASSES, evaluate, finetune, launch, log_of, refused, run
 from tests.models.test_timm import TORCHVISION
@@ -132,6 +133,9 @@ def test_a_recipe_is_shared_among_batches_and_changed_by_options(tmp_path, photo
     assert "note" not in capsys.readouterr().err
     assert run(*changed, "--batch", 2, "--restart") == 0
     assert "published for 8 images per step, not 4" in capsys.readouterr().err
+    monkeypatch.setattr("models.commands.distributed.rank", lambda: 1)
+    note("it stands in the first process's output")
+    assert not capsys.readouterr().err
 
 
 PARTS = {"--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1}
