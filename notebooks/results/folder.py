@@ -1,7 +1,8 @@
 """A GPU's folder of notebooks/results.
 
-It holds what ``make gpu`` leaves, kernels.json (the time of every kernel by itself, written by predicted/measure.py)
-and ncu.json (counters of Nsight Compute, and the host's time of that run); all but environment.json may be missing.
+It holds what ``make gpu`` leaves, kernels.json (the time of every kernel by itself, written by predicted/measure.py),
+units.json (beside these times, how long the emulator found each unit busy with the same code) and ncu.json (counters of
+Nsight Compute, and the host's time of that run); all but environment.json may be missing.
 """
 
 import math
@@ -31,7 +32,7 @@ class Folder(results.Folder):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.kernels = self.load("kernels.json")
+        self.kernels, self.units = self.load("kernels.json"), self.load("units.json").get("rows", [])
         timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
         self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
         self._predicted = {(row["case"], row["pass"]): row.get("predicted_microseconds") for row in timed}
