@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from models.commands.progress import console
 from models.safe_load import read_safely, reason_of
 
 BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt", ".lock"
@@ -23,3 +24,15 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "settings"} <= state.keys():
         raise ValueError("it has no step and no settings")
     return state
+
+
+def event_writer(output: Path, step: int) -> Any:
+    """TensorBoard's writer, which leaves out what a killed run wrote after ``step``; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    except Exception as error:  # a broken installation must not end a training
+        console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
+        return None
+    return SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

@@ -5,9 +5,9 @@
 
 DIR holds train and val, each with one folder per class. The run keeps in --output: state.pt (to continue),
 log.jsonl, settings.json, classes.txt, last.safetensors and best.safetensors, the weights, which tell evaluate and
-classify (--run) what they are of. Call the same command again after a kill and it continues, with the result it would
-have had; with more than two processes, but for rounding. (torchrun takes --run DIR for an option of its own: write
---checkpoint DIR/best.safetensors there.)
+classify (--run) what they are of, and where TensorBoard is installed its events. Call the same command again after a
+kill and it continues, with the result it would have had; with more than two processes, but for rounding. (torchrun
+takes --run DIR for an option of its own: write --checkpoint DIR/best.safetensors there.)
 
 AdamW; linear warm-up, then half a cosine; random-resized crops and flips; label smoothing; the averaged weights (EMA)
 are the ones evaluated and kept. OverLoCK trains with its auxiliary loss; VOLO on its summed logits, or, with
@@ -20,7 +20,7 @@ with from scratch on ImageNet-1k, and options beside it change that:
             mix-token; the authors' token labels come from a larger network, here each token has its image's label
 
 The images per step are divided among the processes; where a GPU holds fewer, --accumulate divides them further.
-Mixup, CutMix, RandAugment and erasing are timm's and need it installed.
+Mixup, CutMix, RandAugment, erasing and repeated augmentation are timm's and need it installed.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from models.commands import distributed
-from models.commands.augmentation import Augmentation
+from models.commands.augmentation import Augmentation, seed_of, timm_part
 from models.commands.images import Preprocessing, UnreadableImageError, read_image
 from models.commands.recipe import Recipe
 
@@ -97,9 +97,9 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """(epoch, index) -> (augmented image, label).
+    """(draw, index) -> (augmented image, label); the draw is the epoch, or one of several in an epoch.
 
-    The augmentation depends on seed, epoch and index alone: neither on the process that draws it nor on what was drawn
+    The augmentation depends on seed, draw and index alone: neither on the process that draws it nor on what was drawn
     before. So a run that continues after a kill sees what it would have seen.
     """
 
@@ -110,37 +110,52 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
+        draw, index = key
         path, label = self.samples[index]
-        generator = random.Random(f"{self.seed} {epoch} {index}")
+        generator = random.Random(f"{self.seed} {draw} {index}")
         return self.augmentation(read_image(path, self.augmentation.preprocessing.channels), generator), label
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """The keys (epoch, index) of every batch of a run from one step on, for the process of this rank.
+    """The keys (draw, index) of every batch of a run from one step on, for the process of this rank.
 
-    Each epoch is a new permutation; its images that fill no whole step are left out. ValueError where there are fewer
-    images than a step takes.
+    Each epoch is a new permutation; its images that fill no whole step are left out. With ``repeats`` an epoch sees
+    fewer images, each of them so many times, in different processes where there are some; a draw is epoch · repeats +
+    copy.
+
+    Raises:
+        ValueError: there are fewer images than a step takes.
+        ImportError: repeated augmentation needs timm.
     """
 
     def __init__(self, dataset: Dataset[Any], recipe: Recipe, first_step: int = 0) -> None:
         self.recipe, self.first_step = recipe, first_step
-        ranks, length = distributed.world_size(), len(dataset)  # pyright: ignore[reportArgumentType]
+        self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        length = len(dataset)  # pyright: ignore[reportArgumentType]
         self.images = recipe.batch * recipe.accumulate  # per step, in this process
-        self.steps_per_epoch = length // (self.images * ranks)
+        self.steps_per_epoch = length // (self.images * self.ranks)
         if self.steps_per_epoch == 0:
-            per_step = f"{self.images * ranks} images (--batch × --accumulate × processes)"
+            per_step = f"{self.images * self.ranks} images (--batch × --accumulate × processes)"
             raise ValueError(f"a step takes {per_step}, there are only {length}")
-        self.sampler = DistributedSampler(dataset, ranks, distributed.rank(), seed=recipe.seed, drop_last=True)
+        if recipe.repeats > 1:
+            repeated = timm_part("data.distributed_sampler", "RepeatAugSampler", "--repeats")
+            self.sampler = repeated(dataset, self.ranks, self.rank, num_repeats=recipe.repeats, selected_round=0)
+        else:
+            self.sampler = DistributedSampler(dataset, self.ranks, self.rank, seed=recipe.seed, drop_last=True)
 
     def __len__(self) -> int:
         return (self.recipe.epochs * self.steps_per_epoch - self.first_step) * self.recipe.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first_epoch, start = divmod(self.first_step, self.steps_per_epoch)
+        repeats = self.recipe.repeats
         for epoch in range(first_epoch, self.recipe.epochs):
-            self.sampler.set_epoch(epoch)
-            keys = [(epoch, index) for index in self.sampler][: self.steps_per_epoch * self.images]
+            # timm's sampler is seeded by the epoch alone, and gives the copies of an image to the ranks in turn.
+            self.sampler.set_epoch(epoch if repeats == 1 else seed_of(self.recipe.seed, epoch))
+            keys = [
+                (epoch * repeats + (self.rank + position * self.ranks) % repeats, index)
+                for position, index in enumerate(self.sampler)
+            ][: self.steps_per_epoch * self.images]
             for first in range(start * self.images, len(keys), self.recipe.batch):
                 yield keys[first : first + self.recipe.batch]
             start = 0

@@ -43,6 +43,7 @@ class Recipe:
     cutmix: float = _option(0.0, "--cutmix", ANY, "alpha of CutMix, 0: none; with mixup, each half of the time")
     rand_augment: str = _option("", "--rand-augment", str, "RandAugment, as in rand-m9-mstd0.5-inc1")
     erasing: float = _option(0.0, "--erasing", FRACTION, "chance of erasing a random part of an image")
+    repeats: int = _option(1, "--repeats", positive, "repeated augmentation: copies of an image per epoch")
     freeze_backbone: bool = _option(False, "--freeze-backbone", bool, "train nothing but the classifier")
     dtype: str = _option("fp32", "--dtype", tuple(DTYPES), "bf16 and fp16 by autocast, fp16 with scaled gradients")
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")

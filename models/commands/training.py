@@ -28,7 +28,7 @@ from models.commands import distributed
 from models.commands.augmentation import mixing, seed_of, seeded
 from models.commands.dispatch import CommandError
 from models.commands.evaluate import count_correct, predict
-from models.commands.files import BEST, LAST, LOG, STATE, plain, read_state
+from models.commands.files import BEST, LAST, LOG, STATE, event_writer, plain, read_state
 from models.commands.folders import TrainingBatches, loader
 from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss
 from models.commands.progress import Bar
@@ -49,7 +49,7 @@ class Trainer:
         training: (draw, index) -> (image, label), and a length; ``TrainingBatches`` gives the keys.
         validation: index -> (image, label); None evaluates nothing.
         device: where the model is.
-        folder: an existing one for state, log and weights; None keeps nothing.
+        folder: an existing one for state, log, weights and, where TensorBoard is installed, events; None keeps nothing.
         settings: what must be the same for a run to continue; plain values.
         save_every: steps between states; each epoch's end has one anyway. 0: only there.
         log_every: steps between lines of the log.
@@ -100,6 +100,7 @@ class Trainer:
         self.best: float | None = None
         self.log: list[dict[str, Any]] = []
         self._losses = torch.zeros((), device=device)  # summed since the last row of the log
+        self._board: Any = None
 
     # ---- the state
 
@@ -167,6 +168,9 @@ class Trainer:
             path = self.output / LOG
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name in row.keys() - {"step", "epoch"}:
+                self._board.add_scalar(name, row[name], row["step"])
 
     # ---- the loop
 
@@ -180,6 +184,7 @@ class Trainer:
         """
         if self.output is not None:  # drops what a killed run wrote after its last state
             atomic_write(self.output / LOG, "".join(json.dumps(row) + "\n" for row in self.log))
+            self._board = event_writer(self.output, self.step)
         wrapped: nn.Module = self.model
         if distributed.world_size() > 1:
             places = [self.device] if self.device.type == "cuda" else None
@@ -200,6 +205,8 @@ class Trainer:
                 if at_end or (self.save_every and self.step % self.save_every == 0):
                     self._save()
                 bar.advance(1, self._told())
+        if self._board is not None:
+            self._board.close()
         return self.log
 
     @property

@@ -25,7 +25,7 @@ FINETUNE, EVALUATE, CLASSIFY = "finetune D --model M --output O", "evaluate D --
     ("command", "values"),
     [
         *((f"models {FINETUNE} {option}", [*INTEGER, "0"])
-          for option in ("--epochs", "--batch", "--accumulate", "--log-every")),
+          for option in ("--epochs", "--batch", "--accumulate", "--repeats", "--log-every")),
         *((f"models {FINETUNE} {option}", INTEGER) for option in ("--workers", "--save-every")),
         (f"models {FINETUNE} --seed", ["-1", "nan", str(10**30)]),
         *((f"models {FINETUNE} {option}", [*NUMBER, "-1"])

@@ -1,10 +1,12 @@
-"""``python -m models finetune``: the path after a kill, processes, recipes, timm."""
+"""``python -m models finetune``: the path after a kill, processes, recipes, TensorBoard, timm."""
 
 import dataclasses
 import importlib.util
 import json
 import shutil
 import sys
+import types
+from unittest import mock
 
 import pytest
 import torch
@@ -138,7 +140,19 @@ def test_a_recipe_is_shared_among_batches_and_changed_by_options(tmp_path, photo
     assert not capsys.readouterr().err
 
 
-PARTS = {"--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1}
+def test_events_are_written_where_tensorboard_is(tmp_path, photographs, monkeypatch):
+    writer = mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
+    assert run(*finetune(photographs, tmp_path, "--epochs", 1, "--log-every", 3)) == 0
+    writer.assert_called_once_with(str(tmp_path / "tensorboard"), purge_step=1)
+    written = [call.args for call in writer.return_value.add_scalar.call_args_list]
+    losses = [("loss", row["loss"], row["step"]) for row in log_of(tmp_path) if "loss" in row]
+    assert [scalar for scalar in written if scalar[0] == "loss"] == losses
+    assert "top1" in [scalar[0] for scalar in written]
+    writer.return_value.close.assert_called_once_with()
+
+
+PARTS = {"--mixup": 0.8, "--cutmix": 1, "--rand-augment": "rand-m9-mstd0.5", "--erasing": 1, "--repeats": 3}
 
 
 @pytest.mark.parametrize(("option", "value"), (PARTS | {"--layer-decay": 0.9}).items())
@@ -188,6 +202,12 @@ for name, options in {"plain": [], **{name: [name, value] for name, value in PAR
 assert len(set(first.values())) == len(first), first  # each does something
 assert train("bad", "--rand-augment", "rand-q9") == 2
 assert train("grey", "--epochs", 1, "--model-kwargs", "in_chans=1", "--rand-augment", "rand-m9-inc1") == 0
+
+from models.commands.recipe import Recipe
+from models.commands.folders import TrainingBatches
+keys = [key for batch in TrainingBatches(range(24), Recipe(epochs=2, batch=4, repeats=3)) for key in batch]
+assert len(keys) == len(set(keys)) == 48  # each copy of an image once
+assert len({index for draw, index in keys if draw < 3}) == 8
 """
 
 
