@@ -20,6 +20,8 @@ from kernels import tolerances
 from models._contract import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:  # a GPU machine measures without a photograph
+    from pathlib import Path
+
     from PIL import Image
 
 CHECKED_BATCH = 2  # images with which a model is checked
@@ -122,13 +124,13 @@ def measure_model(
     return {**agreement, "contenders": found, "left_out": left_out, "speed_up": speed_up}
 
 
-def photograph() -> Image.Image:
-    """The portrait of Grace Hopper that matplotlib ships, in RGB."""
+def photograph(path: Path | None = None) -> Image.Image:
+    """A file's photograph in RGB; without one the portrait of Grace Hopper that matplotlib ships."""
     from matplotlib.cbook import get_sample_data
 
     from models.commands.images import read_image
 
-    return read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return read_image(path or get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
 def image_batch(photo: Image.Image, size: Size, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:

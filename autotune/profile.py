@@ -41,6 +41,7 @@ from kernels.backend import BACKENDS, interpreting, resolve
 from kernels.files import write_json
 from models.commands.arguments import make_folder
 from models.commands.dispatch import input_errors
+from models.commands.images import check_image
 from models.commands.progress import console as messages
 from models.commands.types import Number, device, dtype, image_size, positive
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what("--model", metavar="NAME", help="models, as models list names them", **several)
     what("--module", type=module, metavar="MODULE:NAME", help="your own, as in: mypackage.nets:Net")
     what("--input", type=shape, metavar="BxCxHxW", help="of --module (default: from --batch and --size)")
+    what("--image", type=Path, metavar="FILE", help="the photograph that models see (default: matplotlib's)")
     sizes: dict[str, Any] = {"dest": "sizes", "nargs": "+", "default": [(224, 224), (320, 256)]}
     what("--size", "--sizes", type=image_size, metavar="HxW", help="of the image (default: 224 320x256)", **sizes)
     what("--batch", type=positive, metavar="B", help="(default: 4; on a GPU 128, or 16 if it has less than 40 GB)")
@@ -95,7 +97,7 @@ def _model_cases(
     chosen = {name: name for name in arguments.model} if named else SMALLEST
 
     def family(name: str, size: Size, training: bool) -> dict[str, Any]:
-        photo = networks.photograph()
+        photo = networks.photograph(arguments.image)
         seen = networks.image_batch(photo, (224, 224), 1, torch.float32, torch.device("cpu"))
         model = networks.settled_model(name, seen).to(settings.device)
         images = networks.image_batch(photo, size, batch, torch.float32, settings.device)
@@ -185,7 +187,8 @@ def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
 
 
 def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> dict[str, Any]:
-    image, weights = "matplotlib's portrait of Grace Hopper", "random"
+    image = arguments.image.name if arguments.image else "matplotlib's portrait of Grace Hopper"
+    weights = "random"
     if arguments.module is not None:
         image, weights = "random inputs", "the module's own"
     stated = {"dtype": timing.precision(settings.dtype), "batch": batch, "backend": settings.backend}
@@ -199,6 +202,8 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, s
 def run(arguments: argparse.Namespace) -> int:
     sizes = list(dict.fromkeys(arguments.sizes))[: 1 if arguments.quick else None]
     with input_errors():
+        if arguments.image:
+            check_image(arguments.image)
         settings, batch = _settings(arguments)
         cases = _cases(arguments, settings, batch, sizes)
         record, earlier = _new_record(arguments, settings, batch, sizes), {}

@@ -25,6 +25,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machin
         ("profile --quick --kernel-size 3", "--kernel-size must come with --shape"),
         ("profile --quick --input 1x3x8x8", "--input must come with --module"),
         ("profile --quick --model nothing", "--model must be a name"),
+        ("profile --quick --image missing.jpg", "missing.jpg cannot be read as an image: No such file"),
         ("profile --quick --against missing.json", "--against must be a profile.json that can be read"),
         ("profile --quick --threshold 0", "--threshold: must be a finite number above 0"),
         ("profile --quick --backend magic", "--backend: invalid choice: 'magic'"),

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import kernels
 from autotune import operators, profile, timing, workloads
 from autotune.__main__ import main
 from autotune.passes import PASSES
 from autotune.tables import number
+from models._contract import IMAGENET_MEAN, IMAGENET_STD
 from tests.support import DEVICE
 
 INVOLUTION = "involution2d RedNet-50 512@7"
@@ -56,11 +58,22 @@ def test_rows_tell_everything_about_a_measurement(quick, tmp_path, capsys):
     assert "Models:" not in shown.out
 
 
-def test_a_model_runs_on_the_photograph(quick, tmp_path):
-    code, record = quick(
-        "--model", "tiny_rednet", "--operator", OUTLOOK, "--size", "64x48", "--backward", "--batch", "2"
-    )
+def test_a_model_runs_on_the_photograph(quick, tmp_path, monkeypatch):
+    photo, seen = tmp_path / "red.png", list[torch.Tensor]()
+    Image.new("RGB", (80, 60), (255, 0, 0)).save(photo)
+    measure = profile.measure_model
+
+    def watched(model, images, *settings, **options):
+        seen.append(images)
+        return measure(model, images, *settings, **options)
+
+    monkeypatch.setattr(profile, "measure_model", watched)
+    chosen = ("--model", "tiny_rednet", "--operator", OUTLOOK, "--image", str(photo))
+    code, record = quick(*chosen, "--size", "64x48", "--backward", "--batch", "2")
     assert code == 0, record["rows"]
+    assert record["settings"]["image"] == "red.png"
+    red = torch.tensor((1 - IMAGENET_MEAN[0]) / IMAGENET_STD[0])
+    torch.testing.assert_close(seen[0][1, 0].cpu(), red.expand(64, 48))
     assert [(row["name"], row["pass"], row["status"]) for row in record["rows"]] == [
         (name, kind, "ok") for name in (f"{OUTLOOK} VOLO-D1 6×32@28² K=3 s=2", "tiny_rednet 64×48") for kind in PASSES
     ]
