@@ -7,6 +7,7 @@ How anything is measured: ``timing``, ``passes``, ``measure``, then ``operators`
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,3 +35,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES})
+
+
+if os.environ.get("DYNAMIC_KERNELS_AUTOTUNE") == "1":  # the whole program stands inside tuning()
+    _everywhere = __getattr__("tuning")()
+    _everywhere.__enter__()

@@ -1,6 +1,7 @@
 """Finding the config of a launch: every candidate is checked against the eager path, then timed, and the best is kept.
 
-It happens only when asked for: inside ``with tuning():``, or by ``python -m autotune tune``.
+It happens only when asked for: inside ``with tuning():``, with DYNAMIC_KERNELS_AUTOTUNE=1 in a program that imports
+``autotune``, or by ``python -m autotune tune``.
 """
 
 import dataclasses

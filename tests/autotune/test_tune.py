@@ -111,6 +111,12 @@ def test_inside_tuning_a_problem_without_an_entry_is_tuned(monkeypatch):
     assert TOY.choose(torch.ones(90)) == Config(16)
 
 
+def test_the_environment_asks_for_tuning_in_the_whole_program():
+    code = "import gc, autotune, kernels.tuning.choose as choose; gc.collect(); print(choose.on_miss is not None)"
+    for value, asked in (("1", "True\n"), ("", "False\n")):
+        assert in_a_process("-c", code, DYNAMIC_KERNELS_AUTOTUNE=value).stdout == asked
+
+
 # ---- the command
 
 
