@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels
 from kernels.checks import check_tensors
+from kernels.natten.context import *  # noqa: F403  (NATTEN has them here, too)
 from kernels.windows import Pair
 
 Causal = bool | tuple[bool, bool] | None
@@ -53,6 +54,19 @@ def na2d_av(
     check_tensors(attn=attn)
     check_tensors(value=value)
     return kernels.na2d_av(attn.to(value.dtype), value, kernel_size, dilation)
+
+
+def na2d_qk_with_bias(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    kernel_size: int | Pair,
+    dilation: int | Pair = 1,
+    additional_keys: Tensor | None = None,
+    is_causal: Causal = False,
+) -> Tensor:
+    """``na2d_qk`` with the bias third, as NATTEN 0.15 has it."""
+    return na2d_qk(query, key, kernel_size, dilation, additional_keys, is_causal, bias)
 
 
 def natten2dqkrpb(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+from kernels import natten
 from kernels.natten import functional
 from tests.support import random_tensor
 
@@ -26,7 +27,8 @@ def test_a_neighbourhood_attention_block_runs_under_both_sets_of_names():
     out = functional.na2d_av(attn.double(), value, (3, 5), 1)  # NATTEN casts attn to value's dtype
     expected = kernels.reference.na2d_qk(query, key, (3, 5), 1, rpb).softmax(-1)
     torch.testing.assert_close(out, kernels.reference.na2d_av(expected, value, (3, 5)))
-    assert torch.equal(functional.natten2dqkrpb(query, key, rpb, (3, 5), 1).softmax(-1), attn)
+    for older in (functional.natten2dqkrpb, functional.na2d_qk_with_bias):
+        assert torch.equal(older(query, key, rpb, (3, 5), 1).softmax(-1), attn)
     assert (functional.natten2dqk, functional.natten2dav) == (functional.na2d_qk, functional.na2d_av)
 
 
@@ -39,3 +41,13 @@ def test_what_is_not_supported_is_refused(options, message):
     given = {"attn": torch.zeros(1, 2, 5, 5, 9), "value": torch.zeros(1, 2, 5, 5, 4), "kernel_size": 3}
     with pytest.raises((TypeError, ValueError), match=message):
         functional.na2d_av(**given | options)
+
+
+@pytest.mark.parametrize("module", [natten, functional])
+def test_what_nattens_users_ask_and_switch(module):
+    assert module.has_half()
+    assert not module.has_fused_na()  # a model that asks takes the unfused operators
+    assert not module.is_fna_enabled()
+    module.use_fused_na(False)
+    module.use_autotuner(True, thorough_mode_forward=True)
+    assert module.has_cuda() == torch.cuda.is_available()
