@@ -5,3 +5,4 @@ from kernels.natten.functional import na2d_av, na2d_qk  # instead of: from natte
 """
 
 from kernels.natten.context import *  # noqa: F403
+from kernels.natten.functional import refuse_other_ranks as __getattr__  # noqa: F401

@@ -7,14 +7,29 @@ query's. Causal masks and additional keys or values are refused: none of the mod
 two dimensions.
 """
 
+import re
+from operator import mul
+
 from torch import Tensor
 
 import kernels
-from kernels.checks import check_tensors
+from kernels.checks import as_pair, check_tensors
 from kernels.natten.context import *  # noqa: F403  (NATTEN has them here, too)
 from kernels.windows import Pair
 
+NAMES = ("na2d_av", "na2d_qk", "na2d_qk_with_bias", "natten2dav", "natten2dqk", "natten2dqkrpb")
 Causal = bool | tuple[bool, bool] | None
+
+
+def refuse_other_ranks(name: str) -> object:
+    """A module's ``__getattr__``: NATTEN's names for one and three dimensions get an error that says what exists."""
+    if re.search(r"(na|natten|attention)[13]d", name.lower()):
+        # Not AttributeError, whose message an import statement replaces by its own.
+        raise ImportError(f"{name} does not exist here: kernels.natten has the two-dimensional {', '.join(NAMES)} only")
+    raise AttributeError(f"module 'kernels.natten' has no attribute {name!r}")
+
+
+__getattr__ = refuse_other_ranks
 
 
 def _refuse(is_causal: Causal, **additional: Tensor | None) -> None:
@@ -24,6 +39,26 @@ def _refuse(is_causal: Causal, **additional: Tensor | None) -> None:
             raise ValueError(f"{name} must be None: attention to tokens outside the map is not supported")
     if any(is_causal) if isinstance(is_causal, (tuple, list)) else is_causal:
         raise ValueError(f"is_causal must be False on both axes: causal windows are not supported, got {is_causal!r}")
+
+
+def _refuse_heads_last(
+    name: str, tensor: Tensor, kernel_size: int | Pair, dilation: int | Pair, rpb: Tensor | None = None
+) -> None:
+    """ValueError for [B, H, W, heads, D] where the window, or the bias, fits that reading of the sizes alone."""
+    check_tensors(**{name: tensor})
+    if tensor.dim() != 5:
+        return
+    rows, columns = map(mul, as_pair("kernel_size", kernel_size, 1), as_pair("dilation", dilation, 1))
+
+    def fits(heads: int, height: int, width: int) -> bool:
+        return rows <= height and columns <= width and (rpb is None or rpb.shape[0] == heads)
+
+    _, first, second, third, _ = tensor.shape
+    if fits(third, first, second) and not fits(first, second, third):
+        raise ValueError(
+            f"{name} must be heads first, [B, heads, H, W, D]; {list(tensor.shape)} fits as heads-last "
+            "[B, H, W, heads, D] only: permute(0, 3, 1, 2, 4) it"
+        )
 
 
 def na2d_qk(
@@ -37,7 +72,7 @@ def na2d_qk(
 ) -> Tensor:
     """``kernels.na2d_qk``: query, key [B, heads, H, W, D] -> [B, heads, H, W, K²]; rpb [heads, 2Kh − 1, 2Kw − 1]."""
     _refuse(is_causal, additional_keys=additional_keys)
-    check_tensors(query=query)
+    _refuse_heads_last("query", query, kernel_size, dilation, rpb)
     return kernels.na2d_qk(query, key, kernel_size, dilation, None if rpb is None else rpb.to(query.dtype))
 
 
@@ -52,7 +87,7 @@ def na2d_av(
     """``kernels.na2d_av``: attn [B, heads, H, W, K²], value [B, heads, H, W, D] -> [B, heads, H, W, D]."""
     _refuse(is_causal, additional_values=additional_values)
     check_tensors(attn=attn)
-    check_tensors(value=value)
+    _refuse_heads_last("value", value, kernel_size, dilation)
     return kernels.na2d_av(attn.to(value.dtype), value, kernel_size, dilation)
 
 

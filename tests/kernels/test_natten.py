@@ -51,3 +51,23 @@ def test_what_nattens_users_ask_and_switch(module):
     module.use_fused_na(False)
     module.use_autotuner(True, thorough_mode_forward=True)
     assert module.has_cuda() == torch.cuda.is_available()
+
+
+def test_heads_last_tensors_are_refused_by_name():
+    query = torch.zeros(1, 8, 9, 4, 16)
+    for refused in (
+        lambda: functional.na2d_qk(query, query, 5),
+        lambda: functional.natten2dqkrpb(query, query, torch.zeros(4, 5, 5), 3, 1),  # four heads, says the bias
+        lambda: functional.natten2dav(torch.zeros(1, 8, 9, 4, 25), query, 5, 1),
+    ):
+        with pytest.raises(ValueError, match=r"(query|value) must be heads first"):
+            refused()
+
+
+def test_names_of_other_ranks_say_what_exists():
+    for name in ("na1d_qk", "natten3dav"):
+        with pytest.raises(ImportError, match=f"{name} does not exist here: .* na2d_qk"):
+            getattr(functional, name)
+    with pytest.raises(ImportError, match="na2d_av"):
+        from kernels.natten import NeighborhoodAttention3D  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(natten, "something else")
