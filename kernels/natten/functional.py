@@ -32,7 +32,7 @@ def refuse_other_ranks(name: str) -> object:
 __getattr__ = refuse_other_ranks
 
 
-def _refuse(is_causal: Causal, **additional: Tensor | None) -> None:
+def refuse(is_causal: Causal, **additional: Tensor | None) -> None:
     """ValueError for what NATTEN offers and this package does not."""
     for name, tensor in additional.items():
         if tensor is not None:
@@ -71,7 +71,7 @@ def na2d_qk(
     rpb: Tensor | None = None,
 ) -> Tensor:
     """``kernels.na2d_qk``: query, key [B, heads, H, W, D] -> [B, heads, H, W, K²]; rpb [heads, 2Kh − 1, 2Kw − 1]."""
-    _refuse(is_causal, additional_keys=additional_keys)
+    refuse(is_causal, additional_keys=additional_keys)
     _refuse_heads_last("query", query, kernel_size, dilation, rpb)
     return kernels.na2d_qk(query, key, kernel_size, dilation, None if rpb is None else rpb.to(query.dtype))
 
@@ -85,7 +85,7 @@ def na2d_av(
     is_causal: Causal = False,
 ) -> Tensor:
     """``kernels.na2d_av``: attn [B, heads, H, W, K²], value [B, heads, H, W, D] -> [B, heads, H, W, D]."""
-    _refuse(is_causal, additional_values=additional_values)
+    refuse(is_causal, additional_values=additional_values)
     check_tensors(attn=attn)
     _refuse_heads_last("value", value, kernel_size, dilation)
     return kernels.na2d_av(attn.to(value.dtype), value, kernel_size, dilation)

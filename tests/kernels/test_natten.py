@@ -71,3 +71,17 @@ def test_names_of_other_ranks_say_what_exists():
     with pytest.raises(ImportError, match="na2d_av"):
         from kernels.natten import NeighborhoodAttention3D  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
     assert not hasattr(natten, "something else")
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_module(biased):
+    module = natten.NeighborhoodAttention2D(8, 2, kernel_size=(3, 5), dilation=(2, 1), rel_pos_bias=biased)
+    names = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"} | ({"rpb"} if biased else set())
+    assert set(module.state_dict()) == names
+    x = random_tensor(2, 7, 6, 8, device="cpu")
+    query, key, value = module.qkv(x).view(2, 7, 6, 3, 2, 4).permute(3, 0, 4, 1, 2, 5)
+    logits = kernels.reference.na2d_qk(query * 0.5, key, (3, 5), (2, 1), module.rpb)
+    mixed = kernels.reference.na2d_av(logits.softmax(-1), value, (3, 5), (2, 1))
+    torch.testing.assert_close(module(x), module.proj(mixed.permute(0, 2, 3, 1, 4).reshape(2, 7, 6, 8)))
+    with pytest.raises(ValueError, match="is_causal"):
+        natten.NeighborhoodAttention2D(8, 2, 3, is_causal=True)
