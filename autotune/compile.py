@@ -18,7 +18,7 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from torch.utils._pytree import tree_leaves
 
 from autotune.kernel_cases import cases
 from autotune.precompile import build, described
-from autotune.tables import Table
+from autotune.tables import Table, settings_text
 from autotune.workloads import Workload
 from kernels.backend import triton_installed, use_backend
 from kernels.launch import Launch, record_launches
+from kernels.tuning.choose import Request, observing
 from models.commands.dispatch import CommandError
 from models.commands.types import DTYPES
 
@@ -156,36 +157,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=["bf16"], help=text, **several)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--resources-only", action="store_true", help="count no instructions; in half the time")
+    text = "what tuning may choose, too: hundreds of builds, of a second or two each"
+    parser.add_argument("--every-config", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
 
 
 def reports_of(
-    architectures: list[str], dtypes: list[str], console: Console, *, only: str = "", instructions: bool = True
+    architectures: list[str],
+    dtypes: list[str],
+    console: Console,
+    *,
+    only: str = "",
+    every_config: bool = False,
+    instructions: bool = True,
 ) -> tuple[list[Report], list[str]]:
     """The reports of all that builds, and a line for each kernel that does not."""
     work = [
-        (name, launch, architecture)
+        (name, launch, config, architecture)
         for dtype in dtypes
         for name, found in cases().items()
         if only in name
         for workload in found
-        for launch in _launches(workload, DTYPES[dtype])
+        for launch, config in _launches(workload, DTYPES[dtype], every_config)
         for architecture in architectures
     ]
     reports, failures = [], []
-    for name, launch, architecture in track(work, "Compiling", console=console, transient=True):
+    for name, launch, config, architecture in track(work, "Compiling", console=console, transient=True):
         try:
             report = compile_launch(name, launch, architecture, instructions=instructions)
+            report = replace(report, config=config or report.config)
             reports += [] if report in reports else [report]  # as of a launch for every part of a batch
         except Exception as error:  # the table must show every kernel, whatever the compiler raised for one
             failures.append(f"{name}, {launch.kernel.__name__} for {architecture}: {type(error).__name__}: {error}")
     return reports, failures
 
 
-def _launches(workload: Workload, dtype: torch.dtype) -> list[Launch]:
-    with use_backend("triton"), record_launches() as launches:
+def _launches(workload: Workload, dtype: torch.dtype, every_config: bool = False) -> list[tuple[Launch, str]]:
+    """What the workload launches, and with ``every_config`` that with each config that tuning may choose, and which."""
+    met = list[Request]()
+    with use_backend("triton"), observing(met.append), record_launches() as launches:
         workload.call(dtype, torch.device("meta"))()
-    return launches
+        configs = [""] * len(launches)
+        for request in met if every_config else ():
+            for config in request.launcher.candidates(request.problem):
+                request.run(config)
+                configs += [settings_text(asdict(config))] * (len(launches) - len(configs))
+    return list(zip(launches, configs, strict=True))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -195,11 +212,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not any(arguments.only in name for name in known):
         raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}")
     how: dict[str, Any] = {"only": arguments.only, "instructions": not arguments.resources_only}
+    how["every_config"] = arguments.every_config
     reports, failures = reports_of(arguments.arch, arguments.dtype, console, **how)
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:
-        _table(reports).show()
+        _table(reports, configs=arguments.every_config).show()
         for failure in failures:
             console.print(f"[red]failed[/] {escape(failure)}")
     return int(bool(failures) or any(report.spilled_bytes for report in reports))
@@ -219,12 +237,13 @@ COLUMNS = {  # of the table: field of a report -> heading
 }
 
 
-def _table(reports: list[Report]) -> Table:
-    """A line for each build."""
+def _table(reports: list[Report], *, configs: bool) -> Table:
+    """A line for each build; ``configs`` tells the builds of one kernel apart."""
+    words = ["case", "kernel", "architecture", "dtype", *(["config"] if configs else [])]
     rows = []
     for report in reports:
         counts = [getattr(report, name) for name in COLUMNS]
         cells = ["–" if n is None else str(n) if isinstance(n, int) else f"{n:.3g}" for n in counts]
-        rows.append([report.case, report.kernel, report.architecture, report.dtype, *cells])
-    headings = ["case", "kernel", "arch", "dtype", *COLUMNS.values()]
-    return Table(headings, rows, 4, "Kernels compiled ahead of time")
+        rows.append([*(getattr(report, name) for name in words), *cells])
+    headings = ["arch" if name == "architecture" else name for name in words] + list(COLUMNS.values())
+    return Table(headings, rows, len(words), "Kernels compiled ahead of time")

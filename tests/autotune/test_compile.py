@@ -4,9 +4,14 @@ import json
 import re
 
 import pytest
+import torch
 import triton
 
-from autotune.compile import ARCHITECTURES
+from autotune import workloads
+from autotune.compile import ARCHITECTURES, _launches
+from kernels.backend import use_backend
+from kernels.launch import record_launches
+from kernels.tuning.choose import Request, observing
 from tests.support import ROOT, in_a_process
 
 
@@ -80,3 +85,15 @@ def test_instructions_are_counted():
     by_kernel = {report["kernel"]: report for report in reports}
     assert by_kernel["convolution_kernel"]["tensor_core"] > 0
     assert by_kernel["weighted_sum_kernel"]["fma"] > 0
+
+
+def test_every_config_is_what_tuning_may_choose():
+    workload, met = workloads.involution("", 2, 64, (14, 14), 7, 16), list[Request]()
+    with use_backend("triton"), observing(met.append), record_launches() as own:
+        workload.call(torch.bfloat16, torch.device("meta"))()
+    launches = _launches(workload, torch.bfloat16, every_config=True)
+    configs = [config for request in met for config in request.launcher.candidates(request.problem)]
+    assert len(configs) > 2
+    for (launch, told), config in zip(launches[len(own) :], configs, strict=True):
+        assert launch.options["num_warps"] == config.num_warps
+        assert told.startswith(f"rows={config.rows} ")
