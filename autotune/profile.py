@@ -20,6 +20,7 @@ the GPU was lost, 130 interrupted; what was done by then is kept.
 import argparse
 import copy
 import functools
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     leaves("--against", type=Path, metavar="RESULTS.json", help=text)
     text = "share of a time from which a change counts (default: %(default)s)"
     leaves("--threshold", type=Number(above=0), default=0.1, metavar="X", help=text)
+    leaves("--json", action="store_true", help="print what profile.json holds instead of the table")
 
 
 def _ours_and_naive(found: dict[str, Any]) -> dict[str, Any]:
@@ -224,13 +226,17 @@ def run(arguments: argparse.Namespace) -> int:
         code = 130
     record["seconds"], record["other_cores"] = round(time.monotonic() - start, 1), others()
     changes = report.differences(record["rows"], earlier, arguments.threshold)
-    report.show(record)
     if arguments.against is not None:
         record["against"] = {"file": arguments.against.name, "threshold": arguments.threshold, "rows": changes}
-        report.against_table(changes, str(arguments.against), arguments.threshold).show()
+    if arguments.json:
+        print(json.dumps(record, indent=1))
+    else:
+        report.show(record)
+        if arguments.against is not None:
+            report.against_table(changes, str(arguments.against), arguments.threshold).show()
     on_disk = [written("the whole record", write_json, path, record)]
     for file, figure in report.figures(record).items():
         on_disk.append(written(file, plots.save, figure, folder / file, report.fingerprint(record)))
-    if all(on_disk):
+    if all(on_disk) and not arguments.json:
         print(f"{record['seconds']:.0f} s. Wrote {folder}")
     return code or int(not all(on_disk) or any(change["verdict"] == "slower" for change in changes))
