@@ -51,6 +51,7 @@ FAMILY = {
             ("overlock_xt_256x192", "eager"),
             ("overlock_xt_256x192", "triton"),
             ("overlock_xt_256x192", "inference"),
+            ("overlock_xt_reparam_224x224", "eager"),
             ("overlock_xt_reparam_224x224", "reference"),
         ),
         (
@@ -69,7 +70,7 @@ FAMILY = {
         lambda **options: RedNet(**{"depths": (1, 1, 0, 0), **options}),
         "rednet26",
         "involution_generate",
-        tuple(("rednet26_224x224", backend) for backend in ("auto", "triton", "inference")),
+        tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         ("stem.0.conv.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer2.1.conv1.weight", "head."),
         (5, 9),
         (),
@@ -79,7 +80,7 @@ FAMILY = {
         _volo,
         "volo_d1",
         "outlook",
-        tuple(("volo_d1_224x224", backend) for backend in ("auto", "triton", "inference")),
+        tuple(("volo_d1_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         (
             "patch_embed.", "network.0.0.", "network.0.1.", "network.1.", "network.2.0.", "network.3.0.",
             "network.4.0.", "post_network.0.", "post_network.1.", "norm.", "head.",
