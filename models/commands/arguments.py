@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from models._contract import BackboneContract
 from models.checkpoints import local_file, read_state_dict
-from models.commands import distributed
 from models.commands.files import BEST
-from models.commands.progress import console
+from models.commands.progress import note
 from models.commands.types import DTYPES, Number, device, image_size, positive, processes
 from models.metadata import read_metadata
 from models.registry import create_model
@@ -155,9 +153,3 @@ def build_model(
         note(str(warning.message))
     arguments.options = options
     return model
-
-
-def note(text: str) -> None:
-    """Prints it once, however many processes run."""
-    if distributed.rank() == 0:
-        console.print(f"[yellow]note:[/] {escape(text)}")

@@ -29,7 +29,7 @@ from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import plain
 from models.commands.folders import UNREADABLE, EvaluationImages, ImageFolder, loader
 from models.commands.images import Preprocessing
-from models.commands.progress import Bar, console
+from models.commands.progress import Bar, console, note
 from models.commands.types import DTYPES, positive
 from models.inference import optimize_for_inference
 
@@ -111,8 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:
             text = ", ".join(sorted(unlike)[:5])
-            told = f"note: the class names of the weights and of DIR differ; only one of them has {text}"
-            console.print(told + _hint(folder))
+            told = f"the class names of the weights and of DIR differ; only one of them has {text}"
+            note(told + _hint(folder))
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from models.commands.progress import console
+from models.commands.progress import note
 from models.safe_load import read_safely, reason_of
 
 BEST, LAST, LOG, STATE, LOCK = "best.safetensors", "last.safetensors", "log.jsonl", "state.pt", ".lock"
@@ -33,6 +33,6 @@ def event_writer(output: Path, step: int) -> Any:
     except ImportError:
         return None
     except Exception as error:  # a broken installation must not end a training
-        console.print(f"note: TensorBoard is left out, it cannot be imported: {error}", markup=False)
+        note(f"TensorBoard is left out, it cannot be imported: {error}")
         return None
     return SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

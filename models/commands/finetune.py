@@ -41,7 +41,7 @@ from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Preprocessing
-from models.commands.progress import console
+from models.commands.progress import console, note
 from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
 from models.commands.training import Trainer
 from models.commands.types import Number, natural, positive
@@ -100,7 +100,7 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
                 why = f"takes {images}, which {shares} batches cannot share; give another --accumulate, or --batch"
                 raise ValueError(f"--recipe {arguments.recipe} {why}")
         elif given["batch"] * shares != published.images:
-            common.note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
+            note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
     arguments.model_kwargs = [*options.items(), *arguments.model_kwargs]
     try:
         return Recipe(**given)

@@ -7,8 +7,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from models.commands import distributed
+
 Self = TypeVar("Self", bound="Bar")
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def note(text: str) -> None:
+    """Prints it once, however many processes run."""
+    if distributed.rank() == 0:
+        console.print(f"[yellow]note:[/] {escape(text)}")
 
 
 class Bar:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import models
 from models.commands import recipe
-from models.commands.arguments import note
+from models.commands.progress import note
 from models.commands.recipe import PUBLISHED, Recipe
 from tests.models.running import CLASSES, evaluate, finetune, launch, log_of, refused, run
 from tests.models.test_timm import TORCHVISION
