@@ -134,6 +134,8 @@ class Tuning:
     def _run(self, calls: Iterator[timing.Call], observer: Callable[[Request], None]) -> None:
         with tuner.meeting(observer):
             for call in calls:
+                if time.monotonic() > self.deadline:
+                    return
                 try:
                     call()
                 except LostDeviceError:
