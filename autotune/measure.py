@@ -92,22 +92,26 @@ def ratios(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def in_turns(
-    calls: Mapping[str, timing.Call], device: torch.device, *, seconds: float, min_runs: int
+    calls: Mapping[str, timing.Call], device: torch.device, *, seconds: float, min_runs: int, idle: bool = False
 ) -> dict[str, Timing]:
     """As ``timing.measure``, for calls so long that what the L2 cache holds before them does not matter.
 
-    On a GPU a run of each follows the other in the stream, between device events.
+    On a GPU a run of each follows the other in the stream, between device events. The host then prepares a call while
+    the device still computes the one before it, which hides the host's time for one contender and not for another where
+    that is as long as the device's. With ``idle`` the device waits for every call: its time is all that somebody waits
+    for who wants one result.
     """
     if device.type != "cuda":
         return timing.measure(calls, device, seconds=seconds, min_runs=min_runs)
     durations = [_event_milliseconds([call])[0] for call in calls.values()]
     runs = max(min_runs, min(50, int(1000 * seconds / sum(durations))))
-    samples = _event_milliseconds([*calls.values()] * runs)
+    turns = [*calls.values()] * runs
+    samples = [_event_milliseconds([call])[0] for call in turns] if idle else _event_milliseconds(turns)
     return {name: Timing.of(samples[index :: len(calls)]) for index, name in enumerate(calls)}
 
 
 def _event_milliseconds(calls: Sequence[timing.Call]) -> list[float]:
-    """Device time of each call, one after another."""
+    """Time between the ends of the calls, which run one after another on a device that is idle at first."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     marks[0].record()
     for call, mark in zip(calls, marks[1:], strict=True):

@@ -6,6 +6,7 @@ Both paths must agree in float32; in another precision, which rounds at every la
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,8 +71,8 @@ def measure_model(
 
     A contender that cannot run is left out with the reason. ``compiled``: what the compiler makes of the model takes
     part; for ``latency`` as CUDA graphs on a GPU, where launching hundreds of small kernels one by one takes longer
-    than running them. ``peer``, another network on the same images, is timed beside it, and compiled where ours is.
-    ``training``: the gradients of all weights as well, without an optimiser.
+    than running them, and every call begins on an idle device. ``peer``, another network on the same images, is timed
+    beside it, and compiled where ours is. ``training``: the gradients of all weights as well, without an optimiser.
 
     Raises:
         DisagreementError: our logits or gradients are not those of the naive path; nothing was timed then.
@@ -115,7 +116,8 @@ def measure_model(
     # Not with layers held, for which they would be compiled again.
     judge("compiled")
     judge("peer_compiled", peer, "peer")
-    found = time_and_memory(calls, settings, in_turns if settings.thorough else timing.measure)
+    turns = functools.partial(in_turns, idle=latency)
+    found = time_and_memory(calls, settings, turns if settings.thorough else timing.measure)
     for times in found.values():
         times["images_per_second"] = 1000 * images.shape[0] / times["p50_ms"]
     speed_up = ratios(found)

@@ -30,6 +30,33 @@ def test_calls_take_turns_after_one_untimed_run_each(monkeypatch):
         assert found["call"].runs == runs
 
 
+def test_on_an_idle_device_no_call_hides_the_host_time_of_another(monkeypatch):
+    """A GPU of which the host runs ahead: it begins a call's work when it is told of it and the one before is done."""
+    host, gpu = [0.0], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = gpu[0] = max(host[0], gpu[0])
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: host.__setitem__(0, max(host[0], gpu[0])))
+
+    def call():  # 7 ms of the host, then 5 of the device
+        host[0] += 7
+        gpu[0] = max(host[0], gpu[0]) + 5
+
+    calls = {"eager": lambda: host.__setitem__(0, host[0] + 90), "a": call, "b": call}
+    for idle, times in ((True, (12, 12)), (False, (12, 7))):
+        found = measure.in_turns(calls, torch.device("cuda"), seconds=1, min_runs=9, idle=idle)
+        assert (found["a"].p50_ms, found["b"].p50_ms) == times
+
+
 MEBIBYTE = 2**20
 
 
