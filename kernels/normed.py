@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from kernels.depthwise.fused import twice_gelu_slope, twice_tail
+from kernels.depthwise.fused import twice_gelu_and_slope
 from kernels.launch import ceil_divide, is_plain, launch
 from kernels.registration import traced_operator
 
@@ -27,7 +27,7 @@ PARTS = 1056  # of the rows, each summed by one program for each block of channe
 @triton.jit
 def _slope(z):
     """GELU′(z)."""
-    return 0.5 * twice_gelu_slope(z, twice_tail(z))
+    return 0.5 * twice_gelu_and_slope(z, False)[1]
 
 
 @triton.jit

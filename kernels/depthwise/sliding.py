@@ -6,7 +6,7 @@
     dx[j] = y'[j] · (Σ_k w[k] · dout'[j + 1 − k] (+ dout'[j]))
     dw[k] = Σ_j y[j] · dout'[j + 1 − k]        dbias = Σ_i dout'[i]
 
-A program slides down a strip of maps with three rows of gradients and one of inputs in registers. So every map is read
+A program slides down a strip of a map with three rows of gradients and one of inputs in registers. So every map is read
 once, and what training would otherwise write between GELU, convolution and response norm is never stored. The
 operators are ``triton_op``s: compiled code launches the kernels by itself, without the host's time for an operator.
 """
@@ -23,29 +23,39 @@ from torch.library import wrap_triton
 from kernels.depthwise.fused import (
     BLOCK,
     COLUMNS,
-    PROGRAMS,
+    STAGES,
     convolve_maps,
     cut,
     load_row,
-    twice_gelu,
-    twice_gelu_slope,
-    twice_tail,
+    twice_gelu_and_slope,
 )
-from kernels.launch import ceil_divide, is_plain, launch
+from kernels.launch import is_plain, launch
 from kernels.registration import traced_operator
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated
 
+RESIDENT = 16  # programs that a processor holds
+
+
+@triton.jit
+def _kept(row):
+    """The row itself, as computed values: Triton loads ahead only in loops that pass on nothing else."""
+    kept = ()
+    for i in tl.static_range(len(row)):
+        kept = kept + (row[i].to(tl.int32, bitcast=True).to(tl.float32, bitcast=True),)
+    return kept
+
 
 @triton.jit
 def _gradient_row(
-    p_grad, p_out, b_factor, m_row, first, width, stride, m_channel, GELU: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """COLUMNS + 2 gradients dout' [C] of a row, from column ``first`` on; 0 outside the map."""
-    grads = load_row(p_grad, m_row, first, width, stride, m_channel, COLUMNS + 2)
+    p_grad, p_out, b_factor, m_row, m_left, m_right, o_column, width,
+    CHANNELS: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS + 2 gradients dout' [BLOCK] of a row, from the strip's left neighbour on; 0 outside the map."""
+    grads = load_row(p_grad, m_row, m_left, m_right, o_column, width, CHANNELS, -1, COLUMNS, COLUMNS, WHOLE)
     outputs = grads
     if GELU:
-        outputs = load_row(p_out, m_row, first, width, stride, m_channel, COLUMNS + 2)
+        outputs = load_row(p_out, m_row, m_left, m_right, o_column, width, CHANNELS, -1, COLUMNS, COLUMNS, WHOLE)
     row = ()
     for i in tl.static_range(COLUMNS + 2):
         b_grad = grads[i].to(tl.float32)
@@ -61,74 +71,74 @@ def gradients_kernel(
     out,  # like grad, not read without GELU
     grad_squares,  # [B, C], contiguous, not read without GELU
     grad_x,  # like grad
-    sums,  # [chunks of images · bands · strips, C·9 + C], contiguous: of the weight, then of the bias
-    batch, height, width, rows, bands, strips, blocks, images,
-    CHANNELS: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    sums,  # [B · bands · strips, C·9 + C], contiguous: of the weight, then of the bias
+    height, width, rows, bands, strips, blocks, CHANNELS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GELU: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program per (chunk of images, band of rows, strip of columns, block of channels), channels fastest. A constant
-    # CHANNELS makes a row's addresses constant, too: without it they take a third of the registers.
-    i_block = tl.program_id(0) % blocks
-    i_part = tl.program_id(0) // blocks  # chunk, band and strip
-    i_strip = i_part % strips
-    i_chunk = i_part // strips // bands
-    top = i_part // strips % bands * rows
+    # One program per (image, band of rows, BLOCK of its strips' channels), channels fastest.
+    i_part = tl.program_id(0) // blocks  # image and band
+    i_image = i_part // bands
+    top = i_part % bands * rows
     last_row = tl.minimum(top + rows, height)
-    o_channel = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_channel = o_channel < CHANNELS
-    first = i_strip * COLUMNS
+    o_lane = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    m_lane = o_lane < strips * CHANNELS
+    o_column, o_channel = o_lane // CHANNELS * COLUMNS, o_lane % CHANNELS
+    m_left, m_right = m_lane & (o_column > 0), m_lane & (o_column + COLUMNS < width)
     pitch = width * CHANNELS
     w = ()
     for k in tl.static_range(9):
-        b_weight = tl.load(weight + o_channel * 9 + (8 - k), mask=m_channel, other=0).to(tl.float32)
+        b_weight = tl.load(weight + o_channel * 9 + (8 - k), mask=m_lane, other=0).to(tl.float32)
         if RESIDUAL and k == 4:
             b_weight += 1
         w = w + (b_weight * 0.5 if GELU else b_weight,)
     weights = (tl.zeros([BLOCK], tl.float32),) * 9
     b_bias = tl.zeros([BLOCK], tl.float32)
-    for i_image in range(i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)):
-        o_first = tl.cast(i_image, tl.int64) * height * pitch + top * pitch + first * CHANNELS + o_channel
-        p_grad, p_out = grad + o_first - pitch - CHANNELS, out + o_first - pitch - CHANNELS
-        p_x, p_grad_x = x + o_first, grad_x + o_first
-        b_factor = tl.zeros([BLOCK], tl.float32)
-        if GELU:
-            b_factor = 2 * tl.load(grad_squares + i_image * CHANNELS + o_channel, mask=m_channel, other=0)
-        # Gradients of the rows above the input row, beside it and below.
-        above = _gradient_row(p_grad, p_out, b_factor, top > 0, first - 1, width, CHANNELS, m_channel, GELU, COLUMNS)
+    o_first = (i_image.to(tl.int64) * height + top) * pitch + (o_column * CHANNELS + o_channel)
+    p_grad, p_out = grad + o_first - pitch, out + o_first - pitch
+    p_x, p_grad_x = x + o_first, grad_x + o_first
+    b_factor = tl.zeros([BLOCK], tl.float32)
+    if GELU:
+        b_factor = 2 * tl.load(grad_squares + i_image * CHANNELS + o_channel, mask=m_lane, other=0)
+    # Gradients of the rows above the input row, beside it and below.
+    above = _gradient_row(
+        p_grad, p_out, b_factor, m_lane & (top > 0), m_left, m_right, o_column, width,
+        CHANNELS, GELU, COLUMNS, WHOLE,
+    )  # fmt: skip
+    p_grad, p_out = p_grad + pitch, p_out + pitch
+    here = _gradient_row(
+        p_grad, p_out, b_factor, m_lane, m_left, m_right, o_column, width, CHANNELS, GELU, COLUMNS, WHOLE
+    )
+    p_grad, p_out = p_grad + pitch, p_out + pitch
+    for i_row in tl.range(top, last_row, num_stages=STAGES):
+        below = _gradient_row(
+            p_grad, p_out, b_factor, m_lane & (i_row + 1 < height), m_left, m_right, o_column, width,
+            CHANNELS, GELU, COLUMNS, WHOLE,
+        )  # fmt: skip
+        values = load_row(p_x, m_lane, m_left, m_right, o_column, width, CHANNELS, 0, COLUMNS - 1, COLUMNS, WHOLE)
+        rows_of_grad = (above, here, below)
+        for i in tl.static_range(COLUMNS):
+            b_grad = w[0] * above[i]
+            for k in tl.static_range(1, 9):
+                b_grad += w[k] * rows_of_grad[k // 3][i + k % 3]
+            b_x = values[i].to(tl.float32)
+            if GELU:
+                b_x, b_slope = twice_gelu_and_slope(b_x, x.dtype.element_ty.primitive_bitwidth == 16)
+                b_grad *= b_slope
+            m_column = m_lane if WHOLE else m_lane & (o_column + i < width)
+            tl.store(p_grad_x + i * CHANNELS, b_grad.to(grad_x.dtype.element_ty), mask=m_column)
+            b_bias += here[i + 1]
+            added = ()
+            for k in tl.static_range(9):
+                added = added + (weights[k] + b_x * rows_of_grad[2 - k // 3][i + 2 - k % 3],)
+            weights = added
+        above, here = _kept(here), below
         p_grad, p_out = p_grad + pitch, p_out + pitch
-        here = _gradient_row(p_grad, p_out, b_factor, height > 0, first - 1, width, CHANNELS, m_channel, GELU, COLUMNS)
-        values = load_row(p_x, height > 0, first, width, CHANNELS, m_channel, COLUMNS)
-        for i_row in range(top, last_row):
-            p_grad, p_out, p_x = p_grad + pitch, p_out + pitch, p_x + pitch
-            following = load_row(p_x, i_row + 1 < last_row, first, width, CHANNELS, m_channel, COLUMNS)
-            below = _gradient_row(
-                p_grad, p_out, b_factor, i_row + 1 < height, first - 1, width, CHANNELS, m_channel, GELU, COLUMNS
-            )
-            for i in tl.static_range(COLUMNS):
-                b_grad = w[0] * above[i] + w[1] * above[i + 1] + w[2] * above[i + 2]
-                b_grad += w[3] * here[i] + w[4] * here[i + 1] + w[5] * here[i + 2]
-                b_grad += w[6] * below[i] + w[7] * below[i + 1] + w[8] * below[i + 2]
-                b_x = values[i].to(tl.float32)
-                if GELU:
-                    b_tail = twice_tail(b_x)
-                    b_grad *= twice_gelu_slope(b_x, b_tail)
-                    b_x = twice_gelu(b_x, b_tail)
-                m_column = m_channel & (first + i < width)
-                tl.store(p_grad_x + i * CHANNELS, b_grad.to(grad_x.dtype.element_ty), mask=m_column)
-                b_bias += here[i + 1]
-                added = ()
-                for k in tl.static_range(3):
-                    added = added + (weights[k] + b_x * below[i + 2 - k],)
-                for k in tl.static_range(3):
-                    added = added + (weights[3 + k] + b_x * here[i + 2 - k],)
-                for k in tl.static_range(3):
-                    added = added + (weights[6 + k] + b_x * above[i + 2 - k],)
-                weights = added
-            above, here, values = here, below, following
-            p_grad_x += pitch
-    p_sums = sums + i_part.to(tl.int64) * (CHANNELS * 10)
+        p_x, p_grad_x = p_x + pitch, p_grad_x + pitch
+    p_sums = sums + (i_part.to(tl.int64) * strips + o_lane // CHANNELS) * (CHANNELS * 10)
     for k in tl.static_range(9):
-        tl.store(p_sums + o_channel * 9 + k, weights[k] * (0.5 if GELU else 1.0), mask=m_channel)
-    tl.store(p_sums + CHANNELS * 9 + o_channel, b_bias, mask=m_channel)
+        tl.store(p_sums + o_channel * 9 + k, weights[k] * (0.5 if GELU else 1.0), mask=m_lane)
+    tl.store(p_sums + CHANNELS * 9 + o_channel, b_bias, mask=m_lane)
 
 
 @repeated
@@ -137,12 +147,9 @@ def _differentiated(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of weight and bias in a row of C·9 + C; traced, in rows to be summed."""
     batch, channels = x.shape[:2]
-    sizes = cut(x)
-    del sizes["half_channels"]
-    others = sizes["bands"] * sizes["strips"]
-    images = max(1, batch * others * sizes["blocks"] // (2 * PROGRAMS))
-    chunks = ceil_divide(batch, images)
-    parts, grad_x = x.new_empty((chunks * others, channels * 10), dtype=torch.float32), torch.empty_like(x)
+    sizes = cut(x, COLUMNS, RESIDENT)
+    parts = x.new_empty((batch * sizes["bands"] * sizes["strips"], channels * 10), dtype=torch.float32)
+    grad_x = torch.empty_like(x)
     arguments = {
         "grad": grad.permute(0, 2, 3, 1),
         "x": x.permute(0, 2, 3, 1),
@@ -151,16 +158,16 @@ def _differentiated(
         "grad_squares": parts if grad_squares is None else grad_squares.contiguous(),
         "grad_x": grad_x.permute(0, 2, 3, 1),
         "sums": parts,
-        "batch": batch,
         **sizes,
-        "images": images,
         "CHANNELS": channels,
         "RESIDUAL": residual,
         "GELU": out is not None,
         "COLUMNS": COLUMNS,
+        "WHOLE": x.shape[3] % COLUMNS == 0,
+        "STAGES": STAGES,
         "BLOCK": BLOCK,
     }
-    grid = (chunks * others * sizes["blocks"],)
+    grid = (batch * sizes["bands"] * sizes["blocks"],)
     if is_plain(x):
         launch(gradients_kernel, grid, x.device, arguments, num_warps=1)
         return grad_x, sum_rows(sum_rows(parts, 64, torch.float32), 1, x.dtype)

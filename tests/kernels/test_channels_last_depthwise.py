@@ -32,14 +32,14 @@ def doubled(tensors):
 
 
 @pytest.fixture(
-    params=[((2, 6, 5, 9), 2048), ((1, 66, 5, 8), 2048), ((5, 2, 3, 1), 1)], ids=lambda param: str(param[0])
+    params=[((2, 6, 5, 9), 132), ((1, 66, 5, 8), 132), ((1, 34, 4, 14), 132), ((5, 2, 3, 1), 1)],
+    ids=lambda param: str(param[0]),
 )
 def shape(request, monkeypatch):
-    """Maps of several strips, bands and blocks of channels, cut short; images in chunks of two, the last of one."""
-    shape, programs = request.param
+    """Maps of several strips, bands and blocks of channels, cut short or not, and of one band."""
+    shape, processors = request.param
     monkeypatch.setattr(fused, "LEAST", 2)
-    for module in (fused, sliding):
-        monkeypatch.setattr(module, "PROGRAMS", programs)
+    monkeypatch.setattr(fused, "PROCESSORS", processors)
     return shape
 
 
