@@ -8,7 +8,7 @@ again beside the residual. It is for inference, and a ``triton_op``: Inductor la
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -21,9 +21,24 @@ from kernels.products import dot
 from kernels.registration import traced_operator
 from kernels.tuning import repeated
 
-# Of a program's outputs, and of one step of its products: less would read x and weights more often than L2 can deliver.
-BLOCKS = {"PIXELS": 128, "OUTPUTS": 256, "CHANNELS": 64}
-OPTIONS = {"num_warps": 8, "num_stages": 2}
+
+class Blocks(NamedTuple):
+    """A program's pixels and outputs, the channels of one step of its products, and how it is launched."""
+
+    pixels: int
+    outputs: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+    def programs(self, pixels: int, outputs: int) -> int:
+        return ceil_divide(pixels, self.pixels) * ceil_divide(outputs, self.outputs)
+
+
+LARGE = Blocks(128, 256, 64, 8, 2)  # less would read x and weights more often than L2 can deliver
+# Where those keep not even half of a GPU's processors busy, as for a single image: then how long a step takes decides.
+SMALL = Blocks(32, 64, 64, 4, 4)
+LEAST_PROGRAMS = 66  # half of an H200's processors
 
 
 @triton.jit
@@ -95,6 +110,11 @@ def fits(*maps: Tensor) -> bool:
     )
 
 
+def blocks_of(pixels: int, outputs: int) -> Blocks:
+    """The blocks for a problem; the large ones where PyTorch traces a number of pixels that it does not know."""
+    return SMALL if isinstance(pixels, int) and LARGE.programs(pixels, outputs) < LEAST_PROGRAMS else LARGE
+
+
 @repeated
 def _convolve(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, skipped: Tensor, second: Tensor | None,
@@ -103,19 +123,22 @@ def _convolve(
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     out = x.new_empty((batch, height, width, outputs))
     pixels = batch * height * width
+    blocks = blocks_of(pixels, outputs)
     arguments = {
         "x": x.permute(0, 2, 3, 1), "scale": scale, "shift": shift, "weight": weight.contiguous(),
         "bias": bias,
         "skipped": skipped.permute(0, 2, 3, 1), "second": weight if second is None else second.contiguous(), "out": out,
         "pixels": pixels, "height": height, "width": width, "channels": channels, "outputs": outputs,
         "skipped_height": skipped.shape[2], "skipped_width": skipped.shape[3], "skipped_channels": skipped.shape[1],
-        "stride": stride, "SECOND": second is not None, **BLOCKS, "UPCAST": upcast(x.dtype),
+        "stride": stride, "SECOND": second is not None,
+        "PIXELS": blocks.pixels, "OUTPUTS": blocks.outputs, "CHANNELS": blocks.channels, "UPCAST": upcast(x.dtype),
     }  # fmt: skip
-    grid = (ceil_divide(pixels, BLOCKS["PIXELS"]) * ceil_divide(outputs, BLOCKS["OUTPUTS"]),)
+    grid = (blocks.programs(pixels, outputs),)
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     if is_plain(x):
-        launch(residual_kernel, grid, x.device, arguments, **OPTIONS)
+        launch(residual_kernel, grid, x.device, arguments, **options)
     else:
-        wrap_triton(residual_kernel)[grid](**arguments, **OPTIONS)
+        wrap_triton(residual_kernel)[grid](**arguments, **options)
     return out.permute(0, 3, 1, 2)
 
 

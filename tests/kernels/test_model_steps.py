@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import normed, pointwise, tolerances
@@ -27,7 +28,9 @@ def expected_of(x, scale, shift, weight, bias, skipped, second=None, stride=1):
 @pytest.mark.parametrize("shape", [(2, 16, 3, 5, 24), (1, 6, 1, 1, 2), (3, 72, 7, 9, 264)])
 @pytest.mark.parametrize("stride", [0, 1, 2])  # 0: without a second product
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_end_of_a_residual_block(shape, stride, dtype):
+@pytest.mark.parametrize("blocks", [pointwise.LARGE, pointwise.SMALL])
+def test_end_of_a_residual_block(shape, stride, dtype, blocks, monkeypatch):
+    monkeypatch.setattr(pointwise, "blocks_of", lambda *_: blocks)
     batch, channels, height, width, outputs = shape
     x = last(batch, channels, height, width, dtype=dtype)
     scale, shift = random_tensor(channels, dtype=dtype), random_tensor(channels, dtype=dtype)
@@ -47,6 +50,15 @@ def test_end_of_a_residual_block(shape, stride, dtype):
     if DEVICE == "cuda":  # PyTorch traces no interpreted kernels
         definition = pointwise.residual_pointwise_conv2d.definition
         torch.library.opcheck(definition, arguments if beside else (*arguments, None, 1))
+
+
+def test_small_blocks_where_large_ones_are_few():
+    """RedNet-50's last blocks: of one image, and of as many as fill half of the GPU with large blocks."""
+    assert pointwise.blocks_of(49, 2048) == pointwise.SMALL
+    assert pointwise.LARGE.programs(23 * 49, 2048) == 72
+    assert pointwise.blocks_of(23 * 49, 2048) == pointwise.blocks_of(128 * 49, 2048) == pointwise.LARGE
+    batch: Any = ShapeEnv().create_unbacked_symint()
+    assert pointwise.blocks_of(batch * 49, 2048) == pointwise.LARGE
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
