@@ -18,6 +18,7 @@ from models.layers import DropPath, Involution2d, LayerScale, PointwiseConv2d
 from models.layers.basic import to_channels_last
 from models.layers.fusion import CONVOLUTIONS, affine, as_built, fold_after
 from models.layers.involution import conv_bn_relu
+from models.layers.pointwise import PaddedConv2d
 from models.layers.residual import normed_product_and_shortcut, shortcut_convolution
 from models.registry import variant
 
@@ -183,7 +184,7 @@ class RedNet(BackboneContract):
     def folded(self) -> nn.Module:
         """Pools before the last bias and ReLU of the stem, which then see a quarter of the pixels."""
         last: Any = self.stem[-1]
-        layers, kinds = (*last, self.maxpool), (nn.Conv2d, nn.Identity, nn.ReLU, nn.MaxPool2d)
+        layers, kinds = (*last, self.maxpool), (PaddedConv2d, nn.Identity, nn.ReLU, nn.MaxPool2d)
         if all(as_built(layer, kind) for layer, kind in zip(layers, kinds, strict=True)) and last[0].bias is not None:
             self.maxpool = PoolThenReLU(self.maxpool, last[0].bias)
             last[0].bias, last[2] = None, nn.Identity()

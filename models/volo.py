@@ -15,6 +15,7 @@ from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integer, integers, number
 from models.layers import OutlookAttention
 from models.layers.basic import to_channels_last
+from models.layers.pointwise import PaddedConv2d
 from models.layers.tokens import (
     Attention,
     Block,
@@ -39,7 +40,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for channels, kernel_size, stride in ((in_chans, 7, 2), (hidden, 3, 1), (hidden, 3, 1)):
-            conv = nn.Conv2d(channels, hidden, kernel_size, stride, kernel_size // 2, bias=False)
+            conv = PaddedConv2d(channels, hidden, kernel_size, stride, kernel_size // 2, bias=False)
             layers += [conv, nn.BatchNorm2d(hidden), nn.ReLU()]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(hidden, dim, PATCH_SIZE // 2, PATCH_SIZE // 2)

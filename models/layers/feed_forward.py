@@ -9,7 +9,7 @@ from kernels.backend import under_autocast
 from models.layers.basic import GELU2d, GlobalResponseNorm
 from models.layers.depthwise import DepthwiseConv2d, ResidualDepthwiseConv2d
 from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before, runs_triton
-from models.layers.pointwise import HALVES, PointwiseConv2d
+from models.layers.pointwise import HALVES, PointwiseConv2d, padded
 
 
 class FeedForwardSequential(nn.Sequential):
@@ -88,8 +88,9 @@ def _fused(x: Tensor, conv: Any, norm: Any, project: Any) -> Tensor:
     length = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()[:, :, None, None]
     if project.out_channels >= x.shape[2] * x.shape[3]:
         return project(norm.scaled(x, length))
-    weight = (project.weight.flatten(1) * norm.scale(length).flatten(2).transpose(1, 2)).to(x.dtype)  # [B, out, C]
-    out = x.permute(0, 2, 3, 1).flatten(1, 2) @ weight.transpose(1, 2)
+    scale = norm.scale(length).flatten(2).transpose(1, 2)
+    weight = (padded(project.weight.flatten(1), 0) * scale).to(x.dtype)  # [B, out, C]
+    out = (x.permute(0, 2, 3, 1).flatten(1, 2) @ weight.transpose(1, 2))[..., : project.out_channels]
     shift = project.bias
     if norm.beta is not None:
         moved = project.weight.flatten(1) @ norm.beta.flatten()

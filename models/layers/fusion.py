@@ -8,12 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from kernels.backend import get_backend, resolve
-from models.layers.pointwise import PointwiseConv2d
+from models.layers.pointwise import PaddedConv2d, PointwiseConv2d
 
 # The last two stand for plain tensors while PyTorch traces a model.
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-CONVOLUTIONS = (nn.Conv2d, PointwiseConv2d)
+CONVOLUTIONS = (nn.Conv2d, PaddedConv2d, PointwiseConv2d)
 
 
 def as_built(module: Any, kinds: type | tuple[type, ...], device: torch.device | None = None) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import kernels
 from models.checks import integer, odd
 from models.layers.fusion import as_built, convolves
-from models.layers.pointwise import PointwiseConv2d
+from models.layers.pointwise import PaddedConv2d, PointwiseConv2d
 from models.layers.tracing import leaf
 
 
@@ -18,7 +18,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: 
     if kernel_size == stride == 1:
         conv = PointwiseConv2d(in_channels, out_channels, bias=False)
     else:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+        conv = PaddedConv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
 
 

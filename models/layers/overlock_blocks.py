@@ -12,7 +12,7 @@ from models.layers.depthwise import DepthwiseConv2d, DilatedReparamBlock, Residu
 from models.layers.feed_forward import FeedForwardSequential, feed_forward
 from models.layers.fusion import as_built, last_convolution
 from models.layers.normed import NormedSequential
-from models.layers.pointwise import PointwiseConv2d
+from models.layers.pointwise import PaddedConv2d, PointwiseConv2d
 from models.layers.tracing import leaf
 
 
@@ -20,14 +20,14 @@ def stem(in_chans: int, channels: int) -> nn.Sequential:
     """Image -> [B, channels, ⌈H/4⌉, ⌈W/4⌉]: four 3×3 convolutions, the first and the third with stride 2."""
     half, layers = channels // 2, []
     for inputs, outputs, stride in ((in_chans, half, 2), (half, half, 1), (half, channels, 2), (channels, channels, 1)):
-        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        conv = PaddedConv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(outputs), GELU2d()]
     return NormedSequential(*layers[:-1])
 
 
 def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
     """[B, in_channels, H, W] -> [B, out_channels, ⌈H/2⌉, ⌈W/2⌉]."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+    conv = PaddedConv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import kernels
 from models import layers
 from models.layers import ContMix, DropPath, GlobalResponseNorm, Involution2d, OutlookAttention
-from tests.support import DEVICE, assert_close, random_tensor, randomise
+from tests.support import DEVICE, assert_close, channels_last, random_tensor, randomise
 
 TOLERANCE = 1e-12
 
@@ -100,6 +100,26 @@ def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
     assert_close([layer(x) for x in maps], [F.relu(out) for out in expected], 1e-14)
     x = maps[0].requires_grad_()
     assert_gradients(layer(x), F.relu(F.conv2d(x, layer.weight, layer.bias)), x)
+
+
+@pytest.mark.parametrize("channels", [(3, 16), (16, 3), (5, 11), (8, 16)])
+@pytest.mark.parametrize(("name", "options"), [("linear", {}), ("conv2d", {"kernel_size": 3, "padding": 1})])
+def test_channels_are_padded_to_what_matrix_units_take(name, options, channels, monkeypatch):
+    kind = layers.pointwise.PaddedConv2d if options else layers.PointwiseConv2d
+    layer = randomise(kind(*channels, **options)).to(DEVICE)
+    x = channels_last(random_tensor(2, channels[0], 7, 6, dtype=torch.float64)).requires_grad_()
+    expected, function, seen = nn.Conv2d.forward(layer, x), getattr(F, name), []
+
+    def watched(x, weight, *rest):
+        seen.extend([x.shape[1], weight.shape[1], weight.shape[0]])
+        return function(x, weight, *rest)
+
+    monkeypatch.setattr("models.layers.pointwise.in_16_bits_on_gpu", lambda _: True)
+    monkeypatch.setattr(F, name, watched)
+    out = layer(x)
+    assert_close(out, expected, 1e-14)
+    assert_gradients(out, expected, [x, *layer.parameters()])
+    assert [size % 8 for size in seen] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("size", "dilation"), [(3, 2), (3, 4), (5, 2)])
