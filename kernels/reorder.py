@@ -23,12 +23,14 @@ BLOCK_PIXELS, BLOCK_CHANNELS = (1024, 64) if interpreting() else (64, 64)
 @triton.jit
 def _copy_kernel(
     rows_ptr,  # [B, C, H, pitch], contiguous
-    features,  # [B, C, H, W]
-    channels, height, width, vectors,
-    TO_ROWS: tl.constexpr, VECTOR: tl.constexpr, OFFSET: tl.constexpr,
+    features,  # [B, C, H, W], strides but that of C divided by STEP
+    channel_steps, height, width, vectors,
+    TO_ROWS: tl.constexpr, VECTOR: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The pitch is ``vectors`` · VECTOR: multiplying here tells Triton how rows align."""
+    """The pitch is ``vectors`` · VECTOR, and there are ``channel_steps`` · STEP channels: multiplying here tells Triton
+    how rows, and a pixel's channels, align."""
+    channels = channel_steps * STEP
     pixel_blocks, channel_blocks = tl.cdiv(height * vectors * VECTOR, BLOCK_PIXELS), tl.cdiv(channels, BLOCK_CHANNELS)
     i_pixel = tl.program_id(0) % pixel_blocks
     i_channel = tl.program_id(0) // pixel_blocks % channel_blocks
@@ -39,8 +41,8 @@ def _copy_kernel(
     m_rows = (o_channel < channels) & (o_pixel < height * vectors * VECTOR)
     # [C, P]
     p_rows = rows_ptr + (i_batch * channels + o_channel) * tl.cast(height * vectors, tl.int64) * VECTOR + o_pixel
-    o_features = o_channel.to(OFFSET) * features.c + o_row.to(OFFSET) * features.h + o_column.to(OFFSET) * features.w
-    p_features = features.ptr + i_batch * features.b + o_features
+    o_features = (o_row.to(OFFSET) * features.h + o_column.to(OFFSET) * features.w) * STEP
+    p_features = features.ptr + i_batch * features.b * STEP + o_features + o_channel.to(OFFSET) * features.c
     if TO_ROWS:
         tl.store(p_rows, tl.load(p_features, mask=m_rows & (o_column < width), other=0), mask=m_rows)
     else:
@@ -52,15 +54,18 @@ def copy_rows(rows: Tensor, features: Tensor, to_rows: bool) -> None:
     rows beyond W become zeros."""
     batch, channels, height, width = features.shape
     pitch = rows.shape[3]
-    vector = math.gcd(pitch, 16 // rows.element_size())
+    most = 16 // rows.element_size()
+    strides, vector = view(features, "b c h w"), math.gcd(pitch, most)
+    step = math.gcd(channels, strides.b, strides.h, strides.w, most) if strides.c == 1 else 1
+    strides = strides._replace(b=strides.b // step, h=strides.h // step, w=strides.w // step)
     block_channels = min(BLOCK_CHANNELS, next_power_of_2(channels))
     block_pixels = min(BLOCK_PIXELS * BLOCK_CHANNELS // block_channels, 8 * BLOCK_PIXELS)
     # One program per (block of pixels, block of channels, image).
     grid = (ceil_divide(height * pitch, block_pixels) * ceil_divide(channels, block_channels) * batch,)
     arguments = {
-        "rows_ptr": rows, "features": view(features, "b c h w"), "channels": channels, "height": height, "width": width,
+        "rows_ptr": rows, "features": strides, "channel_steps": channels // step, "height": height, "width": width,
         "vectors": pitch // vector,
-        "TO_ROWS": to_rows, "VECTOR": vector, "OFFSET": precision(features[None])["OFFSET"],
+        "TO_ROWS": to_rows, "VECTOR": vector, "STEP": step, "OFFSET": precision(features[None])["OFFSET"],
         "BLOCK_PIXELS": block_pixels, "BLOCK_CHANNELS": block_channels,
     }  # fmt: skip
     launch(_copy_kernel, grid, rows.device, arguments, num_warps=4, num_stages=1)
