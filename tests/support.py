@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import kernels
 from autotune.timing import relative_error as relative_error
 from kernels import tolerances
+from kernels.launch import Launch, watching_launches
 
 ROOT, GOLDEN = Path(__file__).parents[1], Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +76,13 @@ def trained(module: nn.Module, x: Tensor, grad: Tensor, backend: str = "auto") -
     with kernels.use_backend(backend):
         out = module(leaves[0])
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@contextmanager
+def watching(watch: Callable[[Launch, Any], object]) -> Iterator[None]:
+    """``watching_launches``, those of backward passes too: for a GPU's autograd has threads of its own."""
+    with torch.autograd.set_multithreading_enabled(False), watching_launches(watch):
+        yield
 
 
 def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:

@@ -8,7 +8,7 @@ from kernels.aggregation import eager, rows
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
 from kernels.windows import Window
-from tests.support import FORWARD_TOLERANCE, assert_close, random_tensor
+from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor
 
 
 @pytest.mark.parametrize(("channels", "first", "pairs"), [(6, 0, True), (16, 2, True), (6, 1, False), (5, 0, False)])
@@ -18,7 +18,7 @@ def test_channels_in_pairs(channels, first, pairs):
 
     def maps(*shape):
         number = groups * shape[0]
-        wide = torch.full((2, number + 4, 5, 7), float("nan"), dtype=torch.bfloat16)
+        wide = torch.full((2, number + 4, 5, 7), float("nan"), dtype=torch.bfloat16, device=DEVICE)
         part = wide.to(memory_format=torch.channels_last)[:, first : first + number]
         return part.copy_(random_tensor(*part.shape)).unflatten(1, (groups, *shape))
 

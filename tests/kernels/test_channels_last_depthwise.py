@@ -12,8 +12,7 @@ import kernels
 from kernels import tolerances
 from kernels.depthwise import fused, sliding, small
 from kernels.depthwise.op import residual_depthwise_conv2d
-from kernels.launch import watching_launches
-from tests.support import DEVICE, assert_close, channels_last, differentiated, random_tensor
+from tests.support import DEVICE, assert_close, channels_last, differentiated, random_tensor, watching
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 SLIDING = {"fused_kernel": 1, "gradients_kernel": 1}
@@ -47,7 +46,7 @@ def check(function, shape, kernel_size, dtype, launches):
     """Output and gradients, each by those kernels."""
     tensors, grad = drawn(shape, kernel_size, dtype), channels_last(random_tensor(*shape, dtype=dtype))
     launched: list[str] = []
-    with watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
+    with watching(lambda made, _: launched.append(made.kernel.__name__)):
         found = differentiated(function, tensors, [grad], "triton")
     assert {name: launched.count(name) for name in SMALL | SLIDING} == dict.fromkeys(SMALL | SLIDING, 0) | launches
     exact = differentiated(function, doubled(tensors), [grad.double()], "reference")

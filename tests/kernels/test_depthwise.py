@@ -61,10 +61,10 @@ def test_tuning_takes_pytorch_where_it_wins():
 def test_weight_gradient_in_chunks(chunks, monkeypatch):
     """On a GPU images and the tiles of an image are cut into chunks; the interpreter takes both in one."""
     monkeypatch.setattr(backward, "_chunks", lambda programs, image_blocks, tile_blocks: chunks)
-    x, grad = random_tensor(5, 1, 17, 41), random_tensor(5, 1, 17, 41)
+    x, grad = random_tensor(5, 1, 17, 117), random_tensor(5, 1, 17, 117)
     weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     (expected,) = torch.autograd.grad(kernels.reference.depthwise_conv2d(x.double(), weight), weight, grad.double())
-    config = Config(8, 4, 2)  # five blocks of tiles: chunks of one to five, the last shorter
+    config = Config(4, 16, 2)  # five blocks of tiles: chunks of one to five, the last shorter
     with record_launches() as launches:
         backward.weight_gradient(grad.to("meta"), x.to("meta"), 3, config=config)
     (arguments,) = (made.arguments for made in launches if "chunk_images" in made.arguments)
@@ -73,7 +73,7 @@ def test_weight_gradient_in_chunks(chunks, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config", [None, Config(8, 4, 2), Config(4, 16, 4)]
+    "config", [None, Config(2, 16, 2), Config(4, 16, 4)]
 )  # the heuristic's; several tiles and steps
 @pytest.mark.parametrize("dilation", [2, 3, 7])
 @pytest.mark.parametrize("height", [7, 16, 17, 40])  # around where rows of a tile lie apart, which parts them unevenly

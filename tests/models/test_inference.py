@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 import models
 from kernels import tolerances
-from kernels.launch import watching_launches
 from models.inference import _fold
 from models.layers import DropPath, GELU2d, LayerScale, ResidualDepthwiseConv2d
 from models.layers.feed_forward import FeedForwardSequential, feed_forward
@@ -29,6 +28,7 @@ from tests.support import (
     randomise,
     trained,
     triton_device,
+    watching,
 )
 
 EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings differs
@@ -280,7 +280,7 @@ def test_feed_forward(side, folded):
     x = channels_last(random_tensor(2, 12, side, side))
     expected = layers(x)  # float32: PyTorch's layers
     launched = []
-    with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made.arguments["GELU"])):
+    with kernels.use_backend("triton"), watching(lambda made, _: launched.append(made.arguments["GELU"])):
         out = layers.half()(x.half())
         assert launched == [True]
         layers[1] = GELU2d("tanh")  # not the kernel's
@@ -306,7 +306,7 @@ def test_training_of_a_feed_forward(side, dtype):
     found = trained(copy.deepcopy(exact).to(dtype), x.to(dtype), grad, "triton")
     assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
     launched = []  # under autocast what comes may be in float32, as from a layer norm
-    with torch.autocast(DEVICE, dtype), watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
+    with torch.autocast(DEVICE, dtype), watching(lambda made, _: launched.append(made.kernel.__name__)):
         found = trained(copy.deepcopy(exact).float(), x, grad, "triton")
     assert [launched.count(name) for name in ("fused_kernel", "gradients_kernel")] == [1, 1]
     assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
@@ -317,7 +317,7 @@ def test_a_feed_forward_of_other_channels_launches_nothing():
     layers, launched = FeedForwardSequential(*feed_forward(12, 24)[1:]).to(triton_device()).half(), []
     x = channels_last(random_tensor(1, 32, 9, 9).half())
     refused = pytest.raises((RuntimeError, ValueError), match=r"channels|weight must have shape")
-    with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made)), refused:
+    with kernels.use_backend("triton"), watching(lambda made, _: launched.append(made)), refused:
         layers(x)
     assert not launched
 
@@ -348,7 +348,7 @@ def test_end_of_a_bottleneck(in_channels, stride):
         expected = plain(x)
         assert_close(fused(x), expected, 1e-5)  # float32: PyTorch's layers
         half, launched = copy.deepcopy(fused).half(), []
-        with kernels.use_backend("triton"), watching_launches(lambda made, _: launched.append(made.kernel.__name__)):
+        with kernels.use_backend("triton"), watching(lambda made, _: launched.append(made.kernel.__name__)):
             out = half(x.half())
             assert launched.count("residual_kernel") == 1
             half.conv3.register_forward_hook(one_and_a_half)
@@ -367,7 +367,7 @@ def test_a_whole_model_is_fused():
     parts = [type(layer) for layer in fused.modules()].count(FeedForwardSequential)
     x, launched = images(2, 3, 64, 64), []
     with torch.no_grad(), kernels.use_backend("triton"):
-        with watching_launches(lambda made, _: launched.append(made.arguments.get("GELU"))):
+        with watching(lambda made, _: launched.append(made.arguments.get("GELU"))):
             out = fused.half()(x.half())
         assert_close(out, model(x), 1e-2)
     assert launched.count(True) == parts > 0

@@ -89,7 +89,7 @@ def test_global_response_norm_in_16_bits_and_of_a_silent_channel():
 
 
 def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
-    layer = randomise(layers.PointwiseConv2d(6, 5))
+    layer = randomise(layers.PointwiseConv2d(6, 5)).to(DEVICE)
     whole = random_tensor(3, 8, 5, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     maps = [whole[:, :6], whole[:, 2:], whole[:1, :6], whole[:, :6, :1], whole[:, :6, :1, :1], whole[:, :6, :, :1]]
     expected = [F.conv2d(x, layer.weight, layer.bias) for x in maps]
@@ -124,7 +124,7 @@ def test_channels_are_padded_to_what_matrix_units_take(name, options, channels, 
 
 @pytest.mark.parametrize(("size", "dilation"), [(3, 2), (3, 4), (5, 2)])
 def test_dilated_depthwise_convolution_as_a_dense_one(size, dilation, monkeypatch):
-    layer = randomise(layers.DepthwiseConv2d(4, size, dilation=dilation))
+    layer = randomise(layers.DepthwiseConv2d(4, size, dilation=dilation)).to(DEVICE)
     x = random_tensor(2, 4, 9, 10, dtype=torch.float64).requires_grad_()
     expected = F.conv2d(x, layer.weight, layer.bias, padding=layer.padding, dilation=dilation, groups=4)
     monkeypatch.setattr("models.layers.depthwise.in_16_bits_on_gpu", lambda _: True)
