@@ -15,6 +15,7 @@ from kernels.layout import channels_fastest
 from kernels.windows import Pair, Window
 
 LARGEST_KERNEL, LARGEST_STRIDE, LARGEST_DILATION = 16, 4, 8
+SHARED_BYTES = (64 if torch.version.hip else 99) * 2**10  # of memory that a program has on the smallest GPU
 
 
 def slides(window: Window) -> bool:
@@ -85,6 +86,15 @@ def problem_of(
     )  # fmt: skip
 
 
+def fits_shared_memory(
+    rows: int, columns: int, groups: int, taps: int, features: int, dtype: torch.dtype, copies: int
+) -> bool:
+    """Whether the operands of the products that generate taps do, with so many copies of a tile's features, and what
+    warps exchange."""
+    pixels, entries = next_power_of_2(rows) * columns, groups * next_power_of_2(taps)
+    return (copies * pixels + entries) * features * dtype.itemsize + 4 * pixels * entries <= SHARED_BYTES
+
+
 @dataclass(frozen=True)
 class Config:
     """``rows`` by ``columns`` by ``channels``, of several groups where they fit; ``loads`` rows are loaded at once."""
@@ -101,15 +111,25 @@ class Config:
             return min(self.channels // channels, next_power_of_2(groups)), channels
         return 1, min(next_power_of_2(channels), self.channels)
 
+    def fits(self, problem: Problem) -> bool:
+        """Whether shared memory holds all features of the tile, which stay there while taps are generated."""
+        if not problem.features or problem.transposed or interpreting():
+            return True
+        groups, _ = self.block(problem.groups, problem.channels)
+        dtype, features = problem.dtype, problem.features
+        copies = 2 if dtype == torch.float32 else 1  # a product takes two parts of each number
+        return fits_shared_memory(self.rows, self.columns, groups, problem.taps, features, dtype, copies)
+
     def valid(self, problem: Problem) -> bool:
-        """Rows that fit the stride, and taps that fit the registers of a thread."""
+        """Rows that fit the stride, taps that fit the registers of a thread, features that fit shared memory."""
         slots, steps = next_power_of_2(self.rows), next_power_of_2(problem.taps)
         return (
             self.rows % problem.multiple == 0
             and (slots * steps <= 64 or self.rows == problem.multiple)
             and self.channels < 2 * next_power_of_2(problem.channels * problem.groups)
-            and (self.columns >= 32 or problem.channels_fastest or interpreting())
+            and (self.columns >= 32 or problem.channels_fastest or problem.features > 0 or interpreting())
             and (self.columns < 32 or not problem.channels_fastest or problem.channels * problem.groups < 64)
+            and self.fits(problem)
         )
 
 
@@ -139,7 +159,21 @@ def _rows(problem: Problem, most: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
-    """The config where nothing was tuned.
+    """The config where nothing was tuned, with fewer columns, groups or rows where many features would not fit."""
+    config = _of_few_features(problem)
+    while not config.fits(problem) and config.rows * config.columns > 1:
+        groups, channels = config.block(problem.groups, problem.channels)
+        if groups > 1 and groups * next_power_of_2(problem.taps) > next_power_of_2(config.rows) * config.columns:
+            config = replace(config, channels=groups // 2 * channels)
+        elif config.columns > 2 or config.rows == 1:
+            config = replace(config, columns=config.columns // 2)
+        else:
+            config = replace(config, rows=config.rows // 2)
+    return config
+
+
+def _of_few_features(problem: Problem) -> Config:
+    """The config where all fits.
 
     Lanes take 8 adjacent channels (16 bytes; 4 of 32 bits) where they are aligned, one otherwise: a lane has the taps
     of all its groups in registers. Pixels lie across lanes where they are adjacent, 32 at a time.

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aggregation import eager
-from kernels.aggregation.configs import CONFIGS, Config, by_columns, heuristic, in_one_piece, pieces, problem_of
+from kernels.aggregation.configs import (
+    CONFIGS,
+    Config,
+    by_columns,
+    fits_shared_memory,
+    heuristic,
+    in_one_piece,
+    pieces,
+    problem_of,
+)
 from kernels.aggregation.correlate import correlate  # noqa: F401  (the algebra in one module)
 from kernels.aggregation.tiles import (
     across,
@@ -30,7 +39,7 @@ from kernels.aggregation.tiles import (
     unstack,
 )
 from kernels.dtypes import accumulator_dtype, precision, upcast
-from kernels.launch import launch
+from kernels.launch import launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.products import dot
 from kernels.tuning import tunable
@@ -211,8 +220,13 @@ def weighted_sum(
     # One program per (group block, channel block, row tile, columns of all images), fastest first.
     grid = (programs * common["channel_blocks"],)
     # The next step's operands of a product are copied to shared memory while this step's taps are used, unless features
-    # leave a block partly empty. AMD's compiler would hold them in registers.
-    stages = 2 if features and features % block_features == 0 and not torch.version.hip else 1
+    # leave a block partly empty or, transposed, do not fit. AMD's compiler would hold them in registers.
+    ahead = features > 0 and features % block_features == 0 and not torch.version.hip
+    if ahead and transposed:
+        slots, taps = next_power_of_2(config.rows), window.kernel_size[0]
+        turns = (slots - 1 + (taps - 1) * window.dilation[0]) // slots + 1
+        ahead = fits_shared_memory(slots, config.columns, common["GROUPS"], taps, features, x.dtype, turns)
+    stages = 2 if ahead else 1
     launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
     return out
 

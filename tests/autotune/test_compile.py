@@ -26,6 +26,9 @@ def _kernel_names():
     return {name.strip("_") for name in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", sources)}
 
 
+# What a program may have, of shared memory.
+SHARED_BYTES = {"sm_80": 163 * 2**10, "sm_90": 227 * 2**10, "sm_100": 227 * 2**10, "gfx942": 64 * 2**10}
+
 # The most bytes on the stack that a kernel may take, by dtype. Kernels that hold many sums at once are quicker with a
 # few of them there than with smaller tiles; kernels that are not named here take none.
 SPILLS = {
@@ -62,6 +65,7 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     narrow = {name for name in _kernel_names() if dtype == "fp32" and any(part in name for part in of_16_bits)}
     assert {report["kernel"] for report in result["reports"]} == _kernel_names() - narrow
     assert all(0 < report["registers"] <= 512 for report in result["reports"])
+    assert all(report["shared_bytes"] <= SHARED_BYTES[architecture] for report in result["reports"])
     # A build for AMD's GPUs made here has loads ahead, in registers, or other blocks, that a launch there is without.
     on_amd = {"weighted_sum_kernel": 608, "backward_shared_kernel": 600}
     on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2644, "residual_kernel": 96}
@@ -85,6 +89,31 @@ def test_instructions_are_counted():
     by_kernel = {report["kernel"]: report for report in reports}
     assert by_kernel["convolution_kernel"]["tensor_core"] > 0
     assert by_kernel["weighted_sum_kernel"]["fma"] > 0
+
+
+def test_operands_of_many_features_fit_the_smallest_gpu():
+    """Features stay in shared memory while taps are generated from them; more of them leave room for fewer pixels."""
+    code = """if True:
+        import torch
+        from autotune.compile import compile_launch
+        from kernels.involution.forward import involution_generate, involution_generate_transpose
+        from kernels.launch import record_launches
+        from kernels.windows import Window
+
+        def last(channels):
+            return torch.empty(1, 9, 9, channels, device="meta").permute(0, 3, 1, 2)
+
+        x, seen, window = last(2)[:, None], last(64), Window((3, 3), padding=(1, 1))
+        weight = torch.empty(9, 64, device="meta")
+        with record_launches() as launches:
+            involution_generate(x, seen, weight, None, window)
+            involution_generate_transpose(x, x, seen, weight, None, window._replace(padding=(5, 5), dilation=(5, 5)))
+        print(*[compile_launch("", launch, "sm_80", instructions=False).shared_bytes for launch in launches])
+    """
+    done = in_a_process("-c", code, TRITON_INTERPRET="")
+    shared = [int(number) for number in done.stdout.split()]
+    assert len(shared) == 2, done.stderr
+    assert max(shared) <= 99 * 2**10
 
 
 def test_every_config_is_what_tuning_may_choose():

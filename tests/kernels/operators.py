@@ -212,8 +212,10 @@ OPERATORS = [
             "tiles": generated((9, 5), 6, 2, 3, 20),
             "strided": generated((9, 7), 6, 2, 3, 70, bias=False, stride=2, dilation=2),
         },
-        every(SCALES, (1, 4, 32), (1, 5, 16), (3, 7, 16), (1, 2))(
-            lambda size, groups, channels, k, stride: generated(size, groups * channels, groups, k, 32, stride=stride)
+        every(SCALES, (1, 4, 32), (1, 2, 5, 16), (3, 7, 16), ((1, 32), (2, 32), (1, 400)))(
+            lambda size, groups, channels, k, rest: generated(
+                size, groups * channels, groups, k, rest[1], stride=rest[0]
+            )
         ),
         (18 * (4 + 3) * PIXELS, 2 * 18 * (4 + 3) * PIXELS),
         twice=False,
