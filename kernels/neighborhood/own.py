@@ -24,7 +24,8 @@ def _log_sum_exp(
     taps, weight, rpb, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """log2 Σ_k 2^logits [R, P, 1]; logits of small windows are held in registers, those of large ones read twice."""
+    """The largest logit m and log2 Σ_k exp(logits − m), [R, P, 1] each; logits of small windows are held in registers,
+    those of large ones read twice. Apart, since their sum is rounded: to 0.001 where logits are 10000."""
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     HELD: tl.constexpr = KERNEL_H if KERNEL_H <= 8 else 0
     b_top = tl.full(taps.p_weight.shape, float("-inf"), ACCUMULATOR)
@@ -39,21 +40,21 @@ def _log_sum_exp(
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
     b_total = tl.zeros(taps.p_weight.shape, ACCUMULATOR)
     for kh in tl.static_range(HELD):
-        b_total += tl.exp2(held[kh] - b_max)
+        b_total += tl.exp2((held[kh] - b_max) * LOG2_E)
     for kh in range(HELD, KERNEL_H):
-        b_total += tl.exp2(_logits(taps, weight, rpb, kh, HAS_RPB, ACCUMULATOR, OFFSET) - b_max)
-    return b_max + tl.log2(tl.sum(b_total, axis=2, keep_dims=True))
+        b_total += tl.exp2((_logits(taps, weight, rpb, kh, HAS_RPB, ACCUMULATOR, OFFSET) - b_max) * LOG2_E)
+    return b_max, tl.log2(tl.sum(b_total, axis=2, keep_dims=True))
 
 
 @triton.jit
 def _logits(taps, weight, rpb, kh, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr):
-    """logits + rpb [R, P, S] of own rows at window row ``kh``, in units of log 2; −inf where there are none."""
+    """logits + rpb [R, P, S] of own rows at window row ``kh``; −inf where there are none."""
     o_kernel = kh - taps.row
     p_weight = taps.p_weight + o_kernel.to(OFFSET) * weight.c
     b_logits = tl.load(p_weight, mask=taps.mask, other=float("-inf")).to(ACCUMULATOR)
     if HAS_RPB:
         b_logits += tl.load(rpb.ptr + taps.o_rpb + o_kernel * rpb.h, mask=taps.mask, other=0).to(ACCUMULATOR)
-    return b_logits * LOG2_E
+    return b_logits
 
 
 @triton.jit
@@ -102,9 +103,9 @@ def sum_kernel(
     for first_step in range(0, most, KERNEL_W):
         taps = taps_of(weight, rpb, statistics, rows, columns, first_step, WINDOW, TRANSPOSED, OFFSET, ROWS, STEPS)
         if SOFTMAX and not TRANSPOSED:
-            b_statistics = _log_sum_exp(taps, weight, rpb, WINDOW, HAS_RPB, ACCUMULATOR, OFFSET)
+            b_max, b_log_total = _log_sum_exp(taps, weight, rpb, WINDOW, HAS_RPB, ACCUMULATOR, OFFSET)
             if i_block == 0:
-                tl.store(taps.p_statistics, b_statistics / LOG2_E, mask=taps.own)
+                tl.store(taps.p_statistics, b_max + b_log_total / LOG2_E, mask=taps.own)
         for i_source in range(rows.begin, rows.end):
             o_source = tl.cast(i_source * WINDOW.dilation[0] + rows.residue, OFFSET)
             seen = ()
@@ -122,8 +123,10 @@ def sum_kernel(
             if SOFTMAX:
                 if TRANSPOSED:
                     p_statistics = taps.p_statistics + o_source * statistics.h
-                    b_statistics = tl.load(p_statistics, mask=taps.mask, other=0) * LOG2_E
-                b_taps = tl.exp2(b_taps - b_statistics).to(source.ptr.dtype.element_ty)
+                    b_exponent = (b_taps - tl.load(p_statistics, mask=taps.mask, other=0)) * LOG2_E
+                else:
+                    b_exponent = (b_taps - b_max) * LOG2_E - b_log_total
+                b_taps = tl.exp2(b_exponent).to(source.ptr.dtype.element_ty)
             steps = _taps_apart(b_taps)
             wide = ()
             for i in tl.static_range(KERNEL_W):
@@ -175,7 +178,7 @@ def correlate_kernel(
     targets = taps_of(target, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
     if SOFTMAX:
         taps = taps_of(logits, rpb, statistics, rows, columns, 0, WINDOW, False, OFFSET, ROWS, STEPS)
-        b_statistics = tl.load(taps.p_statistics) * LOG2_E
+        b_statistics = tl.load(taps.p_statistics)
     o_channel = tl.arange(0, CHANNELS)
     m_channel = (o_channel < multiple(channels, ALIGNED))[None, :]
     o_first = (columns.first * WINDOW.dilation[1] + columns.residue).to(OFFSET)
@@ -201,7 +204,7 @@ def correlate_kernel(
             seen = seen + (tl.load(p_seen, mask=m_channel, other=0),)
         if SOFTMAX:
             b_logits = load_taps(taps, logits, rpb, rows, i_source, WINDOW, False, True, HAS_RPB, ACCUMULATOR, OFFSET)
-            b_weight = tl.exp2(b_logits - b_statistics)
+            b_weight = tl.exp2((b_logits - b_statistics) * LOG2_E)
         wide = ()
         for i in tl.static_range(KERNEL_W):
             wide = wide + (seen[i].to(ACCUMULATOR),)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kernels.products import LOG2_E
 from kernels.windows_triton import window_start
 
 
@@ -150,7 +149,7 @@ def load_taps(
     taps, weight, rpb, rows, source, WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """[R, P, S] of a source row: weights, or logits + rpb in units of log 2 with SOFTMAX; 0, or −inf, where none."""
+    """[R, P, S] of a source row: weights, or logits + rpb with SOFTMAX; 0, or −inf, where none."""
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     shift = window_row(rows, source, KERNEL_H, TRANSPOSED)
     m_tap = taps.mask & (taps.row + shift >= 0) & (taps.row + shift < KERNEL_H)
@@ -163,5 +162,4 @@ def load_taps(
         if HAS_RPB:
             o_relative = (-source if TRANSPOSED else source) * rpb.h
             b_taps += tl.load(rpb.ptr + taps.o_rpb + o_relative, mask=m_tap, other=0).to(ACCUMULATOR)
-        b_taps *= LOG2_E
     return b_taps

@@ -140,6 +140,17 @@ def test_huge_logits(operator, backend):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@ON_ALL
+def test_huge_logits_that_are_alike(backend):
+    """Where outputs have windows of their own, weights follow from differences of logits, whatever their size."""
+    operator = next(operator for operator in OPERATORS if operator.name == "na2d_softmax_av")
+    tensors = operator.tensors()
+    tensors["logits"] = tensors["logits"].round() + 3e4
+    tensors["rpb"].round_()
+    expected, _ = operator.exact(tensors)
+    assert_close(run(operator, tensors, backend)[0], expected, FORWARD_TOLERANCE[torch.float32])
+
+
 @BY_NAME
 def test_wide_offsets(operator, monkeypatch):
     """Kernels with 64-bit offsets compute the same bits."""
