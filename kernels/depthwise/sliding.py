@@ -34,8 +34,6 @@ from kernels.registration import traced_operator
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated
 
-RESIDENT = 16  # programs that a processor holds
-
 
 @triton.jit
 def _kept(row):
@@ -147,7 +145,7 @@ def _differentiated(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of weight and bias in a row of C·9 + C; traced, in rows to be summed."""
     batch, channels = x.shape[:2]
-    sizes = cut(x, COLUMNS, RESIDENT)
+    sizes = cut(x, COLUMNS)
     parts = x.new_empty((batch * sizes["bands"] * sizes["strips"], channels * 10), dtype=torch.float32)
     grad_x = torch.empty_like(x)
     arguments = {

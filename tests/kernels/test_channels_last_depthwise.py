@@ -31,14 +31,14 @@ def doubled(tensors):
 
 
 @pytest.fixture(
-    params=[((2, 6, 5, 9), 132), ((1, 66, 5, 8), 132), ((1, 34, 4, 14), 132), ((5, 2, 3, 1), 1)],
+    params=[((2, 6, 5, 9), 3072), ((1, 66, 5, 8), 3072), ((1, 34, 4, 14), 3072), ((5, 2, 3, 1), 1)],
     ids=lambda param: str(param[0]),
 )
 def shape(request, monkeypatch):
     """Maps of several strips, bands and blocks of channels, cut short or not, and of one band."""
-    shape, processors = request.param
+    shape, programs = request.param
     monkeypatch.setattr(fused, "LEAST", 2)
-    monkeypatch.setattr(fused, "PROCESSORS", processors)
+    monkeypatch.setattr(fused, "PROGRAMS", programs)
     return shape
 
 
