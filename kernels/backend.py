@@ -54,6 +54,13 @@ def transforming() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+# PyTorch 2.11 says yes in whatever Dynamo traces (pytorch/pytorch#176347): Dynamo asks this function instead.
+@torch.compiler.assume_constant_result
+def exporting() -> bool:
+    """Whether ``torch.export`` records this."""
+    return torch.compiler.is_exporting()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def get_backend() -> str:
     """The name of the backend in force: the selected one (``auto`` is reported as such), with two exceptions.
 
@@ -66,7 +73,7 @@ def get_backend() -> str:
     """
     if transforming():
         return "reference"
-    recording = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    recording = exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     if recording and torch.onnx.is_in_onnx_export():
         return "reference"
     return _of_trace or _this.selected

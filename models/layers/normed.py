@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.backend import exporting
 from models.layers.basic import GELU2d
 from models.layers.fusion import as_built, runs_triton, trains
 from models.layers.pointwise import in_16_bits_on_gpu
@@ -17,7 +18,7 @@ def normed_gelu(norm: nn.Module, x: Tensor) -> Tensor | None:
 
     Its backward pass has kernels. In Inductor's, the batch norm's output is written again, in float32.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling() or exporting():
         return None
     if not in_16_bits_on_gpu(x) or x.dim() != 4 or not runs_triton(x):
         return None

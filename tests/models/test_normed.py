@@ -64,14 +64,19 @@ def test_other_layers_run_one_by_one(change, compiling, monkeypatch):
     assert equal_entries(fused, plain)
 
 
-def test_compiled_code_takes_the_step(monkeypatch):
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Any tensor is taken for one that a GPU multiplies in 16 bits."""
+    monkeypatch.setattr("models.layers.normed.in_16_bits_on_gpu", lambda _: True)
+    monkeypatch.setattr("models.layers.normed.runs_triton", lambda _: True)
+
+
+def test_compiled_code_takes_the_step(on_a_gpu, monkeypatch):
     """Dynamo follows it, forward and backward; not into kernels that the interpreter runs."""
 
     def backward(grad: Any, x: Any, weight: Any, *_: Any) -> list[Any]:
         return [grad * x, weight + 1, weight + 2]
 
-    monkeypatch.setattr("models.layers.normed.in_16_bits_on_gpu", lambda _: True)
-    monkeypatch.setattr("models.layers.normed.runs_triton", lambda _: True)
     monkeypatch.setattr("kernels.normed.normed_gelu_backward", backward)
     fused, plain = pair()
     x = random_tensor(2, 3, 6, 6, seed=2)
@@ -80,6 +85,13 @@ def test_compiled_code_takes_the_step(monkeypatch):
     assert_close(fused[1].running_var, plain[1].running_var, 1e-6)
     assert fused[1].num_batches_tracked == 1
     assert torch.equal(torch.autograd.grad(out.sum(), fused[1].bias)[0], fused[1].weight + 2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_code_runs_the_layers(strict, on_a_gpu):
+    fused, _ = pair()
+    program = torch.export.export(fused, (random_tensor(2, 3, 6, 6),), strict=strict)
+    assert "batch_norm" in str(program.graph)
 
 
 def test_inference_has_plain_sequences():
