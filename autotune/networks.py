@@ -118,8 +118,9 @@ def measure_model(
     judge("peer_compiled", peer, "peer")
     turns = functools.partial(in_turns, idle=latency)
     found = time_and_memory(calls, settings, turns if settings.thorough else timing.measure)
-    for times in found.values():
+    for name, times in found.items():
         times["images_per_second"] = 1000 * images.shape[0] / times["p50_ms"]
+        times["busy_ms"] = timing.busy_milliseconds(calls[name], settings.device)
     speed_up = ratios(found)
     if {"compiled", "peer_compiled"} <= found.keys():  # like with like
         speed_up["peer_compiled"] = found["peer_compiled"]["p50_ms"] / found["compiled"]["p50_ms"]

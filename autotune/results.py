@@ -12,6 +12,7 @@ from autotune.tables import Table, microseconds, number, percent, times
 
 Row = dict[str, Any]
 OTHERS = ("naive", "compiled", "unfused")
+BUSY = ("ours", "compiled", "peer_compiled")  # contenders whose time on the GPU alone is told
 
 
 class Folder:
@@ -29,6 +30,11 @@ class Folder:
         """A file's content, empty where it is missing."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def test_runs(self) -> list[Row]:
+        """What came of the tests, at one or several states of the code."""
+        return self.tests.get("runs", [self.tests] if self.tests else [])
 
     def timed(self, kind: str | None = None) -> list[Row]:
         return [row for row in self.operators if row["status"] == "ok" and kind in (None, row["pass"])]
@@ -50,6 +56,11 @@ def ceilings_told(found: dict[str, float]) -> str:
     )
 
 
+def _of_commit(row: Row) -> str:
+    """Where a row was measured at another commit than the file's."""
+    return f" ({row['commit'][:7]})" if "commit" in row else ""
+
+
 def operators_table(folder: Folder, kernels: Callable[[Row], float | None] | None = None) -> Table:
     """Medians of calls, of their work on the GPU alone, and of the others.
 
@@ -58,8 +69,7 @@ def operators_table(folder: Folder, kernels: Callable[[Row], float | None] | Non
     rows = []
     for row in folder.timed():
         graph, eager = row.get("graph", {}).get("ours", {}).get("p50_ms"), row["contenders"]["ours"]["p50_ms"]
-        of_commit = f" ({row['commit'][:7]})" if "commit" in row else ""  # another than the folder's
-        shape = f"{row['model']} {row['shape']}{of_commit}".strip()
+        shape = f"{row['model']} {row['shape']}{_of_commit(row)}".strip()
         cells = [f"`{row['operator']}`", shape, row["pass"], microseconds(graph)]
         cells += [] if kernels is None else [number(kernels(row))]
         cells += [microseconds(eager), microseconds(row["floor"]["ms"]), percent(row["floor"]["fraction"])]
@@ -75,15 +85,18 @@ def models_table(folder: Folder) -> Table:
     found = [row for row in folder.models if row["status"] == "ok"]
     names = ("ours", "naive", "compiled", "peer", "peer_compiled")
     paths = [name for name in names if any(name in row["contenders"] for row in found)]
+    timed = [name for name in BUSY if any(row["contenders"].get(name, {}).get("busy_ms") for row in found)]
     rows = []
     for row in found:
         speeds = [row["contenders"].get(name, {}).get("images_per_second") for name in paths]
         naive, ours = (row["contenders"].get(name, {}).get("peak_bytes") for name in ("naive", "ours"))
         beside = f" beside {row['peer']}" if row.get("peer") else ""
-        cells = [f"`{row['name']}`{beside}", "×".join(map(str, row["size"])), row["pass"], str(row["batch"])]
-        cells += ["–" if speed is None else f"{speed:,.0f}" for speed in speeds]
+        cells = [f"`{row['name']}`{beside}{_of_commit(row)}", "×".join(map(str, row["size"]))]
+        cells += [row["pass"], str(row["batch"]), *("–" if speed is None else f"{speed:,.0f}" for speed in speeds)]
+        cells += [number(row["contenders"].get(name, {}).get("busy_ms")) for name in timed]
         rows.append([*cells, times(row["speed_up"].get("naive")), times(naive / ours if naive and ours else None)])
     headings = ["model", "size", "pass", "batch", *(f"{name.replace('_', ' ')}, images/s" for name in paths)]
+    headings += [f"GPU busy, {name.replace('_', ' ')}, ms" for name in timed]
     return Table([*headings, "speed-up", "peak memory, naive / ours"], rows, 3, "Models")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch import profiler as torch_profiler
 from torch.autograd import profiler
 from torch.utils.benchmark import Timer
 
@@ -128,6 +129,21 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     events: Any = recorded.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def busy_milliseconds(call: Call, device: torch.device) -> float | None:
+    """The sum of what a call's kernels take on a GPU, as PyTorch's profiler reads it; None elsewhere.
+
+    It is what the call would take if the host kept up with the GPU, and does not depend on how busy the host is.
+    """
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    with torch_profiler.profile(activities=[torch_profiler.ProfilerActivity.CUDA]) as recorded:
+        call()
+        synchronize(device)
+    events = [event for event in recorded.events() or [] if event.device_type.name == "CUDA"]
+    return sum(event.time_range.elapsed_us() for event in events) / 1000
 
 
 def copy_bandwidth(device: torch.device, *, size: int | None = None, seconds: float = 1.0) -> float:

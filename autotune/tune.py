@@ -124,17 +124,19 @@ class Tuning:
                 best = row["milliseconds"]
                 bar.advance(1, f"{key}: " + ("no config agreed" if best is None else f"{best:.4f} ms"))
 
-            self._run(calls, tune_one)
+            self._run(calls, tune_one, self.deadline)
         self._note()
 
     def _note(self, *attempted: str) -> None:
         if self.notes is not None:
             atomic_write(self.notes, "".join(f"{key}\n" for key in (*self.fatal, *attempted)))
 
-    def _run(self, calls: Iterator[timing.Call], observer: Callable[[Request], None]) -> None:
+    def _run(
+        self, calls: Iterator[timing.Call], observer: Callable[[Request], None], deadline: float = math.inf
+    ) -> None:
         with tuner.meeting(observer):
             for call in calls:
-                if time.monotonic() > self.deadline:
+                if time.monotonic() > deadline:
                     return
                 try:
                     call()

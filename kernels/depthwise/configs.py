@@ -121,7 +121,7 @@ def heuristic(problem: Problem) -> Config:
         tiles, columns = (16, 64) if problem.weight_gradient else (32, 32)
     elif problem.weight_gradient:
         height, tiles, columns = max(1, 64 // problem.tile_width), 64, 64 if span == problem.tile_width else 128
-        if (problem.tile_width, span) == (16, 32):
+        if (problem.tile_width, span) == (16, 32) and is_hopper():  # others spill
             height = 8
     elif span <= 16:
         height, tiles, columns = 8, 128, 64 if span == 8 else 32

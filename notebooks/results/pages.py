@@ -39,10 +39,11 @@ def _reached(folder: Folder) -> Iterator[str]:
     yield f"The run measured {listed(parts)}{missed}."
     if any("commit" in row for row in folder.operators):
         yield "A row that names a commit beside its shape was measured at that one, the others at the one above."
-    if folder.tests:
-        counts = folder.tests["counts"]
+    for run in folder.test_runs:
+        counts = run["counts"]
         told = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped") if name in counts)
-        yield f"Of the tests {told}{'' if folder.tests['complete'] else ' before their time was over'}."
+        at = f"{run['of']} at commit {run['commit'][:7]}" if "of" in run else "the tests"
+        yield f"Of {at} {told}{'' if run['complete'] else ' before their time was over'}."
     summary = f"{folder.path.name}/summary.md"
     yield f"[{summary}]({summary}) names every row and test that was skipped or failed."
 
@@ -97,7 +98,7 @@ def _readme(folder: Folder) -> Iterator[str]:
     of = "GPU" if any("graph" in row for row in both) else "call"
     headings = ["operator", "shape", "forward, GPU, µs", "naive", "compiled", f"forward+backward, {of}, ms"]
     yield Table([*headings, "naive", "compiled"], rows, 2).markdown()
-    machine = folder.environment["machine"]
+    machine = folder.load("bench.json")["machine"]
     yield (
         f"\n*{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date'][:10]}; "
         "bfloat16, batch 128: each operator's largest map. naive, compiled: how many times as long the form that "
@@ -137,7 +138,9 @@ def _speeds(row: Row) -> Iterator[str]:
         yield f"`{row['peer']}` {speeds['peer']}"
     if "peer_compiled" in speeds:
         beside = row["speed_up"].get("peer_compiled") if "compiled" in speeds else None
-        ratio = "" if beside is None else f" (ours is {times(beside)} as fast)"
+        busy = [row["contenders"].get(name, {}).get("busy_ms") for name in ("peer_compiled", "compiled")]
+        alone = f", and {times(busy[0] / busy[1])} by the time that the GPU was busy" if all(busy) else ""
+        ratio = "" if beside is None else f" (ours is {times(beside)} as fast{alone})"
         yield f"`{row['peer']}` compiled {speeds['peer_compiled']}{ratio}"
 
 

@@ -219,10 +219,11 @@ def summary(folder: Path, phases: Sequence[dict[str, Any]]) -> str:
         parts.append(f"A tuned launch takes the host {number(launch['added'])} µs more than Triton's own.")
     if done := [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("message", "")] for p in phases]:
         parts.append(Table(("phase", "state", "seconds", ""), done, 4).markdown())
-    if found.tests:
-        counts = ", ".join(f"{count} {name}" for name, count in found.tests["counts"].items())
-        told = f"Tests: {counts or 'none ran'}{'' if found.tests['complete'] else ' (cut short)'}."
-        parts.append("\n".join([told, *(f"- {failure}" for failure in found.tests["failures"])]))
+    for run in found.test_runs:
+        counts = ", ".join(f"{count} {name}" for name, count in run["counts"].items())
+        at = f"{run['of']} at commit {run['commit'][:7]}" if "of" in run else "Tests"
+        told = f"{at}: {counts or 'none ran'}{'' if run['complete'] else ' (cut short)'}."
+        parts.append("\n".join([told, *(f"- {failure}" for failure in run["failures"])]))
     for table in results.tables(found):
         parts += [f"{table.title}.", table.markdown()]
     return "\n\n".join(filter(None, [*parts, "\n".join(f"- {told}" for told in results.incidents(found))])) + "\n"

@@ -138,10 +138,12 @@ def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
     assert f"Ceilings: {ceilings_told(found.environment['ceilings'])}" in lines
     for table in tables(found):
         assert table.markdown() in told
-    assert not found.tests["complete"]
-    assert f"{found.tests['counts']['passed']} passed" in told.partition("Tests: ")[2].partition(" (cut short).\n")[0]
-    for failure in found.tests["failures"]:
-        assert f"- {failure}" in lines
+    assert len(found.test_runs) == 2
+    for run in found.test_runs:
+        assert not run["complete"]
+        counts = told.partition(f"{run['of']} at commit {run['commit'][:7]}: ")[2].partition(" (cut short).\n")[0]
+        assert f"{run['counts']['passed']} passed" in counts
+        assert all(f"- {failure}" in lines for failure in run["failures"])
     for row in (*found.operators, *found.models):
         name = f"{row['name']} {row['pass']}"
         assert row["status"] == "ok" or f"- skipped: {name}: {row['message']}" in lines
