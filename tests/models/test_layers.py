@@ -10,6 +10,7 @@ from torch import nn
 import kernels
 from models import layers
 from models.layers import ContMix, DropPath, GlobalResponseNorm, Involution2d, OutlookAttention
+from models.layers.pointwise import PaddedConv2d
 from tests.support import DEVICE, assert_close, channels_last, random_tensor, randomise
 
 TOLERANCE = 1e-12
@@ -105,7 +106,7 @@ def test_pointwise_convolution_as_a_matrix_product(monkeypatch):
 @pytest.mark.parametrize("channels", [(3, 16), (16, 3), (11, 5), (8, 16)])
 @pytest.mark.parametrize(("name", "options"), [("linear", {}), ("conv2d", {"kernel_size": 3, "padding": 1})])
 def test_channels_are_padded_to_what_matrix_units_take(name, options, channels, monkeypatch):
-    kind = layers.pointwise.PaddedConv2d if options else layers.PointwiseConv2d
+    kind = PaddedConv2d if options else layers.PointwiseConv2d
     layer = randomise(kind(*channels, **options)).to(DEVICE)
     x = channels_last(random_tensor(2, channels[0], 7, 6, dtype=torch.float64)).requires_grad_()
     expected, function, seen = nn.Conv2d.forward(layer, x), getattr(F, name), []
