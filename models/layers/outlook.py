@@ -58,11 +58,16 @@ class OutlookAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[3] != self.dim:
             raise ValueError(f"x must have shape [B, H, W, {self.dim}], got {list(x.shape)}")
+        # Inductor takes the second of four axes for the channels: a tensor that is used twice, with a convolution after
+        # it somewhere, is stored as a channels-last map of them and copied back. Of three axes, it stays as it is.
+        tokens, size = x.flatten(1, 2), x.shape[1:3]
         # The permuted view is channels-last memory, which pooling reads and writes as it is.
-        pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, ceil_mode=True).permute(0, 2, 3, 1)
+        maps = tokens.unflatten(1, size).permute(0, 3, 1, 2)
+        pooled = F.avg_pool2d(maps, self.stride, ceil_mode=True).permute(0, 2, 3, 1)
         logits = self.attn(pooled).unflatten(-1, (self.num_heads, self.kernel_size**2, self.kernel_size**2))
+        value = self.v(tokens).unflatten(1, size)
         window = {"kernel_size": self.kernel_size, "stride": self.stride, "padding": self.kernel_size // 2}
-        return self.proj(kernels.outlook_attention2d(logits, self.v(x), scale=self.scale, **window))
+        return self.proj(kernels.outlook_attention2d(logits, value, scale=self.scale, **window))
 
     def extra_repr(self) -> str:
         return f"{self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, stride={self.stride}"
