@@ -16,6 +16,7 @@ import models
 from autotune import timing
 from autotune.measure import Settings, check, in_turns, largest_error, leaving_out, ratios, time_and_memory
 from autotune.passes import Pass, layers_held
+from autotune.results import BUSY
 from autotune.workloads import Size
 from kernels import tolerances
 from models._contract import IMAGENET_MEAN, IMAGENET_STD
@@ -120,7 +121,8 @@ def measure_model(
     found = time_and_memory(calls, settings, turns if settings.thorough else timing.measure)
     for name, times in found.items():
         times["images_per_second"] = 1000 * images.shape[0] / times["p50_ms"]
-        times["busy_ms"] = timing.busy_milliseconds(calls[name], settings.device)
+        if name in BUSY:
+            times["busy_ms"] = timing.busy_milliseconds(calls[name], settings.device)
     speed_up = ratios(found)
     if {"compiled", "peer_compiled"} <= found.keys():  # like with like
         speed_up["peer_compiled"] = found["peer_compiled"]["p50_ms"] / found["compiled"]["p50_ms"]

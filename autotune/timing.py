@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch import profiler as torch_profiler
 from torch.autograd import profiler
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 from kernels.backend import triton_installed
@@ -131,19 +131,23 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
+def kernels_of(call: Call) -> list[tuple[str, float]]:
+    """Name and microseconds of what a call runs on the GPU, in order, as PyTorch's profiler reads them."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in recorded.events() or [] if event.device_type.name == "CUDA"]
+    ordered = sorted(events, key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us()) for event in ordered]
+
+
 def busy_milliseconds(call: Call, device: torch.device) -> float | None:
-    """The sum of what a call's kernels take on a GPU, as PyTorch's profiler reads it; None elsewhere.
+    """The sum of what a call's kernels take on a GPU; None elsewhere.
 
     It is what the call would take if the host kept up with the GPU, and does not depend on how busy the host is.
     """
-    if device.type != "cuda":
-        return None
-    synchronize(device)
-    with torch_profiler.profile(activities=[torch_profiler.ProfilerActivity.CUDA]) as recorded:
-        call()
-        synchronize(device)
-    events = [event for event in recorded.events() or [] if event.device_type.name == "CUDA"]
-    return sum(event.time_range.elapsed_us() for event in events) / 1000
+    return sum(time for _, time in kernels_of(call)) / 1000 if device.type == "cuda" else None
 
 
 def copy_bandwidth(device: torch.device, *, size: int | None = None, seconds: float = 1.0) -> float:

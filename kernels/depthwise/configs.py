@@ -100,7 +100,7 @@ def heuristic(problem: Problem) -> Config:
     PyTorch's for small problems in its layout, where a thread per output does it: for kernels of 7 and more it has
     nothing else. Otherwise tiles of 64 outputs or more, and in 16 bits:
 
-    - forward, 8 rows of a tile by as many tiles as registers hold: the band is read once for all of them;
+    - forward, 4 or 8 rows of a tile by as many tiles as registers hold: the band is read once for all of them;
     - the weight gradient, 64 or 128 input columns by 64 tiles, to read gradients less often.
 
     Wider types take smaller blocks: their operands take up registers. What 16 bits get at OverLoCK's shapes is what was

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 import kernels
@@ -45,19 +44,18 @@ def kernel_times(call: Callable[[], Any], device: torch.device) -> list[tuple[st
     buffer = torch.ones(CACHE // 4, device=device)
     for _ in range(2):
         call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+
+    def turns() -> None:
         for _ in range(RUNS):
             buffer.sin_()
             call()
-        torch.cuda.synchronize()
+
     runs: list[list[tuple[str, float]]] = []
-    events = [e for e in profiled.events() or [] if e.device_type.name == "CUDA"]
-    for event in sorted(events, key=lambda e: e.time_range.start):
-        if "sin_kernel" in event.name:
+    for name, time in timing.kernels_of(turns):
+        if "sin_kernel" in name:
             runs.append([])
         elif runs:
-            runs[-1].append((event.name, event.time_range.elapsed_us()))
+            runs[-1].append((name, time))
     whole = [run for run in runs if [n for n, _ in run] == [n for n, _ in runs[-1]]]
     return [(run[0][0], statistics.median(t for _, t in run)) for run in zip(*whole, strict=True)]
 
