@@ -16,8 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda,dev,notebooks]'
 	@touch $@
 
+# The pages show what it measured, and a test compares them with its files.
 profile: $(STAMP)
 	$(BIN)/python -m autotune profile $(ARGS)
+	$(BIN)/python -m autotune figures
 
 # Each worker computes on one thread: threads of two workers that share two cores wait for each other.
 test: export OMP_NUM_THREADS ?= 1
