@@ -1,4 +1,4 @@
-"""Every block of the README runs when it is pasted alone, every command exists, every link leads somewhere."""
+"""Every block of the pages runs when it is pasted alone, every command exists, every link leads somewhere."""
 
 import importlib
 import re
@@ -11,14 +11,18 @@ import autotune.__main__
 import models.__main__
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "notebooks/README.md", "notebooks/results/README.md")]
+NAMES = ("README.md", "models/README.md", "CONTRIBUTING.md", "notebooks/README.md", "notebooks/results/README.md")
+PAGES = [ROOT / name for name in NAMES]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PACKAGES = {"models": models.__main__, "autotune": autotune.__main__}
-README = PAGES[0].read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{name}, block {index}")
+    for name, page in zip(NAMES, PAGES, strict=True)
+    for index, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), 1)
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"block {index + 1}" for index in range(len(BLOCKS))])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_runs_alone(block, tmp_path, monkeypatch):
     if "import timm" in block:
         try:
@@ -27,7 +31,7 @@ def test_a_block_runs_alone(block, tmp_path, monkeypatch):
             pytest.skip(f"timm cannot be imported: {error}")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "a page", "exec"), {})
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,5 @@
 """What the pages show of a GPU: tables, sentences and figures from its folder of notebooks/results alone."""
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -113,35 +112,28 @@ def _readme(folder: Folder) -> Iterator[str]:
     yield f"Over all {measured} rows that there was time for (of {len(folder.operators)}): {', '.join(ranges)}."
     if folder.unreached:
         yield f"There was no time to compare {folder.unreached} with anything."
-    eager = [{name: found["p50_ms"] for name, found in row["contenders"].items()} for row in both]
-    if slower := sum(found.get("compiled", math.inf) < found["ours"] for found in eager):
-        yield (
-            f"At {slower} of {len(eager)} shapes the eager forward+backward call is slower than the compiled "
-            "form: the host takes longer to launch the kernels than the GPU to run them."
-        )
+    yield "\n" + _models_beside_peers(folder).markdown()
+    yield (
+        "\n*Models at batch 128: images per second compiled by PyTorch, ours and a peer's of as many operations; their "
+        "ratio, and that of the times for which the GPU was busy; last, our kernels over the naive path, both eager.*"
+    )
+
+
+def _models_beside_peers(folder: Folder) -> Table:
+    """A line for each model and pass that was timed."""
+    rows = []
     for row in folder.models:
-        if row["status"] == "ok":
-            yield f"`{row['name']}`, {row['pass']} at batch {row['batch']}: {', '.join(_speeds(row))}."
-
-
-def _speeds(row: Row) -> Iterator[str]:
-    """Images per second of a model, of what a compiler makes of it, and of what it is compared with."""
-    speeds = {name: f"{found['images_per_second']:,.0f}" for name, found in row["contenders"].items()}
-    yield f"{speeds['ours']} images per second"
-    if "naive" in speeds:
-        yield f"{speeds['naive']} on the naive path ({times(row['speed_up']['naive'])})"
-    if "compiled" in speeds:
-        yield f"{speeds['compiled']} compiled by PyTorch"
-    elif "compiled" in row.get("left_out", {}):
-        yield "what PyTorch compiled of it disagreed and was not timed"
-    if "peer" in speeds:
-        yield f"`{row['peer']}` {speeds['peer']}"
-    if "peer_compiled" in speeds:
-        beside = row["speed_up"].get("peer_compiled") if "compiled" in speeds else None
-        busy = [row["contenders"].get(name, {}).get("busy_ms") for name in ("peer_compiled", "compiled")]
-        alone = f", and {times(busy[0] / busy[1])} by the time that the GPU was busy" if all(busy) else ""
-        ratio = "" if beside is None else f" (ours is {times(beside)} as fast{alone})"
-        yield f"`{row['peer']}` compiled {speeds['peer_compiled']}{ratio}"
+        if row["status"] != "ok":
+            continue
+        ours, peer = (row["contenders"].get(name, {}) for name in ("compiled", "peer_compiled"))
+        speeds = [f"{found['images_per_second']:,.0f}" if found else "–" for found in (ours, peer)]
+        ratio = row["speed_up"].get("peer_compiled") if ours and peer else None
+        busy = peer["busy_ms"] / ours["busy_ms"] if ours.get("busy_ms") and peer.get("busy_ms") else None
+        beside = f"{speeds[1]} (`{row['peer']}`)" if peer else speeds[1]
+        ratios = [times(value) for value in (ratio, busy, row["speed_up"].get("naive"))]
+        rows.append([f"`{row['name']}`", row["pass"], speeds[0], beside, *ratios])
+    headings = ["model", "pass", "ours, images/s", "peer, images/s", "ours / peer", "by GPU time"]
+    return Table([*headings, "ours / naive, eager"], rows, 2)
 
 
 # ---- single kernels: predicted beside measured

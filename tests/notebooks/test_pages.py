@@ -93,6 +93,22 @@ def test_operators_have_the_times_and_ratios_of_their_rows(folder):
             assert numbers(line[column]) == pytest.approx(found, rel=0.01, abs=0.006), column
 
 
+def test_the_readme_compares_compiled_models_with_their_peers(folder):
+    timed = [row for row in folder.models if row["status"] == "ok"]
+    table = pages._models_beside_peers(folder)
+    assert [row[:2] for row in table.rows] == [[f"`{row['name']}`", row["pass"]] for row in timed]
+    for row, cells in zip(timed, table.rows, strict=True):
+        ours, peer = (row["contenders"].get(name) for name in ("compiled", "peer_compiled"))
+        expected = [[], [], [], []]
+        if ours:
+            ratios = [[peer[time] / ours[time]] for time in ("p50_ms", "busy_ms")]
+            expected = [[ours["images_per_second"]], [peer["images_per_second"]], *ratios]
+        for cell, found in zip(cells[2:], expected, strict=False):
+            assert numbers(cell.partition(" ")[0]) == pytest.approx(found, rel=0.01)
+        eager = [row["contenders"][name]["p50_ms"] for name in ("naive", "ours")]
+        assert numbers(cells[6]) == pytest.approx([eager[0] / eager[1]], rel=0.01)
+
+
 def test_kernels_are_told_beside_their_predictions(folder):
     for line in lines(folder, "predicted"):
         launched = folder.launched.get((line["case"], line["pass"]), [])
