@@ -40,6 +40,7 @@ from kernels.files import write_json
 from models.commands import types
 from models.commands.arguments import make_folder
 from models.commands.dispatch import input_errors
+from models.registry import entry_point
 
 LIBRARIES = ("torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "pytest", "pytest-xdist")
 
@@ -109,8 +110,8 @@ def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case
     for name in arguments.model or ["*"]:
         name = "rednet26" if small and name == "*" else name
         known = [plan for plan in PLANS if name in (plan.model, "*") and not small]
-        if not known and name not in models.list_models():
-            raise ValueError(f"--model must be one of {', '.join(models.list_models())}; got {name!r}")
+        if not known:
+            entry_point(name, "--model")
         kinds = ("inference", "training", *(() if small else ("latency",)))
         plans += known or [Plan(name, kind, compiled=not small) for kind in kinds]
     batch, size = arguments.batch or (2 if small else 128), arguments.size or ((64, 64) if small else (224, 224))

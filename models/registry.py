@@ -22,13 +22,13 @@ Model = TypeVar("Model", bound=BackboneContract)
 entry_points: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register_model(entry_point: EntryPoint) -> EntryPoint:
+def register_model(build: EntryPoint) -> EntryPoint:
     """Adds a function to the registry under its own name and returns it unchanged. ValueError: the name is taken."""
-    name = entry_point.__name__
+    name = build.__name__
     if name in entry_points:
         raise ValueError(f"register_model: {name!r} is already registered by {entry_points[name].__module__}")
-    entry_points[name] = entry_point
-    return entry_point
+    entry_points[name] = build
+    return build
 
 
 def variant(
@@ -50,9 +50,7 @@ def variant(
         model = family(**{**options, **kwargs})
         model.pretrained_cfg = dict(config if config_of is None else config_of(model))
         if pretrained and not model.pretrained_cfg["url"]:
-            raise ValueError(
-                f"pretrained: {name} has no official weights to download; pass their file, checkpoint=PATH"
-            )
+            raise ValueError(f"pretrained: {name} has no official weights to download; give their file as checkpoint")
         if pretrained:
             load_checkpoint(model, model.pretrained_cfg["url"])
         return model
@@ -61,6 +59,17 @@ def variant(
     build.__module__, build.__doc__ = family.__module__, summary
     vars(sys.modules[family.__module__]).setdefault("default_cfgs", {})[name] = config
     return register_model(build)
+
+
+def entry_point(name: str, argument: str = "name") -> Callable[..., nn.Module]:
+    """The function that builds the model of this name. The error, which names ``argument``, offers close names."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a str such as 'rednet50', got {type(name).__name__}")
+    if name not in entry_points:
+        close = difflib.get_close_matches(name.lower(), entry_points, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
+        raise ValueError(f"{argument}: no model is named {name!r}; {hint}")
+    return entry_points[name]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -98,12 +107,7 @@ def create_model(
     Raises:
         ValueError: an unknown name (the message offers close ones), or pretrained and checkpoint both given.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a str such as 'rednet50', got {type(name).__name__}")
-    if name not in entry_points:
-        close = difflib.get_close_matches(name, entry_points, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
-        raise ValueError(f"name: no model {name!r}; {hint}")
+    build = entry_point(name)
     flag("inference", inference)
     if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
         raise TypeError(f"checkpoint must be a str or a path, got {checkpoint!r}")
@@ -113,7 +117,7 @@ def create_model(
         checkpoint = local_file(checkpoint)
         metadata = read_metadata(checkpoint)
         kwargs = ({} if metadata is None else metadata.options()) | kwargs
-    model = entry_points[name](pretrained=pretrained, **kwargs)
+    model = build(pretrained=pretrained, **kwargs)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
     return optimize_for_inference(model.eval()) if inference else model

@@ -15,7 +15,7 @@ from models.commands.files import BEST
 from models.commands.progress import note
 from models.commands.types import DTYPES, Number, device, image_size, positive, processes
 from models.metadata import read_metadata
-from models.registry import create_model
+from models.registry import create_model, entry_point
 
 
 def model_option(text: str) -> tuple[str, Any]:
@@ -102,9 +102,12 @@ def complete(arguments: argparse.Namespace) -> None:
     arguments.file = None if arguments.checkpoint is None else local_file(arguments.checkpoint)
     arguments.metadata = None if arguments.file is None else read_metadata(arguments.file)
     if arguments.model is None:
+        if arguments.file is None:
+            raise ValueError("--model NAME is needed; python -m models list shows the names")
         if arguments.metadata is None:
-            raise ValueError("--model is needed: the weights, if any, do not say which model they belong to")
+            raise ValueError("--model NAME is needed: the weights do not say which model they belong to")
         arguments.model = arguments.metadata.model
+    entry_point(arguments.model, "--model")
 
 
 def build_model(

@@ -27,7 +27,7 @@ GUESSES = 5
 SIDE = 800  # pixels of a photograph in the picture, at most
 MOST_DRAWN = 100
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
-RANDOM = "RANDOM WEIGHTS: neither --pretrained nor --checkpoint was given, these answers are meaningless"
+RANDOM = "RANDOM WEIGHTS: without --pretrained, --checkpoint or --run, these answers are meaningless"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

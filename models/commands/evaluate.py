@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would count all images and write the same files
             raise CommandError("evaluate runs in one process; torchrun is for finetune")
         if arguments.checkpoint is None and not arguments.pretrained:
-            raise CommandError("--checkpoint FILE or --pretrained is needed: random weights have no accuracy")
+            raise CommandError("--pretrained, --checkpoint or --run is needed: random weights have no accuracy")
         common.check_parent(arguments.output, "--output")
         common.check_parent(arguments.resume, "--resume")
         folder = ImageFolder(arguments.dir)

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from models.commands.dispatch import CommandError
-from models.registry import create_model, list_models
+from models.commands.dispatch import input_errors
+from models.registry import create_model, entry_point, list_models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,8 @@ def describe(name: str, top1: dict[str, float]) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> int:
     names = list_models(arguments.pattern)
     if not names:
-        raise CommandError(f"PATTERN: no model is named {arguments.pattern!r}; all: {' '.join(list_models())}")
+        with input_errors():
+            entry_point(arguments.pattern, "PATTERN")
     top1 = json.loads(resources.files("models").joinpath("data/imagenet_top1.json").read_text(encoding="utf-8"))
     rows = [describe(name, top1) for name in names]
     if arguments.json:

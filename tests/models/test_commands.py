@@ -30,7 +30,7 @@ def test_list_counts_parameters_and_knows_the_papers_accuracies(capsys):
     assert run("list", "rednet*") == 0
     table = capsys.readouterr().out
     assert [text in table for text in ("rednet152", "33.98", "volo")] == [True, True, False]
-    assert "'resnet*'" in refused(capsys, "list", "resnet*")
+    assert "PATTERN: no model is named 'resnet*'; did you mean 'rednet" in refused(capsys, "list", "resnet*")
 
 
 # ---- classify
@@ -71,7 +71,7 @@ def test_classify_refuses_before_anything_is_written(tmp_path, photographs, weig
     text.write_text("no image")
     for arguments, told in (
         ([photograph, text], str(text)),
-        ([photograph, "--model", "tiny_vol"], "--model or --model-kwargs: name: no model 'tiny_vol'; did you mean"),
+        ([photograph, "--model", "tiny_vol"], "--model: no model is named 'tiny_vol'; did you mean 'tiny_volo'"),
         ([photograph, "--checkpoint", weights, "--classes", text], "3 classes"),
         ([photograph, "--checkpoint", absent / "w.pth"], "no file"),
         ([photograph, "--output", absent / "bars.png"], "--output: there is no folder"),

@@ -92,7 +92,7 @@ def test_finetune_refuses_before_anything_is_written(tmp_path, photographs, weig
         (finetune(photographs, output, "--model-kwargs", "num_classes=7"), "num_classes must be 3"),
         (finetune(photographs, output, "--model-kwargs", "depth=7"), "--model or --model-kwargs: "),
         (finetune(photographs, weights), "--output must be a folder"),
-        (["finetune", photographs, "--output", output], "--model is needed"),
+        (["finetune", photographs, "--output", output], "--model NAME is needed; python -m models list"),
     ):
         assert told in refused(capsys, *arguments)
     assert not output.exists()

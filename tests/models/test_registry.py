@@ -23,11 +23,12 @@ def test_every_official_variant_is_listed_in_natural_order():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"name": "rednet51"}, ValueError, "name.*'rednet51'.*did you mean 'rednet50'"),
+        ({"name": "rednet51"}, ValueError, "^name: no model is named 'rednet51'; did you mean 'rednet50'"),
+        ({"name": "VOLO_D1"}, ValueError, "did you mean 'volo_d1'"),
         ({"name": "zzz"}, ValueError, "known:.*rednet50"),
         ({"name": 50}, TypeError, "name.*str.*int"),
         ({"name": "rednet26", "pretrained": True, "checkpoint": "x.pth"}, ValueError, r"pretrained and checkpoint"),
-        ({"name": "rednet26", "pretrained": True}, ValueError, "pretrained.*checkpoint=PATH"),
+        ({"name": "rednet26", "pretrained": True}, ValueError, "pretrained.*file as checkpoint"),
         ({"name": "rednet26", "checkpoint": "/nowhere/x.pth"}, FileNotFoundError, r"/nowhere/x\.pth"),
         ({"name": "rednet26", "window": 3}, TypeError, "window"),
         ({"name": "rednet26", "img_size": 224}, TypeError, "img_size"),

@@ -76,7 +76,7 @@ def test_the_other_commands_take_a_run_as_it_was_trained(finished, photographs, 
 
 def test_a_state_alone_does_not_name_the_model(finished, photographs, tmp_path, capsys):
     state = ["--checkpoint", finished / "state.pt", "--workers", 0]
-    assert "--model is needed" in refused(capsys, *evaluate(photographs / "val", *state))
+    assert "--model NAME is needed: the weights do not say" in refused(capsys, *evaluate(photographs / "val", *state))
     with pytest.raises(SystemExit):
         run("evaluate", photographs / "val", "--run", photographs)
     assert "must be a finetune's --output with best.safetensors in it" in capsys.readouterr().err
