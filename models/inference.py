@@ -9,7 +9,7 @@ Affine layers compute s·x + t per channel: batch norms with running statistics,
 say what they become by a method ``folded``; this module has the order, and the rule for layers in sequence. Some
 layers stay: the batch norm after an involution, whose kernels depend on its input, and layers that were replaced,
 wrapped or hooked. Last, layers are joined that a GPU can run in fewer passes: at the end of RedNet's blocks
-(``layers.residual``), ReLU with the 1×1 convolution before it, and in bfloat16 GELU with VOLO's products.
+(``layers.rednet_inference``), ReLU with the 1×1 convolution before it, and in bfloat16 GELU with VOLO's products.
 """
 
 import copy
@@ -82,13 +82,16 @@ def _refuse_training(model: nn.Module, _inputs: Any) -> None:
 
 
 def _fold(module: nn.Module) -> nn.Module:
-    """The folded form of ``module``. Children are folded first, so that their parent finds plain convolutions."""
+    """The folded form of ``module``. Children are folded first, so that their parent finds plain convolutions.
+
+    What a module becomes is folded in turn.
+    """
     for name, child in module.named_children():
         setattr(module, name, _fold(child))
     if isinstance(module, nn.Sequential):
         fold_sequence(module)
-    folded: Any = getattr(module, "folded", None)
-    return module if folded is None else folded()
+    folded: Any = module.folded() if hasattr(module, "folded") else module
+    return module if folded is module else _fold(folded)
 
 
 def fold_sequence(layers: nn.Sequential) -> None:

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import integer, integers
-from models.layers import DropPath, Involution2d, LayerScale, PointwiseConv2d
+from models.layers import DropPath, Involution2d, PointwiseConv2d
 from models.layers.basic import to_channels_last
-from models.layers.fusion import CONVOLUTIONS, affine, as_built, fold_after
 from models.layers.involution import conv_bn_relu
-from models.layers.pointwise import PaddedConv2d
-from models.layers.residual import normed_product_and_shortcut, shortcut_convolution
+from models.layers.rednet_inference import FoldedBottleneck, pool_first
 from models.registry import variant
 
 
@@ -50,58 +48,15 @@ class Bottleneck(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
-        out = out if getattr(self.conv1, "relu", False) else F.relu(out)
-        out = self.conv2(out)
-        if self._ends_in_product():
-            joined = normed_product_and_shortcut(self.bn2, self.conv3, self.downsample, out, x)
-            if joined is not None:
-                return joined
-        out = F.relu(self.bn2(out))
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
         out = self.drop_path(self.bn3(self.conv3(out)))
         return F.relu(out + self.downsample(x))
 
-    def _ends_in_product(self) -> bool:
-        """Whether nothing stands between the last convolution and the sum, as in inference."""
-        return as_built(self.bn3, nn.Identity) and as_built(self.drop_path, nn.Identity)
-
     def folded(self) -> nn.Module:
-        """Folds batch norms, and the first ReLU, into the convolutions before them, both last biases into one.
-
-        ``bn2`` follows the involution and stays, as a scale and a shift.
-        """
-        for conv, name in ((self.conv1, "bn1"), (self.conv3, "bn3")):
-            norm = affine(getattr(self, name))
-            if norm is not None and as_built(conv, CONVOLUTIONS):
-                fold_after(conv, *norm)
-                setattr(self, name, nn.Identity())
-        if as_built(self.conv1, PointwiseConv2d) and as_built(self.bn1, nn.Identity):
-            self.conv1.relu = True
-        norm, beside = affine(self.bn2), shortcut_convolution(self.downsample)
-        if norm is not None:
-            self.bn2 = LayerScale(len(norm[1]))
-            self.bn2.weight = nn.Parameter(norm[0].view(-1, 1, 1, 1), requires_grad=False)
-            self.bn2.bias = nn.Parameter(norm[1], requires_grad=False)
-        last = self.conv3 if self._ends_in_product() and as_built(self.conv3, CONVOLUTIONS) else None
-        if last is not None and last.bias is not None and beside is not None and beside.bias is not None:
-            last.bias = nn.Parameter(last.bias + beside.bias, requires_grad=False)
-            beside.bias = None
-        return self
-
-
-class PoolThenReLU(nn.Module):
-    """ReLU(maxpool(x) + bias), which is maxpool(ReLU(x + bias)): both keep the order of numbers.
-
-    It computes on the channels-last view, whose order compiled code keeps for the output.
-    """
-
-    def __init__(self, pool: nn.Module, bias: nn.Parameter) -> None:
-        super().__init__()
-        self.pool = pool
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.pool(x).permute(0, 2, 3, 1) + self.bias).permute(0, 3, 1, 2)
+        first = nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.conv2)
+        last = nn.Sequential(self.conv3, self.bn3, self.drop_path)
+        return FoldedBottleneck(first, self.bn2, last, self.downsample).train(self.training)
 
 
 class RedNet(BackboneContract):
@@ -183,11 +138,7 @@ class RedNet(BackboneContract):
 
     def folded(self) -> nn.Module:
         """Pools before the last bias and ReLU of the stem, which then see a quarter of the pixels."""
-        last: Any = self.stem[-1]
-        layers, kinds = (*last, self.maxpool), (PaddedConv2d, nn.Identity, nn.ReLU, nn.MaxPool2d)
-        if all(as_built(layer, kind) for layer, kind in zip(layers, kinds, strict=True)) and last[0].bias is not None:
-            self.maxpool = PoolThenReLU(self.maxpool, last[0].bias)
-            last[0].bias, last[2] = None, nn.Identity()
+        self.maxpool = pool_first(self.stem[-1], self.maxpool)
         return self
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -15,8 +15,9 @@ from kernels import tolerances
 from models.inference import _fold
 from models.layers import DropPath, GELU2d, LayerScale, ResidualDepthwiseConv2d
 from models.layers.feed_forward import FeedForwardSequential, feed_forward
+from models.layers.rednet_inference import FoldedBottleneck, PoolThenReLU
 from models.overlock import VARIANTS
-from models.rednet import Bottleneck, PoolThenReLU, RedNet
+from models.rednet import Bottleneck, RedNet
 from models.volo import VOLO
 from tests.models.families import FAMILIES, fill, images, narrow, on_meta
 from tests.support import (
@@ -180,7 +181,9 @@ def test_every_variant_folds_completely(name):
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if isinstance(model, RedNet):  # those after an involution: the stem's, and scales and shifts in the blocks
         assert len(norms) == 1
-        assert all(isinstance(module.bn2, LayerScale) for module in model.modules() if isinstance(module, Bottleneck))
+        blocks = [module for module in model.modules() if isinstance(module, FoldedBottleneck)]
+        assert all(isinstance(block.norm, LayerScale) and block.first[0].relu for block in blocks)
+        assert blocks
         assert isinstance(model.maxpool, PoolThenReLU)
     else:
         assert not norms
@@ -190,7 +193,7 @@ def test_every_variant_folds_completely(name):
         for name, module in model.named_modules()
         if getattr(module, "bias", None) is not None and isinstance(module, LayerScale)
     }
-    assert scales <= {"x_scale", "bn2"}  # whose shift no convolution stands beside to take
+    assert scales <= {"x_scale", "norm"}  # whose shift no convolution stands beside to take
     assert not any("dil_" in name for name, _ in model.named_modules())
     assert hasattr(model, "aux_head") == isinstance(model, VOLO)  # where it is part of the logits
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -325,10 +328,9 @@ def test_a_feed_forward_of_other_channels_launches_nothing():
 def test_a_bottleneck_whose_parameters_learn_again():
     """The kernel of its end has no gradients."""
     block: Any = randomise(Bottleneck(64, 16), torch.float32).eval().to(triton_device()).requires_grad_(False)
-    _fold(block)
-    block.half()
+    block: Any = _fold(block).half()
     x = channels_last(random_tensor(2, 64, 5, 4).half())
-    for parameters in (block.conv3.parameters(), block.bn2.parameters(), block.conv1.parameters()):
+    for parameters in (block.last.parameters(), block.norm.parameters(), block.first.parameters()):
         parameters = [parameter.requires_grad_() for parameter in parameters]
         with kernels.use_backend("triton"):
             grads = torch.autograd.grad(block(x).float().sum(), parameters)
@@ -341,8 +343,7 @@ def test_end_of_a_bottleneck(in_channels, stride):
     plain: Any = randomise(Bottleneck(in_channels, 16, stride, 0.5), torch.float32).eval().to(triton_device())
     for conv in (plain.conv1, plain.conv3):
         nn.init.kaiming_normal_(conv.weight)
-    fused: Any = copy.deepcopy(plain).requires_grad_(False)
-    _fold(fused)
+    fused: Any = _fold(copy.deepcopy(plain).requires_grad_(False))
     x = channels_last(random_tensor(2, in_channels, 9, 8))
     with torch.no_grad():
         expected = plain(x)
@@ -351,10 +352,10 @@ def test_end_of_a_bottleneck(in_channels, stride):
         with kernels.use_backend("triton"), watching(lambda made, _: launched.append(made.kernel.__name__)):
             out = half(x.half())
             assert launched.count("residual_kernel") == 1
-            half.conv3.register_forward_hook(one_and_a_half)
+            half.last[0].register_forward_hook(one_and_a_half)
             hooked = half(x.half())
             assert launched.count("residual_kernel") == 1
-        fused.conv3.register_forward_hook(one_and_a_half)
+        fused.last[0].register_forward_hook(one_and_a_half)
         assert_close(hooked, fused(x), 5e-3)
     assert_close(out, expected, 5e-3)
     assert out.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,112 @@
+"""What inference makes of RedNet: blocks whose end is one kernel on a GPU, and a stem that pools before its ReLU."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.backend import under_autocast
+from models.layers.basic import LayerScale
+from models.layers.fusion import CONVOLUTIONS, affine, as_built, runs_triton
+from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d
+
+
+class FoldedBottleneck(nn.Module):
+    """ReLU(last(ReLU(norm(first(x)))) + shortcut(x)), the end of it in one kernel on a GPU in 16 bits.
+
+    ``first`` ends in the involution, after which ``norm`` stays as a scale and a shift; ``last`` is a 1×1 convolution,
+    and so is ``shortcut`` unless it is the identity. What was replaced, wrapped or hooked stands there as it was.
+    """
+
+    def __init__(self, first: nn.Sequential, norm: nn.Module, last: nn.Sequential, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.shortcut = first, norm, last, shortcut
+
+    def folded(self) -> nn.Module:
+        """Makes the norm a ``LayerScale`` and adds up both last biases."""
+        scale_and_shift = affine(self.norm)
+        if scale_and_shift is not None:
+            scale, shift = scale_and_shift
+            self.norm = LayerScale(len(shift))
+            self.norm.weight = nn.Parameter(scale.view(-1, 1, 1, 1), requires_grad=False)
+            self.norm.bias = nn.Parameter(shift, requires_grad=False)
+        conv, beside = _only_product(self.last), _only_product(self.shortcut)
+        if conv is not None and conv.bias is not None and beside is not None and beside.bias is not None:
+            conv.bias = nn.Parameter(conv.bias + beside.bias, requires_grad=False)
+            beside.bias = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        joined = self._joined(out, x)
+        return F.relu(self.last(F.relu(self.norm(out))) + self.shortcut(x)) if joined is None else joined
+
+    def _joined(self, x: Tensor, skipped: Tensor) -> Tensor | None:
+        """What follows ``first`` by one kernel.
+
+        None where it does not run: with gradients, beyond 16 bits and GPUs, and where a layer is not as built.
+        """
+        if not isinstance(x, Tensor):  # torch.fx records what is called
+            return None
+        if x.dtype not in HALVES or under_autocast(x) or not runs_triton(x):
+            return None
+        norm: Any = self.norm
+        conv = _only_product(self.last, x.device)
+        if not as_built(norm, LayerScale, x.device) or norm.bias is None:
+            return None
+        if not isinstance(conv, PointwiseConv2d) or conv.bias is None or conv.relu or x.dtype != conv.weight.dtype:
+            return None
+        second, stride = None, 1
+        if not as_built(self.shortcut, nn.Identity):
+            beside = _only_product(self.shortcut, x.device)
+            if beside is None or beside.bias is not None:
+                return None
+            second, stride = beside.weight.flatten(1), beside.stride[0]
+        from kernels.pointwise import fits, residual_pointwise_conv2d
+
+        channels = conv.out_channels if second is None else second.shape[1]
+        if (x.shape[1], len(norm.bias), skipped.shape[1]) != (conv.in_channels, conv.in_channels, channels):
+            return None
+        tensors = x, norm.weight.flatten(), norm.bias, conv.weight.flatten(1), conv.bias, skipped, second
+        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return None
+        return residual_pointwise_conv2d(*tensors, stride) if fits(x, skipped) else None
+
+
+def _only_product(layers: nn.Module, device: torch.device | None = None) -> nn.Conv2d | None:
+    """The 1×1 convolution that is all of ``layers`` apart from identities; None for every other module."""
+    if not as_built(layers, nn.Sequential):
+        return None
+    convs: list[Any] = [layer for layer in layers.children() if not as_built(layer, nn.Identity)]
+    if len(convs) != 1 or not as_built(convs[0], CONVOLUTIONS, device):
+        return None
+    (conv,) = convs
+    plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return conv if plain and conv.stride[0] == conv.stride[1] else None
+
+
+class PoolThenReLU(nn.Module):
+    """ReLU(maxpool(x) + bias), which is maxpool(ReLU(x + bias)): both keep the order of numbers.
+
+    It computes on the channels-last view, whose order compiled code keeps for the output.
+    """
+
+    def __init__(self, pool: nn.Module, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.pool = pool
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.pool(x).permute(0, 2, 3, 1) + self.bias).permute(0, 3, 1, 2)
+
+
+def pool_first(layers: Any, pool: nn.Module) -> nn.Module:
+    """What takes the place of ``pool`` where the last bias and ReLU of ``layers`` before it can wait for a quarter of
+    the pixels: they become a part of it."""
+    found, kinds = (*layers, pool), (PaddedConv2d, nn.Identity, nn.ReLU, nn.MaxPool2d)
+    if not all(as_built(layer, kind) for layer, kind in zip(found, kinds, strict=True)) or layers[0].bias is None:
+        return pool
+    pooled = PoolThenReLU(pool, layers[0].bias)
+    layers[0].bias, layers[2] = None, nn.Identity()
+    return pooled
