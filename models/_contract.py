@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.backend import under_autocast
 from models.checks import flag, integer, number, one_of
 from models.feature_info import FeatureInfo
+from models.layers.basic import initialise
 from models.layers.fusion import CONVOLUTIONS, as_built
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -235,8 +236,7 @@ class BackboneContract(nn.Module):
             old = self.get_submodule(name)
             like = next(old.parameters(), next(self.parameters()))
             new = self.make_classifier(in_features, num_classes)
-            for parameter in new.parameters():
-                nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.trunc_normal_(parameter, std=0.02)
+            initialise(new, (nn.Linear, nn.Conv2d), nn.init.trunc_normal_, std=0.02)
             parent, _, child = name.rpartition(".")
             setattr(self.get_submodule(parent), child, new.to(device=like.device, dtype=like.dtype).train(old.training))
 

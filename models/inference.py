@@ -90,7 +90,7 @@ def _fold(module: nn.Module) -> nn.Module:
         setattr(module, name, _fold(child))
     if isinstance(module, nn.Sequential):
         fold_sequence(module)
-    folded: Any = module.folded() if hasattr(module, "folded") else module
+    folded: Any = getattr(module, "folded", lambda: module)()
     return module if folded is module else _fold(folded)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integers
 from models.layers import DilatedReparamBlock, LayerNorm2d, LayerScale, PointwiseConv2d
-from models.layers.basic import to_channels_last
+from models.layers.basic import initialise, to_channels_last
 from models.layers.overlock_blocks import ContextDownsample, DynamicConvBlock, RepConvBlock, downsample, stem
 from models.registry import variant
 
@@ -128,11 +128,7 @@ class OverLoCK(BackboneContract):
                 nn.AdaptiveAvgPool2d(1),
                 self.make_classifier(self.head_hidden_size, self.num_classes),
             )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise(self, nn.Conv2d, nn.init.trunc_normal_, std=0.02)
 
     def _norm_maps(self, widths: Sequence[int], context_skip: bool) -> None:
         """Norms for the chosen maps, of these widths; the fifth is for the context that is added to the last map."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import integer, integers
 from models.layers import DropPath, Involution2d, PointwiseConv2d
-from models.layers.basic import to_channels_last
+from models.layers.basic import initialise, to_channels_last
 from models.layers.involution import conv_bn_relu
 from models.layers.rednet_inference import FoldedBottleneck, pool_first
 from models.registry import variant
@@ -111,19 +111,10 @@ class RedNet(BackboneContract):
         else:
             self.classifiers = {"head.fc": channels}
             self.head = nn.Sequential(OrderedDict(fc=self.make_classifier(channels, self.num_classes)))
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Kaiming convolutions; the last BN of a block starts at 0, so that every block starts as its shortcut."""
+        initialise(self, nn.Conv2d, nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
+        initialise(self, nn.Linear, nn.init.normal_, std=0.01)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, Bottleneck):
+            if isinstance(module, Bottleneck):  # every block starts as its shortcut
                 nn.init.zeros_(module.bn3.weight)
 
     def _forward_stages(self, x: Tensor, last: int) -> tuple[Tensor, list[Tensor]]:
@@ -195,8 +186,7 @@ class InvolutionFPN(nn.Module):
             Involution2d(out_channels, kernel_size, group_channels=group_channels, reduction=reduction)
             for _ in self.in_channels
         )
-        for parameter in self.lateral_convs.parameters():
-            nn.init.zeros_(parameter) if parameter.ndim == 1 else nn.init.xavier_uniform_(parameter)
+        initialise(self.lateral_convs, nn.Conv2d, nn.init.xavier_uniform_)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         channels = [x.shape[1] for x in maps]

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from models._contract import BackboneContract, Stage, pretrained_config
 from models.checks import flag, integer, integers, number
 from models.layers import OutlookAttention
-from models.layers.basic import to_channels_last
+from models.layers.basic import initialise, to_channels_last
 from models.layers.pointwise import PaddedConv2d
 from models.layers.tokens import (
     Attention,
@@ -160,16 +160,8 @@ class VOLO(BackboneContract):
         self.head = self.make_classifier(dim, self.num_classes)
         if features_only:
             self._leave_out_unused()
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Truncated normal 0.02 for linear maps, class token and position embedding; PyTorch's default elsewhere."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for parameter in self.parameters(recurse=False):
+        initialise(self, nn.Linear, nn.init.trunc_normal_, std=0.02)
+        for parameter in self.parameters(recurse=False):  # class token and position embedding
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def _grid(self, img_size: int | Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -93,9 +93,9 @@ class Trainer:
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.average: AveragedModel | None = None
-        if recipe.ema_decay:
-            self.average = AveragedModel(model, use_buffers=True)
+        self.average = AveragedModel(model, use_buffers=True) if recipe.ema_decay else None
+        parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
+        self._parts: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
         self.step = 0
         self.best: float | None = None
         self.log: list[dict[str, Any]] = []
@@ -137,11 +137,8 @@ class Trainer:
     def _take_up(self, state: dict[str, Any]) -> None:
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.total_steps:
             raise ValueError(f"it is of step {state['step']!r}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
         self.step, self.best, self.log = state["step"], state["best"], state["log"]
         self._losses.copy_(state["losses"])
 
@@ -149,17 +146,8 @@ class Trainer:
         if self.output is None:
             return
         self._check_finite(self._losses.item())
-        state = {
-            "settings": self.settings,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "best": self.best,
-            "log": self.log,
-            "losses": self._losses,
-        }
+        progress = {"step": self.step, "best": self.best, "log": self.log, "losses": self._losses}
+        state = {"settings": self.settings, **progress} | {name: p.state_dict() for name, p in self._parts.items()}
         atomic_write(self.output / STATE, lambda file: torch.save(state, file))
 
     def _record(self, row: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """Norms, scales and gates of the families, on feature maps [B, C, H, W], mostly in channels-last memory."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,14 @@ from models.layers.tracing import leaf
 def to_channels_last(x: Tensor) -> Tensor:
     """x in channels-last memory; unchanged inside ``torch.func``'s transforms, since vmap rejects memory formats."""
     return x if transforming() else x.contiguous(memory_format=torch.channels_last)
+
+
+def initialise(module: nn.Module, layers: Any, fill: Callable[..., Tensor], **options: Any) -> None:
+    """``fill(weight, **options)``, from ``nn.init``, for every layer of a class or of several; biases become zero."""
+    for layer in module.modules():
+        if isinstance(layer, layers):
+            for name, parameter in layer.named_parameters(recurse=False):
+                fill(parameter, **options) if name == "weight" else nn.init.zeros_(parameter)
 
 
 class DropPath(nn.Module):

@@ -106,15 +106,13 @@ class DilatedReparamBlock(nn.Module):
         dilated = [(getattr(self, f"dil_conv_{name}"), getattr(self, f"dil_bn_{name}")) for name in names]
         return [(self.lk_origin, self.origin_bn), *dilated]
 
-    @property
-    def _sizes(self) -> tuple[tuple[int, int], ...]:
-        """Kernel size and dilation of every branch."""
-        return ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size])
-
-    def _is_branch(self, conv: nn.Module, size: int, dilation: int, device: torch.device | None) -> bool:
-        """Whether ``conv`` is, as built, a branch's convolution of that size."""
-        kinds = DepthwiseConv2d
-        return conv.bias is None and convolves(conv, size, device, kinds=kinds, dilation=dilation, groups=self.channels)
+    def _convolves(self, device: torch.device | None) -> bool:
+        """Whether every branch has the convolution that it was built with, on ``device``."""
+        sizes, kinds, groups = ((self.kernel_size, 1), *self.BRANCHES[self.kernel_size]), DepthwiseConv2d, self.channels
+        return all(
+            conv.bias is None and convolves(conv, size, device, kinds=kinds, dilation=dilation, groups=groups)
+            for (conv, _), (size, dilation) in zip(self.branches(), sizes, strict=True)
+        )
 
     def merged_parameters(self, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
         """Kernel [C, 1, K, K] and bias [C] of the one convolution that equals the sum of all branches.
@@ -123,17 +121,18 @@ class DilatedReparamBlock(nn.Module):
         stacking them would be faster, but would make their gradients views of one tensor.
         """
         parts = []
-        for (size, dilation), (conv, norm) in zip(self._sizes, self.branches(), strict=True):
+        for conv, norm in self.branches():
             normed = affine(norm, device)
-            if normed is None or not self._is_branch(conv, size, dilation, device):
+            if normed is None:
                 return None
-            parts.append((size, dilation, conv.weight, *normed))
-        kernel = torch.zeros_like(self.lk_origin.weight)
-        bias = torch.zeros_like(parts[0][4])
-        for size, dilation, weight, scale, shift in parts:
-            first = (self.kernel_size - 1 - dilation * (size - 1)) // 2
-            taps = slice(first, self.kernel_size - first, dilation)
-            kernel[:, :, taps, taps] += weight * scale.view(-1, 1, 1, 1)
+            parts.append((conv, *normed))
+        if not self._convolves(device):
+            return None
+        kernel, bias = torch.zeros_like(self.lk_origin.weight), torch.zeros_like(parts[0][2])
+        for conv, scale, shift in parts:
+            first = self.kernel_size // 2 - conv.padding[0]
+            taps = slice(first, self.kernel_size - first, conv.dilation[0])
+            kernel[:, :, taps, taps] += conv.weight * scale.view(-1, 1, 1, 1)
             bias = bias + shift
         return kernel, bias
 
@@ -171,9 +170,7 @@ class DilatedReparamBlock(nn.Module):
             del state[prefix + name]
         state.update((prefix + name, tensor) for name, tensor in separate.state_dict().items())
 
-    def reparameterize(self) -> None:
-        """``merge``, under the name by which timm's ``reparameterize_model`` asks for it."""
-        self.merge()
+    reparameterize = merge  # the name by which timm's ``reparameterize_model`` asks for it
 
     def folded(self) -> nn.Module:
         """Merges the branches unless one was replaced, wrapped or hooked."""
@@ -199,12 +196,12 @@ class DilatedReparamBlock(nn.Module):
         """Whether every branch is a plain convolution with a batch norm in training, and Triton computes them."""
         if x.dim() != 4 or not runs_triton(x) or not multiplies(x.dtype):
             return False
-        for (conv, norm), (size, dilation) in zip(self.branches(), self._sizes, strict=True):
-            if not self._is_branch(conv, size, dilation, x.device) or not trains(norm, x.device):
+        for _, norm in self.branches():
+            if not trains(norm, x.device):
                 return False
             if (norm.eps, norm.momentum) != (self.origin_bn.eps, self.origin_bn.momentum):
                 return False
-        return x.numel() > self.channels == x.shape[1]
+        return self._convolves(x.device) and x.numel() > self.channels == x.shape[1]
 
     def _normed_branches(self, x: Tensor) -> Tensor:
         convs, norms = zip(*self.branches(), strict=True)
