@@ -42,7 +42,9 @@ class Operator(NamedTuple):
     like: str = ""  # the argument whose memory order the output takes
     logits: tuple[str, ...] = ()  # arguments that enter a softmax
     masked: bool = False  # whether the first of them may be -inf where a caller wants no weight
-    spreads: tuple[str, ...] = ()  # a NaN in these may spread in Triton's kernels through a tile's product
+    # A NaN in these may spread in Triton's kernels through a tile's product: to what depends on a block of theirs, all
+    # numbers that share so many leading indices with it.
+    spreads: dict[str, int] = {}  # noqa: RUF012
     rounding: int = 1  # times the output's tolerance, and 16-bit gradients': products round, a softmax amplifies it
 
     @property
@@ -221,7 +223,7 @@ OPERATORS = [
         twice=False,
         like="x",
     ),
-    Operator("na2d_av", **neighborhoods("attn", "value"), twice=True, spreads=("gradient",)),
+    Operator("na2d_av", **neighborhoods("attn", "value"), twice=True, spreads={"gradient": 1}),
     Operator("na2d_qk", **neighborhoods("query", "key"), twice=True),
     Operator(
         "na2d_softmax_av",
@@ -229,7 +231,7 @@ OPERATORS = [
         twice=False,
         logits=("logits",),
         masked=True,
-        spreads=("gradient",),
+        spreads={"gradient": 1},
     ),
     Operator(
         "contmix2d",
@@ -252,7 +254,6 @@ OPERATORS = [
         like="value",
         logits=("proj_bias",),
         rounding=2,
-        spreads=("gradient",),
     ),
     Operator(
         "outlook_attention2d",
@@ -301,6 +302,6 @@ OPERATORS = [
         (6 * 25 * PIXELS, 2 * 6 * 25 * PIXELS),
         twice=True,
         like="x",
-        spreads=("x", "weight", "gradient"),
+        spreads={"x": 2, "weight": 1, "gradient": 2},
     ),
 ]
