@@ -6,7 +6,7 @@ import pytest
 
 from autotune import tunables
 from autotune.__main__ import main
-from kernels.tuning.choose import key_of, triton_version
+from kernels.tuning.choose import key_of, look_up, triton_version
 from kernels.tuning.store import Store
 from tests.kernels.toy import TOY, Config, Problem, entry_of
 
@@ -27,6 +27,7 @@ def _shown(capsys, *arguments):
 
 
 UNUSED = {  # key -> entry, and a part of the reason
+    KEY.replace("196", "9"): ({"config": {"block": 8}}, "tuned with triton None"),
     KEY.replace("196", "784"): (ENTRY | {"triton": "3.0"}, f"tuned with triton 3.0, this is {triton_version()}"),
     KEY.replace("196", "1024"): (ENTRY | {"source": "0"}, "the kernel's code has changed since"),
     KEY.replace("196", "49"): (ENTRY | {"config": {"block": 7}}, "the kernel offers no such config"),
@@ -51,6 +52,8 @@ def test_every_reason_not_to_use_an_entry_is_named(folders, capsys):
     assert found.pop(KEY) is None
     assert {key: reason for key, (_, reason) in UNUSED.items() if reason not in found.pop(key)} == found == {}
     assert {row["gpu"] for row in shown["entries"]} == {"NVIDIA_H200"}
+    assert look_up(TOY, Problem(196), GPU) == (Config(64), "store")
+    assert {look_up(TOY, Problem(pixels), GPU).source for pixels in (9, 16, 49, 784, 1024)} == {"heuristic"}
     assert main(["show"]) == 0
     text = capsys.readouterr().out
     for part in ("block=64", "used", "0.2500 │        0.5000", "not used:", "[red]line", f"store: {folders[0]}"):

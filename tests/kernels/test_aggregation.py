@@ -1,14 +1,17 @@
 """The Triton algebra beyond the rules for every operator."""
 
+from typing import Any
+
 import pytest
 import torch
 
-import kernels
 from kernels.aggregation import eager, rows
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
 from kernels.windows import Window
-from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor
+from tests.kernels.operators import OPERATORS, generated
+from tests.kernels.rules import check
+from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor, watching
 
 
 @pytest.mark.parametrize(("channels", "first", "pairs"), [(6, 0, True), (16, 2, True), (6, 1, False), (5, 0, False)])
@@ -33,21 +36,13 @@ def test_channels_in_pairs(channels, first, pairs):
 @pytest.mark.parametrize("features", [17, 40, 48, 136])
 def test_features_fill_their_blocks(features):
     """Of a block that is partly empty each number is masked, which takes kilobytes of a thread's stack."""
-    x, seen = (random_tensor(1, number, 5, 6).requires_grad_() for number in (2, features))
-    weight, bias = random_tensor(9, features).requires_grad_(), random_tensor(9)
-
-    def run(run_on, *inputs):
-        out = run_on.involution2d_generate(*inputs, bias.to(inputs[0].dtype), kernel_size=3, groups=1)
-        return out, *torch.autograd.grad(out.sum(), inputs)
-
-    with kernels.use_backend("triton"):
-        with record_launches() as launches:
-            run(kernels, x, seen, weight)
-        found = run(kernels, x, seen, weight)
-    generated = [launch.arguments for launch in launches if launch.arguments.get("FEATURES")]
-    assert [arguments["FEATURES"] % arguments["BLOCK_FEATURES"] for arguments in generated] == [0, 0]
-    inputs = [tensor.detach().double().requires_grad_() for tensor in (x, seen, weight)]
-    assert_close(found, run(kernels.reference, *inputs), 10 * FORWARD_TOLERANCE[torch.float32])
+    row = next(operator for operator in OPERATORS if operator.name == "involution2d_generate")
+    row = row.at(generated((5, 6), 2, 1, 3, features))
+    with watching(lambda launch, _: launches.append(launch.arguments)):
+        launches: list[dict[str, Any]] = []
+        check(row, row.tensors(), "triton")
+    blocks = [made["FEATURES"] % made["BLOCK_FEATURES"] for made in launches if made.get("FEATURES")]
+    assert blocks == [0, 0]
 
 
 def test_offsets_are_64_bit_where_32_would_overflow():

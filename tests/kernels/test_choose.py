@@ -51,23 +51,6 @@ def test_neighbouring_large_maps_share_and_small_ones_do_not():
     assert key_of(TOY, Problem(49)) == "toy pixels=49 dtype=float32"
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        _entry(64, triton="0.1"),
-        _entry(64, source="older"),
-        _entry(7),  # the kernel offers no such config
-        _entry(128),  # not valid for 100 pixels
-        {"config": {"block": 64}},
-        {},
-    ],
-    ids=["triton", "source", "unknown config", "invalid here", "no provenance", "empty"],
-)
-def test_an_entry_that_does_not_hold_is_ignored(entry):
-    Store(user_folder(), GPU).update({key_of(TOY, Problem(100)): entry})
-    assert look_up(TOY, Problem(100), GPU) == (Config(16), "heuristic")
-
-
 def test_candidates_begin_with_the_heuristic_and_are_limited():
     assert [c.block for c in TOY.candidates(Problem(100))] == [16, 8, 32, 64]
     assert [c.block for c in TOY.candidates(Problem(100), most=2)] == [16, 8]

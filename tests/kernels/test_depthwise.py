@@ -9,7 +9,7 @@ from kernels.depthwise import backward, configs, forward
 from kernels.depthwise.configs import CONFIGS, LIBRARY, SMALL, Config, Problem, heuristic, tile_shape
 from kernels.launch import record_launches
 from kernels.tuning.choose import observing
-from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor
+from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, differentiated, random_tensor
 
 
 def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
@@ -72,27 +72,23 @@ def test_weight_gradient_in_chunks(chunks, monkeypatch):
     assert_close(backward.weight_gradient(grad, x, 3, config=config), expected, GRADIENT_TOLERANCE[x.dtype])
 
 
-@pytest.mark.parametrize(
-    "config", [None, Config(2, 16, 2), Config(4, 16, 4)]
-)  # the heuristic's; several tiles and steps
+# The heuristic's config, and several tiles and steps. Heights are around those where rows of a tile lie apart, which
+# parts them unevenly.
+@pytest.mark.parametrize("config", [None, Config(2, 16, 2), Config(4, 16, 4)])
 @pytest.mark.parametrize("dilation", [2, 3, 7])
-@pytest.mark.parametrize("height", [7, 16, 17, 40])  # around where rows of a tile lie apart, which parts them unevenly
+@pytest.mark.parametrize("height", [7, 16, 17, 40])
 def test_dilated(height, dilation, config):
-    x, grad = (random_tensor(3, 2, height, 13, dtype=torch.float32) for _ in range(2))
-    weight = random_tensor(2, 1, 3, 3).requires_grad_()
-    x.requires_grad_()
-    exact = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    expected = torch.nn.functional.conv2d(*exact, None, 1, dilation, dilation, 2)
-    of_x, of_weight = torch.autograd.grad(expected, exact, grad.double())
+    x, grad, weight = random_tensor(3, 2, height, 13), random_tensor(3, 2, height, 13), random_tensor(2, 1, 3, 3)
+
+    def definition(x, weight):
+        return torch.nn.functional.conv2d(x, weight, None, 1, dilation, dilation, 2)
+
+    out, *gradients = differentiated(definition, (x.double(), weight.double()), [grad.double()])
     options = {} if config is None else {"config": config}
-    with torch.no_grad():
-        assert_close(
-            forward.convolve(x, weight, None, False, dilation, **options), expected, FORWARD_TOLERANCE[x.dtype]
-        )
-        through = forward.convolve(grad, weight, None, True, dilation, **options)
-        assert_close(through, of_x, GRADIENT_TOLERANCE[x.dtype])
-        gradient = backward.weight_gradient(grad, x, 3, dilation, **options)
-        assert_close(gradient, of_weight, GRADIENT_TOLERANCE[x.dtype])
+    assert_close(forward.convolve(x, weight, None, False, dilation, **options), out, FORWARD_TOLERANCE[x.dtype])
+    through = forward.convolve(grad, weight, None, True, dilation, **options)
+    of_weight = backward.weight_gradient(grad, x, 3, dilation, **options)
+    assert_close((through, of_weight), gradients, GRADIENT_TOLERANCE[x.dtype])
 
 
 def test_maps_beyond_32_bits_are_refused():
