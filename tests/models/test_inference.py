@@ -1,6 +1,7 @@
 """The inference form computes what the model computes, fused or not, and is still a model of its family."""
 
 import copy
+import functools
 import io
 from typing import Any
 
@@ -60,7 +61,31 @@ def image(*size: int) -> Tensor:
 # ---- the same numbers
 
 
+def turned_over(model: Any) -> None:
+    """Batch norms may turn a channel over or switch it off; so may layer scales."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | LayerScale):
+            module.weight.data[::3] *= -1
+            module.weight.data[1::3] = 0
+
+
+def one_and_a_half(module: nn.Module, inputs: Any, out: Any) -> Tensor:
+    return 1.5 * out
+
+
+def hooked_or_wrapped(first: int, model: Any) -> None:
+    """One layer in three, which then stays as it is."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
+    for index, module in enumerate(convolutions[first::3]):
+        if index % 2 and isinstance(module, nn.Conv2d):
+            nn.utils.parametrizations.weight_norm(module)
+        else:
+            module.register_forward_hook(one_and_a_half)
+
+
+CHANGES: tuple[Any, ...] = (turned_over, *(functools.partial(hooked_or_wrapped, first) for first in range(3)))
 OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
     {"num_classes": 0, "in_chans": 1},
     {"in_chans": 5, "num_classes": 2, "drop_path_rate": 0.5},
     {"features_only": True, "out_indices": (0, 2)},
@@ -69,46 +94,29 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "change"),
     [
-        *((name, options) for name in FAMILIES for options in OPTIONS),
-        ("overlock", {"reparam": True}),
-        ("overlock", OVERLOCK_B),
-        ("volo", VOLO_D5),
+        *((name, options, None) for name in FAMILIES for options in OPTIONS),
+        *((name, {}, change) for name in FAMILIES for change in CHANGES),
+        ("overlock", {"reparam": True}, None),
+        ("overlock", OVERLOCK_B, None),
+        ("volo", VOLO_D5, None),
     ],
-    ids=str,
 )
-@torch.no_grad()
-def test_options_and_depths(name, options):
-    """Logits and maps stay the same, on the eager path and on the naive one."""
+def test_the_same_numbers(name, options, change):
+    """Logits and maps, on the eager path and on the naive one, and the gradients of the image: nothing that the
+    backward pass reads is overwritten in place."""
     model = build(name, **options)
-    x = image(2, model.in_chans, 45, 64)
+    if change is not None:
+        change(model)
+    optimised, x = models.optimize_for_inference(model.eval()), image(2, model.in_chans, 45, 64).requires_grad_()
     for backend in ("auto",) if options in (OVERLOCK_B, VOLO_D5) else ("auto", "reference"):
         with kernels.use_backend(backend):
-            assert_close(models.optimize_for_inference(model)(x), model(x), EXACT)
-
-
-def test_negative_and_zero_scales(family):
-    """Batch norms may turn a channel over or switch it off; so may layer scales."""
-    model = family()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d | LayerScale):
-                module.weight[::3] *= -1
-                module.weight[1::3] = 0
-        x = image(1, 3, 64, 64)
-        assert_close(models.optimize_for_inference(model)(x), model(x), EXACT)
-
-
-def test_gradients_of_the_image(family):
-    """Saliency maps work: nothing that the backward pass reads is overwritten in place."""
-    model, x = family(), image(1, 3, 64, 64)
-    expected, out = (
-        torch.autograd.grad(m(leaf).square().mean(), leaf)[0]
-        for m in (model, models.optimize_for_inference(model))
-        for leaf in [x.clone().requires_grad_()]
-    )
-    assert_close(out, expected, 1e-10)
+            found, expected = optimised(x), model(x)
+            assert_close(found, expected, EXACT)
+    losses = (torch.stack([part.square().mean() for part in out]).sum() for out in (found, expected))
+    (ours,), (right,) = (torch.autograd.grad(loss, x) for loss in losses)
+    assert_close(ours, right, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -221,26 +229,6 @@ def test_create_model_from_a_checkpoint(tmp_path, name, options):
     assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
     with pytest.raises(ValueError, match="does not fit"):  # too late: there is nowhere for the batch norms to go
         models.load_checkpoint(optimised, tmp_path / "weights.pth")
-
-
-def one_and_a_half(module: nn.Module, inputs: Any, out: Any) -> Tensor:
-    return 1.5 * out
-
-
-def test_layers_that_were_wrapped_or_hooked_stay_as_they_are(family):
-    """One layer in three is changed; the copy computes the same, and the hooks still act."""
-    for first in range(3):
-        model = family()
-        convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
-        for index, module in enumerate(convolutions[first::3]):
-            if index % 2 and isinstance(module, nn.Conv2d):
-                nn.utils.parametrizations.weight_norm(module)
-            else:
-                module.register_forward_hook(one_and_a_half)
-        model.eval()
-        x = image(1, 3, 64, 64)
-        with torch.no_grad():
-            assert_close(models.optimize_for_inference(model)(x), model(x), EXACT)
 
 
 # ---- refusals

@@ -72,7 +72,8 @@ def other_branches(kind: str) -> DilatedReparamBlock:
 
 
 @pytest.mark.parametrize("kind", ["group", "not affine", "fused", "eps", "hook"])
-def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
+def test_branches_that_were_replaced(kind):
+    """They run in evaluation, where they are folded and merged or refused, and are trained one by one."""
     block = other_branches(kind)
     x = random_tensor(2, 4, 9, 9, dtype=torch.float64, device="cpu")
     expected = torch.stack([norm(conv(x)) for conv, norm in block.branches()]).sum(0)
@@ -87,6 +88,10 @@ def test_dilated_reparam_block_runs_branches_that_were_replaced(kind):
         assert not block.merged
         with pytest.raises(ValueError, match=r"replaced, wrapped or hooked: it cannot be merged"):
             block.merge()
+    triton_device()
+    block, x, gradient = other_branches(kind).train().to(DEVICE), x.to(DEVICE), random_tensor(*x.shape).double()
+    expected = step(block, x, gradient, "reference")
+    assert_close(step(block, x, gradient, "triton"), expected, 1e-10)
 
 
 def step(block: Any, x: torch.Tensor, gradient: torch.Tensor, backend: str) -> list[torch.Tensor]:
@@ -114,15 +119,6 @@ def test_training_in_one_operator(kernel_size, shape, channels_last, dtype):
     for ours, exact in zip(found, expected, strict=True):
         assert relative_error(ours, exact) < 4 * tolerances.GRADIENT[dtype]
     assert all(map(torch.equal, found, step(block, x, gradient, "triton")))
-
-
-@pytest.mark.parametrize("kind", ["group", "not affine", "fused", "eps", "hook"])
-def test_training_of_branches_that_were_replaced(kind):
-    triton_device()
-    block = other_branches(kind).train().to(DEVICE)
-    x, gradient = random_tensor(2, 4, 9, 9, dtype=torch.float64), random_tensor(2, 4, 9, 9, dtype=torch.float64)
-    expected = step(block, x, gradient, "reference")
-    assert_close(step(block, x, gradient, "triton"), expected, 1e-10)
 
 
 def test_training_under_autocast_and_compiled():
