@@ -34,7 +34,7 @@ from autotune.ceilings import launch_overhead, measure_ceilings
 from autotune.measure import Settings, one_line
 from autotune.operators import operator_cases
 from autotune.passes import PASSES
-from autotune.results import Folder, incidents, tables
+from autotune.results import incidents, tables
 from kernels.backend import BACKENDS, interpreting, triton_installed
 from kernels.files import write_json
 from models.commands import types
@@ -220,20 +220,13 @@ def run(arguments: argparse.Namespace) -> int:
             case.run(deadline)
             release()
         return 0
-    for path, cases, facts in plans:
-        codes.append(run_cases(cases, path, record | facts, deadline=deadline, resume=arguments.resume))
+    measured = {path.stem: record | facts for path, _, facts in plans}
+    for path, cases, _ in plans:
+        codes.append(run_cases(cases, path, measured[path.stem], deadline=deadline, resume=arguments.resume))
         if codes[-1] == LOST:
             break
-    _print(folder)
+    rows = [measured.get(name, {}).get("rows", []) for name in ("bench", "models")]
+    for table in tables(*rows):
+        table.show()
+    print(*incidents([*rows[0], *rows[1]]), f"Wrote {folder}", sep="\n")
     return max(codes, default=0)
-
-
-def _print(folder: Path) -> None:
-    try:
-        found = Folder(folder)
-        for table in tables(found):
-            table.show()
-        told = list(incidents(found))
-    except ValueError as error:  # an earlier run's file
-        told = [f"warning: {folder} holds a damaged file: {error}"]
-    print(*told, f"Wrote {folder}", sep="\n")

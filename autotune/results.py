@@ -1,11 +1,6 @@
-"""Tables and sentences of what ``bench`` wrote.
+"""Tables and sentences of rows that ``bench`` measured, those of bench.json (operators) and of models.json."""
 
-A folder holds environment.json, bench.json (operators), models.json and, of make gpu, tests.json; each may be missing.
-"""
-
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from autotune.tables import Table, microseconds, number, percent, times
@@ -13,31 +8,6 @@ from autotune.tables import Table, microseconds, number, percent, times
 Row = dict[str, Any]
 OTHERS = ("naive", "compiled", "unfused")
 BUSY = ("ours", "compiled", "peer_compiled")  # contenders whose time on the GPU alone is told
-
-
-class Folder:
-    """The content of a results folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.environment, self.tests = self.load("environment.json"), self.load("tests.json")
-        self.operators, self.models = (self.load(name).get("rows", []) for name in ("bench.json", "models.json"))
-        # They were measured in turns, so that none is left out, and are read one operator after the other.
-        order = list(dict.fromkeys(row["operator"] for row in self.operators))
-        self.operators.sort(key=lambda row: (-row.get("batch", 0), order.index(row["operator"])))
-
-    def load(self, name: str) -> Row:
-        """A file's content, empty where it is missing."""
-        path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    @property
-    def test_runs(self) -> list[Row]:
-        """What came of the tests, at one or several states of the code."""
-        return self.tests.get("runs", [self.tests] if self.tests else [])
-
-    def timed(self, kind: str | None = None) -> list[Row]:
-        return [row for row in self.operators if row["status"] == "ok" and kind in (None, row["pass"])]
 
 
 def gpu_milliseconds(row: Row, contender: str) -> float | None:
@@ -61,13 +31,15 @@ def _of_commit(row: Row) -> str:
     return f" ({row['commit'][:7]})" if "commit" in row else ""
 
 
-def operators_table(folder: Folder, kernels: Callable[[Row], float | None] | None = None) -> Table:
+def operators_table(measured: Iterable[Row], kernels: Callable[[Row], float | None] | None = None) -> Table:
     """Medians of calls, of their work on the GPU alone, and of the others.
 
     The GPU's work is timed in a CUDA graph; ``kernels`` gives the sum of the kernels of a row, each timed by itself.
     """
     rows = []
-    for row in folder.timed():
+    for row in measured:
+        if row["status"] != "ok":
+            continue
         graph, eager = row.get("graph", {}).get("ours", {}).get("p50_ms"), row["contenders"]["ours"]["p50_ms"]
         shape = f"{row['model']} {row['shape']}{_of_commit(row)}".strip()
         cells = [f"`{row['operator']}`", shape, row["pass"], microseconds(graph)]
@@ -81,8 +53,8 @@ def operators_table(folder: Folder, kernels: Callable[[Row], float | None] | Non
     return Table([*headings, "floor, µs", "of floor", *(f"{name}, µs" for name in OTHERS)], rows, 3, "Operators")
 
 
-def models_table(folder: Folder) -> Table:
-    found = [row for row in folder.models if row["status"] == "ok"]
+def models_table(measured: Iterable[Row]) -> Table:
+    found = [row for row in measured if row["status"] == "ok"]
     names = ("ours", "naive", "compiled", "peer", "peer_compiled")
     paths = [name for name in names if any(name in row["contenders"] for row in found)]
     timed = [name for name in BUSY if any(row["contenders"].get(name, {}).get("busy_ms") for row in found)]
@@ -100,14 +72,14 @@ def models_table(folder: Folder) -> Table:
     return Table([*headings, "speed-up", "peak memory, naive / ours"], rows, 3, "Models")
 
 
-def tables(folder: Folder) -> Iterator[Table]:
+def tables(operators: Iterable[Row], models: Iterable[Row]) -> Iterator[Table]:
     """The operators and the models, where any was measured."""
-    yield from (table for table in (operators_table(folder), models_table(folder)) if table.rows)
+    yield from (table for table in (operators_table(operators), models_table(models)) if table.rows)
 
 
-def incidents(folder: Folder) -> Iterator[str]:
+def incidents(rows: Iterable[Row]) -> Iterator[str]:
     """What failed, was skipped or left out, and why."""
-    for row in (*folder.operators, *folder.models):
+    for row in rows:
         if row["status"] != "ok":
             yield f"{row['status']}: {row['name']} {row['pass']}: {row.get('message', '')}"
         for name, reason in row.get("left_out", {}).items():

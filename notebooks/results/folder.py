@@ -2,15 +2,15 @@
 
 It holds what ``make gpu`` leaves, kernels.json (the time of every kernel by itself, written by predicted/measure.py),
 units.json (beside these times, how long the emulator found each unit busy with the same code) and ncu.json (counters of
-Nsight Compute, and the host's time of that run); all but environment.json may be missing.
+Nsight Compute, and the host's time of that run); each may be missing.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from autotune import results
 from autotune.passes import PASSES
 from autotune.results import Row
 
@@ -27,11 +27,16 @@ CASES = {
 }
 
 
-class Folder(results.Folder):
+class Folder:
     """The content of a GPU's folder, with the times of kernels by case and pass, in microseconds."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self.path = path
+        self.environment, self.tests = self.load("environment.json"), self.load("tests.json")
+        self.operators, self.models = (self.load(name).get("rows", []) for name in ("bench.json", "models.json"))
+        # They were measured in turns, so that none is left out, and are read one operator after the other.
+        order = list(dict.fromkeys(row["operator"] for row in self.operators))
+        self.operators.sort(key=lambda row: (-row.get("batch", 0), order.index(row["operator"])))
         self.kernels, self.units = self.load("kernels.json"), self.load("units.json").get("rows", [])
         timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
         self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
@@ -39,6 +44,19 @@ class Folder(results.Folder):
         measured = {row["operator"] for row in self.timed()}
         every = dict.fromkeys(row["operator"] for row in self.operators)
         self.unreached = listed([f"`{name}`" for name in every if name not in measured])
+
+    def load(self, name: str) -> Row:
+        """A file's content, empty where it is missing."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def test_runs(self) -> list[Row]:
+        """What came of the tests, at one or several states of the code."""
+        return self.tests.get("runs", [self.tests] if self.tests else [])
+
+    def timed(self, kind: str | None = None) -> list[Row]:
+        return [row for row in self.operators if row["status"] == "ok" and kind in (None, row["pass"])]
 
     def microseconds(self, case: str, kind: str, *, own: bool = False) -> float | None:
         """Sum of what a case launches in a pass; ``own``: of this project's kernels alone."""

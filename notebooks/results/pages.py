@@ -49,7 +49,7 @@ def _reached(folder: Folder) -> Iterator[str]:
 
 def _operators(folder: Folder) -> Iterator[str]:
     """The table, and below it which calls wait for the host rather than for the GPU."""
-    yield results.operators_table(folder, folder.beside).markdown() + "\n"
+    yield results.operators_table(folder.operators, folder.beside).markdown() + "\n"
     for kind in PASSES:
         rows, found = folder.timed(kind), dict[str, list[str]]()
         for row in rows:
@@ -65,7 +65,7 @@ def _operators(folder: Folder) -> Iterator[str]:
 
 
 def _models(folder: Folder) -> Iterator[str]:
-    yield results.models_table(folder).markdown()
+    yield results.models_table(folder.models).markdown()
 
 
 def _host(folder: Folder) -> Iterator[str]:

@@ -31,7 +31,6 @@ import torch
 
 from autotune import results, timing
 from autotune.cases import LOST
-from autotune.results import Folder
 from autotune.tables import Table, number
 from kernels.files import atomic_write, write_json
 from kernels.tuning.choose import gpu_name
@@ -40,6 +39,7 @@ from models.commands import types
 from models.commands.arguments import make_folder
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.progress import console as messages
+from notebooks.results.folder import Folder
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 515.0  # for everything: nine minutes, less what starting, ending and a slow disk may take
@@ -224,9 +224,10 @@ def summary(folder: Path, phases: Sequence[dict[str, Any]]) -> str:
         at = f"{run['of']} at commit {run['commit'][:7]}" if "of" in run else "Tests"
         told = f"{at}: {counts or 'none ran'}{'' if run['complete'] else ' (cut short)'}."
         parts.append("\n".join([told, *(f"- {failure}" for failure in run["failures"])]))
-    for table in results.tables(found):
+    for table in results.tables(found.operators, found.models):
         parts += [f"{table.title}.", table.markdown()]
-    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {told}" for told in results.incidents(found))])) + "\n"
+    told = [f"- {incident}" for incident in results.incidents([*found.operators, *found.models])]
+    return "\n\n".join(filter(None, [*parts, "\n".join(told)])) + "\n"
 
 
 def _has_room(device: torch.device) -> bool:

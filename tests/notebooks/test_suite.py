@@ -11,8 +11,9 @@ import torch
 from autotune import bench, ceilings
 from autotune.__main__ import main
 from autotune.cases import LOST
-from autotune.results import Folder, ceilings_told, tables
+from autotune.results import ceilings_told, tables
 from notebooks.results import suite
+from notebooks.results.folder import Folder
 from notebooks.results.predicted import measure
 from notebooks.results.suite import Phase, phases_of, run_phases, summary
 from tests.support import in_a_process
@@ -136,7 +137,7 @@ def test_the_summary_tells_what_was_measured_and_what_was_not(tmp_path):
     assert lines[0] == "# NVIDIA H200"
     assert "| tests | failed | 12 | lost the GPU |" in lines
     assert f"Ceilings: {ceilings_told(found.environment['ceilings'])}" in lines
-    for table in tables(found):
+    for table in tables(found.operators, found.models):
         assert table.markdown() in told
     assert len(found.test_runs) == 2
     for run in found.test_runs:
