@@ -5,7 +5,9 @@
 
 Without --operator, --model or --environment all three are run. Results are written after every row, so that whatever
 happens, what was measured is kept: environment.json, bench.json (operators), models.json. Weights of models are random:
-what is timed does not depend on them. Inference runs the form a trained model is deployed in.
+what is timed does not depend on them. Inference runs the form a trained model is deployed in. Compiling takes longer
+than timing: with --jobs N it is done for N models at a time, each in a process; they are timed one after another when
+all of them are compiled.
 
 Exit code: 0 everything that was begun agrees and is timed, 1 something failed, 2 bad arguments, 4 the GPU was lost,
 130 interrupted.
@@ -16,6 +18,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +34,7 @@ from autotune import networks, timing, workloads
 from autotune.arguments import matching
 from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
 from autotune.ceilings import launch_overhead, measure_ceilings
-from autotune.measure import Settings, one_line
+from autotune.measure import Settings, beside_others, one_line
 from autotune.operators import operator_cases
 from autotune.passes import PASSES
 from autotune.results import incidents, tables
@@ -82,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how("--dtype", type=types.dtype, metavar="NAME", help="(default: bf16, on a CPU fp32)")
     how("--batch", type=types.positive, metavar="B", help="(default: 128; operators at 800x1280: 2)")
     how("--size", type=types.image_size, metavar="HxW", help="(default: 224, operators 800x1280 as well)")
+    how(
+        "--jobs", type=types.positive, default=1, metavar="N", help="models compiled at the same time, each timed alone"
+    )
     how("--no-compile", action="store_true", help="leave out what torch.compile makes of things")
     how("--seconds", type=types.seconds, default=math.inf, metavar="S", help="measure no longer than that")
     how("--quick", action="store_true", help="smoke test: tiny shapes, two runs each; any device")
@@ -143,19 +149,19 @@ def _measure_plan(
     """
     training = plan.kind == "training"
     options = {"drop_path_rate": 0.0, **({"return_dense": False} if plan.model.startswith("volo") else {})}
-    model = networks.settled_model(plan.model, networks.random_images(2, (128, 128)), **options).train(training)
-    model = model if training else models.optimize_for_inference(model)
     place: dict[str, Any] = {"device": settings.device, "memory_format": torch.channels_last}
-    model, images = model.to(**place), networks.random_images(batch, size).to(**place)
-    latency, left_out, other = plan.kind == "latency", {}, None
-    if peer is not None:
-        try:
-            other = _peer(*peer).train(training).to(**place)
-        except Exception as error:  # not installed, or beside another torch: ours is still worth its time
-            left_out["peer"] = one_line(error)
-    found = networks.measure_model(
-        model, images, settings, training=training, compiled=plan.compiled, latency=latency, peer=other
-    )
+    how = {"training": training, "compiled": plan.compiled, "latency": plan.kind == "latency"}
+    left_out, other = {}, None
+    with beside_others(settings.lock) as alone:
+        model = networks.settled_model(plan.model, networks.random_images(2, (128, 128)), **options).train(training)
+        model = model if training else models.optimize_for_inference(model)
+        model, images = model.to(**place), networks.random_images(batch, size).to(**place)
+        if peer is not None:
+            try:
+                other = _peer(*peer).train(training).to(**place)
+            except Exception as error:  # not installed, or beside another torch: ours is still worth its time
+                left_out["peer"] = one_line(error)
+        found = networks.measure_model(model, images, settings, **how, peer=other, alone=alone)
     return found | ({"left_out": found["left_out"] | left_out} if found else {})
 
 
@@ -190,6 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
         thorough=True,
         compiler=None if arguments.no_compile else "eager" if quick and device.type != "cuda" else "inductor",
         compile_only=arguments.compile_only,
+        lock=tempfile.gettempdir() if arguments.jobs > 1 else None,
     )
     everything = not (arguments.environment or arguments.operator or arguments.model)
     folder = arguments.out or timing.results_folder(device, scratch=quick or not everything)
@@ -222,7 +229,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     measured = {path.stem: record | facts for path, _, facts in plans}
     for path, cases, _ in plans:
-        codes.append(run_cases(cases, path, measured[path.stem], deadline=deadline, resume=arguments.resume))
+        how: dict[str, Any] = {"deadline": deadline, "resume": arguments.resume}
+        how["jobs"] = arguments.jobs if path.stem == "models" else 1
+        codes.append(run_cases(cases, path, measured[path.stem], **how))
         if codes[-1] == LOST:
             break
     rows = [measured.get(name, {}).get("rows", []) for name in ("bench", "models")]

@@ -3,12 +3,14 @@
 import gc
 import json
 import math
+import multiprocessing
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,16 +83,29 @@ class Case:
         return row_name(self.facts)
 
     def run(self, deadline: float = math.inf) -> dict[str, Any]:
-        """The finished row; what ``measure`` raises becomes part of it."""
+        """The finished row, with the seconds that it took; what ``measure`` raises becomes part of it."""
+        began = time.monotonic()
         try:
-            with time_limit(deadline - time.monotonic()):
+            with time_limit(deadline - began):
                 row = self.facts | {"status": "ok"} | self.measure()
             json.dumps(row, allow_nan=False)  # one number that JSON does not have would keep every row from the disk
-            return row
         except TimeLimitError:
-            return self.facts | {"status": "skipped", "message": "there was no time left to finish it"}
+            row = self.facts | {"status": "skipped", "message": "there was no time left to finish it"}
         except Exception as error:  # one row's failure must not cost the others
-            return self.facts | {"status": "failed", "message": one_line(error), "traceback": traceback.format_exc()}
+            row = self.facts | {"status": "failed", "message": one_line(error), "traceback": traceback.format_exc()}
+        return row | {"seconds": row.get("seconds", round(time.monotonic() - began, 2))}
+
+
+def _in_processes(cases: Sequence[Case], deadline: float, jobs: int) -> Iterator[Case]:
+    """The same cases, which wait for what processes measure, so many at a time; ``measure`` must be picklable.
+
+    No process begins while others of an earlier batch are timed: it would disturb them.
+    """
+    for batch in (cases[first : first + jobs] for first in range(0, len(cases), jobs)):
+        with ProcessPoolExecutor(len(batch), multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(case.run, deadline) for case in batch if time.monotonic() < deadline]
+            yield from (Case(case.facts, future.result) for case, future in zip(batch, futures, strict=False))
+            yield from batch[len(futures) :]  # past the deadline
 
 
 def read_record(path: Path, *parts: str) -> dict[str, Any]:
@@ -126,11 +141,18 @@ def written(what: str, write: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def run_cases(
-    cases: Sequence[Case], path: Path, record: dict[str, Any], *, deadline: float = math.inf, resume: bool = False
+    cases: Sequence[Case],
+    path: Path,
+    record: dict[str, Any],
+    *,
+    deadline: float = math.inf,
+    resume: bool = False,
+    jobs: int = 1,
 ) -> int:
     """Measure the cases one by one into ``record["rows"]``, written to ``path`` before and after each; the exit code.
 
-    Past ``deadline`` (monotonic) the rest are recorded as skipped. ``resume`` keeps what ``path`` holds already. An
+    Past ``deadline`` (monotonic) the rest are recorded as skipped. ``resume`` keeps what ``path`` holds already.
+    ``jobs`` cases are begun at the same time, each in a process of its own, where that is more than one. An
     interrupt leaves no trace of the row it came in. A row that cannot be written is reported and costs the exit code,
     not the rows after it.
     """
@@ -139,22 +161,20 @@ def run_cases(
         rows.extend(settled_rows(path))
     done = set(map(row_name, rows))
     todo = [case for case in cases if case.name not in done]
-    late = {"status": "skipped", "message": "there was no time left"}
+    late = {"status": "skipped", "message": "there was no time left", "seconds": 0.0}
     code, on_disk = 0, True
     with Bar(len(todo), seconds=0) as bar:
-        for case in todo:
+        for case in todo if jobs == 1 else _in_processes(todo, deadline, jobs):
             bar.describe(case.name)
             rows.append(case.facts | {"status": "running"})
             with suppress(OSError):  # reported below, with what was measured
                 write_json(path, record)
-            began = time.monotonic()
             try:
-                rows[-1] = case.run(deadline) if began < deadline else case.facts | late
+                rows[-1] = case.run(deadline) if time.monotonic() < deadline else case.facts | late
             except KeyboardInterrupt:
                 rows.pop()
                 written(case.name, write_json, path, record)
                 raise
-            rows[-1]["seconds"] = round(time.monotonic() - began, 2)
             on_disk &= written(case.name, write_json, path, record)
             bar.advance(1, f"{case.name}: {rows[-1]['status']}")
             release()

@@ -40,7 +40,7 @@ class Settings:
     ``thorough``: everything that can stand in for ours takes part, not only the naive path, and short calls are timed
     in CUDA graphs too. ``compiler`` is torch.compile's backend, None to leave compiling out. ``compile_only`` runs what
     is compiled once, which fills the caches on disk. ``ceilings`` are those of ``ceilings.measure_ceilings``, or the
-    copy's alone.
+    copy's alone. ``lock`` is the folder that processes which measure at the same time lock to be timed alone.
     """
 
     device: torch.device
@@ -52,6 +52,24 @@ class Settings:
     compiler: str | None = None
     compile_only: bool = False
     ceilings: dict[str, float] = field(default_factory=dict)
+    lock: str | None = None
+
+
+@contextlib.contextmanager
+def beside_others(folder: str | None) -> Iterator[Callable[[], None]]:
+    """Processes that lock the same folder run side by side until they call what this yields: then one at a time, each
+    to the end of its block, and alone. None: there are no others."""
+    if folder is None:
+        yield lambda: None
+        return
+    import fcntl  # which is not everywhere
+
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield lambda: fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(lock)
 
 
 def largest_error(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

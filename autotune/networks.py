@@ -5,8 +5,10 @@ Both paths must agree in float32; in another precision, which rounds at every la
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +69,7 @@ def measure_model(
     compiled: bool = False,
     latency: bool = False,
     peer: nn.Module | None = None,
+    alone: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Check a float32 model on its first images, then time it in the precision asked for, to which it is converted.
 
@@ -74,6 +77,7 @@ def measure_model(
     part; for ``latency`` as CUDA graphs on a GPU, where launching hundreds of small kernels one by one takes longer
     than running them, and every call begins on an idle device. ``peer``, another network on the same images, is timed
     beside it, and compiled where ours is. ``training``: the gradients of all weights as well, without an optimiser.
+    ``alone`` is called when all is compiled, and returns when no other process disturbs what follows.
 
     Raises:
         DisagreementError: our logits or gradients are not those of the naive path; nothing was timed then.
@@ -94,10 +98,14 @@ def measure_model(
         mode = "reduce-overhead" if latency and settings.compiler == "inductor" else None
         for name, module in modules.items():
             calls[name] = one_pass(torch.compile(module, dynamic=False, backend=settings.compiler, mode=mode))
-    if settings.compile_only:
-        for name in modules.keys() & calls.keys():
+    for name in modules.keys() & calls.keys():
+        with contextlib.suppress(Exception):  # it will say why when it is compared
             calls[name]()
+    if settings.compile_only:
         return {}
+    if images.is_cuda:
+        torch.cuda.empty_cache()  # others may need the memory
+    alone()
     left_out: dict[str, str] = {}
     wider = torch.float32 if settings.dtype.itemsize < 4 else torch.float64
 

@@ -1,5 +1,6 @@
 """Rows of results survive what happens while they are measured: errors, limits of time, full disks, a lost GPU."""
 
+import functools
 import json
 import math
 import time
@@ -10,15 +11,16 @@ import pytest
 
 from autotune import timing
 from autotune.cases import LOST, Case, run_cases
+from autotune.measure import beside_others
 
 
 def _case(name, measure):
     return Case({"name": name, "pass": "forward"}, measure)
 
 
-def _run(path, cases, deadline=math.inf, resume=False):
+def _run(path, cases, **options):
     record: dict[str, Any] = {"machine": {"device_type": "cpu"}}
-    code = run_cases(cases, path / "rows.json", record, deadline=deadline, resume=resume)
+    code = run_cases(cases, path / "rows.json", record, **options)
     written = json.loads((path / "rows.json").read_text())
     assert written["rows"] == record["rows"]
     return code, {row["name"]: row for row in written["rows"]}
@@ -89,3 +91,26 @@ def test_a_lost_gpu_ends_the_run_with_a_code_of_its_own(tmp_path, monkeypatch):
     code, rows = _run(tmp_path, [_case("culprit", lambda: lost(None)), _case("next", dict)])
     assert code == LOST
     assert list(rows) == ["culprit"]
+
+
+def _measured_alone(folder, log):
+    """Compiles until two do, then measures: what it does is told in a file that several write."""
+    with beside_others(folder) as alone, open(log, "a", buffering=1) as file:
+        file.write("compile\n")
+        while Path(log).read_text().count("compile") < 2:
+            time.sleep(0.05)
+        alone()
+        file.write("begin\n")
+        time.sleep(0.3)
+        file.write("end\n")
+    return {"value": 1}
+
+
+def test_processes_compile_side_by_side_and_measure_alone(tmp_path):
+    measure = functools.partial(_measured_alone, str(tmp_path), str(tmp_path / "log"))
+    cases = [*(_case(name, measure) for name in ("first", "second")), _case("failing", functools.partial(int, "x"))]
+    code, rows = _run(tmp_path, cases, jobs=3)
+    assert code == 1
+    assert [row["status"] for row in rows.values()] == ["ok", "ok", "failed"]
+    assert rows["failing"]["message"].startswith("ValueError: invalid literal")
+    assert (tmp_path / "log").read_text().split() == ["compile"] * 2 + ["begin", "end"] * 2
