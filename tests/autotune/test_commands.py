@@ -24,7 +24,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machin
         ("profile --quick --operator na2d_av nothing", "--operator must match a name, 'nothing' does not; names begin"),
         ("profile --quick --kernel-size 3", "--kernel-size must come with --shape"),
         ("profile --quick --input 1x3x8x8", "--input must come with --module"),
-        ("profile --quick --model nothing", "--model must be a name"),
+        ("profile --quick --model nothing", "--model: no model is named 'nothing'"),
         ("profile --quick --image missing.jpg", "missing.jpg cannot be read as an image: No such file"),
         ("profile --quick --against missing.json", "--against must be a profile.json that can be read"),
         ("profile --quick --threshold 0", "--threshold: must be a finite number above 0"),
