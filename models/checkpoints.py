@@ -59,9 +59,6 @@ def load_checkpoint(model: nn.Module, path_or_url: PathLike, *, use_ema: bool = 
     state = _with_counters(state)
     adapt: Any = getattr(model, "adapt_state_dict", dict)
     state = adapt(state)
-    if getattr(model, "features_only", False):  # drops the classifier and the stages after the last wanted map
-        own_parts = {part_of(name) for name in own}
-        state = {name: tensor for name, tensor in state.items() if part_of(name) in own_parts}
     state = {name: tensor for name, tensor in state.items() if name in own or not is_bookkeeping(name)}
     state = _adapted_shapes(_with_classifiers(state, model, own, notes), model, own)
     _check_fit(state, own, type(model).__name__, path)

@@ -78,8 +78,8 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_argument(parser: Any) -> None:
-    text = "cpu, cuda, cuda:1 (default: a GPU where there is one)"
-    parser.add_argument("--device", type=device, metavar="NAME", help=text)
+    best, text = "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 (default: a GPU where there is one)"
+    parser.add_argument("--device", type=device, default=best, metavar="NAME", help=text)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -> None:

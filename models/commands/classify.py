@@ -122,11 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
     weights = "official" if arguments.pretrained else arguments.checkpoint or "random"
     if weights == "random":
         console.print(f"[bold white on red] {RANDOM} [/]")
-    place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(place)
+    model.to(arguments.device)
     rows = []
     for path, x in zip(arguments.images, inputs, strict=True):
-        best = model(x[None].to(place))[0].float().softmax(0).topk(min(GUESSES, len(names)))
+        best = model(x[None].to(arguments.device))[0].float().softmax(0).topk(min(GUESSES, len(names)))
         guesses = [
             {"class": label, "name": names[label], "probability": probability}
             for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def process_group(device: torch.device | None) -> Iterator[torch.device]:
+def process_group(device: torch.device) -> Iterator[torch.device]:
     """Joins torchrun's processes, if it started this one (NCCL between GPUs, gloo between CPUs); gives the device.
 
-    With ``device`` None or "cuda" each process takes the GPU of its local rank.
+    With ``device`` "cuda" each process takes the GPU of its local rank.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if launched else 0)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not launched:

@@ -124,8 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
             "batch": arguments.batch,
         }
         count = read_count(arguments.resume, settings, len(folder.samples))
-    place = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = (optimize_for_inference(model) if arguments.inference else model).to(place)
+    model = (optimize_for_inference(model) if arguments.inference else model).to(arguments.device)
     count_images(model, EvaluationImages(folder.samples, preprocessing, arguments.skip_unreadable), count, arguments)
     images, seconds = count["position"] - len(count["skipped"]), count["seconds"]
     if images == 0:

@@ -123,12 +123,13 @@ class Trainer:
             ]
             if not differing:
                 self._take_up(state)
-                return True
         except Exception as error:  # a changed file can make its readers fail in any way
             reason = next(iter(str(error).strip().splitlines()), "")
             reason = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
             anew = f"--restart begins anew, with --checkpoint {last} from the last epoch's weights"
             raise ValueError(f"{path} is not a state of this run: {reason}; {anew}") from error
+        if not differing:
+            return True
         ways = "another --output keeps both runs, --restart begins anew"
         if own.get("epochs", 0) > known.get("epochs", 0):  # the learning rate has already fallen
             ways += f", with --checkpoint {last} the weights are trained for longer"
@@ -206,16 +207,16 @@ class Trainer:
         losses = [f" loss {row['loss']:.4f}" for row in self.log[-2:] if "loss" in row]
         return f"epoch {self._epoch}/{self.recipe.epochs}{''.join(losses[-1:])}"
 
-    def _train_step(self, wrapped: nn.Module, batches: Iterator[list[Tensor]]) -> None:
+    def _train_step(self, wrapped: Any, batches: Iterator[list[Tensor]]) -> None:
         recipe, warmup = self.recipe, round(self.recipe.warmup * self.steps_per_epoch)
         rates = (recipe.learning_rate, recipe.final_learning_rate, recipe.first_learning_rate)
         for group in self.optimizer.param_groups:
             rate = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
             group["lr"] = rate * group.get("lr_scale", 1.0)
         for part in range(recipe.accumulate):
-            waits = part + 1 < recipe.accumulate  # the last part sums the gradients over the processes
-            parallel = wrapped if isinstance(wrapped, DistributedDataParallel) else None
-            with parallel.no_sync() if parallel is not None and waits else contextlib.nullcontext():
+            # The last part sums the gradients over the processes.
+            waits = isinstance(wrapped, DistributedDataParallel) and part + 1 < recipe.accumulate
+            with wrapped.no_sync() if waits else contextlib.nullcontext():
                 loss = self._loss(wrapped, next(batches), self.step * recipe.accumulate + part)
                 self.scaler.scale(loss).backward()
             self._losses += loss.detach()
