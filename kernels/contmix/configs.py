@@ -129,14 +129,15 @@ TILES = tuple(
 
 
 def _images(problem: Problem, programs: int, most: int) -> int:
-    """Images that a program walks over, so that enough programs, two for each of a GPU's processors, stay busy."""
-    return max(1, min(most, problem.batch * problem.groups * programs // 264))
+    """Images that a program walks over, such that so many programs, as a GPU runs at a time, see all of them."""
+    return min(most, ceil_divide(problem.batch * problem.groups * max(1, problem.pixels // 49), programs))
 
 
 def shared_heuristic(problem: Problem) -> Shared:
     """A window's 64 outputs by 64 positions, of more warps or fewer outputs where its blocks of bias are many."""
-    images = 8 if interpreting() else _images(problem, max(1, problem.pixels // 49), 8)
     blocks, steps = ceil_divide(problem.kernel_size**2, 64), min(64, block(problem.kernel_size**2))
+    # Four programs for each of a GPU's processors, or two whose blocks of bias take twice the registers.
+    images = 8 if interpreting() else _images(problem, 264 if blocks > 1 else 528, 16)
     if problem.dtype.itemsize > 2 and not interpreting():
         small = Shared(32, min(32, steps), images, num_warps=2)
         return small if small.valid(problem) else Shared(16, steps, images)
@@ -154,8 +155,7 @@ def backward_heuristic(problem: Problem) -> Shared:
         return config
     if config.num_warps == 2:  # in float32, which has more products here
         config = replace(config, steps=min(64, block(problem.kernel_size**2)), num_warps=4)
-    tiles = problem.batch * problem.groups * max(1, problem.pixels // 49)
-    return replace(config, images=min(32, ceil_divide(tiles, 264)))
+    return replace(config, images=_images(problem, 264, 32))
 
 
 def tiles_heuristic(problem: Problem) -> Tiles:
@@ -175,4 +175,4 @@ def grad_tiles_heuristic(problem: Problem) -> Tiles:
         return tiles_heuristic(problem)
     if problem.kernel_size > 7:
         return Tiles(8, 132, 8, 2) if is_hopper() else Tiles(4, 264)
-    return Tiles(4, 264, 4, 2) if problem.kernel_size > 5 or problem.pixels < 128 else Tiles(8, 1 << 20, 8)
+    return Tiles(4, 264, 4, 2) if problem.kernel_size > 5 or problem.pixels < 128 else Tiles(4, 1 << 20)
