@@ -63,14 +63,6 @@ class Pixels(NamedTuple):
 
 
 @triton.jit
-def pixels_at(o_row, o_column, last_row, height, width, KERNEL: tl.constexpr):
-    """Outputs at rows and columns, of which those that are not there repeat the last of their row or column."""
-    mask = (o_row <= last_row) & (o_column < width)
-    row, column = tl.minimum(o_row, last_row), tl.minimum(o_column, width - 1)
-    return Pixels(row, column, mask, window_start(row, height, KERNEL, 1), window_start(column, width, KERNEL, 1))
-
-
-@triton.jit
 def _outputs_of_start(o_start, length, KERNEL: tl.constexpr):
     """(first, number) of the outputs along an axis whose clamped window begins at ``o_start``."""
     first = tl.where(o_start == 0, 0, o_start + KERNEL // 2)

@@ -1,6 +1,6 @@
 """What ContMix's launchers share: the tensors of one kernel size, what kernels take of them, what must come out."""
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,14 +23,12 @@ AXES = {
 
 
 class Sizes(NamedTuple):
-    """Of a map, and the rows of outputs that a launch is about."""
+    """Of maps."""
 
     batch: int
     groups: int
     height: int
     width: int
-    first_row: int
-    last_row: int
 
 
 class Tensors(NamedTuple):
@@ -51,9 +49,8 @@ class Tensors(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        """All rows of the map."""
         batch, groups, _, height, width = self.value.shape
-        return Sizes(batch, groups, height, width, 0, height - 1)
+        return Sizes(batch, groups, height, width)
 
 
 class Targets(NamedTuple):
@@ -67,22 +64,11 @@ class Targets(NamedTuple):
     previous: Tensor | None
 
 
-class Rows(NamedTuple):
-    """Some rows of outputs of some batch entries, and what the first kernel leaves of them for the others."""
+class Stored(NamedTuple):
+    """What the first kernel of a band's backward pass leaves for the others."""
 
-    sizes: Sizes
-    weights: Tensor  # [B, G, rows, W, patch]: p
-    grad_logits: Tensor  # [B, G, rows, W, rows of a window · SEEN]: ds
-
-
-Parts = TypeVar("Parts", Tensors, Targets)
-
-
-def part_of(tensors: Parts, images: slice, heads: slice = slice(None)) -> Parts:
-    """Those of some batch entries and groups."""
-    rest = {"bias": tensors.bias, "rpb": tensors.rpb[heads]}
-    maps = {name: tensor for name, tensor in tensors._asdict().items() if name not in rest and tensor is not None}
-    return tensors._replace(**{name: tensor[images, heads] for name, tensor in maps.items()}, **rest)
+    weights: Tensor  # [B, G, H, W, patch]: p
+    grad_logits: Tensor  # [B, G, H, W, rows of a window · SEEN]: ds
 
 
 def problem_of(tensors: Tensors, *_: Any) -> Problem:
@@ -100,17 +86,16 @@ def launch_on(
     *,
     num_warps: int,
     num_stages: int,
-    sizes: Sizes | None = None,
     most_registers: int = 0,
     **arguments: Any,
 ) -> None:
     """Launches a kernel with ``arguments``, with views of those ``tensors`` that it names, and with what it names of
-    the constants below; ``sizes`` are those of the whole map unless given. A thread gets ``most_registers`` if any."""
+    the constants below. A thread gets ``most_registers`` if any."""
     views = {name: view(tensor, AXES[name]) for name, tensor in tensors._asdict().items() if tensor is not None}
     query_channels, dtype = tensors.query.shape[2], tensors.value.dtype
     known = {
         **views,
-        "sizes": tensors.sizes if sizes is None else sizes,
+        "sizes": tensors.sizes,
         "KERNEL": tensors.kernel_size,
         "QUERY_CHANNELS": query_channels,
         "CHANNELS": tensors.value.shape[2],

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.arguments import Rows, Tensors, adding, launch_on, problem_of, reference_gradients
+from kernels.contmix.arguments import Stored, Tensors, adding, launch_on, problem_of, reference_gradients
 from kernels.contmix.bands import apart, first_seen, load_moved, outputs_of_block, rows_of_block, shifted, together
 from kernels.contmix.configs import TILES, Tiles, block, grad_tiles_heuristic
 from kernels.contmix.forward_band import (
@@ -47,8 +47,8 @@ def _grad_logits_band_kernel(
     statistics,  # [B, G, H, W]: log Σ_k exp
     previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
     grad_query,  # [B, G, Dq, H, W]: written
-    weights,  # [B, G, rows, W, patch]: p of inputs tile by tile, written
-    grad_logits,  # [B, G, rows, W, rows of a window · SEEN]: ds, written
+    weights,  # [B, G, H, W, patch]: p of inputs tile by tile, written
+    grad_logits,  # [B, G, H, W, rows of a window · SEEN]: ds, written
     sizes, programs, walks,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -57,7 +57,7 @@ def _grad_logits_band_kernel(
 ):  # fmt: skip
     """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each. Rows of a window are BLOCKS
     blocks, rows of inputs PLANES, of as many as a tile has; the last of a window may have fewer."""
-    _batch, groups, height, width, first_row, last_row = sizes
+    _batch, groups, height, width = sizes
     OUTPUTS: tl.constexpr = 16 * TILES
     ROWS: tl.constexpr = 16 // COLUMNS
     PLANE: tl.constexpr = ROWS * SEEN
@@ -88,12 +88,10 @@ def _grad_logits_band_kernel(
     o_flat, o_input, o_plane = tl.arange(0, COLUMNS * BLOCK_QUERY), tl.arange(0, TILES * PLANE), tl.arange(0, PLANE)
     o_seen_tile, o_seen = o_input // PLANE, o_input % PLANE
     for i_walk in range(i_walks, i_walks + walks):
-        row, column, outputs = outputs_of_block(
-            i_walk, first_row, last_row, height, width, KERNEL, TILES, ACROSS, COLUMNS
-        )
+        row, column, outputs = outputs_of_block(i_walk, height, width, KERNEL, TILES, ACROSS, COLUMNS)
         down = outputs.start_h - first_seen(outputs.row, height, KERNEL, ROWS)
         right = outputs.start_w - first_seen(outputs.column, width, KERNEL, COLUMNS)
-        seen_row = tl.minimum(row + o_seen_tile // ACROSS * ROWS, last_row)
+        seen_row = tl.minimum(row + o_seen_tile // ACROSS * ROWS, height - 1)
         seen_column = tl.minimum(column + o_seen_tile % ACROSS * COLUMNS, width - 1)
         seen_h = first_seen(seen_row, height, KERNEL, ROWS) + o_seen // SEEN
         seen_w = first_seen(seen_column, width, KERNEL, COLUMNS) + o_seen % SEEN
@@ -111,7 +109,7 @@ def _grad_logits_band_kernel(
             b_added = load_pixels(added, offsets(added, outputs, OFFSET), outputs.mask, QUERY_CHANNELS, BLOCK_QUERY)
         b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
 
-        o_row = (outputs.row - first_row).to(OFFSET)
+        o_row = outputs.row.to(OFFSET)
         o_stored = o_row * weights.h + outputs.column.to(OFFSET) * weights.w
         p_weight = weights.ptr + o_stored[:, None] + o_plane[None, :]
         o_stored = o_row * grad_logits.h + outputs.column.to(OFFSET) * grad_logits.w
@@ -166,19 +164,19 @@ def _grad_logits_band_kernel(
     TILES,
     grad_tiles_heuristic,
     problem=problem_of,
-    reference=lambda tensors, _target, previous, _rows: reference_gradients(tensors, previous)[0],
+    reference=lambda tensors, _target, previous, _stored: reference_gradients(tensors, previous)[0],
     name="contmix.band.grad_logits",
 )
 def grad_logits_band(
-    tensors: Tensors, grad_query: Tensor, previous: Tensor | None, rows: Rows, *, config: Tiles
+    tensors: Tensors, grad_query: Tensor, previous: Tensor | None, stored: Stored, *, config: Tiles
 ) -> Tensor:
-    """Fills ``rows``, and its outputs' gradient of query."""
-    arguments, programs = band_arguments(tensors, config, rows.sizes)
+    """Fills ``stored``, and the gradient of query."""
+    arguments, programs = band_arguments(tensors, config)
     seen, columns, kernel_size = arguments["SEEN"], arguments["COLUMNS"], tensors.kernel_size
     arguments |= {
         **adding(grad_query, previous),
-        "weights": view(rows.weights, "b g h w k"),
-        "grad_logits": view(rows.grad_logits, "b g h w k"),
+        "weights": view(stored.weights, "b g h w k"),
+        "grad_logits": view(stored.grad_logits, "b g h w k"),
         "TABLE": next_power_of_2((2 * kernel_size + 6) * (2 * kernel_size - 1) + seen + columns),
         "BLOCK_CHANNELS": block(tensors.value.shape[2]),
     }

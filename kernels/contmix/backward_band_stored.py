@@ -1,17 +1,24 @@
-"""What follows from a band's p and ds in memory: gradients of value, of projected keys, and sums of ds over what shares
-entries of bias and rpb."""
+"""ContMix's backward pass of bands, some heads of some images at a time.
+
+The first kernel, in ``backward_band``, makes softmax weights p again, and the logits' gradients ds = p ∘ (Σ_c grad ·
+value − δ), δ = Σ_c grad · out; it ends query's gradient and stores p and ds. From these come the other gradients here:
+value's, a sum over the outputs that see an input; projected keys' as a product; bias' and rpb's, sums over what shares
+their entries.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.arguments import Rows, Tensors, launch_on, problem_of
-from kernels.contmix.bands import first_block, first_seen, load_moved
-from kernels.contmix.configs import block, tile_of
-from kernels.contmix.tiles import at_head, load_pixels, store_pixels
+from kernels.contmix.arguments import Stored, Targets, Tensors, launch_on, problem_of
+from kernels.contmix.backward_band import grad_logits_band
+from kernels.contmix.bands import first_block, first_seen, load_moved, rows_of_block
+from kernels.contmix.configs import Problem, block, tile_of
+from kernels.contmix.parts import by_parts
+from kernels.contmix.tiles import at_head, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
-from kernels.neighborhood.tables import Sums
+from kernels.neighborhood.tables import Sums, fold
 from kernels.products import dot
 from kernels.sum_rows import sum_rows
 from kernels.views import at, view
@@ -35,16 +42,16 @@ def _tiles_seeing(i_first, i_last, length, KERNEL: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def _grad_value_band_kernel(
-    weights,  # [B, G, rows, W, patch]: p of some rows of outputs, of inputs tile by tile
+    weights,  # [B, G, H, W, patch]: p of inputs tile by tile
     grad,  # [B, G, Dv, H, W]
-    grad_value,  # [B, G, Dv, H, W]: written, or added to, where ADD
+    grad_value,  # [B, G, Dv, H, W]: written
     sizes, blocks,
     KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     UPCAST: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A program takes INPUTS tiles of inputs side by side, and the tiles of outputs that see them OUTPUTS at a time."""
-    _batch, groups, height, width, first_row, last_row = sizes
+    _batch, groups, height, width = sizes
     ROWS: tl.constexpr = 16 // COLUMNS
     PLANE: tl.constexpr = ROWS * SEEN
     WIDE: tl.constexpr = OUTPUTS * COLUMNS
@@ -54,7 +61,6 @@ def _grad_value_band_kernel(
     blocks_w = (width - 1 + KERNEL // 2) // (INPUTS * COLUMNS) + 1
     i_row, i_column = i_block // blocks_w, i_block % blocks_w * INPUTS
     first_h, last_h = _tiles_seeing(i_row, i_row, height, KERNEL, ROWS, (KERNEL + 2 * ROWS - 2) // ROWS)
-    first_h, last_h = tl.maximum(first_h, first_row // ROWS), tl.minimum(last_h, last_row // ROWS)
     first_w, last_w = _tiles_seeing(i_column, i_column + INPUTS - 1, width, KERNEL, COLUMNS, SEEN // COLUMNS)
     steps_w = (last_w - first_w) // OUTPUTS + 1
     weights, grads = at(weights, i_batch, i_group), at_head(grad, i_batch, i_group, CHANNELS)
@@ -68,11 +74,11 @@ def _grad_value_band_kernel(
     for i_step in range((last_h - first_h + 1) * steps_w):
         i_tile_h, i_tile_w = first_h + i_step // steps_w, first_w + i_step % steps_w * OUTPUTS
         row, column = i_tile_h * ROWS, i_tile_w * COLUMNS
-        m_output = (o_down <= last_row - row) & (o_right < width - column)
+        m_output = (o_down < height - row) & (o_right < width - column)
         # Where in a plane of an output the program's inputs begin, tile by tile
         o_plane = (i_column - first_block(i_tile_w + o_right // COLUMNS, width, KERNEL, COLUMNS)) * 16
         o_inside = o_plane[:, None] + o_input[None, :]
-        i_weight = tl.cast(row - first_row, OFFSET) * weights.h + tl.cast(column, OFFSET) * weights.w
+        i_weight = tl.cast(row, OFFSET) * weights.h + tl.cast(column, OFFSET) * weights.w
         i_weight += (i_row - first_block(i_tile_h, height, KERNEL, ROWS)) * PLANE
         p_weight = weights.ptr + i_weight + o_weight[:, None] + o_inside
         m_weight = m_output[:, None] & (o_inside.to(tl.uint32, bitcast=True) < PLANE)
@@ -86,23 +92,21 @@ def _grad_value_band_kernel(
     m_input = (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
     target = at_head(grad_value, i_batch, i_group, CHANNELS)
     o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
-    if ADD:
-        b_sum += load_pixels(target, o_target, m_input, CHANNELS, BLOCK_CHANNELS)
     store_pixels(target, o_target, m_input, b_sum, CHANNELS)
 
 
 @triton.jit
 def _grad_parameters_band_kernel(
     query,  # [B, G, Dq, H, W]
-    grad_logits,  # [B, G, rows, W, S]: ds of some rows of outputs
-    grad_projected,  # [N, B, G, Dq, K²]: written, or added to, where ADD; N along the axis h
+    grad_logits,  # [B, G, H, W, S]: ds
+    grad_projected,  # [N, B, G, Dq, K²]: written; N along the axis h
     sums,  # [B, G, classes, SEEN, S]: ds summed over outputs of a class and of a column in what they see
     totals,  # [B, G, classes, COLUMNS, S]: ds summed over outputs whose windows begin at a column of it
     sizes, parts, chunks, chunk,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
     UPCAST: tl.constexpr, BLOCK_QUERY: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr, STORED: tl.constexpr, POSITIONS: tl.constexpr, BORDER: tl.constexpr,
-    LOG_WIDE: tl.constexpr, ADD: tl.constexpr,
+    LOG_WIDE: tl.constexpr,
 ):  # fmt: skip
     """Rows of outputs come in classes: BORDER from either border are each one of its own, and between them each
     ``chunk`` rows are. A program walks over all classes, or over one of N parts: those above, one chunk, those below.
@@ -112,7 +116,7 @@ def _grad_parameters_band_kernel(
     """
     OUTPUTS: tl.constexpr = tl.constexpr(64)
     BLOCKS: tl.constexpr = (STORED + POSITIONS - 1) // POSITIONS
-    batch, groups, height, width, first_row, last_row = sizes
+    batch, groups, height, width = sizes
     i_block, i_image = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     i_group, i_sum = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
     i_batch, i_part = i_sum % batch, i_sum // batch
@@ -134,7 +138,6 @@ def _grad_parameters_band_kernel(
         begin_row = tl.where(is_chunk, BORDER + i_chunk * chunk, height - BORDER + i_chunk - chunks)
         begin_row = tl.where(i_chunk < 0, i_class, begin_row)
         end_row = tl.where(is_chunk, tl.minimum(begin_row + chunk, height - BORDER), begin_row + 1)
-        begin_row, end_row = tl.maximum(begin_row, first_row), tl.minimum(end_row, last_row + 1)
         # Outputs of a step lie in one row, or in a few columns of some rows; the binary logarithm of how many columns.
         log_wide = tl.where(is_chunk, LOG_WIDE, 6)
         steps_w = (width + (1 << log_wide) - 1) >> log_wide
@@ -147,7 +150,7 @@ def _grad_parameters_band_kernel(
             o_column = tl.minimum(o_column, width - 1)
             o_first = first_seen(o_column, width, KERNEL, COLUMNS)
             right = window_start(o_column, width, KERNEL, 1) - o_first
-            o_step = (o_row - first_row).to(OFFSET) * logits.h + o_column.to(OFFSET) * logits.w
+            o_step = o_row.to(OFFSET) * logits.h + o_column.to(OFFSET) * logits.w
             m_logits = m_output[:, None] & m_stored[None, :]
             b_grad_logits = tl.trans(tl.load(logits.ptr + o_step[:, None] + o_stored[None, :], mask=m_logits, other=0))
             o_query = o_row.to(OFFSET) * queries.h + o_column.to(OFFSET) * queries.w
@@ -171,29 +174,27 @@ def _grad_parameters_band_kernel(
     m_position = (o_stored < KERNEL * SEEN) & (o_stored % SEEN < KERNEL)
     target = at(grad_projected, i_batch, i_group)
     o_target = i_part * target.h + o_position * target.k
-    if ADD:
-        b_projected += load_pixels(target, o_target, m_position, QUERY_CHANNELS, BLOCK_QUERY)
     store_pixels(target, o_target, m_position, b_projected, QUERY_CHANNELS)
 
 
-def grad_value_band(tensors: Tensors, rows: Rows, grad_value: Tensor, add: bool) -> None:
-    """Fills ``grad_value`` with what ``rows`` give, or adds it."""
-    sizes, (seen, columns), half = rows.sizes, tile_of(problem_of(tensors)), tensors.kernel_size // 2
+def _grad_value_band(tensors: Tensors, grad_value: Tensor, stored: Stored) -> None:
+    """Fills ``grad_value``."""
+    sizes, (seen, columns), half = tensors.sizes, tile_of(problem_of(tensors)), tensors.kernel_size // 2
     blocks = ceil_divide(sizes.height + half, 16 // columns) * ceil_divide(sizes.width + half, 4 * columns)
     # One program per (block of inputs, group, batch entry).
     launch_on(
-        tensors, _grad_value_band_kernel, blocks * sizes.groups * sizes.batch, weights=view(rows.weights, "b g h w k"),
-        grad_value=view(grad_value, "b g c h w"), sizes=sizes, blocks=blocks,
-        OUTPUTS=8 if half < 4 else 4, COLUMNS=columns, SEEN=seen, BLOCK_CHANNELS=block(tensors.value.shape[2]), ADD=add,
+        tensors, _grad_value_band_kernel, blocks * sizes.groups * sizes.batch,
+        weights=view(stored.weights, "b g h w k"), grad_value=view(grad_value, "b g c h w"), blocks=blocks,
+        OUTPUTS=8 if half < 4 else 4, COLUMNS=columns, SEEN=seen, BLOCK_CHANNELS=block(tensors.value.shape[2]),
         num_warps=4, num_stages=2 if half < 4 else 3,
     )  # fmt: skip
 
 
-def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, add: bool) -> Sums:
-    """Fills ``grad_projected`` with what ``rows`` give, or adds it; or leaves parts of it to be summed."""
-    sizes, (seen, columns) = rows.sizes, tile_of(problem_of(tensors))
+def _grad_parameters_band(tensors: Tensors, grad_projected: Tensor, grad_logits: Tensor) -> Sums:
+    """Fills ``grad_projected``, or leaves parts of it to be summed."""
+    sizes, (seen, columns) = tensors.sizes, tile_of(problem_of(tensors))
     kernel_size, new_sums = tensors.kernel_size, tensors.statistics.new_empty
-    stored, whole = rows.grad_logits.shape[-1], sizes.height * sizes.width < SMALL_MAP
+    stored, whole = grad_logits.shape[-1], sizes.height * sizes.width < SMALL_MAP
     border = 0 if whole else kernel_size // 2
     inner = sizes.height - 2 * border
     # AMD's GPUs have 64 KiB of shared memory.
@@ -201,7 +202,7 @@ def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, a
     programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
     chunk, parts, pieces = inner, 1, None
     least = LEAST_POSITIONS // positions
-    if not add and programs < least and grad_projected.permute(3, 0, 1, 2).is_contiguous():
+    if programs < least:
         chunk = 4 * ceil_divide(inner * programs, 4 * least)
         parts = ceil_divide(inner, chunk) + 2
         pieces = new_sums((parts, kernel_size**2, *tensors.query.shape[:3]))
@@ -210,17 +211,39 @@ def grad_parameters_band(tensors: Tensors, rows: Rows, grad_projected: Tensor, a
     sums, totals = (new_sums((*shape, number, stored)) for number in (seen, columns))
     # One program per (block of window positions, group, batch entry, part of the rows).
     launch_on(
-        tensors, _grad_parameters_band_kernel, programs * parts, grad_logits=view(rows.grad_logits, "b g h w k"),
+        tensors, _grad_parameters_band_kernel, programs * parts, grad_logits=view(grad_logits, "b g h w k"),
         grad_projected=view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
-        sums=view(sums, "b g h w k"), totals=view(totals, "b g h w k"), sizes=sizes, parts=parts,
+        sums=view(sums, "b g h w k"), totals=view(totals, "b g h w k"), parts=parts,
         chunks=ceil_divide(inner, chunk), chunk=chunk,
         COLUMNS=columns, SEEN=seen, BLOCK_ENTRIES=block(seen + columns), STORED=stored, POSITIONS=positions,
-        BORDER=border, LOG_WIDE=min(4, (sizes.width - 1).bit_length()), ADD=add,
+        BORDER=border, LOG_WIDE=min(4, (sizes.width - 1).bit_length()),
         num_warps=positions // 16, num_stages=3,
     )  # fmt: skip
     totals = totals.flatten(2, 3)
     if whole:
-        sums = sum_rows(rows.grad_logits.flatten(1), 12, sums.dtype).unflatten(1, rows.grad_logits.shape[1:])
-        return Sums(sums, totals, seen, seen, columns, (sizes.first_row, sizes.last_row, sizes.height), pieces)
+        sums = sum_rows(grad_logits.flatten(1), 12, sums.dtype).unflatten(1, grad_logits.shape[1:])
+        return Sums(sums, totals, seen, seen, columns, sizes.height, pieces)
     # Classes are like rows of a map, and what their outputs see like its columns.
-    return Sums(sums, totals, seen, seen, 0, (0, classes - 1, classes), pieces)
+    return Sums(sums, totals, seen, seen, 0, classes, pieces)
+
+
+def _stored_of(problem: Problem) -> tuple[int, int]:
+    """How many numbers an output leaves: of p, of all that its tile sees, and of ds."""
+    (seen, columns), kernel_size = tile_of(problem), problem.kernel_size
+    rows = 16 // columns
+    of_window = sum(int(rows_of_block(kernel_size, rows, seen, i)) for i in range(ceil_divide(kernel_size, rows)))
+    return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, of_window * seen
+
+
+def _fill(tensors: Tensors, targets: Targets) -> None:
+    (batch, groups, height, width), counts = tensors.sizes, _stored_of(problem_of(tensors))
+    stored = Stored(*(tensors.value.new_empty((batch, groups, height, width, count)) for count in counts))
+    grad_logits_band(tensors, targets.query, targets.previous, stored)
+    _grad_value_band(tensors, targets.value, stored)
+    sums = _grad_parameters_band(tensors, targets.projected, stored.grad_logits)
+    fold(sums, targets.bias, targets.rpb, targets.projected)
+
+
+def backward_band(tensors: Tensors, targets: Targets) -> None:
+    """Fills the targets."""
+    by_parts(tensors, targets, max(_stored_of(problem_of(tensors))), _fill)

@@ -61,7 +61,7 @@ def _backward_shared_kernel(
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    batch, groups, height, width, _first, _last = sizes
+    batch, groups, height, width = sizes
     i_place, i_rest = tl.program_id(0) % (tiles * windows), tl.program_id(0) // (tiles * windows)
     i_group, i_chunk = (i_rest % groups).to(tl.int64), (i_rest // groups).to(tl.int64)
     dtype: tl.constexpr = query.ptr.dtype.element_ty
@@ -174,6 +174,6 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
     launch_on(tensors, _backward_shared_kernel, places * groups * chunks, **arguments)
     if value_parts is not None:
         sum_parts(value_parts, targets.value, (kernel_size, kernel_size), arguments["tiles"])
-    sums = Sums(partial, totals, kernel_size, kernel_size, 1, (0, height - 1, height), key_parts)
+    sums = Sums(partial, totals, kernel_size, kernel_size, 1, height, key_parts)
     fold(sums, targets.bias, targets.rpb, targets.projected)
     return targets.query, targets.value, targets.projected, targets.bias, targets.rpb

@@ -6,7 +6,7 @@ Two adjacent weights are one number of 32 bits. Nothing here leaves a thread's r
 import triton
 import triton.language as tl
 
-from kernels.windows_triton import Pixels, pixels_at
+from kernels.windows_triton import Pixels, window_start
 
 
 @triton.jit
@@ -136,23 +136,23 @@ def first_seen(o_output, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def outputs_of_block(
-    i_block, first_row, last_row, height, width,
-    KERNEL: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    i_block, height, width, KERNEL: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The outputs of a block of TILES tiles, ACROSS of them side by side, COLUMNS outputs each; behind the block's own
     first row and column. Of a block that is not there none are."""
     ROWS: tl.constexpr = 16 // COLUMNS
     blocks_w = tl.cdiv(width, ACROSS * COLUMNS)
-    blocks = blocks_w * tl.cdiv(last_row + 1 - first_row, TILES // ACROSS * ROWS)
+    blocks = blocks_w * tl.cdiv(height, TILES // ACROSS * ROWS)
     i_inside = tl.minimum(i_block, blocks - 1)
-    row = first_row + i_inside // blocks_w * (TILES // ACROSS * ROWS)
+    row = i_inside // blocks_w * (TILES // ACROSS * ROWS)
     column = i_inside % blocks_w * (ACROSS * COLUMNS)
     o_output = tl.arange(0, 16 * TILES)
     o_row = row + o_output // 16 // ACROSS * ROWS + o_output % 16 // COLUMNS
     o_column = column + o_output // 16 % ACROSS * COLUMNS + o_output % COLUMNS
-    outputs = pixels_at(o_row, o_column, last_row, height, width, KERNEL)
-    mask = (i_block < blocks) & outputs.mask
-    return row, column, Pixels(outputs.row, outputs.column, mask, outputs.start_h, outputs.start_w)
+    mask = (i_block < blocks) & (o_row < height) & (o_column < width)
+    o_row, o_column = tl.minimum(o_row, height - 1), tl.minimum(o_column, width - 1)
+    start_h, start_w = window_start(o_row, height, KERNEL, 1), window_start(o_column, width, KERNEL, 1)
+    return row, column, Pixels(o_row, o_column, mask, start_h, start_w)
 
 
 @triton.jit

@@ -5,30 +5,16 @@
 Logits and their gradients are stored, of some heads of some images at a time.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from kernels.contmix import eager
-from kernels.contmix.arguments import Targets, Tensors, part_of
+from kernels.contmix.arguments import Targets, Tensors
+from kernels.contmix.parts import by_parts, part_of, parts_of
 from kernels.neighborhood.configs import Weights
 from kernels.neighborhood.launchers import mix, softmax_backward
 from kernels.neighborhood.passes import grad_rpb
 from kernels.windows import Window
-
-# Logits that are stored at a time: 64 MB of float32, or those of one head.
-MOST_STORED = 1 << 24
-
-
-def _parts(tensors: Tensors) -> Iterator[tuple[slice, slice]]:
-    """Batch entries and groups that are computed together."""
-    batch, groups, _, height, width = tensors.value.shape
-    heads = max(1, MOST_STORED // (height * width * tensors.kernel_size**2))
-    images, heads = max(1, heads // groups), min(heads, groups)
-    for i_batch in range(0, batch, images):
-        for i_group in range(0, groups, heads):
-            yield slice(i_batch, i_batch + images), slice(i_group, i_group + heads)
 
 
 def _factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -46,28 +32,27 @@ def _weights(tensors: Tensors, queries: Tensor, keys: Tensor) -> tuple[Weights, 
 
 def forward_composed(tensors: Tensors) -> None:
     """Fills ``out`` and ``statistics``."""
-    for images, heads in _parts(tensors):
+    for images, heads in parts_of(tensors, tensors.kernel_size**2):
         part = part_of(tensors, images, heads)
         mix(part.value, *_weights(part, *_factors(part)))
 
 
+def _fill(tensors: Tensors, targets: Targets) -> None:
+    assert tensors.grad is not None
+    queries, keys = _factors(tensors)
+    weights, window = _weights(tensors, queries, keys)
+    grad_logits = torch.empty_like(weights.kernel)
+    _, grad_value = softmax_backward(tensors.grad, tensors.value, weights, grad_logits, window)
+    targets.value.copy_(grad_value)
+    targets.rpb.copy_(grad_rpb(grad_logits, window, tensors.statistics.dtype))
+    matrices = grad_logits.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(2, 3)
+    grad_query = (keys[:, :, :-1] @ matrices.mT).view(targets.query.shape)
+    targets.query.copy_(grad_query if targets.previous is None else grad_query + targets.previous)
+    grad_keys = queries @ matrices
+    targets.projected.copy_(grad_keys[:, :, :-1])
+    targets.bias.copy_(grad_keys[:, :, -1].sum((0, 1)))
+
+
 def backward_composed(tensors: Tensors, targets: Targets) -> None:
     """Fills the targets."""
-    grad_bias, grad_table = (torch.zeros_like(of, dtype=tensors.statistics.dtype) for of in (tensors.bias, tensors.rpb))
-    for images, heads in _parts(tensors):
-        part, into = part_of(tensors, images, heads), part_of(targets, images, heads)
-        assert part.grad is not None
-        queries, keys = _factors(part)
-        weights, window = _weights(part, queries, keys)
-        grad_logits = torch.empty_like(weights.kernel)
-        _, grad_value = softmax_backward(part.grad, part.value, weights, grad_logits, window)
-        into.value.copy_(grad_value)
-        grad_table[heads] += grad_rpb(grad_logits, window, grad_table.dtype)
-        matrices = grad_logits.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(2, 3)
-        grad_query = (keys[:, :, :-1] @ matrices.mT).view(into.query.shape)
-        into.query.copy_(grad_query if into.previous is None else grad_query + into.previous)
-        grad_keys = queries @ matrices
-        into.projected.copy_(grad_keys[:, :, :-1])
-        grad_bias += grad_keys[:, :, -1].sum((0, 1))
-    targets.bias.copy_(grad_bias)
-    targets.rpb.copy_(grad_table)
+    by_parts(tensors, targets, tensors.kernel_size**2, _fill)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.arguments import Sizes, Tensors, launch_on, problem_of, reference_forward
+from kernels.contmix.arguments import Tensors, launch_on, problem_of, reference_forward
 from kernels.contmix.bands import (
     apart,
     as_left_side,
@@ -154,7 +154,7 @@ def _forward_band_kernel(
 ):  # fmt: skip
     """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each. The rows of a window come in
     blocks of 8, 4, 2 and 1, the powers of two whose sum KERNEL is; STEP rows of inputs are one product."""
-    _batch, groups, height, width, _first, _last = sizes
+    _batch, groups, height, width = sizes
     OUTPUTS: tl.constexpr = 16 * TILES
     ROWS: tl.constexpr = 16 // COLUMNS
     dtype: tl.constexpr = query.ptr.dtype.element_ty
@@ -181,7 +181,7 @@ def _forward_band_kernel(
     o_tile, o_seen_tile = tl.arange(0, OUTPUTS) // 16, tl.arange(0, TILES)[None, :]
     o_seen, o_channel = tl.arange(0, STEP * SEEN)[:, None], tl.arange(0, BLOCK_CHANNELS)[None, None, :]
     for i_walk in tl.range(i_walks, i_walks + walks, disable_licm=True):
-        row, column, outputs = outputs_of_block(i_walk, 0, height - 1, height, width, KERNEL, TILES, ACROSS, COLUMNS)
+        row, column, outputs = outputs_of_block(i_walk, height, width, KERNEL, TILES, ACROSS, COLUMNS)
         down = outputs.start_h - window_start(row + o_tile // ACROSS * ROWS, height, KERNEL, 1)
         right = outputs.start_w - window_start(column + o_tile % ACROSS * COLUMNS, width, KERNEL, 1)
         seen_h = window_start(row + o_seen_tile // ACROSS * ROWS, height, KERNEL, 1) + o_seen // SEEN
@@ -228,19 +228,20 @@ def _forward_band_kernel(
         tl.store(sums.ptr + offsets(statistics, outputs, OFFSET), (b_max + b_total) / LOG2_E, mask=outputs.mask)
 
 
-def band_arguments(tensors: Tensors, config: Tiles, sizes: Sizes) -> tuple[dict[str, Any], int]:
-    """What the kernels of bands take of these rows, and their programs: one per (blocks that it walks over, group,
+def band_arguments(tensors: Tensors, config: Tiles) -> tuple[dict[str, Any], int]:
+    """What the kernels of bands take, and their programs: one per (blocks that it walks over, group,
     batch entry), such that the last of the rounds in which they run ends early. To begin takes as long as a block."""
+    batch, groups, height, width = tensors.sizes
     seen, tile_columns = tile_of(problem_of(tensors))
-    blocks, _, columns = config.block_of(tile_columns, sizes.last_row - sizes.first_row + 1, sizes.width)
-    images = sizes.groups * sizes.batch
+    blocks, _, columns = config.block_of(tile_columns, height, width)
+    images = groups * batch
     walks = min(
         range(1, blocks + 1),
         key=lambda walks: (ceil_divide(images * ceil_divide(blocks, walks), config.programs) * (walks + 1), -walks),
     )
     programs = ceil_divide(blocks, walks)
     arguments = {
-        "sizes": sizes, "programs": programs, "walks": walks,
+        "programs": programs, "walks": walks,
         "TILES": config.tiles, "ACROSS": columns // tile_columns, "COLUMNS": tile_columns, "SEEN": seen,
         "BLOCK_QUERY": max(8, next_power_of_2(tensors.query.shape[2])),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
@@ -252,7 +253,7 @@ def band_arguments(tensors: Tensors, config: Tiles, sizes: Sizes) -> tuple[dict[
 def forward_band(tensors: Tensors, *, config: Tiles) -> Tensor:
     """Fills ``out`` and ``statistics``."""
     channels = tensors.value.shape[2]
-    arguments, programs = band_arguments(tensors, config, tensors.sizes)
+    arguments, programs = band_arguments(tensors, config)
     seen, columns = arguments["SEEN"], arguments["COLUMNS"]
     arguments |= {
         "STEP": min(64, 2048 // block(channels)) // seen,

@@ -50,7 +50,7 @@ def _forward_shared_kernel(
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    batch, groups, height, width, _first, _last = sizes
+    batch, groups, height, width = sizes
     i_program = tl.program_id(0)
     i_tile, i_window = i_program % tiles, i_program // tiles % windows
     i_group = (i_program // (tiles * windows) % groups).to(tl.int64)

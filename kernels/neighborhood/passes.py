@@ -23,8 +23,8 @@ def grad_rpb(grad: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
     rpb = grad.new_empty((groups, 2 * kernel_h - 1, 2 * kernel_w - 1), dtype=dtype)
     sums = sum_rows(grad.as_strided((batch, elements), (elements, 1)), 4, accumulator_dtype(grad.dtype))
     sums = sums.as_strided((sums.shape[0], *grad.shape[1:]), (elements, *grad.stride()[1:]))
-    sums, rows = sums.permute(0, 1, 4, 5, 2, 3).flatten(4), (0, height - 1, height)
-    fold(Sums(sums, None, kernel_w, kernel_w, 1, rows, dilation=window.dilation), None, rpb)
+    sums = sums.permute(0, 1, 4, 5, 2, 3).flatten(4)
+    fold(Sums(sums, None, kernel_w, kernel_w, 1, height, dilation=window.dilation), None, rpb)
     return rpb
 
 

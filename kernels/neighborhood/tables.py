@@ -27,13 +27,13 @@ def _before(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr, TILE
 
 @triton.jit
 def _fold_kernel(
-    sums,  # [N, G, rows, W, S]: Σ of ds over the images of a part
+    sums,  # [N, G, H, W, S]: Σ of ds over the images of a part
     totals,  # [M, S]: Σ of ds over several outputs
     bias,  # [Kh·Kw]: written
     rpb,  # [G, 2Kh-1, 2Kw-1]: written
     pieces,  # [I, E]: parts of one more gradient
     total,  # [E]: written, their sum
-    parts, groups, height, width, first_row, last_row, places, count, elements,
+    parts, groups, height, width, places, count, elements,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     PITCH: tl.constexpr, SEEN: tl.constexpr, TILE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     ITEMS: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr,
@@ -56,12 +56,12 @@ def _fold_kernel(
             o_kernel = o_relative[None, :] + o_before - (KERNEL_W - 1)
             mask = (o_column < width) & (o_kernel >= 0) & (o_kernel < SEEN)
             o_sum = o_item.to(tl.int64) * sums.b + (o_column.to(tl.int64) * sums.w + o_kernel.to(tl.int64) * sums.k)
-            for i_row in range(first_row, last_row + 1, AT_ONCE):
+            for i_row in range(0, height, AT_ONCE):
                 for i in tl.static_range(AT_ONCE):
                     row = i_row + i
                     kernel_h = i_relative + _before(row, height, KERNEL_H, DILATION_H, 1) - (KERNEL_H - 1)
-                    m_row = mask & (kernel_h >= 0) & (kernel_h < KERNEL_H) & (row <= last_row)
-                    o_row = tl.cast(row - first_row, tl.int64) * sums.h + tl.cast(kernel_h * PITCH, tl.int64) * sums.k
+                    m_row = mask & (kernel_h >= 0) & (kernel_h < KERNEL_H) & (row < height)
+                    o_row = tl.cast(row, tl.int64) * sums.h + tl.cast(kernel_h * PITCH, tl.int64) * sums.k
                     if AT_ONCE > 1:
                         p_item = sums.ptr + (i_group * sums.g + o_row)
                         b_sum += tl.load(p_item + o_sum, mask=m_row & (o_item < parts), other=0)
@@ -94,12 +94,12 @@ def _fold_kernel(
 class Sums(NamedTuple):
     """What the gradients of a bias and of rpb are summed from, and parts of another one."""
 
-    sums: Tensor  # [N, G, rows, W, S]
+    sums: Tensor  # [N, G, H, W, S]
     totals: Tensor | None  # [N, G, M, S], at the same distance from each other throughout
     pitch: int  # from a row of a window to the next, in S
     seen: int  # numbers of such a row: as many as a window's, or what a tile of outputs sees
     tile: int  # columns of outputs that see the same; 0: all do
-    rows: tuple[int, int, int]  # the first and the last row of outputs, and the map's height
+    height: int  # of the map
     pieces: Tensor | None = None  # [I, ...]
     dilation: Pair = (1, 1)
 
@@ -107,7 +107,7 @@ class Sums(NamedTuple):
 def fold(found: Sums, bias: Tensor | None, rpb: Tensor, total: Tensor | None = None) -> None:
     """Fills ``rpb`` [G, 2Kh-1, 2Kw-1], ``bias`` [Kh·Kw], if given, and ``total`` from its pieces, which lie in memory
     one after the other as it does."""
-    sums, totals, pitch, seen, tile, (first_row, last_row, height), pieces, dilation = found
+    sums, totals, pitch, seen, tile, height, pieces, dilation = found
     parts, groups, _, width, _ = sums.shape
     kernel_h, kernel_w = ((entries + 1) // 2 for entries in rpb.shape[1:])
     columns, relative = next_power_of_2(min(width, 16)), next_power_of_2(rpb.shape[2])
@@ -133,8 +133,6 @@ def fold(found: Sums, bias: Tensor | None, rpb: Tensor, total: Tensor | None = N
         "groups": groups,
         "height": height,
         "width": width,
-        "first_row": first_row,
-        "last_row": last_row,
         "places": math.prod(totals.shape[:3]),
         "count": pieces.shape[0],
         "elements": elements,

@@ -75,7 +75,7 @@ STEPS = {
     "kernels.outlook.eager": "BLOCK_ELEMENTS",
     "kernels.depthwise.eager": "GRADIENT_ELEMENTS",
     "kernels.involution.generate": "STEP_BYTES_ELSEWHERE",
-    "kernels.contmix.backward_parts": "MOST_STORED",
+    "kernels.contmix.parts": "MOST_STORED",
 }
 
 
