@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from autotune.__main__ import main
 from autotune.measure import DisagreementError, Settings
 from autotune.networks import measure_model
 from autotune.operators import measure_operator
-from autotune.passes import PASSES
 from kernels import tolerances
 from tests.support import DEVICE
 
@@ -175,25 +173,6 @@ def test_a_damaged_file_is_named_before_anything_is_measured(tmp_path, capsys, c
     assert told.count("\n") == 1
     assert f"{tmp_path / file} cannot be read as a result" in told
     assert (tmp_path / file).read_text() == content
-
-
-def test_the_command_writes_rows_and_shows_them(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(timing, "describe_machine", lambda device: {"device": "test", "device_type": device.type})
-    (tmp_path / "environment.json").write_text(json.dumps({"machine": {"device": "test"}, "ceilings": CEILINGS}))
-    arguments = ["bench", "--operator", "na2d_qk", "--model", "tiny_rednet", "--quick", "--out", str(tmp_path)]
-    assert main([*arguments, "--no-compile"]) == 0
-    record = json.loads((tmp_path / "bench.json").read_text())
-    assert record["complete"] is True
-    assert record["ceilings"] == CEILINGS
-    assert [(row["operator"], row["pass"], row["status"]) for row in record["rows"]] == [
-        ("na2d_qk", kind, "ok") for kind in PASSES
-    ]
-    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
-    assert [(row["name"], row["pass"]) for row in rows] == [("tiny_rednet", "inference"), ("tiny_rednet", "training")]
-    assert all(list(row["speed_up"]) == ["naive"] for row in rows)
-    shown = capsys.readouterr().out
-    assert "2×16@6×5 K=3" in shown
-    assert "tiny_rednet" in shown
 
 
 def test_compile_only_times_nothing(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from autotune import bench, ceilings
 from autotune.__main__ import main
 from autotune.cases import LOST
+from autotune.passes import PASSES
 from autotune.results import ceilings_told, tables
 from notebooks.results import suite
 from notebooks.results.folder import Folder
@@ -102,7 +103,10 @@ def test_the_whole_suite_on_tiny_shapes(tmp_path, capsys):
     assert found.tests["complete"] is True
     assert found.tests["counts"] == {"passed": 1}
     assert {row["status"] for row in (*found.operators, *found.models)} == {"ok"}
-    assert len(found.operators) == 2 * len({row["operator"] for row in found.operators})
+    passes = {(row["operator"], kind) for row in found.operators for kind in PASSES}
+    assert sorted((row["operator"], row["pass"]) for row in found.operators) == sorted(passes)
+    assert [(row["name"], row["pass"]) for row in found.models] == [("rednet26", k) for k in ("inference", "training")]
+    assert all(list(row["speed_up"]) == ["naive"] for row in found.models)
     assert found.load("bench.json")["ceilings"] == found.environment["ceilings"]
     assert json.loads((tmp_path / "cpu.json").read_text())["entries"]
     shown = capsys.readouterr().out
