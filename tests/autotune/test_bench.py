@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import autotune
 import kernels
 from autotune import bench, networks, operators, timing, workloads
 from autotune.__main__ import main
@@ -141,9 +142,18 @@ def _model_row(training):
     return measure_model(_model(), networks.random_images(2, (32, 32)).to(HERE), SETTINGS, training=training)
 
 
+def _compared(backward):
+    inputs = torch.randn(1, 2, 8, 8, 9), torch.randn(1, 2, 8, 8, 4)
+    options = {"backward": backward, "backends": ["eager", "reference"], "seconds": 0.01, "min_runs": 2}
+    return autotune.compare(kernels.na2d_av, *inputs, 3, **options).row("eager")
+
+
 @pytest.mark.parametrize(
     ("operator", "measured", "backward", "damage", "message"),
     [
+        ("na2d_av", _compared, False, lambda out: out * 1.001, "outputs on eager: relative error"),
+        ("na2d_av", _compared, False, lambda out: out * float("nan"), "outputs on eager: relative error nan"),
+        ("na2d_av", _compared, True, Halved.apply, "outputs and gradients on eager: relative error"),
         ("na2d_av", _operator_row, False, lambda out: out * 1.001, r"output: relative error 1\.0e-03"),
         ("na2d_av", _operator_row, False, lambda out: out * float("nan"), "output: relative error nan"),
         ("na2d_av", _operator_row, True, Halved.apply, r"output and gradients: relative error 5\.0e-01"),

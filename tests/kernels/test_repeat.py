@@ -81,18 +81,14 @@ def test_triton_is_given_what_it_gives_itself():
         from triton.backends.compiler import GPUTarget
         from triton.compiler.compiler import CompiledKernel
         from triton.runtime import driver
+        from autotune.precompile import AbsentDevice
         from kernels.aggregation.rows import aggregate
         from kernels.tuning import choose
         from kernels.windows import Window
         import kernels.launch
 
-        class Driver:
-            def get_current_device(self): return 0
-            def get_current_stream(self, device): return 7
-            def get_current_target(self): return GPUTarget("cuda", 90, 32)
-
         calls = []
-        driver.set_active(Driver())
+        driver.set_active(AbsentDevice(GPUTarget("cuda", 90, 32)))
         CompiledKernel._init_handles = lambda self: None
         CompiledKernel.function, CompiledKernel.packed_metadata = 11, (4, 1)
         CompiledKernel.run = property(lambda self: lambda *arguments: calls.append(arguments))
