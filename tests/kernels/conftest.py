@@ -1,9 +1,7 @@
-"""Every test of the kernels runs them, on a GPU too; and the eager path on several threads."""
+"""Every test of the kernels runs them, on a GPU too."""
 
 import pytest
-import torch
 
-from kernels import parallel
 from kernels.depthwise import configs
 from kernels.tuning.choose import forget
 
@@ -17,13 +15,3 @@ def _nothing_is_small(monkeypatch):
     yield
     configs.heuristic.cache_clear()
     forget()
-
-
-@pytest.fixture(params=[2, 5])
-def threads(request, monkeypatch):
-    """Every eager call, however small, is shared out among so many threads."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(parallel, "WORTH_A_THREAD", 1)
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)

@@ -305,3 +305,4 @@ OPERATORS = [
         spreads={"x": 2, "weight": 1, "gradient": 2},
     ),
 ]
+OPERATOR = {operator.name: operator for operator in OPERATORS}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, observing
-from tests.kernels.operators import MAPS, OPERATORS, Case, Operator
+from tests.kernels.operators import MAPS, OPERATOR, OPERATORS, Case, Operator
 from tests.support import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
 
 BACKENDS = ("reference", "eager", "triton")
@@ -62,7 +62,7 @@ def check(
 @functools.cache
 def kept(name: str, backend: str) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
     """Inputs, output and gradients of a run that several tests look at."""
-    operator = next(operator for operator in OPERATORS if operator.name == name)
+    operator = OPERATOR[name]
     tensors = operator.tensors(batch=2)
     return tensors, *run(operator, tensors, backend)
 

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 
+import kernels
 from kernels.aggregation import eager, rows
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
+from kernels.reorder import in_channels_last, in_order_of
 from kernels.windows import Window
-from tests.kernels.operators import OPERATORS, generated
+from tests.kernels.operators import OPERATOR, generated
 from tests.kernels.rules import check
 from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor, watching
 
@@ -36,8 +38,7 @@ def test_channels_in_pairs(channels, first, pairs):
 @pytest.mark.parametrize("features", [17, 40, 48, 136])
 def test_features_fill_their_blocks(features):
     """Of a block that is partly empty each number is masked, which takes kilobytes of a thread's stack."""
-    row = next(operator for operator in OPERATORS if operator.name == "involution2d_generate")
-    row = row.at(generated((5, 6), 2, 1, 3, features))
+    row = OPERATOR["involution2d_generate"].at(generated((5, 6), 2, 1, 3, features))
     with watching(lambda launch, _: launches.append(launch.arguments)):
         launches: list[dict[str, Any]] = []
         check(row, row.tensors(), "triton")
@@ -55,3 +56,36 @@ def test_offsets_are_64_bit_where_32_would_overflow():
     with record_launches() as launches:
         rows.aggregate(weight, huge.transpose(1, 2), Window((1, 1)))
     assert str(launches[0].arguments["OFFSET"]) == "int64"
+
+
+# ---- how maps lie in memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 9), (1, 2, 72, 7, 8), (2, 2, 3, 4, 1, 6), (1, 1, 4, 4), (0, 2, 3, 4, 4)])
+def test_the_order_changes_and_nothing_else(shape, dtype):
+    maps = random_tensor(*shape, dtype=dtype)
+    last = in_channels_last(maps)
+    assert torch.equal(last, maps)
+    assert last.movedim((-2, -1), (1, 2)).is_contiguous()
+    back = in_order_of(maps, last)
+    assert torch.equal(back, maps)
+    assert back.is_contiguous()
+
+
+def test_what_is_in_order_is_not_copied():
+    last = random_tensor(2, 4, 5, 3).permute(0, 3, 1, 2)
+    assert in_channels_last(last) is last
+    groups = last.unflatten(1, (3, 1))
+    assert in_channels_last(groups) is groups
+    expanded = random_tensor(1, 3, 1, 1).expand(2, 3, 4, 5)
+    assert torch.equal(in_channels_last(expanded), expanded)
+
+
+def test_rows_far_apart():
+    """A row stride near 2^31, as that of a crop of a huge map: outlook attention."""
+    values = random_tensor(3 * 4)
+    logits, far = random_tensor(1, 1, 4, 1, 9, 9), values.as_strided((1, 1, 4, 3), (0, 2**31 - 8, 3, 1))
+    with kernels.use_backend("triton"):
+        expected = kernels.outlook_attention2d(logits, far.contiguous())
+        assert torch.equal(kernels.outlook_attention2d(logits, far), expected)

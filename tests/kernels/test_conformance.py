@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.operators import OPERATORS, Operator
+from tests.kernels.operators import OPERATOR, OPERATORS, Operator
 from tests.kernels.rules import (
     BY_NAME,
     CASES,
@@ -88,7 +88,7 @@ def test_small_steps(operator, most, monkeypatch):
         monkeypatch.setattr(module, name, {DEVICE: most} if isinstance(getattr(module, name), dict) else most)
     monkeypatch.setattr("kernels.involution.generate.STEP_BYTES", {DEVICE: most})
     check(operator, operator.tensors(batch=2), "eager")
-    if operator.inputs in [o.inputs for o in OPERATORS if o.name in ("involution2d_generate", "contmix2d")]:
+    if operator.inputs in [OPERATOR[name].inputs for name in ("involution2d_generate", "contmix2d")]:
         check(operator, operator.tensors(batch=2), "triton")  # its other kernels do everything in one launch
 
 
@@ -142,7 +142,7 @@ def test_huge_logits(operator, backend):
 @ON_ALL
 def test_huge_logits_that_are_alike(backend):
     """Where outputs have windows of their own, weights follow from differences of logits, whatever their size."""
-    operator = next(operator for operator in OPERATORS if operator.name == "na2d_softmax_av")
+    operator = OPERATOR["na2d_softmax_av"]
     tensors = operator.tensors()
     tensors["logits"] = tensors["logits"].round() + 3e4
     tensors["rpb"].round_()

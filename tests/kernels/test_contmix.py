@@ -11,11 +11,11 @@ import kernels
 from kernels.contmix import backward_band_stored, eager, passes
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, observing
-from tests.kernels.operators import OPERATORS, contmix
+from tests.kernels.operators import OPERATOR, contmix
 from tests.kernels.rules import check
 from tests.support import FORWARD_TOLERANCE, assert_close, random_tensor, relative_error
 
-ROW = next(operator for operator in OPERATORS if operator.name == "contmix2d")
+ROW = OPERATOR["contmix2d"]
 
 
 def _contmix(size=(8, 7), groups=2, context=6, kernel_sizes=(3, 5)):

@@ -1,5 +1,6 @@
-"""The eager path beyond the rules for every operator: how it cuts maps, what memory it takes, PyTorch's routes."""
+"""The eager path beyond the rules for every operator: how it cuts maps, what memory it takes, routes, threads."""
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -8,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autotune.timing import peak_memory
+from kernels import parallel
 from kernels.aggregation import eager as algebra
 from kernels.aggregation.eager_tiles import cut
 from kernels.neighborhood import eager as neighborhood
 from kernels.windows import Window
 from tests.kernels import rules
-from tests.kernels.operators import OPERATORS, depthwise
+from tests.kernels.operators import OPERATOR, depthwise
 from tests.support import DEVICE, random_tensor
 
 
@@ -86,9 +88,71 @@ def test_peak_memory_of_a_dense_prediction_map():
 # (7, 15, 17) and a weight that is padded to 15 (13).
 @pytest.mark.parametrize("kernel_size", [3, 7, 13, 15, 17])
 def test_channels_last_routes_of_depthwise_convolution(kernel_size):
-    operator = next(row for row in OPERATORS if row.name == "depthwise_conv2d").at(depthwise((9, 12), 20, kernel_size))
+    operator = OPERATOR["depthwise_conv2d"].at(depthwise((9, 12), 20, kernel_size))
     tensors = operator.tensors(batch=2)
     tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
     rules.check(operator, tensors, "eager")
     out, _ = rules.run(operator, tensors, "eager")
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- on several threads: the same results, whoever calls, and the caller's settings as they were
+
+
+ON_THREADS = pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the eager path leaves threads alone")
+
+
+@pytest.fixture(params=[2, 5])
+def threads(request, monkeypatch):
+    """Every eager call, however small, is shared out among so many threads."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(parallel, "WORTH_A_THREAD", 1)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@ON_THREADS
+@rules.BY_NAME
+def test_threads_change_nothing(operator, threads):
+    """The same bits every time, and the caller's setting stays."""
+    tensors = operator.tensors(batch=3)
+    rules.check(operator, tensors, "eager")
+    (out, grads), (again, grads_again) = (rules.run(operator, tensors, "eager") for _ in range(2))
+    assert torch.get_num_threads() == threads
+    assert torch.equal(out, again)
+    assert all(map(torch.equal, grads, grads_again))
+
+
+@ON_THREADS
+def test_inference_mode_and_other_callers(threads):
+    """Workers see the caller's mode; several callers at once keep their own numbers of threads."""
+    weight, x = random_tensor(2, 4, 3, 3, 8, 9), random_tensor(2, 4, 5, 8, 9)
+    window = Window((3, 3), padding=(1, 1))
+    expected = algebra.aggregate(weight, x, window)
+    with torch.inference_mode():
+        assert torch.equal(algebra.aggregate(weight.clone(), x.clone(), window), expected)
+    wrong = []
+
+    def call(own: int) -> None:
+        torch.set_num_threads(own)
+        same = all(torch.equal(algebra.aggregate(weight, x, window), expected) for _ in range(10))
+        if not same or torch.get_num_threads() != own:
+            wrong.append(own)
+
+    callers = [threading.Thread(target=call, args=(own,)) for own in (1, 2, 3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@ON_THREADS
+def test_what_a_worker_raises_is_raised(threads):
+    def fail(part: parallel.Part) -> None:
+        raise ArithmeticError(str(part.groups))
+
+    with pytest.raises(ArithmeticError, match="slice"):
+        parallel.alone(parallel.over_maps)(fail, random_tensor(1, 6), 100)
+    assert torch.get_num_threads() == threads
