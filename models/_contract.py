@@ -237,8 +237,7 @@ class BackboneContract(nn.Module):
             like = next(old.parameters(), next(self.parameters()))
             new = self.make_classifier(in_features, num_classes)
             initialise(new, (nn.Linear, nn.Conv2d), nn.init.trunc_normal_, std=0.02)
-            parent, _, child = name.rpartition(".")
-            setattr(self.get_submodule(parent), child, new.to(device=like.device, dtype=like.dtype).train(old.training))
+            self.set_submodule(name, new.to(device=like.device, dtype=like.dtype).train(old.training))
 
     def set_global_pool(self, global_pool: str, num_classes: int | None = None) -> None:
         """Sets how ``forward_head`` pools (see ``reset_classifier``); the classifiers stay."""

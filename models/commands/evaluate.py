@@ -87,11 +87,7 @@ def check_classes(folder: ImageFolder, count: int, model: str) -> None:
     """ValueError unless the folder has as many classes as the model."""
     if len(folder.classes) != count:
         found = f"{folder.root} holds {len(folder.classes)} class folders"
-        raise ValueError(f"DIR: {found}, but {model} has {count} classes{_hint(folder)}")
-
-
-def _hint(folder: ImageFolder) -> str:
-    return f"; did you mean {folder.root / 'val'}?" if "val" in folder.classes else ""
+        raise ValueError(f"DIR: {found}, but {model} has {count} classes")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,8 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:
             text = ", ".join(sorted(unlike)[:5])
-            told = f"the class names of the weights and of DIR differ; only one of them has {text}"
-            note(told + _hint(folder))
+            note(f"the class names of the weights and of DIR differ; only one of them has {text}")
         preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,

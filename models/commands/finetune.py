@@ -42,7 +42,7 @@ from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
 from models.commands.images import Preprocessing
 from models.commands.progress import console, note
-from models.commands.recipe import OPTIONS, PUBLISHED, Recipe
+from models.commands.recipe import PUBLISHED, Recipe
 from models.commands.training import Trainer
 from models.commands.types import Number, natural, positive
 from models.metadata import Metadata
@@ -102,11 +102,7 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
         elif given["batch"] * shares != published.images:
             note(f"--lr {given['learning_rate']} was published for {images}, not {given['batch'] * shares}")
     arguments.model_kwargs = [*options.items(), *arguments.model_kwargs]
-    try:
-        return Recipe(**given)
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise ValueError(f"{OPTIONS[name]} {rest}") from None
+    return Recipe(**given)
 
 
 def read_folders(arguments: argparse.Namespace) -> tuple[ImageFolder, ImageFolder | None]:

@@ -17,6 +17,7 @@ from models.commands.images import Preprocessing, UnreadableImageError, read_ima
 from models.commands.recipe import Recipe
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # parts of a data set, which nobody sorts into
 UNREADABLE = -1
 
 
@@ -31,7 +32,7 @@ class ImageFolder:
         samples: (path, label) of every image, by class and then by path.
 
     Raises:
-        ValueError: no such folder, no class folders, or one without images; the message names it.
+        ValueError: no such folder, no class folders, one without images, or parts such as val instead; it is named.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -46,6 +47,9 @@ class ImageFolder:
         )
         if not self.classes:
             raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
+        if SPLITS.issuperset(self.classes):
+            parts = " and ".join(str(self.root / name) for name in self.classes)
+            raise ValueError(f"DIR: {self.root} must hold one folder for each class; did you mean {parts}?")
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):
             if len(name.splitlines()) > 1:  # classes.txt has one name per line

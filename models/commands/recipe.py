@@ -49,22 +49,22 @@ class Recipe:
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")
 
     def __post_init__(self) -> None:
-        """Raises ValueError, whose message begins with the field's name."""
+        """Raises ValueError, whose message begins with the field's option."""
         for known in fields(self):
-            kind, value = known.metadata["kind"], getattr(self, known.name)
+            option, kind, value = known.metadata["flag"], known.metadata["kind"], getattr(self, known.name)
             if isinstance(kind, tuple) and value not in kind:
-                raise ValueError(f"{known.name} must be one of {', '.join(kind)}, got {value!r}")
+                raise ValueError(f"{option} must be one of {', '.join(kind)}, got {value!r}")
             if isinstance(kind, Number) and not (value is None and known.default is None) and not kind.holds(value):
-                raise ValueError(f"{known.name} must be {kind}, got {value}")
-        for name in ("first_learning_rate", "final_learning_rate"):
-            if (getattr(self, name) or 0) > self.learning_rate:
-                raise ValueError(f"{name} must be at most the peak of {self.learning_rate}, got {getattr(self, name)}")
+                raise ValueError(f"{option} must be {kind}, got {value}")
+        for option, rate in (("--warmup-lr", self.first_learning_rate), ("--min-lr", self.final_learning_rate)):
+            if (rate or 0) > self.learning_rate:
+                raise ValueError(f"{option} must be at most the peak of {self.learning_rate}, got {rate}")
         if self.warmup >= self.epochs:
-            raise ValueError(f"warmup_epochs must be below the {self.epochs} epochs, got {self.warmup_epochs}")
+            raise ValueError(f"--warmup-epochs must be below the {self.epochs} epochs, got {self.warmup_epochs}")
         if self.layer_decay < 1 and self.decay_vectors:
-            raise ValueError("layer_decay cannot go with decay_vectors: timm's groups by layer leave vectors alone")
+            raise ValueError("--layer-decay cannot go with --decay-vectors: timm's groups by layer leave vectors alone")
         if self.batch % 2 and (self.mixup or self.cutmix):
-            raise ValueError(f"batch must be even to be mixed, got {self.batch}")
+            raise ValueError(f"--batch must be even to be mixed, got {self.batch}")
 
     @property
     def warmup(self) -> float:

@@ -82,11 +82,15 @@ def test_torchrun_equals_one_process_with_as_many_images(tmp_path, photographs):
 
 def test_finetune_refuses_before_anything_is_written(tmp_path, photographs, weights, capsys):
     output = tmp_path / "run"
+    shutil.copytree(photographs / "val" / "ant", tmp_path / "other" / "ant")
+    for part in ("training", "validation"):
+        shutil.copytree(photographs / "val", tmp_path / "parts" / part)
     for arguments, told in (
         (finetune(photographs, output, "--min-lr", 1), "--min-lr must be at most the peak of 0.001"),
         (finetune(photographs, output, "--warmup-epochs", 5), "--warmup-epochs must be below the 2 epochs"),
         (finetune(photographs, output, "--batch", 500), "there are only 24"),
-        (finetune(photographs, output, "--val", photographs / "val" / ".."), "same class folders"),
+        (finetune(photographs, output, "--val", tmp_path / "other"), "same class folders; only one has bee, cat"),
+        (finetune(tmp_path / "parts", output), f"did you mean {tmp_path / 'parts' / 'training'} and"),
         (finetune(tmp_path / "none", output), "no folder"),
         (finetune(photographs, output, "--checkpoint", photographs / "val" / "ant" / "0.png"), "0.png"),
         (finetune(photographs, output, "--model-kwargs", "num_classes=7"), "num_classes must be 3"),
