@@ -29,27 +29,25 @@ BOOKKEEPING = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")
 LISTED_NAMES = 10
 
 
-class Weights(NamedTuple):
-    """State dicts of a file, entry name -> tensor on the CPU: of the last step, and averaged (its key is ``under``)."""
+class Table(NamedTuple):
+    """Tensors by name, on the CPU; ``average``: the key or prefix that says that they are averages, or ""."""
 
-    last: dict[str, Tensor] | None
-    averaged: dict[str, Tensor] | None
-    under: str = ""
+    average: str
+    tensors: dict[str, Tensor]
 
 
 def read_state_dict(path: PathLike) -> dict[str, Tensor]:
-    """Entry name -> tensor (on the CPU) out of whatever container a training script used, averaged weights first.
+    """Entry name -> tensor (on the CPU) out of whatever container a training script used. Errors: ``read_tables``."""
+    return read_tables(path)[0].tensors
+
+
+def read_tables(path: PathLike) -> list[Table]:
+    """The state dicts in the file, at least one, the preferred ones first.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file holds code, is damaged, or is not a weight file; the message says which.
     """
-    last, averaged, _ = read_weights(path)
-    return averaged or last or {}
-
-
-def read_weights(path: PathLike) -> Weights:
-    """The state dicts in the file, at least one. Errors as for ``read_state_dict``."""
     path = Path(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"checkpoint: no file {path}")
@@ -68,12 +66,10 @@ def read_weights(path: PathLike) -> Weights:
         content = reader(path)
     except Exception as error:  # a malformed file can make the readers fail in any way
         raise ValueError(f"checkpoint: {path} {reason_of(error)}") from error
-    found = list(_tables(content, (), set()))
-    last = next((table for keys, table in found if not AVERAGES & set(keys)), None)
-    under, averaged = next(((k, table) for keys, table in found for k in keys if k in AVERAGES), ("", None))
-    if not found:
+    tables = list(_tables(content, "", set()))
+    if not tables:
         raise ValueError(f"checkpoint: {path} holds no state dict{_instead(content)}")
-    return Weights(last, averaged, under)
+    return tables
 
 
 def is_safetensors(path: Path) -> bool:
@@ -87,8 +83,8 @@ def is_safetensors(path: Path) -> bool:
 # ---- what is around a state dict
 
 
-def _tables(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """The tensors by name of every container that has any, the preferred ones first, and the keys that lead there.
+def _tables(content: Any, average: str, seen: set[int]) -> Iterator[Table]:
+    """The tensors of every container that has any, the preferred ones first; ``average`` is of what is around it.
 
     A file may hold a container inside itself, or very many: each is searched once, up to ``MOST_TABLES``.
     """
@@ -98,10 +94,10 @@ def _tables(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tup
     for key in CONTAINERS:
         # MMEngine exchanges the two as it saves: its state_dict is the average.
         if key != "ema_state_dict" or "message_hub" not in content:
-            yield from _tables(content.get(key), (*keys, key), seen)
+            yield from _tables(content.get(key), average or key * (key in AVERAGES), seen)
     tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
     if tensors:
-        yield keys, tensors
+        yield Table(average, tensors)
 
 
 def _instead(content: Any) -> str:
@@ -132,17 +128,16 @@ def entries_for(
         path: the file.
         use_ema: prefer the averaged weights.
     """
-    last, averaged, under = read_weights(path)
-    notes: list[str] = []
-    state = smoothed = None
-    if last is not None:
-        state, inside, notes = _entries(last, own, heads, path)
-        if inside is not None:
-            smoothed, under = inside
-    if averaged is not None:
-        smoothed = _entries(averaged, own, heads, path)[0]
+    tables = [part for table in read_tables(path) for part in _parts(table, own)]
+    last = next((table.tensors for table in tables if not table.average), {})
+    under, averaged = next((table for table in tables if table.average), ("", {}))
+    state, prefix, left_out = _entries(last, own, heads, path)
+    smoothed, _, _ = _entries(averaged, own, heads, path)
+    notes = []
+    if left_out:
+        notes = [f"left out of {path}, since they are not behind {prefix!r}: {listed(left_out)}"]
     if not state or not smoothed:
-        return state or smoothed or {}, notes
+        return state or smoothed, notes
     if not own & smoothed.keys():
         return state, [*notes, f"{path} holds averaged weights ({under!r}) under names that are not this model's"]
     if not use_ema:
@@ -174,37 +169,42 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:LISTED_NAMES]) + more
 
 
+def _parts(table: Table, own: Set[str]) -> Iterator[Table]:
+    """The table, or, where averages stand behind a prefix beside the last weights, the two by themselves."""
+    state = {unwrapped_name(name): tensor for name, tensor in table.tensors.items()}
+    prefixes = {prefix for name in state for prefix in _prefixes(name) if name[len(prefix) :] in own}
+    averages = tuple(sorted(prefix for prefix in prefixes if AVERAGED & set(prefix.split("."))))
+    if table.average or not averages:
+        yield Table(table.average, state)
+        return
+    yield Table("", {name: tensor for name, tensor in state.items() if not name.startswith(averages)})
+    yield Table(averages[0], {name: tensor for name, tensor in state.items() if name.startswith(averages)})
+
+
 def _entries(
     state: Mapping[str, Tensor], own: Set[str], heads: Set[str], path: PathLike
-) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], str] | None, list[str]]:
-    """``state`` under the model's names; the averaged weights in it and their prefix; notes on what was left out.
+) -> tuple[dict[str, Tensor], str, list[str]]:
+    """``state`` under the model's names, the prefix that was before them, and the names that are left out.
 
     A prefix counts as a wrapper's if the model's names follow it. A head that stands beside the prefix, where OpenMMLab
     puts it, is taken, too.
     """
-    state = {unwrapped_name(name): tensor for name, tensor in state.items()}
     fitting = Counter(prefix for name in state for prefix in _prefixes(name) if name[len(prefix) :] in own)
-    averages = [prefix for prefix in fitting if AVERAGED & set(prefix.split("."))]
-    prefix = _best([prefix for prefix in fitting if prefix not in averages], fitting, path)
+    (prefix, most), (other, second) = [*fitting.most_common(2), ("", 0), ("", 0)][:2]
+    if most == second > 0:
+        first, other = sorted((prefix, other))
+        raise ValueError(f"checkpoint: {path} holds the model twice, behind {first!r} and behind {other!r}")
     taken = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    smoothed = None
-    if averages:
-        best = _best(averages, fitting, path)
-        inside = {name: tensor for name, tensor in state.items() if name.startswith(best)}
-        taken = {name: tensor for name, tensor in taken.items() if prefix + name not in inside}
-        smoothed = {name.removeprefix(best): tensor for name, tensor in inside.items()}, best
-    left_out = [name for name in state if not name.startswith((prefix, *averages))]
-    outside, parts = prefix, {part_of(name) for name in taken}
+    left_out = [name for name in state if not name.startswith(prefix)]
+    outside, missing = prefix, heads - set(map(part_of, taken))
     while outside:
         outside = outside[: outside.rstrip(".").rfind(".") + 1]
-        missing = heads - parts
         found = [n for n in left_out if n.startswith(outside) and part_of(n[len(outside) :]) in missing]
         taken.update((name[len(outside) :], state[name]) for name in found)
         left_out = [name for name in left_out if name not in found]
-    left_out = [name for name in left_out if not is_bookkeeping(name)]
-    if left_out and "backbone" not in prefix.split("."):  # for a backbone nobody expects neck and heads
-        return taken, smoothed, [f"left out of {path}, since they are not behind {prefix!r}: {listed(left_out)}"]
-    return taken, smoothed, []
+    if "backbone" in prefix.split("."):  # for a backbone nobody expects neck and heads
+        return taken, prefix, []
+    return taken, prefix, [name for name in left_out if not is_bookkeeping(name)]
 
 
 def _prefixes(name: str) -> Iterable[str]:
@@ -214,12 +214,3 @@ def _prefixes(name: str) -> Iterable[str]:
     while (component := name[end:].partition(".")[0]) in OUTER | AVERAGED and len(name) > end + len(component):
         end += len(component) + 1
         yield name[:end]
-
-
-def _best(prefixes: list[str], fitting: Mapping[str, int], path: PathLike) -> str:
-    """The prefix that most of the model's names follow; "" if there is none."""
-    ordered = sorted(prefixes, key=lambda prefix: (-fitting[prefix], len(prefix)))
-    first, second = (*ordered, "", "")[:2]
-    if second and fitting[first] == fitting[second]:
-        raise ValueError(f"checkpoint: {path} holds the model twice, behind {first!r} and behind {second!r}")
-    return first

@@ -129,6 +129,7 @@ AVERAGED = {
     "timm's old scripts": lambda last, ema: {"model": last, "model_ema": prefixed(ema, "module."), "epoch": 3},
     "a table of averages": lambda last, ema: {"model": last, "ema": {"decay": 0.9, "shadow": ema}},
     "a module in an average": lambda last, ema: {"params": last, "params_ema": {"module": ema, "n": 3}},
+    "an average's wrapper in an average": lambda last, ema: {"model": last, "model_ema": prefixed(ema, "ema.module.")},
     "finetune's state": lambda last, ema: {"step": 3, "model": last, "average": prefixed(ema, "module.")},
     "Lightning": lambda last, ema: {"state_dict": prefixed(last, "model.") | prefixed(ema, "ema_model.module.")},
     "parameters alone": lambda last, ema: {"state_dict": last, "state_dict_ema": {n: ema[n] for n in PARAMETERS}},
