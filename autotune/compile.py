@@ -162,29 +162,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
 
 
-def reports_of(
-    architectures: list[str],
-    dtypes: list[str],
-    console: Console,
-    *,
-    only: str = "",
-    every_config: bool = False,
-    instructions: bool = True,
-) -> tuple[list[Report], list[str]]:
+def _reports(arguments: argparse.Namespace, console: Console) -> tuple[list[Report], list[str]]:
     """The reports of all that builds, and a line for each kernel that does not."""
     work = [
         (name, launch, config, architecture)
-        for dtype in dtypes
+        for dtype in arguments.dtype
         for name, found in cases().items()
-        if only in name
+        if arguments.only in name
         for workload in found
-        for launch, config in _launches(workload, DTYPES[dtype], every_config)
-        for architecture in architectures
+        for launch, config in _launches(workload, DTYPES[dtype], arguments.every_config)
+        for architecture in arguments.arch
     ]
     reports, failures = [], []
     for name, launch, config, architecture in track(work, "Compiling", console=console, transient=True):
         try:
-            report = compile_launch(name, launch, architecture, instructions=instructions)
+            report = compile_launch(name, launch, architecture, instructions=not arguments.resources_only)
             report = replace(report, config=config or report.config)
             reports += [] if report in reports else [report]  # as of a launch for every part of a batch
         except Exception as error:  # the table must show every kernel, whatever the compiler raised for one
@@ -211,9 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
     if not any(arguments.only in name for name in known):
         raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}")
-    how: dict[str, Any] = {"only": arguments.only, "instructions": not arguments.resources_only}
-    how["every_config"] = arguments.every_config
-    reports, failures = reports_of(arguments.arch, arguments.dtype, console, **how)
+    reports, failures = _reports(arguments, console)
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
     else:

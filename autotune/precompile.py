@@ -11,10 +11,11 @@ import math
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,19 +36,13 @@ class Pointer:
         return self.address
 
 
-class AbsentDevice(NamedTuple):
-    """What Triton asks its driver for, of a device that is not here."""
-
-    target: Any  # a GPUTarget
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+def absent_device(target: Any) -> Any:
+    """What Triton asks its driver for, of a device that is not here; ``target`` is a GPUTarget."""
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
 
 
 class Build(NamedTuple):
@@ -98,7 +93,7 @@ def build(what: Build, target: Any = None) -> Any:
     try:
         if target.arch != 90:  # where heuristics limit no registers
             what = what._replace(options=tuple(option for option in what.options if option[0] != "maxnreg"))
-        driver.set_active(AbsentDevice(target))  # pyright: ignore[reportArgumentType]
+        driver.set_active(absent_device(target))
         kernel.device_caches.clear()  # of the current device, and of other targets: they are kept by its number alone
         return build(what)
     finally:
@@ -107,25 +102,18 @@ def build(what: Build, target: Any = None) -> Any:
 
 
 def precompile(work: list[Build], seconds: float) -> Iterator[None]:
-    """Compile on all processors but one, yielding after each; give up after ``seconds``.
-
-    A compilation that fails is left to the launch itself, which says why.
-    """
+    """Compile on all processors but one, yielding after each; give up after ``seconds``."""
     workers = min((os.cpu_count() or 2) - 1, len(work))
     if workers < 2:
         return  # no faster than compiling when the turn comes
-    timeout = None if math.isinf(seconds) else seconds
     # Not forked: the parent has a CUDA context, which no child may inherit.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            futures = [pool.submit(_built, what) for what in work]
-            for _ in as_completed(futures, timeout=timeout):
-                yield
-        except (FutureTimeoutError, BrokenProcessPool):
-            return
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    spawning = multiprocessing.get_context("spawn")
+    with contextlib.suppress(FutureTimeoutError, BrokenProcessPool), ProcessPoolExecutor(workers, spawning) as pool:
+        yield from pool.map(_built, work, timeout=None if math.isinf(seconds) else seconds)
 
 
 def _built(what: Build) -> None:
-    build(what)  # which stays in its process: the file in Triton's cache is all that others need
+    """One that fails is left to the launch itself, which says why; of the others the file in Triton's cache is all
+    that is needed."""
+    with contextlib.suppress(Exception):
+        build(what)

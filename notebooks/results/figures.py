@@ -2,13 +2,11 @@
 
 Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
 notebooks/results: published.json (what the papers say), models.json (parameters and multiply-adds, counted; --count
-counts them again), compiled.json (kernels built ahead of time; --compile builds them again), predicted/*.json (written
-by predicted/collect.py), <device>/profile.json, and what a GPU's folder holds (folder.py says what). The tuned configs
-are those of kernels/tuning/configs. Figures are drawn again from the same files.
+counts them again), predicted/*.json (written by predicted/collect.py), <device>/profile.json, and what a GPU's folder
+holds (folder.py says what). The tuned configs are those of kernels/tuning/configs. Figures are drawn again from these.
 """
 
 import argparse
-import dataclasses
 import json
 import re
 import statistics
@@ -24,10 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from autotune import plots, report
-from autotune.compile import reports_of
-from autotune.tables import Table, microseconds, number, settings_text
+from autotune.tables import Table, microseconds, settings_text
 from kernels.files import atomic_write, write_json
-from kernels.tuning.choose import triton_version
 from kernels.tuning.store import shipped_folder
 from notebooks.results import pages
 from notebooks.results.folder import folders
@@ -99,17 +95,6 @@ def _profile_table(record: dict[str, Any]) -> str:
     )
 
 
-def _compiled_table(record: dict[str, Any]) -> str:
-    rows = []
-    for row in record["reports"]:
-        counts = [str(row[name]) for name in ("registers", "spilled_bytes", "shared_bytes", "tensor_core", "fma")]
-        counts += [number(row["shuffles_per_output"]), number(row["bytes_per_output"])]
-        rows.append([row["case"], row["kernel"].removesuffix("_kernel"), *counts])
-    headings = ["shape", "kernel", "registers", "spilled, B", "shared, B", "tensor cores", "FMA", "shuffles/out"]
-    table = Table([*headings, "bytes/out"], rows, 2).markdown()
-    return f"triton {record['triton']}, {record['architecture']}, {record['dtype']}.\n\n{table}"
-
-
 NONE_SHIPS = (
     "None at present: the kernels that were tuned on an NVIDIA H200 have changed since, and their heuristics choose "
     "what it found fastest."
@@ -140,15 +125,6 @@ def _tuned_table(record: dict[str, Any]) -> str:
     )
 
 
-def _compiled() -> dict[str, Any]:
-    """What ``python -m autotune compile`` reports by default. RuntimeError where a kernel does not build."""
-    reports, failures = reports_of(["sm_90"], ["bf16"], Console())
-    if failures:
-        raise RuntimeError("\n".join(failures))
-    built = {"triton": triton_version(), "architecture": "sm_90", "dtype": "bf16"}
-    return built | {"reports": [dataclasses.asdict(report) for report in reports]}
-
-
 def predictions() -> list[dict[str, Any]]:
     """What predicted/ holds, the newest Triton first."""
     records = map(load, (RESULTS / "predicted").glob("*.json"))
@@ -157,14 +133,13 @@ def predictions() -> list[dict[str, Any]]:
 
 def sections() -> dict[Path, dict[str, str]]:
     """Page -> section name -> its text, from the committed files alone."""
-    published, counted, compiled = (load(RESULTS / f"{name}.json") for name in ("published", "models", "compiled"))
+    published, counted = (load(RESULTS / f"{name}.json") for name in ("published", "models"))
     top1, gpus = load(ROOT / "models" / "data" / "imagenet_top1.json"), folders(RESULTS)
     return {
         ROOT / "README.md": {"models": _published_table(published, top1), "gpu": pages.readme(gpus)},
         RESULTS / "README.md": {
             "models": _models_table(published, counted, top1),
             "profile": "\n\n".join(_profile_table(load(path)) for path in sorted(RESULTS.glob("*/profile.json"))),
-            "compiled": _compiled_table(compiled),
             "tuned": "\n\n".join(_tuned_table(load(path)) for path in sorted(shipped_folder().glob("*.json")))
             or NONE_SHIPS,
             **pages.sections(gpus, predictions()),
@@ -195,8 +170,6 @@ def updated(text: str, sections: dict[str, str]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", action="store_true", help="count parameters and multiply-adds again (a minute)")
-    text = "build every kernel for sm_90 in bf16 again (two minutes)"
-    parser.add_argument("--compile", action="store_true", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -204,8 +177,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.count:
         names = track(load(RESULTS / "published.json"), "Counting", console=console, transient=True)
         write_json(RESULTS / "models.json", {name: count_model(name) for name in names})
-    if arguments.compile:
-        write_json(RESULTS / "compiled.json", _compiled())
     texts = {page: (page.read_text(), content) for page, content in sections().items()}
     outdated = {page: wanted for page, (text, content) in texts.items() if (wanted := updated(text, content)) != text}
     for page, wanted in outdated.items():

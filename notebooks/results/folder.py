@@ -37,7 +37,7 @@ class Folder:
         # They were measured in turns, so that none is left out, and are read one operator after the other.
         order = list(dict.fromkeys(row["operator"] for row in self.operators))
         self.operators.sort(key=lambda row: (-row.get("batch", 0), order.index(row["operator"])))
-        self.kernels, self.units = self.load("kernels.json"), self.load("units.json").get("rows", [])
+        self.kernels = self.load("kernels.json")
         timed = [row for row in self.kernels.get("rows", []) if "kernels" in row]
         self.launched = {(row["case"], row["pass"]): row["kernels"] for row in timed}
         self._predicted = {(row["case"], row["pass"]): row.get("predicted_microseconds") for row in timed}

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from autotune import plots, report, results
@@ -14,7 +13,6 @@ from notebooks.results.folder import Folder, listed
 
 HOST_BOUND = 2.0  # a call that takes this many times as long as its work on the GPU waits for the host
 PREDICTED_FOR = "NVIDIA_H200"
-UNITS = {"l1": "L1's time", "latency": "the latency", "tensor": "the tensor cores' time", "dram": "DRAM's"}
 
 
 # ---- what was measured where, operators, models
@@ -177,24 +175,6 @@ def _unpredicted(records: Sequence[Row], folder: Folder) -> str:
     return Table(headings, rows).markdown()
 
 
-def _units(folder: Folder) -> Iterator[str]:
-    """What the time of a kernel is made of: least squares of relative errors over all that were measured."""
-    if not folder.units:
-        return
-    times = np.array([row["microseconds"] for row in folder.units])
-    parts = [[row["launches"], *(row["units"][name] for name in UNITS)] for row in folder.units] / times[:, None]
-    launch, *shares = weights = np.linalg.lstsq(parts, np.ones(len(parts)), rcond=None)[0]
-    low, high = np.quantile(parts @ weights, (0.1, 0.9))
-    largest = [max(row["units"].values()) for row in folder.units] / times
-    least, most = np.quantile(largest, (0.1, 0.9))
-    told = listed([f"{share:.2f} of {name}" for share, name in zip(shares, UNITS.values(), strict=True)])
-    yield (
-        f"Fitted to {len(parts)} kernels, {launch:.1f} µs per launch, {told} add up to {low:.2f} to {high:.2f} of what "
-        f"was measured for four of five of them; the largest time of a unit, which is what is predicted, to "
-        f"{least:.2f} to {most:.2f} ([units.json]({folder.path.name}/units.json))."
-    )
-
-
 # ---- what a page is made of
 
 
@@ -216,7 +196,6 @@ def sections(measured: Sequence[Folder], predicted: Sequence[Row]) -> dict[str, 
         "gpu models": _joined(measured, _models),
         "gpu host": _joined(measured, _host),
         "predicted": _predicted(predicted, same),
-        "gpu units": _joined([same], _units) if same else "",
         "gpu kernels": _unpredicted(predicted, same) if same else "",
     }
 

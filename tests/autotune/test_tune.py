@@ -266,13 +266,13 @@ import torch
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from autotune.precompile import AbsentDevice, build, builds
+from autotune.precompile import absent_device, build, builds
 from kernels.tuning.choose import observing
 from kernels.aggregation.rows import aggregate
 from kernels.launch import record_launches
 from kernels.windows import Window
 
-driver.set_active(AbsentDevice(GPUTarget("cuda", 90, 32)))
+driver.set_active(absent_device(GPUTarget("cuda", 90, 32)))
 found = []
 x, weight = torch.randn(1, 2, 16, 8, 8), torch.randn(1, 2, 3, 3, 8, 8)
 with record_launches() as launches, observing(lambda request: found.extend(builds(request, 1))):
