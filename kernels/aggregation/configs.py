@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -44,6 +45,29 @@ def pieces(window: Window) -> Iterator[tuple[Window, slice, slice]]:
         yield window._replace(kernel_size=(size_h, size_w), padding=(padding_h, padding_w)), *places
 
 
+def phases(window: Window) -> Iterator[tuple[Window, tuple[slice, slice], tuple[slice, slice]]]:
+    """A transposed window without its strides: outputs of one remainder by the stride look up the same taps, one input
+    apart. For each of these phases its window, the rows and columns of its taps, and those of its outputs."""
+    for rows, columns in itertools.product(_phases_along(window, 0), _phases_along(window, 1)):
+        size_h, padding_h, dilation_h, taps_h, outputs_h = rows
+        size_w, padding_w, dilation_w, taps_w, outputs_w = columns
+        phase = Window((size_h, size_w), (1, 1), (padding_h, padding_w), (dilation_h, dilation_w))
+        yield phase, (taps_h, taps_w), (outputs_h, outputs_w)
+
+
+def _phases_along(window: Window, axis: int) -> Iterator[tuple[int, int, int, slice, slice]]:
+    """Output j = stride·q + rest looks up tap k of input i = (j + padding − k·dilation) / stride, where that is whole:
+    if ``first`` is such a k, then k = first + n·every has the input q + padding' − n·dilation'."""
+    size, stride, padding, dilation = (pair[axis] for pair in window[:4])
+    common = math.gcd(stride, dilation)
+    every = stride // common
+    for rest in range(stride):
+        first = next((k for k in range(min(every, size)) if (rest + padding - k * dilation) % stride == 0), size)
+        number = len(range(first, size, every))
+        padding_here = (rest + padding - first * dilation) // stride
+        yield number, padding_here, dilation // common, slice(first, size, every), slice(rest, None, stride)
+
+
 def _taps(length: int) -> int:
     """Of a window's rows or columns, as many as a piece has."""
     return ceil_divide(length, ceil_divide(length, LARGEST_KERNEL))
@@ -57,7 +81,6 @@ class Problem(NamedTuple):
     pixels: int
     rows: int
     taps: int  # rows of the window, or of a piece
-    multiple: int  # of which a tile's rows must be: the stride where transposed, else 1
     transposed: bool  # outputs are looked up by input
     features: int  # that generate the dynamic kernel; 0 where it is read
     channels_fastest: bool  # channels, not pixels, are adjacent in memory
@@ -75,14 +98,16 @@ def problem_of(
     x: Tensor, size: Pair | torch.Size, window: Window, *, kernel: Tensor | None = None, features: int = 0,
     transposed: bool = False, padded: bool = False,
 ) -> Problem:  # fmt: skip
-    """The problem of a launch over ``size`` = (rows, columns) positions."""
+    """The problem of a launch over ``size`` = (rows, columns) positions; transposed, of its largest phase."""
     axis = int(kernel is not None and by_columns(kernel, x))
-    last, strides = channels_fastest(x), x.stride()
+    last, strides, stride = channels_fastest(x), x.stride(), window.stride if transposed else (1, 1)
+    rows, columns = ceil_divide(size[0], stride[0]), ceil_divide(size[1], stride[1])
     # Each pixel's channels begin at 16 bytes, as a compiler sees it.
     aligned = strides[0] % 16 == strides[3] % 16 == strides[4] % 16 == 0 and x.data_ptr() % 16 == 0
     return Problem(
-        x.shape[2], x.shape[1], size[0] * size[1], size[axis], _taps(window.kernel_size[axis]),
-        window.stride[axis] if transposed else 1, transposed, features, last, last and aligned, padded, x.dtype,
+        x.shape[2], x.shape[1], rows * columns, (rows, columns)[axis],
+        _taps(ceil_divide(window.kernel_size[axis], stride[axis])),
+        transposed, features, last, last and aligned, padded, x.dtype,
     )  # fmt: skip
 
 
@@ -121,11 +146,10 @@ class Config:
         return fits_shared_memory(self.rows, self.columns, groups, problem.taps, features, dtype, copies)
 
     def valid(self, problem: Problem) -> bool:
-        """Rows that fit the stride, taps that fit the registers of a thread, features that fit shared memory."""
+        """Taps that fit the registers of a thread, features that fit shared memory."""
         slots, steps = next_power_of_2(self.rows), next_power_of_2(problem.taps)
         return (
-            self.rows % problem.multiple == 0
-            and (slots * steps <= 64 or self.rows == problem.multiple)
+            (slots * steps <= 64 or self.rows == 1)
             and self.channels < 2 * next_power_of_2(problem.channels * problem.groups)
             and (self.columns >= 32 or problem.channels_fastest or problem.features > 0 or interpreting())
             and (self.columns < 32 or not problem.channels_fastest or problem.channels * problem.groups < 64)
@@ -152,9 +176,8 @@ CONFIGS = tuple(
 
 def _rows(problem: Problem, most: int) -> int:
     """Rows of a tile that waste least at the map's edge, where a tile also loads the rows around it."""
-    most = max(problem.multiple, min(most, 64 // next_power_of_2(problem.taps)))
-    candidates = [n for n in range(most, 0, -1) if n % problem.multiple == 0]
-    return min(candidates, key=lambda n: ceil_divide(problem.rows, n) * (n + problem.taps / 2))
+    most = max(1, min(most, 64 // next_power_of_2(problem.taps)))
+    return min(range(most, 0, -1), key=lambda n: ceil_divide(problem.rows, n) * (n + problem.taps / 2))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ from kernels.aggregation.configs import (
     fits_shared_memory,
     heuristic,
     in_one_piece,
+    phases,
     pieces,
     problem_of,
 )
@@ -84,8 +85,6 @@ def weighted_sum_kernel(
 ):  # fmt: skip
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
-    STRIDE_H: tl.constexpr = WINDOW.stride[0]
-    STRIDE_W: tl.constexpr = WINDOW.stride[1]
     PARTS: tl.constexpr = PAIRS + 1
     BLOCK: tl.constexpr = CHANNELS // PARTS  # of channels, or of pairs
     REPEATED: tl.constexpr = TRANSPOSED + WEIGHT_LANES == 0
@@ -101,16 +100,14 @@ def weighted_sum_kernel(
     o_step, o_tap_group = tile.step, tile.tap_group
     m_step = ((o_step < KERNEL_H) & (o_tap_group < groups - tile.group))[None, :]
     if TRANSPOSED:
-        row = tile.row - WINDOW.padding[0] % STRIDE_H
-        first = (row + WINDOW.padding[0]) // STRIDE_H
+        first = tile.row + WINDOW.padding[0]
         o_turned = o_slot + o_step[None, :] * WINDOW.dilation[0]
         o_distance = o_turned % SLOTS - o_step[None, :] * WINDOW.dilation[0]
-        o_tap_row = first + o_distance // STRIDE_H
-        m_tap = (o_turned % SLOTS < ROWS) & (o_distance % STRIDE_H == 0) & (o_tap_row >= 0) & (o_tap_row < x_height)
+        o_tap_row = first + o_distance
+        m_tap = (o_turned % SLOTS < ROWS) & (o_tap_row >= 0) & (o_tap_row < x_height)
     else:
-        row = tile.row
-        first = row * STRIDE_H - WINDOW.padding[0]
-        o_tap_row = row + o_slot
+        first = tile.row * WINDOW.stride[0] - WINDOW.padding[0]
+        o_tap_row = tile.row + o_slot
         m_tap = (o_slot < ROWS) & (o_tap_row < height)
         if REPEATED:
             # Taps beyond the window, the groups and the map repeat the last: nothing that is stored reads them, and
@@ -125,14 +122,12 @@ def weighted_sum_kernel(
     for kw in range(KERNEL_W):
         # The source's columns, and those of the outputs whose windows they are in.
         if TRANSPOSED:
-            o_scaled = tile.column + WINDOW.padding[1] - kw * WINDOW.dilation[1]
-            o_x = o_scaled // STRIDE_W
-            m_x = tile.m_column & (o_scaled >= 0) & (o_scaled % STRIDE_W == 0) & (o_x < x_width)
-            o_scaled = tile.tap_column + WINDOW.padding[1] - kw * WINDOW.dilation[1]
-            o_tap_column = o_scaled // STRIDE_W
-            m_tap_column = ((o_scaled >= 0) & (o_scaled % STRIDE_W == 0) & (o_tap_column < x_width))[:, None]
+            o_x = tile.column + WINDOW.padding[1] - kw * WINDOW.dilation[1]
+            m_x = tile.m_column & (o_x >= 0) & (o_x < x_width)
+            o_tap_column = tile.tap_column + WINDOW.padding[1] - kw * WINDOW.dilation[1]
+            m_tap_column = ((o_tap_column >= 0) & (o_tap_column < x_width))[:, None]
         else:
-            o_x = tile.column * STRIDE_W - WINDOW.padding[1] + kw * WINDOW.dilation[1]
+            o_x = tile.column * WINDOW.stride[1] - WINDOW.padding[1] + kw * WINDOW.dilation[1]
             m_x = tile.m_column & (o_x >= 0) & (o_x < x_width)
             o_tap_column = tile.tap_column
             m_tap_column = (o_tap_column >= 0)[:, None]
@@ -151,8 +146,8 @@ def weighted_sum_kernel(
                 b_taps = tl.zeros([SLOTS * COLUMNS, GROUPS * STEPS], ACCUMULATOR)
                 for turn in tl.static_range((SLOTS - 1 + (KERNEL_H - 1) * WINDOW.dilation[0]) // SLOTS + 1):
                     o_back = o_slot - turn * SLOTS
-                    o_row = first + o_back // STRIDE_H
-                    m_row = (o_back % STRIDE_H == 0) & (o_row >= 0) & (o_row < x_height) & m_tap_column
+                    o_row = first + o_back
+                    m_row = (o_row >= 0) & (o_row < x_height) & m_tap_column
                     b_turn = _generate(
                         weight, p_pixel + o_row.to(tl.int64) * weight.h, m_row, p_span, m_step, span.c,
                         FEATURES, BLOCK_FEATURES, ALIGNED, ACCUMULATOR, UPCAST,
@@ -184,7 +179,7 @@ def weighted_sum_kernel(
     m_out = tile.m_column[:, None] & (o_channel < tile.channels * PARTS)[None, :]
     for r in tl.static_range(ROWS):
         b_out = narrowed(sums[r::ROWS], out.ptr.dtype.element_ty)
-        tl.store(p_out + (row + r).to(tl.int64) * out.h, b_out, mask=m_out & (row + r >= 0) & (row + r < height))
+        tl.store(p_out + (tile.row + r).to(tl.int64) * out.h, b_out, mask=m_out & (tile.row + r < height))
 
 
 def weighted_sum(
@@ -194,13 +189,21 @@ def weighted_sum(
     """Launch the kernel of aggregate or, ``transposed``, of transpose; with a span, ``kernel`` holds features."""
     if out.numel() == 0:
         return out
+    if transposed and window.stride != (1, 1):
+        for phase, (rows, columns), outputs in phases(window):
+            part = out[(..., *outputs)]
+            if 0 in phase.kernel_size:
+                part.zero_()
+                continue
+            taps = kernel[:, :, rows, columns] if span is None else kernel
+            part_span, part_bias = (_part(each, out.shape[1], window, rows, columns) for each in (span, bias))
+            weighted_sum(x, taps, part_span, part_bias, part, phase, config, transposed)
+        return out
     target, kernel_axes = out, "b c h w" if span is not None else "b g k c h w"
     weight_lanes = span is None and not channels_fastest(kernel)
     if span is None and by_columns(kernel, x):
         window, (x, target, kernel) = turned(window, x, out, kernel)
-    # A tile's first row has window row 0 in a source row.
-    rows_before = window.padding[0] % window.stride[0] if transposed else 0
-    common, programs = common_arguments(x, target, window, config, rows_before)
+    common, programs = common_arguments(x, target, window, config)
     features, unused = kernel.shape[1] if span is not None else 0, View(x)
     most = TRANSPOSED_FEATURES if transposed else FEATURES
     # The largest power of two that divides their number, so that no block is partly empty; of fewer than 16 one is.
@@ -229,6 +232,13 @@ def weighted_sum(
     stages = 2 if ahead else 1
     launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
     return out
+
+
+def _part(entries: Tensor | None, groups: int, window: Window, rows: slice, columns: slice) -> Tensor | None:
+    """Some rows and columns of the windows of entries [G·Kh·Kw, ...]."""
+    if entries is None:
+        return None
+    return entries.unflatten(0, (groups, *window.kernel_size))[:, rows, columns].flatten(0, 2)
 
 
 def _read(x: Tensor, weight: Tensor, out: Tensor, window: Window, config: Config, transposed: bool) -> Tensor:

@@ -7,8 +7,9 @@ where channels are adjacent, converts it once, and uses it for each of the up to
 
 What weighs them in a step is one block of *taps* [Q·P, G·S]: slots (R, padded to a power of two) times columns, by
 groups times window rows (Kh, padded). Taken apart it is Q·S blocks [P, G, 1]. Slot q holds the taps of output row q.
-*Transposed*, where source row o weighs row r by window row k = (r − o·stride) / dilation, it holds those of row
+*Transposed*, where source row o weighs row r by window row k = (r − o) / dilation, it holds those of row
 (q + k·dilation) mod Q: then its window rows come from two or three source rows only, and so from adjacent addresses.
+A strided window is transposed phase by phase (``configs.phases``), each without a stride.
 """
 
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ def sources(window, rows, transposed):
     kernel_size, stride, _, dilation, _ = window  # by place: Triton 3.6's interpreter hands over a plain tuple
     span = (kernel_size[0] - 1) * dilation[0]
     if transposed:
-        return -(span // stride[0]), (rows - 1) // stride[0] + 1
+        return -span, rows
     return 0, (rows - 1) * stride[0] + span + 1
 
 
@@ -64,7 +65,7 @@ def sources(window, rows, transposed):
 def tap_of(source, row, window, slots, transposed):
     """Which of the blocks of ``unstack`` weighs source row ``source`` in row ``row``, both of the tile; −1: none."""
     kernel_size, stride, _, dilation, _ = window
-    step, rest = divmod(row - source * stride[0] if transposed else source - row * stride[0], dilation[0])
+    step, rest = divmod(row - source if transposed else source - row * stride[0], dilation[0])
     if rest or not 0 <= step < kernel_size[0]:
         return -1
     return ((row - step * dilation[0]) % slots if transposed else row) * pitch(kernel_size[0]) + step
@@ -266,9 +267,7 @@ def turned(window: Window, *tensors: Tensor) -> tuple[Window, tuple[Tensor, ...]
     return Window(size, stride, padding, dilation), tuple(m if m.dim() == 5 else m.transpose(2, 3) for m in maps)
 
 
-def common_arguments(
-    x: Tensor, outputs: Tensor, window: Window, config: Config, rows_before: int = 0
-) -> tuple[dict[str, Any], int]:
+def common_arguments(x: Tensor, outputs: Tensor, window: Window, config: Config) -> tuple[dict[str, Any], int]:
     """What a kernel takes of maps x and ``outputs`` [B, G, C, H, W]; and how many programs share a block of channels.
 
     A program has several groups only where a group's channels follow the last one's.
@@ -276,7 +275,7 @@ def common_arguments(
     batch, groups, channels, height, width = outputs.shape
     joined = all(tensor.stride(1) == channels * tensor.stride(2) for tensor in (x, outputs))
     block_groups, block_channels = config.block(groups if joined else 1, channels)
-    row_tiles = ceil_divide(height + rows_before, config.rows)
+    row_tiles = ceil_divide(height, config.rows)
     arguments = {
         "batch": batch, "groups": groups, "channels": channels, "x_height": x.shape[3], "x_width": x.shape[4],
         "height": height, "width": width, "row_tiles": row_tiles,

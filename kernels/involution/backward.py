@@ -34,21 +34,24 @@ def backward(
     # [Kw·G·S, R], as the entries of a pixel's gradient lie in memory
     span = weight.reshape(groups, kernel_h, kernel_w, number).permute(2, 0, 1, 3)
     span = torch.nn.functional.pad(span, (0, 0, 0, steps - kernel_h)).flatten(0, 2)
-    # [B·H'·W', R + 8]: the features and a one, at a pitch of whole vectors
-    pixels = torch.nn.functional.pad(features.movedim(1, 3).flatten(0, 2), (0, 8))
-    pixels[:, number] = 1
+    # [B·H'·W', R + 8]: the features and ones, at a pitch of whole vectors
+    pixels = features.new_empty((features.shape[0] * height * width, number + 8))
+    pixels[:, :number] = features.movedim(1, 3).flatten(0, 2)
+    pixels[:, number:] = 1
     grad_features = empty_like_map(features)
     by_pixel = grad_features.movedim(1, 3)
-    accumulator = accumulator_dtype(weight.dtype)
-    grad_span = torch.zeros((span.shape[0], number + 8), dtype=accumulator, device=weight.device)
+    grad_span = None
     for images in generate.steps(features, span.shape[0], generate.STEP_BYTES_ELSEWHERE):
         entries = rows.correlate(grad[images], pixels_last[images], window, padded=True).permute(0, 4, 5, 3, 1, 2)
         entries = entries.flatten(3).flatten(0, 2)
         chunk = slice(images.start * height * width, images.start * height * width + entries.shape[0])
         torch.mm(entries, span, out=by_pixel[images].flatten(0, 2))
-        grad_span += entries.t() @ pixels[chunk]
-    grad_span = grad_span.view(kernel_w, groups, steps, -1)[:, :, :kernel_h].permute(1, 2, 0, 3).flatten(0, 2)
-    grad_weight, grad_bias = (
-        part.to(weight.dtype, copy=True) for part in (grad_span[:, :number], grad_span[:, number])
-    )
+        part = entries.t() @ pixels[chunk]
+        grad_span = part if grad_span is None else grad_span.to(accumulator_dtype(part.dtype)) + part
+    assert grad_span is not None
+    # [G, Kh, Kw, R + 8]
+    grad_span = grad_span.view(kernel_w, groups, steps, -1)[:, :, :kernel_h].permute(1, 2, 0, 3)
+    grad_weight, grad_bias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    grad_weight.view(grad_span[..., :number].shape).copy_(grad_span[..., :number])
+    grad_bias.view(grad_span.shape[:3]).copy_(grad_span[..., number])
     return grad_x, grad_features if features is given else in_order_of(given, grad_features), grad_weight, grad_bias

@@ -21,11 +21,11 @@ STEP_BYTES_ELSEWHERE = 96 * 2**20
 
 
 def steps(features: Tensor, rows: int, budget: int | None = None) -> Iterator[slice]:
-    """Images taken together so that a step's kernels fit; at least one."""
+    """Images taken together so that a step's kernels fit, at least one; one step without images if there are none."""
     batch, _, height, width = features.shape
     budget = budget or STEP_BYTES.get(features.device.type, STEP_BYTES_ELSEWHERE)
     images = max(1, budget // (rows * height * width * features.element_size()))
-    for first in range(0, batch, images):
+    for first in range(0, max(1, batch), images):
         yield slice(first, first + images)
 
 
