@@ -1,5 +1,6 @@
 """What every test compares with: the shared tolerances, one error measure, fresh inputs, official golden outputs."""
 
+import copy
 import functools
 import importlib.util
 import json
@@ -42,6 +43,14 @@ def equal_entries(a: nn.Module | Mapping[str, Tensor], b: nn.Module | Mapping[st
     """Whether two modules or state dicts have the same names and the same bits."""
     a, b = (state.state_dict() if isinstance(state, nn.Module) else state for state in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, every entry of the module is afterwards what it was."""
+    before = copy.deepcopy(module.state_dict())
+    yield
+    assert equal_entries(module, before)
 
 
 def random_tensor(

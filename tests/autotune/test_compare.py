@@ -1,11 +1,11 @@
 """``autotune.compare``, ``sweep``, ``roofline`` and ``%profile``: what they check, what they refuse, what they show."""
 
-import copy
 import dataclasses
 import itertools
 import json
 import sys
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import kernels
 from autotune import roofs, sweeps
 from models.rednet import Involution2d
 from tests.autotune.test_bench import Halved
-from tests.support import DEVICE, equal_entries
+from tests.support import DEVICE, unchanged
 
 QUICK = {"seconds": 0.01, "min_runs": 2}
 
@@ -122,10 +122,9 @@ def test_compiling_takes_part_where_it_is_asked_for(x, monkeypatch):
 
 def test_the_module_is_afterwards_as_it_was(layer, x):
     model = nn.Sequential(nn.BatchNorm2d(16), nn.Dropout(0.5), layer)
-    before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state()
-    autotune.compare(model, x, backward=True, backends=["eager", "reference"], **QUICK)
-    assert equal_entries(model, before)
+    with unchanged(model):
+        autotune.compare(model, x, backward=True, backends=["eager", "reference"], **QUICK)
     assert all(weight.grad is None for weight in model.parameters())
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -170,16 +169,11 @@ def test_records_leave_as_json_and_as_a_data_frame(x, tmp_path, monkeypatch):
 
 
 def test_a_sweep_along_any_axis(monkeypatch):
-    measured, measure = [], sweeps.measure_operator
-
-    def counted(workload, *given, **options):
-        measured.append(workload.shape)
-        return measure(workload, *given, **options)
-
-    monkeypatch.setattr(sweeps, "measure_operator", counted)
+    measured = mock.Mock(wraps=sweeps.measure_operator)
+    monkeypatch.setattr(sweeps, "measure_operator", measured)
     found = autotune.sweep("na2d_av", {"size": [5, 7], "kernel_size": [3]}, size=7, kernel_size=3, channels=16, **QUICK)
     assert [(row["axis"], row["size"]) for row in found.rows] == [("size", 5), ("size", 7), ("kernel_size", 7)]
-    assert measured == ["1×16@5² K=3", "1×16@7² K=3"], "each shape once"
+    assert [call.args[0].shape for call in measured.mock_calls] == ["1×16@5² K=3", "1×16@7² K=3"], "each shape once"
     figure = found.plot()
     assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["side of the map, pixels", "kernel size K, pixels"]
     held = [f"{text}, 16 channels, batch 1" for text in ("K = 3", "7²")]

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -58,21 +59,15 @@ def test_rows_tell_everything_about_a_measurement(quick, tmp_path, capsys):
 
 
 def test_a_model_runs_on_the_photograph(quick, tmp_path, monkeypatch):
-    photo, seen = tmp_path / "red.png", list[torch.Tensor]()
+    photo, measured = tmp_path / "red.png", mock.Mock(wraps=profile.measure_model)
     Image.new("RGB", (80, 60), (255, 0, 0)).save(photo)
-    measure = profile.measure_model
-
-    def watched(model, images, *settings, **options):
-        seen.append(images)
-        return measure(model, images, *settings, **options)
-
-    monkeypatch.setattr(profile, "measure_model", watched)
+    monkeypatch.setattr(profile, "measure_model", measured)
     chosen = ("--model", "tiny_rednet", "--operator", OUTLOOK, "--image", str(photo))
     code, record = quick(*chosen, "--size", "64x48", "--backward", "--batch", "2")
     assert code == 0, record["rows"]
     assert record["settings"]["image"] == "red.png"
     red = torch.tensor((1 - IMAGENET_MEAN[0]) / IMAGENET_STD[0])
-    torch.testing.assert_close(seen[0][1, 0].cpu(), red.expand(64, 48))
+    torch.testing.assert_close(measured.call_args.args[1][1, 0].cpu(), red.expand(64, 48))
     assert [(row["name"], row["pass"], row["status"]) for row in record["rows"]] == [
         (name, kind, "ok") for name in (f"{OUTLOOK} VOLO-D1 6×32@28² K=3 s=2", "tiny_rednet 64×48") for kind in PASSES
     ]

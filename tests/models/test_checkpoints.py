@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import models
 from models.rednet import RedNet
-from tests.support import equal_entries
+from tests.support import equal_entries, unchanged
 
 
 def fresh(**options) -> Any:
@@ -249,11 +249,10 @@ NORM = "layer1.0.bn1.weight"
     ],
 )
 def test_a_mismatch_lists_the_names_and_changes_nothing(change, message, source, tmp_path):
-    model = fresh()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"(?s)file\.pth (does not fit RedNet\n  |holds tensors).*" + message):
-        loaded({n: t for n, t in (source.state_dict() | change).items() if t is not None}, tmp_path, model)
-    assert equal_entries(model, before)
+    content, model = {n: t for n, t in (source.state_dict() | change).items() if t is not None}, fresh()
+    refused = pytest.raises(ValueError, match=r"(?s)file\.pth (does not fit RedNet\n  |holds tensors).*" + message)
+    with unchanged(model), refused:
+        loaded(content, tmp_path, model)
 
 
 def test_a_long_list_of_names_is_cut(source, tmp_path):
@@ -280,10 +279,8 @@ def test_a_model_twice_in_a_file_is_refused(source, tmp_path):
 )
 def test_a_classifier_that_the_file_has_not_keeps_its_values(absent, classes, message, source, tmp_path):
     model = fresh(num_classes=classes)
-    head = copy.deepcopy(model.head)
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message), unchanged(model.head):
         loaded(without(source.state_dict(), *absent) if absent else source.state_dict(), tmp_path, model)
-    assert equal_entries(model.head, head)
     models.load_checkpoint(headless := fresh(num_classes=0), tmp_path / "file.pth")
     for other in (model, headless):
         assert equal_entries(other.layer2, source.layer2)

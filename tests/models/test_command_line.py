@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -79,29 +80,19 @@ def test_a_number_says_what_it_must_be(monkeypatch):
 # ---- terminals
 
 
-class Speaking:
-    """A command's module: prints, or raises."""
+def speak(monkeypatch, stream, error: Exception | None = None) -> int:
+    """Runs a command that prints, or raises."""
 
-    @staticmethod
-    def add_arguments(parser):
-        parser.add_argument("what", nargs="?")
-
-    @staticmethod
-    def run(arguments):
-        if arguments.what == "memory":
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 B")
-        if arguments.what == "disk":
-            raise OSError(28, "No space left on device", "/run/state.pt")
-        if arguments.what == "fault":
-            raise RuntimeError("a fault of ours")
+    def run(_arguments) -> int:
+        if error is not None:
+            raise error
         print("224×224 ½ \udce9 λ")
         return 0
 
-
-def speak(monkeypatch, stream, *arguments: str) -> int:
-    monkeypatch.setitem(sys.modules, "speaking", Speaking)
+    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "speaking", command)
     monkeypatch.setattr(sys, "stdout", stream)
-    return run_command("models", "", {"say": ("speaking", "")}, ["say", *arguments])
+    return run_command("models", "", {"say": ("speaking", "")}, ["say"])
 
 
 @pytest.mark.parametrize(
@@ -132,14 +123,17 @@ def test_a_reader_may_leave_early(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("what", "told"), [("memory", "not enough memory"), ("disk", "No space left on device: ")])
-def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, what, told):
-    assert speak(monkeypatch, io.StringIO(), what) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert told in lines[0]
+OUT_OF_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 B")
+DISK_FULL = OSError(28, "No space left on device", "/run/state.pt")
+
+
+@pytest.mark.parametrize(("error", "told"), [(OUT_OF_MEMORY, "not enough memory"), (DISK_FULL, "No space left on")])
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, told):
+    assert speak(monkeypatch, io.StringIO(), error) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        speak(monkeypatch, io.StringIO(), "fault")
+        speak(monkeypatch, io.StringIO(), RuntimeError("a fault of ours"))
 
 
 def test_a_wrong_backend_in_the_environment_is_one_line():

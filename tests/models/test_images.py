@@ -2,6 +2,7 @@
 
 import os
 import struct
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -75,16 +76,12 @@ def test_only_plain_image_files_are_opened(tmp_path):
 @pytest.mark.parametrize("sides", [(1, 10_000), (100_000, 1), (3, 50_000)])
 def test_strips_are_never_resized_whole(sides, monkeypatch):
     """Resized to the crop's scale as a whole, they would take gigabytes."""
-    image, resize, made = Image.fromarray(slopes(*sides)), Image.Image.resize, []
-
-    def recorded(image, size, *arguments, **options):
-        made.append(max(size))
-        return resize(image, size, *arguments, **options)
-
-    monkeypatch.setattr(Image.Image, "resize", recorded)
+    image, resized = Image.fromarray(slopes(*sides)), mock.create_autospec(Image.Image.resize)
+    resized.side_effect = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", resized)
     x = Preprocessing((224, 224), 0.875, "bicubic", (0.0,) * 3, (1.0,) * 3)(image)
     assert x.shape == (3, 224, 224)
-    assert 0 < max(made) <= 8 * 256
+    assert 0 < max(max(call.args[1]) for call in resized.mock_calls) <= 8 * 256
     middle = image.getpixel((sides[1] // 2, sides[0] // 2))
     assert isinstance(middle, tuple)
     assert torch.allclose(255 * x[:, 112, 112], torch.tensor(middle, dtype=torch.float32), atol=2)

@@ -1,5 +1,7 @@
 """VOLO beyond the rules for every family: its layers, position embedding, padding, token labelling."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,13 +50,7 @@ def test_mlp_whose_product_takes_gelu_in(monkeypatch):
     expected = layer.fc2(F.gelu(layer.fc1(x)))
     layer.folded()
     assert torch.equal(layer(x), expected)
-    products = []
-
-    def seen(*arguments, **options):
-        products.append(options)
-        return activated(*arguments, **options)
-
-    monkeypatch.setattr("models.layers.tokens.activated", seen)
+    monkeypatch.setattr("models.layers.tokens.activated", product := mock.Mock(side_effect=activated))
     monkeypatch.setattr("models.layers.tokens.in_16_bits_on_gpu", lambda _: True)
     assert_close(layer(x), expected, 1e-14 if DEVICE == "cpu" else 1e-3)
     x.requires_grad_()
@@ -64,10 +60,10 @@ def test_mlp_whose_product_takes_gelu_in(monkeypatch):
     layer.fc1.weight.requires_grad_()
     assert torch.autograd.grad(layer(x).sum(), layer.fc1.weight)[0].abs().sum() > 0
     layer.requires_grad_(False)
-    assert products == [{"gelu": True}] * 4
+    assert [call.kwargs for call in product.mock_calls] == [{"gelu": True}] * 4
     layer.fc1.register_forward_hook(lambda *_: None)
     assert_close(layer(x), expected, 1e-14)
-    assert len(products) == 4
+    assert product.call_count == 4
     normal = random_tensor(100_000, dtype=torch.float64, seed=0)
     others = F.gelu(normal, approximate="tanh"), F.gelu(normal).bfloat16()
     errors = [(other - F.gelu(normal)).norm() for other in others]
