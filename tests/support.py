@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,10 +89,16 @@ def trained(module: nn.Module, x: Tensor, grad: Tensor, backend: str = "auto") -
 
 
 @contextmanager
-def watching(watch: Callable[[Launch, Any], object]) -> Iterator[None]:
-    """``watching_launches``, those of backward passes too: for a GPU's autograd has threads of its own."""
-    with torch.autograd.set_multithreading_enabled(False), watching_launches(watch):
-        yield
+def watching() -> Iterator[list[Launch]]:
+    """What is launched inside, in backward passes too: for a GPU's autograd has threads of its own."""
+    launched: list[Launch] = []
+    with torch.autograd.set_multithreading_enabled(False), watching_launches(lambda made, _: launched.append(made)):
+        yield launched
+
+
+def names_of(launched: Sequence[Launch]) -> Counter[str]:
+    """How often each kernel was launched."""
+    return Counter(made.kernel.__name__ for made in launched)
 
 
 def randomise(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:

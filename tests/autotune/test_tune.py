@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -159,15 +160,7 @@ def test_tunes_what_has_no_entry_and_nothing_else():
 
 def test_an_interruption_keeps_what_is_done_and_the_next_run_goes_on():
     launches = [_launch(20), _launch(21), _launch(22)]
-    calls = []
-
-    def interrupted(call):
-        calls.append(call)
-        if len(calls) > 2:  # in the second problem
-            raise KeyboardInterrupt
-        return _clock(call)
-
-    tuning = Tuning(CPU, time_call=interrupted)
+    tuning = Tuning(CPU, time_call=mock.Mock(side_effect=[16.0, 8.0, KeyboardInterrupt]))  # in the second problem
     tuning.collect(iter(launches))
     with pytest.raises(KeyboardInterrupt):
         tuning.tune(iter(launches))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -92,23 +93,16 @@ def test_a_wrong_config_is_found(folder, pixels, capsys):
 def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folder, pixels, capsys, monkeypatch):
     Store(folder, gpu_name(HERE)).update({_key(49): entry_of(TOY, Config(16))})
     pixels(20, 49, 21)
-    tried, check = [], verify.check
-    monkeypatch.setattr(verify, "check", lambda r, config: tried.append(r.problem) or check(r, config))
+    monkeypatch.setattr(verify, "check", check := mock.Mock(side_effect=verify.check))
     assert main(["verify", "--json"]) == 0
-    assert tried == [Problem(20), Problem(49)]
+    assert [call.args[0].problem for call in check.mock_calls] == [Problem(20), Problem(49)]
 
 
 def test_an_interruption_shows_what_was_checked(folder, pixels, monkeypatch, capsys):
     Store(folder, gpu_name(HERE)).update({_key(n): entry_of(TOY, Config(16)) for n in (21, 22)})
     pixels(21, 22)
-    check = verify.check
-
-    def interrupted(request, config):
-        if request.problem.pixels == 22:
-            raise KeyboardInterrupt
-        return check(request, config)
-
-    monkeypatch.setattr(verify, "check", interrupted)
+    agrees = {"status": "ok", "reason": None}  # both on the first launch, and one again on its own problem
+    monkeypatch.setattr(verify, "check", mock.Mock(side_effect=[agrees, agrees, KeyboardInterrupt]))
     assert main(["verify", "--json"]) == 130
     assert [row["status"] for row in json.loads(capsys.readouterr().out)["entries"]] == ["ok", "ok"]
 

@@ -1,7 +1,5 @@
 """The Triton algebra beyond the rules for every operator."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,7 +9,8 @@ from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
 from kernels.reorder import in_channels_last, in_order_of
 from kernels.windows import Window
-from tests.kernels.operators import OPERATOR, generated
+from tests.kernels.operators import OPERATOR
+from tests.kernels.operators import generated as case_of
 from tests.kernels.rules import check
 from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, random_tensor, watching
 
@@ -38,12 +37,11 @@ def test_channels_in_pairs(channels, first, pairs):
 @pytest.mark.parametrize("features", [17, 40, 48, 136])
 def test_features_fill_their_blocks(features):
     """Of a block that is partly empty each number is masked, which takes kilobytes of a thread's stack."""
-    row = OPERATOR["involution2d_generate"].at(generated((5, 6), 2, 1, 3, features))
-    with watching(lambda launch, _: launches.append(launch.arguments)):
-        launches: list[dict[str, Any]] = []
+    row = OPERATOR["involution2d_generate"].at(case_of((5, 6), 2, 1, 3, features))
+    with watching() as launched:
         check(row, row.tensors(), "triton")
-    blocks = [made["FEATURES"] % made["BLOCK_FEATURES"] for made in launches if made.get("FEATURES")]
-    assert blocks == [0, 0]
+    generated = [made.arguments for made in launched if made.arguments.get("FEATURES")]
+    assert [arguments["FEATURES"] % arguments["BLOCK_FEATURES"] for arguments in generated] == [0, 0]
 
 
 def test_offsets_are_64_bit_where_32_would_overflow():

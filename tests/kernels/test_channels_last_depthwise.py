@@ -12,7 +12,7 @@ import kernels
 from kernels import tolerances
 from kernels.depthwise import fused, sliding, small
 from kernels.depthwise.op import residual_depthwise_conv2d
-from tests.support import DEVICE, assert_close, channels_last, differentiated, random_tensor, watching
+from tests.support import DEVICE, assert_close, channels_last, differentiated, names_of, random_tensor, watching
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 SLIDING = {"fused_kernel": 1, "gradients_kernel": 1}
@@ -45,10 +45,9 @@ def shape(request, monkeypatch):
 def check(function, shape, kernel_size, dtype, launches):
     """Output and gradients, each by those kernels."""
     tensors, grad = drawn(shape, kernel_size, dtype), channels_last(random_tensor(*shape, dtype=dtype))
-    launched: list[str] = []
-    with watching(lambda made, _: launched.append(made.kernel.__name__)):
+    with watching() as launched:
         found = differentiated(function, tensors, [grad], "triton")
-    assert {name: launched.count(name) for name in SMALL | SLIDING} == dict.fromkeys(SMALL | SLIDING, 0) | launches
+    assert {name: number for name, number in names_of(launched).items() if name in SMALL | SLIDING} == launches
     exact = differentiated(function, doubled(tensors), [grad.double()], "reference")
     assert_close(found[:1], exact[:1], tolerances.OUTPUT[dtype])
     assert_close(found[1:], exact[1:], tolerances.GRADIENT[dtype])
