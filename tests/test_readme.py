@@ -35,24 +35,19 @@ def test_a_block_runs_alone(block, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_and_links_exist(page):
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_their_options_and_links_exist(page, capsys):
+    """Each command line of a page or a notebook parses as far as its options' names."""
     text = page.read_text()
-    for package, name in re.findall(r"python -m (models|autotune) ([a-z]+)", text):
-        assert name in PACKAGES[package].COMMANDS, f"python -m {package} {name}"
+    for package, command, rest in re.findall(r"-m (models|autotune) ([a-z]+)([^`\n\"\\]*)", text):
+        with pytest.raises(SystemExit) as ended:
+            PACKAGES[package].main([command, "--help"])
+        assert ended.value.code == 0, f"python -m {package} {command}"
+        given, known = (set(re.findall(r"--[a-z-]+", text)) for text in (rest, capsys.readouterr().out))
+        assert given <= known, f"{command}: {given - known}"
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"`?\bmake ([a-z]+)\b(?=[` ])(?! sure)", " ".join(re.findall(r"`[^`]+`", text))):
         assert target in targets, f"make {target}"
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: str(page.relative_to(ROOT)))
-def test_options_of_the_commands_exist(page, capsys):
-    """Each command line of a page or a notebook parses as far as its options' names."""
-    for package, command, rest in re.findall(r"-m (models|autotune) ([a-z]+)([^`\n\"\\]*)", page.read_text()):
-        with pytest.raises(SystemExit):
-            PACKAGES[package].main([command, "--help"])
-        given, known = (set(re.findall(r"--[a-z-]+", text)) for text in (rest, capsys.readouterr().out))
-        assert given <= known, f"{command}: {given - known}"

@@ -1,6 +1,5 @@
 """``python -m autotune bench``: operators and models are checked before they are timed."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -197,11 +196,6 @@ def test_compile_only_times_nothing(tmp_path, monkeypatch):
     assert main(["bench", "--operator", "na2d_av", "--quick", "--compile-only", "--out", str(tmp_path)]) == 0
     assert compiled == ["eager", "eager"]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_quick_takes_one_model_for_those_of_make_gpu():
-    arguments = argparse.Namespace(model=["*"], quick=True, batch=None, size=None)
-    assert {case.facts["model"] for case in bench._model_cases(arguments, SETTINGS)} == {"rednet26"}
 
 
 def test_a_part_replaces_no_committed_whole(monkeypatch):
