@@ -196,7 +196,7 @@ OPERATORS = [
             "even window": involution((6, 7), 4, 2, 4, padding=1),
             "unpadded": involution((7, 7), 5, 5, 7, padding=0),
             "more padding than window": involution((4, 3), 2, 1, (2, 3), padding=(4, 5)),
-            "in pieces": involution((6, 7), 6, 2, (17, 18), stride=(1, 2), dilation=(2, 1)),
+            "in pieces": involution((4, 5), 6, 2, (17, 18), stride=(1, 2), dilation=(2, 1)),
             "too sparse for registers": involution((12, 11), 6, 2, 3, stride=5, padding=9, dilation=9),
             "one pixel": involution((1, 1), 2, 2, 1),
         },
