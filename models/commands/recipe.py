@@ -49,13 +49,7 @@ class Recipe:
     seed: int = _option(0, "--seed", Number(at_least=0, at_most=2**62, whole=True), "of everything random")
 
     def __post_init__(self) -> None:
-        """Raises ValueError, whose message begins with the field's option."""
-        for known in fields(self):
-            option, kind, value = known.metadata["flag"], known.metadata["kind"], getattr(self, known.name)
-            if isinstance(kind, tuple) and value not in kind:
-                raise ValueError(f"{option} must be one of {', '.join(kind)}, got {value!r}")
-            if isinstance(kind, Number) and not (value is None and known.default is None) and not kind.holds(value):
-                raise ValueError(f"{option} must be {kind}, got {value}")
+        """ValueError, which begins with an option, unless the settings go together; the parser checked each of them."""
         for option, rate in (("--warmup-lr", self.first_learning_rate), ("--min-lr", self.final_learning_rate)):
             if (rate or 0) > self.learning_rate:
                 raise ValueError(f"{option} must be at most the peak of {self.learning_rate}, got {rate}")
