@@ -48,7 +48,7 @@ class ImageFolder:
         if not self.classes:
             raise ValueError(f"DIR: {self.root} must hold one folder of images for each class, it holds no folder")
         if SPLITS.issuperset(self.classes):
-            parts = " and ".join(str(self.root / name) for name in self.classes)
+            parts = " or ".join(str(self.root / name) for name in self.classes)
             raise ValueError(f"DIR: {self.root} must hold one folder for each class; did you mean {parts}?")
         self.samples: list[tuple[str, int]] = []
         for label, name in enumerate(self.classes):

@@ -155,7 +155,7 @@ def test_evaluate_names_what_it_cannot_use(tmp_path, photographs, weights, capsy
     for arguments, told in (
         ([folder, "--model", "tiny_volo"], "random weights"),
         ([tmp_path / "none", *loaded], "no folder"),
-        ([photographs, *loaded], f"did you mean {photographs / 'train'} and {photographs / 'val'}?"),
+        ([photographs, *loaded], f"did you mean {photographs / 'train'} or {photographs / 'val'}?"),
         ([folder, "--model", "tiny_volo", "--pretrained"], "1000 classes"),
         ([tmp_path / "empty", *loaded], "dog holds no image"),
         ([folder, "--model", "rednet2", "--checkpoint", weights], "rednet26"),

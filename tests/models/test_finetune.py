@@ -90,7 +90,7 @@ def test_finetune_refuses_before_anything_is_written(tmp_path, photographs, weig
         (finetune(photographs, output, "--warmup-epochs", 5), "--warmup-epochs must be below the 2 epochs"),
         (finetune(photographs, output, "--batch", 500), "there are only 24"),
         (finetune(photographs, output, "--val", tmp_path / "other"), "same class folders; only one has bee, cat"),
-        (finetune(tmp_path / "parts", output), f"did you mean {tmp_path / 'parts' / 'training'} and"),
+        (finetune(tmp_path / "parts", output), f"did you mean {tmp_path / 'parts' / 'training'} or"),
         (finetune(tmp_path / "none", output), "no folder"),
         (finetune(photographs, output, "--checkpoint", photographs / "val" / "ant" / "0.png"), "0.png"),
         (finetune(photographs, output, "--model-kwargs", "num_classes=7"), "num_classes must be 3"),
