@@ -122,23 +122,15 @@ class Operator:
         Tensors are the leading arguments.
         """
 
-        def differentiate(ctx: Any, grad: Tensor) -> list[Any]:
-            arguments, _ = _saved(ctx)
+        def differentiate(ctx: Any, grads: Sequence[Any], arguments: list[Any], _outputs: Any) -> list[Any]:
             wanted = zip(gradients, ctx.needs_input_grad, strict=False)
-            found = [gradient(grad, *arguments) if wants else None for gradient, wants in wanted]
-            return found + [None] * (len(arguments) - len(found))
+            return [gradient(*grads, *arguments) if wants else None for gradient, wants in wanted]
 
         self._register(differentiate)
 
     def differentiable_together(self, gradients: Callable[..., Sequence[Tensor | None]]) -> None:
         """``gradients(grads, *arguments)`` are those of the leading arguments, given each output's or None."""
-
-        def differentiate(ctx: Any, *grads: Tensor | None) -> list[Any]:
-            arguments, _ = _saved(ctx)
-            found = list(gradients(grads, *arguments))
-            return found + [None] * (len(arguments) - len(found))
-
-        self._register(differentiate, keeps=False)
+        self._register(lambda _ctx, grads, arguments, _outputs: gradients(grads, *arguments), keeps=False)
 
     def differentiable_once(self, backward: Operator, name: str, derivatives: int = 1) -> None:
         """``backward(*grads, *arguments, *outputs)`` is the only derivative: a gradient for each of the leading
@@ -154,22 +146,23 @@ class Operator:
                 'under kernels.use_backend("reference")'
             )
 
-        def differentiate(ctx: Any, *grads: Tensor) -> list[Any]:
-            arguments, outputs = _saved(ctx)
+        def differentiate(_ctx: Any, grads: Sequence[Any], arguments: list[Any], outputs: Any) -> list[Any]:
             found = backward(*grads[:derivatives], *arguments, *outputs)
-            found = [None if argument is None else grad for argument, grad in zip(arguments, found, strict=False)]
-            return found + [None] * (len(arguments) - len(found))
+            return [None if argument is None else grad for argument, grad in zip(arguments, found, strict=False)]
 
         backward.definition.register_autograd(refuse)
         self._register(differentiate, derivatives)
 
-    def _register(self, differentiate: Callable[..., list[Any]], derivatives: int = 1, keeps: bool = True) -> None:
-        """``differentiate(ctx, *grads of the outputs)``; ``keeps``: of several outputs only the first ones, so many,
-        have ``derivatives``, and all are kept for them."""
+    def _register(self, differentiate: Callable[..., Sequence[Any]], derivatives: int = 1, keeps: bool = True) -> None:
+        """``differentiate(ctx, grads of the outputs, arguments, outputs)`` are the gradients of the leading arguments;
+        ``keeps``: of several outputs only the first ones, so many, have ``derivatives``, and all are kept for them."""
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            nothing = all(grad is None for grad in grads)
-            return tuple([None] * len(ctx.form) if nothing else differentiate(ctx, *grads))
+            found: Sequence[Any] = ()
+            if any(grad is not None for grad in grads):
+                left = iter(ctx.saved_tensors)  # asked for once: under gradient checkpointing a second time is an error
+                found = differentiate(ctx, grads, _gathered(left, ctx.form), left)
+            return (*found, *[None] * (len(ctx.form) - len(found)))
 
         def save(ctx: Any, tensors: Iterable[Tensor], form: list[Any], output: Any) -> None:
             outputs = output if keeps and isinstance(output, tuple) else ()
@@ -185,12 +178,6 @@ class Operator:
         members = {"function": self.function, "differentiate": backward, "save": save}
         members = {name: staticmethod(member) for name, member in members.items()}
         self._differentiable = type(self.function.__name__, (_Function,), members)
-
-
-def _saved(ctx: Any) -> tuple[list[Any], Iterator[Tensor]]:
-    """The arguments and outputs that were kept."""
-    left = iter(ctx.saved_tensors)  # asked for once: under gradient checkpointing a second time is an error
-    return _gathered(left, ctx.form), left
 
 
 class _Function(torch.autograd.Function):

@@ -39,30 +39,25 @@ from kernels.windows import Window, windows_and_most
 MOST_STEPS = 6  # of a shared window, held in registers at once
 
 
-def _reference_gradients(grad: Tensor, value: Tensor, weights: Weights, window: Window) -> tuple[Tensor, Tensor]:
-    """Of a softmax: those of logits and of value, the latter of which does not depend on value."""
+def _reference_backward(
+    grad: Tensor, value: Tensor | None, weights: Weights | None, target: Tensor | None, window: Window
+) -> Any:
+    value = grad if value is None else value  # on which its own gradient does not depend
+    if weights is None:
+        return algebra.correlate(grad, value, window)
     logits, rpb, out, statistics = weights
-    return eager.softmax_aggregate_backward(grad, logits, value, rpb, out, statistics, window)[:2]
+    if not weights.softmax:
+        return algebra.transpose(logits, grad, (grad.shape[3], grad.shape[4]), window)
+    gradients = eager.softmax_aggregate_backward(grad, logits, value, rpb, out, statistics, window)[:2]
+    return gradients[1] if target is None else gradients
 
 
 def _reference_sum(source: Tensor, weights: Weights, window: Window, *, transposed: bool = False) -> Any:
-    if transposed and weights.softmax:
-        return _reference_gradients(source, source, weights, window)[1]
     if transposed:
-        return algebra.transpose(weights.kernel, source, (source.shape[3], source.shape[4]), window)
+        return _reference_backward(source, None, weights, None, window)
     if weights.softmax:
         return eager.softmax_aggregate(weights.kernel, source, weights.rpb, window)
     return algebra.aggregate(weights.kernel, source, window)
-
-
-def _reference_backward(
-    grad: Tensor, value: Tensor, weights: Weights | None, target: Tensor | None, window: Window
-) -> Any:
-    if weights is None:
-        return algebra.correlate(grad, value, window)
-    if target is None:
-        return _reference_sum(grad, weights, window, transposed=True)
-    return _reference_gradients(grad, value, weights, window)
 
 
 def _reference_correlate(
