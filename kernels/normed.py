@@ -25,9 +25,19 @@ PARTS = 1056  # of the rows, each summed by one program for each block of channe
 
 
 @triton.jit
-def _slope(z):
-    """GELU′(z)."""
-    return 0.5 * twice_gelu_and_slope(z, False)[1]
+def _of_channels(vector, o_channel, channels):
+    """[1, C] of a vector over channels, in float32."""
+    return tl.load(vector + o_channel, mask=o_channel < channels, other=0)[None, :]
+
+
+@triton.jit
+def _tile(grad, x, b_scale, b_shift, o_row, o_channel, rows, channels):
+    """Of a tile [R, C]: g = dout·GELU′(z) and x; where it is, and which there is."""
+    o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
+    m_tile = (o_row < rows)[:, None] & (o_channel < channels)[None, :]
+    b_x = tl.load(x + o_tile, mask=m_tile, other=0).to(tl.float32)
+    b_grad = tl.load(grad + o_tile, mask=m_tile, other=0).to(tl.float32)
+    return b_grad * (0.5 * twice_gelu_and_slope(b_x * b_scale + b_shift, False)[1]), b_x, o_tile, m_tile
 
 
 @triton.jit
@@ -42,22 +52,16 @@ def normed_sums_kernel(
     blocks = tl.cdiv(channels, CHANNELS)
     i_part = tl.program_id(0) // blocks
     o_channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    m_channel = o_channel < channels
-    b_scale = tl.load(scale + o_channel, mask=m_channel, other=0)[None, :]
-    b_shift = tl.load(shift + o_channel, mask=m_channel, other=0)[None, :]
-    b_mean = tl.load(mean + o_channel, mask=m_channel, other=0)[None, :]
+    b_scale, b_shift = _of_channels(scale, o_channel, channels), _of_channels(shift, o_channel, channels)
+    b_mean = _of_channels(mean, o_channel, channels)
     b_sums = tl.zeros([ROWS, CHANNELS], tl.float32)
     b_products = tl.zeros([ROWS, CHANNELS], tl.float32)
     for i_tile in range(0, tiles):
         o_row = (i_part * tiles + i_tile) * ROWS + tl.arange(0, ROWS)
-        o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
-        m_tile = (o_row < rows)[:, None] & m_channel[None, :]
-        b_x = tl.load(x + o_tile, mask=m_tile, other=0).to(tl.float32)
-        b_grad = tl.load(grad + o_tile, mask=m_tile, other=0).to(tl.float32)
-        b_g = b_grad * _slope(b_x * b_scale + b_shift)
+        b_g, b_x, _, _ = _tile(grad, x, b_scale, b_shift, o_row, o_channel, rows, channels)
         b_sums += b_g
         b_products += b_g * (b_x - b_mean)
-    p_sums = sums + i_part * channels + o_channel
+    p_sums, m_channel = sums + i_part * channels + o_channel, o_channel < channels
     tl.store(p_sums, tl.sum(b_sums, 0), mask=m_channel)
     tl.store(p_sums + parts * channels, tl.sum(b_products, 0), mask=m_channel)
 
@@ -77,22 +81,15 @@ def normed_gradient_kernel(
     i_block = tl.program_id(0) // blocks
     o_row = i_block * ROWS + tl.arange(0, ROWS)
     o_channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    m_channel = o_channel < channels
-    b_scale = tl.load(scale + o_channel, mask=m_channel, other=0)[None, :]
-    b_shift = tl.load(shift + o_channel, mask=m_channel, other=0)[None, :]
-    b_mean = tl.load(mean + o_channel, mask=m_channel, other=0)[None, :]
-    b_rstd = tl.load(rstd + o_channel, mask=m_channel, other=0)[None, :]
-    b_sum = tl.load(sums + o_channel, mask=m_channel, other=0)[None, :]
-    b_product = tl.load(sums + channels + o_channel, mask=m_channel, other=0)[None, :] * b_rstd
+    b_scale, b_shift = _of_channels(scale, o_channel, channels), _of_channels(shift, o_channel, channels)
+    b_mean, b_rstd = _of_channels(mean, o_channel, channels), _of_channels(rstd, o_channel, channels)
+    b_sum = _of_channels(sums, o_channel, channels)
+    b_product = _of_channels(sums + channels, o_channel, channels) * b_rstd
     if i_block == 0:
-        m_first = m_channel[None, :]
+        m_first = (o_channel < channels)[None, :]
         tl.store(grad_bias + o_channel[None, :], b_sum.to(grad_bias.dtype.element_ty), mask=m_first)
         tl.store(grad_weight + o_channel[None, :], b_product.to(grad_weight.dtype.element_ty), mask=m_first)
-    o_tile = o_row.to(tl.int64)[:, None] * channels + o_channel[None, :]
-    m_tile = (o_row < rows)[:, None] & m_channel[None, :]
-    b_x = tl.load(x + o_tile, mask=m_tile, other=0).to(tl.float32)
-    b_grad = tl.load(grad + o_tile, mask=m_tile, other=0).to(tl.float32)
-    b_g = b_grad * _slope(b_x * b_scale + b_shift)
+    b_g, b_x, o_tile, m_tile = _tile(grad, x, b_scale, b_shift, o_row, o_channel, rows, channels)
     b_out = b_scale * (b_g - (b_sum + (b_x - b_mean) * (b_rstd * b_product)) / rows)
     tl.store(out + o_tile, b_out.to(out.dtype.element_ty), mask=m_tile)
 

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels.contmix import backward_band_stored, eager, passes
+from kernels.contmix import backward_band_stored, eager, parts, passes
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, observing
 from tests.kernels.operators import OPERATOR, contmix
@@ -79,15 +79,17 @@ def test_rounding_is_no_more_than_the_definitions_own(norm, kernel_sizes, contex
         assert_close(operator(ours), expected, max(FORWARD_TOLERANCE[dtype], naive))
 
 
-@pytest.mark.parametrize(("dtype", "small_map"), [(torch.float16, 0), (torch.bfloat16, 10**6)])
+@pytest.mark.parametrize(("dtype", "small_map", "most"), [(torch.float16, 0, 1 << 24), (torch.bfloat16, 10**6, 1)])
 @pytest.mark.parametrize(
     ("size", "kernel_size", "masked"),
     [((31, 33), 5, False), ((9, 12), 7, False), ((25, 9), 9, True), ((13, 30), 13, False), ((17, 16), 15, True)],
 )
-def test_bands(size, kernel_size, masked, dtype, small_map, monkeypatch):
-    """Several tiles along both axes, windows that begin alike at borders; a bias of -inf leaves a position nothing."""
+def test_bands(size, kernel_size, masked, dtype, small_map, most, monkeypatch):
+    """Several tiles along both axes, windows that begin alike at borders; a bias of -inf leaves a position nothing. All
+    heads at once, or one after the other."""
     monkeypatch.setattr(passes, "shares_windows", lambda *_: False)
     monkeypatch.setattr(backward_band_stored, "SMALL_MAP", small_map)
+    monkeypatch.setattr(parts, "MOST_STORED", most)
     operator = ROW.at(contmix(size, 3, 14, 10, 6, (kernel_size,)))
     tensors = operator.tensors(dtype=dtype)
     if masked:
@@ -95,7 +97,8 @@ def test_bands(size, kernel_size, masked, dtype, small_map, monkeypatch):
     met: list[Request] = []
     with observing(met.append):
         check(operator, tensors, "triton")
-    assert [request.launcher.name for request in met] == ["contmix.band", "contmix.band.grad_logits"]
+    names = [request.launcher.name for request in met]
+    assert names == ["contmix.band", "contmix.band.grad_logits"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
