@@ -6,7 +6,6 @@ correlate           Σ_c g[i,c] · value[nbr(i,k),c]
 softmax_backward    the gradients of a softmax's logits, p · (correlate − δ), and of value, transpose
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -77,19 +76,11 @@ class Sizes(NamedTuple):
     width: int
 
 
-def along_window(kernel: Tensor) -> View:
-    """[B, G, Kh, Kw, H, W] with one stride along its window positions, as [B, G, H, W, K²]."""
-    stride_b, stride_g, stride_kh, stride_kw, stride_h, stride_w = kernel.stride()
-    stride_k = stride_kw if kernel.shape[3] > 1 else stride_kh
-    return View(kernel, b=stride_b, g=stride_g, h=stride_h, w=stride_w, k=stride_k)
-
-
 def _launch(
     kernel: Any,
     programs: int,
     features: Tensor,
     weights: Weights | None,
-    view_of_kernel: Callable[[Tensor], View],
     config: OwnConfig | SharedConfig,
     constants: dict[str, Any],
     /,
@@ -98,11 +89,11 @@ def _launch(
     """With a spare pointer for each tensor that there is none of."""
     if weights is not None:
         tensors |= {"rpb": weights.rpb, "statistics": weights.statistics}
-    axes = {5: "b g c h w", 4: "b g h w", 3: "g h w"}
+    axes = {6: "b g c k h w", 5: "b g c h w", 4: "b g h w", 3: "g h w"}
     views = dict.fromkeys(("rpb", "statistics", *tensors), View(features))
     for name, tensor in tensors.items():
         if tensor is not None:
-            views[name] = view_of_kernel(tensor) if tensor.dim() == 6 else view(tensor, axes[tensor.dim()])
+            views[name] = view(tensor, axes[tensor.dim()])
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     maps = [views[name] for name, tensor in given.items() if tensor.dim() == 5 and name != "parts"]
     arguments = {
@@ -129,11 +120,6 @@ def _own_constants(features: Tensor, window: Window, config: OwnConfig, block: i
     return constants, ceil_divide(channels, block) * row_tiles * column_tiles
 
 
-def _by_rows(kernel: Tensor) -> View:
-    """[B, G, Kh, Kw, H, W], Kh under ``c`` and Kw under ``k``."""
-    return view(kernel, "b g c k h w")
-
-
 @tunable(OWN_CONFIGS, own_heuristic, problem=own_problem, reference=_reference_sum, name="own_windows.sum")
 def own_sum(source: Tensor, weights: Weights, window: Window, *, transposed: bool = False, config: OwnConfig) -> Any:
     """mix, with its statistics if of a softmax; or transpose."""
@@ -145,7 +131,7 @@ def own_sum(source: Tensor, weights: Weights, window: Window, *, transposed: boo
     if out is None or transposed:
         out = empty_like_layout(source if out is None else out, source.shape)
     tensors = {"weight": weights.kernel, "source": source, "out": out}
-    _launch(sum_kernel, programs, source, weights, _by_rows, config, constants, **tensors)
+    _launch(sum_kernel, programs, source, weights, config, constants, **tensors)
     return (out, weights.statistics) if weights.softmax and not transposed else out
 
 
@@ -163,7 +149,7 @@ def own_correlate(
     constants, programs = _own_constants(value, window, config, next_power_of_2(value.shape[2]))
     logits, out = (None, None) if weights is None else (weights.kernel, weights.out)
     tensors = {"grad": grad, "value": value, "logits": logits, "out": out, "target": target}
-    _launch(correlate_kernel, programs, value, weights, _by_rows, config, constants, **tensors)
+    _launch(correlate_kernel, programs, value, weights, config, constants, **tensors)
     return target
 
 
@@ -191,7 +177,7 @@ def shared_mix(value: Tensor, weights: Weights, window: Window, *, config: Share
     constants["UNROLL"] = ceil_divide(steps, chunks)
     out = empty_like_layout(value, value.shape) if weights.out is None else weights.out
     tensors = {"weight": weights.kernel, "source": value, "out": out}
-    _launch(mix_kernel, programs, value, weights, along_window, config, constants, **tensors)
+    _launch(mix_kernel, programs, value, weights, config, constants, **tensors)
     return (out, weights.statistics) if weights.softmax else out
 
 
@@ -220,12 +206,12 @@ def shared_backward(
     constants["FILLED"] = filled if filled > channels else 0
     tensors = {"grad": grad, "value": value, "target": target, "weight": None, "out": None, "parts": None}
     if weights is None:
-        _launch(backward_kernel, programs, grad, weights, along_window, config, constants, **tensors)
+        _launch(backward_kernel, programs, grad, weights, config, constants, **tensors)
         return target
     places, positions = constants["tiles"] * constants["windows"], window.kernel_size[0] * window.kernel_size[1]
     parts = grad.new_empty((batch, groups, places, positions, filled)).movedim(-1, 2)
     tensors |= {"weight": weights.kernel, "out": weights.out, "parts": parts}
-    _launch(backward_kernel, programs, grad, weights, along_window, config, constants, **tensors)
+    _launch(backward_kernel, programs, grad, weights, config, constants, **tensors)
     of_value = empty_like_layout(grad if weights.out is None else weights.out, grad.shape)
     sum_parts(parts, of_value, window.kernel_size, constants["tiles"])
     return of_value if target is None else (target, of_value)

@@ -22,13 +22,20 @@ from kernels.windows_triton import offsets, pixels_of_window, split_program
 
 
 @triton.jit
+def _weights_at(weight, tile, o_step, KERNEL_W: tl.constexpr, OFFSET: tl.constexpr):
+    """[P, S]: where a tile's weights at window positions are, which have one stride."""
+    o_position = o_step.to(OFFSET) * (weight.k if KERNEL_W > 1 else weight.c)
+    return (weight.ptr + offsets(weight, tile, OFFSET))[:, None] + o_position[None, :]
+
+
+@triton.jit
 def _load_weights(
-    weight, rpb, tile, o_position, o_kernel_h, o_kernel_w, m_weight, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    weight, rpb, tile, o_step, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SOFTMAX: tl.constexpr,
+    HAS_RPB: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """A tile's weights at window positions, [P, S], 0 where ``m_weight`` is off; logits + rpb with SOFTMAX, −inf."""
-    o_position = o_position.to(OFFSET) * weight.k
-    p_weight = (weight.ptr + offsets(weight, tile, OFFSET))[:, None] + o_position[None, :]
+    """A tile's weights at window positions, [P, S], 0 where there is none; logits + rpb with SOFTMAX, −inf."""
+    p_weight = _weights_at(weight, tile, o_step, KERNEL_W, OFFSET)
+    m_weight = (o_step < KERNEL_H * KERNEL_W)[None, :]
     b_weight = tl.load(p_weight, mask=m_weight, other=float("-inf") if SOFTMAX else 0)
     if SOFTMAX:
         b_weight = b_weight.to(ACCUMULATOR)
@@ -36,7 +43,7 @@ def _load_weights(
             o_output = (tile.start_h - tile.row + KERNEL_H - 1) * rpb.h + (
                 tile.start_w - tile.column + KERNEL_W - 1
             ) * rpb.w
-            p_rpb = (rpb.ptr + o_output)[:, None] + (o_kernel_h * rpb.h + o_kernel_w * rpb.w)[None, :]
+            p_rpb = (rpb.ptr + o_output)[:, None] + (o_step // KERNEL_W * rpb.h + o_step % KERNEL_W * rpb.w)[None, :]
             b_weight += tl.load(p_rpb, mask=m_weight, other=0).to(ACCUMULATOR)
     return b_weight
 
@@ -62,7 +69,7 @@ def _load_positions(
 
 @triton.jit
 def mix_kernel(
-    weight,  # [B, G, H, W, K²]: weights, or logits with SOFTMAX
+    weight,  # [B, G, Kh, Kw, H, W], Kh under ``c``, Kw under ``k``: weights, or logits with SOFTMAX
     source,  # [B, G, C, H, W]: values
     rpb,  # [G, 2Kh-1, 2Kw-1]
     out,  # [B, G, C, H, W]
@@ -88,11 +95,9 @@ def mix_kernel(
         b_weights = ()
         for i_step in tl.static_range(UNROLL):
             o_step = (i_chunk * UNROLL + i_step) * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
-            m_step = (o_step < KERNEL_H * KERNEL_W)[None, :]
             b_weight = _load_weights(
-                weight, rpb, tile, o_step, o_step // KERNEL_W, o_step % KERNEL_W, m_step,
-                KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET,
-            )  # fmt: skip
+                weight, rpb, tile, o_step, KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET
+            )
             b_weights = b_weights + (b_weight,)
         if SOFTMAX:
             b_top = b_weights[0]
@@ -131,11 +136,11 @@ def mix_kernel(
 def backward_kernel(
     grad,  # [B, G, C, H, W]
     value,  # [B, G, C, H, W], with CORRELATE
-    weight,  # [B, G, H, W, K²]: weights, with TRANSPOSE, or logits with SOFTMAX
+    weight,  # [B, G, Kh, Kw, H, W], Kh under ``c``, Kw under ``k``: weights, with TRANSPOSE, or logits with SOFTMAX
     rpb,  # [G, 2Kh-1, 2Kw-1], with SOFTMAX, as the next two
     statistics,  # [B, G, H, W]: log Σ_k exp
     out,  # [B, G, C, H, W]
-    target,  # [B, G, H, W, K²]: written, with CORRELATE
+    target,  # [B, G, Kh, Kw, H, W], as weight: written, with CORRELATE
     parts,  # [B, G, C, tiles · windows, K²]: written, with TRANSPOSE; FILLED channels, where these are more
     sizes, tiles, windows, ALIGNED: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SOFTMAX: tl.constexpr, HAS_RPB: tl.constexpr,
@@ -167,9 +172,8 @@ def backward_kernel(
         # [P, S]
         if SOFTMAX | TRANSPOSE:
             b_weight = _load_weights(
-                weight, rpb, tile, o_step, o_step // KERNEL_W, o_step % KERNEL_W, m_step[None, :],
-                KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET,
-            )  # fmt: skip
+                weight, rpb, tile, o_step, KERNEL_H, KERNEL_W, SOFTMAX, HAS_RPB, ACCUMULATOR, OFFSET
+            )
         if SOFTMAX:
             b_weight = tl.exp2(b_weight * LOG2_E - b_statistics[:, None])
         if TRANSPOSE:
@@ -185,7 +189,7 @@ def backward_kernel(
             if SOFTMAX:
                 b_product = b_weight * (b_product - b_delta[:, None])
             tl.store(
-                target.ptr + offsets(target, tile, OFFSET)[:, None] + (o_step.to(OFFSET) * target.k)[None, :],
+                _weights_at(target, tile, o_step, KERNEL_W, OFFSET),
                 b_product.to(target.ptr.dtype.element_ty),
                 mask=tile.mask[:, None] & m_step[None, :],
             )
