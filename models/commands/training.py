@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,48 +38,32 @@ from models.commands.types import DTYPES
 from models.metadata import Metadata
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains ``model`` in place; ``fit`` returns the log.
 
     The log has a row for every ``log_every`` steps (step, epoch, loss: the mean since the row before, learning_rate,
     images_per_second) and one for each epoch (step, epoch, top1, top5, best_top1, seconds).
-
-    Args:
-        model: of one of the families, with its classifier, on ``device``.
-        recipe: how to train.
-        training: (draw, index) -> (image, label), and a length; ``TrainingBatches`` gives the keys.
-        validation: index -> (image, label); None evaluates nothing.
-        device: where the model is.
-        folder: an existing one for state, log, weights and, where TensorBoard is installed, events; None keeps nothing.
-        settings: what must be the same for a run to continue; plain values.
-        save_every: steps between states; each epoch's end has one anyway. 0: only there.
-        log_every: steps between lines of the log.
-        workers: processes that load images.
-        metadata: what the weights' files say of themselves.
     """
 
-    def __init__(
-        self,
-        model: BackboneContract,
-        recipe: Recipe,
-        training: Dataset[Any],
-        validation: Dataset[Any] | None,
-        device: torch.device,
-        *,
-        folder: Path | None = None,
-        settings: dict[str, Any] | None = None,
-        save_every: int = 0,
-        log_every: int = 50,
-        workers: int = 0,
-        metadata: Metadata | None = None,
-    ) -> None:
-        self.model, self.recipe, self.device = model, recipe, device
-        self.folder, self.settings, self.metadata = folder, plain(settings or {}), metadata
-        self.save_every, self.log_every, self.workers = save_every, log_every, workers
-        self.training, self.validation = training, validation
-        self.output = folder if distributed.rank() == 0 else None  # None in processes that write nothing
+    model: BackboneContract  # with its classifier, on ``device``
+    recipe: Recipe
+    training: Dataset[Any]  # (draw, index) -> (image, label), and a length; ``TrainingBatches`` gives the keys
+    validation: Dataset[Any] | None  # index -> (image, label); None evaluates nothing
+    device: torch.device
+    folder: Path | None = None  # an existing one for state, log, weights and TensorBoard's events; None keeps nothing
+    settings: dict[str, Any] = field(default_factory=dict)  # what must be the same for a run to continue; plain values
+    save_every: int = 0  # steps between states; each epoch's end has one anyway. 0: only there
+    log_every: int = 50  # steps between lines of the log
+    workers: int = 0  # processes that load images
+    metadata: Metadata | None = None  # what the weights' files say of themselves
+
+    def __post_init__(self) -> None:
+        model, recipe = self.model, self.recipe
+        self.settings = plain(self.settings)
+        self.output = self.folder if distributed.rank() == 0 else None  # None in processes that write nothing
         self.dtype = DTYPES[recipe.dtype]
-        self.steps_per_epoch = TrainingBatches(training, recipe).steps_per_epoch
+        self.steps_per_epoch = TrainingBatches(self.training, recipe).steps_per_epoch
         self.total_steps = recipe.epochs * self.steps_per_epoch
         if recipe.freeze_backbone:
             model.requires_grad_(False)
@@ -92,14 +77,14 @@ class Trainer:
         )
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.average = AveragedModel(model, use_buffers=True) if recipe.ema_decay else None
         parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
         self._parts: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
         self.step = 0
         self.best: float | None = None
         self.log: list[dict[str, Any]] = []
-        self._losses = torch.zeros((), device=device)  # summed since the last row of the log
+        self._losses = torch.zeros((), device=self.device)  # summed since the last row of the log
         self._board: Any = None
 
     # ---- the state
