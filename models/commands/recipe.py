@@ -1,10 +1,18 @@
-"""How to train: every setting that a run's result depends on, and the settings that each family's authors used."""
+"""How to train: all settings on which a run's result depends, what follows from them, and those of the families' authors."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models._contract import BackboneContract
+from models.commands.augmentation import timm_part
 from models.commands.types import DTYPES, FRACTION, Number, positive
 
+TOKEN_WEIGHT = 0.5  # of VOLO's token labels
 ANY = Number(at_least=0)
 BELOW_ONE = Number(at_least=0, below=1)
 SHARE = Number(above=0, at_most=1)
@@ -63,6 +71,68 @@ class Recipe:
     @property
     def warmup(self) -> float:
         return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of step 0, 1, …: linear up to the peak at the warm-up's end, then half a cosine to the last.
+
+        The line begins at ``first_learning_rate``, or so that step −1 would have 0.
+        """
+        total, warmup = self.epochs * steps_per_epoch, round(self.warmup * steps_per_epoch)
+        peak, first, final = self.learning_rate, self.first_learning_rate, self.final_learning_rate
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1) if first is None else first + (peak - first) * step / warmup
+        progress = (step - warmup) / max(1, total - 1 - warmup)
+        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def optimizer_of(self, model: BackboneContract) -> torch.optim.Optimizer:
+        groups = self.parameter_groups(model)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.learning_rate, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups, lr=self.learning_rate)
+
+    def parameter_groups(self, model: BackboneContract) -> list[dict[str, Any]]:
+        """Parameters that decay, then those that do not: what ``no_weight_decay`` names and, by default, vectors.
+
+        ``layer_decay`` below 1 gives timm's groups, whose ``lr_scale`` is that factor to the power of a layer's
+        distance from the last; there vectors never decay. Frozen parameters are in no group.
+        """
+        spared = model.no_weight_decay()
+        if self.layer_decay < 1:
+            by_layer = timm_part("optim", "param_groups_layer_decay", "--layer-decay")
+            return by_layer(model, self.weight_decay, no_weight_decay_list=spared, layer_decay=self.layer_decay)
+        groups = [{"params": [], "weight_decay": rate} for rate in (self.weight_decay, 0.0)]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                decays = (self.decay_vectors or parameter.ndim > 1) and name not in spared
+                groups[0 if decays else 1]["params"].append(parameter)
+        return [group for group in groups if group["params"]]
+
+    def loss(self, output: Tensor | dict[str, Tensor] | tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
+        """Cross entropy with label smoothing, in float32, of whatever a family returns in training.
+
+        * logits [B, classes]: CE(logits, y).
+        * OverLoCK's dict: CE(main, y) + w·CE(aux, y), with w = 0.4 in the official training.
+        * VOLO's triple (class logits, token logits, box): with λ the box's share of the tokens,
+          (1 − λ)·CE(class, y) + λ·CE(class, y of the opposite image) + ½·mean over tokens of CE(token, y), which is
+          token labelling (arXiv 2104.10858, eq. 3) where every token's label is the image's.
+
+        ``labels`` are [B] int64, or the shares [B, classes].
+        """
+
+        def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+        if isinstance(output, Tensor):
+            return cross_entropy(output, labels)
+        if isinstance(output, dict):
+            return cross_entropy(output["main"], labels) + self.auxiliary_weight * cross_entropy(output["aux"], labels)
+        class_logits, token_logits, box = output
+        tokens = token_logits.shape[1]
+        top, left, bottom, right = box.unbind()
+        mixed = (bottom - top) * (right - left) / tokens
+        own, opposite = (cross_entropy(class_logits, y) for y in (labels, labels.flip(0)))
+        token_loss = cross_entropy(token_logits.flatten(0, 1), labels.repeat_interleave(tokens, 0))
+        return (1 - mixed) * own + mixed * opposite + TOKEN_WEIGHT * token_loss
 
 
 OPTIONS = {known.name: known.metadata["flag"] for known in fields(Recipe)}  # field -> option of the command line

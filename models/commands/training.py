@@ -31,7 +31,6 @@ from models.commands.dispatch import CommandError
 from models.commands.evaluate import count_correct, predict
 from models.commands.files import BEST, LAST, LOG, STATE, event_writer, plain, read_state
 from models.commands.folders import TrainingBatches, loader
-from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss
 from models.commands.progress import Bar
 from models.commands.recipe import OPTIONS, Recipe
 from models.commands.types import DTYPES
@@ -69,12 +68,7 @@ class Trainer:
             model.requires_grad_(False)
             for name in model.classifiers:  # in evaluation mode, as it then is, the model uses no other
                 model.get_submodule(name).requires_grad_(not name.startswith(model.training_only))
-        groups = parameter_groups(model, recipe.weight_decay, recipe.decay_vectors, recipe.layer_decay)
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
-            if recipe.optimizer == "sgd"
-            else torch.optim.AdamW(groups, lr=recipe.learning_rate)
-        )
+        self.optimizer = recipe.optimizer_of(model)
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
         self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -193,10 +187,8 @@ class Trainer:
         return f"epoch {self._epoch}/{self.recipe.epochs}{''.join(losses[-1:])}"
 
     def _train_step(self, wrapped: Any, batches: Iterator[list[Tensor]]) -> None:
-        recipe, warmup = self.recipe, round(self.recipe.warmup * self.steps_per_epoch)
-        rates = (recipe.learning_rate, recipe.final_learning_rate, recipe.first_learning_rate)
+        recipe, rate = self.recipe, self.recipe.rate(self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            rate = cosine_with_warmup(self.step, self.total_steps, warmup, *rates)
             group["lr"] = rate * group.get("lr_scale", 1.0)
         for part in range(recipe.accumulate):
             # The last part sums the gradients over the processes.
@@ -228,8 +220,7 @@ class Trainer:
         torch.manual_seed(seed)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = wrapped(images)
-        recipe = self.recipe
-        return training_loss(output, labels, recipe.label_smoothing, recipe.auxiliary_weight) / recipe.accumulate
+        return self.recipe.loss(output, labels) / self.recipe.accumulate
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):

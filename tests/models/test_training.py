@@ -18,7 +18,6 @@ from models._contract import BackboneContract
 from models.commands.augmentation import Augmentation, seed_of, seeded
 from models.commands.folders import ImageFolder, TrainingBatches, TrainingImages
 from models.commands.images import Preprocessing
-from models.commands.optimisation import cosine_with_warmup, parameter_groups, training_loss
 from models.commands.recipe import Recipe
 from models.commands.training import Trainer
 from models.overlock import OverLoCK
@@ -34,31 +33,34 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_loss_of_each_familys_training_output():
     labels, cross_entropy = torch.tensor([0, 2, 1, 1]), nn.functional.cross_entropy
+    plain, smooth = Recipe(label_smoothing=0), Recipe(label_smoothing=0.1)
     main_logits, auxiliary = torch.randn(2, 4, 3).unbind()
     expected = cross_entropy(main_logits, labels)
-    assert training_loss(main_logits, labels) == expected
-    both = training_loss({"main": main_logits, "aux": auxiliary}, labels, auxiliary_weight=0.4)
+    assert plain.loss(main_logits, labels) == expected
+    both = plain.loss({"main": main_logits, "aux": auxiliary}, labels)
     torch.testing.assert_close(both, expected + 0.4 * cross_entropy(auxiliary, labels))
 
     tokens = torch.randn(4, 6, 3)  # of a 2×3 map, of which the box covers 2
     triple = (main_logits, tokens, torch.tensor([0, 1, 1, 3]))
     by_token = torch.stack([cross_entropy(tokens[:, t], labels) for t in range(6)]).mean()
     opposite = cross_entropy(main_logits, labels.flip(0))
-    torch.testing.assert_close(training_loss(triple, labels), 4 / 6 * expected + 2 / 6 * opposite + 0.5 * by_token)
+    torch.testing.assert_close(plain.loss(triple, labels), 4 / 6 * expected + 2 / 6 * opposite + 0.5 * by_token)
 
     for output in (main_logits, {"main": main_logits, "aux": auxiliary}, triple):  # labels may be shares
-        smoothed = [training_loss(output, y, label_smoothing=0.1) for y in (torch.eye(3)[labels], labels)]
+        smoothed = [smooth.loss(output, y) for y in (torch.eye(3)[labels], labels)]
         torch.testing.assert_close(*smoothed)
-        assert smoothed[0] != training_loss(output, labels)
+        assert smoothed[0] != plain.loss(output, labels)
 
 
 def test_learning_rate_rises_then_falls():
-    rates = [cosine_with_warmup(step, 100, 10, 1.0, 0.01) for step in range(100)]
+    recipe = Recipe(epochs=10, warmup_epochs=1, learning_rate=1.0, final_learning_rate=0.01)
+    rates = [recipe.rate(step, 10) for step in range(100)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[10] == 1
     assert rates[-1] == pytest.approx(0.01)
-    rates = [cosine_with_warmup(step, 20, 5, 0.8, 0.0, 0.2) for step in range(20)]  # from a given start
+    given: dict[str, Any] = {"learning_rate": 0.8, "first_learning_rate": 0.2, "final_learning_rate": 0.0}
+    rates = [Recipe(epochs=4, warmup_epochs=1, **given).rate(step, 5) for step in range(20)]
     assert rates[0] == pytest.approx(0.2)
     assert np.diff(rates[:6]) == pytest.approx(0.12)
     assert rates[-1] == pytest.approx(0)
@@ -67,7 +69,7 @@ def test_learning_rate_rises_then_falls():
 def setting_of(model: Any, setting: str, **options: Any) -> dict[str, float]:
     """Name -> what the parameter groups of ``options`` set for each parameter."""
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    groups = parameter_groups(model, 0.05, **options)
+    groups = Recipe(weight_decay=0.05, **options).parameter_groups(model)
     return {names[id(parameter)]: group[setting] for group in groups for parameter in group["params"]}
 
 
@@ -85,7 +87,7 @@ def test_matrices_alone_decay_and_rates_fall_by_layer(name):
         assert scales[f"{next(iter(model.classifiers))}.weight"] == max(scales.values()) == 1
         assert scales[next(iter(parameters))] == min(scales.values()) < 0.9**5
     model.requires_grad_(False).get_submodule(next(iter(model.classifiers))).requires_grad_(True)
-    assert [len(group["params"]) for group in parameter_groups(model, 0.05)] == [1, 1], "frozen ones are in no group"
+    assert [len(group["params"]) for group in Recipe().parameter_groups(model)] == [1, 1], "frozen ones are in no group"
 
 
 # ---- what is random
