@@ -1,4 +1,4 @@
-"""How to train: all settings on which a run's result depends, what follows from them, and those of the families' authors."""
+"""How to train: the settings on which a run depends, what follows from them, and those of each family's authors."""
 
 import math
 from dataclasses import dataclass, field, fields
