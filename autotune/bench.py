@@ -31,7 +31,6 @@ from torch import nn
 import kernels
 import models
 from autotune import networks, timing, workloads
-from autotune.arguments import matching
 from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
 from autotune.ceilings import launch_overhead, measure_ceilings
 from autotune.measure import Settings, beside_others, one_line
@@ -213,7 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
             codes.append(int(not written("environment", write_json, folder / "environment.json", environment)))
         if arguments.operator or everything:
             found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
-            found = matching(found, arguments.operator or ["*"], lambda workload: workload.name, "--operator")
+            found = workloads.named(found, arguments.operator or ["*"])
             cases = operator_cases(_in_turns(found), settings, PASSES)
             if not arguments.compile_only:
                 settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))

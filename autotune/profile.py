@@ -21,16 +21,18 @@ import argparse
 import copy
 import functools
 import json
+import pkgutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import kernels
 from autotune import networks, plots, report, timing, workloads
-from autotune.arguments import matching, module, shape
 from autotune.cases import Case, run_cases, written
 from autotune.measure import Settings, other_work
 from autotune.networks import measure_model
@@ -47,6 +49,28 @@ from models.commands.types import Number, device, dtype, image_size, positive
 from models.registry import entry_point
 
 SMALLEST = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes with an x between them, as in 8x64x56x56."""
+    return tuple(int(positive(size)) for size in text.lower().split("x"))
+
+
+def module(text: str) -> nn.Module:
+    """PACKAGE.MODULE:NAME, the working directory's included: a module, or what makes one without arguments."""
+    if not all(text.partition(":")):
+        raise argparse.ArgumentTypeError(f"must be PACKAGE.MODULE:NAME, as in mypackage.nets:Net, got {text!r}")
+    if "" not in sys.path:  # that of an installed command
+        sys.path.insert(0, "")
+    try:
+        found: Any = pkgutil.resolve_name(text)
+        found = found if isinstance(found, nn.Module) else found()
+    except Exception as error:  # of the user's code, which may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be imported and made without arguments: {reason}") from None
+    if not isinstance(found, nn.Module):
+        raise argparse.ArgumentTypeError(f"must name a torch.nn.Module, {text!r} gives {type(found).__name__}")
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,11 +165,11 @@ def _workloads(arguments: argparse.Namespace, batch: int) -> list[Workload]:
     """The operators at the models' own shapes, or those that --operator names at --shape."""
     if arguments.shape is None:
         found = workloads.operator_workloads(batch)
-        return matching(found, arguments.operator, lambda w: w.name, "--operator") if arguments.operator else found
+        return workloads.named(found, arguments.operator) if arguments.operator else found
     _, channels, *size = arguments.shape
     shape: dict[str, Any] = {"batch": batch, "channels": channels, "size": tuple(size)}
     shape["kernel_size"] = arguments.kernel_size or 7
-    names = matching(list(workloads.OPERATORS), arguments.operator, str, "--operator")
+    names = workloads.matching(list(workloads.OPERATORS), arguments.operator)
     try:
         return [workloads.workload_of(name, **shape) for name in names]
     except ValueError as error:

@@ -27,7 +27,6 @@ from rich.markup import escape
 from rich.progress import track
 
 from autotune import networks, timing, tuner, workloads
-from autotune.arguments import matching
 from autotune.cases import LOST, device_lost
 from autotune.measure import one_line
 from autotune.passes import Pass
@@ -179,7 +178,7 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
         return
     found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
     patterns = ["*"] if arguments.all else arguments.operator
-    for workload in matching(found, patterns, lambda workload: workload.name, "--operator"):
+    for workload in workloads.named(found, patterns):
         yield workload.call(arguments.dtype, device)
 
 
