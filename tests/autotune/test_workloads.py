@@ -63,6 +63,17 @@ def test_floors_by_hand(name, inputs, output, multiply_adds):
     assert workload.operations(backward=True) == 6 * multiply_adds
 
 
+def test_workloads_of_small_images_are_valid_calls():
+    """Their bytes are those of what is drawn and returned."""
+    for workload in by_name(2, (32, 64)).values():
+        inputs, gradient = (draw(torch.float64, CPU) for draw in (workload.draw_inputs, workload.draw_gradient))
+        with kernels.use_backend("reference"):
+            out, *gradients = workload.run(inputs, gradient)
+        assert out.shape == workload.output
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+        assert workload.floor_bytes(torch.float64) == 8 * sum(tensor.numel() for tensor in (out, *gradients))
+
+
 def test_inputs_are_reproducible_and_in_the_models_memory_format():
     workload = by_name()["depthwise_conv2d OverLoCK-T 512@7² K=7"]
     x, again = (workload.draw_inputs(torch.bfloat16, CPU)["x"] for _ in range(2))

@@ -105,6 +105,7 @@ def test_the_whole_suite_on_tiny_shapes(tmp_path, capsys):
     assert {row["status"] for row in (*found.operators, *found.models)} == {"ok"}
     passes = {(row["operator"], kind) for row in found.operators for kind in PASSES}
     assert sorted((row["operator"], row["pass"]) for row in found.operators) == sorted(passes)
+    assert all(found.load(f"{name}.json")["complete"] for name in ("bench", "models"))
     assert [(row["name"], row["pass"]) for row in found.models] == [("rednet26", k) for k in ("inference", "training")]
     assert all(list(row["speed_up"]) == ["naive"] for row in found.models)
     assert found.load("bench.json")["ceilings"] == found.environment["ceilings"]
