@@ -11,7 +11,8 @@ import autotune.__main__
 import models.__main__
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("README.md", "models/README.md", "CONTRIBUTING.md", "notebooks/README.md", "notebooks/results/README.md")
+FOLDERS = ("", "models", "notebooks", "notebooks/results", "notebooks/results/predicted")
+NAMES = (*(f"{folder}/README.md".lstrip("/") for folder in FOLDERS), "CONTRIBUTING.md")
 PAGES = [ROOT / name for name in NAMES]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PACKAGES = {"models": models.__main__, "autotune": autotune.__main__}

@@ -1,4 +1,4 @@
-"""Bring every number of the README and of notebooks/results/README.md in line with the committed results.
+"""Bring every number of the README and of the pages under notebooks/results in line with the committed results.
 
 Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
 notebooks/results: published.json (what the papers say), models.json (parameters and multiply-adds, counted; --count
@@ -142,8 +142,9 @@ def sections() -> dict[Path, dict[str, str]]:
             "profile": "\n\n".join(_profile_table(load(path)) for path in sorted(RESULTS.glob("*/profile.json"))),
             "tuned": "\n\n".join(_tuned_table(load(path)) for path in sorted(shipped_folder().glob("*.json")))
             or NONE_SHIPS,
-            **pages.sections(gpus, predictions()),
+            **pages.sections(gpus),
         },
+        RESULTS / "predicted" / "README.md": pages.prediction_sections(gpus, predictions()),
     }
 
 

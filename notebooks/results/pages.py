@@ -187,14 +187,20 @@ def readme(measured: Sequence[Folder]) -> str:
     return _joined(measured, _readme)
 
 
-def sections(measured: Sequence[Folder], predicted: Sequence[Row]) -> dict[str, str]:
+def sections(measured: Sequence[Folder]) -> dict[str, str]:
     """Section of the page of results -> its text."""
-    same = next((folder for folder in measured if folder.path.name == PREDICTED_FOR), None)
     return {
         "gpu": _joined(measured, _machine, _reached),
         "gpu operators": _joined(measured, _operators),
         "gpu models": _joined(measured, _models),
         "gpu host": _joined(measured, _host),
+    }
+
+
+def prediction_sections(measured: Sequence[Folder], predicted: Sequence[Row]) -> dict[str, str]:
+    """Section of the page of predictions -> its text."""
+    same = next((folder for folder in measured if folder.path.name == PREDICTED_FOR), None)
+    return {
         "predicted": _predicted(predicted, same),
         "gpu kernels": _unpredicted(predicted, same) if same else "",
     }

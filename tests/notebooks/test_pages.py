@@ -29,7 +29,7 @@ def shown_numbers(figure):
 
 def test_every_figure_of_the_pages_shows_the_committed_numbers():
     drawn = 0
-    for page in (figures.ROOT / "README.md", figures.RESULTS / "README.md"):
+    for page in figures.sections():
         for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
             path = page.parent / figure
             if path.name == "windows.png":  # shows no numbers
@@ -72,7 +72,7 @@ def numbers(cell):
 
 def lines(folder, section):
     """The cells of a section's table, by heading."""
-    text = pages.sections([folder], figures.predictions())[section]
+    text = (pages.sections([folder]) | pages.prediction_sections([folder], figures.predictions()))[section]
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return [dict(zip(table[0], cells, strict=True)) for cells in table[1:]]
 
@@ -117,14 +117,16 @@ def test_kernels_are_told_beside_their_predictions(folder):
         assert numbers(line["measured, our kernels, µs"]) == ([pytest.approx(ours, rel=0.01)] if ours else [])
         ratio = [pytest.approx(ours / then, rel=0.01)] if ours and then else []
         assert numbers(line["measured / predicted then"]) == ratio
-    assert "times as long" not in pages.sections([], figures.predictions())["predicted"], "nothing was measured there"
+    assert "times as long" not in pages.prediction_sections([], figures.predictions())["predicted"], (
+        "nothing was measured there"
+    )
 
 
 def test_what_was_not_measured_is_not_told(folder):
     folder.operators = [row | {"status": "skipped"} for row in folder.operators]
     folder.launched.clear()
     assert pages.figures(folder, figures.predictions()) == {}
-    assert "The host bounds" not in pages.sections([folder], [])["gpu operators"]
+    assert "The host bounds" not in pages.sections([folder])["gpu operators"]
     assert "Over all 0 rows that there was time for (of 76)" in pages.readme([folder])
 
 
