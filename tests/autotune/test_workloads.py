@@ -66,7 +66,7 @@ def test_floors_by_hand(name, inputs, output, multiply_adds):
 def test_workloads_of_small_images_are_valid_calls():
     """Their bytes are those of what is drawn and returned."""
     for workload in by_name(2, (32, 64)).values():
-        inputs, gradient = (draw(torch.float64, CPU) for draw in (workload.draw_inputs, workload.draw_gradient))
+        inputs, gradient = workload.draw_inputs(torch.float64, CPU), workload.draw_gradient(torch.float64, CPU)
         with kernels.use_backend("reference"):
             out, *gradients = workload.run(inputs, gradient)
         assert out.shape == workload.output
