@@ -12,6 +12,7 @@ import torch
 from models._contract import BackboneContract
 from models.checkpoints import local_file, read_state_dict
 from models.commands.files import BEST
+from models.commands.images import Preprocessing
 from models.commands.progress import note
 from models.commands.types import DTYPES, Number, device, image_size, positive, processes
 from models.metadata import read_metadata
@@ -112,8 +113,8 @@ def complete(arguments: argparse.Namespace) -> None:
 
 def build_model(
     arguments: argparse.Namespace, num_classes: int | None = None, training: bool = False
-) -> BackboneContract:
-    """The model that ``add_model_arguments`` describes, its weights loaded; its options go into ``arguments.options``.
+) -> tuple[BackboneContract, Preprocessing]:
+    """The model that the arguments describe, its weights loaded, and what it sees; options go to ``arguments.options``.
 
     ``num_classes`` None takes the checkpoint's number. What a checkpoint says of its model replaces options that are
     not given. For ``training`` a VOLO returns its summed logits, unless return_dense is asked for. Warnings, for
@@ -155,4 +156,4 @@ def build_model(
     for warning in caught:
         note(str(warning.message))
     arguments.options = options
-    return model
+    return model, Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)

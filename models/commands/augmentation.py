@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,23 +38,52 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-@dataclass(frozen=True)
+def timm_part(module: str, name: str, option: str) -> Any:
+    """``timm.module.name``, for ``option``. ImportError where timm is not installed, or does not work here."""
+    try:
+        return getattr(importlib.import_module(f"timm.{module}"), name)
+    except Exception as error:  # a broken installation can fail in any way
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ImportError(f"{option} needs timm, which cannot be imported here ({reason}); pip install timm") from error
+
+
+@dataclass(eq=False)
 class Augmentation:
-    """Random-resized crop (arXiv 1409.4842, section 6) and horizontal flip, then ``preprocessing.normalise``.
+    """Random-resized crop (arXiv 1409.4842, section 6), horizontal flip and RandAugment, ``preprocessing.normalise``,
+    then random erasing. The two with a name of their own are timm's, and draw from the global generators.
 
     Args:
         preprocessing: gives size, interpolation, mean and std.
         least_area: the crop takes a share of the image's area drawn from ``least_area``..1.
         flip: probability of mirroring.
-        change: applied to the flipped image, for example timm's RandAugment; draws from the global generators.
-        erase: applied to the normalised image, for example timm's random erasing; likewise.
+        rand_augment: RandAugment (arXiv 1909.13719) in timm's notation; pixels shifted in have the mean's colour.
+        erasing: probability that a random part becomes noise (arXiv 1708.04896).
+
+    Raises:
+        ImportError: timm cannot be used.
+        ValueError: timm does not understand ``rand_augment``.
     """
 
     preprocessing: Preprocessing
     least_area: float = 0.08
     flip: float = 0.5
-    change: Callable[[Image.Image], Image.Image] | None = None
-    erase: Callable[[Tensor], Tensor] | None = None
+    rand_augment: str = ""
+    erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.change = self.erase = None
+        if self.rand_augment:
+            make = timm_part("data.auto_augment", "rand_augment_transform", "--rand-augment")
+            colour = tuple(min(255, round(255 * share)) for share in self.preprocessing.mean)
+            reach = int(min(self.preprocessing.size) * 0.45)
+            try:
+                self.change = make(self.rand_augment, {"translate_const": reach, "img_mean": colour})
+            except Exception as error:  # timm asserts, or fails deeper inside
+                what = "must be written like rand-m9-mstd0.5-inc1"
+                raise ValueError(f"--rand-augment {what}, got {self.rand_augment!r}") from error
+        if self.erasing:
+            erase = timm_part("data.random_erasing", "RandomErasing", "--erasing")
+            self.erase = erase(self.erasing, mode="pixel", device="cpu")
 
     def box(self, width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
         """Left, top, right, bottom of the crop: aspect ratio log-uniform in 3/4..4/3."""
@@ -80,43 +109,3 @@ class Augmentation:
         with seeded(generator.getrandbits(56)):
             x = self.preprocessing.normalise(image if self.change is None else self.change(image))
             return x if self.erase is None else self.erase(x)
-
-
-# ---- timm's, which need timm to be installed
-
-
-def timm_part(module: str, name: str, option: str) -> Any:
-    """``timm.module.name``, for ``option``. ImportError where timm is not installed, or does not work here."""
-    try:
-        return getattr(importlib.import_module(f"timm.{module}"), name)
-    except Exception as error:  # a broken installation can fail in any way
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ImportError(f"{option} needs timm, which cannot be imported here ({reason}); pip install timm") from error
-
-
-def rand_augment(config: str, size: Sequence[int], mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """RandAugment (arXiv 1909.13719), with ``config`` in timm's notation; pixels shifted in have the colour ``mean``.
-
-    Raises:
-        ImportError: timm cannot be used.
-        ValueError: timm does not understand ``config``.
-    """
-    make = timm_part("data.auto_augment", "rand_augment_transform", "--rand-augment")
-    colour = tuple(min(255, round(255 * share)) for share in mean)
-    try:
-        return make(config, {"translate_const": int(min(size) * 0.45), "img_mean": colour})
-    except Exception as error:  # timm asserts, or fails deeper inside
-        raise ValueError(f"--rand-augment must be written like rand-m9-mstd0.5-inc1, got {config!r}") from error
-
-
-def random_erasing(probability: float) -> Callable[[Tensor], Tensor]:
-    """A random part of a normalised image becomes noise (arXiv 1708.04896). ImportError where timm cannot be used."""
-    return timm_part("data.random_erasing", "RandomErasing", "--erasing")(probability, mode="pixel", device="cpu")
-
-
-def mixing(mixup: float, cutmix: float, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images, labels [B]) -> images mixed with each other, labels [B, num_classes]: mixup (arXiv 1710.09412), CutMix
-    (arXiv 1905.04899), or one of them per batch, as their alphas are above 0. ImportError where timm cannot be used.
-    """
-    mix = timm_part("data.mixup", "Mixup", "--mixup or --cutmix")
-    return mix(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes)

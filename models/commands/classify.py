@@ -20,7 +20,7 @@ from PIL import Image
 from kernels.files import atomic_write
 from models.commands import arguments as common
 from models.commands.dispatch import CommandError, input_errors
-from models.commands.images import Preprocessing, check_image, read_image
+from models.commands.images import check_image, read_image
 from models.commands.progress import console
 
 GUESSES = 5
@@ -108,11 +108,11 @@ def run(arguments: argparse.Namespace) -> int:
         for path in arguments.images:
             check_image(path)
         common.complete(arguments)
-        model = common.build_model(arguments).eval()
+        model, preprocessing = common.build_model(arguments)
+        model.eval()
         if model.num_classes == 0:
             raise CommandError("--model-kwargs num_classes=0 leaves no class to choose")
         names = class_names(model.num_classes, arguments.classes, model.default_cfg.get("label_names"))
-        preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         inputs, photographs = [], []
         for path in arguments.images:
             image = read_image(path)

@@ -28,7 +28,6 @@ from models.commands import arguments as common
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import plain
 from models.commands.folders import UNREADABLE, EvaluationImages, ImageFolder, loader
-from models.commands.images import Preprocessing
 from models.commands.progress import Bar, console, note
 from models.commands.types import DTYPES, positive
 from models.inference import optimize_for_inference
@@ -102,13 +101,13 @@ def run(arguments: argparse.Namespace) -> int:
         common.complete(arguments)
         if arguments.pretrained:
             check_classes(folder, 1000, arguments.model)  # before anything is downloaded
-        model = common.build_model(arguments).eval()
+        model, preprocessing = common.build_model(arguments)
+        model.eval()
         check_classes(folder, model.num_classes, arguments.model)
         unlike = set(model.default_cfg.get("label_names", folder.classes)) ^ set(folder.classes)
         if unlike:
             text = ", ".join(sorted(unlike)[:5])
             note(f"the class names of the weights and of DIR differ; only one of them has {text}")
-        preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
         settings = {
             "model": arguments.model,
             "weights": weights_digest(model),

@@ -36,11 +36,10 @@ import torch
 from kernels.files import WriteError, atomic_write, locked, write_json
 from models.commands import arguments as common
 from models.commands import distributed
-from models.commands.augmentation import Augmentation, rand_augment, random_erasing
+from models.commands.augmentation import Augmentation
 from models.commands.dispatch import CommandError, input_errors
 from models.commands.files import BEST, LOCK, STATE
 from models.commands.folders import EvaluationImages, ImageFolder, TrainingImages
-from models.commands.images import Preprocessing
 from models.commands.progress import console, note
 from models.commands.recipe import PUBLISHED, Recipe
 from models.commands.training import Trainer
@@ -164,15 +163,8 @@ def make_trainer(
 ) -> Trainer:
     """The trainer; nothing is written yet. ValueError, TypeError or OSError for what cannot be used."""
     torch.manual_seed(recipe.seed)  # for whatever the weight file does not hold
-    model = common.build_model(arguments, num_classes=len(training.classes), training=True)
-    preprocessing = Preprocessing.of(model, arguments.size, arguments.crop_pct, arguments.interpolation)
-    augmentation = Augmentation(
-        preprocessing,
-        recipe.least_area,
-        recipe.flip,
-        rand_augment(recipe.rand_augment, preprocessing.size, preprocessing.mean) if recipe.rand_augment else None,
-        random_erasing(recipe.erasing) if recipe.erasing else None,
-    )
+    model, preprocessing = common.build_model(arguments, num_classes=len(training.classes), training=True)
+    augmentation = Augmentation(preprocessing, recipe.least_area, recipe.flip, recipe.rand_augment, recipe.erasing)
     if arguments.grad_checkpointing:
         model.set_grad_checkpointing()
     settings = {

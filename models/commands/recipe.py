@@ -1,6 +1,7 @@
 """How to train: the settings on which a run depends, what follows from them, and those of each family's authors."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -106,6 +107,15 @@ class Recipe:
                 decays = (self.decay_vectors or parameter.ndim > 1) and name not in spared
                 groups[0 if decays else 1]["params"].append(parameter)
         return [group for group in groups if group["params"]]
+
+    def mixing(self, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """(images, labels [B]) -> images mixed with each other, labels [B, num_classes]: mixup (arXiv 1710.09412),
+        CutMix (arXiv 1905.04899), or one of them per batch, as their alphas are above 0. They are timm's.
+        """
+        if not self.mixup and not self.cutmix:
+            return None
+        mix = timm_part("data.mixup", "Mixup", "--mixup or --cutmix")
+        return mix(mixup_alpha=self.mixup, cutmix_alpha=self.cutmix, label_smoothing=0.0, num_classes=num_classes)
 
     def loss(self, output: Tensor | dict[str, Tensor] | tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
         """Cross entropy with label smoothing, in float32, of whatever a family returns in training.

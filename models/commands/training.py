@@ -26,7 +26,7 @@ from kernels.files import atomic_write, writing
 from models._contract import BackboneContract
 from models.checkpoints import save_checkpoint
 from models.commands import distributed
-from models.commands.augmentation import mixing, seed_of, seeded
+from models.commands.augmentation import seed_of, seeded
 from models.commands.dispatch import CommandError
 from models.commands.evaluate import count_correct, predict
 from models.commands.files import BEST, LAST, LOG, STATE, event_writer, plain, read_state
@@ -69,8 +69,7 @@ class Trainer:
             for name in model.classifiers:  # in evaluation mode, as it then is, the model uses no other
                 model.get_submodule(name).requires_grad_(not name.startswith(model.training_only))
         self.optimizer = recipe.optimizer_of(model)
-        mixes = recipe.mixup > 0 or recipe.cutmix > 0
-        self.mix = mixing(recipe.mixup, recipe.cutmix, model.num_classes) if mixes else None
+        self.mix = recipe.mixing(model.num_classes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.average = AveragedModel(model, use_buffers=True) if recipe.ema_decay else None
         parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler, "average": self.average}
