@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -99,13 +99,17 @@ class Case:
 def _in_processes(cases: Sequence[Case], deadline: float, jobs: int) -> Iterator[Case]:
     """The same cases, which wait for what processes measure, so many at a time; ``measure`` must be picklable.
 
-    No process begins while others of an earlier batch are timed: it would disturb them.
+    Each has a process of its own, whose end costs no other. None begins while others are timed, whom it would disturb.
     """
+    spawning = multiprocessing.get_context("spawn")
     for batch in (cases[first : first + jobs] for first in range(0, len(cases), jobs)):
-        with ProcessPoolExecutor(len(batch), multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(case.run, deadline) for case in batch if time.monotonic() < deadline]
-            yield from (Case(case.facts, future.result) for case, future in zip(batch, futures, strict=False))
-            yield from batch[len(futures) :]  # past the deadline
+        if time.monotonic() > deadline:
+            yield from batch
+            continue
+        with ExitStack() as pools:
+            alone = [pools.enter_context(ProcessPoolExecutor(1, spawning)) for _ in batch]
+            futures = [pool.submit(case.run, deadline) for pool, case in zip(alone, batch, strict=True)]
+            yield from (Case(case.facts, future.result) for case, future in zip(batch, futures, strict=True))
 
 
 def read_record(path: Path, *parts: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,11 @@ def _measured_alone(folder, log):
 
 def test_processes_compile_side_by_side_and_measure_alone(tmp_path):
     measure = functools.partial(_measured_alone, str(tmp_path), str(tmp_path / "log"))
-    cases = [*(_case(name, measure) for name in ("first", "second")), _case("failing", functools.partial(int, "x"))]
-    code, rows = _run(tmp_path, cases, jobs=3)
+    cases = [_case("crashing", functools.partial(os._exit, 1)), _case("failing", functools.partial(int, "x"))]
+    cases += [_case(name, measure) for name in ("first", "second")]
+    code, rows = _run(tmp_path, cases, jobs=4)
     assert code == 1
-    assert [row["status"] for row in rows.values()] == ["ok", "ok", "failed"]
+    assert [row["status"] for row in rows.values()] == ["failed", "failed", "ok", "ok"]
+    assert rows["crashing"]["message"].startswith("BrokenProcessPool: ")
     assert rows["failing"]["message"].startswith("ValueError: invalid literal")
     assert (tmp_path / "log").read_text().split() == ["compile"] * 2 + ["begin", "end"] * 2
