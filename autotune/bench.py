@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
     stated = {name: str(getattr(settings, name)).removeprefix("torch.") for name in names}
     record = {"schema": 1, "complete": False, "machine": machine, "settings": stated}
     codes: list[int] = []
-    plans: list[tuple[Path, list[Case], dict[str, Any]]] = []
+    plans = dict[str, tuple[list[Case], dict[str, Any]]]()  # file -> what it will hold
     with input_errors():
         make_folder(folder, "--out")
         if arguments.environment or everything:
@@ -216,24 +216,24 @@ def run(arguments: argparse.Namespace) -> int:
             cases = operator_cases(_in_turns(found), settings, PASSES)
             if not arguments.compile_only:
                 settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))
-            plans.append((folder / "bench.json", cases, {"ceilings": settings.ceilings}))
+            plans["bench.json"] = cases, record | {"ceilings": settings.ceilings}
         if arguments.model or everything:
-            plans.append((folder / "models.json", _model_cases(arguments, settings), {}))
-        for path, _, _ in plans if arguments.resume else ():
-            settled_rows(path)  # a damaged file is refused before anything is measured
+            plans["models.json"] = _model_cases(arguments, settings), dict(record)
+        for file in plans if arguments.resume else ():
+            settled_rows(folder / file)  # a damaged one is refused before anything is measured
     if arguments.compile_only:  # what fails here will say so when it is measured
-        for case in (case for _, cases, _ in plans for case in cases):
+        for case in (case for cases, _ in plans.values() for case in cases):
             case.run(deadline)
             release()
         return 0
-    measured = {path.stem: record | facts for path, _, facts in plans}
-    for path, cases, _ in plans:
+    for file, (cases, found) in plans.items():
         how: dict[str, Any] = {"deadline": deadline, "resume": arguments.resume}
-        how["jobs"] = arguments.jobs if path.stem == "models" else 1
-        codes.append(run_cases(cases, path, measured[path.stem], **how))
+        how["jobs"] = arguments.jobs if file == "models.json" else 1
+        codes.append(run_cases(cases, folder / file, found, **how))
         if codes[-1] == LOST:
             break
-    rows = [measured.get(name, {}).get("rows", []) for name in ("bench", "models")]
+    measured = {file: found.get("rows", []) for file, (_, found) in plans.items()}
+    rows = [measured.get(file, []) for file in ("bench.json", "models.json")]
     for table in tables(*rows):
         table.show()
     print(*incidents([*rows[0], *rows[1]]), f"Wrote {folder}", sep="\n")
