@@ -10,7 +10,7 @@ A family derives from ``BackboneContract`` and provides
 """
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -114,6 +114,10 @@ class BackboneContract(nn.Module):
         self.global_pool = self.global_pools[0]
         self.grad_checkpointing = False
         self.pretrained_cfg = pretrained_config()
+
+    def _drop_path_rates(self, blocks: int) -> Iterator[float]:
+        """The rate of each of so many blocks: they rise linearly from 0 to ``drop_path_rate``."""
+        return iter(np.linspace(0, self.drop_path_rate, blocks).tolist())
 
     def _leave_out_unused(self, head: bool = True) -> None:
         """Removes the stages after the last feature map chosen and, with ``head``, the head."""

@@ -90,8 +90,7 @@ class OverLoCK(BackboneContract):
         if not flag("context_skip", context_skip) and not features_only:
             raise ValueError("context_skip=False needs features_only=True: a classifier returns no maps")
         self.return_aux = True
-        total = sum(depth) + sum(sub_depth)
-        rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
+        rates = self._drop_path_rates(sum(depth) + sum(sub_depth))
 
         def base_stage(i: int) -> Stage:
             shape, options = (embed_dim[i], kernel_size[i]), {"residual_scale": i >= 2, "reparam": reparam}

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,13 +96,13 @@ class RedNet(BackboneContract):
             conv_bn_relu(stem_channels, 64, 3),
         )
         self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1)
-        drop_path_rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = self._drop_path_rates(sum(depths))
         channels = 64
         for stage in range(4):
             blocks = []
             for index in range(depths[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(Bottleneck(channels, 64 * 2**stage, stride, next(drop_path_rates)))
+                blocks.append(Bottleneck(channels, 64 * 2**stage, stride, next(rates)))
                 channels = 256 * 2**stage
             self.add_module(f"layer{stage + 1}", Stage(*blocks))
         if features_only:

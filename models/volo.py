@@ -4,6 +4,7 @@
 token labelling and mix-token from arXiv 2104.10858. Entry names are those of the published checkpoints.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -143,15 +144,11 @@ class VOLO(BackboneContract):
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(self.in_chans, stem_dim, fine)
-        rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu").tolist()
+        rates = itertools.islice(self._drop_path_rates(sum(layers)), layers[0], None)
         outlookers = (Block(OutlookAttention(fine, num_heads[0]), fine, mlp_ratio) for _ in range(layers[0]))
         self.network = nn.ModuleList([Stage(*outlookers), Downsample(fine, dim)])
-        for stage in range(1, 4):
-            first = sum(layers[:stage])
-            blocks = (
-                Block(Attention(dim, num_heads[1]), dim, mlp_ratio, rate)
-                for rate in rates[first : first + layers[stage]]
-            )
+        for count in layers[1:]:
+            blocks = (Block(Attention(dim, num_heads[1]), dim, mlp_ratio, next(rates)) for _ in range(count))
             self.network.append(Stage(*blocks))
         self.post_network = Stage(*(ClassBlock(ClassAttention(dim, num_heads[1]), dim, mlp_ratio) for _ in range(2)))
         self.classifiers = {"head": dim, "aux_head": dim}
