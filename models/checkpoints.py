@@ -148,10 +148,8 @@ def _with_classifiers(
     """``state`` with the model's own classifier if the file has none, or one for another number of classes."""
     state = dict(state)
     for classifier in getattr(model, "classifiers", {}):
-        entries = (f"{classifier}.weight", f"{classifier}.bias")
-        found = [state[entry] for entry in entries if entry in state]
-        rows = {len(tensor) for tensor in found if tensor.ndim > 0}
-        if not found:
+        weight, bias = entries = f"{classifier}.weight", f"{classifier}.bias"
+        if weight not in state and bias not in state:
             head = f"{part_of(classifier)}."
             if any(name.startswith(head) for name in state):  # the file has the layers before the classifier
                 head = f"{classifier}."
@@ -159,14 +157,14 @@ def _with_classifiers(
             state.update((name, own[name].clone()) for name in kept)
             if kept:
                 notes.append(f"{head.rstrip('.')} keeps its own values: the file has none")
-        elif len(found) < 2 or len(rows) != 1:
-            continue
-        elif entries[0] not in own:  # num_classes = 0
-            del state[entries[0]], state[entries[1]]
-        elif own[entries[0]].shape[1:] == found[0].shape[1:] and len(own[entries[0]]) not in rows:
-            classes = len(own[entries[0]])
-            notes.append(f"{classifier} keeps its own values: the file has {rows.pop()} classes, the model {classes}")
-            state.update((entry, own[entry].clone()) for entry in entries)
+        elif weight in state and bias in state and weight not in own:  # num_classes = 0
+            del state[weight], state[bias]
+        elif all(entry in table for entry in entries for table in (state, own)):
+            rows, classes = state[bias].shape, own[bias].shape
+            if state[weight].shape == rows + own[weight].shape[1:] and rows != classes:
+                what = f"the file has {rows[0]} classes, the model {classes[0]}"
+                notes.append(f"{classifier} keeps its own values: {what}")
+                state.update((entry, own[entry].clone()) for entry in entries)
     return state
 
 
