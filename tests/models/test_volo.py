@@ -1,4 +1,4 @@
-"""VOLO beyond the rules for every family: its layers, position embedding, padding, token labelling."""
+"""VOLO beyond the rules for every family: its MLP, position embedding, padding, token labelling."""
 
 from unittest import mock
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers.pointwise import activated
-from models.layers.tokens import Attention, ClassAttention, Mlp, mix_box, random_box, resize_position_embedding
+from models.layers.tokens import Mlp, mix_box, random_box, resize_position_embedding
 from models.volo import VOLO
 from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, golden_fill, random_tensor
 
@@ -21,26 +21,6 @@ def small(**kwargs) -> VOLO:
 
 def image(height: int = 64, width: int = 64, batch: int = 3, **kwargs) -> torch.Tensor:
     return random_tensor(batch, 3, height, width, seed=height + width, **kwargs)
-
-
-# ---- layers against their definitions
-
-
-@torch.no_grad()
-def test_attention_layers_follow_their_definition():
-    x = random_tensor(2, 5, 8, dtype=torch.float64)
-
-    def attend(query, key, value):
-        query, key, value = (tensor.view(2, -1, 2, 4) for tensor in (query, key, value))
-        weights = (torch.einsum("bqhd,bkhd->bhqk", query, key) / 4**0.5).softmax(-1)
-        return torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2)
-
-    for kind, parts in (
-        (Attention, lambda layer: layer.qkv(x).chunk(3, -1)),
-        (ClassAttention, lambda layer: (layer.q(x[:, :1]), *layer.kv(x).chunk(2, -1))),
-    ):
-        layer = golden_fill().fill_(kind(8, 2)).double().to(DEVICE)
-        assert_close(layer(x), layer.proj(attend(*parts(layer))), FORWARD_TOLERANCE[torch.float64])
 
 
 def test_mlp_whose_product_takes_gelu_in(monkeypatch):
