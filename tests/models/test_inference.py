@@ -212,22 +212,14 @@ def test_every_variant_folds_completely(name):
         assert isinstance(dense.h_proj[1], nn.Identity)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("overlock_xt", {**SHALLOW, "num_classes": 9}),
-        ("rednet26", {"num_classes": 9}),
-        ("volo_d1", {"features_only": True, "out_indices": [0]}),
-    ],
-)
-def test_create_model_from_a_checkpoint(tmp_path, name, options):
-    model = fill(models.create_model(name, **options))
+def test_create_model_from_a_checkpoint(tmp_path):
+    options: dict[str, Any] = {"features_only": True, "out_indices": [0]}
+    model = fill(models.create_model("volo_d1", **options))
     models.save_checkpoint(model, tmp_path / "weights.pth")
-    optimised = models.create_model(name, checkpoint=tmp_path / "weights.pth", inference=True, **options)
+    optimised = models.create_model("volo_d1", checkpoint=tmp_path / "weights.pth", inference=True, **options)
     x = random_tensor(1, 3, 64, 64, device="cpu")
     with torch.inference_mode():
-        out, expected = (torch.cat([*m(x)]) for m in (optimised, model))
-    assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert_close(optimised(x), model(x), 1e-5)
     with pytest.raises(ValueError, match="does not fit"):  # too late: there is nowhere for the batch norms to go
         models.load_checkpoint(optimised, tmp_path / "weights.pth")
 
