@@ -20,7 +20,6 @@ from tests.support import in_a_process
 pytestmark = pytest.mark.usefixtures("store_folders")
 
 QUICK = ("tune", "--all", "--quick", "--device", "cpu")
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tries the command on a CPU, in the interpreter")
 
 
 def _key(pixels):
@@ -219,18 +218,7 @@ def test_the_table_names_problem_config_times_and_gain(capsys, command):
     assert "Everything is tuned already" in capsys.readouterr().out
 
 
-@interpreted
-def test_an_operator_from_the_command_line(capsys):
-    assert main(["tune", "--operator", "na2d_av", "--quick", "--device", "cpu", "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
-    names = [row["key"].split()[0] for row in record["tuned"]]
-    assert names == ["own_windows.sum", "own_windows.correlate", "own_windows.sum"]
-    assert set(_stored()) == {row["key"] for row in record["tuned"]}
-    assert record["left"] == record["errors"] == []
-    assert not any(row["rejected"] for row in record["tuned"])
-
-
-@interpreted
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tries the command on a CPU, in the interpreter")
 def test_a_model_is_collected_without_running_a_kernel():
     arguments = argparse.Namespace(model="rednet26", quick=True, batch=2, size=None, dtype=torch.float32, training=True)
     tuning = Tuning(CPU, most=2)

@@ -109,7 +109,8 @@ def test_the_whole_suite_on_tiny_shapes(tmp_path, capsys):
     assert [(row["name"], row["pass"]) for row in found.models] == [("rednet26", k) for k in ("inference", "training")]
     assert all(list(row["speed_up"]) == ["naive"] for row in found.models)
     assert found.load("bench.json")["ceilings"] == found.environment["ceilings"]
-    assert json.loads((tmp_path / "cpu.json").read_text())["entries"]
+    tuned = {key.split()[0] for key in json.loads((tmp_path / "cpu.json").read_text())["entries"]}
+    assert tuned == {"aggregate.rows", "correlate.rows", "transpose.rows"}
     shown = capsys.readouterr().out
     assert "A trial of the command without a GPU" in shown
     assert "| operators | ok |" in shown
