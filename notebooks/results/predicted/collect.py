@@ -1,6 +1,6 @@
 """Write what the emulator predicts for the public operators to a file beside this one, named after the Triton at hand.
 
-    python notebooks/results/predicted/collect.py FOLDER_OF_THE_EMULATOR [CASE ...]
+    python -m notebooks.results.predicted.collect FOLDER_OF_THE_EMULATOR [CASE ...]
 
 from the repository's root; the folder holds ``predict.py``. Cases that begin with a name replace those of the file, the
 others stay. Takes minutes. Times are sums over a case's launches, in microseconds.
@@ -13,23 +13,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import triton
+from torch import Tensor
+
+import kernels
+from kernels.depthwise.op import normed_branches
+from kernels.depthwise.sliding import gelu_convolve
+from models.layers import DilatedReparamBlock
+
 Case = tuple[Any, tuple[Any, ...], dict[str, Any]]  # function, tensors and options, as the emulator's cases are
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def _map(batch: int, channels: int, side: int) -> Tensor:
+    return _empty(batch, side, side, channels).permute(0, 3, 1, 2)
 
 
 def _depthwise(batch: int, channels: int, side: int, fused: bool = False) -> Case:
     """A 3×3 depthwise convolution, or one of GELU."""
-    import kernels
-    from kernels.depthwise.sliding import gelu_convolve
-
     function = (lambda *given: gelu_convolve(*given, True)[0]) if fused else kernels.depthwise_conv2d
     return function, (_map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)), {}
 
 
 def _branches(batch: int, channels: int, side: int, kernel_size: int) -> Case:
     """All branches of a large kernel and their batch norms in training."""
-    from kernels.depthwise.op import normed_branches
-    from models.layers import DilatedReparamBlock
-
     sizes, dilations = zip((kernel_size, 1), *DilatedReparamBlock.BRANCHES[kernel_size], strict=True)
     weights, scale = [_empty(channels, 1, size, size) for size in sizes], _empty(len(sizes), channels).float()
     return (
@@ -37,16 +48,6 @@ def _branches(batch: int, channels: int, side: int, kernel_size: int) -> Case:
         (_map(batch, channels, side), weights, scale, scale[0].clone()),
         {},
     )
-
-
-def _empty(*shape: int) -> Any:
-    import torch
-
-    return torch.empty(shape, dtype=torch.bfloat16)
-
-
-def _map(batch: int, channels: int, side: int) -> Any:
-    return _empty(batch, side, side, channels).permute(0, 3, 1, 2)
 
 
 OTHERS = {
@@ -68,7 +69,6 @@ def main() -> None:
     given = parser.parse_args()
     sys.path.insert(0, given.folder)
     import predict  # pyright: ignore[reportMissingImports]
-    import triton
 
     predict.CASES.update(OTHERS)
     path = Path(__file__).with_name(f"triton_{triton.__version__}.json")
