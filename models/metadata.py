@@ -50,6 +50,9 @@ class InputFormat:
             for value in values:
                 number(name, value, least, below)
 
+    def __str__(self) -> str:
+        return f"{self.size[0]}×{self.size[1]} pixels, crop {self.crop_pct}, {self.interpolation}"
+
 
 @dataclass(frozen=True)
 class Metadata(InputFormat):
@@ -96,8 +99,7 @@ class Metadata(InputFormat):
         model.pretrained_cfg = config
 
     def __str__(self) -> str:
-        seen = f"{self.size[0]}×{self.size[1]} pixels, crop {self.crop_pct}, {self.interpolation}"
-        return f"{self.model}, {seen}, {len(self.classes)} classes"
+        return f"{self.model}, {super().__str__()}, {len(self.classes)} classes"
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:

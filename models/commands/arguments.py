@@ -95,11 +95,12 @@ def add_device_arguments(parser: argparse.ArgumentParser, loads: bool = False) -
 
 
 def complete(arguments: argparse.Namespace) -> None:
-    """Adds ``file`` and ``metadata`` of the weights (None without any), and the model's name where it is not given.
+    """Adds what the weights are called, their ``file`` and ``metadata`` (or None), and the model's name if not given.
 
     Raises:
         ValueError, OSError: a weight file that cannot be used, or no model is named.
     """
+    arguments.weights = "official" if arguments.pretrained else arguments.checkpoint or "random"
     arguments.file = None if arguments.checkpoint is None else local_file(arguments.checkpoint)
     arguments.metadata = None if arguments.file is None else read_metadata(arguments.file)
     if arguments.model is None:

@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             inputs.append(preprocessing(image if preprocessing.channels == 3 else image.convert("L")))
             image.thumbnail((SIDE, SIDE))
             photographs += [image] if len(photographs) < MOST_DRAWN else []
-    weights = "official" if arguments.pretrained else arguments.checkpoint or "random"
+    weights = arguments.weights
     if weights == "random":
         console.print(f"[bold white on red] {RANDOM} [/]")
     model.to(arguments.device)

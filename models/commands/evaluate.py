@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     if images == 0:
         raise CommandError(f"DIR: no image in {folder.root} can be read")
     result = {
-        "checkpoint": "official" if arguments.pretrained else arguments.checkpoint,
+        "checkpoint": arguments.weights,
         **{name: settings[name] for name in ("model", "size", "crop_pct", "interpolation", "dtype")},
         **{name: 100 * count[name] / images for name in ("top1", "top5")},
         "images": images,
@@ -135,10 +135,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
-        height, width = result["size"]
-        seen = f"{height}×{width} (crop {result['crop_pct']}, {result['interpolation']}, {result['dtype']})"
         print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %")
-        print(f"{arguments.model} on {images} images at {seen}, {images / seconds:.1f} images/s with loading")
+        speed = f"{images / seconds:.1f} images/s with loading"
+        print(f"{arguments.model} on {images} images, {preprocessing}, {arguments.dtype}: {speed}")
     for path in result["skipped"]:
         console.print(f"left out, since it cannot be read: {path}", markup=False)
     sys.stdout.flush()  # before the file, whose disk may be full

@@ -170,7 +170,7 @@ def make_trainer(
     settings = {
         "model": arguments.model,
         "options": dict(arguments.model_kwargs),
-        "weights": arguments.checkpoint or ("official" if arguments.pretrained else "random"),
+        "weights": arguments.weights,
         **asdict(recipe),
         **asdict(preprocessing),
         "grad_checkpointing": arguments.grad_checkpointing,
