@@ -19,7 +19,7 @@ CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "
 CONTAINERS += ("module", "student", "teacher", "shadow")
 CONTAINERS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
 AVERAGES = set(CONTAINERS[-7:])
-MOST_TABLES = 100  # containers that are searched
+MOST_CONTAINERS = 100  # containers that are searched
 # torch.compile, activation checkpointing and FSDP add a component to a name wherever they wrap a module.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
 # Attributes that hold the model in somebody else's: DistributedDataParallel's, OpenMMLab's, Lightning modules' own.
@@ -66,10 +66,15 @@ def read_tables(path: PathLike) -> list[Table]:
         content = reader(path)
     except Exception as error:  # a malformed file can make the readers fail in any way
         raise ValueError(f"checkpoint: {path} {reason_of(error)}") from error
-    tables = list(_tables(content, "", set()))
-    if not tables:
-        raise ValueError(f"checkpoint: {path} holds no state dict{_instead(content)}")
-    return tables
+    containers = list(_containers(content, "", set()))
+    found = [
+        Table(average, {name: t for name, t in each.items() if isinstance(name, str) and isinstance(t, Tensor)})
+        for average, each in containers
+    ]
+    if not any(table.tensors for table in found):
+        innermost = containers[0][1] if containers else content
+        raise ValueError(f"checkpoint: {path} holds no state dict{_instead(innermost)}")
+    return [table for table in found if table.tensors]
 
 
 def is_safetensors(path: Path) -> bool:
@@ -83,30 +88,23 @@ def is_safetensors(path: Path) -> bool:
 # ---- what is around a state dict
 
 
-def _tables(content: Any, average: str, seen: set[int]) -> Iterator[Table]:
-    """The tensors of every container that has any, the preferred ones first; ``average`` is of what is around it.
+def _containers(content: Any, average: str, seen: set[int]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every dict that may hold tensors by name, the preferred ones first, and what ``Table.average`` says of them.
 
-    A file may hold a container inside itself, or very many: each is searched once, up to ``MOST_TABLES``.
+    A file may hold a container inside itself, or very many: each is searched once, up to ``MOST_CONTAINERS``.
     """
-    if not isinstance(content, Mapping) or id(content) in seen or len(seen) >= MOST_TABLES:
+    if not isinstance(content, Mapping) or id(content) in seen or len(seen) >= MOST_CONTAINERS:
         return
     seen.add(id(content))
     for key in CONTAINERS:
         # MMEngine exchanges the two as it saves: its state_dict is the average.
         if key != "ema_state_dict" or "message_hub" not in content:
-            yield from _tables(content.get(key), average or key * (key in AVERAGES), seen)
-    tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
-    if tensors:
-        yield Table(average, tensors)
+            yield from _containers(content.get(key), average or key * (key in AVERAGES), seen)
+    yield average, content
 
 
 def _instead(content: Any) -> str:
-    """What the file holds in place of a state dict, for a message."""
-    for _ in range(MOST_TABLES):
-        inner = [content[key] for key in CONTAINERS if isinstance(content, Mapping) and key in content]
-        if not inner or not isinstance(inner[0], Mapping):
-            break
-        content = inner[0]
+    """What there is in place of a state dict, for a message."""
     if not isinstance(content, Mapping) or not content:
         return f" but {'' if content else 'an empty '}{type(content).__name__}"
     name, value = next(iter(content.items()))
