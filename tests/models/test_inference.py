@@ -241,12 +241,9 @@ def test_refusals(family):
     norm.eval().float()
     with pytest.raises(ValueError, match=r"model must have entries of one floating type, got .*float32.*float64"):
         models.optimize_for_inference(model)
-
-
-@pytest.mark.parametrize("model", [nn.Identity(), "rednet50", None])
-def test_refuses_other_models(model):
-    with pytest.raises(TypeError, match=rf"model must be one that .* builds, got {type(model).__name__}"):
-        models.optimize_for_inference(model)
+    for other in (nn.Identity(), "rednet50", None):
+        with pytest.raises(TypeError, match=rf"model must be one that .* builds, got {type(other).__name__}"):
+            models.optimize_for_inference(other)  # pyright: ignore[reportArgumentType]
 
 
 # ---- what a GPU runs in fewer passes: here in Triton's interpreter, in float16, against the layers by themselves

@@ -1,5 +1,6 @@
 """VOLO beyond the rules for every family: its MLP, position embedding, padding, token labelling."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,17 +11,13 @@ from models.checkpoints import load_checkpoint, save_checkpoint
 from models.layers.pointwise import activated
 from models.layers.tokens import Mlp, mix_box, random_box, resize_position_embedding
 from models.volo import VOLO
+from tests.models.families import images, narrow
 from tests.support import DEVICE, FORWARD_TOLERANCE, assert_close, golden_fill, random_tensor
 
 
-def small(**kwargs) -> VOLO:
-    """Two Outlookers, then one block per stage, with parameters like trained ones."""
-    model = VOLO((2, 1, 1, 1), (12, 24), (3, 4), **{"stem_dim": 8, "img_size": 64, "num_classes": 5, **kwargs})
-    return golden_fill().fill_(model).eval().to(DEVICE)
-
-
-def image(height: int = 64, width: int = 64, batch: int = 3, **kwargs) -> torch.Tensor:
-    return random_tensor(batch, 3, height, width, seed=height + width, **kwargs)
+def small(**options: Any) -> Any:
+    """Two Outlookers, then one block per stage."""
+    return narrow("volo", **{"layers": (2, 1, 1, 1), "mix_token": True, **options}).to(DEVICE)
 
 
 def test_mlp_whose_product_takes_gelu_in(monkeypatch):
@@ -56,7 +53,7 @@ def test_mlp_whose_product_takes_gelu_in(monkeypatch):
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 47), (72, 40), (65, 129)])
 @torch.no_grad()
 def test_any_size_is_padded_to_whole_patches(height, width):
-    model, x = small().double(), image(height, width).double()
+    model, x = small().double(), images(3, 3, height, width).double()
     rows, columns = -(-height // 8), -(-width // 8)
     padded = F.pad(x, (0, 8 * columns - width, 0, 8 * rows - height))
     features = model.forward_features(x)
@@ -76,7 +73,7 @@ def test_position_embedding_has_its_own_grid_and_is_resized_for_others(tmp_path)
     resized = resize_position_embedding(square.pos_embed, (4, 6))
     square_parameters = square.state_dict()
     wide.load_state_dict(square_parameters | {"pos_embed": resized})
-    x = image(64, 95)
+    x = images(3, 3, 64, 95)
     assert torch.equal(wide(x), square(x))
     save_checkpoint(square, tmp_path / "square.pth")
     load_checkpoint(other := small(img_size=(64, 95)), tmp_path / "square.pth")  # the loader does so, too
@@ -99,7 +96,7 @@ def test_boxes_are_drawn_from_the_generator_of_torch():
     model, found = small().train(), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(model(image(64, 96)))
+        found.append(model(images(3, 3, 64, 96)))
     assert all(torch.equal(*pair) for pair in zip(*found[:2], strict=True))
     assert found[0][2].dtype == torch.int64
     assert not torch.equal(found[2][2], found[0][2])
@@ -107,7 +104,7 @@ def test_boxes_are_drawn_from_the_generator_of_torch():
 
 @torch.no_grad()
 def test_training_outputs_without_mixing_add_up_to_the_logits_of_evaluation():
-    model, x = small(mix_token=False), image(40, 72)
+    model, x = small(mix_token=False), images(3, 3, 40, 72)
     logits = model(x)
     model.train()
     model.patch_embed.eval()  # running statistics in both
@@ -127,7 +124,7 @@ def test_tokens_and_their_logits_are_mixed_with_the_opposite_image(monkeypatch):
     model.patch_embed.register_forward_hook(lambda *call: seen.update(embedded=call[2]))
     model.get_submodule("network.0.0").register_forward_hook(lambda *call: seen.update(mixed=call[1][0]))
     model.aux_head.register_forward_hook(lambda *call: seen.update(token_logits=call[2]))
-    _, token_logits, returned = model(image(64, 96))
+    _, token_logits, returned = model(images(3, 3, 64, 96))
     assert returned.tolist() == list(box)
 
     expected = seen["embedded"].clone()
