@@ -6,15 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import zeros
 
 import kernels
 from kernels.launch import launch, record_launches
 from tests.kernels.operators import MAP, OPERATORS, Operator
 from tests.support import DEVICE, random_tensor
-
-
-def zeros(*shape, **options):
-    return torch.zeros(*shape, **options)
 
 
 def _good(operator: Operator) -> dict[str, Any]:
