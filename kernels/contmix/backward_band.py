@@ -1,184 +1,249 @@
-# pyright: reportGeneralTypeIssues=false
+"""ContMix's backward pass of bands, some heads of some images at a time.
 
-"""The first kernel of ContMix's backward pass for windows of 16-bit numbers, where nearly every output has one of its
-own.
-
-Tiles and logits are those of ``forward_band``. The inputs that a tile sees are whole tiles, too, as wide and high as
-those of outputs, the first of which begins K // 2 before the map: so p, of as many rows of inputs as such tiles have at
-a time, is what value's gradient multiplies. There the rows of a window, a block each, are moved to where its output's
-begin; ds = p ∘ (Σ_c grad · value − δ), where the sum is a product of the tile's outputs and inputs; and rows of ds are
-moved back, to be multiplied with keys for query's gradient. As numbers outside of windows take part, too, a value or a
-gradient that is not finite reaches gradients of all outputs and inputs of tiles that see it.
+The first kernel, in ``grad_logits_band``, makes softmax weights p again, and the logits' gradients ds = p ∘ (Σ_c grad ·
+value − δ), δ = Σ_c grad · out; it ends query's gradient and stores p and ds. From these come the other gradients here:
+value's, a sum over the outputs that see an input; projected keys' as a product; bias' and rpb's, sums over what shares
+their entries.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.arguments import Stored, Tensors, adding, launch_on, problem_of, reference_gradients
-from kernels.contmix.bands import apart, first_seen, load_moved, outputs_of_block, rows_of_block, shifted, together
-from kernels.contmix.configs import TILES, Tiles, block, grad_tiles_heuristic
-from kernels.contmix.forward_band import (
-    band_arguments,
-    first_entry,
-    logits_of_rows,
-    moved_bias,
-    moved_keys,
-    position_table,
-    query_of_ones,
-)
-from kernels.contmix.tiles import at_head, key_scale, load_pixels, store_pixels
-from kernels.launch import next_power_of_2
-from kernels.products import LOG2_E, dot
-from kernels.tuning import tunable
+from kernels.contmix.arguments import Stored, Targets, Tensors, launch_on, problem_of
+from kernels.contmix.bands import first_block, first_seen, load_moved, rows_of_block
+from kernels.contmix.configs import Problem, block, tile_of
+from kernels.contmix.grad_logits_band import grad_logits_band
+from kernels.contmix.parts import by_parts
+from kernels.contmix.tiles import at_head, store_pixels
+from kernels.launch import ceil_divide, next_power_of_2
+from kernels.neighborhood.tables import Sums, fold
+from kernels.products import dot
+from kernels.sum_rows import sum_rows
 from kernels.views import at, view
-from kernels.windows_triton import offsets
+from kernels.windows_triton import window_start
+
+# Where programs have fewer window positions, 256 for each of a GPU's processors, several share the rows of a map.
+LEAST_POSITIONS = 132 * 256
+# Of a map of fewer pixels, whose rows are mostly border, ds is summed over images instead of rows.
+SMALL_MAP = 1000
+# Tiles of inputs side by side that a program takes.
+INPUTS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
-def _grad_logits_band_kernel(
-    query,  # [B, G, Dq, H, W]
-    projected,  # [B, G, Dq, K²]
-    bias,  # [K²]
-    rpb,  # [G, 2K-1, 2K-1]
-    value,  # [B, G, Dv, H, W]
+def _tiles_seeing(i_first, i_last, length, KERNEL: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr):
+    """(first, last) of the tiles of outputs whose patches of BLOCKS blocks hold any of some blocks of inputs."""
+    first = tl.where(i_first - BLOCKS < KERNEL // 2 // TILE, 0, i_first - BLOCKS + 1)
+    last = tl.where(i_last < (length - KERNEL + KERNEL // 2) // TILE, i_last, (length - 1) // TILE)
+    return first, last
+
+
+@triton.jit
+def _grad_value_band_kernel(
+    weights,  # [B, G, H, W, patch]: p of inputs tile by tile
     grad,  # [B, G, Dv, H, W]
-    out,  # [B, G, Dv, H, W]
-    statistics,  # [B, G, H, W]: log Σ_k exp
-    previous,  # [B, G, Dq, H, W]: a gradient of query to add to, where ADD
-    grad_query,  # [B, G, Dq, H, W]: written
-    weights,  # [B, G, H, W, patch]: p of inputs tile by tile, written
-    grad_logits,  # [B, G, H, W, rows of a window · SEEN]: ds, written
-    sizes, programs, walks,
-    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    OFFSET: tl.constexpr, UPCAST: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr,
-    SEEN: tl.constexpr, TABLE: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    ADD: tl.constexpr,
+    grad_value,  # [B, G, Dv, H, W]: written
+    sizes, blocks,
+    KERNEL: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    UPCAST: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each. Rows of a window are BLOCKS
-    blocks, rows of inputs PLANES, of as many as a tile has; the last of a window may have fewer."""
+    """A program takes INPUTS tiles of inputs side by side, and the tiles of outputs that see them OUTPUTS at a time."""
     _batch, groups, height, width = sizes
-    OUTPUTS: tl.constexpr = 16 * TILES
     ROWS: tl.constexpr = 16 // COLUMNS
     PLANE: tl.constexpr = ROWS * SEEN
-    PLANES: tl.constexpr = (KERNEL + 2 * ROWS - 2) // ROWS
-    BLOCKS: tl.constexpr = (KERNEL + ROWS - 1) // ROWS
-    dtype: tl.constexpr = query.ptr.dtype.element_ty
-    SCALE: tl.constexpr = LOG2_E * key_scale(dtype)
+    WIDE: tl.constexpr = OUTPUTS * COLUMNS
     i_program = tl.program_id(0)
-    i_walks = i_program % programs * walks
-    i_group, i_batch = (i_program // programs % groups).to(tl.int64), (i_program // programs // groups).to(tl.int64)
-    queries = at_head(query, i_batch, i_group, QUERY_CHANNELS)
-    keys = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
-    values, outs = at_head(value, i_batch, i_group, CHANNELS), at_head(out, i_batch, i_group, CHANNELS)
-    grads, targets = at_head(grad, i_batch, i_group, CHANNELS), at_head(grad_query, i_batch, i_group, QUERY_CHANNELS)
-    sums = at(statistics, i_batch, i_group)
-    weights, grad_logits = at(weights, i_batch, i_group), at(grad_logits, i_batch, i_group)
-
-    keys_of_rows, bias_of_rows = (), ()
-    for i in tl.static_range(BLOCKS):
-        b_keys = moved_keys(
-            keys, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY,
-            OFFSET, dtype,
-        )  # fmt: skip
-        b_bias = moved_bias(bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, ACCUMULATOR, dtype)
-        keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
-    b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
-
-    o_flat, o_input, o_plane = tl.arange(0, COLUMNS * BLOCK_QUERY), tl.arange(0, TILES * PLANE), tl.arange(0, PLANE)
-    o_seen_tile, o_seen = o_input // PLANE, o_input % PLANE
-    for i_walk in range(i_walks, i_walks + walks):
-        row, column, outputs = outputs_of_block(i_walk, height, width, KERNEL, TILES, ACROSS, COLUMNS)
-        down = outputs.start_h - first_seen(outputs.row, height, KERNEL, ROWS)
-        right = outputs.start_w - first_seen(outputs.column, width, KERNEL, COLUMNS)
-        seen_row = tl.minimum(row + o_seen_tile // ACROSS * ROWS, height - 1)
-        seen_column = tl.minimum(column + o_seen_tile % ACROSS * COLUMNS, width - 1)
-        seen_h = first_seen(seen_row, height, KERNEL, ROWS) + o_seen // SEEN
-        seen_w = first_seen(seen_column, width, KERNEL, COLUMNS) + o_seen % SEEN
-        m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w >= 0) & (seen_w < width)
-        # [M, COLUMNS · Dq]
-        o_query = offsets(queries, outputs, OFFSET)
-        b_query = load_moved(queries, o_query, outputs.mask | True, right, QUERY_CHANNELS, COLUMNS, BLOCK_QUERY)
-        # [M, Dv]; outputs that are not there have no gradient
-        b_grad = load_pixels(grads, offsets(grads, outputs, OFFSET), outputs.mask, CHANNELS, BLOCK_CHANNELS)
-        b_out = load_pixels(outs, offsets(outs, outputs, OFFSET), outputs.mask, CHANNELS, BLOCK_CHANNELS)
-        b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
-        b_statistics = tl.load(sums.ptr + offsets(statistics, outputs, OFFSET)) * LOG2_E
-        if ADD:
-            added = at_head(previous, i_batch, i_group, QUERY_CHANNELS)
-            b_added = load_pixels(added, offsets(added, outputs, OFFSET), outputs.mask, QUERY_CHANNELS, BLOCK_QUERY)
-        b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
-
-        o_row = outputs.row.to(OFFSET)
-        o_stored = o_row * weights.h + outputs.column.to(OFFSET) * weights.w
-        p_weight = weights.ptr + o_stored[:, None] + o_plane[None, :]
-        o_stored = o_row * grad_logits.h + outputs.column.to(OFFSET) * grad_logits.w
-        p_logits = grad_logits.ptr + o_stored[:, None]
-        b_nothing = tl.zeros([OUTPUTS, SEEN], ACCUMULATOR)
-        rows, products = (), ()
-        for _ in tl.static_range(ROWS - 1):
-            rows = rows + (b_nothing,)
-        b_sum = tl.zeros([OUTPUTS, COLUMNS * BLOCK_QUERY], ACCUMULATOR)
-        for i in tl.static_range(PLANES):
-            if i < BLOCKS:
-                b_logits = logits_of_rows(
-                    b_query, b_one, keys_of_rows[i], bias_of_rows[i], b_table, o_base, i * ROWS,
-                    rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, UPCAST,
-                )  # fmt: skip
-                rows = rows + apart(
-                    tl.exp2(b_logits * SCALE - b_statistics[:, None]), rows_of_block(KERNEL, ROWS, SEEN, i)
-                )
-            for _ in tl.static_range((i + 2) * ROWS - 1 - len(rows)):
-                rows = rows + (b_nothing,)
-            b_products = tl.zeros([TILES, 16, PLANE], ACCUMULATOR) - tl.reshape(b_delta, [TILES, 16, 1])
-            o_h = seen_h + i * ROWS
-            o_value = o_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
-            b_value = load_pixels(values, o_value, m_seen & (o_h >= 0) & (o_h < height), CHANNELS, BLOCK_CHANNELS)
-            b_value = tl.permute(tl.reshape(b_value, [TILES, PLANE, BLOCK_CHANNELS]), [0, 2, 1])
-            b_products = dot(tl.reshape(b_grad, [TILES, 16, BLOCK_CHANNELS]), b_value, b_products, UPCAST)
-            b_weight = together(shifted(rows[i * ROWS : i * ROWS + 2 * ROWS - 1], down, ROWS, False))
-            products = products + apart(tl.reshape(b_products, [OUTPUTS, PLANE]) * b_weight, ROWS)
-            # Inputs of a plane tile by tile
-            b_weight = tl.reshape(b_weight, [OUTPUTS, ROWS, SEEN // COLUMNS, COLUMNS])
-            b_weight = tl.reshape(tl.permute(b_weight, [0, 2, 1, 3]), [OUTPUTS, PLANE])
-            tl.store(p_weight + i * PLANE, b_weight.to(dtype), mask=outputs.mask[:, None])
-            if i == PLANES - 1 and KERNEL % ROWS == 1:
-                for _ in tl.static_range(rows_of_block(KERNEL, ROWS, SEEN, BLOCKS - 1) - 1):
-                    products = products + (b_nothing,)
-            for j in tl.static_range(BLOCKS):
-                if i == min(j + 1, PLANES - 1):
-                    b_rows = products[j * ROWS : j * ROWS + rows_of_block(KERNEL, ROWS, SEEN, j) + ROWS - 1]
-                    b_grad_logits = together(shifted(b_rows, down, ROWS, True)).to(dtype)
-                    o_step = j * PLANE + tl.arange(0, b_grad_logits.shape[1])
-                    tl.store(p_logits + o_step[None, :], b_grad_logits, mask=outputs.mask[:, None])
-                    b_sum = dot(b_grad_logits, keys_of_rows[j][0], b_sum, UPCAST)
-        # Of an output's part alone
-        b_sum = tl.where(right[:, None] == (o_flat // BLOCK_QUERY)[None, :], b_sum, 0.0)
-        b_sum = tl.sum(tl.reshape(b_sum, [OUTPUTS, COLUMNS, BLOCK_QUERY]), 1) * key_scale(dtype)
-        if ADD:
-            b_sum += b_added
-        store_pixels(targets, offsets(targets, outputs, OFFSET), outputs.mask, b_sum, QUERY_CHANNELS)
+    i_block, i_image = i_program % blocks, i_program // blocks
+    i_group, i_batch = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
+    blocks_w = (width - 1 + KERNEL // 2) // (INPUTS * COLUMNS) + 1
+    i_row, i_column = i_block // blocks_w, i_block % blocks_w * INPUTS
+    first_h, last_h = _tiles_seeing(i_row, i_row, height, KERNEL, ROWS, (KERNEL + 2 * ROWS - 2) // ROWS)
+    first_w, last_w = _tiles_seeing(i_column, i_column + INPUTS - 1, width, KERNEL, COLUMNS, SEEN // COLUMNS)
+    steps_w = (last_w - first_w) // OUTPUTS + 1
+    weights, grads = at(weights, i_batch, i_group), at_head(grad, i_batch, i_group, CHANNELS)
+    o_input, o_output, o_channel = tl.arange(0, 16 * INPUTS), tl.arange(0, 16 * OUTPUTS), tl.arange(0, BLOCK_CHANNELS)
+    o_down, o_right = o_output // WIDE, o_output % WIDE
+    o_weight = o_down.to(OFFSET) * weights.h + o_right.to(OFFSET) * weights.w
+    o_grad = (o_down.to(OFFSET) * grads.h + o_right.to(OFFSET) * grads.w)[:, None]
+    o_grad += (o_channel.to(OFFSET) * grads.c)[None, :]
+    m_channel = (o_channel < CHANNELS)[None, :]
+    b_sum = tl.zeros([16 * INPUTS, BLOCK_CHANNELS], ACCUMULATOR)
+    for i_step in range((last_h - first_h + 1) * steps_w):
+        i_tile_h, i_tile_w = first_h + i_step // steps_w, first_w + i_step % steps_w * OUTPUTS
+        row, column = i_tile_h * ROWS, i_tile_w * COLUMNS
+        m_output = (o_down < height - row) & (o_right < width - column)
+        # Where in a plane of an output the program's inputs begin, tile by tile
+        o_plane = (i_column - first_block(i_tile_w + o_right // COLUMNS, width, KERNEL, COLUMNS)) * 16
+        o_inside = o_plane[:, None] + o_input[None, :]
+        i_weight = tl.cast(row, OFFSET) * weights.h + tl.cast(column, OFFSET) * weights.w
+        i_weight += (i_row - first_block(i_tile_h, height, KERNEL, ROWS)) * PLANE
+        p_weight = weights.ptr + i_weight + o_weight[:, None] + o_inside
+        m_weight = m_output[:, None] & (o_inside.to(tl.uint32, bitcast=True) < PLANE)
+        b_weight = tl.load(p_weight, mask=m_weight, other=0)
+        p_grad = grads.ptr + tl.cast(row, OFFSET) * grads.h + tl.cast(column, OFFSET) * grads.w + o_grad
+        b_grad = tl.load(p_grad, mask=m_output[:, None] & m_channel, other=0)
+        b_sum = dot(tl.trans(b_weight), b_grad, b_sum, UPCAST)
+    # Inputs of a tile row by row
+    o_row = i_row * ROWS - KERNEL // 2 + o_input % 16 // COLUMNS
+    o_column = (i_column + o_input // 16) * COLUMNS - KERNEL // 2 + o_input % COLUMNS
+    m_input = (o_row >= 0) & (o_row < height) & (o_column >= 0) & (o_column < width)
+    target = at_head(grad_value, i_batch, i_group, CHANNELS)
+    o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
+    store_pixels(target, o_target, m_input, b_sum, CHANNELS)
 
 
-@tunable(
-    TILES,
-    grad_tiles_heuristic,
-    problem=problem_of,
-    reference=lambda tensors, _target, previous, _stored: reference_gradients(tensors, previous)[0],
-    name="contmix.band.grad_logits",
-)
-def grad_logits_band(
-    tensors: Tensors, grad_query: Tensor, previous: Tensor | None, stored: Stored, *, config: Tiles
-) -> Tensor:
-    """Fills ``stored``, and the gradient of query."""
-    arguments, programs = band_arguments(tensors, config)
-    seen, columns, kernel_size = arguments["SEEN"], arguments["COLUMNS"], tensors.kernel_size
-    arguments |= {
-        **adding(grad_query, previous),
-        "weights": view(stored.weights, "b g h w k"),
-        "grad_logits": view(stored.grad_logits, "b g h w k"),
-        "TABLE": next_power_of_2((2 * kernel_size + 6) * (2 * kernel_size - 1) + seen + columns),
-        "BLOCK_CHANNELS": block(tensors.value.shape[2]),
-    }
-    launch_on(tensors, _grad_logits_band_kernel, programs, **arguments)
-    return grad_query
+def _grad_value_band(tensors: Tensors, grad_value: Tensor, stored: Stored) -> None:
+    """Fills ``grad_value``."""
+    sizes, (seen, columns), half = tensors.sizes, tile_of(problem_of(tensors)), tensors.kernel_size // 2
+    blocks = ceil_divide(sizes.height + half, 16 // columns) * ceil_divide(sizes.width + half, 4 * columns)
+    # One program per (block of inputs, group, batch entry).
+    launch_on(
+        tensors, _grad_value_band_kernel, blocks * sizes.groups * sizes.batch,
+        weights=view(stored.weights, "b g h w k"), grad_value=view(grad_value, "b g c h w"), blocks=blocks,
+        OUTPUTS=8 if half < 4 else 4, COLUMNS=columns, SEEN=seen, BLOCK_CHANNELS=block(tensors.value.shape[2]),
+        num_warps=4, num_stages=2 if half < 4 else 3,
+    )  # fmt: skip
+
+
+@triton.jit
+def _grad_parameters_band_kernel(
+    query,  # [B, G, Dq, H, W]
+    grad_logits,  # [B, G, H, W, S]: ds
+    grad_projected,  # [N, B, G, Dq, K²]: written; N along the axis h
+    sums,  # [B, G, classes, SEEN, S]: ds summed over outputs of a class and of a column in what they see
+    totals,  # [B, G, classes, COLUMNS, S]: ds summed over outputs whose windows begin at a column of it
+    sizes, parts, chunks, chunk,
+    KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_QUERY: tl.constexpr, COLUMNS: tl.constexpr, SEEN: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr, STORED: tl.constexpr, POSITIONS: tl.constexpr, BORDER: tl.constexpr,
+    LOG_WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows of outputs come in classes: BORDER from either border are each one of its own, and between them each
+    ``chunk`` rows are. A program walks over all classes, or over one of N parts: those above, one chunk, those below.
+
+    All sums are products with ds: of queries, each in the channels of the column where its window begins, and of ones,
+    each at the output's column and at that one.
+    """
+    OUTPUTS: tl.constexpr = tl.constexpr(64)
+    BLOCKS: tl.constexpr = (STORED + POSITIONS - 1) // POSITIONS
+    batch, groups, height, width = sizes
+    i_block, i_image = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    i_group, i_sum = (i_image % groups).to(tl.int64), (i_image // groups).to(tl.int64)
+    i_batch, i_part = i_sum % batch, i_sum // batch
+    queries, logits = at(query, i_batch, i_group), at(grad_logits, i_batch, i_group)
+    sums, totals = at(sums, i_batch, i_group), at(totals, i_batch, i_group)
+    o_stored, o_output = i_block * POSITIONS + tl.arange(0, POSITIONS), tl.arange(0, OUTPUTS)
+    o_entry, m_stored = tl.arange(0, BLOCK_ENTRIES), o_stored < STORED
+    # [S, SEEN + COLUMNS]: totals of windows that begin x columns into what is stored lie x entries to the left.
+    o_total = tl.maximum(o_entry - SEEN, 0)
+    m_sum = m_stored[:, None] & (o_entry < SEEN)[None, :]
+    m_total = m_stored[:, None] & ((o_entry >= SEEN) & (o_entry < SEEN + COLUMNS))[None, :]
+    m_total &= o_stored[:, None] >= o_total[None, :]
+    begin = tl.where(i_part == 0, 0, BORDER - 1 + i_part.to(tl.int32))
+    end = tl.where(i_part == parts - 1, 2 * BORDER + chunks, BORDER + i_part.to(tl.int32))
+    b_projected = tl.zeros([POSITIONS, COLUMNS * BLOCK_QUERY], ACCUMULATOR)
+    for i_class in range(begin, end):
+        i_chunk = i_class - BORDER
+        is_chunk = (i_chunk >= 0) & (i_chunk < chunks)
+        begin_row = tl.where(is_chunk, BORDER + i_chunk * chunk, height - BORDER + i_chunk - chunks)
+        begin_row = tl.where(i_chunk < 0, i_class, begin_row)
+        end_row = tl.where(is_chunk, tl.minimum(begin_row + chunk, height - BORDER), begin_row + 1)
+        # Outputs of a step lie in one row, or in a few columns of some rows; the binary logarithm of how many columns.
+        log_wide = tl.where(is_chunk, LOG_WIDE, 6)
+        steps_w = (width + (1 << log_wide) - 1) >> log_wide
+        steps_h = tl.maximum(end_row - begin_row + (OUTPUTS >> log_wide) - 1, 0) >> (6 - log_wide)
+        b_sum = tl.zeros([POSITIONS, BLOCK_ENTRIES], ACCUMULATOR)
+        for i in range(steps_h * steps_w):
+            o_row = begin_row + (i // steps_w << (6 - log_wide)) + (o_output >> log_wide)
+            o_column = (i % steps_w << log_wide) + (o_output & ((1 << log_wide) - 1))
+            m_output = (o_row < end_row) & (o_column < width)
+            o_column = tl.minimum(o_column, width - 1)
+            o_first = first_seen(o_column, width, KERNEL, COLUMNS)
+            right = window_start(o_column, width, KERNEL, 1) - o_first
+            o_step = o_row.to(OFFSET) * logits.h + o_column.to(OFFSET) * logits.w
+            m_logits = m_output[:, None] & m_stored[None, :]
+            b_grad_logits = tl.trans(tl.load(logits.ptr + o_step[:, None] + o_stored[None, :], mask=m_logits, other=0))
+            o_query = o_row.to(OFFSET) * queries.h + o_column.to(OFFSET) * queries.w
+            b_query = load_moved(queries, o_query, m_output, right, QUERY_CHANNELS, COLUMNS, BLOCK_QUERY)
+            b_projected = dot(b_grad_logits, b_query, b_projected, UPCAST)
+            o_ones = (1 << (o_column - o_first)) | (1 << (SEEN + right))
+            b_one = tl.where((o_ones[None, :] >> o_entry[:, None]) & 1 == 1, 1.0, 0.0).to(b_query.dtype)
+            b_sum = dot(b_grad_logits, tl.trans(b_one), b_sum, UPCAST)
+        p_sums = sums.ptr + i_class * sums.h + o_stored[:, None] + (o_entry * sums.w)[None, :]
+        tl.store(p_sums, b_sum, mask=m_sum)
+        p_totals = totals.ptr + i_class * totals.h + o_stored[:, None] + (o_total * (totals.w - 1))[None, :]
+        tl.store(p_totals, b_sum, mask=m_total)
+    if COLUMNS > 1:
+        b_parts = tl.reshape(b_projected, [POSITIONS, COLUMNS, BLOCK_QUERY])
+        b_projected = tl.zeros([POSITIONS, BLOCK_QUERY], ACCUMULATOR)
+        for i in tl.static_range(COLUMNS):
+            b_part = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :, None] == i, b_parts, 0), 1)
+            o_part = tl.minimum(tl.arange(0, POSITIONS) + i, POSITIONS - 1)
+            b_projected += tl.gather(b_part, tl.broadcast_to(o_part[:, None], b_part.shape), 0)
+    o_position = o_stored // SEEN * KERNEL + o_stored % SEEN
+    m_position = (o_stored < KERNEL * SEEN) & (o_stored % SEEN < KERNEL)
+    target = at(grad_projected, i_batch, i_group)
+    o_target = i_part * target.h + o_position * target.k
+    store_pixels(target, o_target, m_position, b_projected, QUERY_CHANNELS)
+
+
+def _grad_parameters_band(tensors: Tensors, grad_projected: Tensor, grad_logits: Tensor) -> Sums:
+    """Fills ``grad_projected``, or leaves parts of it to be summed."""
+    sizes, (seen, columns) = tensors.sizes, tile_of(problem_of(tensors))
+    kernel_size, new_sums = tensors.kernel_size, tensors.statistics.new_empty
+    stored, whole = grad_logits.shape[-1], sizes.height * sizes.width < SMALL_MAP
+    border = 0 if whole else kernel_size // 2
+    inner = sizes.height - 2 * border
+    # AMD's GPUs have 64 KiB of shared memory.
+    positions = min(64 if torch.version.hip else 256, max(64, next_power_of_2(stored)))
+    programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
+    chunk, parts, pieces = inner, 1, None
+    least = LEAST_POSITIONS // positions
+    if programs < least:
+        chunk = 4 * ceil_divide(inner * programs, 4 * least)
+        parts = ceil_divide(inner, chunk) + 2
+        pieces = new_sums((parts, kernel_size**2, *tensors.query.shape[:3]))
+    classes = 2 * border + ceil_divide(inner, chunk)
+    shape = sizes.batch, sizes.groups, classes
+    sums, totals = (new_sums((*shape, number, stored)) for number in (seen, columns))
+    # One program per (block of window positions, group, batch entry, part of the rows).
+    launch_on(
+        tensors, _grad_parameters_band_kernel, programs * parts, grad_logits=view(grad_logits, "b g h w k"),
+        grad_projected=view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
+        sums=view(sums, "b g h w k"), totals=view(totals, "b g h w k"), parts=parts,
+        chunks=ceil_divide(inner, chunk), chunk=chunk,
+        COLUMNS=columns, SEEN=seen, BLOCK_ENTRIES=block(seen + columns), STORED=stored, POSITIONS=positions,
+        BORDER=border, LOG_WIDE=min(4, (sizes.width - 1).bit_length()),
+        num_warps=positions // 16, num_stages=3,
+    )  # fmt: skip
+    totals = totals.flatten(2, 3)
+    if whole:
+        sums = sum_rows(grad_logits.flatten(1), 12, sums.dtype).unflatten(1, grad_logits.shape[1:])
+        return Sums(sums, totals, seen, seen, columns, sizes.height, pieces)
+    # Classes are like rows of a map, and what their outputs see like its columns.
+    return Sums(sums, totals, seen, seen, 0, classes, pieces)
+
+
+def _stored_of(problem: Problem) -> tuple[int, int]:
+    """How many numbers an output leaves: of p, of all that its tile sees, and of ds."""
+    (seen, columns), kernel_size = tile_of(problem), problem.kernel_size
+    rows = 16 // columns
+    of_window = sum(int(rows_of_block(kernel_size, rows, seen, i)) for i in range(ceil_divide(kernel_size, rows)))
+    return ceil_divide(kernel_size + rows - 1, rows) * rows * seen, of_window * seen
+
+
+def _fill(tensors: Tensors, targets: Targets) -> None:
+    (batch, groups, height, width), counts = tensors.sizes, _stored_of(problem_of(tensors))
+    stored = Stored(*(tensors.value.new_empty((batch, groups, height, width, count)) for count in counts))
+    grad_logits_band(tensors, targets.query, targets.previous, stored)
+    _grad_value_band(tensors, targets.value, stored)
+    sums = _grad_parameters_band(tensors, targets.projected, stored.grad_logits)
+    fold(sums, targets.bias, targets.rpb, targets.projected)
+
+
+def backward_band(tensors: Tensors, targets: Targets) -> None:
+    """Fills the targets."""
+    by_parts(tensors, targets, max(_stored_of(problem_of(tensors))), _fill)

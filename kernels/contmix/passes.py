@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.contmix import eager
 from kernels.contmix.arguments import Targets, Tensors, problem_of
-from kernels.contmix.backward_band_stored import backward_band
+from kernels.contmix.backward_band import backward_band
 from kernels.contmix.backward_shared import backward_shared
 from kernels.contmix.composed import backward_composed, forward_composed
 from kernels.contmix.configs import FILLED_BACKWARD, FILLED_FORWARD, is_band, shares_windows

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels.contmix import backward_band_stored, eager, parts, passes
+from kernels.contmix import backward_band, eager, parts, passes
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, observing
 from tests.kernels.operators import OPERATOR, contmix
@@ -88,7 +88,7 @@ def test_bands(size, kernel_size, masked, dtype, small_map, most, monkeypatch):
     """Several tiles along both axes, windows that begin alike at borders; a bias of -inf leaves a position nothing. All
     heads at once, or one after the other."""
     monkeypatch.setattr(passes, "shares_windows", lambda *_: False)
-    monkeypatch.setattr(backward_band_stored, "SMALL_MAP", small_map)
+    monkeypatch.setattr(backward_band, "SMALL_MAP", small_map)
     monkeypatch.setattr(parts, "MOST_STORED", most)
     operator = ROW.at(contmix(size, 3, 14, 10, 6, (kernel_size,)))
     tensors = operator.tensors(dtype=dtype)
