@@ -6,6 +6,7 @@ Two adjacent weights are one number of 32 bits. Nothing here leaves a thread's r
 import triton
 import triton.language as tl
 
+from kernels.registers import stack, unstack
 from kernels.windows_triton import Pixels, window_start
 
 
@@ -44,41 +45,22 @@ def unpacked(b, dtype: tl.constexpr):
 
 
 @triton.jit
-def _halved(blocks):
-    found = ()
-    for i in tl.static_range(len(blocks)):
-        b = blocks[i]
-        first, second = tl.split(tl.permute(tl.reshape(b, [b.shape[0], 2, b.shape[1] // 2]), [0, 2, 1]))
-        found = found + (first, second)
-    return found
-
-
-@triton.jit
 def apart(b, ROWS: tl.constexpr):
-    """[M, ROWS · S] as ROWS blocks [M, S]; ROWS is 1, 2, 4, 8 or 16."""
-    blocks = (b,)
-    for level in tl.static_range(4):
-        if ROWS >> level > 1:
-            blocks = _halved(blocks)
+    """[M, ROWS · S] as ROWS blocks [M, S]; ROWS is a power of two."""
+    rows, blocks = unstack(tl.permute(tl.reshape(b, [b.shape[0], ROWS, b.shape[1] // ROWS]), [0, 2, 1])), ()
+    for i in tl.static_range(ROWS):
+        blocks = blocks + (tl.reshape(rows[i], [b.shape[0], b.shape[1] // ROWS]),)
     return blocks
-
-
-@triton.jit
-def _doubled(blocks):
-    found = ()
-    for i in tl.static_range(len(blocks) // 2):
-        b = tl.permute(tl.join(blocks[2 * i], blocks[2 * i + 1]), [0, 2, 1])
-        found = found + (tl.reshape(b, [b.shape[0], 2 * b.shape[2]]),)
-    return found
 
 
 @triton.jit
 def together(blocks):
     """The inverse of ``apart``."""
-    for _ in tl.static_range(4):
-        if len(blocks) > 1:
-            blocks = _doubled(blocks)
-    return blocks[0]
+    rows = ()
+    for i in tl.static_range(len(blocks)):
+        rows = rows + (tl.reshape(blocks[i], [blocks[i].shape[0], blocks[i].shape[1], 1]),)
+    b = tl.permute(stack(rows), [0, 2, 1])
+    return tl.reshape(b, [b.shape[0], b.shape[1] * b.shape[2]])
 
 
 @triton.jit

@@ -12,9 +12,9 @@ source once for all rows of a tile.
 import triton
 import triton.language as tl
 
-from kernels.aggregation.tiles import halved, halvings, stack
 from kernels.neighborhood.own_tiles import columns_of, image_of, load_taps, rows_of, taps_of, window_row
 from kernels.products import LOG2_E
+from kernels.registers import stack, unstack
 from kernels.views import aligned, multiple
 from kernels.windows_triton import window_start
 
@@ -61,12 +61,7 @@ def _logits(taps, weight, rpb, kh, HAS_RPB: tl.constexpr, ACCUMULATOR: tl.conste
 def _taps_apart(b_taps):
     """Taps [R, P, S] as S·R blocks [P, 1], rows fastest. They move in their own type: converted ones take twice the
     room on the way, and those of a softmax would be converted one by one if they moved in pairs."""
-    ROWS: tl.constexpr = b_taps.shape[0]
-    STEPS: tl.constexpr = b_taps.shape[2]
-    parts = (tl.reshape(tl.permute(b_taps, [1, 2, 0]), halvings(b_taps.shape[1], 1, 1, STEPS * ROWS)),)
-    for _ in tl.static_range(len(halvings(STEPS * ROWS))):
-        parts = halved(parts)
-    return parts
+    return unstack(tl.reshape(tl.permute(b_taps, [1, 2, 0]), [b_taps.shape[1], b_taps.shape[2] * b_taps.shape[0]]))
 
 
 @triton.jit
@@ -140,7 +135,7 @@ def sum_kernel(
                 kernel_h = row + window_row(rows, i_source, KERNEL_H, TRANSPOSED)
                 if (kernel_h >= 0) & (kernel_h < KERNEL_H):
                     for i in tl.static_range(KERNEL_W):
-                        b_sum += tl.reshape(steps[i * ROWS + r], [COLUMNS, 1]).to(ACCUMULATOR) * wide[i]
+                        b_sum += steps[i * ROWS + r].to(ACCUMULATOR) * wide[i]
                 new = new + (b_sum,)
             sums = new
 
@@ -220,7 +215,7 @@ def correlate_kernel(
         slots = ()
         for r in tl.static_range(ROWS):
             slots = slots + products[r]
-        b_target = tl.reshape(stack(slots, COLUMNS, 1, STEPS), [ROWS, COLUMNS, STEPS])
+        b_target = tl.permute(tl.reshape(stack(slots), [COLUMNS, ROWS, STEPS]), [1, 0, 2])
         if SOFTMAX:
             b_target *= b_weight
         m_target = targets.own & targets.mask & (targets.row + i_source >= 0) & (targets.row + i_source < KERNEL_H)
