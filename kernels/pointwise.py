@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from kernels.backend import is_hopper
 from kernels.dtypes import upcast
 from kernels.launch import ceil_divide, is_launchable, is_plain, launch
 from kernels.products import dot
@@ -36,7 +37,10 @@ class Blocks(NamedTuple):
 
 
 LARGE = Blocks(128, 256, 64, 8, 2)  # less would read x and weights more often than L2 can deliver
-# Where those keep not even half of a GPU's processors busy, as for a single image: then how long a step takes decides.
+# A program of few channels mostly waits for memory. Of these blocks two share a processor's registers, so that one
+# computes while the other waits.
+FEW_CHANNELS, OF_FEW_CHANNELS = 128, Blocks(128, 128, 64, 8, 2)
+# Where large ones keep not even half of a GPU's processors busy, as for a single image: how long a step takes decides.
 SMALL = Blocks(32, 64, 64, 4, 4)
 LEAST_PROGRAMS = 66  # half of an H200's processors
 
@@ -46,7 +50,7 @@ def _product(
     b_out,  # [P, N]
     p_pixel, m_pixel,  # [P]
     weight,  # [outputs, channels]
-    o_output, m_output,  # [N]
+    o_output,  # [N], each one that there is: a mask would cost registers
     scale, shift,  # [channels], not read without NORM
     channels,
     NORM: tl.constexpr, CHANNELS: tl.constexpr, UPCAST: tl.constexpr,
@@ -57,7 +61,7 @@ def _product(
         m_channel = o_channel < channels
         b_x = tl.load(p_pixel[:, None] + o_channel[None, :], mask=m_pixel[:, None] & m_channel[None, :], other=0)
         p_weight = weight + o_output[None, :] * channels + o_channel[:, None]
-        b_weight = tl.load(p_weight, mask=m_output[None, :] & m_channel[:, None], other=0)  # [K, N]
+        b_weight = tl.load(p_weight, mask=m_channel[:, None], other=0)  # [K, N]
         if NORM:
             b_scale = tl.load(scale + o_channel, mask=m_channel, other=0).to(tl.float32)[None, :]
             b_shift = tl.load(shift + o_channel, mask=m_channel, other=0).to(tl.float32)[None, :]
@@ -76,31 +80,36 @@ def residual_kernel(
     second,  # [outputs, skipped_channels], not read without SECOND
     out,  # [B, height, width, outputs]
     pixels, height, width, channels, outputs, skipped_height, skipped_width, skipped_channels, stride,
-    SECOND: tl.constexpr, PIXELS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr, UPCAST: tl.constexpr,
+    SECOND: tl.constexpr, WHOLE: tl.constexpr, PIXELS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # One program per (block of pixels of all images, block of outputs), outputs fastest. All tensors are contiguous.
     blocks = tl.cdiv(outputs, OUTPUTS)
-    o_pixel = (tl.program_id(0) // blocks).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * PIXELS
+    o_tile = tl.arange(0, PIXELS)
+    m_pixel = o_tile < (pixels - first).to(tl.int32)
     o_output = tl.program_id(0) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
-    m_pixel, m_output = o_pixel < pixels, o_output < outputs
-    o_out = o_pixel[:, None] * outputs + o_output[None, :]
-    m_out = m_pixel[:, None] & m_output[None, :]
+    o_out = o_tile[:, None] * outputs + o_output[None, :]  # from the program's first pixel on
+    m_out = m_pixel[:, None]
+    if not WHOLE:
+        m_out &= (o_output < outputs)[None, :]
+        o_output = tl.minimum(o_output, outputs - 1)
+    b_out = tl.zeros([PIXELS, OUTPUTS], tl.float32)
     if SECOND:
+        o_pixel = first + o_tile
         o_row, o_column = o_pixel // width, o_pixel % width * stride
         o_row = o_row // height * skipped_height + o_row % height * stride
         p_skipped = skipped + (o_row * skipped_width + o_column) * skipped_channels
-        b_out = tl.zeros([PIXELS, OUTPUTS], tl.float32)
         b_out = _product(
-            b_out, p_skipped, m_pixel, second, o_output, m_output, scale, shift, skipped_channels,
-            False, CHANNELS, UPCAST,
+            b_out, p_skipped, m_pixel, second, o_output, scale, shift, skipped_channels, False, CHANNELS, UPCAST
         )  # fmt: skip
-    else:
-        b_out = tl.load(skipped + o_out, mask=m_out, other=0).to(tl.float32)
-    p_x = x + o_pixel * channels
-    b_out = _product(b_out, p_x, m_pixel, weight, o_output, m_output, scale, shift, channels, True, CHANNELS, UPCAST)
-    b_out += tl.load(bias + o_output, mask=m_output, other=0).to(tl.float32)[None, :]
+    p_x = x + first * channels + o_tile * channels
+    b_out = _product(b_out, p_x, m_pixel, weight, o_output, scale, shift, channels, True, CHANNELS, UPCAST)
+    b_out += tl.load(bias + o_output).to(tl.float32)[None, :]
+    if not SECOND:
+        b_out += tl.load(skipped + first * outputs + o_out, mask=m_out, other=0).to(tl.float32)
     b_out = tl.maximum(b_out, 0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
+    tl.store(out + first * outputs + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
 def fits(*maps: Tensor) -> bool:
@@ -110,9 +119,14 @@ def fits(*maps: Tensor) -> bool:
     )
 
 
-def blocks_of(pixels: int, outputs: int) -> Blocks:
-    """The blocks for a problem; the large ones where PyTorch traces a number of pixels that it does not know."""
-    return SMALL if isinstance(pixels, int) and LARGE.programs(pixels, outputs) < LEAST_PROGRAMS else LARGE
+def blocks_of(pixels: int, outputs: int, channels: int, itemsize: int) -> Blocks:
+    """The blocks for a problem of so many channels, those of the second product among them; not the small ones where
+    PyTorch traces a number of pixels that it does not know."""
+    if isinstance(pixels, int) and LARGE.programs(pixels, outputs) < LEAST_PROGRAMS:
+        return SMALL
+    if channels <= FEW_CHANNELS:
+        return OF_FEW_CHANNELS
+    return LARGE._replace(num_stages=3) if itemsize == 2 and is_hopper() else LARGE
 
 
 @repeated
@@ -123,14 +137,14 @@ def _convolve(
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     out = x.new_empty((batch, height, width, outputs))
     pixels = batch * height * width
-    blocks = blocks_of(pixels, outputs)
+    blocks = blocks_of(pixels, outputs, channels + (0 if second is None else second.shape[1]), x.element_size())
     arguments = {
         "x": x.permute(0, 2, 3, 1), "scale": scale, "shift": shift, "weight": weight.contiguous(),
         "bias": bias,
         "skipped": skipped.permute(0, 2, 3, 1), "second": weight if second is None else second.contiguous(), "out": out,
         "pixels": pixels, "height": height, "width": width, "channels": channels, "outputs": outputs,
         "skipped_height": skipped.shape[2], "skipped_width": skipped.shape[3], "skipped_channels": skipped.shape[1],
-        "stride": stride, "SECOND": second is not None,
+        "stride": stride, "SECOND": second is not None, "WHOLE": outputs % blocks.outputs == 0,
         "PIXELS": blocks.pixels, "OUTPUTS": blocks.outputs, "CHANNELS": blocks.channels, "UPCAST": upcast(x.dtype),
     }  # fmt: skip
     grid = (blocks.programs(pixels, outputs),)

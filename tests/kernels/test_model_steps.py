@@ -28,7 +28,7 @@ def expected_of(x, scale, shift, weight, bias, skipped, second=None, stride=1):
 @pytest.mark.parametrize("shape", [(2, 16, 3, 5, 24), (1, 6, 1, 1, 2), (3, 72, 7, 9, 264)])
 @pytest.mark.parametrize("stride", [0, 1, 2])  # 0: without a second product
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("blocks", [pointwise.LARGE, pointwise.SMALL])
+@pytest.mark.parametrize("blocks", [pointwise.LARGE, pointwise.OF_FEW_CHANNELS, pointwise.SMALL])
 def test_end_of_a_residual_block(shape, stride, dtype, blocks, monkeypatch):
     monkeypatch.setattr(pointwise, "blocks_of", lambda *_: blocks)
     batch, channels, height, width, outputs = shape
@@ -52,13 +52,17 @@ def test_end_of_a_residual_block(shape, stride, dtype, blocks, monkeypatch):
         torch.library.opcheck(definition, arguments if beside else (*arguments, None, 1))
 
 
-def test_small_blocks_where_large_ones_are_few():
-    """RedNet-50's last blocks: of one image, and of as many as fill half of the GPU with large blocks."""
-    assert pointwise.blocks_of(49, 2048) == pointwise.SMALL
+def test_blocks_of_a_residual_block(monkeypatch):
+    """RedNet-50's last blocks, of one image and of as many as fill half of a GPU with large ones; its first blocks."""
+    monkeypatch.setattr(pointwise, "is_hopper", lambda: True)
+    large = pointwise.LARGE._replace(num_stages=3)
+    assert pointwise.blocks_of(49, 2048, 512, 2) == pointwise.SMALL
     assert pointwise.LARGE.programs(23 * 49, 2048) == 72
-    assert pointwise.blocks_of(23 * 49, 2048) == pointwise.blocks_of(128 * 49, 2048) == pointwise.LARGE
+    assert pointwise.blocks_of(23 * 49, 2048, 512, 2) == pointwise.blocks_of(128 * 49, 2048, 512, 2) == large
+    assert pointwise.blocks_of(23 * 49, 2048, 512, 4) == pointwise.LARGE
+    assert pointwise.blocks_of(128 * 56**2, 256, 64 + 64, 2) == pointwise.OF_FEW_CHANNELS
     batch: Any = ShapeEnv().create_unbacked_symint()
-    assert pointwise.blocks_of(batch * 49, 2048) == pointwise.LARGE
+    assert pointwise.blocks_of(batch * 49, 2048, 512, 2) == large
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
