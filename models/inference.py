@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models._contract import BackboneContract
-from models.layers import DepthwiseConv2d, DilatedReparamBlock, LayerScale, PointwiseConv2d
+from models.layers import DepthwiseConv2d, DilatedReparamBlock, GlobalResponseNorm, LayerScale, PointwiseConv2d
 from models.layers.fusion import CONVOLUTIONS, affine, as_built, convolves, fold_after, fold_before
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -95,12 +95,19 @@ def _fold(module: nn.Module) -> nn.Module:
 
 
 def fold_sequence(layers: nn.Sequential) -> None:
-    """Folds every affine layer into the convolution before it, or else into the one after it."""
+    """Folds every affine layer into the convolution before it, or else into the one after it.
+
+    The latter takes a response norm's shift, too.
+    """
+    layer: Any
     for index, layer in enumerate(layers):
         before: Any = layers[index - 1] if index > 0 else None
         after: Any = layers[index + 1] if index + 1 < len(layers) else None
         if as_built(before, DilatedReparamBlock) and before.merged:
             before = before.lk_origin
+        if as_built(layer, GlobalResponseNorm) and layer.beta is not None and convolves(after, 1):
+            fold_before(after, torch.ones_like(layer.beta).flatten(), layer.beta.flatten())
+            layer.beta = None
         scale_and_shift = _affine(layer)
         if scale_and_shift is None:
             continue

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kernels.backend import under_autocast
 from models.layers.basic import GELU2d, GlobalResponseNorm
 from models.layers.depthwise import DepthwiseConv2d, ResidualDepthwiseConv2d
-from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_before, runs_triton
+from models.layers.fusion import CONVOLUTIONS, as_built, convolves, runs_triton
 from models.layers.pointwise import HALVES, PointwiseConv2d, padded
 
 
@@ -32,16 +32,6 @@ class FeedForwardSequential(nn.Sequential):
                 input = layers.pop(0)(input)
         return input
 
-    def folded(self) -> nn.Module:
-        """The norm's shift becomes a part of the 1×1 convolution's."""
-        layers: list[Any] = list(self)
-        for index in range(len(layers) - 3):
-            _, _, norm, project = hidden = layers[index : index + 4]
-            if _are_hidden(hidden) and norm.beta is not None:
-                fold_before(project, torch.ones_like(norm.beta).flatten(), norm.beta.flatten())
-                norm.beta = None
-        return self
-
 
 def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
     """Channel MLP with a depthwise convolution and a response norm on its hidden units."""
@@ -49,8 +39,8 @@ def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
     return [PointwiseConv2d(channels, hidden), *inside, PointwiseConv2d(hidden, channels)]
 
 
-def _are_hidden(layers: list[Any], device: torch.device | None = None) -> bool:
-    """Whether these are the four layers, as built, on ``device`` (None: any)."""
+def _are_hidden(layers: list[Any], device: torch.device) -> bool:
+    """Whether these are the four layers, as built, on ``device``."""
     if len(layers) < 4 or not as_built(layers[0], GELU2d) or layers[0].approximate != "none":
         return False
     _, conv, norm, project = layers

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 import models
 from kernels import tolerances
-from models.inference import _fold
+from models.inference import _fold, fold_sequence
 from models.layers import DropPath, GELU2d, LayerScale, ResidualDepthwiseConv2d
 from models.layers.feed_forward import FeedForwardSequential, feed_forward
 from models.layers.rednet_inference import FoldedBottleneck, PoolThenReLU
@@ -256,7 +256,7 @@ def test_feed_forward(side, folded):
     layers = randomise(layers, torch.float32).requires_grad_(False).to(triton_device())
     if folded:
         layers[2] = layers[2].folded()
-        layers.folded()
+        fold_sequence(layers)
         assert layers[3].beta is None
     x = channels_last(random_tensor(2, 12, side, side))
     expected = layers(x)  # float32: PyTorch's layers
