@@ -88,6 +88,13 @@ def fold_before(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
     conv.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1), requires_grad=False)
 
 
+def move_bias(source: Any, target: Any) -> None:
+    """Lets ``target`` add the bias of ``source``, if there are both: their outputs are summed."""
+    if source is not None and target is not None and source.bias is not None:
+        bias = source.bias if target.bias is None else target.bias + source.bias
+        source.bias, target.bias = None, nn.Parameter(bias, requires_grad=False)
+
+
 def last_convolution(layers: nn.Module, *kinds: type[nn.Sequential]) -> nn.Conv2d | None:
     """The last layer in sequence apart from identities, if it is a convolution that may be folded into; else None."""
     if not as_built(layers, (nn.Sequential, *kinds)):

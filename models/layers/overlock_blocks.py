@@ -10,7 +10,7 @@ from models.layers.basic import DropPath, GELU2d, GlobalResponseNorm, LayerNorm2
 from models.layers.contmix import ContMix
 from models.layers.depthwise import DepthwiseConv2d, DilatedReparamBlock, ResidualDepthwiseConv2d
 from models.layers.feed_forward import FeedForwardSequential, feed_forward
-from models.layers.fusion import as_built, last_convolution
+from models.layers.fusion import as_built, last_convolution, move_bias
 from models.layers.normed import NormedSequential
 from models.layers.pointwise import PaddedConv2d, PointwiseConv2d
 from models.layers.tracing import leaf
@@ -147,7 +147,5 @@ class DynamicConvBlock(ContMix):
 
 def _move_shift(scale: Any, branch: Any) -> None:
     """Lets the branch's last convolution (or layer scale) add the shift of ``scale``: their outputs are summed."""
-    last = branch if as_built(branch, LayerScale) else last_convolution(branch, FeedForwardSequential)
-    if last is not None and as_built(scale, LayerScale) and scale.bias is not None:
-        last.bias = nn.Parameter(scale.bias if last.bias is None else last.bias + scale.bias, requires_grad=False)
-        scale.bias = None
+    if as_built(scale, LayerScale):
+        move_bias(scale, branch if as_built(branch, LayerScale) else last_convolution(branch, FeedForwardSequential))

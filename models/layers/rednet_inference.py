@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels.backend import under_autocast
 from models.layers.basic import LayerScale
-from models.layers.fusion import CONVOLUTIONS, affine, as_built, runs_triton
+from models.layers.fusion import CONVOLUTIONS, affine, as_built, move_bias, runs_triton
 from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d
 
 
@@ -31,10 +31,7 @@ class FoldedBottleneck(nn.Module):
             self.norm = LayerScale(len(shift))
             self.norm.weight = nn.Parameter(scale.view(-1, 1, 1, 1), requires_grad=False)
             self.norm.bias = nn.Parameter(shift, requires_grad=False)
-        conv, beside = _only_product(self.last), _only_product(self.shortcut)
-        if conv is not None and conv.bias is not None and beside is not None and beside.bias is not None:
-            conv.bias = nn.Parameter(conv.bias + beside.bias, requires_grad=False)
-            beside.bias = None
+        move_bias(_only_product(self.shortcut), _only_product(self.last))
         return self
 
     def forward(self, x: Tensor) -> Tensor:
