@@ -81,14 +81,14 @@ def test_triton_is_given_what_it_gives_itself():
         from triton.backends.compiler import GPUTarget
         from triton.compiler.compiler import CompiledKernel
         from triton.runtime import driver
-        from autotune.precompile import AbsentDevice
+        from autotune.precompile import absent_device
         from kernels.aggregation.rows import aggregate
         from kernels.tuning import choose
         from kernels.windows import Window
         import kernels.launch
 
         calls = []
-        driver.set_active(AbsentDevice(GPUTarget("cuda", 90, 32)))
+        driver.set_active(absent_device(GPUTarget("cuda", 90, 32)))
         CompiledKernel._init_handles = lambda self: None
         CompiledKernel.function, CompiledKernel.packed_metadata = 11, (4, 1)
         CompiledKernel.run = property(lambda self: lambda *arguments: calls.append(arguments))
