@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,14 @@ def transforming() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def _constant_to_dynamo(function: Any) -> Any:
+    """What ``torch.compiler.assume_constant_result`` does, which imports Dynamo, for a second."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 # PyTorch 2.11 says yes in whatever Dynamo traces (pytorch/pytorch#176347): Dynamo asks this function instead.
-@torch.compiler.assume_constant_result
+@_constant_to_dynamo
 def exporting() -> bool:
     """Whether ``torch.export`` records this."""
     return torch.compiler.is_exporting()  # pyright: ignore[reportPrivateImportUsage]
@@ -130,7 +137,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # Dynamo would break the graph to ask for the capability
+@_constant_to_dynamo  # it would break the graph to ask for the capability
 def _gpu_supported(device: torch.device) -> bool:
     return _capable(device)
 

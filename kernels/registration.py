@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch._inductor.config
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _profiler_enabled
@@ -27,9 +27,14 @@ from kernels.launch import recording
 from kernels.windows import Window
 
 # Before 2.14 Inductor may read a view by padded strides that the buffer below it does not keep in the end: wrong values
-# and no error (pytorch/pytorch#192575). OverLoCK-XT met that, and whatever views a map before an operator can.
-if torch.__version__ < "2.14" and "TORCHINDUCTOR_COMPREHENSIVE_PADDING" not in os.environ:
-    torch._inductor.config.comprehensive_padding = False
+# and no error (pytorch/pytorch#192575). OverLoCK-XT met that, and whatever views a map before an operator can. Inductor
+# reads this variable when it is imported, which takes a second and is left to whoever compiles.
+PADDING = "TORCHINDUCTOR_COMPREHENSIVE_PADDING"
+if torch.__version__ < "2.14" and PADDING not in os.environ:
+    os.environ[PADDING] = "0"
+    imported: Any = sys.modules.get("torch._inductor.config")
+    if imported is not None:
+        imported.comprehensive_padding = False
 
 WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
 

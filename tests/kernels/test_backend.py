@@ -34,8 +34,9 @@ def test_a_choice_ends_with_its_block():
 
 
 def test_a_fresh_process():
-    """The environment presets the backend; importing loads no kernel; PyTorch knows those of operators that it traces,
-    on whose code its caches of compiled graphs depend; Triton refuses a CPU without its interpreter.
+    """The environment presets the backend; importing loads no kernel, and no compiler, which takes a second; PyTorch
+    knows the kernels of operators that it traces, on whose code its caches of compiled graphs depend; Triton refuses a
+    CPU without its interpreter.
 
     PyTorch's own FLOP counter imports triton where it is installed; ours must not be why.
     """
@@ -43,7 +44,9 @@ def test_a_fresh_process():
         import sys, torch, kernels
         print(kernels.get_backend())
         loaded = [name for name, m in sys.modules.items() if name.startswith("kernels.") and hasattr(m, "tl")]
-        print(loaded + [name for name in ("models", "autotune") if name in sys.modules])
+        print(loaded + [name for name in ("models", "autotune", "torch._dynamo") if name in sys.modules])
+        import torch._inductor.config  # whose padding of maps, wrong before 2.14, is off
+        print(torch._inductor.config.comprehensive_padding == (torch.__version__ >= "2.14"))
         from kernels import normed, pointwise
         from kernels.depthwise import sliding
         from torch._library.triton import triton_ops_to_kernels
@@ -53,7 +56,7 @@ def test_a_fresh_process():
         kernels.involution2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 1, 1, 3, 3))
     """
     refused = in_a_process("-c", code, DYNAMIC_KERNELS_BACKEND="eager", TRITON_INTERPRET="")
-    assert refused.stdout.split() == ["eager", "[]", "True"]
+    assert refused.stdout.split() == ["eager", "[]", "True", "True"]
     assert "ValueError: backend 'triton' needs tensors on a GPU, got device cpu" in refused.stderr
 
 
