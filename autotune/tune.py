@@ -42,6 +42,7 @@ from models.commands import types
 from models.commands.dispatch import input_errors
 from models.commands.progress import Bar
 from models.commands.progress import console as messages
+from models.registry import entry_point
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +170,7 @@ class Tuning:
 
 def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[timing.Call]:
     if arguments.model is not None:
+        entry_point(arguments.model, "--model")  # an error that names the option
         small = arguments.quick
         batch, size = arguments.batch or (2 if small else 128), arguments.size or ((32, 32) if small else (224, 224))
         place: dict[str, Any] = {"device": device, "dtype": arguments.dtype, "memory_format": torch.channels_last}

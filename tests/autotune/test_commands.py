@@ -36,6 +36,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machin
         ("suite --quick --out /dev/null", "--out must be a folder, and /dev/null cannot be made one: File exists"),
         ("compile --arch sm_1", "argument --arch: invalid choice: 'sm_1'"),
         ("compile --only nothing", "no case contains 'nothing'"),
+        pytest.param("tune --model r --quick --device cpu", "--model: no model is named 'r'", marks=without_gpu),
         ("tune --model rednet26 --all", "argument --all: not allowed with argument --model"),
         pytest.param("tune --operator nothing --quick --device cpu", "--operator must match a name", marks=without_gpu),
         pytest.param("tune --all", "tuning times kernels on a GPU, and there is none here", marks=without_gpu),

@@ -81,7 +81,7 @@ def test_matrices_alone_decay_and_rates_fall_by_layer(name):
     assert setting_of(model, "weight_decay") == decays
     decays = {key: 0 if key in spared else 0.05 for key in parameters}
     assert setting_of(model, "weight_decay", decay_vectors=True) == decays
-    if importlib.util.find_spec("timm") is not None:
+    if all(importlib.util.find_spec(package) for package in ("timm", "torchvision")):  # timm needs both
         scales = setting_of(model, "lr_scale", layer_decay=0.9)
         assert scales.keys() == parameters.keys()
         assert scales[f"{next(iter(model.classifiers))}.weight"] == max(scales.values()) == 1
