@@ -37,8 +37,8 @@ class Blocks(NamedTuple):
 
 
 LARGE = Blocks(128, 256, 64, 8, 2)  # less would read x and weights more often than L2 can deliver
-# A program of few channels mostly waits for memory. Of these blocks two share a processor's registers, so that one
-# computes while the other waits.
+# A program of few channels mostly waits for memory. Of these blocks two share the registers of a Hopper's processor, so
+# that one computes while the other waits.
 FEW_CHANNELS, OF_FEW_CHANNELS = 128, Blocks(128, 128, 64, 8, 2)
 # Where large ones keep not even half of a GPU's processors busy, as for a single image: how long a step takes decides.
 SMALL = Blocks(32, 64, 64, 4, 4)
@@ -124,9 +124,9 @@ def blocks_of(pixels: int, outputs: int, channels: int, itemsize: int) -> Blocks
     PyTorch traces a number of pixels that it does not know."""
     if isinstance(pixels, int) and LARGE.programs(pixels, outputs) < LEAST_PROGRAMS:
         return SMALL
-    if channels <= FEW_CHANNELS:
-        return OF_FEW_CHANNELS
-    return LARGE._replace(num_stages=3) if itemsize == 2 and is_hopper() else LARGE
+    if itemsize > 2 or not is_hopper():
+        return LARGE
+    return OF_FEW_CHANNELS if channels <= FEW_CHANNELS else LARGE._replace(num_stages=3)
 
 
 @repeated

@@ -38,11 +38,10 @@ SPILLS = {
         "grad_value_band_kernel": 8,  # for sm_80
         "grad_parameters_band_kernel": 80,  # for sm_100
         "backward_shared_kernel": 208,  # for sm_80
-        "weighted_sum_kernel": 32,  # for sm_80
+        "weighted_sum_kernel": 48,  # for sm_80
         "gradients_kernel": 8,  # for sm_80
         "weight_gradient_kernel": 104,  # for sm_80, where a launch takes half the rows
         "convolution_kernel": 16,  # for sm_100, where it adds to what other branches gave
-        "residual_kernel": 240,  # for sm_80
     },
     "fp32": {
         "gradients_kernel": 8,
@@ -66,14 +65,15 @@ def test_every_kernel_builds_and_none_spills(architecture, dtype):
     assert {report["kernel"] for report in result["reports"]} == _kernel_names() - narrow
     assert all(0 < report["registers"] <= 512 for report in result["reports"])
     # Without a GPU they are built as for Hopper; launches elsewhere take smaller blocks.
-    hopper = () if architecture in ("sm_90", "sm_100") else ("grad_logits_band_kernel", "grad_parameters_band_kernel")
+    hopper = ("grad_logits_band_kernel", "grad_parameters_band_kernel", "residual_kernel")
+    hopper = () if architecture in ("sm_90", "sm_100") else hopper
     assert all(
         report["shared_bytes"] <= SHARED_BYTES[architecture] or report["kernel"] in hopper
         for report in result["reports"]
     )
     # A build for AMD's GPUs made here has loads ahead, in registers, or other blocks, that a launch there is without.
     on_amd = {"weighted_sum_kernel": 608, "backward_shared_kernel": 600}
-    on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2644, "residual_kernel": 96}
+    on_amd |= {"grad_logits_band_kernel": 2400, "grad_parameters_band_kernel": 2644, "residual_kernel": 264}
     on_amd["small_map_gradient_kernel"] = 4
     known = on_amd if architecture.startswith("gfx") else SPILLS[dtype]
     if not triton.__version__.startswith("3.7."):  # the numbers are 3.7's: 3.6 spills up to 944 bytes more

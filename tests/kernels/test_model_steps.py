@@ -61,8 +61,11 @@ def test_blocks_of_a_residual_block(monkeypatch):
     assert pointwise.blocks_of(23 * 49, 2048, 512, 2) == pointwise.blocks_of(128 * 49, 2048, 512, 2) == large
     assert pointwise.blocks_of(23 * 49, 2048, 512, 4) == pointwise.LARGE
     assert pointwise.blocks_of(128 * 56**2, 256, 64 + 64, 2) == pointwise.OF_FEW_CHANNELS
+    assert pointwise.blocks_of(128 * 56**2, 256, 64 + 64, 4) == pointwise.LARGE
     batch: Any = ShapeEnv().create_unbacked_symint()
     assert pointwise.blocks_of(batch * 49, 2048, 512, 2) == large
+    monkeypatch.setattr(pointwise, "is_hopper", lambda: False)
+    assert pointwise.blocks_of(128 * 56**2, 256, 64 + 64, 2) == pointwise.LARGE
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
