@@ -285,7 +285,7 @@ class BackboneContract(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point image batch, got {x.dtype}")
         if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {tuple(x.shape)}")
+            raise ValueError(f"x must have shape [B, {self.in_chans}, H, W], got {list(x.shape)}")
         if min(x.shape[2:]) < self.sides[0]:
             raise ValueError(f"x must be at least {self.sides[0]} pixels high and wide, got {tuple(x.shape[2:])}")
         if torch.compiler.is_compiling() or under_autocast(x):

@@ -97,6 +97,8 @@ def test_calls_refuse_by_name(family):
         for training in (False, True):
             with pytest.raises(kind, match=r"^x must"):
                 model.train(training)(wrong)
+    with pytest.raises(ValueError, match=r"^x must have shape \[B, 3, H, W\], got \[1, 4, 64, 64\]$"):
+        model(torch.zeros(1, 4, 64, 64))
     assert model.eval()(x[:0]).shape == (0, 5)
     intermediates = functools.partial(model.forward_intermediates, x)
     for call, name, values in (
