@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
         raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
     if not any(arguments.only in name for name in known):
-        raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {', '.join(known)}")
+        raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {'; '.join(known)}")
     reports, failures = _reports(arguments, console)
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))
