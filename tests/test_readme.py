@@ -49,6 +49,8 @@ def test_commands_their_options_and_links_exist(page, capsys):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"`?\bmake ([a-z]+)\b(?=[` ])(?! sure)", " ".join(re.findall(r"`[^`]+`", text))):
         assert target in targets, f"make {target}"
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+    for link, heading in re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", text):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
+            titles = re.findall("^#+ (.*)$", (page.parent / link).read_text(), re.MULTILINE) if heading else []
+            assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], f"{link}#{heading}"
