@@ -102,11 +102,12 @@ def problem_of(
     axis = int(kernel is not None and by_columns(kernel, x))
     last, strides, stride = channels_fastest(x), x.stride(), window.stride if transposed else (1, 1)
     rows, columns = ceil_divide(size[0], stride[0]), ceil_divide(size[1], stride[1])
+    every = stride[axis] // math.gcd(stride[axis], window.dilation[axis])  # of which taps a phase has one
     # Each pixel's channels begin at 16 bytes, as a compiler sees it.
     aligned = strides[0] % 16 == strides[3] % 16 == strides[4] % 16 == 0 and x.data_ptr() % 16 == 0
     return Problem(
         x.shape[2], x.shape[1], rows * columns, (rows, columns)[axis],
-        _taps(ceil_divide(window.kernel_size[axis], stride[axis])),
+        ceil_divide(_taps(window.kernel_size[axis]), every),
         transposed, features, last, last and aligned, padded, x.dtype,
     )  # fmt: skip
 

@@ -186,24 +186,34 @@ def weighted_sum(
     x: Tensor, kernel: Tensor, span: Tensor | None, bias: Tensor | None, out: Tensor, window: Window, config: Config,
     transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """Launch the kernel of aggregate or, ``transposed``, of transpose; with a span, ``kernel`` holds features."""
+    """Fills ``out`` with aggregate or, ``transposed``, transpose; with a span, ``kernel`` holds features."""
     if out.numel() == 0:
         return out
-    if transposed and window.stride != (1, 1):
-        for phase, (rows, columns), outputs in phases(window):
-            part = out[(..., *outputs)]
-            if 0 in phase.kernel_size:
-                part.zero_()
-                continue
-            taps = kernel[:, :, rows, columns] if span is None else kernel
-            part_span, part_bias = (_part(each, out.shape[1], window, rows, columns) for each in (span, bias))
-            weighted_sum(x, taps, part_span, part_bias, part, phase, config, transposed)
-        return out
-    target, kernel_axes = out, "b c h w" if span is not None else "b g k c h w"
-    weight_lanes = span is None and not channels_fastest(kernel)
+    # Of the whole kernel, for a phase's positions are not adjacent in memory, but lie between those of others.
+    target, weight_lanes = out, span is None and not channels_fastest(kernel)
     if span is None and by_columns(kernel, x):
         window, (x, target, kernel) = turned(window, x, out, kernel)
-    common, programs = common_arguments(x, target, window, config)
+    if not transposed or window.stride == (1, 1):
+        _launch_sum(x, kernel, span, bias, target, window, config, transposed, weight_lanes)
+        return out
+    for phase, (rows, columns), outputs in phases(window):
+        part = target[(..., *outputs)]
+        if 0 in phase.kernel_size:
+            part.zero_()
+        elif part.numel() > 0:
+            taps = kernel[:, :, rows, columns] if span is None else kernel
+            part_span, part_bias = (_part(each, out.shape[1], window, rows, columns) for each in (span, bias))
+            _launch_sum(x, taps, part_span, part_bias, part, phase, config, transposed, weight_lanes)
+    return out
+
+
+def _launch_sum(
+    x: Tensor, kernel: Tensor, span: Tensor | None, bias: Tensor | None, out: Tensor, window: Window, config: Config,
+    transposed: bool, weight_lanes: bool,
+) -> None:  # fmt: skip
+    """One launch, of transpose without a stride; ``weight_lanes``: of a kernel that is read, pixels are adjacent."""
+    kernel_axes = "b c h w" if span is not None else "b g k c h w"
+    common, programs = common_arguments(x, out, window, config)
     features, unused = kernel.shape[1] if span is not None else 0, View(x)
     most = TRANSPOSED_FEATURES if transposed else FEATURES
     # The largest power of two that divides their number, so that no block is partly empty; of fewer than 16 one is.
@@ -215,7 +225,7 @@ def weighted_sum(
     arguments = {
         "x": view(x, "b g c h w"), "weight": view(kernel, kernel_axes),
         "span": unused if span is None else view(span, "k c"), "bias": unused if bias is None else view(bias, "k"),
-        "out": view(target, "b g c h w"), **common,
+        "out": view(out, "b g c h w"), **common,
         "TRANSPOSED": transposed, "FEATURES": features, "BLOCK_FEATURES": block_features, "ALIGNED": aligned,
         "HAS_BIAS": bias is not None, "WEIGHT_LANES": weight_lanes, "OFFSET": precision(kernel[:, None])["OFFSET"],
         "UPCAST": upcast(x.dtype),
@@ -231,7 +241,6 @@ def weighted_sum(
         ahead = fits_shared_memory(slots, config.columns, common["GROUPS"], taps, features, x.dtype, turns)
     stages = 2 if ahead else 1
     launch(weighted_sum_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
-    return out
 
 
 def _part(entries: Tensor | None, groups: int, window: Window, rows: slice, columns: slice) -> Tensor | None:

@@ -5,6 +5,7 @@ import torch
 
 import kernels
 from kernels.aggregation import eager, rows
+from kernels.aggregation.configs import problem_of
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
 from kernels.reorder import in_channels_last, in_order_of
@@ -42,6 +43,24 @@ def test_features_fill_their_blocks(features):
         check(row, row.tensors(), "triton")
     generated = [made.arguments for made in launched if made.arguments.get("FEATURES")]
     assert [arguments["FEATURES"] % arguments["BLOCK_FEATURES"] for arguments in generated] == [0, 0]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (3, 2), (4, 4)])
+def test_phases_of_a_stride(dilation, last):
+    """Its launches read the dynamic kernel in the order in which it lies in memory; the config is one for the most taps
+    that they have along the rows or columns that slide."""
+    window = Window((5, 4), (2, 4), (3, 2), dilation)
+    weight, g = torch.empty(2, 3, 5, 4, 3, 2, device="meta"), torch.empty(2, 3, 8, 3, 2, device="meta")
+    if last:
+        weight = weight.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
+        g = g.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    with record_launches() as launches:
+        rows.transpose(weight, g, (9, 10), window)
+    assert {made.arguments["WEIGHT_LANES"] for made in launches} == {not last}
+    problem = problem_of(g, (9, 10), window, kernel=weight, transposed=True)
+    assert problem.rows == (3 if last else 5)
+    assert problem.taps == max(made.arguments["WINDOW"].kernel_size[0] for made in launches)
 
 
 def test_offsets_are_64_bit_where_32_would_overflow():
