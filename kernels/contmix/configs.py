@@ -173,6 +173,7 @@ def grad_tiles_heuristic(problem: Problem) -> Tiles:
     to load: a program for each block needs the fewest registers."""
     if interpreting():
         return tiles_heuristic(problem)
+    early = max(problem.channels, problem.query_channels) <= 16  # of more, shared memory does not hold two steps' loads
     if problem.kernel_size > 7:
-        return Tiles(8, 132, 8, 2) if is_hopper() else Tiles(4, 264)
-    return Tiles(4, 264, 4, 2) if problem.kernel_size > 5 or problem.pixels < 128 else Tiles(4, 1 << 20)
+        return Tiles(8, 132, 8, 2) if early and is_hopper() else Tiles(4, 264)
+    return Tiles(4, 264, 4, 2 if early else 1) if problem.kernel_size > 5 or problem.pixels < 128 else Tiles(4, 1 << 20)

@@ -121,6 +121,37 @@ def test_operands_of_many_features_fit_the_smallest_gpu():
     assert max(shared) <= 99 * 2**10
 
 
+def test_bands_of_many_channels_fit_their_gpu():
+    """Loads of two steps are in shared memory at a time where channels are few; those of many take twice the room."""
+    code = """if True:
+        import torch
+        import kernels
+        from autotune.compile import compile_launch
+        from kernels.launch import record_launches
+
+        def last(*shape):
+            tensor = torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+            return tensor.movedim(-1, -3).requires_grad_()
+
+        for kernel_size, channels, architecture in ((9, 32, "sm_90"), (7, 64, "sm_80")):
+            size, positions = (2, 2 * kernel_size, 2 * kernel_size), kernel_size**2
+            like = torch.empty(2, 2, channels, 9, dtype=torch.bfloat16, device="meta")
+            proj_weight, proj_bias = like.new_empty(positions, 9), like.new_empty(positions)
+            rpb = like.new_empty(2, 2 * kernel_size - 1, 2 * kernel_size - 1)
+            query, value = last(2, *size, channels), last(2, 1, *size, channels)
+            with kernels.use_backend("triton"), record_launches() as launches:
+                arguments = query, like, value, proj_weight, proj_bias, [rpb]
+                kernels.contmix2d(*arguments, kernel_sizes=[kernel_size]).sum().backward()
+            for launch in launches:
+                if "grad_logits_band" in launch.kernel.__name__:
+                    print(compile_launch("", launch, architecture, instructions=False).shared_bytes)
+    """
+    done = in_a_process("-c", code, TRITON_INTERPRET="")
+    shared = [int(number) for number in done.stdout.split()]
+    assert len(shared) == 2, done.stderr
+    assert all(found <= SHARED_BYTES[name] for found, name in zip(shared, ("sm_90", "sm_80"), strict=True))
+
+
 def test_every_config_is_what_tuning_may_choose():
     workload, met = workloads.involution("", 2, 64, (14, 14), 7, 16), list[Request]()
     with use_backend("triton"), observing(met.append), record_launches() as own:
