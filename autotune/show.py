@@ -20,15 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the entries as JSON instead of a table")
 
 
-def _rows(entries: Iterable[StoredEntry]) -> list[dict[str, Any]]:
+def _rows(entries: Iterable[StoredEntry], gpu: str | None) -> list[dict[str, Any]]:
     """Every entry and why launches pass it over, None where they use it."""
-    rows, used = list[dict[str, Any]](), set[tuple[str, str]]()
+    rows, used = list[dict[str, Any]](), dict[tuple[str, str], str]()
     for stored in entries:
         unused = stored.found if isinstance(stored.found, str) else None
-        if unused is None and (stored.gpu, stored.key) in used:  # entries of the store come first
-            unused = "the user's store has one"
+        asked = gpu or stored.gpu  # entries of the store come first
+        if unused is None and (asked, stored.key) in used:
+            unused = {"store": "the user's store has one", "shipped": "its own file has one"}[used[asked, stored.key]]
         elif unused is None:
-            used.add((stored.gpu, stored.key))
+            used[asked, stored.key] = stored.source
         times = {name: stored.entry.get(name) for name in ("milliseconds", "heuristic_milliseconds")}
         rows.append(stored.place | times | {"unused": unused})
     return rows
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = {"store": str(user_folder()), "shipped": str(shipped_folder())}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rows = _rows(stored_entries(arguments.gpu))
+        rows = _rows(stored_entries(arguments.gpu), arguments.gpu)
     messages = [str(warning.message) for warning in caught]
     if arguments.json:
         print(json.dumps({"folders": folders, "entries": rows, "messages": messages}, indent=1))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.tuning.choose import Config, Launcher, Problem, config_of, key_of, stale
+from kernels.tuning.choose import SAME_CHIP, Config, Launcher, Problem, config_of, key_of, stale
 from kernels.tuning.store import Store, shipped_folder, user_folder
 
 
@@ -70,10 +70,17 @@ class StoredEntry(NamedTuple):
 
 
 def stored_entries(gpu: str | None = None) -> Iterator[StoredEntry]:
-    """Every entry of the user's store and the shipped files, of one GPU or of all; unreadable files cost a warning."""
-    for source, folder in (("store", user_folder()), ("shipped", shipped_folder())):
-        wanted = "*.json" if gpu is None else Store(folder, gpu).path.name
-        for path in sorted(folder.glob(wanted)):
+    """Every entry of the user's store and the shipped files, of all GPUs or those that launches on one look up, in the
+    same order; unreadable files cost a warning."""
+
+    def file(name: str) -> str:
+        return Store(shipped_folder(), name).path.name
+
+    wanted = "*.json" if gpu is None else file(gpu)
+    alike = [file(chip) for name, chip in SAME_CHIP.items() if file(name) == wanted]
+    places = [("store", user_folder(), wanted), ("shipped", shipped_folder(), wanted)]
+    for source, folder, names in (*places, *(("same chip", shipped_folder(), each) for each in alike)):
+        for path in sorted(folder.glob(names)):
             for key, entry in Store(folder, path.stem).read().items():
                 yield StoredEntry(path.stem, source, key, entry, _usable(key, entry))
 

@@ -101,5 +101,5 @@ def run(arguments: argparse.Namespace) -> int:
             cells.append([row["gpu"], row["source"], row["key"], state])
         Table(["GPU", "from", "problem", "state"], cells, 4, "Stored configs against the eager path").show()
     else:
-        print("Nothing is tuned, so there is nothing to verify.")
+        print(f"Nothing is tuned{f' for {gpu}' if gpu else ''}, so there is nothing to verify.")
     return code or int(any(row["status"] == "failed" for row in rows))

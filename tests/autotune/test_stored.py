@@ -83,6 +83,20 @@ def test_a_heuristic_that_cannot_take_a_problem_is_named(folders, capsys, monkey
     assert _shown(capsys)["entries"][0]["unused"].startswith("no launch can meet this problem (ZeroDivisionError")
 
 
+def test_what_ships_for_the_same_chip_is_shown_where_launches_use_it(folders, capsys):
+    (gpu, chip), other = next(iter(choose.SAME_CHIP.items())), key_of(TOY, Problem(225))
+    Store(folders[0], gpu).update({KEY: ENTRY})
+    Store(folders[1], chip).update({KEY: ENTRY, other: ENTRY})
+    for name in (gpu, Store(folders[0], gpu).path.stem):
+        rows = _shown(capsys, "--gpu", name)["entries"]
+        assert [(row["source"], row["key"], row["unused"]) for row in rows] == [
+            ("store", KEY, None),
+            ("same chip", KEY, "the user's store has one"),
+            ("same chip", other, None),
+        ]
+    assert {row["gpu"] for row in _shown(capsys, "--gpu", chip)["entries"]} == {Store(folders[0], chip).path.stem}
+
+
 def test_the_users_store_goes_before_what_is_shipped(folders, capsys):
     for folder in folders:
         Store(folder, GPU).update({KEY: ENTRY})
@@ -185,6 +199,8 @@ def test_a_wrong_config_is_found(folders, pixels, capsys):
     store.path.unlink()
     assert main(["verify"]) == 0
     assert "nothing to verify" in capsys.readouterr().out
+    assert main(["verify", "--gpu", "no such"]) == 0
+    assert "Nothing is tuned for no such, so" in capsys.readouterr().out
 
 
 def test_a_config_is_tried_on_its_own_problem_where_that_is_met(folders, pixels, capsys, monkeypatch):
