@@ -59,14 +59,16 @@ def class_names(count: int, file: str | None, known: Sequence[str] | None) -> li
     """Names for ``count`` classes: the lines of ``file``, else ``known``, else ImageNet's for 1000, else numbers.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it has another number of lines.
+        ValueError: the file cannot be read, or has another number of lines.
     """
     if file is None and known is not None and len(known) == count:
         return list(known)
     if file is None:
         return imagenet_classes() if count == 1000 else [str(label) for label in range(count)]
-    names = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # as file names may be
+    try:
+        names = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # as file names may be
+    except OSError as error:
+        raise ValueError(f"--classes must be a file that can be read, {file} cannot: {error.strerror}") from error
     if len(names) != count:
         raise ValueError(f"--classes must have a line for each of the model's {count} classes, {file} has {len(names)}")
     return names

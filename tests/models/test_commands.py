@@ -73,6 +73,10 @@ def test_classify_refuses_before_anything_is_written(tmp_path, photographs, weig
         ([photograph, text], str(text)),
         ([photograph, "--model", "tiny_vol"], "--model: no model is named 'tiny_vol'; did you mean 'tiny_volo'"),
         ([photograph, "--checkpoint", weights, "--classes", text], "3 classes"),
+        (
+            [photograph, "--checkpoint", weights, "--classes", absent],
+            "--classes must be a file that can be read",
+        ),
         ([photograph, "--checkpoint", absent / "w.pth"], "no file"),
         ([photograph, "--output", absent / "bars.png"], "--output: there is no folder"),
         ([photograph, "--output", tmp_path / "picture.txt"], "--output must end in .png"),
