@@ -216,7 +216,8 @@ def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, s
     image = arguments.image.name if arguments.image else "matplotlib's portrait of Grace Hopper"
     weights = "random"
     if arguments.module is not None:
-        image, weights = "random inputs", "the module's own"
+        others = f"{image} (--module: random inputs)", f"{weights} (--module: the module's own)"
+        image, weights = others if arguments.model else ("random inputs", "the module's own")
     stated = {"dtype": timing.precision(settings.dtype), "batch": batch, "backend": settings.backend}
     stated["implementation"] = resolve(settings.backend, torch.empty(0, device=settings.device))
     stated |= {"sizes": sizes, "image": image, "weights": weights}

@@ -131,6 +131,11 @@ def test_a_module_of_the_users(quick, tmp_path, monkeypatch, capsys):
     assert code == 0, record["rows"]
     assert [(row["name"], row["pass"]) for row in record["rows"]] == [("Sequential 2×3×8×8", kind) for kind in PASSES]
     assert "Models: random inputs, the module's own weights." in capsys.readouterr().out
+    assert quick("--module", "toy_nets:net", "--input", "2x3x8x8", "--model", "rednet26", "--sizes", "32")[0] == 0
+    told = (
+        "Models: matplotlib's portrait of Grace Hopper (--module: random inputs), random (--module: the module's own) w"
+    )
+    assert told in capsys.readouterr().out
     for name, message in (
         ("toy_nets", "must be PACKAGE.MODULE:NAME"),
         ("no_such_nets:Net", "No module named 'no_such_nets'"),
