@@ -118,9 +118,9 @@ def _readme(folder: Folder) -> Iterator[str]:
 
 
 def _models_beside_peers(folder: Folder) -> Table:
-    """A line for each model and pass that was timed."""
+    """A line for each model and pass that was timed, first those that were compiled."""
     rows = []
-    for row in folder.models:
+    for row in sorted(folder.models, key=lambda row: "compiled" not in row.get("contenders", ())):
         if row["status"] != "ok":
             continue
         ours, peer = (row["contenders"].get(name, {}) for name in ("compiled", "peer_compiled"))
