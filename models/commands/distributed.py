@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, see process_group
 from torch import Tensor, nn
 
 
@@ -15,6 +16,10 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     """Joins torchrun's processes, if it started this one (NCCL between GPUs, gloo between CPUs); gives the device.
 
     With ``device`` "cuda" each process takes the GPU of its local rank.
+
+    The group must end here: gloo's threads abort a process whose interpreter ends before them. Functions of
+    ``torch.distributed.nn`` keep the group that exists when they are imported, as their default, and
+    DistributedDataParallel imports them; this file does so before there is a group.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if device.type == "cuda" and device.index is None:

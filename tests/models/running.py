@@ -13,9 +13,11 @@ from tests.support import in_a_process
 
 CLASSES = ("ant", "bee", "cat")
 
-# A process of its own, which kills itself, as kill -9 does, when it is about to put the Nth file in place.
+# A process of its own, which kills itself, as kill -9 does, when it is about to put the Nth file in place. Threads of
+# gloo that outlive the command would abort it now and then.
 LAUNCHER = """
 import os, signal, sys
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from models import registry
@@ -30,7 +32,10 @@ def killed(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = killed
-sys.exit(main(sys.argv[2:]))
+status = main(sys.argv[2:])
+threads = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), threads
+sys.exit(status)
 """
 
 
