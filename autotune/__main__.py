@@ -1,12 +1,12 @@
 """``python -m autotune COMMAND``: one module per command, imported only when the command is called."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-DESCRIPTION = "Measure and build the kernels."
+from models.commands.dispatch import run_command
+
 COMMANDS = {  # name -> (module, one line of help)
     "profile": ("autotune.profile", "run operators and models on a real photograph, ours against the naive path"),
     "tune": ("autotune.tune", "time configs for a model's or an operator's launches and keep the best"),
@@ -21,18 +21,9 @@ COMMANDS = {  # name -> (module, one line of help)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:  # answered here, where PyTorch is not imported, which takes seconds
-        parser = argparse.ArgumentParser(prog="python -m autotune", description=DESCRIPTION)
-        known = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-        for name, (_, summary) in COMMANDS.items():
-            known.add_parser(name, help=summary)
-        parser.parse_args(argv[:1])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch's profiler warns of all memory there was before it
     sys.path.append(str(Path(__file__).resolve().parents[1]))  # where notebooks is, from wherever this is called
-    from models.commands.dispatch import run_command  # brings PyTorch, which reads the variable as it starts
-
-    return run_command("autotune", DESCRIPTION, COMMANDS, argv)
+    return run_command("autotune", "Measure and build the kernels.", COMMANDS, argv)
 
 
 if __name__ == "__main__":

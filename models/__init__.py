@@ -1,12 +1,15 @@
 """OverLoCK, RedNet and VOLO on the operators of ``kernels``, under their official state-dict names."""
 
+import importlib
+import importlib.util
 import sys
+from typing import TYPE_CHECKING, Any
 
-from models import overlock, rednet, volo  # noqa: F401  (register their entry points)
-from models._timm import register_with_timm
-from models.checkpoints import load_checkpoint, save_checkpoint
-from models.inference import optimize_for_inference
-from models.registry import create_model, list_models
+if TYPE_CHECKING:
+    from models._timm import register_with_timm
+    from models.checkpoints import load_checkpoint, save_checkpoint
+    from models.inference import optimize_for_inference
+    from models.registry import create_model, list_models
 
 __all__ = [
     "create_model",
@@ -16,6 +19,28 @@ __all__ = [
     "register_with_timm",
     "save_checkpoint",
 ]
+_MODULES = {
+    "create_model": "models.registry",
+    "list_models": "models.registry",
+    "load_checkpoint": "models.checkpoints",
+    "optimize_for_inference": "models.inference",
+    "register_with_timm": "models._timm",
+    "save_checkpoint": "models.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when asked for, as modules such as ``models.overlock`` are: the help on commands needs no PyTorch."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    if importlib.util.find_spec(f"models.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"models.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
 
 if hasattr(sys.modules.get("timm.models"), "register_model"):
-    register_with_timm()
+    __getattr__("register_with_timm")()

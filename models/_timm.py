@@ -10,7 +10,7 @@ import torch
 from models._contract import BackboneContract
 from models.checkpoints import load_checkpoint
 from models.checks import one_of
-from models.registry import entry_points
+from models.registry import all_models
 
 SOURCES = ("file", "hf_hub_id", "state_dict", "url")  # entries of a configuration that name weights
 
@@ -30,7 +30,7 @@ def register_with_timm() -> None:
     """
     import timm.models  # pyright: ignore[reportMissingImports]
 
-    for name, entry_point in entry_points.items():
+    for name, entry_point in all_models().items():
         if not timm.models.is_model(name):
             timm.models.register_model(_as_timm_calls_it(timm.models, entry_point))
 

@@ -22,13 +22,25 @@ Model = TypeVar("Model", bound=BackboneContract)
 entry_points: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register_model(build: EntryPoint) -> EntryPoint:
-    """Adds a function to the registry under its own name and returns it unchanged. ValueError: the name is taken."""
+def all_models() -> dict[str, Callable[..., nn.Module]]:
+    """Name -> entry point of every model, the families' own and those that somebody registered besides."""
+    from models import overlock, rednet, volo  # noqa: F401  (register their entry points)
+
+    return entry_points
+
+
+def _enter(build: EntryPoint) -> EntryPoint:
     name = build.__name__
     if name in entry_points:
         raise ValueError(f"register_model: {name!r} is already registered by {entry_points[name].__module__}")
     entry_points[name] = build
     return build
+
+
+def register_model(build: EntryPoint) -> EntryPoint:
+    """Adds a function to the registry under its own name and returns it unchanged. ValueError: the name is taken."""
+    all_models()  # whose names are taken, imported yet or not
+    return _enter(build)
 
 
 def variant(
@@ -58,18 +70,19 @@ def variant(
     build.__name__ = build.__qualname__ = name
     build.__module__, build.__doc__ = family.__module__, summary
     vars(sys.modules[family.__module__]).setdefault("default_cfgs", {})[name] = config
-    return register_model(build)
+    return _enter(build)
 
 
 def entry_point(name: str, argument: str = "name") -> Callable[..., nn.Module]:
     """The function that builds the model of this name. The error, which names ``argument``, offers close names."""
     if not isinstance(name, str):
         raise TypeError(f"{argument}: expected a str such as 'rednet50', got {type(name).__name__}")
-    if name not in entry_points:
-        close = difflib.get_close_matches(name.lower(), entry_points, n=3)
+    known = all_models()
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(list_models())}"
         raise ValueError(f"{argument}: no model is named {name!r}; {hint}")
-    return entry_points[name]
+    return known[name]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -80,7 +93,7 @@ def list_models(pattern: str = "*") -> list[str]:
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern: expected a str such as 'rednet*', got {type(pattern).__name__}")
-    names = (name for name in entry_points if fnmatch.fnmatchcase(name, pattern))
+    names = (name for name in all_models() if fnmatch.fnmatchcase(name, pattern))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 

@@ -13,8 +13,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-import kernels
-
 OURS = ("autotune", "kernels", "models")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -80,6 +78,8 @@ def run_command(
 
 
 def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
+    import kernels  # here, because it brings PyTorch, and the list of commands is shown without
+
     with input_errors():
         kernels.get_backend()  # refuses a wrong DYNAMIC_KERNELS_BACKEND
     try:

@@ -39,6 +39,12 @@ class Bar:
         if self.drawn:
             self._bar.stop()
 
+    def begin(self, step: str) -> None:
+        """Shows a step that may take minutes as it begins, beside the bar or on a line."""
+        self.describe(step)
+        if not self.drawn:
+            self.say(f"[{self.done + 1}/{self.total}] {step}")
+
     def describe(self, status: str) -> None:
         """Shows what is being done beside the bar."""
         self._bar.update(self._task, description=escape(status))

@@ -5,7 +5,6 @@ import torch
 
 import autotune
 from autotune.__main__ import COMMANDS, main
-from tests.support import in_a_process
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
@@ -76,14 +75,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys)
     assert "toy needs the package no_such_package, which is not installed here" in capsys.readouterr().err
 
 
-def test_neither_the_package_nor_its_help_brings_torch_or_ipython_and_it_shows_every_command():
-    code = "import atexit, sys, autotune\nassert set(autotune._MODULES) <= set(dir(autotune))\n"
-    code += "atexit.register(lambda: print({'torch', 'IPython', 'triton'} & set(sys.modules)))\n"
-    code += "from autotune.__main__ import main\nmain(['--help'])"
-    done = in_a_process("-c", code)
-    assert done.returncode == 0
-    *shown, imported = done.stdout.splitlines()
-    assert imported == "set()"
-    assert all(command in " ".join(shown) for command in COMMANDS)
+def test_the_package_knows_its_names():
+    assert set(autotune._MODULES) <= set(dir(autotune))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = autotune.nothing  # pyright: ignore[reportAttributeAccessIssue]

@@ -59,6 +59,18 @@ def test_every_number_is_bounded_and_refused_by_its_option(capsys, command, valu
         assert f"argument {option}: must be " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_help_shows_every_command_and_brings_no_torch(package):
+    """Importing PyTorch takes seconds, which nobody waits for the names of commands."""
+    code = "import atexit, sys\natexit.register(lambda: print({'torch', 'IPython', 'triton'} & set(sys.modules)))\n"
+    done = in_a_process("-c", f"{code}from {package}.__main__ import main\nmain(['--help'])")
+    assert done.returncode == 0
+    *shown, imported = done.stdout.splitlines()
+    assert imported == "set()"
+    commands = (models if package == "models" else autotune).__main__.COMMANDS
+    assert all(f" {command} " in " ".join(shown) for command in commands)
+
+
 def test_help_is_plain_text(capsys):
     with pytest.raises(SystemExit):
         PACKAGES["autotune"](["profile", "--help"])

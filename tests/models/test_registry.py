@@ -10,7 +10,7 @@ import torch
 import models
 from models import registry
 from tests.models.families import FAMILIES, FAMILY, by_family, narrow
-from tests.support import official_state_dicts
+from tests.support import in_a_process, official_state_dicts
 
 
 def test_every_official_variant_is_listed_in_natural_order():
@@ -121,3 +121,27 @@ def test_a_name_is_registered_once():
 
     with pytest.raises(ValueError, match=r"'rednet50' is already registered by models\.rednet"):
         registry.register_model(rednet50)
+
+
+def test_a_package_that_brings_nothing_yet_knows_all_its_names():
+    """Whatever is asked for first, its modules too, and a family's name is taken before the family is imported."""
+    assert set(models.__all__) == set(models._MODULES) <= set(dir(models))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = models.nothing
+    code = """
+import sys, models
+assert "torch" not in sys.modules
+def rednet50(): ...
+for first in ("from models.registry import register_model; register_model(rednet50)", "models.volo.volo_d1(depth=1)"):
+    try:
+        exec(first)
+    except (TypeError, ValueError) as error:
+        print(error)
+print(len(models.list_models()))
+"""
+    done = in_a_process("-c", code)
+    assert done.returncode == 0, done.stderr
+    refused, unknown, number = done.stdout.splitlines()
+    assert refused == "register_model: 'rednet50' is already registered by models.rednet"
+    assert "depth" in unknown
+    assert int(number) == len(models.list_models())
