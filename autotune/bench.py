@@ -42,6 +42,7 @@ from kernels.files import write_json
 from models.commands import types
 from models.commands.arguments import make_folder
 from models.commands.dispatch import input_errors
+from models.commands.progress import Bar, console
 from models.registry import entry_point
 
 LIBRARIES = ("torch", "triton", "torchvision", "timm", "numpy", "matplotlib", "pytest", "pytest-xdist")
@@ -166,6 +167,7 @@ def _measure_plan(
 
 def _environment(device: torch.device, *, quick: bool) -> dict[str, Any]:
     launchable = triton_installed() and (device.type == "cuda" or interpreting())
+    console.print("Measuring the environment: ceilings, and the host's time for a launch")
     return {
         "libraries": {name: timing.version(name) for name in LIBRARIES},
         "ceilings": measure_ceilings(device, quick=quick),
@@ -180,6 +182,7 @@ def _known_ceilings(folder: Path, machine: dict[str, Any], device: torch.device,
         found = read_record(path, "machine", "ceilings")
         if found["machine"]["device"] == machine["device"]:
             return found["ceilings"]
+    console.print("Measuring the ceilings: copies and matrix products")
     return measure_ceilings(device, quick=quick)
 
 
@@ -207,24 +210,29 @@ def run(arguments: argparse.Namespace) -> int:
     plans = dict[str, tuple[list[Case], dict[str, Any]]]()  # file -> what it will hold
     with input_errors():
         make_folder(folder, "--out")
+        wanted = {"bench.json": arguments.operator or everything, "models.json": arguments.model or everything}
+        for file in wanted if arguments.resume else ():
+            if wanted[file]:
+                settled_rows(folder / file)  # a damaged one is refused before anything is measured
         if arguments.environment or everything:
             environment = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
             codes.append(int(not written("environment", write_json, folder / "environment.json", environment)))
-        if arguments.operator or everything:
+        if wanted["bench.json"]:
             found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
             found = workloads.named(found, arguments.operator or ["*"])
             cases = operator_cases(_in_turns(found), settings, PASSES)
             if not arguments.compile_only:
                 settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))
             plans["bench.json"] = cases, record | {"ceilings": settings.ceilings}
-        if arguments.model or everything:
+        if wanted["models.json"]:
             plans["models.json"] = _model_cases(arguments, settings), dict(record)
-        for file in plans if arguments.resume else ():
-            settled_rows(folder / file)  # a damaged one is refused before anything is measured
     if arguments.compile_only:  # what fails here will say so when it is measured
-        for case in (case for cases, _ in plans.values() for case in cases):
-            case.run(deadline)
-            release()
+        every = [case for cases, _ in plans.values() for case in cases]
+        with Bar(len(every), seconds=0) as bar:
+            for case in every:
+                bar.begin(case.name)
+                bar.advance(1, f"{case.name}: {case.run(deadline)['status']}")
+                release()
         return 0
     for file, (cases, found) in plans.items():
         how: dict[str, Any] = {"deadline": deadline, "resume": arguments.resume}

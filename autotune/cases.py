@@ -169,12 +169,14 @@ def run_cases(
     code, on_disk = 0, True
     with Bar(len(todo), seconds=0) as bar:
         for case in todo if jobs == 1 else _in_processes(todo, deadline, jobs):
-            bar.describe(case.name)
+            began = time.monotonic() < deadline
+            if began:
+                bar.begin(case.name)
             rows.append(case.facts | {"status": "running"})
             with suppress(OSError):  # reported below, with what was measured
                 write_json(path, record)
             try:
-                rows[-1] = case.run(deadline) if time.monotonic() < deadline else case.facts | late
+                rows[-1] = case.run(deadline) if began else case.facts | late
             except KeyboardInterrupt:
                 rows.pop()
                 written(case.name, write_json, path, record)

@@ -198,6 +198,15 @@ def test_compile_only_times_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_takes_long_is_said_before_it_begins(tmp_path, capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *_, **__: told.append(capsys.readouterr().err) or CEILINGS)
+    monkeypatch.setattr(bench, "operator_cases", lambda *_: [])
+    for what in (["--environment"], ["--operator", "na2d_av"]):
+        assert main(["bench", "--quick", *what, "--out", str(tmp_path / what[0])]) == 0
+    assert ["ceilings" in line for line in told] == [True, True]
+
+
 def test_a_part_replaces_no_committed_whole(monkeypatch):
     asked = list[bool]()
     monkeypatch.setattr(timing, "results_folder", lambda _, scratch: asked.append(scratch) or Path("/dev/null"))

@@ -27,8 +27,10 @@ def _run(path, cases, **options):
     return code, {row["name"]: row for row in written["rows"]}
 
 
-def test_every_row_is_on_disk_before_the_next_begins(tmp_path):
+def test_every_row_is_on_disk_and_said_before_the_next_begins(tmp_path, capsys):
     def second():
+        said = capsys.readouterr().err.splitlines()
+        assert said == ["[1/4] first forward", "[1/4] first forward: ok", "[2/4] second forward"]
         rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
         assert [(row["name"], row["status"]) for row in rows] == [("first", "ok"), ("second", "running")]
         raise ValueError("no such shape\nsecond line")
