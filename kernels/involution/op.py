@@ -35,6 +35,21 @@ def _checked_window(
     return window
 
 
+def _check_outputs(
+    name: str, tensor: Tensor, axes: str, x: Tensor, window: Window, padding: int | Pair | None, **sizes: int
+) -> None:
+    """``check_shape`` of a tensor with an entry for each output; it says so where an even kernel size is the reason."""
+    height, width = window.output_size(x.shape[2], x.shape[3])
+    try:
+        check_shape(name, tensor, axes, **sizes, **{"H'": height, "W'": width})
+    except ValueError as error:
+        even = any((k - 1) * d % 2 for k, d in zip(window.kernel_size, window.dilation, strict=True))
+        if padding is not None or not even or tensor.shape[-2:] == (height, width):
+            raise
+        why = f"an even kernel size, here {window.kernel_size}, makes the map smaller where no padding is given"
+        raise ValueError(f"{error}: {why}") from None
+
+
 def _options(window: Window) -> dict[str, Pair]:
     return {"stride": window.stride, "padding": window.padding, "dilation": window.dilation}
 
@@ -75,8 +90,7 @@ def involution2d(
     if channels % groups:
         raise ValueError(f"weight has {groups} groups, which must divide the {channels} channels of x")
     window = _checked_window(x, kernel_size, stride, padding, dilation)
-    height, width = window.output_size(x.shape[2], x.shape[3])
-    check_shape("weight", weight, "B G Kh Kw H' W'", **{"H'": height, "W'": width})
+    _check_outputs("weight", weight, "B G Kh Kw H' W'", x, window, padding)
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.involution2d, x, weight, **_options(window))
@@ -123,8 +137,7 @@ def involution2d_generate(
     if x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
     window = _checked_window(x, kernel_sizes, stride, padding, dilation)
-    height, width = window.output_size(x.shape[2], x.shape[3])
-    check_shape("features", features, "B R H' W'", **{"B": x.shape[0], "H'": height, "W'": width})
+    _check_outputs("features", features, "B R H' W'", x, window, padding, B=x.shape[0])
     rows = kernel_sizes[0] * kernel_sizes[1] * groups
     check_shape("weight", weight, "Kh·Kw·G R", **{"Kh·Kw·G": rows, "R": features.shape[1]})
     if bias is not None:

@@ -24,9 +24,16 @@ GOOD = {operator.name: _good(operator) for operator in OPERATORS}
 # (operator, replaced arguments, error, what the message must name)
 BAD = [
     ("involution2d", {"weight": zeros(2, 4, 3, 3, 5, 4)}, ValueError, "weight has 4 groups"),
+    (
+        "involution2d",
+        {"weight": zeros(2, 2, 4, 4, 5, 4)},
+        ValueError,
+        r"weight must .* an even kernel size, .*\(4, 4\)",
+    ),
     ("involution2d", {"padding": 0, "dilation": 3}, ValueError, "does not fit x"),
     ("involution2d", {"dilation": 2**30}, ValueError, r"padding must keep x .* below 2\^31"),
     ("involution2d_generate", {"groups": 4}, ValueError, "groups must divide the 6 channels"),
+    ("involution2d_generate", {"kernel_size": (3, 4)}, ValueError, r"features must .* an even kernel size, .*\(3, 4\)"),
     ("na2d_av", {"kernel_size": 4}, ValueError, "kernel_size must be odd"),
     ("na2d_av", {"kernel_size": 5, "attn": zeros(2, 2, 5, 4, 25)}, ValueError, "needs a map of width at least 5"),
     ("na2d_av", {"dilation": 2}, ValueError, "kernel_size 3 with dilation 2 needs a map"),
