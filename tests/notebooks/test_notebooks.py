@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import io
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from autotune import timing
 nbformat = pytest.importorskip("nbformat", reason="notebooks need nbformat")
 pytest.importorskip("ipykernel", reason="notebooks need ipykernel")
 nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient")
+traitlets_config = pytest.importorskip("traitlets.config", reason="notebooks need nbclient")
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
@@ -58,8 +60,15 @@ def test_all_notebooks_are_known():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(FIGURES)
 
 
+@pytest.fixture
+def sockets():
+    """A folder of a short name: that of a socket has at most 100 characters."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("name", FIGURES)
-def test_notebook(name, tmp_path):
+def test_notebook(name, tmp_path, sockets):
     environment = os.environ | {
         "IPYTHONDIR": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -81,6 +90,8 @@ def test_notebook(name, tmp_path):
         startup_timeout=300,
         resources={"metadata": {"path": NOTEBOOKS}},
         extra_arguments=["--log-level=ERROR"],  # not the warning that a loopback connection is not encrypted
+        # Two kernels that start at the same time may be given the same port, and wait for ever (jupyter_client#487).
+        config=traitlets_config.Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
     )
     client.execute(env=environment)
     assert _files() == before
