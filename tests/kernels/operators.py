@@ -45,6 +45,8 @@ class Operator(NamedTuple):
     # A NaN in these may spread in Triton's kernels through a tile's product: to what depends on a block of theirs, all
     # numbers that share so many leading indices with it.
     spreads: dict[str, int] = {}  # noqa: RUF012
+    free: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  (axes whose size no other argument's must fit)
+    steps: tuple[str, ...] = ()  # what bounds a step of the eager path, by module and name
     rounding: int = 1  # times the output's tolerance, and 16-bit gradients': products round, a softmax amplifies it
 
     @property
@@ -206,6 +208,8 @@ OPERATORS = [
         (6 * 9 * PIXELS, 2 * 6 * 9 * PIXELS),
         twice=True,
         like="x",
+        free={"weight": (1,)},
+        steps=("kernels.aggregation.eager_tiles.STEP_ELEMENTS",),
     ),
     Operator(
         "involution2d_generate",
@@ -222,8 +226,9 @@ OPERATORS = [
         (18 * (4 + 3) * PIXELS, 2 * 18 * (4 + 3) * PIXELS),
         twice=False,
         like="x",
+        steps=("kernels.involution.generate.STEP_BYTES", "kernels.involution.generate.STEP_BYTES_ELSEWHERE"),
     ),
-    Operator("na2d_av", **neighborhoods("attn", "value"), twice=True, spreads={"gradient": 1}),
+    Operator("na2d_av", **neighborhoods("attn", "value"), twice=True, spreads={"gradient": 1}, free={"value": (4,)}),
     Operator("na2d_qk", **neighborhoods("query", "key"), twice=True),
     Operator(
         "na2d_softmax_av",
@@ -232,6 +237,7 @@ OPERATORS = [
         logits=("logits",),
         masked=True,
         spreads={"gradient": 1},
+        free={"value": (4,)},
     ),
     Operator(
         "contmix2d",
@@ -253,6 +259,8 @@ OPERATORS = [
         twice=False,
         like="value",
         logits=("proj_bias",),
+        free={"value": (3,)},
+        steps=("kernels.contmix.parts.MOST_STORED",),
         rounding=2,
     ),
     Operator(
@@ -279,6 +287,8 @@ OPERATORS = [
         like="value",
         logits=("logits",),
         masked=True,
+        free={"logits": (3,), "value": (1,)},
+        steps=("kernels.outlook.eager.BLOCK_ELEMENTS",),
     ),
     Operator(
         "depthwise_conv2d",
@@ -303,6 +313,8 @@ OPERATORS = [
         twice=True,
         like="x",
         spreads={"x": 2, "weight": 1, "gradient": 2},
+        free={"x": (0, 2, 3)},
+        steps=("kernels.depthwise.eager.GRADIENT_ELEMENTS",),
     ),
 ]
 OPERATOR = {operator.name: operator for operator in OPERATORS}

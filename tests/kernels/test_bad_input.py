@@ -1,5 +1,6 @@
 """Everything wrong is refused before anything runs, by a message that names the argument and what came."""
 
+import inspect
 import itertools
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import zeros
 
 import kernels
 from kernels.launch import launch, record_launches
-from tests.kernels.operators import MAP, OPERATORS, Operator
+from kernels.windows import Pair
+from tests.kernels.operators import MAP, OPERATOR, OPERATORS, Operator
 from tests.support import DEVICE, random_tensor
 
 
@@ -70,24 +72,23 @@ def test_the_good_arguments_are_good(operator):
 TENSORS = [(op, name) for op, good in GOOD.items() for name, value in good.items() if isinstance(value, torch.Tensor)]
 
 
-# The numbers that an operator takes, and the least that each may be.
+# The integers and pairs that operators take, and the least that each may be.
 OPTIONS = {
-    "involution2d": {"stride": 1, "padding": 0, "dilation": 1},
-    "involution2d_generate": {"kernel_size": 1, "groups": 1, "stride": 1, "padding": 0, "dilation": 1},
-    "na2d_av": {"kernel_size": 1, "dilation": 1},
-    "na2d_qk": {"kernel_size": 1, "dilation": 1},
-    "na2d_softmax_av": {"kernel_size": 1, "dilation": 1},
-    "outlook_attention2d": {"kernel_size": 1, "stride": 1, "padding": 0},
+    (operator, name): int(name != "padding")
+    for operator in GOOD
+    for name, parameter in inspect.signature(getattr(kernels, operator)).parameters.items()
+    if parameter.annotation in (int, int | Pair, int | Pair | None)
 }
 
 
-@pytest.mark.parametrize(("operator", "name"), [(op, name) for op, names in OPTIONS.items() for name in names])
+@pytest.mark.parametrize(("operator", "name"), OPTIONS)
 def test_every_option_is_an_int_within_bounds(operator, name):
     for bad in (1.5, True, "1", np.float32(1), torch.tensor(1), (1, True), (1, 1, 1)):
         with pytest.raises(TypeError, match=f"^{name} must be an int"):
             getattr(kernels, operator)(**(GOOD[operator] | {name: bad}))
-    for bad in (OPTIONS[operator][name] - 1, -3, 2**31, 2**40):
-        with pytest.raises(ValueError, match=rf"^{name} must be at least {OPTIONS[operator][name]} and below 2\^31"):
+    least = OPTIONS[operator, name]
+    for bad in (least - 1, -3, 2**31, 2**40):
+        with pytest.raises(ValueError, match=rf"^{name} must be at least {least} and below 2\^31"):
             getattr(kernels, operator)(**(GOOD[operator] | {name: bad}))
 
 
@@ -118,16 +119,10 @@ def test_every_tensor_is_dense_floating_and_like_the_first(operator, name):
             getattr(kernels, operator)(**(GOOD[operator] | {name: good.to("meta")}))
 
 
-# The axes whose sizes are no other argument's, or where another one fits as well.
-FREE = {("na2d_av", "value"): [4], ("na2d_softmax_av", "value"): [4], ("contmix2d", "value"): [3]}
-FREE |= {("outlook_attention2d", "logits"): [3], ("outlook_attention2d", "value"): [1]}
-FREE |= {("involution2d", "weight"): [1], ("depthwise_conv2d", "x"): [0, 2, 3]}
-
-
 @pytest.mark.parametrize(("operator", "name"), TENSORS)
 def test_every_size_must_fit(operator, name):
     """One more, or none but of images, is refused by the name of a tensor that it does not fit."""
-    good, free = GOOD[operator][name], FREE.get((operator, name), ())
+    good, free = GOOD[operator][name], OPERATOR[operator].free.get(name, ())
     names = "|".join(tensor for of, tensor in TENSORS if of == operator)
     for axis, length in enumerate(good.shape):
         for size in (length + 1, 0):

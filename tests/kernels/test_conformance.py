@@ -70,24 +70,14 @@ def test_layouts(operator, layout, backend):
             assert grad.stride() == tensor.stride(), name
 
 
-# The most that one step of an operator may hold: the modules and names that keep it.
-STEPS = {
-    "kernels.aggregation.eager_tiles": "STEP_ELEMENTS",
-    "kernels.outlook.eager": "BLOCK_ELEMENTS",
-    "kernels.depthwise.eager": "GRADIENT_ELEMENTS",
-    "kernels.involution.generate": "STEP_BYTES_ELSEWHERE",
-    "kernels.contmix.parts": "MOST_STORED",
-}
-
-
 @pytest.mark.parametrize("most", [1, 150])
 @EVERY_CASE
 def test_small_steps(operator, most, monkeypatch):
     """Steps of one output, of unequal sizes, of one image or of one group give the same sums."""
-    for module, name in STEPS.items():
-        module = importlib.import_module(module)
-        monkeypatch.setattr(module, name, {DEVICE: most} if isinstance(getattr(module, name), dict) else most)
-    monkeypatch.setattr("kernels.involution.generate.STEP_BYTES", {DEVICE: most})
+    for path in {path for row in OPERATORS for path in row.steps}:
+        module, _, name = path.rpartition(".")
+        bounds = getattr(importlib.import_module(module), name)
+        monkeypatch.setattr(path, {DEVICE: most} if isinstance(bounds, dict) else most)
     check(operator, operator.tensors(batch=2), "eager")
     if operator.inputs in [OPERATOR[name].inputs for name in ("involution2d_generate", "contmix2d")]:
         check(operator, operator.tensors(batch=2), "triton")  # its other kernels do everything in one launch
