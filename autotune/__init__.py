@@ -5,8 +5,8 @@
 The modules, in the order in which they are best read:
 
 measuring    ``timing`` (stop-watch, memory, machine), ``passes`` (a call and its gradients), ``measure`` (contenders
-             are checked, then take turns), ``ceilings``; ``workloads`` (operators at the models' shapes) and
-             ``operators``, ``networks``; ``cases`` keeps rows on disk
+             are checked, then take turns), ``ceilings``; ``workloads`` (operators at the models' shapes), of which
+             ``selection`` takes some, ``operators``, ``networks``; ``cases`` keeps rows on disk
 comparing    ``contenders`` and ``contest`` (compare and what it found), ``sweeps``, ``roofs``, ``magic``
 showing      ``tables``, ``plots``; ``results`` of bench, ``report`` of profile
 tuning       ``tuner`` (one launch), ``tunables`` (what is stored), ``precompile``, ``kernel_cases`` (every kernel once)

@@ -30,7 +30,7 @@ from torch import nn
 
 import kernels
 import models
-from autotune import networks, timing, workloads
+from autotune import networks, selection, timing, workloads
 from autotune.cases import LOST, Case, read_record, release, run_cases, settled_rows, written
 from autotune.ceilings import launch_overhead, measure_ceilings
 from autotune.measure import Settings, beside_others, one_line
@@ -219,7 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
             codes.append(int(not written("environment", write_json, folder / "environment.json", environment)))
         if wanted["bench.json"]:
             found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
-            found = workloads.named(found, arguments.operator or ["*"])
+            found = selection.named(found, arguments.operator or ["*"])
             cases = operator_cases(_in_turns(found), settings, PASSES)
             if not arguments.compile_only:
                 settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))

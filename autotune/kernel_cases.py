@@ -59,19 +59,21 @@ class Branches(Workload):
 
 
 def cases() -> dict[str, list[Workload]]:
-    """What is built, by name: operators at shapes of the models at which, together, they launch every kernel."""
+    """What is built, by name: operators at shapes of the models at which, together, they launch every kernel.
+
+    An operator that no case here names is launched at the first of its shapes.
+    """
     rednet = workloads.involution("RedNet-50", 128, 128, (28, 28), 7, 16)
     unfused = [workloads.neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
     fused = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (14, 14), 13)
     dilated = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (56, 56), 7)
-    return {
+    found: dict[str, list[Workload]] = {
         "involution 128@28 K=7, channels first": [rednet],
         "involution 128@28 K=7, channels last": [channels_last(rednet)],
         "involution 128@28 K=7, the end of its block": [Residual(**vars(channels_last(rednet)))],
         "involution, kernels generated, 128@28 K=7": [workloads.generation(channels_last(rednet))],
         "neighborhood 8x16@14 K=13": [fused, *unfused],
         "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
-        "outlook 6x32@28 K=3 s=2": [workloads.outlook("VOLO-D1", 128, 6, 32, (28, 28), 3, 2)],
         "depthwise 64@56 K=17": [channels_last(workloads.depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
         "depthwise 224@56 K=3, fused": [Fused(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
         "depthwise 224@56 K=3, channels last": [workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)],
@@ -85,3 +87,6 @@ def cases() -> dict[str, list[Workload]]:
         "contmix 8x16@56 K=5, 13": [workloads.contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],
         "contmix 32x8@7 K=5, 7": [workloads.contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7))],
     }
+    launched = {workload.operator for case in found.values() for workload in case}
+    first = {workload.operator: workload for workload in reversed(workloads.operator_workloads(128))}
+    return found | {case.name: [case] for operator, case in first.items() if operator not in launched}

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 import kernels
-from autotune import networks, plots, report, timing, workloads
+from autotune import networks, plots, report, selection, timing, workloads
 from autotune.cases import Case, run_cases, written
 from autotune.measure import Settings, other_work
 from autotune.networks import measure_model
@@ -165,11 +165,11 @@ def _workloads(arguments: argparse.Namespace, batch: int) -> list[Workload]:
     """The operators at the models' own shapes, or those that --operator names at --shape."""
     if arguments.shape is None:
         found = workloads.operator_workloads(batch)
-        return workloads.named(found, arguments.operator) if arguments.operator else found
+        return selection.named(found, arguments.operator) if arguments.operator else found
     _, channels, *size = arguments.shape
     shape: dict[str, Any] = {"batch": batch, "channels": channels, "size": tuple(size)}
     shape["kernel_size"] = arguments.kernel_size or 7
-    names = workloads.matching(list(workloads.OPERATORS), arguments.operator)
+    names = selection.matching(list(workloads.OPERATORS), arguments.operator)
     try:
         return [workloads.workload_of(name, **shape) for name in names]
     except ValueError as error:

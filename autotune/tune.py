@@ -26,7 +26,7 @@ import torch
 from rich.markup import escape
 from rich.progress import track
 
-from autotune import networks, timing, tuner, workloads
+from autotune import networks, selection, timing, tuner, workloads
 from autotune.cases import LOST, device_lost
 from autotune.measure import one_line
 from autotune.passes import Pass
@@ -180,7 +180,7 @@ def _launching(arguments: argparse.Namespace, device: torch.device) -> Iterator[
         return
     found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=arguments.quick)
     patterns = ["*"] if arguments.all else arguments.operator
-    for workload in workloads.named(found, patterns):
+    for workload in selection.named(found, patterns):
         yield workload.call(arguments.dtype, device)
 
 

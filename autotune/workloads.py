@@ -4,10 +4,9 @@ Each ``Workload`` is data: the inputs' shapes, the multiply-adds, and from them 
 follow from the image's size, so 224² gives the classification shapes and 800×1280 those of dense prediction.
 """
 
-import fnmatch
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -281,25 +280,3 @@ def benchmark_workloads(batch: int | None = None, size: Size | None = None, *, q
     if size is not None:
         return operator_workloads(batch or 128, size)
     return [*operator_workloads(batch or 128, (224, 224)), *operator_workloads(batch or 2, (800, 1280))]
-
-
-def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that any of --operator's patterns fits, in any letter case: the whole name or its first word, a shell
-    pattern for the name, or a part of it. ValueError where a pattern fits none."""
-    chosen: set[str] = set()
-    for given in patterns:
-        whole = given.lower()
-        pattern = whole if any(character in given for character in "*?[") else f"*{whole}*"
-        hits = [name for name in names if whole in (name.lower(), name.lower().split()[0])]
-        hits = hits or [name for name in names if fnmatch.fnmatchcase(name.lower(), pattern)]
-        if not hits:
-            known = ", ".join(dict.fromkeys(name.split()[0] for name in names))
-            raise ValueError(f"--operator must match a name, {given!r} does not; names begin with {known}")
-        chosen.update(hits)
-    return [name for name in names if name in chosen]
-
-
-def named(found: Sequence[Workload], patterns: Sequence[str]) -> list[Workload]:
-    """Those of which --operator's patterns fit the name."""
-    wanted = matching([workload.name for workload in found], patterns)
-    return [workload for workload in found if workload.name in wanted]

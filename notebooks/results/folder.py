@@ -14,7 +14,7 @@ from pathlib import Path
 from autotune.passes import PASSES
 from autotune.results import Row
 
-# Names of cases in kernels.json and in the predictions, by operator.
+# Names of cases in kernels.json and in the predictions, by operator, where they are not the operator's own.
 CASES = {
     "involution2d": "involution.{}.last",
     "involution2d_generate": "generate.{}.last",
@@ -78,7 +78,9 @@ class Folder:
 
 def case_of(operator: str, shape: str) -> str:
     """The name of a workload's case, by the size of its map: involution.56.last, contmix.50x80."""
-    return CASES[operator].format(shape.partition("@")[2].split()[0].rstrip("²").replace("×", "x"))
+    return CASES.get(operator, f"{operator}.{{}}").format(
+        shape.partition("@")[2].split()[0].rstrip("²").replace("×", "x")
+    )
 
 
 def _is_ours(kernel: str) -> bool:

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import kernels
-from autotune import networks, passes, workloads
+from autotune import kernel_cases, networks, passes, workloads
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,9 @@ def test_every_public_operator_runs_at_the_published_shapes():
     generated = {name for name in names if "_generate" in name}
     assert [f"128 {name}" for name in by_name()] == [name for name in names if name.startswith("128")]
     assert {name.replace("_generate", "") for name in generated} == {name for name in names if "involution2d " in name}
-    assert {name.split()[1] for name in names} == set(kernels.__all__) & set(dir(kernels.reference))
+    operators = set(kernels.__all__) & set(dir(kernels.reference))
+    assert {name.split()[1] for name in names} == set(workloads.OPERATORS) == operators
+    assert {workload.operator for case in kernel_cases.cases().values() for workload in case} == operators
     assert "2 involution2d RedNet-50 64@200×320 K=7" in names
 
 

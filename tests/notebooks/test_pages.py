@@ -124,6 +124,13 @@ def test_kernels_are_told_beside_their_predictions(folder):
     )
 
 
+def test_an_operator_that_the_pages_do_not_know_is_told_of(folder):
+    row = next(row for row in folder.timed("forward") if row["operator"] == "na2d_av")
+    folder.operators.append(row | {"operator": "newest", "name": "newest"})
+    assert folder.beside(folder.operators[-1]) is None
+    assert "| `newest` |" in pages.sections([folder])["gpu operators"]
+
+
 def test_what_was_not_measured_is_not_told(folder):
     folder.operators = [row | {"status": "skipped"} for row in folder.operators]
     folder.launched.clear()
