@@ -148,7 +148,9 @@ def _measure_plan(
     Training drops no paths: a compiler draws other random numbers, and its results could not be compared.
     """
     training = plan.kind == "training"
-    options = {"drop_path_rate": 0.0, **({"return_dense": False} if plan.model.startswith("volo") else {})}
+    with torch.device("meta"):
+        plain: Any = entry_point(plan.model)()
+    options = {"drop_path_rate": 0.0, **plain.plain_options}
     place: dict[str, Any] = {"device": settings.device, "memory_format": torch.channels_last}
     how = {"training": training, "compiled": plan.compiled, "latency": plan.kind == "latency"}
     left_out, other = {}, None

@@ -2,6 +2,7 @@
 
 A family derives from ``BackboneContract`` and provides
 
+* ``paper``: the number in the arXiv under which it was published;
 * ``stages``: the modules and parameters of each feature map that no earlier map needs; then those of the head;
 * ``classifiers``: module name of each classifier -> its number of input features, the main one first;
 * ``_forward_stages(x, last)`` and ``forward_head(x, pre_logits=False)``;
@@ -80,6 +81,7 @@ class BackboneContract(nn.Module):
     global_pools: ClassVar[tuple[str, ...]] = ("avg", "")  # the poolings of forward_head, its default first
     training_only: ClassVar[tuple[str, ...]] = ()  # modules that evaluation does not use
     plain_options: ClassVar[dict[str, Any]] = {}  # with which training returns logits alone, as evaluation does
+    paper: ClassVar[str]
     stages: ClassVar[tuple[tuple[str, ...], ...]]
 
     num_features: int  # channels of forward_features' output

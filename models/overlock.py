@@ -23,7 +23,7 @@ from models.checks import flag, integers
 from models.layers import DilatedReparamBlock, LayerNorm2d, LayerScale, PointwiseConv2d
 from models.layers.basic import initialise, to_channels_last
 from models.layers.overlock_blocks import ContextDownsample, DynamicConvBlock, RepConvBlock, downsample, stem
-from models.registry import variant
+from models.registry import Published, variant
 
 
 class OverLoCK(BackboneContract):
@@ -50,6 +50,7 @@ class OverLoCK(BackboneContract):
         reparam: build the inference form, in which dilated branches are merged (see ``OverLoCK.reparam``).
     """
 
+    paper = "2502.20087"
     training_only = ("aux_head",)
     stages = (
         ("patch_embed1", "blocks1"),
@@ -292,19 +293,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "b": ((8, 8, 10, 4), (20, 4), (80, 160, 384, 576), (6, 9), 0.5),
     }.items()
 }
+PUBLISHED = {"xt": (16, 2.6, 82.7), "t": (33, 5.5, 84.2), "s": (56, 9.7, 84.8), "b": (95, 16.7, 85.1)}
 
 
-def _variant(size: str, summary: str, form: str = "") -> Callable[..., OverLoCK]:
+def _variant(size: str, form: str = "") -> Callable[..., OverLoCK]:
+    title = f"OverLoCK-{size.upper()}{', its dilated branches merged for inference' if form else ''}"
     url = f"{RELEASE}/overlock_{size}_in1k_224{form}.pth"
     config = pretrained_config(url=url, classifier=("head.4", "aux_head.2"), first_conv="patch_embed1.0")
-    return variant(OverLoCK, f"overlock_{size}{form}", summary, {**VARIANTS[size], "reparam": bool(form)}, config)
+    options, published = {**VARIANTS[size], "reparam": bool(form)}, Published(*PUBLISHED[size])
+    return variant(OverLoCK, f"overlock_{size}{form}", title, options, config, published=published)
 
 
-overlock_xt = _variant("xt", "OverLoCK-XT: 16 M parameters, 2.6 GMAC at 224², ImageNet-1k top-1 82.7 %.")
-overlock_t = _variant("t", "OverLoCK-T: 33 M parameters, 5.5 GMAC at 224², ImageNet-1k top-1 84.2 %.")
-overlock_s = _variant("s", "OverLoCK-S: 56 M parameters, 9.7 GMAC at 224², ImageNet-1k top-1 84.8 %.")
-overlock_b = _variant("b", "OverLoCK-B: 95 M parameters, 16.7 GMAC at 224², ImageNet-1k top-1 85.1 %.")
-overlock_xt_reparam = _variant("xt", "OverLoCK-XT with its dilated branches merged, for inference.", "_reparam")
-overlock_t_reparam = _variant("t", "OverLoCK-T with its dilated branches merged, for inference.", "_reparam")
-overlock_s_reparam = _variant("s", "OverLoCK-S with its dilated branches merged, for inference.", "_reparam")
-overlock_b_reparam = _variant("b", "OverLoCK-B with its dilated branches merged, for inference.", "_reparam")
+overlock_xt, overlock_t, overlock_s, overlock_b = map(_variant, VARIANTS)
+overlock_xt_reparam, overlock_t_reparam, overlock_s_reparam, overlock_b_reparam = (
+    _variant(size, "_reparam") for size in VARIANTS
+)

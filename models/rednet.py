@@ -17,7 +17,7 @@ from models.layers import DropPath, Involution2d, PointwiseConv2d
 from models.layers.basic import initialise, to_channels_last
 from models.layers.involution import conv_bn_relu
 from models.layers.rednet_inference import FoldedBottleneck, pool_first
-from models.registry import variant
+from models.registry import Published, variant
 
 
 class Bottleneck(nn.Module):
@@ -67,6 +67,7 @@ class RedNet(BackboneContract):
     A ``features_only`` model has no classifier and ends after its last map.
     """
 
+    paper = "2103.06255"
     stages = (("stem", "layer1"), ("layer2",), ("layer3",), ("layer4",), ("head",))
 
     def __init__(
@@ -201,13 +202,13 @@ class InvolutionFPN(nn.Module):
         return outs
 
 
-def _variant(size: int, depths: Sequence[int], summary: str) -> Callable[..., RedNet]:
+def _variant(size: int, depths: Sequence[int], published: Published) -> Callable[..., RedNet]:
     config = pretrained_config(crop_pct=0.875, interpolation="bilinear", first_conv="stem.0.conv", classifier="head.fc")
-    return variant(RedNet, f"rednet{size}", f"RedNet-{size}: {summary}", {"depths": depths}, config)
+    return variant(RedNet, f"rednet{size}", f"RedNet-{size}", {"depths": depths}, config, published=published)
 
 
-rednet26 = _variant(26, (1, 2, 4, 1), "9.23 M parameters, 1.73 G multiply-adds at 224², 75.96 % top-1 on ImageNet.")
-rednet38 = _variant(38, (2, 3, 5, 2), "12.39 M parameters, 2.22 G multiply-adds at 224², 77.48 % top-1 on ImageNet.")
-rednet50 = _variant(50, (3, 4, 6, 3), "15.54 M parameters, 2.71 G multiply-adds at 224², 78.35 % top-1 on ImageNet.")
-rednet101 = _variant(101, (3, 4, 23, 3), "25.65 M parameters, 4.74 G multiply-adds at 224², 78.92 % top-1 on ImageNet.")
-rednet152 = _variant(152, (3, 8, 36, 3), "33.98 M parameters, 6.79 G multiply-adds at 224², 79.12 % top-1 on ImageNet.")
+rednet26 = _variant(26, (1, 2, 4, 1), Published(9.23, 1.73, 75.96))
+rednet38 = _variant(38, (2, 3, 5, 2), Published(12.39, 2.22, 77.48))
+rednet50 = _variant(50, (3, 4, 6, 3), Published(15.54, 2.71, 78.35))
+rednet101 = _variant(101, (3, 4, 23, 3), Published(25.65, 4.74, 78.92))
+rednet152 = _variant(152, (3, 8, 36, 3), Published(33.98, 6.79, 79.12))

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -18,6 +18,19 @@ from models.metadata import read_metadata
 
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 Model = TypeVar("Model", bound=BackboneContract)
+
+
+class Published(NamedTuple):
+    """What a paper says of a model: millions of parameters, G multiply-adds at 224², % top-1 on ImageNet-1k."""
+
+    parameters_m: float
+    multiply_adds_g: float | None
+    top1: float
+
+    def __str__(self) -> str:
+        work = "" if self.multiply_adds_g is None else f"{self.multiply_adds_g:g} G multiply-adds at 224², "
+        return f"{self.parameters_m:g} M parameters, {work}{self.top1:g} % top-1 on ImageNet"
+
 
 entry_points: dict[str, Callable[..., nn.Module]] = {}
 
@@ -46,15 +59,17 @@ def register_model(build: EntryPoint) -> EntryPoint:
 def variant(
     family: type[Model],
     name: str,
-    summary: str,
+    title: str,
     options: dict[str, Any],
     config: dict[str, Any],
     config_of: Callable[[Model], dict[str, Any]] | None = None,
+    published: Published | None = None,
 ) -> Callable[..., Model]:
     """Registers and returns the function ``name(pretrained=False, **kwargs)``: ``family(**options | kwargs)``.
 
     ``config``, or what ``config_of`` makes of the model, is its ``pretrained_cfg``; with ``pretrained`` its weights are
-    loaded. The family's module keeps ``config`` in ``default_cfgs``, where timm looks for it.
+    loaded. The family's module keeps ``config`` in ``default_cfgs``, where timm looks for it; the function itself knows
+    its ``family`` and what is ``published``, of which README and ``python -m models list`` tell.
     """
 
     def build(pretrained: bool = False, **kwargs: Any) -> Model:
@@ -68,7 +83,8 @@ def variant(
         return model
 
     build.__name__ = build.__qualname__ = name
-    build.__module__, build.__doc__ = family.__module__, summary
+    build.__module__, build.__doc__ = family.__module__, f"{title}{'' if published is None else f': {published}'}."
+    vars(build).update(family=family, published=published)
     vars(sys.modules[family.__module__]).setdefault("default_cfgs", {})[name] = config
     return _enter(build)
 

@@ -26,7 +26,7 @@ from models.layers.tokens import (
     random_box,
     resize_position_embedding,
 )
-from models.registry import variant
+from models.registry import Published, variant
 
 PATCH_SIZE = 8  # pixels per side of a fine token
 DOWNSAMPLING = 2  # fine tokens per side of a coarse one
@@ -89,6 +89,7 @@ class VOLO(BackboneContract):
     A ``features_only`` model ends after its last map.
     """
 
+    paper = "2106.13112"
     fixed_input_size = True
     plain_options: ClassVar = {"return_dense": False}
     global_pools = ("token", "avg", "")
@@ -276,13 +277,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _variant(size: str, summary: str) -> Callable[..., VOLO]:
+def _variant(size: str, published: Published) -> Callable[..., VOLO]:
+    def config_of(model: VOLO) -> dict[str, Any]:
+        return _config(size, model.img_size)
+
     config = _config(size, (224, 224))
-    return variant(VOLO, f"volo_{size}", summary, VARIANTS[size], config, lambda model: _config(size, model.img_size))
+    return variant(VOLO, f"volo_{size}", f"VOLO-{size.upper()}", VARIANTS[size], config, config_of, published)
 
 
-volo_d1 = _variant("d1", "VOLO-D1: 26.6 M parameters, 6.8 G multiply-adds at 224², 84.2 % top-1 on ImageNet.")
-volo_d2 = _variant("d2", "VOLO-D2: 58.7 M parameters, 85.2 % top-1 on ImageNet at 224².")
-volo_d3 = _variant("d3", "VOLO-D3: 86.3 M parameters, 85.4 % top-1 on ImageNet at 224².")
-volo_d4 = _variant("d4", "VOLO-D4: 193 M parameters, 85.7 % top-1 on ImageNet at 224².")
-volo_d5 = _variant("d5", "VOLO-D5: 295.5 M parameters, 86.1 % top-1 on ImageNet at 224².")
+volo_d1 = _variant("d1", Published(26.6, 6.8, 84.2))
+volo_d2 = _variant("d2", Published(58.7, None, 85.2))
+volo_d3 = _variant("d3", Published(86.3, None, 85.4))
+volo_d4 = _variant("d4", Published(193, None, 85.7))
+volo_d5 = _variant("d5", Published(295.5, None, 86.1))

@@ -6,7 +6,6 @@ accuracies are the papers', at the size shown.
 
 import argparse
 import json
-from importlib import resources
 from typing import Any
 
 import torch
@@ -22,16 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def describe(name: str, top1: dict[str, float]) -> dict[str, Any]:
+def describe(name: str) -> dict[str, Any]:
     """What there is to know of a model, counted on the meta device: no memory is taken and nothing is computed."""
     with torch.device("meta"):
         model: Any = create_model(name)
+    published = getattr(entry_point(name), "published", None)
     unused = tuple(f"{module}." for module in model.training_only)
     return {
         "name": name,
         "parameters": sum(p.numel() for key, p in model.named_parameters() if not key.startswith(unused)),
         "size": list(model.default_cfg["input_size"][1:]),
-        "top1": top1.get(name),
+        "top1": None if published is None else published.top1,
         "weights": model.default_cfg["url"] or None,
     }
 
@@ -41,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not names:
         with input_errors():
             entry_point(arguments.pattern, "PATTERN")
-    top1 = json.loads(resources.files("models").joinpath("data/imagenet_top1.json").read_text(encoding="utf-8"))
-    rows = [describe(name, top1) for name in names]
+    rows = list(map(describe, names))
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return 0

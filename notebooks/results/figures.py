@@ -1,9 +1,10 @@
 """Bring every number of the README and of the pages under notebooks/results in line with the committed results.
 
-Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from files under
-notebooks/results: published.json (what the papers say), models.json (parameters and multiply-adds, counted; --count
-counts them again), predicted/*.json (written by predicted/collect.py), <device>/profile.json, and what a GPU's folder
-holds (folder.py says what). The tuned configs are those of kernels/tuning/configs. Figures are drawn again from these.
+Tables stand between markers, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and are written from what the families
+say that their papers say, and from files under notebooks/results: models.json (parameters and multiply-adds, counted;
+--count counts them again), predicted/*.json (written by predicted/collect.py), <device>/profile.json, and what a GPU's
+folder holds (folder.py says what). The tuned configs are those of kernels/tuning/configs. Figures are drawn again from
+these.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from autotune import plots, report
 from autotune.tables import Table, microseconds, settings_text
 from kernels.files import atomic_write, write_json
 from kernels.tuning.store import shipped_folder
+from models.registry import all_models
 from notebooks.results import pages
 from notebooks.results.folder import folders
 
@@ -36,17 +38,22 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def count_model(name: str) -> dict[str, float]:
-    """Parameters (millions) and multiply-adds (G) of one 224x224 image, counted on the meta device.
+def published() -> dict[str, Any]:
+    """Name -> entry point of the models of which papers say something, family by family; OverLoCK's, merged."""
+    found: dict[str, Any] = {n: build for n, build in all_models().items() if getattr(build, "published", None)}
+    names = [name for name in found if f"{name}_reparam" not in found]
+    return {name: found[name] for name in sorted(names, key=lambda name: found[name].family.__name__)}
 
-    OverLoCK's paper counts its reparameterised form without the auxiliary head, which VOLO's counts.
-    """
+
+def count_model(name: str) -> dict[str, float]:
+    """Parameters (millions), but those for training only, and multiply-adds (G) of one 224x224 image, on meta."""
     with torch.device("meta"):
-        model = models.create_model(name).eval()
+        model: Any = models.create_model(name).eval()
         image = torch.empty(1, 3, 224, 224)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
-    counted = (p.numel() for key, p in model.named_parameters() if "volo" in name or not key.startswith("aux_head."))
+    unused = tuple(f"{module}." for module in model.training_only)
+    counted = (p.numel() for key, p in model.named_parameters() if not key.startswith(unused))
     return {"parameters_m": sum(counted) / 1e6, "multiply_adds_g": counter.get_total_flops() / 2e9}
 
 
@@ -54,32 +61,29 @@ def _given(value: float | None) -> str:
     return "–" if value is None else f"{value:g}"
 
 
-def _published_table(published: dict[str, Any], top1: dict[str, float]) -> str:
+def _families_table() -> str:
     """A line per family: the variants side by side."""
-    rows = []
-    for family, paper, sizes in (
-        ("OverLoCK", "2502.20087", "any, from 32 pixels up"),
-        ("RedNet", "2103.06255", "any, from 32 pixels up"),
-        ("VOLO", "2106.13112", "`img_size` (224), other sizes resized"),
-    ):
-        names = [name for name in published if name.startswith(family.lower())]
-        columns = [[f"`{name.removesuffix('_reparam')}`" for name in names]]
-        columns += [[_given(published[name][field]) for name in names] for field in ("parameters_m", "multiply_adds_g")]
-        columns.append([_given(top1[name]) for name in names])
-        rows.append([f"[{family}](https://arxiv.org/abs/{paper})", *map(" · ".join, columns), sizes])
+    rows, every = [], published()
+    for family in dict.fromkeys(build.family for build in every.values()):
+        variants = {name: build.published for name, build in every.items() if build.family is family}
+        columns = [[f"`{name.removesuffix('_reparam')}`" for name in variants]]
+        columns += [list(map(_given, numbers)) for numbers in zip(*variants.values(), strict=True)]
+        size = "`img_size` (224), other sizes resized" if family.fixed_input_size else "any, from 32 pixels up"
+        linked = f"[{family.__name__}](https://arxiv.org/abs/{family.paper})"
+        rows.append([linked, *map(" · ".join, columns), size])
     headings = ["family", "variants", "parameters, M", "multiply-adds at 224², G", "ImageNet top-1, %", "input"]
     return Table(headings, rows, 6).markdown()
 
 
-def _models_table(published: dict[str, Any], counted: dict[str, Any], top1: dict[str, float]) -> str:
+def _models_table(counted: dict[str, Any]) -> str:
     rows = []
-    for name, paper in published.items():
+    for name, build in published().items():
         counts = [
             text
             for field in ("parameters_m", "multiply_adds_g")
-            for text in (_given(paper[field]), f"{counted[name][field]:.2f}")
+            for text in (_given(getattr(build.published, field)), f"{counted[name][field]:.2f}")
         ]
-        rows.append([f"`{name}`", *counts, _given(top1[name])])
+        rows.append([f"`{name}`", *counts, _given(build.published.top1)])
     headings = ["model", "parameters, M: published", "counted", "multiply-adds, G at 224²: published", "counted"]
     return Table([*headings, "top-1, %: published"], rows).markdown()
 
@@ -133,12 +137,11 @@ def predictions() -> list[dict[str, Any]]:
 
 def sections() -> dict[Path, dict[str, str]]:
     """Page -> section name -> its text, from the committed files alone."""
-    published, counted = (load(RESULTS / f"{name}.json") for name in ("published", "models"))
-    top1, gpus = load(ROOT / "models" / "data" / "imagenet_top1.json"), folders(RESULTS)
+    gpus = folders(RESULTS)
     return {
-        ROOT / "README.md": {"models": _published_table(published, top1), "gpu": pages.readme(gpus)},
+        ROOT / "README.md": {"models": _families_table(), "gpu": pages.readme(gpus)},
         RESULTS / "README.md": {
-            "models": _models_table(published, counted, top1),
+            "models": _models_table(load(RESULTS / "models.json")),
             "profile": "\n\n".join(_profile_table(load(path)) for path in sorted(RESULTS.glob("*/profile.json"))),
             "tuned": "\n\n".join(_tuned_table(load(path)) for path in sorted(shipped_folder().glob("*.json")))
             or NONE_SHIPS,
@@ -176,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     console = Console()
     if arguments.count:
-        names = track(load(RESULTS / "published.json"), "Counting", console=console, transient=True)
+        names = track(list(published()), "Counting", console=console, transient=True)
         write_json(RESULTS / "models.json", {name: count_model(name) for name in names})
     texts = {page: (page.read_text(), content) for page, content in sections().items()}
     outdated = {page: wanted for page, (text, content) in texts.items() if (wanted := updated(text, content)) != text}

@@ -24,8 +24,12 @@ class Family(NamedTuple):
     goldens: tuple[tuple[str, str], ...]  # file, and backend or "inference" for that form
     groups: tuple[str, ...]  # beginnings of parameters' names, in order of depth
     group_counts: tuple[int, int]  # coarse and fine groups, without the classifier's
-    undecayed: tuple[str, ...]
-    addresses: dict[tuple[str, Any], str]  # variant, image size -> address of the weights
+    undecayed: tuple[str, ...] = ()
+    addresses: dict[tuple[str, Any], str] = {}  # noqa: RUF012  (variant, image size -> address of the weights)
+    deep: dict[str, Any] = {}  # noqa: RUF012  (options with which a member has all four stages)
+    # In training, of 3 images of 64x96 pixels, with 5 classes and with none; where there is more than logits.
+    returned: tuple[list[tuple[int, ...]], ...] = ()
+    norms: int = 0  # batch norms that the inference form keeps
 
 
 def _overlock(**options: Any) -> OverLoCK:
@@ -65,6 +69,7 @@ FAMILY = {
             ("overlock_xt", None): OVERLOCK + "overlock_xt_in1k_224.pth",
             ("overlock_s_reparam", None): OVERLOCK + "overlock_s_in1k_224_reparam.pth",
         },
+        returned=([(3, 5), (3, 5)], [(3, 1024), (3, 16)]),
     ),
     "rednet": Family(
         lambda **options: RedNet(**{"depths": (1, 1, 0, 0), **options}),
@@ -73,8 +78,8 @@ FAMILY = {
         tuple(("rednet26_224x224", backend) for backend in ("auto", "reference", "triton", "inference")),
         ("stem.0.conv.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer2.1.conv1.weight", "head."),
         (5, 9),
-        (),
-        {},
+        deep={"depths": (1, 1, 1, 1)},
+        norms=1,  # the stem's, after an involution
     ),
     "volo": Family(
         _volo,
@@ -92,6 +97,7 @@ FAMILY = {
             ("volo_d5", 512): VOLOS + "d5_512_87.07.pth.tar",
             ("volo_d4", (448, 320)): VOLOS + "d4_224_85.7.pth.tar",
         },
+        returned=([(3, 5), (3, 24, 5), (4,)], [(3, 24), (3, 24, 24), (4,)]),
     ),
 }  # fmt: skip
 FAMILIES = tuple(FAMILY)
@@ -123,7 +129,7 @@ def narrow(family: str, **options: Any) -> Any:
 
 def deep(family: str, **options: Any) -> Any:
     """A narrow member with all four stages."""
-    return narrow(family, **({"depths": (1, 1, 1, 1)} if family == "rednet" else {}), **options)
+    return narrow(family, **FAMILY[family].deep, **options)
 
 
 def on_meta(name: str, **options: Any) -> Any:

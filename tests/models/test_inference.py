@@ -20,7 +20,7 @@ from models.layers.rednet_inference import FoldedBottleneck, PoolThenReLU
 from models.overlock import VARIANTS
 from models.rednet import Bottleneck, RedNet
 from models.volo import VOLO
-from tests.models.families import FAMILIES, fill, images, narrow, on_meta
+from tests.models.families import FAMILIES, FAMILY, fill, images, narrow, on_meta
 from tests.support import (
     DEVICE,
     assert_close,
@@ -188,14 +188,12 @@ def test_once_more_changes_nothing_and_copies_are_equal(family):
 def test_every_variant_folds_completely(name):
     model: Any = models.optimize_for_inference(on_meta(name).eval())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    if isinstance(model, RedNet):  # those after an involution: the stem's, and scales and shifts in the blocks
-        assert len(norms) == 1
+    assert len(norms) == next(FAMILY[family].norms for family in FAMILIES if name.startswith(family))
+    if isinstance(model, RedNet):  # norms after an involution are scales and shifts in the blocks
         blocks = [module for module in model.modules() if isinstance(module, FoldedBottleneck)]
         assert all(isinstance(block.norm, LayerScale) and block.first[0].relu for block in blocks)
         assert blocks
         assert isinstance(model.maxpool, PoolThenReLU)
-    else:
-        assert not norms
     assert not any(isinstance(module, DropPath | ResidualDepthwiseConv2d) for module in model.modules())
     scales = {
         name.split(".")[-1]
