@@ -35,6 +35,20 @@ class Residual(Workload):
         return [*found, residual_pointwise_conv2d(x, *rest, x, weight)]
 
 
+class Images(Workload):
+    """The first convolutions of OverLoCK-XT and VOLO-D1, for images of four times a map's sides."""
+
+    def run(self, inputs: Any, *_: Any) -> list[Tensor]:
+        from kernels.images import image_conv2d
+
+        x = inputs["x"][:, :3].repeat(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
+        if x.itemsize > 2:
+            return []
+        bias = inputs["bias"]
+        weights = x.new_empty(28, 3, 3, 3), x.new_empty(64, 3, 7, 7)
+        return [image_conv2d(x, weight, bias[: len(weight)], 2, weight.shape[2] // 2, True) for weight in weights]
+
+
 class Normed(Workload):
     """The backward pass of a batch norm and GELU, as compiled training has it."""
 
@@ -77,6 +91,7 @@ def cases() -> dict[str, list[Workload]]:
         "depthwise 64@56 K=17": [channels_last(workloads.depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
         "depthwise 224@56 K=3, fused": [Fused(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
         "depthwise 224@56 K=3, channels last": [workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)],
+        "images 3@224": [Images(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
         "batch norm and GELU 56@56": [Normed(**vars(workloads.depthwise("OverLoCK-XT", 128, 56, (56, 56), 3)))],
         "depthwise 256@14 K=13, branches": [
             Branches(**vars(workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)))

@@ -9,7 +9,7 @@ Affine layers compute s·x + t per channel: batch norms with running statistics,
 say what they become by a method ``folded``; this module has the order, and the rule for layers in sequence. Some
 layers stay: the batch norm after an involution, whose kernels depend on its input, and layers that were replaced,
 wrapped or hooked. Last, layers are joined that a GPU can run in fewer passes: at the end of RedNet's blocks
-(``layers.rednet_inference``), ReLU with the 1×1 convolution before it, and in bfloat16 GELU with VOLO's products.
+(``layers.rednet_inference``), ReLU with the convolution before it, and in bfloat16 GELU with VOLO's products.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models._contract import BackboneContract
 from models.layers import DepthwiseConv2d, DilatedReparamBlock, GlobalResponseNorm, LayerScale, PointwiseConv2d
 from models.layers.fusion import CONVOLUTIONS, affine, as_built, convolves, fold_after, fold_before
+from models.layers.pointwise import PaddedConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -121,11 +122,11 @@ def fold_sequence(layers: nn.Sequential) -> None:
 
 
 def _join_relu(layers: nn.Sequential) -> None:
-    """Lets 1×1 convolutions, which may be matrix products, take the ReLU that follows them."""
+    """Lets 1×1 convolutions, which may be matrix products, and those of images take the ReLU that follows them."""
     children: list[tuple[str, Any]] = list(layers.named_children())
     children = [(name, layer) for name, layer in children if not isinstance(layer, nn.Identity)]
     for (_, conv), (name, relu) in itertools.pairwise(children):
-        if as_built(conv, PointwiseConv2d) and as_built(relu, nn.ReLU):
+        if as_built(conv, (PointwiseConv2d, PaddedConv2d)) and as_built(relu, nn.ReLU):
             conv.relu = True
             setattr(layers, name, nn.Identity())
 

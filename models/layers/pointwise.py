@@ -1,4 +1,5 @@
-"""Convolutions with channels that a GPU's matrix units take: 1×1 as matrix products, any number of channels padded."""
+"""Convolutions with channels that a GPU's matrix units take: 1×1 as matrix products, any number of channels padded, and
+those of images by a kernel of their own."""
 
 from typing import Any
 
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import transforming, under_autocast
+from kernels.backend import get_backend, resolve, transforming, under_autocast
 from models.layers.tracing import leaf
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -63,17 +64,45 @@ class PointwiseConv2d(nn.Conv2d):
 class PaddedConv2d(nn.Conv2d):
     """PyTorch's convolution in all but its ``forward``, which pads channels with zeros in 16 bits on a GPU.
 
-    Not those of images: for 8 channels in place of 3 an H200's convolution took as long, and the padding came on top.
+    Images of few channels go through ``kernels.images`` there, which takes them as they are: with cuDNN the first
+    convolutions of OverLoCK and VOLO took an H200 8 and 15 times as long as a copy of as many bytes.
+
+    With ``relu``, which inference sets, ReLU follows.
     """
+
+    relu = False
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
+        out = self._of_images(input)
+        if out is not None:
+            return out
         if self.groups > 1 or input.ndim != 4 or not in_16_bits_on_gpu(input):
-            return super().forward(input)
-        inputs = (1,) if self.in_channels > MULTIPLE else ()
-        bias = None if self.bias is None else padded(self.bias, 0)
-        out = self._conv_forward(padded(input, *inputs), padded(self.weight, 0, *inputs), bias)
-        return out[:, : self.out_channels]
+            out = super().forward(input)
+        else:
+            inputs = (1,) if self.in_channels > MULTIPLE else ()
+            bias = None if self.bias is None else padded(self.bias, 0)
+            out = self._conv_forward(padded(input, *inputs), padded(self.weight, 0, *inputs), bias)
+            out = out[:, : self.out_channels]
+        return F.relu(out) if self.relu else out
+
+    def _of_images(self, x: Tensor) -> Tensor | None:
+        """The result by the kernel for images; None where it does not run."""
+        if x.ndim != 4 or self.in_channels > MULTIPLE or transforming() or resolve(get_backend(), x) != "triton":
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else self.weight.dtype
+        if dtype not in HALVES or not (under_autocast(x) or x.dtype == dtype):
+            return None
+        stride, padding, size = self.stride[0], self.padding[0], self.kernel_size[0]
+        options = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        if options != ((size,) * 2, (stride,) * 2, (padding,) * 2, (1, 1), 1, "zeros"):
+            return None
+        from kernels.images import fits, image_conv2d
+
+        if not fits(x, self.weight):
+            return None
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return image_conv2d(x.to(dtype), self.weight.to(dtype), bias, stride, padding, self.relu)
 
 
 def activated(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor | None:

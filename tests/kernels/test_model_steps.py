@@ -1,4 +1,5 @@
-"""Steps of models in one kernel: the end of a residual block; the backward pass of a batch norm and GELU."""
+"""Steps of models in one kernel: the end of a residual block; the convolution of images; the backward pass of a batch
+norm and GELU."""
 
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import normed, pointwise, tolerances
+from kernels import images, normed, pointwise, tolerances
 from tests.support import DEVICE, assert_close, channels_last, random_tensor
 
 
@@ -87,6 +88,66 @@ def test_what_does_not_fit():
     assert not pointwise.fits(x[:, :2], x)  # a slice of channels
     assert not pointwise.fits(x[:0], x[:0])
     assert not pointwise.fits(x.to("meta"), x.to("meta"))  # which holds no numbers
+
+
+# ---- the convolution of images
+
+# Channels, outputs, kernel size, stride, padding, height and width. The second and the last have several blocks of rows
+# and columns, the last also of outputs; rows of taps begin at even places, at odd ones, and without padding.
+IMAGES = [(3, 28, 3, 2, 1, 14, 12), (3, 20, 7, 2, 3, 19, 35), (1, 5, 5, 1, 0, 6, 9), (4, 70, 2, 3, 1, 28, 52)]
+
+
+@pytest.mark.parametrize("case", IMAGES)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_convolution_of_images(case, relu, dtype):
+    channels, outputs, size, stride, padding, *sides = case
+    x = last(2, channels, *sides, dtype=dtype)
+    weight, bias = random_tensor(outputs, channels, size, size, dtype=dtype), random_tensor(outputs, dtype=dtype)
+    given: list[Any] = [x, weight, bias]
+    for tensors in (given, [x, channels_last(weight), None]):
+        exact: Any = [each if each is None else each.double() for each in tensors]
+        expected = F.conv2d(exact[0], exact[1], exact[2], stride, padding)
+        expected = F.relu(expected) if relu else expected
+        out = images.image_conv2d(*tensors, stride, padding, relu)
+        assert_close(out, expected, tolerances.OUTPUT[dtype])
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    exact = [each.double().requires_grad_() for each in given]
+    given = [each.requires_grad_() for each in given]
+    expected = F.conv2d(exact[0], exact[1], exact[2], stride, padding)
+    with FlopCounterMode(display=False) as counter:  # which sees the operator
+        out = images.image_conv2d(*given, stride, padding, relu)
+    assert counter.get_total_flops() == 2 * out.numel() * channels * size**2
+    kept, grad = (out.detach() > 0).double() if relu else 1, torch.randn_like(out)  # near zero, rounding decides
+    grads = torch.autograd.grad(out, given, grad)
+    assert_close(grads, torch.autograd.grad(expected * kept, exact, grad.double()), tolerances.GRADIENT[dtype])
+    if DEVICE == "cuda":  # PyTorch traces no interpreted kernels
+        torch.library.opcheck(images.image_conv2d.definition, (*given, stride, padding, relu))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_images_that_are_not_finite(bad):
+    """It reaches the windows that it stands in, and no neighbour."""
+    for channels, outputs, size, stride, padding, *sides in IMAGES:
+        x, weight = last(1, channels, *sides, dtype=torch.float32), torch.ones(outputs, channels, size, size)
+        x[0, channels - 1, 5, 2:5:2] = bad  # left of a window, and inside another
+        weight = weight.to(DEVICE)
+        out = images.image_conv2d(x, weight, None, stride, padding, False)
+        expected = F.conv2d(x, weight, None, stride, padding)
+        assert torch.equal(out.isfinite(), expected.isfinite())
+        assert not expected.isfinite().all()
+
+
+def test_which_images_fit():
+    x, weight = channels_last(torch.zeros(2, 3, 9, 8, device=DEVICE)), torch.zeros(4, 3, 7, 7, device=DEVICE)
+    assert images.fits(x, weight)
+    assert not images.fits(x.contiguous(), weight)  # channels first
+    assert not images.fits(x.double(), weight.double())
+    assert not images.fits(x[:0], weight)
+    assert not images.fits(x[:, :, :6], weight)  # smaller than a window
+    assert not images.fits(x, weight.new_zeros(4, 2, 7, 7))
+    assert not images.fits(x.repeat(1, 4, 1, 1), weight.new_zeros(4, 12, 7, 7))  # a row of 84 taps
+    assert not images.fits(x.to("meta"), weight)  # which holds no numbers
 
 
 # ---- the backward pass of a batch norm and GELU

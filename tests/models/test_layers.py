@@ -11,7 +11,16 @@ import kernels
 from models import layers
 from models.layers import ContMix, DropPath, GlobalResponseNorm, Involution2d, OutlookAttention
 from models.layers.pointwise import PaddedConv2d
-from tests.support import DEVICE, assert_close, channels_last, random_tensor, randomise
+from tests.support import (
+    DEVICE,
+    assert_close,
+    channels_last,
+    names_of,
+    random_tensor,
+    randomise,
+    triton_device,
+    watching,
+)
 
 TOLERANCE = 1e-12
 
@@ -122,6 +131,27 @@ def test_channels_are_padded_to_what_matrix_units_take(name, options, channels, 
     assert_gradients(out, expected, [x, *layer.parameters()])
     image = bool(options) and channels[0] < 8
     assert [size % 8 for size in seen] == ([3, 3, 0] if image else [0, 0, 0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_convolution_of_images(autocast):
+    """The kernel takes images of few channels, with ReLU where inference sets it; all else is PyTorch's convolution."""
+    device = triton_device()
+    x = channels_last(random_tensor(2, 3, 9, 8, dtype=torch.float32 if autocast else torch.float16)).to(device)
+    plain = {"kernel_size": 3, "stride": 2, "padding": 1}
+    others = ({"dilation": 2}, {"stride": (1, 2)}, {"kernel_size": (3, 1)}, {"padding": "same", "stride": 1})
+    others += ({"padding_mode": "reflect"}, {"out_channels": 3, "groups": 3})
+    for changed in ({}, {"bias": False}, *others):
+        layer = randomise(PaddedConv2d(3, **{"out_channels": 6, **plain, **changed}), torch.float32).to(device)
+        expected = nn.Conv2d.forward(layer, x.float())
+        gradient = torch.autograd.grad(expected.sum(), layer.weight)
+        layer = layer if autocast else layer.half()
+        for layer.relu in (True, False):
+            with kernels.use_backend("triton"), torch.autocast(device, torch.float16, autocast), watching() as launched:
+                out = layer(x)
+            assert_close(out, F.relu(expected) if layer.relu else expected, 1e-3)
+            assert names_of(launched)["image_kernel"] == (changed not in others)
+        assert_close(torch.autograd.grad(out.sum(), layer.weight), gradient, 1e-3)
 
 
 @pytest.mark.parametrize(("size", "dilation"), [(3, 2), (3, 4), (5, 2)])

@@ -20,6 +20,7 @@ from torch import Tensor
 import kernels
 from kernels.depthwise.op import normed_branches
 from kernels.depthwise.sliding import gelu_convolve
+from kernels.images import image_conv2d
 from models.layers import DilatedReparamBlock
 
 Case = tuple[Any, tuple[Any, ...], dict[str, Any]]  # function, tensors and options, as the emulator's cases are
@@ -39,6 +40,16 @@ def _depthwise(batch: int, channels: int, side: int, fused: bool = False) -> Cas
     return function, (_map(batch, channels, side), _empty(channels, 1, 3, 3), _empty(channels)), {}
 
 
+def _images(batch: int, outputs: int, kernel_size: int) -> Case:
+    """The first convolution of a network."""
+    weight = _empty(outputs, kernel_size, kernel_size, 3).permute(0, 3, 1, 2)
+    return (
+        lambda x, weight: image_conv2d(x, weight, None, 2, kernel_size // 2, False),
+        (_map(batch, 3, 224), weight),
+        {},
+    )
+
+
 def _branches(batch: int, channels: int, side: int, kernel_size: int) -> Case:
     """All branches of a large kernel and their batch norms in training."""
     sizes, dilations = zip((kernel_size, 1), *DilatedReparamBlock.BRANCHES[kernel_size], strict=True)
@@ -55,6 +66,8 @@ OTHERS = {
     "fused.14": (_depthwise, (128, 768, 14, True)),
     "depthwise3.56": (_depthwise, (128, 224, 56)),
     "depthwise3.14": (_depthwise, (128, 768, 14)),
+    "images.28": (_images, (128, 28, 3)),
+    "images.64": (_images, (128, 64, 7)),
     "branches.56": (_branches, (128, 56, 56, 17)),
     "branches.28": (_branches, (128, 112, 28, 15)),
     "branches.14": (_branches, (128, 256, 14, 13)),
