@@ -202,7 +202,7 @@ class InvolutionFPN(nn.Module):
         return outs
 
 
-def _variant(size: int, depths: Sequence[int], published: Published) -> Callable[..., RedNet]:
+def _variant(size: int, depths: Sequence[int], published: Published | None = None) -> Callable[..., RedNet]:
     config = pretrained_config(crop_pct=0.875, interpolation="bilinear", first_conv="stem.0.conv", classifier="head.fc")
     return variant(RedNet, f"rednet{size}", f"RedNet-{size}", {"depths": depths}, config, published=published)
 

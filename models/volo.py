@@ -277,7 +277,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _variant(size: str, published: Published) -> Callable[..., VOLO]:
+def _variant(size: str, published: Published | None = None) -> Callable[..., VOLO]:
     def config_of(model: VOLO) -> dict[str, Any]:
         return _config(size, model.img_size)
 

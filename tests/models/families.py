@@ -29,7 +29,7 @@ class Family(NamedTuple):
     deep: dict[str, Any] = {}  # noqa: RUF012  (options with which a member has all four stages)
     # In training, of 3 images of 64x96 pixels, with 5 classes and with none; where there is more than logits.
     returned: tuple[list[tuple[int, ...]], ...] = ()
-    norms: int = 0  # batch norms that the inference form keeps
+    norms: str = ""  # pattern for the names of batch norms that the inference form keeps
 
 
 def _overlock(**options: Any) -> OverLoCK:
@@ -79,7 +79,7 @@ FAMILY = {
         ("stem.0.conv.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight", "layer2.1.conv1.weight", "head."),
         (5, 9),
         deep={"depths": (1, 1, 1, 1)},
-        norms=1,  # the stem's, after an involution
+        norms=r"stem\.2",  # after an involution
     ),
     "volo": Family(
         _volo,
