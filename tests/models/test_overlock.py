@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import traceback
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 import kernels
+from kernels.launch import record_launches
 from models.checkpoints import load_checkpoint, save_checkpoint
 from models.registry import create_model
 from tests.models.families import FAMILY, fill, images, on_meta, shapes, with_fixed_statistics
-from tests.support import assert_close, equal_entries, golden, golden_fill, official_state_dicts, unchanged
+from tests.support import ROOT, assert_close, equal_entries, golden, golden_fill, official_state_dicts, unchanged
 
 
 def small(**overrides) -> Any:
@@ -35,6 +37,25 @@ def test_initial_values():
     for one in (block.ls1.weight, block.ls2.weight, block.x_scale.weight, block.h_scale.weight):
         assert (one == 1).all()
     assert torch.allclose(model.h_proj[1].weight, torch.tensor(1e-5))
+
+
+def test_the_path_to_a_launch_is_the_one_that_contributing_tells(monkeypatch):
+    """Nine hops from OverLoCK's forward pass to a launch, beside what decorates them."""
+    pytest.importorskip("triton")
+    decorating = ("registration.py", "choose.py", "repeat.py", "tracing.py")
+
+    def stop(*_, **__):
+        found = traceback.extract_stack()
+        ours = [frame for frame in found if frame.filename.startswith((f"{ROOT}/kernels", f"{ROOT}/models"))]
+        raise InterruptedError([frame.name for frame in ours if not frame.filename.endswith(decorating)])
+
+    monkeypatch.setattr("kernels.contmix.arguments.launch", stop)
+    with pytest.raises(InterruptedError) as path, record_launches(), kernels.use_backend("triton"), torch.no_grad():
+        on_meta("overlock_xt").eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    told = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("x of OverLoCK")[2].partition("launches")[0]
+    names = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", told) if not name.endswith(".py")]
+    assert path.value.args[0] == names
+    assert len(names) == 1 + 9
 
 
 # ---- dense prediction
