@@ -19,27 +19,21 @@ __all__ = [
     "register_with_timm",
     "save_checkpoint",
 ]
-_MODULES = {
-    "create_model": "models.registry",
-    "list_models": "models.registry",
-    "load_checkpoint": "models.checkpoints",
-    "optimize_for_inference": "models.inference",
-    "register_with_timm": "models._timm",
-    "save_checkpoint": "models.checkpoints",
-}
 
 
 def __getattr__(name: str) -> Any:
     """Imported when asked for, as modules such as ``models.overlock`` are: the help on commands needs no PyTorch."""
-    if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in __all__:
+        from models import _timm, checkpoints, inference, registry
+
+        return next(vars(each)[name] for each in (registry, checkpoints, inference, _timm) if name in vars(each))
     if importlib.util.find_spec(f"models.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(f"models.{name}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *__all__})
 
 
 if hasattr(sys.modules.get("timm.models"), "register_model"):
