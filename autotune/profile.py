@@ -46,9 +46,7 @@ from models.commands.dispatch import input_errors
 from models.commands.images import check_image
 from models.commands.progress import console as messages
 from models.commands.types import Number, device, dtype, image_size, positive
-from models.registry import entry_point
-
-SMALLEST = {"overlock_xt": "OverLoCK-XT", "rednet26": "RedNet-26", "volo_d1": "VOLO-D1"}  # each family's
+from models.registry import entry_point, families
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -120,7 +118,8 @@ def _model_cases(
 ) -> Iterator[Case]:
     """Models on the photograph at every size, and a module of the user's on random inputs."""
     named = arguments.operator or arguments.model or arguments.module is not None
-    chosen = {name: name for name in arguments.model} if named else SMALLEST
+    smallest = {variants[0].__name__: variants[0].title for variants in families().values()}
+    chosen = {name: name for name in arguments.model} if named else smallest
 
     def family(name: str, size: Size, training: bool) -> dict[str, Any]:
         photo = networks.photograph(arguments.image)

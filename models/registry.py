@@ -42,6 +42,15 @@ def all_models() -> dict[str, Callable[..., nn.Module]]:
     return entry_points
 
 
+def families() -> dict[str, list[Any]]:
+    """Class name of each family, in alphabetical order -> the functions of its variants, the smallest first."""
+    found: dict[str, list[Any]] = {}
+    for build in all_models().values():
+        if hasattr(build, "family"):
+            found.setdefault(build.family.__name__, []).append(build)
+    return dict(sorted(found.items()))
+
+
 def _enter(build: EntryPoint) -> EntryPoint:
     name = build.__name__
     if name in entry_points:
@@ -69,7 +78,7 @@ def variant(
 
     ``config``, or what ``config_of`` makes of the model, is its ``pretrained_cfg``; with ``pretrained`` its weights are
     loaded. The family's module keeps ``config`` in ``default_cfgs``, where timm looks for it; the function itself knows
-    its ``family`` and what is ``published``, of which README and ``python -m models list`` tell.
+    its ``family``, ``title`` and what is ``published``, of which README and ``python -m models list`` tell.
     """
 
     def build(pretrained: bool = False, **kwargs: Any) -> Model:
@@ -84,7 +93,7 @@ def variant(
 
     build.__name__ = build.__qualname__ = name
     build.__module__, build.__doc__ = family.__module__, f"{title}{'' if published is None else f': {published}'}."
-    vars(build).update(family=family, published=published)
+    vars(build).update(family=family, title=title, published=published)
     vars(sys.modules[family.__module__]).setdefault("default_cfgs", {})[name] = config
     return _enter(build)
 

@@ -26,7 +26,7 @@ from autotune import plots, report
 from autotune.tables import Table, microseconds, settings_text
 from kernels.files import atomic_write, write_json
 from kernels.tuning.store import shipped_folder
-from models.registry import all_models
+from models.registry import families
 from notebooks.results import pages
 from notebooks.results.folder import folders
 
@@ -40,9 +40,8 @@ def load(path: Path) -> Any:
 
 def published() -> dict[str, Any]:
     """Name -> entry point of the models of which papers say something, family by family; OverLoCK's, merged."""
-    found: dict[str, Any] = {n: build for n, build in all_models().items() if getattr(build, "published", None)}
-    names = [name for name in found if f"{name}_reparam" not in found]
-    return {name: found[name] for name in sorted(names, key=lambda name: found[name].family.__name__)}
+    found = {build.__name__: build for variants in families().values() for build in variants}
+    return {n: build for n, build in found.items() if build.published is not None and f"{n}_reparam" not in found}
 
 
 def count_model(name: str) -> dict[str, float]:
@@ -64,8 +63,10 @@ def _given(value: float | None) -> str:
 def _families_table() -> str:
     """A line per family: the variants side by side."""
     rows, every = [], published()
-    for family in dict.fromkeys(build.family for build in every.values()):
-        variants = {name: build.published for name, build in every.items() if build.family is family}
+    for found in families().values():
+        family, variants = found[0].family, {b.__name__: b.published for b in found if b.__name__ in every}
+        if not variants:
+            continue
         columns = [[f"`{name.removesuffix('_reparam')}`" for name in variants]]
         columns += [list(map(_given, numbers)) for numbers in zip(*variants.values(), strict=True)]
         size = "`img_size` (224), other sizes resized" if family.fixed_input_size else "any, from 32 pixels up"
