@@ -118,7 +118,7 @@ def next_power_of_2(number: int) -> int:
 
 
 def fits_int32(*tensors: Tensor) -> bool:
-    """Whether every offset inside one batch entry and group of each tensor is below 2^31 elements."""
+    """Whether offsets inside a batch entry and group, the first two axes, are below 2^31 elements in every tensor."""
     return all(_farthest(tensor.shape, tensor.stride()) < 2**31 for tensor in tensors)
 
 
