@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import autotune.__main__
+import kernels
 import models.__main__
+from tests.kernels.operators import OPERATOR
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "models", "notebooks", "notebooks/results", "notebooks/results/predicted")
@@ -54,3 +56,12 @@ def test_commands_their_options_and_links_exist(page, capsys):
             assert (page.parent / link).exists(), link
             titles = re.findall("^#+ (.*)$", (page.parent / link).read_text(), re.MULTILINE) if heading else []
             assert not heading or heading in [title.lower().replace(" ", "-") for title in titles], f"{link}#{heading}"
+
+
+def test_the_files_that_contributing_names_exist_and_readme_has_a_row_for_every_operator():
+    files = [f"/{path.relative_to(ROOT)}" for path in ROOT.glob("[!.]*/**/*") if path.suffix in (".py", ".json")]
+    for name in set(re.findall(r"`([\w/]+\.(?:py|json))`", PAGES[-1].read_text())):
+        assert any(file.endswith(f"/{name}") for file in files), name
+    table = PAGES[0].read_text().partition("\n## Operators\n")[2].partition("\n## ")[0]
+    operators = set(kernels.__all__) & set(dir(kernels.reference))
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == operators == set(OPERATOR)
