@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels.launch import record_launches
 from kernels.tuning.choose import Request, observing
-from tests.kernels.operators import MAPS, OPERATOR, OPERATORS, Case, Operator
+from tests.kernels.operators import MAPS, OPERATOR, OPERATORS
+from tests.kernels.row import Case, Operator
 from tests.support import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
 
 BACKENDS = ("reference", "eager", "triton")

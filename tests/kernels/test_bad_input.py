@@ -12,7 +12,8 @@ from torch import zeros
 import kernels
 from kernels.launch import launch, record_launches
 from kernels.windows import Pair
-from tests.kernels.operators import MAP, OPERATOR, OPERATORS, Operator
+from tests.kernels.operators import MAP, OPERATOR, OPERATORS
+from tests.kernels.row import Operator
 from tests.support import DEVICE, random_tensor
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from tests.kernels.operators import OPERATOR, OPERATORS, Operator
+from tests.kernels.operators import OPERATOR, OPERATORS
+from tests.kernels.row import Operator
 from tests.kernels.rules import (
     BY_NAME,
     CASES,

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels.launch import record_launches
-from tests.kernels.operators import Operator
+from tests.kernels.row import Operator
 from tests.kernels.rules import BY_NAME, ON_ALL, ON_OURS, kept, leaves, pixels_first, run
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor
 
