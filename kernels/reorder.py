@@ -52,6 +52,8 @@ def _copy_kernel(
 def copy_rows(rows: Tensor, features: Tensor, to_rows: bool) -> None:
     """Copies features [B, C, H, W] of any strides to, or from, rows [B, C, H, pitch], which are contiguous; columns of
     rows beyond W become zeros."""
+    if rows.shape[3] == features.shape[3] and features.stride(2) == features.shape[3] * features.stride(3):
+        rows, features = rows.flatten(2)[:, :, None], features.flatten(2)[:, :, None]  # one row, which ends once
     batch, channels, height, width = features.shape
     pitch = rows.shape[3]
     most = 16 // rows.element_size()
@@ -71,11 +73,6 @@ def copy_rows(rows: Tensor, features: Tensor, to_rows: bool) -> None:
     launch(_copy_kernel, grid, rows.device, arguments, num_warps=4, num_stages=1)
 
 
-def _pixels(maps: Tensor) -> Tensor:
-    """[B, ..., H, W] as [B, C, 1, H·W]."""
-    return maps.flatten(1, -3).flatten(2)[:, :, None]
-
-
 def _empty_last(maps: Tensor) -> Tensor:
     batch, *channels, height, width = maps.shape
     return maps.new_empty((batch, height, width, *channels)).movedim((1, 2), (-2, -1))
@@ -91,7 +88,7 @@ def in_channels_last(maps: Tensor) -> Tensor:
 @repeated
 def _to_last(maps: Tensor) -> Tensor:
     last = _empty_last(maps)
-    copy_rows(_pixels(maps), _pixels(last), to_rows=False)
+    copy_rows(maps.flatten(1, -3), last.flatten(1, -3), to_rows=False)
     return last
 
 
@@ -105,5 +102,5 @@ def in_order_of(given: Tensor, last: Tensor) -> Tensor:
 @repeated
 def _to_first(last: Tensor) -> Tensor:
     first = last.new_empty(last.shape)
-    copy_rows(_pixels(first), _pixels(last), to_rows=True)
+    copy_rows(first.flatten(1, -3), last.flatten(1, -3), to_rows=True)
     return first

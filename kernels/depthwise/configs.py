@@ -115,7 +115,7 @@ def heuristic(problem: Problem) -> Config:
     outputs = problem.images * problem.channels * problem.pixels
     if outputs * problem.kernel_size**2 < SMALL and not problem.copied:
         return LIBRARY
-    warps = 8 if problem.tile_width == 64 else 4
+    warps, stages = 8 if problem.tile_width == 64 else 4, 3
     if problem.dtype.itemsize > 2:
         height, warps = max(1, 64 // problem.tile_width), warps // 2
         tiles, columns = (16, 64) if problem.weight_gradient else (32, 32)
@@ -128,7 +128,8 @@ def heuristic(problem: Problem) -> Config:
     elif span == 32:
         # For kernels of 9 to 17, and for maps of 17 to 32 columns, which fill their tiles.
         height, tiles, columns, warps = (8, 256, 32, 8) if problem.tile_width == 16 else (4, 128, 32, 4)
+        stages = 3 if problem.tile_width == 16 else 4
     else:
         height, tiles, columns = 128 // problem.tile_width, 64, 64
     most = max(16, next_power_of_2(problem.images * ceil_divide(problem.pixels, height * problem.tile_width)))
-    return Config(height, min(most, tiles), max(1, columns // span), num_warps=warps)
+    return Config(height, min(most, tiles), max(1, columns // span), num_warps=warps, num_stages=stages)

@@ -280,8 +280,8 @@ def convolve(
     if x.numel() == 0:
         return empty_like_map(x)
     check_size(x)
-    # Channels first, rows of 8 bytes can be written to as they lie in the result, which spares a copy.
-    as_given = x.is_contiguous() and x.shape[3] * x.element_size() % 8 == 0
-    out = x.new_empty(x.shape) if as_given else new_rows(x)
+    # Rows of 8 bytes can be written to one after another: of a result with channels first, which spares a copy.
+    packed = x.shape[3] * x.element_size() % 8 == 0
+    out = x.new_empty(x.shape) if packed else new_rows(x)
     convolve_rows(x, rows_of(x), out, weight, bias, flipped, dilation, config=config)
     return in_layout_of(x, out)
