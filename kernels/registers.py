@@ -49,3 +49,43 @@ def stack(parts):
             joined = joined + (tl.reshape(b_pairs, _joined(b_pairs.shape)),)
         parts = joined
     return parts[0]
+
+
+@triton.jit
+def apart(b, ROWS: tl.constexpr):
+    """[M, ROWS · S] as ROWS blocks [M, S]; ROWS is a power of two."""
+    rows, blocks = unstack(tl.permute(tl.reshape(b, [b.shape[0], ROWS, b.shape[1] // ROWS]), [0, 2, 1])), ()
+    for i in tl.static_range(ROWS):
+        blocks = blocks + (tl.reshape(rows[i], [b.shape[0], b.shape[1] // ROWS]),)
+    return blocks
+
+
+@triton.jit
+def together(blocks):
+    """The inverse of ``apart``."""
+    rows = ()
+    for i in tl.static_range(len(blocks)):
+        rows = rows + (tl.reshape(blocks[i], [blocks[i].shape[0], blocks[i].shape[1], 1]),)
+    b = tl.permute(stack(rows), [0, 2, 1])
+    return tl.reshape(b, [b.shape[0], b.shape[1] * b.shape[2]])
+
+
+@triton.jit
+def _shifted_by(rows, m_moved, STEP: tl.constexpr, BACK: tl.constexpr):
+    found = ()
+    for i in tl.static_range(len(rows) - STEP):
+        if BACK:
+            found = found + (tl.where(m_moved, rows[i + STEP], rows[i]),)
+        else:
+            found = found + (tl.where(m_moved, rows[i], rows[i + STEP]),)
+    return found
+
+
+@triton.jit
+def shifted(rows, o_moved, MOST: tl.constexpr, BACK: tl.constexpr):
+    """MOST - 1 fewer rows: those of ``moved`` that depend on these rows alone, or, where ``BACK`` undoes it, the rows
+    that these came from."""
+    for level in tl.static_range(4):
+        if MOST >> level > 1:
+            rows = _shifted_by(rows, ((o_moved >> level) & 1 == 1)[:, None], 1 << level, BACK)
+    return rows

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aggregation import eager
+from kernels.aggregation import bands, eager
 from kernels.aggregation.configs import (
     CONFIGS,
     Config,
@@ -26,7 +26,7 @@ from kernels.aggregation.configs import (
     pieces,
     problem_of,
 )
-from kernels.aggregation.correlate import correlate  # noqa: F401  (the algebra in one module)
+from kernels.aggregation.correlate import correlate as correlate_rows
 from kernels.aggregation.tiles import (
     across,
     common_arguments,
@@ -43,7 +43,7 @@ from kernels.dtypes import accumulator_dtype, precision, upcast
 from kernels.launch import launch, next_power_of_2
 from kernels.layout import channels_fastest, empty_like_layout
 from kernels.products import dot
-from kernels.tuning import tunable
+from kernels.tuning import repeated, tunable
 from kernels.views import View, view
 from kernels.windows import Pair, Window
 
@@ -285,3 +285,9 @@ def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window, *, co
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]; [B,G,C,H,W] in the memory order of g."""
     out = empty_like_layout(g, (*g.shape[:3], *input_size))
     return _read(g, weight, out, window, config, transposed=True)
+
+
+@repeated
+def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
+    """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)]; [B,G,Kh,Kw,H',W'] in the memory order of g."""
+    return bands.correlate(g, x, window) if bands.fits(g, x, window) else correlate_rows(g, x, window)

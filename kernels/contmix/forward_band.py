@@ -21,21 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.arguments import Tensors, launch_on, problem_of, reference_forward
-from kernels.contmix.bands import (
-    apart,
-    as_left_side,
-    largest,
-    load_moved,
-    lost,
-    moved,
-    outputs_of_block,
-    packed,
-    unpacked,
-)
+from kernels.contmix.bands import as_left_side, largest, load_moved, lost, moved, outputs_of_block, packed, unpacked
 from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
 from kernels.contmix.tiles import aligned, at_head, cut_off, halves, key_scale, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
+from kernels.registers import apart
 from kernels.tuning import tunable
 from kernels.views import at
 from kernels.windows_triton import offsets, window_start

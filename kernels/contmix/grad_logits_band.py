@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.arguments import Stored, Tensors, adding, launch_on, problem_of, reference_gradients
-from kernels.contmix.bands import apart, first_seen, load_moved, outputs_of_block, rows_of_block, shifted, together
+from kernels.contmix.bands import first_seen, load_moved, outputs_of_block, rows_of_block
 from kernels.contmix.configs import TILES, Tiles, block, grad_tiles_heuristic
 from kernels.contmix.forward_band import (
     band_arguments,
@@ -30,6 +30,7 @@ from kernels.contmix.forward_band import (
 from kernels.contmix.tiles import at_head, key_scale, load_pixels, store_pixels
 from kernels.launch import next_power_of_2
 from kernels.products import LOG2_E, dot
+from kernels.registers import apart, shifted, together
 from kernels.tuning import tunable
 from kernels.views import at, view
 from kernels.windows_triton import offsets

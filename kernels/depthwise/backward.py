@@ -175,33 +175,18 @@ def gradient_of_rows(
     # One program per (block of input rows, block of channels, chunk of tile blocks, chunk of images), each in order.
     grid = (programs * tile_chunks * image_chunks,)
     arguments = {
-        "grad": in_vectors(grad_rows),
-        "x": in_vectors(x_rows),
-        "partial_ptr": partial,
-        **common,
-        "batch": batch,
-        "chunk_images": chunk_images,
-        "tile_chunks": tile_chunks,
-        "reach_w": kernel_extent // 2,
-        "EXTENT_BLOCK": next_power_of_2(kernel_extent),
-        "IMAGE_TILES": image_tiles,
-    }
+        "grad": in_vectors(grad_rows), "x": in_vectors(x_rows), "partial_ptr": partial, **common, "batch": batch,
+        "chunk_images": chunk_images, "tile_chunks": tile_chunks, "reach_w": kernel_extent // 2,
+        "EXTENT_BLOCK": next_power_of_2(kernel_extent), "IMAGE_TILES": image_tiles,
+    }  # fmt: skip
     launch(_weight_gradient_kernel, grid, x.device, arguments, num_warps=config.num_warps, num_stages=config.num_stages)
     gradient = torch.empty((channels, 1, kernel_size, kernel_size), dtype=x.dtype, device=x.device)
     block = next_power_of_2(kernel_size**2) if interpreting() else 128
     arguments = {
-        "partial_ptr": partial,
-        "gradient_ptr": gradient,
-        "parts": shape[0],
-        "channels": channels,
-        "row_dilation": dilation // step,
-        "dilation": dilation,
-        "size": kernel_size,
-        "extent": kernel_extent,
-        "TILE_HEIGHT": config.tile_height,
-        "ACCUMULATOR": accumulator(x.dtype),
-        "BLOCK": block,
-    }
+        "partial_ptr": partial, "gradient_ptr": gradient, "parts": shape[0], "channels": channels,
+        "row_dilation": dilation // step, "dilation": dilation, "size": kernel_size, "extent": kernel_extent,
+        "TILE_HEIGHT": config.tile_height, "ACCUMULATOR": accumulator(x.dtype), "BLOCK": block,
+    }  # fmt: skip
     grid = (ceil_divide(kernel_size**2, block) * channels,)
     launch(_diagonals_kernel, grid, x.device, arguments, num_warps=4, num_stages=1)
     return gradient

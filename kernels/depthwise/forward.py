@@ -163,21 +163,11 @@ def band_of(
     elements = math.prod(shape[1:])
     block = next_power_of_2(elements) if interpreting() else 1024
     arguments = {
-        "weight": view(weight[:, 0], "c h w"),
-        "band_ptr": band,
-        "band_rows": band_rows,
-        "rows": rows,
-        "row_dilation": dilation // step,
-        "dilation": dilation,
-        "KERNEL": extent(weight.shape[-1], dilation // step),
-        "EXTENT": extent(weight.shape[-1], dilation),
-        "FLIPPED": flipped,
-        "SPAN": span,
-        "TILE_WIDTH": tile_width,
-        "COPIES": copies,
-        "LENGTH": length,
-        "BLOCK": block,
-    }
+        "weight": view(weight[:, 0], "c h w"), "band_ptr": band, "band_rows": band_rows, "rows": rows,
+        "row_dilation": dilation // step, "dilation": dilation, "KERNEL": extent(weight.shape[-1], dilation // step),
+        "EXTENT": extent(weight.shape[-1], dilation), "FLIPPED": flipped, "SPAN": span, "TILE_WIDTH": tile_width,
+        "COPIES": copies, "LENGTH": length, "BLOCK": block,
+    }  # fmt: skip
     # One program per (block of the band, channel).
     grid = (ceil_divide(elements, block) * weight.shape[0],)
     launch(_band_kernel, grid, band.device, arguments, num_warps=4, num_stages=1)
@@ -210,23 +200,14 @@ def common_arguments(
     (height, width), vector = x.shape[2:], vector_of(x)
     tile_width, span = tile_shape(extent(kernel_size, dilation), width)
     return {
-        "channels": x.shape[1],
-        "height": height,
-        "width": rows[0].shape[3] // vector,
+        "channels": x.shape[1], "height": height, "width": rows[0].shape[3] // vector,
         "tiles_h": ceil_divide(ceil_divide(height, step), config.tile_height),
-        "tiles_w": ceil_divide(width, tile_width),
-        "step": step,
-        "reach": extent(kernel_size, dilation // step) // 2,
-        "VECTOR": vector,
-        "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
+        "tiles_w": ceil_divide(width, tile_width), "step": step, "reach": extent(kernel_size, dilation // step) // 2,
+        "VECTOR": vector, "UPCAST": interpreting(),  # its product of bfloat16 blocks is wrong
         **precision(*(tensor.transpose(0, 1)[None] for tensor in rows)),
-        "TILE_HEIGHT": config.tile_height,
-        "TILE_WIDTH": tile_width,
-        "SPAN": span,
-        "BLOCK_TILES": config.block_tiles,
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_CHANNELS": config.block_channels,
-    }
+        "TILE_HEIGHT": config.tile_height, "TILE_WIDTH": tile_width, "SPAN": span, "BLOCK_TILES": config.block_tiles,
+        "BLOCK_ROWS": config.block_rows, "BLOCK_CHANNELS": config.block_channels,
+    }  # fmt: skip
 
 
 def convolve_rows(
@@ -243,20 +224,11 @@ def convolve_rows(
     # One program per (block of tiles, block of channels), tiles fastest: they share the band.
     grid = (ceil_divide(tiles, config.block_tiles) * ceil_divide(x.shape[1], config.block_channels),)
     arguments = {
-        "x": in_vectors(source),
-        "band_ptr": band,
-        "bias": View(out) if bias is None else view(bias, "c"),
-        "out": in_vectors(out, out_vector),
-        "out_width": out.shape[3] // out_vector,
-        "OUT_VECTOR": out_vector,
-        **common,
-        "tiles": tiles,
-        "COPIES": band.shape[1],
-        "band_rows": band.shape[2],
-        "LENGTH": band.shape[3],
-        "HAS_BIAS": bias is not None,
-        "ADD": add,
-    }
+        "x": in_vectors(source), "band_ptr": band, "bias": View(out) if bias is None else view(bias, "c"),
+        "out": in_vectors(out, out_vector), "out_width": out.shape[3] // out_vector, "OUT_VECTOR": out_vector,
+        **common, "tiles": tiles, "COPIES": band.shape[1], "band_rows": band.shape[2], "LENGTH": band.shape[3],
+        "HAS_BIAS": bias is not None, "ADD": add,
+    }  # fmt: skip
     stages = min(config.num_stages, 3) if torch.version.hip else config.num_stages  # 64 KiB of shared memory on AMD's
     launch(_convolution_kernel, grid, out.device, arguments, num_warps=config.num_warps, num_stages=stages)
 

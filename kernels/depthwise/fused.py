@@ -174,21 +174,11 @@ def convolve_maps(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool
     bands, strips = sizes["bands"], sizes["strips"]
     parts = x.new_empty((batch, bands * strips, channels) if gelu else (1,), dtype=torch.float32)
     arguments = {
-        "x": x.permute(0, 2, 3, 1),
-        "weight": weight.contiguous(),
-        "bias": weight if bias is None else bias.contiguous(),
-        "out": out.permute(0, 2, 3, 1),
-        "squares": parts,
-        **sizes,
-        "CHANNELS": channels,
-        "HAS_BIAS": bias is not None,
-        "RESIDUAL": residual,
-        "GELU": gelu,
-        "COLUMNS": columns,
-        "WHOLE": x.shape[3] % columns == 0,
-        "STAGES": STAGES,
-        "BLOCK": BLOCK,
-    }
+        "x": x.permute(0, 2, 3, 1), "weight": weight.contiguous(),
+        "bias": weight if bias is None else bias.contiguous(), "out": out.permute(0, 2, 3, 1), "squares": parts,
+        **sizes, "CHANNELS": channels, "HAS_BIAS": bias is not None, "RESIDUAL": residual, "GELU": gelu,
+        "COLUMNS": columns, "WHOLE": x.shape[3] % columns == 0, "STAGES": STAGES, "BLOCK": BLOCK,
+    }  # fmt: skip
     grid = (batch * bands * sizes["blocks"],)
     if is_plain(x):
         launch(fused_kernel, grid, x.device, arguments, num_warps=1)

@@ -20,15 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from kernels.depthwise.fused import (
-    BLOCK,
-    COLUMNS,
-    STAGES,
-    convolve_maps,
-    cut,
-    load_row,
-    twice_gelu_and_slope,
-)
+from kernels.depthwise.fused import BLOCK, COLUMNS, STAGES, convolve_maps, cut, load_row, twice_gelu_and_slope
 from kernels.launch import is_plain, launch
 from kernels.registration import traced_operator
 from kernels.sum_rows import sum_rows
@@ -149,22 +141,13 @@ def _differentiated(
     parts = x.new_empty((batch * sizes["bands"] * sizes["strips"], channels * 10), dtype=torch.float32)
     grad_x = torch.empty_like(x)
     arguments = {
-        "grad": grad.permute(0, 2, 3, 1),
-        "x": x.permute(0, 2, 3, 1),
-        "weight": weight.contiguous(),
+        "grad": grad.permute(0, 2, 3, 1), "x": x.permute(0, 2, 3, 1), "weight": weight.contiguous(),
         "out": (grad if out is None else out).permute(0, 2, 3, 1),
         "grad_squares": parts if grad_squares is None else grad_squares.contiguous(),
-        "grad_x": grad_x.permute(0, 2, 3, 1),
-        "sums": parts,
-        **sizes,
-        "CHANNELS": channels,
-        "RESIDUAL": residual,
-        "GELU": out is not None,
-        "COLUMNS": COLUMNS,
-        "WHOLE": x.shape[3] % COLUMNS == 0,
-        "STAGES": STAGES,
+        "grad_x": grad_x.permute(0, 2, 3, 1), "sums": parts, **sizes, "CHANNELS": channels, "RESIDUAL": residual,
+        "GELU": out is not None, "COLUMNS": COLUMNS, "WHOLE": x.shape[3] % COLUMNS == 0, "STAGES": STAGES,
         "BLOCK": BLOCK,
-    }
+    }  # fmt: skip
     grid = (batch * sizes["bands"] * sizes["blocks"],)
     if is_plain(x):
         launch(gradients_kernel, grid, x.device, arguments, num_warps=1)

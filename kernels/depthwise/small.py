@@ -164,14 +164,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
     blocks, sizes = _sizes(x, weight.shape[-1])
     out = empty_like_map(x)
     arguments = {
-        "x": x.permute(0, 2, 3, 1),
-        "weight": weight.contiguous(),
-        "bias": weight if bias is None else bias.contiguous(),
-        "out": out.permute(0, 2, 3, 1),
-        **sizes,
-        "HAS_BIAS": bias is not None,
-        "FLIPPED": flipped,
-    }
+        "x": x.permute(0, 2, 3, 1), "weight": weight.contiguous(),
+        "bias": weight if bias is None else bias.contiguous(), "out": out.permute(0, 2, 3, 1), **sizes,
+        "HAS_BIAS": bias is not None, "FLIPPED": flipped,
+    }  # fmt: skip
     launch(_small_map_kernel, (x.shape[0] * blocks,), x.device, arguments, num_warps=1)
     return out
 
@@ -185,12 +181,8 @@ def weight_gradient(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     chunks = ceil_divide(batch, images)
     parts = torch.empty((chunks, channels * kernel_size**2), dtype=torch.float32, device=x.device)
     arguments = {
-        "grad": grad.permute(0, 2, 3, 1),
-        "x": x.permute(0, 2, 3, 1),
-        "parts": parts,
-        "batch": batch,
-        "images": images,
-        **sizes,
-    }
+        "grad": grad.permute(0, 2, 3, 1), "x": x.permute(0, 2, 3, 1), "parts": parts, "batch": batch,
+        "images": images, **sizes,
+    }  # fmt: skip
     launch(_small_map_gradient_kernel, (chunks * blocks,), x.device, arguments, num_warps=1)
     return sum_rows(parts, 1, x.dtype).view(channels, 1, kernel_size, kernel_size)

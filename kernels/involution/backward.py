@@ -8,7 +8,7 @@ dfeatures = dkernel @ weight and [dweight, dbias] = dkernelᵀ @ [features, 1], 
 import torch
 from torch import Tensor
 
-from kernels.aggregation import rows
+from kernels.aggregation.correlate import correlate
 from kernels.dtypes import accumulator_dtype
 from kernels.involution import generate
 from kernels.involution.forward import involution_generate_transpose, whole_blocks
@@ -42,7 +42,7 @@ def backward(
     by_pixel = grad_features.movedim(1, 3)
     grad_span = None
     for images in generate.steps(features, span.shape[0], generate.STEP_BYTES_ELSEWHERE):
-        entries = rows.correlate(grad[images], pixels_last[images], window, padded=True).permute(0, 4, 5, 3, 1, 2)
+        entries = correlate(grad[images], pixels_last[images], window, padded=True).permute(0, 4, 5, 3, 1, 2)
         entries = entries.flatten(3).flatten(0, 2)
         chunk = slice(images.start * height * width, images.start * height * width + entries.shape[0])
         torch.mm(entries, span, out=by_pixel[images].flatten(0, 2))

@@ -35,6 +35,36 @@ def test_channels_in_pairs(channels, first, pairs):
         assert_close(getattr(rows, name)(*tensors, *options), expected, FORWARD_TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "padding", "channels", "dtype"),
+    [
+        ((17, 5), (7, 7), (3, 3), 16, torch.bfloat16),
+        ((7, 4), (3, 5), (0, 4), 32, torch.float16),
+        ((9, 2), (6, 2), (5, 0), 16, torch.bfloat16),
+        ((3, 2), (1, 1), (0, 0), 16, torch.float16),
+    ],
+)
+def test_small_windows_are_products(size, kernel_size, padding, channels, dtype, monkeypatch):
+    """Of 16-bit numbers; a NaN reaches the taps that it is in and no others, and wide offsets change no bit."""
+    window = Window(kernel_size, padding=padding)
+
+    def maps(*size):
+        wide = random_tensor(2, 4 * channels + 16, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+        return wide[:, 16:].unflatten(1, (4, channels))
+
+    x, g = maps(*size), maps(*window.output_size(*size))
+    with watching() as launched:
+        out = rows.correlate(g, x, window)
+    assert [made.kernel.__name__ for made in launched] == ["_bands_kernel"]
+    assert_close(out, eager.correlate(g.double(), x.double(), window), FORWARD_TOLERANCE[dtype])
+    monkeypatch.setattr("kernels.dtypes.fits_int32", lambda *_: False)
+    assert torch.equal(rows.correlate(g, x.clone(), window), out)
+    x[0, 1, 2, size[0] // 2, size[1] // 2] = float("nan")
+    found, expected = rows.correlate(g, x, window), eager.correlate(g.double(), x.double(), window)
+    assert found.isnan().any()
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
 @pytest.mark.parametrize("features", [17, 40, 48, 136])
 def test_features_fill_their_blocks(features):
     """Of a block that is partly empty each number is masked, which takes kilobytes of a thread's stack."""
