@@ -19,6 +19,19 @@ class Fused(Workload):
         return super().run(inputs, gradient, lambda x, weight, bias: gelu_convolve(x, weight, bias, True)[0])
 
 
+class Expanded(Workload):
+    """The same in inference in 16 bits, with the 1×1 convolution before it."""
+
+    def run(self, inputs: Any, *_: Any) -> list[Tensor]:
+        from kernels.depthwise.expanded import expanded_convolve
+
+        x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+        if x.itemsize > 2:
+            return []
+        entering = x[:, :56].contiguous(memory_format=torch.channels_last)
+        return list(expanded_convolve(entering, x.new_empty(len(bias), 56), bias, weight, bias, True))
+
+
 class Residual(Workload):
     """The end of RedNet's block as inference has it in 16 bits, after an involution; for one image; with a shortcut."""
 
@@ -90,6 +103,7 @@ def cases() -> dict[str, list[Workload]]:
         "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
         "depthwise 64@56 K=17": [channels_last(workloads.depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
         "depthwise 224@56 K=3, fused": [Fused(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
+        "depthwise 224@56 K=3, expanded": [Expanded(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
         "depthwise 224@56 K=3, channels last": [workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)],
         "images 3@224": [Images(**vars(workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)))],
         "batch norm and GELU 56@56": [Normed(**vars(workloads.depthwise("OverLoCK-XT", 128, 56, (56, 56), 3)))],

@@ -1,4 +1,4 @@
-"""OverLoCK's feed-forward part, whose hidden layers a GPU runs in two kernels: one each way."""
+"""OverLoCK's feed-forward part, whose hidden layers a GPU runs in two kernels: one each way, or in inference one."""
 
 from typing import Any
 
@@ -17,7 +17,8 @@ class FeedForwardSequential(nn.Sequential):
     another, they are computed together: in 16 bits on a GPU, if nobody replaced, wrapped or hooked them.
 
     A kernel takes GELU on its way in and the norm's sums of squares on its way out. Of the hidden maps training keeps
-    two: what GELU takes, and what the norm takes.
+    two: what GELU takes, and what the norm takes. Without gradients, a kernel for large maps of few channels computes
+    the 1×1 convolution before GELU as well, and the first of the two is never stored.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -25,11 +26,14 @@ class FeedForwardSequential(nn.Sequential):
             return super().forward(input)
         layers = list(self)
         while layers:
-            if input.dtype in HALVES and _are_hidden(layers[:4], input.device) and _fits(layers[1], input):
-                input = _fused(input, *layers[1:4])
-                del layers[:4]
+            halves, done = input.dtype in HALVES, 1
+            if halves and _are_hidden(layers[1:5], input.device) and _expands(layers[0], layers[2], input):
+                input, done = _projected(*_expanded(input, layers[0], layers[2]), *layers[3:5]), 5
+            elif halves and _are_hidden(layers[:4], input.device) and _fits(layers[1], input):
+                input, done = _projected(*_convolved(input, layers[1]), *layers[2:4]), 4
             else:
-                input = layers.pop(0)(input)
+                input = layers[0](input)
+            del layers[:done]
         return input
 
 
@@ -64,16 +68,44 @@ def _fits(conv: Any, x: Tensor) -> bool:
     return one_type and x.ndim == 4 and x.shape[1] == conv.in_channels and fits(x)
 
 
-def _fused(x: Tensor, conv: Any, norm: Any, project: Any) -> Tensor:
-    """project(norm(conv(GELU(x)))).
+def _expands(first: Any, conv: Any, x: Tensor) -> bool:
+    """Whether one kernel computes conv(GELU(first(x))): no gradients, biases everywhere, shapes that it takes."""
+    if not convolves(first, 1, x.device) or getattr(first, "relu", False) or under_autocast(x):
+        return False
+    if first.bias is None or conv.bias is None:
+        return False
+    tensors = x, first.weight, first.bias, conv.weight, conv.bias
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if x.ndim != 4 or x.shape[1] != first.in_channels or first.out_channels != conv.in_channels:
+        return False
+    from kernels.depthwise.expanded import takes
+
+    return all(tensor.dtype == x.dtype for tensor in tensors) and takes(x, first.out_channels)
+
+
+def _expanded(x: Tensor, first: Any, conv: Any) -> tuple[Tensor, Tensor]:
+    """conv(GELU(first(x))) and its sums of squares."""
+    from kernels.depthwise.expanded import expanded_convolve
+
+    residual = isinstance(conv, ResidualDepthwiseConv2d)
+    return expanded_convolve(x, first.weight.flatten(1), first.bias, conv.weight, conv.bias, residual)
+
+
+def _convolved(x: Tensor, conv: Any) -> tuple[Tensor, Tensor]:
+    """conv(GELU(x)) and its sums of squares."""
+    from kernels.depthwise.sliding import gelu_convolve
+
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    return gelu_convolve(x, conv.weight.to(x.dtype), bias, isinstance(conv, ResidualDepthwiseConv2d))
+
+
+def _projected(x: Tensor, squares: Tensor, norm: Any, project: Any) -> Tensor:
+    """project(norm(x)), given x's sums of squares.
 
     Where an image has more pixels than the projection has outputs, the norm scales the projection's weights instead of
     the map, W·(s·x + β) = (W·s)·x + W·β, which saves a map and, in training, the sums for the norm's gradient.
     """
-    from kernels.depthwise.sliding import gelu_convolve
-
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    x, squares = gelu_convolve(x, conv.weight.to(x.dtype), bias, isinstance(conv, ResidualDepthwiseConv2d))
     # The bound keeps the gradient of a channel of zeros at zero.
     length = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()[:, :, None, None]
     if project.out_channels >= x.shape[2] * x.shape[3]:

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import tolerances
-from kernels.depthwise import fused, sliding, small
+from kernels.depthwise import expanded, fused, sliding, small
 from kernels.depthwise.op import residual_depthwise_conv2d
+from kernels.launch import record_launches
 from tests.support import DEVICE, assert_close, channels_last, differentiated, names_of, random_tensor, watching
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -138,6 +139,66 @@ def test_what_is_not_finite(bad, form):
         with kernels.use_backend("triton"):
             out = kernels.depthwise_conv2d(x, weight)
     torch.testing.assert_close(out.double(), expected, equal_nan=True)
+
+
+def after_expansion(x, expand, shift, weight, bias, residual):
+    """What ``expanded`` defines, in float64."""
+    x, expand, shift, weight, bias = doubled((x, expand, shift, weight, bias))
+    entering = F.gelu(F.conv2d(x, expand[:, :, None, None], shift))
+    out = F.conv2d(entering, weight, bias, padding=1, groups=len(weight)) + (entering if residual else 0)
+    return out, out.square().sum((2, 3))
+
+
+# Several bands, strips and blocks of channels; programs and strips that are cut short; two pixels.
+@pytest.mark.parametrize("case", [(2, 12, 72, 9, 14), (3, 16, 6, 5, 17), (1, 16, 34, 1, 2), (1, 64, 66, 4, 29)])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_convolution_of_gelu_after_an_expansion(case, residual, dtype, monkeypatch):
+    monkeypatch.setattr(expanded, "LEAST", 2)
+    monkeypatch.setattr(expanded, "FEW", 0)
+    batch, inputs, channels, *sides = case
+    x = channels_last(random_tensor(batch, inputs, *sides, dtype=dtype))
+    expand, shift = random_tensor(channels, inputs, dtype=dtype), random_tensor(channels, dtype=dtype)
+    _, weight, bias = drawn((1, channels, 1, 1), dtype=dtype)
+    arguments = x, expand, shift, weight, bias, residual
+    assert expanded.takes(x, channels)
+    found = expanded.expanded_convolve(*arguments)
+    assert_close(found, after_expansion(*arguments), tolerances.GRADIENT[dtype])  # GELU's argument is rounded
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:  # which sees the operator
+        assert all(map(torch.equal, found, expanded.expanded_convolve(*arguments)))
+    assert counter.get_total_flops() == 2 * found[0].numel() * (inputs + 9)
+    if DEVICE == "cuda":  # PyTorch traces no interpreted kernels
+        torch.library.opcheck(expanded.expanded_convolve.definition, arguments)
+
+
+def test_what_is_not_finite_before_an_expansion(monkeypatch):
+    """It reaches the window around it, in every channel."""
+    monkeypatch.setattr(expanded, "FEW", 0)
+    x = channels_last(random_tensor(1, 4, 5, 30, dtype=torch.float16))
+    x[0, 1, 2, 14] = float("nan")  # a neighbour of the first strip
+    expand, (_, weight, bias) = random_tensor(6, 4, dtype=torch.float16), drawn((1, 6, 1, 1), dtype=torch.float16)
+    arguments = x, expand, bias, weight, bias, True
+    out, squares = expanded.expanded_convolve(*arguments)
+    assert torch.equal(out.isnan(), after_expansion(*arguments)[0].isnan())
+    assert out.isnan().sum() == 6 * 9
+    assert squares.isnan().all()
+
+
+def test_which_maps_are_expanded():
+    """OverLoCK-T's first stage at 224 pixels and at 800×1280; not its second, and not one image."""
+
+    def large(*shape, dtype=torch.bfloat16):
+        return channels_last(torch.empty(shape, dtype=dtype, device="meta"))
+
+    with record_launches():
+        assert expanded.takes(large(128, 64, 56, 56), 256)
+        assert expanded.takes(large(2, 64, 200, 320), 256)
+        assert not expanded.takes(large(128, 128, 28, 28), 512)
+        assert not expanded.takes(large(1, 64, 56, 56), 256)
+        assert not expanded.takes(large(128, 64, 56, 56, dtype=torch.float32), 256)
+        assert not expanded.takes(large(128, 64, 56, 56), 255)
+        assert not expanded.takes(large(128, 64, 56, 56).contiguous(), 256)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])

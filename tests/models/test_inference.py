@@ -251,7 +251,9 @@ def test_refusals(family):
 
 @pytest.mark.parametrize("side", [3, 9])  # the norm scales the map, or the projection's weights
 @pytest.mark.parametrize("folded", [False, True])
-def test_feed_forward(side, folded):
+@pytest.mark.parametrize("expanded", [False, True])  # from the 1×1 convolution on, as large maps are
+def test_feed_forward(side, folded, expanded, monkeypatch):
+    monkeypatch.setattr("kernels.depthwise.expanded.FEW", 0 if expanded else 100)
     layers: Any = FeedForwardSequential(*feed_forward(12, 24))
     layers = randomise(layers, torch.float32).requires_grad_(False).to(triton_device())
     if folded:
@@ -264,10 +266,15 @@ def test_feed_forward(side, folded):
         out = layers.half()(x.half())
         layers[1] = GELU2d("tanh")  # not the kernel's
         layers(x.half())
-    assert [made.arguments["GELU"] for made in launched] == [True] + [False] * (len(launched) - 1)
+    first, *rest = launched
+    assert first.kernel.__name__ == ("expanded_kernel" if expanded else "fused_kernel")
+    assert not any(made.arguments["GELU"] for made in rest)
     assert_close(out, expected, 3e-3)
     assert out.is_contiguous(memory_format=torch.channels_last)
     layers[1] = GELU2d()
+    with kernels.use_backend("triton"), watching() as launched:
+        layers(x.half().requires_grad_())  # by a kernel that has a derivative
+    assert launched[0].kernel.__name__ == "fused_kernel"
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, kernels.use_backend("triton"):
         assert layers(mode.from_tensor(x.half())).stride() == out.stride()
 
