@@ -77,6 +77,14 @@ def first_seen(o_output, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def seen_by_tile(i_tile, row, column, height, width, KERNEL: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column of the first input that a tile of a block sees; the column may be less than 0."""
+    ROWS: tl.constexpr = 16 // COLUMNS
+    o_row, o_column = row + i_tile // ACROSS * ROWS, column + i_tile % ACROSS * COLUMNS
+    return window_start(o_row, height, KERNEL, 1), first_seen(o_column, width, KERNEL, COLUMNS)
+
+
+@triton.jit
 def outputs_of_block(
     i_block, height, width, KERNEL: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -108,10 +116,19 @@ def load_moved(view, o_pixel, m_pixel, right, CHANNELS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def as_left_side(blocks, dtype: tl.constexpr):
-    """Blocks of pairs as the left side of a matrix product.
+    """Blocks of pairs as the left side of a matrix product, of every 16 terms the pairs 0, 4, 1, 5, 2, 6, 3, 7.
 
-    The sum has one term. Where Triton sees the joining of pairs behind a product, it asks for operands whose positions
-    are in another order than those of another product's result.
+    Where Triton sees the joining of pairs behind a product, it asks for operands of which a thread has four terms side
+    by side; of another product's result it has two, and the two that are eight on.
     """
     b = unpacked(together(blocks), dtype)
-    return tl.sum(tl.reshape(b, [b.shape[0], b.shape[1], 1]), 2)
+    b = tl.permute(tl.reshape(b, [b.shape[0], b.shape[1] // 16, 2, 4, 2]), [0, 1, 3, 2, 4])
+    return tl.reshape(b, [b.shape[0], b.shape[1] * 16])
+
+
+@triton.jit
+def as_right_side(b_pairs, dtype: tl.constexpr):
+    """Pairs of terms [..., S / 2, C] as the right side [..., S, C]."""
+    even, odd = b_pairs.to(tl.uint16).to(dtype, bitcast=True), (b_pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    b = tl.permute(tl.join(even, odd), [0, 1, 3, 2])
+    return tl.reshape(b, [b.shape[0], b.shape[1] * 2, b.shape[3]])

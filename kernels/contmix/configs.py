@@ -97,11 +97,11 @@ class Tiles:
         return self.tiles == self.num_warps and 16 * self.tiles < max(128, 2 * problem.pixels)
 
     def block_of(self, columns: int, height: int, width: int) -> tuple[int, int, int]:
-        """(blocks that cover a map, their rows, their columns): the fewest, and of those nearly squares. A tile is
-        ``columns`` wide."""
+        """(blocks that cover a map, their rows, their columns): the widest of which there are hardly more than of
+        others, for tiles side by side see much the same. A tile is ``columns`` wide."""
         shapes = [(16 * self.tiles // columns >> i, columns << i) for i in range(self.tiles.bit_length())]
         blocks = [(ceil_divide(height, rows) * ceil_divide(width, wide), rows, wide) for rows, wide in shapes]
-        return min(blocks, key=lambda block: (block[0], block[1] + block[2]))
+        return next(block for block in reversed(blocks) if 8 * block[0] <= 9 * min(blocks)[0])
 
     @property
     def most_registers(self) -> int:
@@ -122,7 +122,7 @@ SHARED = tuple(
 TILES = tuple(
     Tiles(tiles, programs, tiles, stages)
     for tiles, programs, stages in (
-        (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 792, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
+        (4, 132, 1), (4, 264, 1), (4, 396, 1), (4, 528, 1), (4, 1 << 20, 1), (4, 264, 2), (4, 528, 2),
         (8, 132, 1), (8, 132, 2), (8, 264, 1), (8, 528, 1), (8, 1 << 20, 1),
     )
 )  # fmt: skip
@@ -159,12 +159,13 @@ def backward_heuristic(problem: Problem) -> Shared:
 
 
 def tiles_heuristic(problem: Problem) -> Tiles:
-    """One round of programs: as many for each of a GPU's processors, 2 to 6, as windows leave them registers."""
+    """One round of programs: as many for each of a GPU's processors, 2 to 4, as windows leave them registers."""
     if interpreting():
         return Tiles(4 * next_power_of_2(ceil_divide(problem.pixels, 64)), 1)
     if problem.kernel_size <= 7:
-        return Tiles(4, 528 if problem.kernel_size > 5 else 792)
-    return Tiles(4, 396 if problem.kernel_size <= 13 and is_hopper() else 264)
+        return Tiles(4, 528)
+    few = max(problem.channels, problem.query_channels) <= 16
+    return Tiles(4, 396 if problem.kernel_size <= 13 and few and is_hopper() else 264)
 
 
 def grad_tiles_heuristic(problem: Problem) -> Tiles:

@@ -8,7 +8,8 @@ sums are matrix products over the tile's outputs and inputs:
   but where its x is. Bias takes part as keys of a query of ones, and rpb is what the sum begins with.
 - *Weights* of a row of the windows are a block. Those of an output whose window begins y rows below the tile's first
   move y blocks on, and the blocks side by side are a banded matrix.
-- *Values* are multiplied with that matrix, once for all outputs of the tile.
+- *Values* are multiplied with that matrix, once for all outputs of the tile. Tiles side by side share a table of what
+  they see, pairs of adjacent columns, from which each gathers its own in the order of a product's operand.
 
 A program keeps the keys of its head and walks over blocks of tiles. As the band's zeros are multiplied too, a value
 that is not finite reaches all outputs of a tile that sees it.
@@ -21,7 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.contmix.arguments import Tensors, launch_on, problem_of, reference_forward
-from kernels.contmix.bands import as_left_side, largest, load_moved, lost, moved, outputs_of_block, packed, unpacked
+from kernels.contmix.bands import (
+    as_left_side,
+    as_right_side,
+    largest,
+    load_moved,
+    lost,
+    moved,
+    outputs_of_block,
+    packed,
+    seen_by_tile,
+    unpacked,
+)
 from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
 from kernels.contmix.tiles import aligned, at_head, cut_off, halves, key_scale, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
@@ -29,7 +41,7 @@ from kernels.products import LOG2_E, dot
 from kernels.registers import apart
 from kernels.tuning import tunable
 from kernels.views import at
-from kernels.windows_triton import offsets, window_start
+from kernels.windows_triton import offsets
 
 
 @triton.jit
@@ -121,11 +133,45 @@ def logits_of_rows(
 
 
 @triton.jit
-def _row_max(blocks):
-    b_max = tl.max(blocks[0], axis=1)
-    for i in tl.static_range(1, len(blocks)):
-        b_max = tl.maximum(b_max, tl.max(blocks[i], axis=1))
-    return b_max
+def load_pairs(
+    values, o_h, o_w, height, stop_w, ROW: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr,
+):  # fmt: skip
+    """A table of inputs [P · C]: of row ROW after ``o_h`` [P] those of column ``o_w`` [P] and of the next as one number
+    of 32 bits. The first four channels of every eight come before the others, and of both some side by side, so that a
+    warp's threads store to and gather from different banks of shared memory."""
+    o_channel = tl.arange(0, BLOCK)[None, :]
+    o_input = (o_h + ROW).to(OFFSET) * values.h + o_w.to(OFFSET) * values.w
+    p_even = values.ptr + aligned(o_input, CHANNELS)[:, None] + o_channel.to(OFFSET) * values.c
+    m_input = (o_h + ROW < height)[:, None] & (o_channel < CHANNELS)
+    m_even, m_odd = (o_w >= 0) & (o_w < stop_w), (o_w >= -1) & (o_w < stop_w - 1)
+    b_even = tl.load(p_even, mask=m_input & m_even[:, None], other=0)
+    b_odd = tl.load(p_even + aligned(values.w, CHANNELS), mask=m_input & m_odd[:, None], other=0)
+    b_even, b_odd = b_even.to(tl.uint16, bitcast=True).to(tl.int32), b_odd.to(tl.uint16, bitcast=True).to(tl.int32)
+    EIGHTS: tl.constexpr = max(min(8, BLOCK // 2), BLOCK // 4) // 4
+    b_pairs = tl.reshape(b_even | (b_odd << 16), [o_h.shape[0], BLOCK // 8 // EIGHTS, EIGHTS, 2, 4])
+    return tl.reshape(tl.permute(b_pairs, [3, 1, 0, 2, 4]), [o_h.shape[0] * BLOCK])
+
+
+@triton.jit
+def entries_of_tiles(
+    row, column, height, width, KERNEL: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARED: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where in such a table the pairs that tiles see are [TILES · STEP · SEEN / 2 · C], in the order of a right side
+    that ``as_left_side`` fits. The table has STEP rows of WIDE inputs for every SHARED tiles."""
+    PAIRS: tl.constexpr = STEP * SEEN // 2
+    TABLE: tl.constexpr = STEP * (TILES // SHARED) * (WIDE // 2)
+    NEAR: tl.constexpr = max(min(8, BLOCK // 2), BLOCK // 4)
+    o_entry = tl.arange(0, TILES * PAIRS * BLOCK)
+    o_tile, o_pair, o_channel = o_entry // BLOCK // PAIRS, o_entry // BLOCK % PAIRS, o_entry % BLOCK
+    o_pair = o_pair // 8 * 8 + o_pair % 2 * 4 + o_pair % 8 // 2
+    _, tile_w = seen_by_tile(o_tile, row, column, height, width, KERNEL, ACROSS, COLUMNS)
+    _, first_w = seen_by_tile(o_tile // SHARED * SHARED, row, column, height, width, KERNEL, ACROSS, COLUMNS)
+    o_row = o_pair // (SEEN // 2) * (TILES // SHARED) + o_tile // SHARED
+    o_pair = o_row * (WIDE // 2) + o_pair % (SEEN // 2) + (tile_w - first_w) // 2
+    return (o_channel // NEAR * TABLE + o_pair) * NEAR + o_channel % NEAR
 
 
 @triton.jit
@@ -140,11 +186,12 @@ def _forward_band_kernel(
     sizes, programs, walks,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, COLUMNS: tl.constexpr,
-    SEEN: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr, BLOCK_QUERY: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    SEEN: tl.constexpr, SHARED: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, TABLE: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each. The rows of a window come in
-    blocks of 8, 4, 2 and 1, the powers of two whose sum KERNEL is; STEP rows of inputs are one product."""
+    """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each, those of SHARED tiles WIDE.
+    The rows of a window come in blocks of 8, 4, 2 and 1, the powers of two whose sum KERNEL is, of 16 numbers or more;
+    STEP rows of inputs are one product."""
     _batch, groups, height, width = sizes
     OUTPUTS: tl.constexpr = 16 * TILES
     ROWS: tl.constexpr = 16 // COLUMNS
@@ -162,57 +209,69 @@ def _forward_band_kernel(
         if KERNEL & (8 >> level):
             i_row = KERNEL // (16 >> level) * (16 >> level)
             b_keys = moved_keys(
-                keys, i_row, 8 >> level, SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY, OFFSET, dtype
-            )
-            b_bias = moved_bias(bias, i_row, 8 >> level, SEEN, KERNEL, ACCUMULATOR, dtype)
+                keys, i_row, max(8 >> level, 16 // SEEN), SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY, OFFSET,
+                dtype,
+            )  # fmt: skip
+            b_bias = moved_bias(bias, i_row, max(8 >> level, 16 // SEEN), SEEN, KERNEL, ACCUMULATOR, dtype)
             keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
-    # Inputs of tiles by position first, else shared memory would hold what a position has in all tiles together.
-    o_tile, o_seen_tile = tl.arange(0, OUTPUTS) // 16, tl.arange(0, TILES)[None, :]
-    o_seen, o_channel = tl.arange(0, STEP * SEEN)[:, None], tl.arange(0, BLOCK_CHANNELS)[None, None, :]
+    PARTS: tl.constexpr = TILES // SHARED
+    STEPS: tl.constexpr = (KERNEL + ROWS - 2 + STEP) // STEP
+    # Values are on their way early where a thread has registers for them, 48 at most.
+    EARLY: tl.constexpr = STEPS * STEP * PARTS * WIDE * BLOCK_CHANNELS <= 3072 * TILES
+    o_tile, o_pair = tl.arange(0, OUTPUTS) // 16, tl.arange(0, STEP * PARTS * (WIDE // 2))
+    o_part, o_pair = o_pair // (WIDE // 2), o_pair % (WIDE // 2)
     for i_walk in tl.range(i_walks, i_walks + walks, disable_licm=True):
         row, column, outputs = outputs_of_block(i_walk, height, width, KERNEL, TILES, ACROSS, COLUMNS)
-        down = outputs.start_h - window_start(row + o_tile // ACROSS * ROWS, height, KERNEL, 1)
-        right = outputs.start_w - window_start(column + o_tile % ACROSS * COLUMNS, width, KERNEL, 1)
-        seen_h = window_start(row + o_seen_tile // ACROSS * ROWS, height, KERNEL, 1) + o_seen // SEEN
-        seen_w = window_start(column + o_seen_tile % ACROSS * COLUMNS, width, KERNEL, 1) + o_seen % SEEN
-        m_seen = (o_seen % SEEN < KERNEL + COLUMNS - 1) & (seen_w < width)
-        o_value = seen_h.to(OFFSET) * values.h + seen_w.to(OFFSET) * values.w
-        p_value = values.ptr + aligned(o_value, CHANNELS)[:, :, None] + o_channel.to(OFFSET) * values.c
+        tile_h, tile_w = seen_by_tile(o_tile, row, column, height, width, KERNEL, ACROSS, COLUMNS)
+        down, right = outputs.start_h - tile_h, outputs.start_w - tile_w
+        o_first = o_part % PARTS * SHARED
+        seen_h, seen_w = seen_by_tile(o_first, row, column, height, width, KERNEL, ACROSS, COLUMNS)
+        _, stop_w = seen_by_tile(o_first + SHARED - 1, row, column, height, width, KERNEL, ACROSS, COLUMNS)
+        stop_w = tl.minimum(stop_w + KERNEL + COLUMNS - 1, width)
+        inputs, tables = (seen_h + o_part // PARTS, seen_w + 2 * o_pair, height, stop_w), ()
+        for i in tl.static_range(STEPS if EARLY else 0):
+            tables = tables + (load_pairs(values, *inputs, i * STEP, CHANNELS, BLOCK_CHANNELS, OFFSET),)
         # [M, COLUMNS · Dq]
         o_query = offsets(queries, outputs, OFFSET)
         b_query = load_moved(queries, o_query, outputs.mask | True, right, QUERY_CHANNELS, COLUMNS, BLOCK_QUERY)
         b_one, o_base = query_of_ones(right, dtype), first_entry(outputs, right, KERNEL, COLUMNS)
 
-        logits = ()
+        blocks, logits = (), ()
         for level in tl.static_range(4):
             if KERNEL & (8 >> level):
                 i_row = KERNEL // (16 >> level) * (16 >> level)
-                keys_of, bias_of = keys_of_rows[len(logits)], bias_of_rows[len(logits)]
                 b_logits = logits_of_rows(
-                    b_query, b_one, keys_of, bias_of, b_table, o_base, i_row, 8 >> level, SEEN, KERNEL, UPCAST
-                )
-                logits = logits + (b_logits,)
-        b_max = _row_max(logits) * SCALE - largest(dtype)
-        b_total = tl.zeros([OUTPUTS], ACCUMULATOR)
+                    b_query, b_one, keys_of_rows[len(blocks)], bias_of_rows[len(blocks)], b_table, o_base, i_row,
+                    max(8 >> level, 16 // SEEN), SEEN, KERNEL, UPCAST,
+                )  # fmt: skip
+                blocks = blocks + (b_logits,)
+                logits = logits + apart(b_logits, max(8 >> level, 16 // SEEN))[: 8 >> level]
+        b_max, b_total = tl.full([OUTPUTS, SEEN], float("-inf"), ACCUMULATOR), tl.zeros([OUTPUTS, SEEN], ACCUMULATOR)
+        for i in tl.static_range(len(logits)):
+            b_max = tl.maximum(b_max, logits[i])
+        b_max = tl.max(b_max, axis=1) * SCALE - largest(dtype)
         rows = ()
         for i in tl.static_range(len(logits)):
             b_weight = tl.exp2(logits[i] * SCALE - b_max[:, None])
-            b_total += tl.sum(b_weight, axis=1)
-            rows = rows + apart(packed(b_weight, dtype), b_weight.shape[1] // SEEN)
+            b_total += b_weight
+            rows = rows + (packed(b_weight, dtype),)
         rows = moved(rows, down, ROWS)
         for _ in tl.static_range(-len(rows) % STEP):
             rows = rows + (tl.zeros_like(rows[0]),)
 
+        o_entry = entries_of_tiles(
+            row, column, height, width, KERNEL, TILES, ACROSS, COLUMNS, SHARED, SEEN, WIDE, STEP, BLOCK_CHANNELS
+        )
         b_sum = tl.zeros([TILES, 16, BLOCK_CHANNELS], ACCUMULATOR)
-        for i in tl.static_range(len(rows) // STEP):
-            m_value = (m_seen & (seen_h + i * STEP < height))[:, :, None] & (o_channel < CHANNELS)
-            p_step = p_value + aligned(tl.cast(i * STEP, OFFSET) * values.h, CHANNELS)
-            b_value = tl.permute(tl.load(p_step, mask=m_value, other=0), [1, 0, 2])
-            b_weight = as_left_side(rows[i * STEP : i * STEP + STEP], dtype)
-            b_sum = dot(tl.reshape(b_weight, [TILES, 16, STEP * SEEN]), b_value, b_sum, UPCAST)
-        b_total = tl.log2(b_total)
+        for i in tl.static_range(STEPS):
+            b_pairs = tables[i] if EARLY else load_pairs(values, *inputs, i * STEP, CHANNELS, BLOCK_CHANNELS, OFFSET)
+            b_weight = tl.reshape(as_left_side(rows[i * STEP : i * STEP + STEP], dtype), [TILES, 16, STEP * SEEN])
+            b_pairs = tl.reshape(tl.gather(b_pairs, o_entry, 0), [TILES, STEP * SEEN // 2, BLOCK_CHANNELS])
+            b_sum = dot(b_weight, as_right_side(b_pairs, dtype), b_sum, UPCAST)
+        b_sum = tl.permute(tl.reshape(b_sum, [OUTPUTS, 2, BLOCK_CHANNELS // 8, 4]), [0, 2, 1, 3])
+        b_total = tl.log2(tl.sum(b_total, 1))
         b_sum = tl.reshape(b_sum, [OUTPUTS, BLOCK_CHANNELS]) * tl.exp2(lost(dtype) - b_total)[:, None]
         outs, sums = at_head(out, i_batch, i_group, CHANNELS), at(statistics, i_batch, i_group)
         store_pixels(outs, offsets(outs, outputs, OFFSET), outputs.mask, b_sum, CHANNELS)
@@ -245,10 +304,14 @@ def forward_band(tensors: Tensors, *, config: Tiles) -> Tensor:
     """Fills ``out`` and ``statistics``."""
     channels = tensors.value.shape[2]
     arguments, programs = band_arguments(tensors, config)
-    seen, columns = arguments["SEEN"], arguments["COLUMNS"]
+    seen, columns, side = arguments["SEEN"], arguments["COLUMNS"], 2 * tensors.kernel_size - 1
+    # Those of tiles of one column do not begin an even number of columns apart.
+    shared = arguments["ACROSS"] if columns > 1 else 1
     arguments |= {
+        "SHARED": shared,
+        "WIDE": next_power_of_2((shared - 1) * columns + seen),
         "STEP": min(64, 2048 // block(channels)) // seen,
-        "TABLE": next_power_of_2((2 * tensors.kernel_size - 1) ** 2 + seen + columns),
+        "TABLE": next_power_of_2((side + 16 // seen - 1) * side + seen + columns),
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
         "most_registers": config.most_registers,
     }
