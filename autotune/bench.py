@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import itertools
 import math
 import tempfile
 import time
@@ -207,44 +208,41 @@ def run(arguments: argparse.Namespace) -> int:
     machine = timing.describe_machine(device)
     names = ("device", "dtype", "backend", "compiler", "min_runs", "seconds")
     stated = {name: str(getattr(settings, name)).removeprefix("torch.") for name in names}
-    record = {"schema": 1, "complete": False, "machine": machine, "settings": stated}
     codes: list[int] = []
-    plans = dict[str, tuple[list[Case], dict[str, Any]]]()  # file -> what it will hold
-    with input_errors():
+    plans = dict[str, list[Case]]()  # file -> what is measured for it
+    with input_errors():  # whatever is unknown or damaged is refused before anything is measured
         make_folder(folder, "--out")
-        wanted = {"bench.json": arguments.operator or everything, "models.json": arguments.model or everything}
-        for file in wanted if arguments.resume else ():
-            if wanted[file]:
-                settled_rows(folder / file)  # a damaged one is refused before anything is measured
+        if arguments.operator or everything:
+            found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
+            found = selection.named(found, arguments.operator or ["*"])
+            plans["bench.json"] = operator_cases(_in_turns(found), settings, PASSES)
+        if arguments.model or everything:
+            plans["models.json"] = _model_cases(arguments, settings)
+        for file in plans if arguments.resume else ():
+            settled_rows(folder / file)
         if arguments.environment or everything:
             environment = {"schema": 1, "machine": machine, **_environment(device, quick=quick)}
             codes.append(int(not written("environment", write_json, folder / "environment.json", environment)))
-        if wanted["bench.json"]:
-            found = workloads.benchmark_workloads(arguments.batch, arguments.size, quick=quick)
-            found = selection.named(found, arguments.operator or ["*"])
-            cases = operator_cases(_in_turns(found), settings, PASSES)
-            if not arguments.compile_only:
-                settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))
-            plans["bench.json"] = cases, record | {"ceilings": settings.ceilings}
-        if wanted["models.json"]:
-            plans["models.json"] = _model_cases(arguments, settings), dict(record)
+        if "bench.json" in plans and not arguments.compile_only:
+            settings.ceilings.update(_known_ceilings(folder, machine, device, quick=quick))
     if arguments.compile_only:  # what fails here will say so when it is measured
-        every = [case for cases, _ in plans.values() for case in cases]
+        every = [case for cases in plans.values() for case in cases]
         with Bar(len(every), seconds=0) as bar:
             for case in every:
                 bar.begin(case.name)
                 bar.advance(1, f"{case.name}: {case.run(deadline)['status']}")
                 release()
         return 0
-    for file, (cases, found) in plans.items():
-        how: dict[str, Any] = {"deadline": deadline, "resume": arguments.resume}
-        how["jobs"] = arguments.jobs if file == "models.json" else 1
-        codes.append(run_cases(cases, folder / file, found, **how))
+    rows: dict[str, list[dict[str, Any]]] = {"bench.json": [], "models.json": []}
+    for file, cases in plans.items():
+        record = {"schema": 1, "complete": False, "machine": machine, "settings": stated}
+        record |= {"ceilings": settings.ceilings} if file == "bench.json" else {}
+        record["rows"] = rows[file]
+        jobs = arguments.jobs if file == "models.json" else 1
+        codes.append(run_cases(cases, folder / file, record, deadline=deadline, resume=arguments.resume, jobs=jobs))
         if codes[-1] == LOST:
             break
-    measured = {file: found.get("rows", []) for file, (_, found) in plans.items()}
-    rows = [measured.get(file, []) for file in ("bench.json", "models.json")]
-    for table in tables(*rows):
+    for table in tables(*rows.values()):
         table.show()
-    print(*incidents([*rows[0], *rows[1]]), f"Wrote {folder}", sep="\n")
+    print(*incidents(itertools.chain(*rows.values())), f"Wrote {folder}", sep="\n")
     return max(codes, default=0)

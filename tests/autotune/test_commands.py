@@ -29,7 +29,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machin
         ("profile --quick --threshold 0", "--threshold: must be a finite number above 0"),
         ("profile --quick --backend magic", "--backend: invalid choice: 'magic'"),
         ("bench --quick --no-compile --operator nothing", "--operator must match a name, 'nothing' does not"),
-        ("bench --quick --no-compile --model resnet50", "no model is named 'resnet50'"),
+        ("bench --quick --no-compile --operator na2d_av --model resnet50", "no model is named 'resnet50'"),
         ("bench --quick --no-compile --operator na2d_av --out /dev/null", "--out must be a folder, and /dev/null"),
         ("profile --quick --operator na2d_av --out /dev/null/new", "--out must be a folder, and /dev/null/new cannot"),
         ("suite --quick --out /dev/null", "--out must be a folder, and /dev/null cannot be made one: File exists"),
