@@ -175,6 +175,11 @@ class _Watch(TorchDispatchMode):
             self.whole = False
         return result
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else PyTorch imports Dynamo at the first launch, for two seconds, to have it leave the method above alone."""
+        return False
+
     def find(self, tensor: Tensor) -> tuple[int, int] | None:
         """(number, offset in bytes) of the known tensor in whose memory this one begins; None, and the call cannot be
         repeated, where none or more than one may be meant."""

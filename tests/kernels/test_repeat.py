@@ -64,6 +64,14 @@ def test_overlapping_tensors_are_not_repeated(watched):
         assert_close(kernels.na2d_qk(x, other, 3), expected, 2e-6)
 
 
+def test_the_first_launch_does_not_wait_for_dynamo():
+    """Importing that takes two seconds."""
+    code = "kernels.set_backend('triton'); kernels.na2d_qk(*torch.ones(2, 1, 1, 4, 5, 8), 3)"
+    code = f"import sys, torch, kernels; {code}; print('torch._dynamo' in sys.modules)"
+    done = in_a_process("-c", code, TRITON_INTERPRET="1")
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_nothing_is_remembered_while_tuning(watched):
     x, weight = random_tensor(1, 2, 5, 4), random_tensor(1, 1, 3, 3, 5, 4)
     with kernels.use_backend("triton"):
