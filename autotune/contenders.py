@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
 
 from autotune import timing
 from autotune.contest import NAIVE, Contest
 from autotune.measure import Settings, check, doubts, largest_error, leaving_out, other_work, time_and_memory
-from autotune.passes import Function, Pass, tensors_in, upcast, weights_of
+from autotune.passes import Function, Operations, Pass, tensors_in, upcast, weights_of
 from autotune.workloads import least_bytes
 from kernels import tolerances
 from kernels.backend import interpreting, resolve
@@ -147,31 +145,12 @@ def _restored(modules: Sequence[nn.Module]) -> Iterator[None]:
             buffer.data.copy_(value)
 
 
-class _Operations(TorchDispatchMode):
-    """The names of the operations that run inside, in order, with the backend that ours are told; and their count.
-
-    ``FlopCounterMode`` counts by the same formulas, but follows modules with hooks that ``autograd.grad`` refuses.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(" ".join([str(func), *(argument for argument in args if isinstance(argument, str))]))
-        out = func(*args, **(kwargs or {}))
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.count += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def _paths(run: Pass, device: torch.device, backends: Sequence[str] | None) -> tuple[dict[str, str], int]:
     """Name -> backend of those that run here and differ in what they run; the naive path is the last.
 
     And how many operations the first of them does, as far as PyTorch's counter knows.
     """
-    ran: dict[str, _Operations] = {}
+    ran: dict[str, Operations] = {}
     for backend in ("triton", "eager", "reference"):
         if backends is not None and backend not in backends:
             continue
@@ -183,7 +162,7 @@ def _paths(run: Pass, device: torch.device, backends: Sequence[str] | None) -> t
             if backends is not None:
                 raise ValueError(f"backends: {error}") from None
             continue
-        operations = _Operations()
+        operations = Operations()
         with operations:
             run.on(backend).checked()
         ran[NAIVE if backend == "reference" else backend] = operations

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 import kernels
 
@@ -52,6 +54,30 @@ def layers_held(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.train()
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run inside, in order, with the backend that ours are told; and their count.
+
+    ``FlopCounterMode`` counts by the same formulas, but follows modules with hooks that ``autograd.grad`` refuses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(" ".join([str(func), *(argument for argument in args if isinstance(argument, str))]))
+        out = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.count += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else PyTorch imports Dynamo, for two seconds, to have it leave the method above alone."""
+        return False
 
 
 class Pass:

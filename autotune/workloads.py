@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
+from autotune.passes import Operations
 
 Inputs = dict[str, Any]  # argument -> Tensor, or a tuple of tensors
 Size = tuple[int, int]
@@ -45,7 +46,7 @@ class Workload:
     """One operator at one shape of one model.
 
     ``inputs`` maps each tensor argument to its ``Input`` (a tuple of them where the argument is a tuple of tensors),
-    ``options`` holds the other arguments, ``multiply_adds`` counts those of the forward pass.
+    ``options`` holds the other arguments.
     """
 
     operator: str
@@ -53,7 +54,6 @@ class Workload:
     shape: str
     inputs: Mapping[str, Any]
     output: tuple[int, ...]
-    multiply_adds: int
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,6 +98,14 @@ class Workload:
         """A forward and backward pass on random tensors."""
         return functools.partial(self.run, self.draw_inputs(dtype, device), self.draw_gradient(dtype, device))
 
+    @property
+    def multiply_adds(self) -> int:
+        """Those of the forward pass, by the operator's own formula. ValueError for a shape that it does not take."""
+        meta = tree_map(lambda spec: torch.empty(spec.shape, device="meta"), self.inputs)
+        with kernels.use_backend("eager"), Operations() as ran:
+            getattr(kernels, self.operator)(**meta, **self.options)
+        return ran.count // 2
+
     def floor_bytes(self, dtype: torch.dtype, *, backward: bool = False) -> int:
         """Fewest bytes to move, forward or forward and backward."""
         inputs = sum(math.prod(spec.shape) for spec in tree_leaves(self.inputs))
@@ -125,11 +133,11 @@ def involution(model: str, batch: int, channels: int, size: Size, kernel_size: i
     weight = (batch, channels // group_channels, kernel_size, kernel_size, *size)
     inputs = {"x": Input(image), "weight": Input(weight)}
     shape = f"{channels}@{_text(size)} K={kernel_size}"
-    return Workload("involution2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
+    return Workload("involution2d", model, shape, inputs, image)
 
 
 def neighborhood(operator: str, model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int) -> Workload:
-    """``na2d_av``, ``na2d_qk`` or ``na2d_softmax_av``: all three do one multiply-add per weight and channel."""
+    """``na2d_av``, ``na2d_qk`` or ``na2d_softmax_av``."""
     features, weights = Input((batch, heads, *size, dim)), Input((batch, heads, *size, kernel_size**2))
     rpb = Input((heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
     inputs = {
@@ -138,16 +146,13 @@ def neighborhood(operator: str, model: str, batch: int, heads: int, dim: int, si
         "na2d_softmax_av": {"logits": weights, "value": features, "rpb": rpb},
     }[operator]
     shape, output = f"{heads}×{dim}@{_text(size)} K={kernel_size}", weights if operator == "na2d_qk" else features
-    multiply_adds, options = math.prod(weights.shape) * dim, {"kernel_size": kernel_size}
-    return Workload(operator, model, shape, inputs, output.shape, multiply_adds, options)
+    return Workload(operator, model, shape, inputs, output.shape, {"kernel_size": kernel_size})
 
 
 def contmix(
     model: str, batch: int, heads: int, dim: int, size: Size, kernel_sizes: tuple[int, int], context: int = 49
 ) -> Workload:
-    """Multiply-adds of the cheapest order: keys through the projection first, then query times projected key."""
-    pixels, positions = math.prod(size), sum(k * k for k in kernel_sizes)
-    value = (batch, len(kernel_sizes), heads, dim, *size)
+    positions, value = sum(k * k for k in kernel_sizes), (batch, len(kernel_sizes), heads, dim, *size)
     inputs = {
         # Deviations that leave logits of deviation 1, as far from a one-hot softmax as from a flat one.
         "query": Input((batch, heads, dim, *size), std=dim**-0.5, channels_last=True),
@@ -158,8 +163,7 @@ def contmix(
         "rpb": tuple(Input((heads, 2 * k - 1, 2 * k - 1)) for k in kernel_sizes),
     }
     shape = f"{heads}×{dim}@{_text(size)} K={','.join(map(str, kernel_sizes))}"
-    multiply_adds = batch * heads * dim * positions * (context + 2 * pixels)
-    return Workload("contmix2d", model, shape, inputs, value, multiply_adds, {"kernel_sizes": kernel_sizes})
+    return Workload("contmix2d", model, shape, inputs, value, {"kernel_sizes": kernel_sizes})
 
 
 def outlook(model: str, batch: int, heads: int, dim: int, size: Size, kernel_size: int, stride: int) -> Workload:
@@ -167,16 +171,15 @@ def outlook(model: str, batch: int, heads: int, dim: int, size: Size, kernel_siz
     image = (batch, *size, heads * dim)
     inputs = {"logits": Input((batch, *windows, heads, kernel_size**2, kernel_size**2)), "value": Input(image)}
     shape = f"{heads}×{dim}@{_text(size)} K={kernel_size} s={stride}"
-    multiply_adds = batch * heads * dim * math.prod(windows) * kernel_size**4
     options = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "scale": 1.0}
-    return Workload("outlook_attention2d", model, shape, inputs, image, multiply_adds, options)
+    return Workload("outlook_attention2d", model, shape, inputs, image, options)
 
 
 def depthwise(model: str, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
     image, weight = (batch, channels, *size), (channels, 1, kernel_size, kernel_size)
     inputs = {"x": Input(image, channels_last=True), "weight": Input(weight), "bias": Input((channels,))}
     shape = f"{channels}@{_text(size)} K={kernel_size}"
-    return Workload("depthwise_conv2d", model, shape, inputs, image, math.prod(image) * kernel_size**2)
+    return Workload("depthwise_conv2d", model, shape, inputs, image)
 
 
 def channels_last(workload: Workload, last: bool = True) -> Workload:
@@ -196,10 +199,8 @@ def generation(workload: Workload) -> Workload:
         "weight": Input((rows, features), std=features**-0.5),
         "bias": Input((rows,)),
     }
-    multiply_adds = workload.multiply_adds + batch * math.prod(size) * rows * features
     options = {"kernel_size": kernel_size, "groups": groups}
-    changes: dict[str, Any] = {"inputs": inputs, "multiply_adds": multiply_adds, "options": options}
-    return replace(workload, operator="involution2d_generate", **changes)
+    return replace(workload, operator="involution2d_generate", inputs=inputs, options=options)
 
 
 def workload_of(operator: str, *, batch: int, channels: int, size: Size, kernel_size: int) -> Workload:
@@ -220,10 +221,8 @@ def workload_of(operator: str, *, batch: int, channels: int, size: Size, kernel_
     if channels % multiple:
         raise ValueError(f"channels must be a multiple of {multiple} for {operator}, got {channels}")
     workload = build(batch, channels, size, kernel_size)
-    meta = tree_map(lambda spec: torch.empty(spec.shape, device="meta"), workload.inputs)
     try:
-        with kernels.use_backend("eager"):
-            getattr(kernels, operator)(**meta, **workload.options)
+        workload.operations()
     except ValueError as error:
         raise ValueError(f"kernel_size {kernel_size} at size {_text(size)} does not suit {operator}: {error}") from None
     return workload
