@@ -79,6 +79,33 @@ def load_row(
 
 
 @triton.jit
+def slide(values, above, here, w, b_bias, COLUMNS: tl.constexpr):
+    """The row above that of ``values`` [COLUMNS + 2], now done; that of ``values`` and the next as far as it goes."""
+    done, left, below = (), (), ()
+    for i in tl.static_range(COLUMNS):
+        x0, x1, x2 = values[i], values[i + 1], values[i + 2]
+        done = done + (above[i] + w[6] * x0 + w[7] * x1 + w[8] * x2,)
+        left = left + (here[i] + w[3] * x0 + w[4] * x1 + w[5] * x2,)
+        below = below + (b_bias + w[0] * x0 + w[1] * x1 + w[2] * x2,)
+    return done, left, below
+
+
+@triton.jit
+def store_row(
+    p_out, done, m_out, o_column, width,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Stores a strip's outputs, the first at ``o_column``, where there are such; gives the sum of their squares."""
+    b_sum = tl.zeros_like(done[0])
+    for i in tl.static_range(COLUMNS):
+        m_column = m_out if WHOLE else m_out & (o_column + i < width)
+        tl.store(p_out + i * CHANNELS, done[i].to(p_out.dtype.element_ty), mask=m_column)
+        b_done = done[i] if WHOLE else tl.where(m_column, done[i], 0)
+        b_sum += b_done * b_done
+    return b_sum
+
+
+@triton.jit
 def fused_kernel(
     x,  # [B, H, W, C], contiguous
     weight,  # [C, 3, 3], contiguous
@@ -121,22 +148,11 @@ def fused_kernel(
         for i in tl.static_range(COLUMNS + 2):
             b_x = loaded[i].to(tl.float32)
             values = values + (twice_gelu(b_x, x.dtype.element_ty.primitive_bitwidth == 16) if GELU else b_x,)
-        done, left, below = (), (), ()
-        for i in tl.static_range(COLUMNS):
-            x0, x1, x2 = values[i], values[i + 1], values[i + 2]
-            done = done + (above[i] + w[6] * x0 + w[7] * x1 + w[8] * x2,)
-            left = left + (here[i] + w[3] * x0 + w[4] * x1 + w[5] * x2,)
-            below = below + (b_bias + w[0] * x0 + w[1] * x1 + w[2] * x2,)
-        for i in tl.static_range(COLUMNS):
-            m_out = m_lane & (i_row > top)
-            if not WHOLE:
-                m_out &= o_column + i < width
-            tl.store(p_out + i * CHANNELS, done[i].to(out.dtype.element_ty), mask=m_out)
-            if GELU:
-                b_done = done[i] if WHOLE else tl.where(m_out, done[i], 0)
-                b_squares += b_done * b_done
+        done, left, below = slide(values, above, here, w, b_bias, COLUMNS)
+        m_out = m_lane & (i_row > top)
+        b_sum = store_row(p_out, done, m_out, o_column, width, CHANNELS, COLUMNS, WHOLE)
         if GELU:
-            b_squares = tl.where(i_row > top, b_squares, 0)
+            b_squares += tl.where(m_out, b_sum, 0)
         above, here = left, below
         p_x += pitch
         p_out += pitch
