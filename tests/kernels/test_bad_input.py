@@ -1,8 +1,7 @@
 """Everything wrong is refused before anything runs, by a message that names the argument and what came."""
 
-import inspect
 import itertools
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -77,8 +76,8 @@ TENSORS = [(op, name) for op, good in GOOD.items() for name, value in good.items
 OPTIONS = {
     (operator, name): int(name != "padding")
     for operator in GOOD
-    for name, parameter in inspect.signature(getattr(kernels, operator)).parameters.items()
-    if parameter.annotation in (int, int | Pair, int | Pair | None)
+    for name, kind in get_type_hints(getattr(kernels, operator)).items()
+    if kind in (int, int | Pair, int | Pair | None)
 }
 
 
