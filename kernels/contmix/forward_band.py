@@ -3,9 +3,7 @@
 A tile is 16 outputs, COLUMNS of them side by side. Together they see hardly more inputs than one of them does, and all
 sums are matrix products over the tile's outputs and inputs:
 
-- *Logits* come in the columns of the tile's inputs. An output whose window begins x columns right of the tile's first
-  multiplies the keys moved by x: the keys stand COLUMNS times side by side, moved by 0, 1, ..., and the query is zeros
-  but where its x is. Bias takes part as keys of a query of ones, and rpb is what the sum begins with.
+- *Logits* come in the columns of the tile's inputs, from ``logits_band``.
 - *Weights* of a row of the windows are a block. Those of an output whose window begins y rows below the tile's first
   move y blocks on, and the blocks side by side are a banded matrix.
 - *Values* are multiplied with that matrix, once for all outputs of the tile. Tiles side by side share a table of what
@@ -32,104 +30,16 @@ from kernels.contmix.bands import (
     outputs_of_block,
     packed,
     seen_by_tile,
-    unpacked,
 )
 from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
-from kernels.contmix.tiles import aligned, at_head, cut_off, halves, key_scale, store_pixels
+from kernels.contmix.logits_band import first_entry, logits_of_rows, moved_keys, position_table, query_of_ones
+from kernels.contmix.tiles import aligned, at_head, key_scale, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.registers import apart
 from kernels.tuning import tunable
 from kernels.views import at
 from kernels.windows_triton import offsets
-
-
-@triton.jit
-def moved_keys(
-    keys, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, COLUMNS: tl.constexpr, KERNEL: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """``halves`` of the keys of ROWS rows of a window [ROWS · SEEN, COLUMNS · Dq], moved by 0, 1, ... columns."""
-    o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, COLUMNS * BLOCK)
-    o_channel = (o_flat % BLOCK).to(OFFSET)
-    o_column = (o_step % SEEN)[:, None] - (o_flat // BLOCK)[None, :]
-    o_row = (i_row + o_step // SEEN)[:, None]
-    o_position = o_row * KERNEL + o_column
-    m_key = (o_row < KERNEL) & (o_column >= 0) & (o_column < KERNEL) & (o_channel < CHANNELS)[None, :]
-    p_key = keys.ptr + o_position.to(OFFSET) * keys.k + (o_channel * keys.c)[None, :]
-    return halves(tl.load(p_key, mask=m_key, other=0), dtype)
-
-
-@triton.jit
-def moved_bias(
-    bias, i_row, ROWS: tl.constexpr, SEEN: tl.constexpr, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    dtype: tl.constexpr,
-):  # fmt: skip
-    """Bias in the same rows, moved by 0 to 3 columns, and zeros, [ROWS · SEEN, 16]. Where there is no window position,
-    less than any bias."""
-    LOWEST: tl.constexpr = tl.constexpr(-3e6 if dtype == tl.float16 else -1e30)
-    o_step, o_flat = tl.arange(0, ROWS * SEEN), tl.arange(0, 16)[None, :]
-    o_column = (o_step % SEEN)[:, None] - o_flat
-    o_row = (i_row + o_step // SEEN)[:, None]
-    m_bias = (o_row < KERNEL) & (o_column >= 0) & (o_column < KERNEL)
-    p_bias = bias.ptr + (o_row * KERNEL + o_column) * bias.k
-    b_bias = tl.load(p_bias, mask=m_bias & (o_flat < 4), other=0).to(ACCUMULATOR)
-    # An infinite bias would not vanish where the query of ones is 0.
-    b_bias = tl.where(m_bias, tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL), 1.2 * LOWEST)
-    return cut_off(tl.where(o_flat < 4, b_bias, 0.0) * (1 / key_scale(dtype)), dtype)
-
-
-@triton.jit
-def position_entries(rpb, i_group, o_entry, KERNEL: tl.constexpr, ACCUMULATOR: tl.constexpr, dtype: tl.constexpr):
-    """The bits of ``dtype`` of some entries of rpb in one row; of those that are not there 0."""
-    SIDE: tl.constexpr = 2 * KERNEL - 1
-    p_entry = rpb.ptr + i_group * rpb.g + o_entry // SIDE * rpb.h + o_entry % SIDE * rpb.w
-    b_entry = tl.load(p_entry, mask=(o_entry >= 0) & (o_entry < SIDE * SIDE), other=0).to(ACCUMULATOR)
-    return cut_off(b_entry * (1 / key_scale(dtype)), dtype).to(tl.uint16, bitcast=True).to(tl.int32)
-
-
-@triton.jit
-def position_table(
-    rpb, i_group, KERNEL: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    dtype: tl.constexpr,
-):  # fmt: skip
-    """rpb in one row [TABLE], which begins so early that it holds entries for inputs left of the first window, too;
-    each of ``packed`` with the next."""
-    b_even = position_entries(rpb, i_group, tl.arange(0, TABLE) - COLUMNS, KERNEL, ACCUMULATOR, dtype)
-    b_odd = position_entries(rpb, i_group, tl.arange(0, TABLE) - COLUMNS + 1, KERNEL, ACCUMULATOR, dtype)
-    return b_even | (b_odd << 16)
-
-
-@triton.jit
-def first_entry(outputs, right, KERNEL: tl.constexpr, COLUMNS: tl.constexpr):
-    """[M]: where in the row of rpb the tile's first input is for an output."""
-    o_row = (outputs.start_h - outputs.row + KERNEL - 1) * (2 * KERNEL - 1)
-    o_first = o_row + (outputs.start_w - right - outputs.column + KERNEL - 1) + COLUMNS
-    return tl.maximum(o_first, 0)  # it never is below; known to the compiler, no part of an address is
-
-
-@triton.jit
-def query_of_ones(right, dtype: tl.constexpr):
-    """[M, 16], which bias is multiplied with."""
-    return cut_off(tl.where(right[:, None] == tl.arange(0, 16)[None, :], 1.0, 0.0), dtype)
-
-
-@triton.jit
-def logits_of_rows(
-    b_query, b_one, keys, b_bias, b_table, o_base, ROW: tl.constexpr, ROWS: tl.constexpr, SEEN: tl.constexpr,
-    KERNEL: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Logits of ROWS rows of a window from ROW on, in units of ``key_scale``: [M, ROWS · SEEN]."""
-    PAIRS: tl.constexpr = ROWS * SEEN // 2
-    o_pair = tl.arange(0, PAIRS)
-    o_entry = (ROW + o_pair // (SEEN // 2)) * (2 * KERNEL - 1) + o_pair % (SEEN // 2) * 2
-    # A gather along the only axis goes by shared memory.
-    o_entry = tl.reshape(o_base[:, None] + o_entry[None, :], [b_query.shape[0] * PAIRS])
-    b_pairs = tl.reshape(tl.gather(b_table, o_entry, 0), [b_query.shape[0], PAIRS])
-    b_logits = unpacked(b_pairs, b_query.dtype).to(tl.float32)
-    b_logits = dot(b_one, tl.trans(b_bias), b_logits, UPCAST)
-    b_logits = dot(b_query, tl.trans(keys[0]), b_logits, UPCAST)
-    return dot(b_query, tl.trans(keys[1]), b_logits, UPCAST)
 
 
 @triton.jit
@@ -204,16 +114,14 @@ def _forward_band_kernel(
     keys = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
     values = at_head(value, i_batch, i_group, CHANNELS)
 
-    keys_of_rows, bias_of_rows = (), ()
+    keys_of_rows = ()
     for level in tl.static_range(4):
         if KERNEL & (8 >> level):
-            i_row = KERNEL // (16 >> level) * (16 >> level)
             b_keys = moved_keys(
-                keys, i_row, max(8 >> level, 16 // SEEN), SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY, OFFSET,
-                dtype,
+                keys, bias, KERNEL // (16 >> level) * (16 >> level), max(8 >> level, 16 // SEEN), SEEN, COLUMNS, KERNEL,
+                QUERY_CHANNELS, BLOCK_QUERY, ACCUMULATOR, OFFSET, dtype,
             )  # fmt: skip
-            b_bias = moved_bias(bias, i_row, max(8 >> level, 16 // SEEN), SEEN, KERNEL, ACCUMULATOR, dtype)
-            keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
+            keys_of_rows = keys_of_rows + (b_keys,)
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
     PARTS: tl.constexpr = TILES // SHARED
@@ -241,9 +149,8 @@ def _forward_band_kernel(
         blocks, logits = (), ()
         for level in tl.static_range(4):
             if KERNEL & (8 >> level):
-                i_row = KERNEL // (16 >> level) * (16 >> level)
                 b_logits = logits_of_rows(
-                    b_query, b_one, keys_of_rows[len(blocks)], bias_of_rows[len(blocks)], b_table, o_base, i_row,
+                    b_query, b_one, keys_of_rows[len(blocks)], b_table, o_base, KERNEL // (16 >> level) * (16 >> level),
                     max(8 >> level, 16 // SEEN), SEEN, KERNEL, UPCAST,
                 )  # fmt: skip
                 blocks = blocks + (b_logits,)

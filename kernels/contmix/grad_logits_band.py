@@ -3,12 +3,13 @@
 """The first kernel of ContMix's backward pass for windows of 16-bit numbers, where nearly every output has one of its
 own.
 
-Tiles and logits are those of ``forward_band``. The inputs that a tile sees are whole tiles, too, as wide and high as
-those of outputs, the first of which begins K // 2 before the map: so p, of as many rows of inputs as such tiles have at
-a time, is what value's gradient multiplies. There the rows of a window, a block each, are moved to where its output's
-begin; ds = p ∘ (Σ_c grad · value − δ), where the sum is a product of the tile's outputs and inputs; and rows of ds are
-moved back, to be multiplied with keys for query's gradient. As numbers outside of windows take part, too, a value or a
-gradient that is not finite reaches gradients of all outputs and inputs of tiles that see it.
+Tiles are those of ``forward_band``, logits those of ``logits_band``. The inputs that a tile sees are whole tiles,
+too, as wide and high as those of outputs, the first of which begins K // 2 before the map: so p, of as many rows of
+inputs as such tiles have at a time, is what value's gradient multiplies. There the rows of a window, a block each,
+are moved to where its output's begin; ds = p ∘ (Σ_c grad · value − δ), where the sum is a product of the tile's
+outputs and inputs; and rows of ds are moved back, to be multiplied with keys for query's gradient. As numbers outside
+of windows take part, too, a value or a gradient that is not finite reaches gradients of all outputs and inputs of
+tiles that see it.
 """
 
 import triton
@@ -18,15 +19,8 @@ from torch import Tensor
 from kernels.contmix.arguments import Stored, Tensors, adding, launch_on, problem_of, reference_gradients
 from kernels.contmix.bands import first_seen, load_moved, outputs_of_block, rows_of_block
 from kernels.contmix.configs import TILES, Tiles, block, grad_tiles_heuristic
-from kernels.contmix.forward_band import (
-    band_arguments,
-    first_entry,
-    logits_of_rows,
-    moved_bias,
-    moved_keys,
-    position_table,
-    query_of_ones,
-)
+from kernels.contmix.forward_band import band_arguments
+from kernels.contmix.logits_band import first_entry, logits_of_rows, moved_keys, position_table, query_of_ones
 from kernels.contmix.tiles import at_head, key_scale, load_pixels, store_pixels
 from kernels.launch import next_power_of_2
 from kernels.products import LOG2_E, dot
@@ -76,14 +70,13 @@ def _grad_logits_band_kernel(
     sums = at(statistics, i_batch, i_group)
     weights, grad_logits = at(weights, i_batch, i_group), at(grad_logits, i_batch, i_group)
 
-    keys_of_rows, bias_of_rows = (), ()
+    keys_of_rows = ()
     for i in tl.static_range(BLOCKS):
         b_keys = moved_keys(
-            keys, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY,
-            OFFSET, dtype,
+            keys, bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, COLUMNS, KERNEL, QUERY_CHANNELS,
+            BLOCK_QUERY, ACCUMULATOR, OFFSET, dtype,
         )  # fmt: skip
-        b_bias = moved_bias(bias, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, ACCUMULATOR, dtype)
-        keys_of_rows, bias_of_rows = keys_of_rows + (b_keys,), bias_of_rows + (b_bias,)
+        keys_of_rows = keys_of_rows + (b_keys,)
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
 
     o_flat, o_input, o_plane = tl.arange(0, COLUMNS * BLOCK_QUERY), tl.arange(0, TILES * PLANE), tl.arange(0, PLANE)
@@ -123,8 +116,8 @@ def _grad_logits_band_kernel(
         for i in tl.static_range(PLANES):
             if i < BLOCKS:
                 b_logits = logits_of_rows(
-                    b_query, b_one, keys_of_rows[i], bias_of_rows[i], b_table, o_base, i * ROWS,
-                    rows_of_block(KERNEL, ROWS, SEEN, i), SEEN, KERNEL, UPCAST,
+                    b_query, b_one, keys_of_rows[i], b_table, o_base, i * ROWS, rows_of_block(KERNEL, ROWS, SEEN, i),
+                    SEEN, KERNEL, UPCAST,
                 )  # fmt: skip
                 rows = rows + apart(
                     tl.exp2(b_logits * SCALE - b_statistics[:, None]), rows_of_block(KERNEL, ROWS, SEEN, i)
