@@ -100,11 +100,12 @@ def _forward_band_kernel(
     BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles, ACROSS of them side by side, whose inputs are SEEN columns wide each, those of SHARED tiles WIDE.
-    The rows of a window come in blocks of 8, 4, 2 and 1, the powers of two whose sum KERNEL is, of 16 numbers or more;
-    STEP rows of inputs are one product."""
+    The rows of a window, and one more where a row is shorter than the 16 numbers of a product, come in blocks of 8, 4,
+    2 and 1, the powers of two whose sum they are; STEP rows of inputs are one product."""
     _batch, groups, height, width = sizes
     OUTPUTS: tl.constexpr = 16 * TILES
     ROWS: tl.constexpr = 16 // COLUMNS
+    WINDOW: tl.constexpr = KERNEL if SEEN == 16 else KERNEL + 1
     dtype: tl.constexpr = query.ptr.dtype.element_ty
     SCALE: tl.constexpr = LOG2_E * key_scale(dtype)
     i_program = tl.program_id(0)
@@ -116,10 +117,11 @@ def _forward_band_kernel(
 
     keys_of_rows = ()
     for level in tl.static_range(4):
-        if KERNEL & (8 >> level):
+        if WINDOW & (8 >> level):
+            i_row = WINDOW // (16 >> level) * (16 >> level)
             b_keys = moved_keys(
-                keys, bias, KERNEL // (16 >> level) * (16 >> level), max(8 >> level, 16 // SEEN), SEEN, COLUMNS, KERNEL,
-                QUERY_CHANNELS, BLOCK_QUERY, ACCUMULATOR, OFFSET, dtype,
+                keys, bias, i_row, 8 >> level, SEEN, COLUMNS, KERNEL, QUERY_CHANNELS, BLOCK_QUERY, ACCUMULATOR, OFFSET,
+                dtype,
             )  # fmt: skip
             keys_of_rows = keys_of_rows + (b_keys,)
     b_table = position_table(rpb, i_group, KERNEL, COLUMNS, TABLE, ACCUMULATOR, dtype)
@@ -148,19 +150,19 @@ def _forward_band_kernel(
 
         blocks, logits = (), ()
         for level in tl.static_range(4):
-            if KERNEL & (8 >> level):
+            if WINDOW & (8 >> level):
+                i_row = WINDOW // (16 >> level) * (16 >> level)
+                keys_of = keys_of_rows[len(blocks)]
                 b_logits = logits_of_rows(
-                    b_query, b_one, keys_of_rows[len(blocks)], b_table, o_base, KERNEL // (16 >> level) * (16 >> level),
-                    max(8 >> level, 16 // SEEN), SEEN, KERNEL, UPCAST,
-                )  # fmt: skip
-                blocks = blocks + (b_logits,)
-                logits = logits + apart(b_logits, max(8 >> level, 16 // SEEN))[: 8 >> level]
+                    b_query, b_one, keys_of, b_table, o_base, i_row, 8 >> level, SEEN, KERNEL, UPCAST
+                )
+                blocks, logits = blocks + (b_logits,), logits + apart(b_logits, 8 >> level)
         b_max, b_total = tl.full([OUTPUTS, SEEN], float("-inf"), ACCUMULATOR), tl.zeros([OUTPUTS, SEEN], ACCUMULATOR)
-        for i in tl.static_range(len(logits)):
+        for i in tl.static_range(KERNEL):
             b_max = tl.maximum(b_max, logits[i])
         b_max = tl.max(b_max, axis=1) * SCALE - largest(dtype)
         rows = ()
-        for i in tl.static_range(len(logits)):
+        for i in tl.static_range(KERNEL):
             b_weight = tl.exp2(logits[i] * SCALE - b_max[:, None])
             b_total += b_weight
             rows = rows + (packed(b_weight, dtype),)
@@ -218,7 +220,7 @@ def forward_band(tensors: Tensors, *, config: Tiles) -> Tensor:
         "SHARED": shared,
         "WIDE": next_power_of_2((shared - 1) * columns + seen),
         "STEP": min(64, 2048 // block(channels)) // seen,
-        "TABLE": next_power_of_2((side + 16 // seen - 1) * side + seen + columns),
+        "TABLE": next_power_of_2((side + 1) * side + seen + columns),
         "BLOCK_CHANNELS": max(8, next_power_of_2(channels)),
         "most_registers": config.most_registers,
     }
