@@ -70,7 +70,7 @@ def _fits(conv: Any, x: Tensor) -> bool:
 
 def _expands(first: Any, conv: Any, x: Tensor) -> bool:
     """Whether one kernel computes conv(GELU(first(x))): no gradients, biases everywhere, shapes that it takes."""
-    if not convolves(first, 1, x.device) or getattr(first, "relu", False) or under_autocast(x):
+    if not convolves(first, 1, x.device) or under_autocast(x):
         return False
     if first.bias is None or conv.bias is None:
         return False

@@ -44,8 +44,11 @@ def convolves(
     dilation: int = 1,
     groups: int = 1,
 ) -> bool:
-    """Whether ``module`` is, ``as_built``, a convolution of stride 1 with "same" zero padding and these options."""
-    return as_built(module, kinds, device) and (
+    """Whether ``module`` is, ``as_built``, a convolution of stride 1 with "same" zero padding and these options.
+
+    One that took the ReLU behind it in inference is not.
+    """
+    return (as_built(module, kinds, device) and not getattr(module, "relu", False)) and (
         (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
         == ((kernel_size,) * 2, (1, 1), (dilation * (kernel_size // 2),) * 2, (dilation,) * 2, groups, "zeros")
     )

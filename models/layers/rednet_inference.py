@@ -52,7 +52,7 @@ class FoldedBottleneck(nn.Module):
         conv = _only_product(self.last, x.device)
         if not as_built(norm, LayerScale, x.device) or norm.bias is None:
             return None
-        if not isinstance(conv, PointwiseConv2d) or conv.bias is None or conv.relu or x.dtype != conv.weight.dtype:
+        if not isinstance(conv, PointwiseConv2d) or conv.bias is None or x.dtype != conv.weight.dtype:
             return None
         second, stride = None, 1
         if not as_built(self.shortcut, nn.Identity):
@@ -80,6 +80,7 @@ def _only_product(layers: nn.Module, device: torch.device | None = None) -> nn.C
         return None
     (conv,) = convs
     plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    plain = plain and not getattr(conv, "relu", False)  # which inference sets where ReLU followed
     return conv if plain and conv.stride[0] == conv.stride[1] else None
 
 

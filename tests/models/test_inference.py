@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 import models
 from kernels import tolerances
-from models.inference import _fold, fold_sequence
-from models.layers import DropPath, GELU2d, LayerScale, ResidualDepthwiseConv2d
+from models.inference import _fold, _join_relu, fold_sequence
+from models.layers import DropPath, GELU2d, LayerScale, PointwiseConv2d, ResidualDepthwiseConv2d
 from models.layers.feed_forward import FeedForwardSequential, feed_forward
 from models.layers.rednet_inference import FoldedBottleneck, PoolThenReLU
 from models.overlock import VARIANTS
@@ -341,6 +341,26 @@ def test_end_of_a_bottleneck(in_channels, stride):
         assert_close(hooked, fused(x), 5e-3)
     assert_close(out, expected, 5e-3)
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("part", ["feed forward", "shortcut"])
+def test_a_relu_that_was_added_stays(part):
+    """Its convolution takes it, whose weights a kernel of more layers then must not read alone."""
+    if part == "shortcut":
+        layers: Any = Bottleneck(32, 16)
+        changed, channels = nn.Sequential(PointwiseConv2d(32, 64, bias=False)), 32
+        layers.downsample = changed
+        layers = _fold(randomise(layers, torch.float32).eval().requires_grad_(False))
+    else:
+        layers = randomise(FeedForwardSequential(*feed_forward(12, 24)), torch.float32).requires_grad_(False)
+        changed, channels = layers, 12
+    changed.append(nn.ReLU())
+    layers, x = layers.to(triton_device()), channels_last(random_tensor(2, channels, 9, 8))
+    expected = layers(x)
+    _join_relu(changed)
+    assert isinstance(changed[-1], nn.Identity)
+    with kernels.use_backend("triton"):
+        assert_close(layers.half()(x.half()), expected, 5e-3)
 
 
 def test_a_whole_model_is_fused():
