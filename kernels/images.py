@@ -85,7 +85,8 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     if channels != inputs or kernel_size * channels >= LONGEST or images == 0 or min(height, width) < kernel_size:
         return False
     small = height * width * max(channels, outputs) < 2**31  # offsets inside an image
-    return small and x.itemsize <= 4 and is_launchable(x) and x.permute(0, 2, 3, 1).is_contiguous()
+    of_floats = x.is_floating_point() and x.itemsize <= 4 and x.device == weight.device
+    return small and of_floats and is_launchable(x) and x.permute(0, 2, 3, 1).is_contiguous()
 
 
 @repeated

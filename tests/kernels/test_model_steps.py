@@ -143,6 +143,8 @@ def test_which_images_fit():
     assert images.fits(x, weight)
     assert not images.fits(x.contiguous(), weight)  # channels first
     assert not images.fits(x.double(), weight.double())
+    assert not images.fits(x.to(torch.uint8), weight)  # which autocast leaves as they are, too
+    assert not images.fits(x, weight.to("meta"))
     assert not images.fits(x[:0], weight)
     assert not images.fits(x[:, :, :6], weight)  # smaller than a window
     assert not images.fits(x, weight.new_zeros(4, 2, 7, 7))
