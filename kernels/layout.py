@@ -29,6 +29,11 @@ def _memory_order(view: Tensor) -> tuple[int, ...]:
     return (0, 1, rows, columns, *channels)
 
 
+def image_last(view: Tensor) -> bool:
+    """Whether an output like this view holds the channels of all groups of a pixel, then those of the next pixel."""
+    return _memory_order(view)[1] == view.dim() - 2
+
+
 def _empty(template: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
     dense = torch.empty([shape[d] for d in order], dtype=template.dtype, device=template.device)
     inverse = sorted(range(len(order)), key=order.__getitem__)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.aggregation.tiles import pitch
 from kernels.dtypes import precision, upcast
 from kernels.launch import ceil_divide, launch
-from kernels.layout import empty_kernel_layout
+from kernels.layout import empty_kernel_layout, image_last
 from kernels.products import dot
 from kernels.registers import apart, shifted, stack, together, unstack
 from kernels.views import View, view
@@ -103,6 +103,7 @@ def fits(g: Tensor, x: Tensor, window: Window) -> bool:
         and g.dtype in (torch.float16, torch.bfloat16)
         and g.shape[1] % 4 == 0
         and channels in (16, 32)
+        and image_last(g)  # not where all pixels are one, as in the gradient of a sum over them
         and all(
             m.stride(2) == 1
             and m.stride(1) == channels

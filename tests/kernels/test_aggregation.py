@@ -57,6 +57,10 @@ def test_small_windows_are_products(size, kernel_size, padding, channels, dtype,
         out = rows.correlate(g, x, window)
     assert [made.kernel.__name__ for made in launched] == ["_bands_kernel"]
     assert_close(out, eager.correlate(g.double(), x.double(), window), FORWARD_TOLERANCE[dtype])
+    for alike in (g[..., :1], g[..., :1, :], g[..., :1, :1]):  # as in the gradient of a sum over pixels
+        alike = alike.expand_as(g)
+        expected = eager.correlate(alike.double(), x.double(), window)
+        assert_close(rows.correlate(alike, x, window), expected, FORWARD_TOLERANCE[dtype])
     monkeypatch.setattr("kernels.dtypes.fits_int32", lambda *_: False)
     assert torch.equal(rows.correlate(g, x.clone(), window), out)
     x[0, 1, 2, size[0] // 2, size[1] // 2] = float("nan")
