@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import interpreting
+from kernels.backend import interpreting, is_hopper
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.layout import channels_fastest
 from kernels.windows import Pair, Window
@@ -211,7 +211,7 @@ def _of_few_features(problem: Problem) -> Config:
         most = 4 if size > 4 else 8
     if not problem.channels_fastest:
         if problem.transposed and not problem.features:
-            most = min(most, 6)
+            most = min(most, 7 if size == 2 and is_hopper() else 6)  # elsewhere registers would be spilled
         channels = min(16, next_power_of_2(problem.channels))
         return Config(_rows(problem, most), 32, channels, 4, 2 if channels > 4 else 1)
     whole = problem.channels == next_power_of_2(problem.channels)
