@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from kernels.backend import is_hopper
+from kernels.backend import exporting, is_hopper
 from kernels.depthwise.fused import LEAST, WIDE, fits, slide, store_row, twice_gelu
 from kernels.dtypes import upcast
 from kernels.launch import ceil_divide, is_plain, launch, next_power_of_2
@@ -29,7 +29,8 @@ from kernels.tuning import repeated
 
 STRIPS, BLOCK = 4, 64  # of a program: strips, and the channels that it computes of each
 INPUTS = 64  # most of them: with more, weights and rows leave shared memory for too few programs
-# The maps of how many programs are cut into bands, of LEAST rows or more; and how many are too few even so.
+# Where there are fewer programs than the first, maps are cut into bands of LEAST rows or more. Where there are fewer
+# than the second even so, the operator is not used.
 PROGRAMS, FEW = 924, 264
 
 
@@ -113,9 +114,11 @@ def _bands(batch: int, outputs: int, height: int, width: int) -> int:
 
 def takes(x: Tensor, outputs: int) -> bool:
     """Whether the operator is for x [B, C, H, W] and so many outputs: large maps of few channels, that ``fused`` could
-    take, on a Hopper; not a batch of a size that PyTorch does not know."""
+    take, on a Hopper. It is not for what is exported, which may run with other batches and on other GPUs."""
     batch, channels, height, width = x.shape
-    if channels > INPUTS or not isinstance(batch, int) or x.itemsize > 2 or not is_hopper() or not fits(x):
+    if exporting() or not isinstance(batch, int) or not is_hopper():
+        return False
+    if channels > INPUTS or x.itemsize > 2 or not fits(x):
         return False
     return outputs % 2 == 0 and outputs * height * width < 2**31 and _bands(batch, outputs, height, width) > 0
 

@@ -201,6 +201,19 @@ def test_which_maps_are_expanded():
         assert not expanded.takes(large(128, 64, 56, 56).contiguous(), 256)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_batch_of_an_exported_program_may_have_any_size(strict, monkeypatch):
+    class Chosen(torch.nn.Module):
+        def forward(self, x):
+            return x + (1 if expanded.takes(x, 256) else 2)
+
+    monkeypatch.setattr(expanded, "fits", lambda _: True)
+    monkeypatch.setattr(expanded, "is_hopper", lambda: True)
+    x, batch = torch.zeros(128, 64, 56, 56, dtype=torch.float16), torch.export.Dim("batch", min=1, max=256)
+    program = torch.export.export(Chosen(), (x,), dynamic_shapes=({0: batch},), strict=strict)
+    assert (program.module()(x[:1]) == 2).all()
+
+
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_twice_differentiable_and_counted(kernel_size):
     shape = (2, 4, 4, 5)
