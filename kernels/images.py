@@ -24,7 +24,7 @@ from kernels.tuning import repeated
 
 ROWS, COLUMNS = 8, 16  # of a program's outputs, which divide the maps of images of 224 pixels
 OUTPUTS = 64  # most channels of a program's outputs
-LONGEST = 64  # of the rows of taps
+LONGEST = 64  # rows of taps are shorter
 
 
 @triton.jit

@@ -83,8 +83,8 @@ def _shifted_by(rows, m_moved, STEP: tl.constexpr, BACK: tl.constexpr):
 
 @triton.jit
 def shifted(rows, o_moved, MOST: tl.constexpr, BACK: tl.constexpr):
-    """MOST - 1 fewer rows: those of ``moved`` that depend on these rows alone, or, where ``BACK`` undoes it, the rows
-    that these came from."""
+    """A tuple of rows, MOST - 1 shorter. Without BACK entry m of row r becomes that of row r + MOST - 1 - o_moved[m],
+    with it that of row r + o_moved[m]. o_moved is from 0 to MOST - 1, and MOST a power of two, 16 at most."""
     for level in tl.static_range(4):
         if MOST >> level > 1:
             rows = _shifted_by(rows, ((o_moved >> level) & 1 == 1)[:, None], 1 << level, BACK)

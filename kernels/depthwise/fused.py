@@ -80,7 +80,8 @@ def load_row(
 
 @triton.jit
 def slide(values, above, here, w, b_bias, COLUMNS: tl.constexpr):
-    """The row above that of ``values`` [COLUMNS + 2], now done; that of ``values`` and the next as far as it goes."""
+    """Adds what a row of inputs, ``values`` [COLUMNS + 2], gives to three rows of outputs: the one above it, which is
+    complete then, the one beside it, and the one below, which begins with the bias."""
     done, left, below = (), (), ()
     for i in tl.static_range(COLUMNS):
         x0, x1, x2 = values[i], values[i + 1], values[i + 2]
@@ -95,7 +96,7 @@ def store_row(
     p_out, done, m_out, o_column, width,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Stores a strip's outputs, the first at ``o_column``, where there are such; gives the sum of their squares."""
+    """Stores a strip's outputs, the first at ``o_column``, as far as the map goes; gives the sum of their squares."""
     b_sum = tl.zeros_like(done[0])
     for i in tl.static_range(COLUMNS):
         m_column = m_out if WHOLE else m_out & (o_column + i < width)
