@@ -12,8 +12,8 @@ from kernels.depthwise.eager import dense
 from kernels.depthwise.op import normed_branches, residual_depthwise_conv2d
 from kernels.dtypes import multiplies
 from models.checks import flag, integer, one_of
-from models.layers.fusion import affine, as_built, convolves, runs_triton, trains
-from models.layers.pointwise import in_16_bits_on_gpu
+from models.layers.fusion import affine, as_built, convolves, trains
+from models.layers.pointwise import in_16_bits_on_gpu, runs_triton
 from models.layers.tracing import leaf
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from kernels.backend import under_autocast
 from models.layers.basic import GELU2d, GlobalResponseNorm
 from models.layers.depthwise import DepthwiseConv2d, ResidualDepthwiseConv2d
-from models.layers.fusion import CONVOLUTIONS, as_built, convolves, runs_triton
-from models.layers.pointwise import HALVES, PointwiseConv2d, padded
+from models.layers.fusion import CONVOLUTIONS, as_built, convolves
+from models.layers.pointwise import HALVES, PointwiseConv2d, padded, runs_triton, wants_gradients
 
 
 class FeedForwardSequential(nn.Sequential):
@@ -75,7 +75,7 @@ def _expands(first: Any, conv: Any, x: Tensor) -> bool:
     if first.bias is None or conv.bias is None:
         return False
     tensors = x, first.weight, first.bias, conv.weight, conv.bias
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if wants_gradients(*tensors):
         return False
     if x.ndim != 4 or x.shape[1] != first.in_channels or first.out_channels != conv.in_channels:
         return False

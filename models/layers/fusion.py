@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from kernels.backend import get_backend, resolve
 from models.layers.pointwise import PaddedConv2d, PointwiseConv2d
 
 # The last two stand for plain tensors while PyTorch traces a model.
@@ -59,11 +58,6 @@ def trains(norm: Any, device: torch.device) -> bool:
     if not as_built(norm, nn.BatchNorm2d, device) or not norm.training or not norm.affine:
         return False
     return norm.running_mean is not None and norm.momentum is not None
-
-
-def runs_triton(x: Tensor) -> bool:
-    """Whether Triton's kernels compute with x here; not inside ``torch.func``'s transforms."""
-    return resolve(get_backend(), x) == "triton"
 
 
 def affine(norm: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kernels.backend import exporting
 from models.layers.basic import GELU2d
-from models.layers.fusion import as_built, runs_triton, trains
-from models.layers.pointwise import in_16_bits_on_gpu
+from models.layers.fusion import as_built, trains
+from models.layers.pointwise import in_16_bits_on_gpu, runs_triton
 
 
 def normed_gelu(norm: nn.Module, x: Tensor) -> Tensor | None:

@@ -88,7 +88,7 @@ class PaddedConv2d(nn.Conv2d):
 
     def _of_images(self, x: Tensor) -> Tensor | None:
         """The result by the kernel for images; None where it does not run."""
-        if x.ndim != 4 or self.in_channels > MULTIPLE or transforming() or resolve(get_backend(), x) != "triton":
+        if x.ndim != 4 or self.in_channels > MULTIPLE or not runs_triton(x):
             return None
         dtype = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else self.weight.dtype
         if dtype not in HALVES or not (under_autocast(x) or x.dtype == dtype):
@@ -112,9 +112,19 @@ def activated(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fa
     """
     if bias is None or rows.dtype != weight.dtype or under_autocast(rows):
         return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (rows, weight, bias)):
+    if wants_gradients(rows, weight, bias):
         return None
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=gelu)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels compute with x here; not inside ``torch.func``'s transforms."""
+    return resolve(get_backend(), x) == "triton"
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether the gradient of any of them may be asked for: kernels for inference have none."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def in_16_bits_on_gpu(x: Any) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kernels.backend import under_autocast
 from models.layers.basic import LayerScale
-from models.layers.fusion import CONVOLUTIONS, affine, as_built, move_bias, runs_triton
-from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d
+from models.layers.fusion import CONVOLUTIONS, affine, as_built, move_bias
+from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d, runs_triton, wants_gradients
 
 
 class FoldedBottleneck(nn.Module):
@@ -66,7 +66,7 @@ class FoldedBottleneck(nn.Module):
         if (x.shape[1], len(norm.bias), skipped.shape[1]) != (conv.in_channels, conv.in_channels, channels):
             return None
         tensors = x, norm.weight.flatten(), norm.bias, conv.weight.flatten(1), conv.bias, skipped, second
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        if wants_gradients(*tensors):
             return None
         return residual_pointwise_conv2d(*tensors, stride) if fits(x, skipped) else None
 
