@@ -3,9 +3,8 @@
 An argument is checked by its own name before it is used to judge another.
 """
 
-import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,39 +87,42 @@ def check_tensors(optional: Sequence[str] = (), /, **tensors: Any) -> tuple[Any,
     return tuple(None if name not in given else given[name].to(common) for name in tensors)
 
 
-def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
-    """``tensor`` has one dimension per word of ``axes``: a number is its own size, a word has the size that ``sizes``
-    gives it or, where it gives none, any, but not 0 (B alone may be 0) and the same wherever the word stands.
+def check_shapes(sizes: Mapping[str, int] | None = None, /, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Each tensor has one dimension per word of its axes; returns what the words stand for. None has no shape.
 
-    ``check_shape("weight", weight, "B G K K H' W'", B=2)`` reads: weight must be [B=2, G, K, K, H', W'].
+    A number is its own size, a word has the size that ``sizes`` or the first tensor with this word gives it: any, but
+    not 0 (B alone may be 0).
+
+    ``check_shapes(x=(x, "B C H W"), weight=(weight, "B G K K H' W'"))``, where x holds two images, reads: weight must
+    be [B=2, G, K, K, H', W'].
     """
-    words, given = _words(axes) if torch.compiler.is_compiling() else _known_words(axes)
-    shape = tensor.shape
-    if len(shape) == len(words):
-        known = {**given, **sizes}
-        for word, size in zip(words, shape, strict=True):
-            wanted = known.get(word)
-            if wanted is None:
-                known[word] = size
-                if not (size > 0 or word == "B"):
-                    break
-            # Two inequalities, because from an equation between sizes a compiler concludes that it may write one as
-            # the other, an output's height as H + 2, and Inductor cannot order strides that are products of such sums.
-            elif not (size <= wanted and size >= wanted):
-                break
-        else:
-            return
-    expected = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
-    raise ValueError(f"{name} must have shape [{expected}], got {list(shape)}")
+    known = dict(sizes or ())
+    for name, (tensor, axes) in tensors.items():
+        if tensor is None:
+            continue
+        words, found = axes.split(), dict(known)
+        if not _fits(tensor.shape, words, found):
+            expected = ", ".join(f"{word}={known[word]}" if word in known else word for word in words)
+            raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+        known = found
+    return known
 
 
-def _words(axes: str) -> tuple[list[str], dict[str, int]]:
-    """The words of a shape, and the sizes of those that are numbers."""
-    words = axes.split()
-    return words, {word: int(word) for word in words if word.isdigit()}
-
-
-_known_words = functools.lru_cache(maxsize=256)(_words)  # Dynamo warns of a cache
+def _fits(shape: Sequence[int], words: list[str], sizes: dict[str, int]) -> bool:
+    """Whether a shape is that of its words; adds those that have no size yet to ``sizes``."""
+    if len(shape) != len(words):
+        return False
+    for word, size in zip(words, shape, strict=True):
+        wanted = int(word) if word.isdigit() else sizes.get(word)
+        if wanted is None:
+            sizes[word] = size
+            if not (size > 0 or word == "B"):
+                return False
+        # Two inequalities, because from an equation between sizes a compiler concludes that it may write one as the
+        # other, an output's height as H + 2, and Inductor cannot order strides that are products of such sums.
+        elif not (size <= wanted and size >= wanted):
+            return False
+    return True
 
 
 def check_window_fits(kernel_size: Pair, dilation: Pair, height: int, width: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
-from kernels.checks import check_shape, check_tensors, check_window_fits, odd_int
+from kernels.checks import check_shapes, check_tensors, check_window_fits, odd_int
 from kernels.contmix import eager
 from kernels.dtypes import at_least_float32
 from kernels.layout import empty_like_layout
@@ -65,16 +65,14 @@ def contmix2d(
     query, key, value, proj_weight, proj_bias, *biases = check_tensors(
         query=query, key=key, value=value, proj_weight=proj_weight, proj_bias=proj_bias, **tables
     )
-    check_shape("query", query, "B G Dq H W")
-    batch, groups, query_channels, height, width = query.shape
-    check_shape("key", key, "B G Dq L", B=batch, G=groups, Dq=query_channels)
-    check_shape("value", value, "B M G Dv H W", B=batch, M=len(sizes), G=groups, H=height, W=width)
-    positions = sum(size**2 for size in sizes)
-    check_shape("proj_weight", proj_weight, "ΣK² L", **{"ΣK²": positions, "L": key.shape[3]})
-    check_shape("proj_bias", proj_bias, "ΣK²", **{"ΣK²": positions})
+    shapes = check_shapes(
+        {"M": len(sizes), "ΣK²": sum(size**2 for size in sizes)},
+        query=(query, "B G Dq H W"), key=(key, "B G Dq L"), value=(value, "B M G Dv H W"),
+        proj_weight=(proj_weight, "ΣK² L"), proj_bias=(proj_bias, "ΣK²"),
+    )  # fmt: skip
     for (name, table), size in zip(tables.items(), sizes, strict=True):
-        check_shape(name, table, "G 2K-1 2K-1", **{"G": groups, "2K-1": 2 * size - 1})
-        check_window_fits((size, size), (1, 1), height, width)
+        check_shapes({"G": shapes["G"], "2K-1": 2 * size - 1}, **{name: (table, "G 2K-1 2K-1")})
+        check_window_fits((size, size), (1, 1), shapes["H"], shapes["W"])
     backend = get_backend()
     if backend == "reference":
         inputs = query, key, value, proj_weight, proj_bias, biases

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
-from kernels.checks import check_shape, check_tensors
+from kernels.checks import check_shapes, check_tensors
 from kernels.depthwise import eager
 from kernels.layout import empty_like_map
 from kernels.registration import operator, without_autocast
@@ -75,15 +75,11 @@ def residual_depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The arguments with autocast applied; an error for those that do not fit together."""
     x, weight, bias = check_tensors(["bias"], x=x, weight=weight, bias=bias)
-    check_shape("x", x, "B C H W")
-    check_shape("weight", weight, "C 1 K K", C=x.shape[1])
-    kernel_size = weight.shape[-1]
+    kernel_size = check_shapes(x=(x, "B C H W"), weight=(weight, "C 1 K K"), bias=(bias, "C"))["K"]
     if kernel_size % 2 == 0:
         raise ValueError(f"weight must have an odd kernel size (the window needs a centre), got {list(weight.shape)}")
     if kernel_size > LARGEST_KERNEL:
         raise ValueError(f"weight must have a kernel size of at most {LARGEST_KERNEL}, got {list(weight.shape)}")
-    if bias is not None:
-        check_shape("bias", bias, "C", C=x.shape[1])
     return x, weight, bias
 
 

@@ -6,7 +6,7 @@ from kernels import reference
 from kernels.aggregation.configs import in_one_piece, slides
 from kernels.aggregation.op import aggregate, algebra
 from kernels.backend import get_backend, resolve
-from kernels.checks import LIMIT, as_int, as_pair, check_shape, check_tensors
+from kernels.checks import LIMIT, as_int, as_pair, check_shapes, check_tensors
 from kernels.dtypes import multiplies
 from kernels.involution import generate
 from kernels.layout import empty_like_layout, empty_like_map
@@ -15,9 +15,11 @@ from kernels.windows import Pair, Window
 
 
 def _checked_window(
-    x: Tensor, kernel_size: Pair, stride: int | Pair, padding: int | Pair | None, dilation: int | Pair
-) -> Window:
-    """The zero-padded window of the options, refused where it has no output."""
+    x: Tensor, kernel_size: Pair, stride: int | Pair, padding: int | Pair | None, dilation: int | Pair,
+    **outputs: tuple[Tensor, str],
+) -> Window:  # fmt: skip
+    """The zero-padded window of the options, refused where it has no output, or others than a tensor of that shape has
+    entries for, which may be because of an even kernel size."""
     strides, dilations = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
     if padding is None:
         paddings = ((kernel_size[0] - 1) * dilations[0] // 2, (kernel_size[1] - 1) * dilations[1] // 2)
@@ -32,22 +34,14 @@ def _checked_window(
             f"a window of {kernel_size} (dilation {dilations}, padding {paddings}) does not fit x of size "
             f"{tuple(x.shape[2:])}: the output would be {height}x{width}"
         )
-    return window
-
-
-def _check_outputs(
-    name: str, tensor: Tensor, axes: str, x: Tensor, window: Window, padding: int | Pair | None, **sizes: int
-) -> None:
-    """``check_shape`` of a tensor with an entry for each output; it says so where an even kernel size is the reason."""
-    height, width = window.output_size(x.shape[2], x.shape[3])
     try:
-        check_shape(name, tensor, axes, **sizes, **{"H'": height, "W'": width})
+        check_shapes({"H'": height, "W'": width}, **outputs)
     except ValueError as error:
-        even = any((k - 1) * d % 2 for k, d in zip(window.kernel_size, window.dilation, strict=True))
-        if padding is not None or not even or tensor.shape[-2:] == (height, width):
+        if padding is not None or not any((k - 1) * d % 2 for k, d in zip(kernel_size, dilations, strict=True)):
             raise
-        why = f"an even kernel size, here {window.kernel_size}, makes the map smaller where no padding is given"
+        why = f"an even kernel size, here {kernel_size}, makes the map smaller where no padding is given"
         raise ValueError(f"{error}: {why}") from None
+    return window
 
 
 def _options(window: Window) -> dict[str, Pair]:
@@ -84,13 +78,12 @@ def involution2d(
     Source: arXiv 2103.06255, equation 4. Differentiable any number of times.
     """
     x, weight = check_tensors(x=x, weight=weight)
-    check_shape("x", x, "B C H W")
-    check_shape("weight", weight, "B G Kh Kw H' W'", B=x.shape[0])
+    kernel = weight, "B G Kh Kw H' W'"
+    check_shapes(x=(x, "B C H W"), weight=kernel)
     channels, groups, kernel_size = x.shape[1], weight.shape[1], (weight.shape[2], weight.shape[3])
     if channels % groups:
         raise ValueError(f"weight has {groups} groups, which must divide the {channels} channels of x")
-    window = _checked_window(x, kernel_size, stride, padding, dilation)
-    _check_outputs("weight", weight, "B G Kh Kw H' W'", x, window, padding)
+    window = _checked_window(x, kernel_size, stride, padding, dilation, weight=kernel)
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.involution2d, x, weight, **_options(window))
@@ -133,15 +126,13 @@ def involution2d_generate(
     """
     x, features, weight, bias = check_tensors(["bias"], x=x, features=features, weight=weight, bias=bias)
     kernel_sizes, groups = as_pair("kernel_size", kernel_size, 1), as_int("groups", groups, 1)
-    check_shape("x", x, "B C H W")
+    outputs = features, "B R H' W'"
+    sizes = check_shapes(x=(x, "B C H W"), features=outputs)
     if x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
-    window = _checked_window(x, kernel_sizes, stride, padding, dilation)
-    _check_outputs("features", features, "B R H' W'", x, window, padding, B=x.shape[0])
-    rows = kernel_sizes[0] * kernel_sizes[1] * groups
-    check_shape("weight", weight, "Kh·Kw·G R", **{"Kh·Kw·G": rows, "R": features.shape[1]})
-    if bias is not None:
-        check_shape("bias", bias, "Kh·Kw·G", **{"Kh·Kw·G": rows})
+    window = _checked_window(x, kernel_sizes, stride, padding, dilation, features=outputs)
+    sizes["Kh·Kw·G"] = kernel_sizes[0] * kernel_sizes[1] * groups
+    check_shapes(sizes, weight=(weight, "Kh·Kw·G R"), bias=(bias, "Kh·Kw·G"))
     backend = get_backend()
     if backend == "reference":
         options = {"kernel_size": kernel_sizes, "groups": groups, **_options(window)}

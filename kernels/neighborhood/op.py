@@ -5,7 +5,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.aggregation.op import aggregate, aggregation_flops, correlate
 from kernels.backend import get_backend, resolve
-from kernels.checks import as_pair, check_shape, check_tensors, check_window_fits, odd_pair
+from kernels.checks import as_pair, check_shapes, check_tensors, check_window_fits, odd_pair
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout, settled
 from kernels.neighborhood import eager
@@ -23,22 +23,18 @@ def kernel_last(tensor: Tensor) -> Tensor:
     return settled(tensor.permute(0, 1, 4, 5, 2, 3).flatten(4))
 
 
-def _checked_window(kernel_size: int | Pair, dilation: int | Pair, height: int, width: int) -> Window:
-    kernel_sizes, dilations = odd_pair("kernel_size", kernel_size), as_pair("dilation", dilation, 1)
-    check_window_fits(kernel_sizes, dilations, height, width)
-    return Window.neighborhood(kernel_sizes, dilations)
+FEATURES, WEIGHTS = "B heads H W D", "B heads H W K²"
 
 
-def _check_attention(name: str, tensor: Tensor, value: Tensor, kernel_size: int | Pair) -> None:
-    kernel_h, kernel_w = odd_pair("kernel_size", kernel_size)
-    batch, heads, height, width, _ = value.shape
-    sizes = {"B": batch, "heads": heads, "H": height, "W": width, "K²": kernel_h * kernel_w}
-    check_shape(name, tensor, "B heads H W K²", **sizes)
-
-
-def _check_rpb(rpb: Tensor, heads: int, kernel_size: Pair) -> None:
-    sizes = {"heads": heads, "2Kh-1": 2 * kernel_size[0] - 1, "2Kw-1": 2 * kernel_size[1] - 1}
-    check_shape("rpb", rpb, "heads 2Kh-1 2Kw-1", **sizes)
+def _checked_window(
+    kernel_size: int | Pair, dilation: int | Pair, rpb: Tensor | None = None, **tensors: tuple[Tensor, str]
+) -> Window:
+    """The window of the options, which must fit the map that the tensors of those shapes have."""
+    (rows, columns), dilations = odd_pair("kernel_size", kernel_size), as_pair("dilation", dilation, 1)
+    sizes = {"K²": rows * columns, "2Kh-1": 2 * rows - 1, "2Kw-1": 2 * columns - 1}
+    sizes = check_shapes(sizes, **tensors, rpb=(rpb, "heads 2Kh-1 2Kw-1"))
+    check_window_fits((rows, columns), dilations, sizes["H"], sizes["W"])
+    return Window.neighborhood((rows, columns), dilations)
 
 
 def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int | Pair = 1) -> Tensor:
@@ -62,9 +58,7 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
     Source: arXiv 2204.07143, equation 3 (NATTEN's ``na2d_av``). Differentiable any number of times.
     """
     attn, value = check_tensors(attn=attn, value=value)
-    check_shape("value", value, "B heads H W D")
-    _check_attention("attn", attn, value, kernel_size)
-    window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
+    window = _checked_window(kernel_size, dilation, value=(value, FEATURES), attn=(attn, WEIGHTS))
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.na2d_av, attn, value, window.kernel_size, window.dilation)
@@ -95,12 +89,7 @@ def na2d_qk(
     Source: arXiv 2204.07143, equation 2 (NATTEN's ``na2d_qk``). Differentiable any number of times.
     """
     query, key, rpb = check_tensors(["rpb"], query=query, key=key, rpb=rpb)
-    check_shape("query", query, "B heads H W D")
-    batch, heads, height, width, channels = query.shape
-    check_shape("key", key, "B heads H W D", B=batch, heads=heads, H=height, W=width, D=channels)
-    window = _checked_window(kernel_size, dilation, query.shape[2], query.shape[3])
-    if rpb is not None:
-        _check_rpb(rpb, query.shape[1], window.kernel_size)
+    window = _checked_window(kernel_size, dilation, rpb, query=(query, FEATURES), key=(key, FEATURES))
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.na2d_qk, query, key, window.kernel_size, window.dilation, rpb)
@@ -134,11 +123,7 @@ def na2d_softmax_av(
     Source: arXiv 2204.07143, equations 2-4; with ContMix's logits, arXiv 2502.20087, equation 3.
     """
     logits, value, rpb = check_tensors(["rpb"], logits=logits, value=value, rpb=rpb)
-    check_shape("value", value, "B heads H W D")
-    _check_attention("logits", logits, value, kernel_size)
-    window = _checked_window(kernel_size, dilation, value.shape[2], value.shape[3])
-    if rpb is not None:
-        _check_rpb(rpb, value.shape[1], window.kernel_size)
+    window = _checked_window(kernel_size, dilation, rpb, value=(value, FEATURES), logits=(logits, WEIGHTS))
     backend = get_backend()
     if backend == "reference":
         options = {"rpb": rpb, "dilation": window.dilation}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.backend import get_backend, resolve
-from kernels.checks import as_int, check_shape, check_tensors
+from kernels.checks import as_int, check_shapes, check_tensors
 from kernels.registration import operator, without_autocast
 
 
@@ -56,17 +56,10 @@ def outlook_attention2d(
         raise TypeError(f"scale must be a real number, got {scale!r}")
     if not -math.inf < scale < math.inf:  # isfinite, which does not trace with a symbolic scale
         raise ValueError(f"scale must be finite, got {scale!r}")
-    check_shape("value", value, "B H W C")
-    batch, height, width, channels = value.shape
-    positions = kernel_size**2
-    sizes = {
-        "B": batch,
-        "h": -(-height // stride),
-        "w": -(-width // stride),
-        "targets": positions,
-        "sources": positions,
-    }
-    check_shape("logits", logits, "B h w heads targets sources", **sizes)
+    sizes = check_shapes(value=(value, "B H W C"))
+    height, width, channels = value.shape[1:]
+    sizes |= {"h": -(-height // stride), "w": -(-width // stride), "targets": kernel_size**2, "sources": kernel_size**2}
+    check_shapes(sizes, logits=(logits, "B h w heads targets sources"))
     heads = logits.shape[3]
     if channels % heads:
         raise ValueError(f"logits have {heads} heads, which must divide the {channels} channels of value")
