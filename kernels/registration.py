@@ -36,7 +36,8 @@ if torch.__version__ < "2.14" and PADDING not in os.environ:
     if imported is not None:
         imported.comprehensive_padding = False
 
-WINDOW = "int[] stride, int[] padding, int[] dilation, bool clamped, str backend"
+# A Window, as ``spelled`` and ``window_of`` translate it.
+WINDOW = "int[] window"
 
 
 def without_autocast(function: Callable[..., Any], first: Tensor, *arguments: Any, **keywords: Any) -> Any:
@@ -270,13 +271,12 @@ def _count(name: str, flops: Callable[..., int] | None) -> None:
         count(lambda *shapes, **_: flops(*shapes))
 
 
-def window_of(kernel_size: Sequence[int], fields: Sequence[Any]) -> Window:
-    """The window of a schema's arguments WINDOW, with a kernel size."""
-    *pairs, clamped, _backend = fields
-    sizes = [(pair[0], pair[1]) for pair in (kernel_size, *pairs)]
-    return Window(*sizes, clamped=clamped)
+def spelled(window: Window) -> list[int]:
+    """The window as WINDOW in a schema, which knows no tuples of tuples."""
+    return [*window.kernel_size, *window.stride, *window.padding, *window.dilation, int(window.clamped)]
 
 
-def fields_of(window: Window, backend: str) -> tuple[Any, ...]:
-    """The window as WINDOW spells it, its kernel size left to the operators that need it."""
-    return list(window.stride), list(window.padding), list(window.dilation), window.clamped, backend
+def window_of(numbers: Sequence[int]) -> Window:
+    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, clamped = numbers
+    pairs = (kernel_h, kernel_w), (stride_h, stride_w), (padding_h, padding_w), (dilation_h, dilation_w)
+    return Window(*pairs, bool(clamped))

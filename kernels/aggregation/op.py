@@ -18,7 +18,7 @@ from kernels.aggregation import eager
 from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
-from kernels.registration import WINDOW, fields_of, operator, window_of
+from kernels.registration import WINDOW, operator, spelled, window_of
 from kernels.windows import Window
 
 
@@ -39,59 +39,60 @@ def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
 
 @operator(
     "aggregate",
-    f"(Tensor weight, Tensor x, {WINDOW}) -> Tensor",
+    f"(Tensor weight, Tensor x, {WINDOW}, str backend) -> Tensor",
     fake=lambda weight, x, *_: empty_like_layout(x, (*x.shape[:3], *weight.shape[4:])),
     flops=lambda weight, x, *_: aggregation_flops(x, weight),
 )
-def _aggregate(weight, x, *fields):
-    window = window_of(weight.shape[2:4], fields)
-    return algebra(fields[-1], window, x, weight).aggregate(weight, x, window)
+def _aggregate(weight, x, window, backend):
+    window = window_of(window)
+    return algebra(backend, window, x, weight).aggregate(weight, x, window)
 
 
 @operator(
     "correlate",
-    f"(Tensor g, Tensor x, int[] kernel_size, {WINDOW}) -> Tensor",
-    fake=lambda g, _x, kernel_size, *_: empty_kernel_layout(g, tuple(kernel_size)),
-    flops=lambda g, _x, kernel_size, *_: 2 * math.prod((*g, *kernel_size)),
+    f"(Tensor g, Tensor x, {WINDOW}, str backend) -> Tensor",
+    fake=lambda g, _x, window, _backend: empty_kernel_layout(g, window_of(window).kernel_size),
+    flops=lambda g, _x, window, _backend: 2 * math.prod((*g, *window_of(window).kernel_size)),
 )
-def _correlate(g, x, kernel_size, *fields):
-    window = window_of(kernel_size, fields)
-    return algebra(fields[-1], window, x, g).correlate(g, x, window)
+def _correlate(g, x, window, backend):
+    window = window_of(window)
+    return algebra(backend, window, x, g).correlate(g, x, window)
 
 
 @operator(
     "transpose",
-    f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}) -> Tensor",
+    f"(Tensor weight, Tensor g, SymInt[] input_size, {WINDOW}, str backend) -> Tensor",
     fake=lambda _weight, g, input_size, *_: empty_like_layout(g, (*g.shape[:3], *input_size)),
     flops=lambda weight, g, *_: aggregation_flops(g, weight),
 )
-def _transpose(weight, g, input_size, *fields):
-    window = window_of(weight.shape[2:4], fields)
-    return algebra(fields[-1], window, g).transpose(weight, g, tuple(input_size), window)
+def _transpose(weight, g, input_size, window, backend):
+    window = window_of(window)
+    return algebra(backend, window, g).transpose(weight, g, tuple(input_size), window)
 
 
+# The arguments that are not named are the window and the backend.
 _aggregate.differentiable(
-    lambda grad, weight, x, *fields: _correlate(grad, x, list(weight.shape[2:4]), *fields),
-    lambda grad, weight, x, *fields: _transpose(weight, grad, list(x.shape[3:]), *fields),
+    lambda grad, weight, x, *rest: _correlate(grad, x, *rest),
+    lambda grad, weight, x, *rest: _transpose(weight, grad, list(x.shape[3:]), *rest),
 )
 _correlate.differentiable(
-    lambda grad, _g, x, _kernel_size, *fields: _aggregate(grad, x, *fields),
-    lambda grad, g, x, _kernel_size, *fields: _transpose(grad, g, list(x.shape[3:]), *fields),
+    lambda grad, _g, x, *rest: _aggregate(grad, x, *rest),
+    lambda grad, g, x, *rest: _transpose(grad, g, list(x.shape[3:]), *rest),
 )
 _transpose.differentiable(
-    lambda grad, weight, g, _input_size, *fields: _correlate(g, grad, list(weight.shape[2:4]), *fields),
-    lambda grad, weight, _g, _input_size, *fields: _aggregate(weight, grad, *fields),
+    lambda grad, weight, g, _input_size, *rest: _correlate(g, grad, *rest),
+    lambda grad, weight, _g, _input_size, *rest: _aggregate(weight, grad, *rest),
 )
 
 
 def aggregate(weight: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)], [B, G, C, H', W'] in the memory order of x."""
-    return _aggregate(weight, x, *fields_of(window, backend))
+    return _aggregate(weight, x, spelled(window), backend)
 
 
 def correlate(g: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
     """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)], [B, G, Kh, Kw, H', W'] in the memory order of g."""
-    return _correlate(g, x, list(window.kernel_size), *fields_of(window, backend))
+    return _correlate(g, x, spelled(window), backend)
 
 
 def aggregation_flops(channels_shape: Sequence[int], kernel_shape: Sequence[int]) -> int:

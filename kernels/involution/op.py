@@ -10,7 +10,7 @@ from kernels.checks import LIMIT, as_int, as_pair, check_shapes, check_tensors
 from kernels.dtypes import multiplies
 from kernels.involution import generate
 from kernels.layout import empty_like_layout, empty_like_map
-from kernels.registration import WINDOW, fields_of, operator, window_of, without_autocast
+from kernels.registration import WINDOW, operator, spelled, window_of, without_autocast
 from kernels.windows import Pair, Window
 
 
@@ -138,7 +138,7 @@ def involution2d_generate(
         options = {"kernel_size": kernel_sizes, "groups": groups, **_options(window)}
         return without_autocast(reference.involution2d_generate, x, features, weight, bias, **options)
     grouped = x.unflatten(1, (groups, x.shape[1] // groups))
-    out = _generate(grouped, features, weight, bias, list(kernel_sizes), *fields_of(window, backend))
+    out = _generate(grouped, features, weight, bias, spelled(window), backend)
     return out.flatten(1, 2)
 
 
@@ -156,12 +156,12 @@ def _flops(x, features, weight, *_) -> int:
 
 @operator(
     "involution_generate",
-    f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size, {WINDOW}) -> Tensor",
+    f"(Tensor x, Tensor features, Tensor weight, Tensor? bias, {WINDOW}, str backend) -> Tensor",
     fake=lambda x, features, *_: empty_like_layout(x, (*x.shape[:3], *features.shape[2:])),
     flops=_flops,
 )
-def _generate(x, features, weight, bias, kernel_size, *fields):
-    window, backend = window_of(kernel_size, fields), fields[-1]
+def _generate(x, features, weight, bias, window, backend):
+    window = window_of(window)
     if _fused(backend, window, x, features):
         from kernels.involution.forward import forward
 
@@ -171,8 +171,8 @@ def _generate(x, features, weight, bias, kernel_size, *fields):
 
 @operator(
     "involution_generate_backward",
-    "(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, int[] kernel_size,"
-    f" {WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, {WINDOW}, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda _grad, x, features, weight, *_: (
         empty_like_layout(x, x.shape),
         empty_like_map(features),
@@ -182,9 +182,9 @@ def _generate(x, features, weight, bias, kernel_size, *fields):
     # Two products for each of the forward pass's; the kernels, generated again, are not counted.
     flops=lambda _grad, *forward: 2 * _flops(*forward),
 )
-def _generate_backward(grad, x, features, weight, bias, kernel_size, *fields):
+def _generate_backward(grad, x, features, weight, bias, window, backend):
     """Gradients of x, features, weight and bias."""
-    window, backend = window_of(kernel_size, fields), fields[-1]
+    window = window_of(window)
     if _fused(backend, window, x, features):
         from kernels.involution.backward import backward
 

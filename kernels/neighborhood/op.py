@@ -9,7 +9,7 @@ from kernels.checks import as_pair, check_shapes, check_tensors, check_window_fi
 from kernels.dtypes import accumulator_dtype
 from kernels.layout import empty_like_layout, settled
 from kernels.neighborhood import eager
-from kernels.registration import operator, without_autocast
+from kernels.registration import WINDOW, operator, spelled, window_of, without_autocast
 from kernels.windows import Pair, Window
 
 
@@ -129,11 +129,7 @@ def na2d_softmax_av(
         options = {"rpb": rpb, "dilation": window.dilation}
         return without_autocast(reference.na2d_softmax_av, logits, value, window.kernel_size, **options)
     maps = kernel_first(logits, window.kernel_size), value.movedim(4, 2)
-    return _softmax_aggregate(*maps, rpb, list(window.dilation), backend)[0].movedim(2, 4)
-
-
-def _window_of(logits: Tensor, dilation: list[int]) -> Window:
-    return Window.neighborhood((logits.shape[2], logits.shape[3]), (dilation[0], dilation[1]))
+    return _softmax_aggregate(*maps, rpb, spelled(window), backend)[0].movedim(2, 4)
 
 
 def _fake_outputs(_logits, value, *_):
@@ -144,23 +140,23 @@ def _fake_outputs(_logits, value, *_):
 
 @operator(
     "softmax_aggregate",
-    "(Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend) -> (Tensor, Tensor)",
+    f"(Tensor logits, Tensor value, Tensor? rpb, {WINDOW}, str backend) -> (Tensor, Tensor)",
     fake=_fake_outputs,
     flops=lambda logits, value, *_: aggregation_flops(value, logits),
 )
-def _softmax_aggregate(logits, value, rpb, dilation, backend):
+def _softmax_aggregate(logits, value, rpb, window, backend):
     """The output, and log Σ_k exp(logits + rpb) [B, G, H, W] in float32 (float64 for float64)."""
     if resolve(backend, value) == "triton":
         from kernels.neighborhood.passes import softmax_aggregate as run
     else:
         run = eager.softmax_aggregate
-    return run(logits, value, rpb, _window_of(logits, dilation))
+    return run(logits, value, rpb, window_of(window))
 
 
 @operator(
     "softmax_aggregate_backward",
-    "(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, int[] dilation, str backend, Tensor out,"
-    " Tensor log_sum_exp) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, {WINDOW}, str backend, Tensor out, Tensor log_sum_exp)"
+    " -> (Tensor, Tensor, Tensor)",
     fake=lambda _grad, logits, value, rpb, *_: (
         empty_like_layout(logits, logits.shape),
         empty_like_layout(value, value.shape),
@@ -169,14 +165,13 @@ def _softmax_aggregate(logits, value, rpb, dilation, backend):
     # As for every backward of two factors: one correlate and one transpose.
     flops=lambda grad, logits, *_: 2 * aggregation_flops(grad, logits),
 )
-def _softmax_aggregate_backward(grad, logits, value, rpb, dilation, backend, out, log_sum_exp):
+def _softmax_aggregate_backward(grad, logits, value, rpb, window, backend, out, log_sum_exp):
     """Gradients of logits, value and rpb; the last is empty where there is no rpb."""
     if resolve(backend, value) == "triton":
         from kernels.neighborhood.passes import softmax_aggregate_backward as run
     else:
         run = eager.softmax_aggregate_backward
-    window = _window_of(logits, dilation)
-    grad_logits, grad_value, grad_rpb = run(grad, logits, value, rpb, out, log_sum_exp, window)
+    grad_logits, grad_value, grad_rpb = run(grad, logits, value, rpb, out, log_sum_exp, window_of(window))
     return grad_logits, grad_value, value.new_empty(0) if grad_rpb is None else grad_rpb
 
 
