@@ -29,7 +29,6 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from autotune.kernel_cases import cases
 from autotune.precompile import build, described
 from autotune.tables import Table, settings_text
 from autotune.workloads import Workload
@@ -164,10 +163,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _reports(arguments: argparse.Namespace, console: Console) -> tuple[list[Report], list[str]]:
     """The reports of all that builds, and a line for each kernel that does not."""
+    from autotune.kernel_cases import cases
+
+    if not any(arguments.only in name for name in cases()):
+        raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {'; '.join(cases())}")
     work = [
         (name, launch, config, architecture)
         for dtype in arguments.dtype
-        for name, found in cases().items()
+        for name, found in cases(DTYPES[dtype]).items()
         if arguments.only in name
         for workload in found
         for launch, config in _launches(workload, DTYPES[dtype], arguments.every_config)
@@ -198,11 +201,9 @@ def _launches(workload: Workload, dtype: torch.dtype, every_config: bool = False
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console, known = Console(stderr=arguments.json, highlight=False), list(cases())
+    console = Console(stderr=arguments.json, highlight=False)
     if not triton_installed() or os.environ.get("TRITON_INTERPRET") == "1":
         raise CommandError("compile needs Triton's compiler: install triton, and leave TRITON_INTERPRET unset")
-    if not any(arguments.only in name for name in known):
-        raise CommandError(f"--only: no case contains {arguments.only!r}; there are: {'; '.join(known)}")
     reports, failures = _reports(arguments, console)
     if arguments.json:
         print(json.dumps({"reports": [asdict(report) for report in reports], "failures": failures}, indent=1))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from autotune import timing
-from autotune.kernel_cases import cases
 from autotune.measure import one_line
 from autotune.tables import Table
 from autotune.tunables import stored_entries
@@ -34,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def workloads_of(device: torch.device) -> list[Workload]:
     """Operators that launch every kernel between them."""
     if device.type == "cuda":
+        from autotune.kernel_cases import cases
+
         return [*benchmark_workloads(), *(workload for found in cases().values() for workload in found)]
     # Windows that outputs share, large ones of an output's own, one that is too large for rows to slide, and a
     # depthwise convolution of so large a map and kernel that the kernels for it have configs.

@@ -46,7 +46,8 @@ class Workload:
     """One operator at one shape of one model.
 
     ``inputs`` maps each tensor argument to its ``Input`` (a tuple of them where the argument is a tuple of tensors),
-    ``options`` holds the other arguments.
+    ``options`` holds the other arguments. A ``part`` of a model that is no public operator brings its own function;
+    what is not ``trained`` has no backward pass.
     """
 
     operator: str
@@ -55,6 +56,8 @@ class Workload:
     inputs: Mapping[str, Any]
     output: tuple[int, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    part: Callable[..., Any] | None = None
+    trained: bool = True
 
     @property
     def name(self) -> str:
@@ -64,6 +67,11 @@ class Workload:
     def facts(self) -> dict[str, Any]:
         """What a row of results says of it."""
         return {"name": self.name, "operator": self.operator, "model": self.model, "shape": self.shape}
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What is run, of the inputs by name."""
+        return self.part or functools.partial(getattr(kernels, self.operator), **self.options)
 
     def draw_inputs(self, dtype: torch.dtype, device: torch.device) -> Inputs:
         """Random tensors that require gradients, the same every time on the same device."""
@@ -87,16 +95,16 @@ class Workload:
 
         ``function`` of the same inputs stands in for the operator, ``backend`` for the one that is selected.
         """
-        function = function or functools.partial(getattr(kernels, self.operator), **self.options)
         with kernels.use_backend(backend or kernels.get_backend()), torch.set_grad_enabled(gradient is not None):
-            out = function(**inputs)
+            out = (function or self.function)(**inputs)
         if gradient is None:
             return [out]
         return [out.detach(), *torch.autograd.grad(out, tree_leaves(inputs), gradient)]
 
     def call(self, dtype: torch.dtype, device: torch.device) -> Callable[[], list[Tensor]]:
-        """A forward and backward pass on random tensors."""
-        return functools.partial(self.run, self.draw_inputs(dtype, device), self.draw_gradient(dtype, device))
+        """A forward and, where it is trained, a backward pass on random tensors."""
+        gradient = self.draw_gradient(dtype, device) if self.trained else None
+        return functools.partial(self.run, self.draw_inputs(dtype, device), gradient)
 
     @property
     def multiply_adds(self) -> int:

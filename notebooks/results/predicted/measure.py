@@ -17,26 +17,37 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-import kernels
 from autotune import timing
+from autotune.kernel_cases import branches, expanded, gelu, image
 from autotune.measure import one_line
 from autotune.workloads import Workload, channels_last, depthwise, operator_workloads
 from kernels.files import write_json
+from models.layers import DilatedReparamBlock
 from notebooks.results.folder import case_of
 
 RUNS = 9
 CACHE = 512 << 20  # bytes; several times any L2
 
 
+def parts() -> dict[str, Workload]:
+    """3×3 depthwise convolutions, as training has them, and what of models has kernels of its own."""
+    small = ((224, 56), (768, 14))
+    found = {f"fused.{side}": gelu(128, channels, side) for channels, side in small}
+    found |= {f"depthwise3.{side}": depthwise("OverLoCK-XT", 128, c, (side, side), 3) for c, side in small}
+    found |= {"expanded.56": expanded(128, 56, 224, 56), "images.28": image(128, 28, 3), "images.64": image(128, 64, 7)}
+    for channels, side, kernel_size in ((56, 56, 17), (112, 28, 15), (256, 14, 13), (336, 7, 7)):
+        sizes = zip((kernel_size, 1), *DilatedReparamBlock.BRANCHES[kernel_size], strict=True)
+        found[f"branches.{side}"] = branches(128, channels, side, *sizes)
+    return found
+
+
 def cases() -> dict[str, Workload]:
     """Every operator at the models' shapes, where maps lie channels last the other way, too; ContMix on a large one;
-    and 3×3 depthwise convolutions, as training has them."""
+    and the parts of models."""
     large = [found for found in operator_workloads(2, (800, 1280)) if found.operator == "contmix2d"]
     found = {case_of(workload.operator, workload.shape): workload for workload in (*operator_workloads(128), large[0])}
     last = {name.removesuffix(".last"): case for name, case in found.items() if name.endswith(".last")}
-    small = ((224, 56), (768, 14))
-    found |= {f"depthwise3.{side}": depthwise("OverLoCK-XT", 128, c, (side, side), 3) for c, side in small}
-    return found | {name: channels_last(case, False) for name, case in last.items()}
+    return found | parts() | {name: channels_last(case, False) for name, case in last.items()}
 
 
 def kernel_times(call: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
@@ -82,12 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             inputs = workload.draw_inputs(torch.bfloat16, device)
             gradient = workload.draw_gradient(torch.bfloat16, device)
-            out = getattr(kernels, workload.operator)(**inputs, **workload.options)
-            leaves = tree_leaves(inputs)
-            passes = {
-                "forward": functools.partial(workload.run, inputs),
-                "backward": functools.partial(torch.autograd.grad, out, leaves, gradient, retain_graph=True),
-            }
+            passes: dict[str, Callable[[], Any]] = {"forward": functools.partial(workload.run, inputs)}
+            if workload.trained:
+                out, leaves = workload.function(**inputs), tree_leaves(inputs)
+                passes["backward"] = functools.partial(torch.autograd.grad, out, leaves, gradient, retain_graph=True)
             for kind, call in passes.items():
                 found = kernel_times(call, device)
                 total = sum(time for _, time in found)
