@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from models.layers.basic import DropPath, GELU2d, GlobalResponseNorm, LayerNorm2d, LayerScale, SqueezeExcite, add_scaled
 from models.layers.contmix import ContMix
 from models.layers.depthwise import DepthwiseConv2d, DilatedReparamBlock, ResidualDepthwiseConv2d
-from models.layers.feed_forward import FeedForwardSequential, feed_forward
 from models.layers.fusion import as_built, last_convolution, move_bias
-from models.layers.normed import NormedSequential
 from models.layers.pointwise import PaddedConv2d, PointwiseConv2d
+from models.layers.sequence import FusedSequential, feed_forward
 from models.layers.tracing import leaf
 
 
@@ -22,7 +21,7 @@ def stem(in_chans: int, channels: int) -> nn.Sequential:
     for inputs, outputs, stride in ((in_chans, half, 2), (half, half, 1), (half, channels, 2), (channels, channels, 1)):
         conv = PaddedConv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(outputs), GELU2d()]
-    return NormedSequential(*layers[:-1])
+    return FusedSequential(*layers[:-1])
 
 
 def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -61,7 +60,7 @@ class RepConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dwconv = ResidualDepthwiseConv2d(channels)
-        self.proj = FeedForwardSequential(
+        self.proj = FusedSequential(
             LayerNorm2d(channels, eps=1e-6),
             DilatedReparamBlock(channels, kernel_size, merged=reparam),
             nn.BatchNorm2d(channels),
@@ -105,7 +104,7 @@ class DynamicConvBlock(ContMix):
         self.h_scale = None if first else LayerScale(context_channels)
         self.dwconv1 = ResidualDepthwiseConv2d(width)
         self.norm1 = LayerNorm2d(width, eps=1e-6)
-        self.fusion = NormedSequential(
+        self.fusion = FusedSequential(
             DepthwiseConv2d(width, 3),
             nn.BatchNorm2d(width),
             GELU2d(),
@@ -119,7 +118,7 @@ class DynamicConvBlock(ContMix):
         self.proj = nn.Sequential(nn.BatchNorm2d(channels), PointwiseConv2d(channels, width))
         self.dwconv2 = ResidualDepthwiseConv2d(width)
         self.norm2 = LayerNorm2d(width, eps=1e-6)
-        self.mlp = FeedForwardSequential(*feed_forward(width, 3 * channels))
+        self.mlp = FusedSequential(*feed_forward(width, 3 * channels))
         self.ls1 = LayerScale(width)
         self.ls2 = LayerScale(width)
         self.drop_path = DropPath(drop_path)
@@ -148,4 +147,4 @@ class DynamicConvBlock(ContMix):
 def _move_shift(scale: Any, branch: Any) -> None:
     """Lets the branch's last convolution (or layer scale) add the shift of ``scale``: their outputs are summed."""
     if as_built(scale, LayerScale):
-        move_bias(scale, branch if as_built(branch, LayerScale) else last_convolution(branch, FeedForwardSequential))
+        move_bias(scale, branch if as_built(branch, LayerScale) else last_convolution(branch, FusedSequential))

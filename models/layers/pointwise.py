@@ -110,9 +110,7 @@ def activated(rows: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fa
 
     None where there is no such kernel: without a bias, with gradients, of several types.
     """
-    if bias is None or rows.dtype != weight.dtype or under_autocast(rows):
-        return None
-    if wants_gradients(rows, weight, bias):
+    if bias is None or not infers(rows, weight, bias):
         return None
     return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=gelu)
 
@@ -122,9 +120,12 @@ def runs_triton(x: Tensor) -> bool:
     return resolve(get_backend(), x) == "triton"
 
 
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether the gradient of any of them may be asked for: kernels for inference have none."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def infers(*tensors: Tensor | None) -> bool:
+    """Whether a kernel that has no derivative may take the tensors: nobody may ask for a gradient, nothing is cast."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    return not under_autocast(given[0]) and all(tensor.dtype == given[0].dtype for tensor in given)
 
 
 def in_16_bits_on_gpu(x: Any) -> bool:

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.backend import under_autocast
 from models.layers.basic import LayerScale
 from models.layers.fusion import CONVOLUTIONS, affine, as_built, move_bias
-from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d, runs_triton, wants_gradients
+from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d, infers, runs_triton
 
 
 class FoldedBottleneck(nn.Module):
@@ -44,15 +43,14 @@ class FoldedBottleneck(nn.Module):
 
         None where it does not run: with gradients, beyond 16 bits and GPUs, and where a layer is not as built.
         """
-        if not isinstance(x, Tensor):  # torch.fx records what is called
-            return None
-        if x.dtype not in HALVES or under_autocast(x) or not runs_triton(x):
+        # Not where torch.fx records what is called.
+        if not isinstance(x, Tensor) or x.dtype not in HALVES or not runs_triton(x):
             return None
         norm: Any = self.norm
         conv = _only_product(self.last, x.device)
         if not as_built(norm, LayerScale, x.device) or norm.bias is None:
             return None
-        if not isinstance(conv, PointwiseConv2d) or conv.bias is None or x.dtype != conv.weight.dtype:
+        if not isinstance(conv, PointwiseConv2d) or conv.bias is None:
             return None
         second, stride = None, 1
         if not as_built(self.shortcut, nn.Identity):
@@ -66,9 +64,7 @@ class FoldedBottleneck(nn.Module):
         if (x.shape[1], len(norm.bias), skipped.shape[1]) != (conv.in_channels, conv.in_channels, channels):
             return None
         tensors = x, norm.weight.flatten(), norm.bias, conv.weight.flatten(1), conv.bias, skipped, second
-        if wants_gradients(*tensors):
-            return None
-        return residual_pointwise_conv2d(*tensors, stride) if fits(x, skipped) else None
+        return residual_pointwise_conv2d(*tensors, stride) if infers(*tensors) and fits(x, skipped) else None
 
 
 def _only_product(layers: nn.Module, device: torch.device | None = None) -> nn.Conv2d | None:

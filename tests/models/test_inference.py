@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import models
-from kernels import tolerances
-from models.inference import _fold, _join_relu, fold_sequence
-from models.layers import DropPath, GELU2d, LayerScale, PointwiseConv2d, ResidualDepthwiseConv2d
-from models.layers.feed_forward import FeedForwardSequential, feed_forward
+from models.inference import _fold, _join_relu
+from models.layers import DropPath, LayerScale, PointwiseConv2d, ResidualDepthwiseConv2d
 from models.layers.rednet_inference import FoldedBottleneck, PoolThenReLU
-from models.overlock import VARIANTS
+from models.layers.sequence import FusedSequential, feed_forward
 from models.rednet import Bottleneck, RedNet
 from models.volo import VOLO
 from tests.models.families import FAMILIES, FAMILY, fill, images, narrow, on_meta
@@ -30,7 +27,6 @@ from tests.support import (
     names_of,
     random_tensor,
     randomise,
-    trained,
     triton_device,
     watching,
 )
@@ -41,8 +37,7 @@ EXACT = 1e-12  # folding is algebra: in float64 only the order of the roundings 
 # OVERLOCK_B and VOLO_D5 have the depths and heads of a large variant, at the least possible width.
 SHALLOW = {"depth": (1, 1, 1, 1), "sub_depth": (2, 2)}
 DEPTHS: dict[str, Any] = {"overlock": SHALLOW, "rednet": {"depths": (1, 2, 1, 1)}}
-HEADS = VARIANTS["b"]["sub_num_heads"]
-OVERLOCK_B = {**VARIANTS["b"], "embed_dim": (8, 8, 4 * HEADS[0], 4 * HEADS[1])}
+OVERLOCK_B = {"depth": (8, 8, 10, 4), "sub_depth": (20, 4), "embed_dim": (8, 8, 24, 36), "sub_num_heads": (6, 9)}
 VOLO_D5 = {"layers": (12, 12, 20, 4), "embed_dims": (24, 32), "num_heads": (12, 16), "mlp_ratio": 4.0, "stem_dim": 32}
 
 
@@ -249,64 +244,6 @@ def test_refusals(family):
 # ---- what a GPU runs in fewer passes: here in Triton's interpreter, in float16, against the layers by themselves
 
 
-@pytest.mark.parametrize("side", [3, 9])  # the norm scales the map, or the projection's weights
-@pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("expanded", [False, True])  # from the 1×1 convolution on, as large maps are
-def test_feed_forward(side, folded, expanded, monkeypatch):
-    monkeypatch.setattr("kernels.depthwise.expanded.FEW", 0 if expanded else 100)
-    layers: Any = FeedForwardSequential(*feed_forward(12, 24))
-    layers = randomise(layers, torch.float32).requires_grad_(False).to(triton_device())
-    if folded:
-        layers[2] = layers[2].folded()
-        fold_sequence(layers)
-        assert layers[3].beta is None
-    x = channels_last(random_tensor(2, 12, side, side))
-    expected = layers(x)  # float32: PyTorch's layers
-    with kernels.use_backend("triton"), watching() as launched:
-        out = layers.half()(x.half())
-        layers[1] = GELU2d("tanh")  # not the kernel's
-        layers(x.half())
-    first, *rest = launched
-    assert first.kernel.__name__ == ("expanded_kernel" if expanded else "fused_kernel")
-    assert not any(made.arguments["GELU"] for made in rest)
-    assert_close(out, expected, 3e-3)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    layers[1] = GELU2d()
-    with kernels.use_backend("triton"), watching() as launched:
-        layers(x.half().requires_grad_())  # by a kernel that has a derivative
-    assert launched[0].kernel.__name__ == "fused_kernel"
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, kernels.use_backend("triton"):
-        assert layers(mode.from_tensor(x.half())).stride() == out.stride()
-
-
-@pytest.mark.parametrize("side", [3, 9])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_training_of_a_feed_forward(side, dtype):
-    """Output and gradients, without and under autocast, against float64; a channel of zeros has a gradient, too."""
-    exact: Any = randomise(FeedForwardSequential(*feed_forward(12, 24)), torch.float64).to(triton_device())
-    with torch.no_grad():
-        exact[0].weight[3], exact[0].bias[3], exact[2].bias[3] = 0, 0, 0
-    x = channels_last(random_tensor(2, 12, side, side))
-    grad = channels_last(random_tensor(2, 12, side, side))
-    expected = trained(exact, x.double(), grad)
-    found = trained(copy.deepcopy(exact).to(dtype), x.to(dtype), grad, "triton")
-    assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
-    with torch.autocast(DEVICE, dtype), watching() as launched:  # what comes may be float32, as from a layer norm
-        found = trained(copy.deepcopy(exact).float(), x, grad, "triton")
-    assert [names_of(launched)[name] for name in ("fused_kernel", "gradients_kernel")] == [1, 1]
-    assert_close(found, expected, tolerances.GRADIENT[dtype] * 3)
-
-
-def test_a_feed_forward_of_other_channels_launches_nothing():
-    """A kernel would read beside the weights, where PyTorch has an error."""
-    layers = FeedForwardSequential(*feed_forward(12, 24)[1:]).to(triton_device()).half()
-    x = channels_last(random_tensor(1, 32, 9, 9).half())
-    refused = pytest.raises((RuntimeError, ValueError), match=r"channels|weight must have shape")
-    with kernels.use_backend("triton"), watching() as launched, refused:
-        layers(x)
-    assert not launched
-
-
 def test_a_bottleneck_whose_parameters_learn_again():
     """The kernel of its end has no gradients."""
     block: Any = randomise(Bottleneck(64, 16), torch.float32).eval().to(triton_device()).requires_grad_(False)
@@ -352,7 +289,7 @@ def test_a_relu_that_was_added_stays(part):
         layers.downsample = changed
         layers = _fold(randomise(layers, torch.float32).eval().requires_grad_(False))
     else:
-        layers = randomise(FeedForwardSequential(*feed_forward(12, 24)), torch.float32).requires_grad_(False)
+        layers = randomise(FusedSequential(*feed_forward(12, 24)), torch.float32).requires_grad_(False)
         changed, channels = layers, 12
     changed.append(nn.ReLU())
     layers, x = layers.to(triton_device()), channels_last(random_tensor(2, channels, 9, 8))
@@ -361,16 +298,3 @@ def test_a_relu_that_was_added_stays(part):
     assert isinstance(changed[-1], nn.Identity)
     with kernels.use_backend("triton"):
         assert_close(layers.half()(x.half()), expected, 5e-3)
-
-
-def test_a_whole_model_is_fused():
-    triton_device()
-    model = fill(narrow("overlock")).eval()
-    fused = models.optimize_for_inference(model)
-    parts = [type(layer) for layer in fused.modules()].count(FeedForwardSequential)
-    x = images(2, 3, 64, 64)
-    with torch.no_grad(), kernels.use_backend("triton"):
-        with watching() as launched:
-            out = fused.half()(x.half())
-        assert_close(out, model(x), 1e-2)
-    assert [made.arguments.get("GELU") for made in launched].count(True) == parts > 0
