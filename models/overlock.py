@@ -8,8 +8,6 @@ unchanged. Three defects of that code are mended: its ``*_reparam`` models drop 
 sizes never load weights, and a map smaller than the kernel can be enlarged to one pixel too few.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,13 +78,12 @@ class OverLoCK(BackboneContract):
         d0, d1, d2, d3 = embed_dim = integers("embed_dim", embed_dim, 4, 2)
         sub_num_heads = integers("sub_num_heads", sub_num_heads, 2)
         kernel_size = integers("kernel_size", kernel_size, 4)
-        for i, heads in enumerate(sub_num_heads):
-            width = embed_dim[2 + i]
+        for i, (width, heads) in enumerate(zip(embed_dim[2:], sub_num_heads, strict=True)):
             if width % (4 * heads):
                 raise ValueError(f"embed_dim[{2 + i}] must be a multiple of 4·sub_num_heads[{i}], got {width}, {heads}")
         reparam, context = flag("reparam", reparam), d3 // 4
-        modules, widths = ("blocks1", "blocks2", "sub_blocks3", "sub_blocks4"), (d0, d1, d2 + context, d3 + context)
-        maps = list(zip(modules, widths, (4, 8, 16, 32), strict=True))
+        widths = d0, d1, d2 + context, d3 + context
+        maps = list(zip(("blocks1", "blocks2", "sub_blocks3", "sub_blocks4"), widths, (4, 8, 16, 32), strict=True))
         super().__init__(maps, num_classes, in_chans, drop_path_rate, features_only, out_indices)
         if not flag("context_skip", context_skip) and not features_only:
             raise ValueError("context_skip=False needs features_only=True: a classifier returns no maps")
@@ -116,18 +113,13 @@ class OverLoCK(BackboneContract):
             self._norm_maps((*widths, d3), context_skip)
             self._leave_out_unused()
         else:
-            self.head_hidden_size = 1024
-            self.classifiers = {"head.4": self.head_hidden_size, "aux_head.2": d3}
-            self.aux_head = nn.Sequential(
-                nn.BatchNorm2d(d3), nn.AdaptiveAvgPool2d(1), self.make_classifier(d3, self.num_classes)
-            )
-            self.head = nn.Sequential(
-                PointwiseConv2d(d3 + context, self.head_hidden_size, bias=False),
-                nn.BatchNorm2d(self.head_hidden_size),
-                nn.SiLU(),
-                nn.AdaptiveAvgPool2d(1),
-                self.make_classifier(self.head_hidden_size, self.num_classes),
-            )
+            self.head_hidden_size = hidden = 1024
+            self.classifiers = {"head.4": hidden, "aux_head.2": d3}
+            pool, classify = nn.AdaptiveAvgPool2d(1), self.make_classifier(d3, self.num_classes)
+            self.aux_head = nn.Sequential(nn.BatchNorm2d(d3), pool, classify)
+            widen = PointwiseConv2d(d3 + context, hidden, bias=False), nn.BatchNorm2d(hidden), nn.SiLU()
+            pool, classify = nn.AdaptiveAvgPool2d(1), self.make_classifier(hidden, self.num_classes)
+            self.head = nn.Sequential(*widen, pool, classify)
         initialise(self, nn.Conv2d, nn.init.trunc_normal_, std=0.02)
 
     def _norm_maps(self, widths: Sequence[int], context_skip: bool) -> None:
@@ -222,7 +214,7 @@ class OverLoCK(BackboneContract):
         if self.classifiers:
             self.aux_head.requires_grad_(False)  # DistributedDataParallel waits for every gradient that is required
 
-    def reparam(self) -> OverLoCK:
+    def reparam(self) -> "OverLoCK":
         """Merges every dilated branch into its large kernel, in place: the ``*_reparam`` form, with the same logits.
 
         This cannot be undone: the batch norms' running statistics become a part of the merged kernels.
@@ -266,8 +258,7 @@ class OverLoCK(BackboneContract):
 
     def no_weight_decay(self) -> set[str]:
         """Relative position biases, and scales and shifts that are not stored as vectors."""
-        kept = {"rpb1", "rpb2", "gamma", "beta"}
-        names = {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in kept}
+        names = {name for name, _ in self.named_parameters() if name.endswith((".rpb1", ".rpb2", ".gamma", ".beta"))}
         return names | {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, LayerScale)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -283,24 +274,21 @@ class OverLoCK(BackboneContract):
         }
 
 
-RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1"
-VARIANTS: dict[str, dict[str, Any]] = {
-    name: dict(zip(("depth", "sub_depth", "embed_dim", "sub_num_heads", "drop_path_rate"), row, strict=True))
-    for name, row in {
-        "xt": ((2, 2, 3, 2), (6, 2), (56, 112, 256, 336), (4, 6), 0.1),
-        "t": ((4, 4, 6, 2), (12, 2), (64, 128, 256, 512), (4, 8), 0.15),
-        "s": ((6, 6, 8, 3), (16, 3), (64, 128, 320, 512), (8, 16), 0.4),
-        "b": ((8, 8, 10, 4), (20, 4), (80, 160, 384, 576), (6, 9), 0.5),
-    }.items()
+VARIANTS: dict[str, tuple[Any, ...]] = {  # size -> its options, and what is published of it
+    "xt": ((2, 2, 3, 2), (6, 2), (56, 112, 256, 336), (4, 6), 0.1, Published(16, 2.6, 82.7)),
+    "t": ((4, 4, 6, 2), (12, 2), (64, 128, 256, 512), (4, 8), 0.15, Published(33, 5.5, 84.2)),
+    "s": ((6, 6, 8, 3), (16, 3), (64, 128, 320, 512), (8, 16), 0.4, Published(56, 9.7, 84.8)),
+    "b": ((8, 8, 10, 4), (20, 4), (80, 160, 384, 576), (6, 9), 0.5, Published(95, 16.7, 85.1)),
 }
-PUBLISHED = {"xt": (16, 2.6, 82.7), "t": (33, 5.5, 84.2), "s": (56, 9.7, 84.8), "b": (95, 16.7, 85.1)}
 
 
 def _variant(size: str, form: str = "") -> Callable[..., OverLoCK]:
     title = f"OverLoCK-{size.upper()}{', its dilated branches merged for inference' if form else ''}"
-    url = f"{RELEASE}/overlock_{size}_in1k_224{form}.pth"
+    url = f"https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_{size}_in1k_224{form}.pth"
     config = pretrained_config(url=url, classifier=("head.4", "aux_head.2"), first_conv="patch_embed1.0")
-    options, published = {**VARIANTS[size], "reparam": bool(form)}, Published(*PUBLISHED[size])
+    *values, published = VARIANTS[size]
+    options: dict[str, Any] = {"reparam": bool(form)}
+    options.update(zip(("depth", "sub_depth", "embed_dim", "sub_num_heads", "drop_path_rate"), values, strict=True))
     return variant(OverLoCK, f"overlock_{size}{form}", title, options, config, published=published)
 
 

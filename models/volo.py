@@ -265,28 +265,24 @@ def _config(size: str, img_size: tuple[int, int]) -> dict[str, Any]:
     )
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    name: dict(zip(("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim"), row, strict=True))
-    for name, row in {
-        "d1": ((4, 4, 8, 2), (192, 384), (6, 12), 3.0, 64),
-        "d2": ((6, 4, 10, 4), (256, 512), (8, 16), 3.0, 64),
-        "d3": ((8, 8, 16, 4), (256, 512), (8, 16), 3.0, 64),
-        "d4": ((8, 8, 16, 4), (384, 768), (12, 16), 3.0, 64),
-        "d5": ((12, 12, 20, 4), (384, 768), (12, 16), 4.0, 128),
-    }.items()
+VARIANTS: dict[str, tuple[Any, ...]] = {  # its options, and what is published of it
+    "d1": ((4, 4, 8, 2), (192, 384), (6, 12), 3.0, 64, Published(26.6, 6.8, 84.2)),
+    "d2": ((6, 4, 10, 4), (256, 512), (8, 16), 3.0, 64, Published(58.7, None, 85.2)),
+    "d3": ((8, 8, 16, 4), (256, 512), (8, 16), 3.0, 64, Published(86.3, None, 85.4)),
+    "d4": ((8, 8, 16, 4), (384, 768), (12, 16), 3.0, 64, Published(193, None, 85.7)),
+    "d5": ((12, 12, 20, 4), (384, 768), (12, 16), 4.0, 128, Published(295.5, None, 86.1)),
 }
 
 
-def _variant(size: str, published: Published | None = None) -> Callable[..., VOLO]:
+def _variant(size: str) -> Callable[..., VOLO]:
     def config_of(model: VOLO) -> dict[str, Any]:
         return _config(size, model.img_size)
 
+    *values, published = VARIANTS[size]
+    options: dict[str, Any] = {}
+    options.update(zip(("layers", "embed_dims", "num_heads", "mlp_ratio", "stem_dim"), values, strict=True))
     config = _config(size, (224, 224))
-    return variant(VOLO, f"volo_{size}", f"VOLO-{size.upper()}", VARIANTS[size], config, config_of, published)
+    return variant(VOLO, f"volo_{size}", f"VOLO-{size.upper()}", options, config, config_of, published)
 
 
-volo_d1 = _variant("d1", Published(26.6, 6.8, 84.2))
-volo_d2 = _variant("d2", Published(58.7, None, 85.2))
-volo_d3 = _variant("d3", Published(86.3, None, 85.4))
-volo_d4 = _variant("d4", Published(193, None, 85.7))
-volo_d5 = _variant("d5", Published(295.5, None, 86.1))
+volo_d1, volo_d2, volo_d3, volo_d4, volo_d5 = map(_variant, VARIANTS)
