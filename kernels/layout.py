@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.dtypes import accumulator_dtype
+
 
 def channels_fastest(view: Tensor) -> bool:
     """Whether neighbouring addresses hold neighbouring channels (or window positions), not neighbouring pixels."""
@@ -48,6 +50,12 @@ def empty_like_layout(template: Tensor, shape: Sequence[int]) -> Tensor:
 def empty_like_map(x: Tensor) -> Tensor:
     """Dense, uninitialised tensor like x [B, C, H, W], in its memory order."""
     return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+
+
+def empty_softmax_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised output like value [B, ..., C, H, W], and log Σ exp [B, ..., H, W] as wide as an accumulator."""
+    statistics = value.new_empty((*value.shape[:-3], *value.shape[-2:]), dtype=accumulator_dtype(value.dtype))
+    return empty_like_layout(value, value.shape), statistics
 
 
 def empty_kernel_layout(g: Tensor, kernel_size: tuple[int, int]) -> Tensor:

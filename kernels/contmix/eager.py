@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.aggregation.eager_tiles import Step
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, empty_softmax_outputs
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
 from kernels.parallel import Part, alone
 from kernels.windows import Window
@@ -31,27 +31,21 @@ class _MadeLogits(NamedTuple):
     grad_query: Tensor  # [B, G, Dq, H, W]
     grad_keys: Tensor  # like keys
 
-    def _factors(self, step: Step) -> tuple[Tensor, Tensor]:
+    def _factors(self, part: Part, step: Step) -> tuple[Tensor, Tensor]:
         """Of a step: queries [b·g·n, Dq + 1, R·T] and keys [b·g·n, Dq + 1, K²]."""
-        keys = self.keys[step.maps].unsqueeze(2)
-        return step.features(self.query), keys.expand(-1, -1, step.leading[2], -1, -1).flatten(0, 2)
+        keys = self.keys[part][step.maps].unsqueeze(2)
+        return step.features(self.query[part]), keys.expand(-1, -1, step.leading[2], -1, -1).flatten(0, 2)
 
-    def read(self, step: Step) -> Tensor:
-        queries, keys = self._factors(step)
+    def read(self, part: Part, step: Step) -> Tensor:
+        queries, keys = self._factors(part, step)
         side = math.isqrt(keys.shape[-1])
         return torch.bmm(queries.mT, keys).view(*step.leading, step.rows.count, step.columns.count, side, side)
 
-    def add(self, step: Step, grad: Tensor) -> None:
-        queries, keys = self._factors(step)
-        matrices, grad_query = grad.flatten(5).flatten(3, 4).flatten(0, 2), step.outputs(self.grad_query)
-        self.grad_keys[step.maps].add_(torch.bmm(queries, matrices).unflatten(0, step.leading).sum(2))
+    def add(self, part: Part, step: Step, grad: Tensor) -> None:
+        queries, keys = self._factors(part, step)
+        matrices, grad_query = grad.flatten(5).flatten(3, 4).flatten(0, 2), step.outputs(self.grad_query[part])
+        self.grad_keys[part][step.maps].add_(torch.bmm(queries, matrices).unflatten(0, step.leading).sum(2))
         grad_query += torch.bmm(keys[:, :-1], matrices.mT).view(grad_query.shape)
-
-
-def empty_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised output, in the memory order of value [B, M, G, Dv, H, W], and log Σ exp [B, M, G, H, W]."""
-    statistics = value.new_empty((*value.shape[:3], *value.shape[4:]), dtype=accumulator_dtype(value.dtype))
-    return empty_like_layout(value, value.shape), statistics
 
 
 def parts(
@@ -74,15 +68,12 @@ def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: Sequence[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """(out like value; log Σ_k exp [B, M, G, H, W])"""
-    out, statistics = empty_outputs(value)
+    out, statistics = empty_softmax_outputs(value)
     query, keys = factors(query, projected, bias)
     for m, of_size in enumerate(keys.split([size**2 for size in kernel_sizes], 3)):
-
-        def made(part: Part, keys: Tensor = of_size) -> _MadeLogits:
-            return _MadeLogits(query[part], keys[part], query[part], keys[part])  # whose gradients nobody adds
-
+        logits = _MadeLogits(query, of_size, query, of_size)  # whose gradients nobody adds
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        out[:, m], statistics[:, m] = softmax_aggregate_made(made, value[:, m], rpb[m], window)
+        out[:, m], statistics[:, m] = softmax_aggregate_made(logits.read, value[:, m], rpb[m], window)
     return out, statistics
 
 
@@ -100,18 +91,17 @@ def contmix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
-    grad_value, grad_rpb = empty_outputs(value)[0], []
+    grad_value, grad_rpb = empty_like_layout(value, value.shape), []
     # In query's memory order, which ``to`` below keeps.
     grad_query = torch.zeros_like(empty_like_layout(query, query.shape), dtype=accumulator_dtype(query.dtype))
     query, keys = factors(query, projected, bias)
     grad_keys, sizes = torch.zeros_like(keys), [size**2 for size in kernel_sizes]
     for m, (of_size, sums) in enumerate(zip(keys.split(sizes, 3), grad_keys.split(sizes, 3), strict=True)):
-
-        def made(part: Part, keys: Tensor = of_size, sums: Tensor = sums) -> _MadeLogits:
-            return _MadeLogits(query[part], keys[part], grad_query[part], sums[part])
-
+        logits = _MadeLogits(query, of_size, grad_query, sums)
         window = Window.neighborhood((kernel_sizes[m], kernel_sizes[m]))
-        grad_value[:, m], grad_table = softmax_aggregate_made_backward(grad[:, m], made, value[:, m], rpb[m], window)
+        grad_value[:, m], grad_table = softmax_aggregate_made_backward(
+            grad[:, m], logits.read, logits.add, value[:, m], rpb[m], window
+        )
         grad_rpb.append(grad_table)
     grad_bias = grad_keys[:, :, -1].sum((0, 1)).to(bias.dtype)
     return grad_query.to(query.dtype), grad_keys[:, :, :-1].to(projected.dtype), grad_bias, grad_rpb, grad_value

@@ -10,7 +10,7 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import check_shapes, check_tensors, check_window_fits, odd_int
 from kernels.contmix import eager
 from kernels.dtypes import at_least_float32
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, empty_softmax_outputs
 from kernels.registration import operator, without_autocast
 
 
@@ -111,7 +111,7 @@ def _multiply_adds(times: tuple[int, int, int], query, key, proj_weight, _bias, 
 
 
 def _fake_outputs(_query, key, proj_weight, _bias, _rpb, value, *_):
-    out, statistics = eager.empty_outputs(value)
+    out, statistics = empty_softmax_outputs(value)
     projected = statistics.new_empty((proj_weight.shape[0], *key.shape[:3])).permute(1, 2, 3, 0)
     return out, statistics, projected
 

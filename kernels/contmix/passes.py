@@ -17,7 +17,7 @@ from kernels.contmix.forward_band import forward_band
 from kernels.contmix.forward_shared import forward_shared
 from kernels.contmix.tiles import VECTOR
 from kernels.dtypes import multiplies
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, empty_softmax_outputs
 from kernels.reorder import in_channels_last, in_order_of
 from kernels.tuning import repeated
 
@@ -67,7 +67,7 @@ def contmix(
     query: Tensor, projected: Tensor, bias: Tensor, rpb: list[Tensor], value: Tensor, kernel_sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
     """(out like value; log Σ_k exp [B, M, G, H, W]), of tensors as the kernels read them."""
-    out, statistics = eager.empty_outputs(value)
+    out, statistics = empty_softmax_outputs(value)
     for m, part in enumerate(eager.parts(projected, bias, rpb, kernel_sizes)):
         tensors = Tensors(query, *part, value[:, m], out[:, m], statistics[:, m])
         _form(tensors, FILLED_FORWARD, forward_shared, forward_band, forward_composed)(tensors)
@@ -110,7 +110,7 @@ def _backward(
     kernel_sizes: list[int],
 ) -> tuple[Tensor, ...]:
     """Gradients of query, value, projected, bias and each rpb."""
-    grad_query, grad_value = empty_like_layout(query, query.shape), eager.empty_outputs(value)[0]
+    grad_query, grad_value = empty_like_layout(query, query.shape), empty_like_layout(value, value.shape)
     batch, groups, channels, positions = projected.shape
     grad_projected = value.new_empty((positions, batch, groups, channels)).permute(1, 2, 3, 0)
     grad_bias, grad_rpb = torch.empty_like(bias), [torch.empty_like(table) for table in rpb]

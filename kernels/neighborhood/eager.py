@@ -9,7 +9,6 @@ backward pass runs the softmax again, which costs no more than recovering p from
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor
 from kernels.aggregation.eager import Band, multiply, pick
 from kernels.aggregation.eager_tiles import Step, steps_of
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, empty_softmax_outputs
 from kernels.parallel import Part, alone, over_maps
 from kernels.windows import Window
 
@@ -64,34 +63,14 @@ class _PositionBias:
         self.gradient[step.maps[1]] += _sum_by_index(summed.mT, columns, self.gradient.shape[2])
 
 
-class Logits(Protocol):
-    """Logits of a part of the maps that are read, and their gradients taken, one step at a time."""
-
-    def read(self, step: Step) -> Tensor:
-        """[b, g, n, R, T, Kh, Kw]"""
-        ...
-
-    def add(self, step: Step, grad: Tensor) -> None:
-        """Takes gradients of that shape, as wide as an accumulator."""
-        ...
+# Logits of a step of a part of the maps, [b, g, n, R, T, Kh, Kw], and what takes their gradients, as wide as an
+# accumulator.
+Read = Callable[[Part, Step], Tensor]
+Add = Callable[[Part, Step, Tensor], None]
 
 
-class _StoredLogits(NamedTuple):
-    """Logits [B, G, Kh, Kw, H, W], and a tensor for their gradient."""
-
-    logits: Tensor
-    gradient: Tensor
-
-    def read(self, step: Step) -> Tensor:
-        return step.kernel(self.logits)
-
-    def add(self, step: Step, grad: Tensor) -> None:
-        step.kernel(self.gradient).copy_(grad)
-
-
-def _softmax(logits: Logits, bias: _PositionBias | None, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _softmax(read: Tensor, bias: _PositionBias | None, step: Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The softmax of a step's logits + rpb, and these, [b, g, n, R, T, K²]."""
-    read = logits.read(step)
     biased = (read.to(dtype) if bias is None else read + bias.read(step)).flatten(5)
     return biased.softmax(-1), biased
 
@@ -107,21 +86,18 @@ def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window:
     logits [B,G,Kh,Kw,H,W], value [B,G,D,H,W], rpb [G,2Kh−1,2Kw−1] or None -> out like value, [B,G,H,W] as wide as an
     accumulator.
     """
-    return softmax_aggregate_made(lambda part: _StoredLogits(logits[part], logits[part]), value, rpb, window)
+    return softmax_aggregate_made(lambda part, step: step.kernel(logits[part]), value, rpb, window)
 
 
-def softmax_aggregate_made(
-    make_logits: Callable[[Part], Logits], value: Tensor, rpb: Tensor | None, window: Window
-) -> tuple[Tensor, Tensor]:
-    """``softmax_aggregate`` with logits, of a part of the maps, that need not exist all at once."""
-    out, dtype = empty_like_layout(value, value.shape), accumulator_dtype(value.dtype)
-    log_sum_exp = torch.empty((*value.shape[:2], *value.shape[3:]), dtype=dtype, device=value.device)
+def softmax_aggregate_made(read: Read, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
+    """``softmax_aggregate`` with logits that need not exist all at once."""
+    out, log_sum_exp = empty_softmax_outputs(value)
 
     def run(part: Part) -> None:
-        logits, values = make_logits(part), value[part]
+        values = value[part]
         bias = None if rpb is None else _PositionBias(rpb[part.groups], window, *value.shape[3:])
         for step in steps_of(window, values):
-            weight, biased = _softmax(logits, bias, step, dtype)
+            weight, biased = _softmax(read(part, step), bias, step, log_sum_exp.dtype)
             # The largest entry tells the normaliser: log Σ exp = max logit − log max p, and max p >= 1/K².
             step.outputs(log_sum_exp[part]).copy_(biased.amax(-1) - weight.amax(-1).log())
             del biased
@@ -145,30 +121,34 @@ def softmax_aggregate_backward(
     """dlogits = p · (dp − Σ_k p·dp) with dp[i,k] = Σ_d grad_out[i] · value[nbr(i,k)]; dvalue = transpose(p, grad_out);
     drpb sums dlogits over batch and pixels. ``out`` and ``log_sum_exp`` are not needed here."""
     grad_logits = empty_like_layout(logits, logits.shape)
+
+    def add(part: Part, step: Step, grad: Tensor) -> None:
+        step.kernel(grad_logits[part]).copy_(grad)
+
     return grad_logits, *softmax_aggregate_made_backward(
-        grad_out, lambda part: _StoredLogits(logits[part], grad_logits[part]), value, rpb, window
+        grad_out, lambda part, step: step.kernel(logits[part]), add, value, rpb, window
     )
 
 
 def softmax_aggregate_made_backward(
-    grad_out: Tensor, make_logits: Callable[[Part], Logits], value: Tensor, rpb: Tensor | None, window: Window
+    grad_out: Tensor, read: Read, add: Add, value: Tensor, rpb: Tensor | None, window: Window
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of value and rpb; the logits made take theirs, tile by tile."""
+    """Gradients of value and rpb; ``add`` takes those of the logits, tile by tile."""
     dtype, grad_value = accumulator_dtype(value.dtype), empty_like_layout(value, value.shape)
     total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()
     grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=dtype)
 
     def run(part: Part) -> Tensor | None:
-        logits, values = make_logits(part), value[part]
+        values = value[part]
         bias = None if rpb is None else _PositionBias(rpb[part.groups], window, *value.shape[3:])
         for step in steps_of(window, values):
-            weight, grads = _softmax(logits, bias, step, dtype)[0], step.features(grad_out[part])
+            weight, grads = _softmax(read(part, step), bias, step, dtype)[0], step.features(grad_out[part])
             step.add(Band(step, weight.unflatten(-1, window.kernel_size)).scatter(grads), total[part])
             grad = pick(step, step.pixels(values), grads).flatten(5).mul_(weight)
-            grad.addcmul_(weight, grad.sum(-1, keepdim=True), value=-1)
-            for taker in (logits, bias):
-                if taker is not None:
-                    taker.add(step, grad.unflatten(-1, window.kernel_size))
+            grad = grad.addcmul_(weight, grad.sum(-1, keepdim=True), value=-1).unflatten(-1, window.kernel_size)
+            add(part, step, grad)
+            if bias is not None:
+                bias.add(step, grad)
         return None if bias is None else bias.gradient
 
     for part, grad_table in over_maps(run, value, _multiply_adds(value, window)):

@@ -6,8 +6,7 @@ from kernels import reference
 from kernels.aggregation.op import aggregate, aggregation_flops, correlate
 from kernels.backend import get_backend, resolve
 from kernels.checks import as_pair, check_shapes, check_tensors, check_window_fits, odd_pair
-from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout, settled
+from kernels.layout import empty_like_layout, empty_softmax_outputs, settled
 from kernels.neighborhood import eager
 from kernels.registration import WINDOW, operator, spelled, window_of, without_autocast
 from kernels.windows import Pair, Window
@@ -132,16 +131,10 @@ def na2d_softmax_av(
     return _softmax_aggregate(*maps, rpb, spelled(window), backend)[0].movedim(2, 4)
 
 
-def _fake_outputs(_logits, value, *_):
-    batch, groups, _, height, width = value.shape
-    statistics = value.new_empty((batch, groups, height, width), dtype=accumulator_dtype(value.dtype))
-    return empty_like_layout(value, value.shape), statistics
-
-
 @operator(
     "softmax_aggregate",
     f"(Tensor logits, Tensor value, Tensor? rpb, {WINDOW}, str backend) -> (Tensor, Tensor)",
-    fake=_fake_outputs,
+    fake=lambda _logits, value, *_: empty_softmax_outputs(value),
     flops=lambda logits, value, *_: aggregation_flops(value, logits),
 )
 def _softmax_aggregate(logits, value, rpb, window, backend):

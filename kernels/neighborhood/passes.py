@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout
+from kernels.layout import empty_like_layout, empty_softmax_outputs
 from kernels.neighborhood.configs import Weights
 from kernels.neighborhood.launchers import mix, softmax_backward
 from kernels.neighborhood.tables import Sums, fold
@@ -31,8 +31,7 @@ def grad_rpb(grad: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
 @repeated
 def softmax_aggregate(logits: Tensor, value: Tensor, rpb: Tensor | None, window: Window) -> tuple[Tensor, Tensor]:
     """(Σ_k softmax_k(logits + rpb) · value at nbr(i,k), [B,G,C,H,W] like value; log Σ_k exp, [B,G,H,W])."""
-    statistics = value.new_empty((*value.shape[:2], *value.shape[3:]), dtype=accumulator_dtype(value.dtype))
-    out = empty_like_layout(value, value.shape)
+    out, statistics = empty_softmax_outputs(value)
     return mix(value, Weights(logits, rpb, out, statistics), window) if value.numel() > 0 else (out, statistics)
 
 
