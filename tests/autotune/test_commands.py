@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import autotune
+from autotune import timing
 from autotune.__main__ import COMMANDS, main
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -23,6 +24,11 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machin
         ("profile --quick --operator na2d_av nothing", "--operator must match a name, 'nothing' does not; names begin"),
         ("profile --quick --kernel-size 3", "--kernel-size must come with --shape"),
         ("profile --quick --input 1x3x8x8", "--input must come with --module"),
+        ("profile --quick --module torch.nn", "--module: must be PACKAGE.MODULE:NAME, as in mypackage.nets:Net"),
+        ("profile --quick --module no_such_nets:Net", "No module named 'no_such_nets'"),
+        ("profile --quick --module torch.nn:Nothing", "has no attribute 'Nothing'"),
+        ("profile --quick --module torch.nn:Linear", "missing 2 required positional arguments"),
+        ("profile --quick --module math:pi", "'float' object is not callable"),
         ("profile --quick --model nothing", "--model: no model is named 'nothing'"),
         ("profile --quick --image missing.jpg", "missing.jpg cannot be read as an image: No such file"),
         ("profile --quick --against missing.json", "--against must be a profile.json that can be read"),
@@ -55,6 +61,23 @@ def test_bad_arguments_are_named(command, message, tmp_path, monkeypatch, capsys
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+PARTS = ("--quick", "--operator na2d_av", "--model rednet26")
+PROFILED, BENCHED = ("", *PARTS, "--module torch.nn:Identity", "--against earlier.json"), ("", *PARTS, "--environment")
+
+
+@pytest.mark.parametrize("command", [*(f"profile {part}" for part in PROFILED), *(f"bench {part}" for part in BENCHED)])
+def test_a_part_never_replaces_the_committed_whole(command, tmp_path, monkeypatch, capsys):
+    """By default it goes to build/results; here nothing can be written to either."""
+    monkeypatch.setattr(timing, "repository_root", lambda: tmp_path)
+    monkeypatch.setattr("autotune.report.earlier_rows", lambda *_: {})
+    for folder in ("build", "notebooks"):
+        (tmp_path / folder).touch()
+    name, *part = command.split()
+    assert main([name, *part]) == 2
+    folder = tmp_path / ("build" if part else "notebooks") / "results" / timing.device_folder(timing.best_device())
+    assert f"--out must be a folder, and {folder} cannot be made one" in capsys.readouterr().err
 
 
 @without_gpu
