@@ -93,33 +93,28 @@ def _model(**options):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_model_meets_the_naive_path_and_a_compiler(training):
+def test_a_model_meets_the_naive_path_a_compiler_and_its_peer(training):
     """Dropped paths are not drawn alike in two precisions: they are held while results are compared."""
-    model = _model(drop_path_rate=0.9)
-    row = measure_model(model, networks.random_images(3, (32, 32)).to(HERE), ONCE, training=training, compiled=True)
+    model, images = _model(drop_path_rate=0.9), networks.random_images(3, (32, 32)).to(HERE)
+    row = measure_model(model, images, ONCE, training=training, compiled=True, peer=_model())
     assert row["relative_error"] <= row["tolerance"]
     assert row["tolerance"] == (tolerances.MODEL_GRADIENT if training else tolerances.LOGITS)
-    assert list(row["contenders"]) == ["ours", "naive", "compiled"]
     times = {name: found["p50_ms"] for name, found in row["contenders"].items()}
+    assert list(times) == ["ours", "naive", "peer", "compiled", "peer_compiled"]
     assert row["contenders"]["ours"]["images_per_second"] == pytest.approx(3000 / times["ours"])
     assert row["speed_up"]["compiled"] == pytest.approx(times["compiled"] / times["ours"])
+    assert row["speed_up"]["peer"] == pytest.approx(times["peer"] / times["ours"])
+    assert row["speed_up"]["peer_compiled"] == pytest.approx(times["peer_compiled"] / times["compiled"])
     assert row["left_out"] == {}
     assert all(part.training == training for part in model.modules())
 
 
-def test_a_model_meets_its_peer():
-    """The compiled peer is compared with the compiled model; one that computes something else is left out."""
-    images = networks.random_images(2, (32, 32)).to(HERE)
-    row = measure_model(_model(), images, ONCE, training=False, compiled=True, peer=_model())
-    times = {name: found["p50_ms"] for name, found in row["contenders"].items()}
-    assert list(times) == ["ours", "naive", "peer", "compiled", "peer_compiled"]
-    assert row["speed_up"]["peer"] == pytest.approx(times["peer"] / times["ours"])
-    assert row["speed_up"]["peer_compiled"] == pytest.approx(times["peer_compiled"] / times["compiled"])
-
+def test_a_compiled_peer_that_computes_something_else_is_left_out():
     class Other(nn.Module):
         def forward(self, images):
             return torch.full((images.shape[0], 10), 1.0 + torch.compiler.is_compiling(), device=images.device)
 
+    images = networks.random_images(2, (32, 32)).to(HERE)
     row = measure_model(_model(), images, ONCE, training=False, compiled=True, peer=Other())
     assert "peer" in row["contenders"]
     assert list(row["left_out"]) == ["peer_compiled"]
