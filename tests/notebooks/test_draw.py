@@ -3,7 +3,6 @@
 import ast
 import functools
 import json
-import math
 import types
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 
 import kernels
 from autotune import roofs
-from kernels.windows import Window
 from models.layers import ContMix
 from models.rednet import Involution2d
 from models.volo import OutlookAttention
@@ -58,40 +56,27 @@ def _call(cells, module, *inputs):
     return call
 
 
-def test_contmix_kernels_are_those_that_mix(cells):
-    call = _call(cells, ContMix(32, 8, 13, 4), random_tensor(2, 32, 15, 16), random_tensor(2, 40, 15, 16))
-    affinity, weights = cells.contmix_kernels(call)
-    assert affinity.shape == (2, 4, 15, 16, 49)
-    assert [weight.shape for weight in weights] == [(2, 4, 15, 16, 5, 5), (2, 4, 15, 16, 13, 13)]
-    value = call.arguments["value"]
-    for index, weight in enumerate(weights):
-        assert weight.std((-2, -1)).min() > 0
-        mixed = kernels.reference.na2d_av(weight.flatten(-2), value[:, index].movedim(2, -1), weight.shape[-1])
-        assert relative_error(call.output[:, index], mixed.movedim(-1, 2)) < 1e-5
+@pytest.mark.parametrize("position", [(0, 0), (4, 5), (8, 9)])
+def test_a_kernel_at_its_place_gives_the_output_there(position, cells):
+    """What is drawn: of a channel of each group or head, the sum of kernel times features is the output."""
+    row, column = position
+    call = _call(cells, Involution2d(32, 7), random_tensor(2, 32, 9, 10))
+    kernel = cells.kernel_at(call, "x", lambda out: out[:, ::16, row, column])[::16]
+    x, out = call.arguments["x"][0, ::16].cpu(), call.output[0, ::16, row, column].cpu()
+    assert relative_error((kernel * x).sum((-2, -1)), out) < 1e-5
+    assert (kernel != 0).sum() == 2 * (min(row, 3) + 1 + min(8 - row, 3)) * (min(column, 3) + 1 + min(9 - column, 3))
 
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_involution_kernels_are_those_that_mix(stride, cells):
-    call = _call(cells, Involution2d(32, 7, stride), random_tensor(2, 32, 12, 11))
-    assert call.operator == "involution2d_generate"
-    weight = cells.involution_kernels(call)
-    assert weight.shape == (2, 2, 7, 7, math.ceil(12 / stride), math.ceil(11 / stride))
-    expected = kernels.reference.involution2d(call.arguments["x"], weight, stride=stride)
-    assert relative_error(call.output, expected) < 1e-5
-    with cells.recorded() as given:
-        kernels.involution2d(call.arguments["x"], weight, stride=stride)
-    assert cells.involution_kernels(given[0]) is weight
-
-
-@pytest.mark.parametrize(("position", "count"), [((4, 4), 1), ((4, 5), 2), ((5, 3), 4), ((0, 0), 1), ((8, 9), 1)])
-def test_outlook_kernel_is_what_the_token_takes(position, count, cells):
     call = _call(cells, OutlookAttention(32, 2), random_tensor(2, 9, 10, 32))
-    kernel, windows = cells.outlook_kernel(call, *position)
-    value = call.arguments["value"].unflatten(-1, (2, 16))
-    taken = torch.einsum("bhij,bijhc->bhc", kernel, value).flatten(1)
-    assert relative_error(taken, call.output[:, position[0], position[1]]) < 1e-5
-    assert windows == count
-    assert (kernel.sum((-2, -1)) <= windows + 1e-5).all()
+    kernel = cells.kernel_at(call, "value", lambda out: out[:, row, column, ::16])[..., ::16]
+    value, out = call.arguments["value"][0, ..., ::16].cpu(), call.output[0, row, column, ::16].cpu()
+    assert relative_error((kernel * value).sum((0, 1)), out) < 1e-5
+
+    call = _call(cells, ContMix(32, 8, 7, 4), random_tensor(2, 32, 9, 10), random_tensor(2, 40, 9, 10))
+    kernel = cells.kernel_at(call, "value", lambda out: out[:, :, :, 0, row, column])[:, :, 0]
+    value, out = call.arguments["value"][0, :, :, 0].cpu(), call.output[0, :, :, 0, row, column].cpu()
+    assert relative_error((kernel * value).sum((-2, -1)), out) < 1e-5
+    assert (kernel != 0).sum((-2, -1)).tolist() == [[25] * 4, [49] * 4], "clamped windows have all their positions"
+    torch.testing.assert_close(kernel.sum((-2, -1)), torch.ones(2, 4))
 
 
 def test_recording_puts_the_operators_back(cells):
@@ -102,22 +87,11 @@ def test_recording_puts_the_operators_back(cells):
     assert calls == []
 
 
-def test_clamped_windows_slide_inward_and_padded_ones_are_cut(cells):
-    kernel = torch.arange(9.0).view(3, 3)
-    clamped = cells.in_place(kernel, Window.neighborhood((3, 3)), (0, 4), (5, 5))
-    np.testing.assert_array_equal(clamped[:3, 2:], kernel.numpy())
-    assert np.ma.count(clamped) == 9
-    padded = cells.in_place(kernel, Window((3, 3), padding=(1, 1)), (0, 4), (5, 5))
-    np.testing.assert_array_equal(padded[:2, 3:], kernel[1:, :2].numpy())
-    assert np.ma.count(padded) == 4
-    assert not padded.data[padded.mask].any()  # matplotlib multiplies masked numbers, too, and warns of large ones
-
-
 @pytest.mark.parametrize("reach", [None, 2])
 def test_marks_stand_in_the_entry_whose_kernel_is_drawn(reach, cells):
     pixels, size = np.full((56, 56, 3), 0.5, dtype=np.float32), (7, 7)
     places = cells.positions(size)
-    maps = [cells.in_place(torch.ones(1, 1), Window((1, 1)), place, size) for place in places]
+    maps = [np.eye(*size) for _ in places]
     figure = cells.points_figure(pixels, size, [("one", maps, "weight")], "title", "note", reach=reach)
     panels = [axis for axis in figure.axes if axis.images][: 2 * len(places)]
     assert len(panels) == 2 * len(places)
