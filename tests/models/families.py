@@ -148,11 +148,14 @@ def images(*size: int, device: str = DEVICE, dtype: torch.dtype = torch.float32)
     return random_tensor(*size, seed=sum(size), device=device, dtype=dtype)
 
 
+def outputs(out: Any) -> list[Tensor]:
+    """Everything that a model returned, in training or not."""
+    return list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, tuple | list) else [out]
+
+
 def loss_of(model: Any, x: Tensor) -> Tensor:
-    """One number that depends on everything that a model returns, in training or not."""
-    out = model(x)
-    outputs = list(out.values()) if isinstance(out, dict) else out if isinstance(out, tuple | list) else [out]
-    return torch.stack([o.square().mean() for o in outputs if o.is_floating_point()]).sum()
+    """One number that depends on everything that a model returns."""
+    return torch.stack([out.square().mean() for out in outputs(model(x)) if out.is_floating_point()]).sum()
 
 
 def with_fixed_statistics(model: Any) -> Any:
