@@ -8,7 +8,7 @@
 Affine layers compute s·x + t per channel: batch norms with running statistics, and layer scales. Blocks and families
 say what they become by a method ``folded``; this module has the order, and the rule for layers in sequence. Some
 layers stay: the batch norm after an involution, whose kernels depend on its input, and layers that were replaced,
-wrapped or hooked. Last, layers are joined that a GPU can run in fewer passes: at the end of RedNet's blocks
+wrapped or hooked. Layers are joined, too, that a GPU can run in fewer passes: at the end of RedNet's blocks
 (``layers.rednet_inference``), ReLU with the convolution before it, and in bfloat16 GELU with VOLO's products.
 """
 
@@ -17,11 +17,12 @@ import itertools
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models._contract import BackboneContract
-from models.layers import DepthwiseConv2d, DilatedReparamBlock, GlobalResponseNorm, LayerScale, PointwiseConv2d
-from models.layers.fusion import CONVOLUTIONS, affine, as_built, convolves, fold_after, fold_before
+from models.layers import DepthwiseConv2d, GlobalResponseNorm, PointwiseConv2d
+from models.layers.basic import affine
+from models.layers.fusion import CONVOLUTIONS, as_built, convolves, fold_after, fold_before
 from models.layers.pointwise import PaddedConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,9 +64,6 @@ def optimize_for_inference(model: Model) -> Model:
     optimised.set_grad_checkpointing(False)
     optimised.to(torch.promote_types(dtype, torch.float32))  # so that weights are rounded once, after folding
     _fold(optimised)
-    for module in optimised.modules():
-        if isinstance(module, nn.Sequential):
-            _join_relu(module)
     optimised.to(dtype)
     for module in optimised.modules():
         # A weight in another memory format than the image would be copied at every call.
@@ -98,18 +96,17 @@ def _fold(module: nn.Module) -> nn.Module:
 def fold_sequence(layers: nn.Sequential) -> None:
     """Folds every affine layer into the convolution before it, or else into the one after it.
 
-    The latter takes a response norm's shift, too.
+    The latter takes a response norm's shift, too. Then 1×1 convolutions, which may be matrix products, and those of
+    images take the ReLU that follows them.
     """
     layer: Any
     for index, layer in enumerate(layers):
         before: Any = layers[index - 1] if index > 0 else None
         after: Any = layers[index + 1] if index + 1 < len(layers) else None
-        if as_built(before, DilatedReparamBlock) and before.merged:
-            before = before.lk_origin
         if as_built(layer, GlobalResponseNorm) and layer.beta is not None and convolves(after, 1):
             fold_before(after, torch.ones_like(layer.beta).flatten(), layer.beta.flatten())
             layer.beta = None
-        scale_and_shift = _affine(layer)
+        scale_and_shift = affine(layer)
         if scale_and_shift is None:
             continue
         if as_built(before, (*CONVOLUTIONS, DepthwiseConv2d)):
@@ -119,20 +116,8 @@ def fold_sequence(layers: nn.Sequential) -> None:
         else:
             continue
         layers[index] = nn.Identity()
-
-
-def _join_relu(layers: nn.Sequential) -> None:
-    """Lets 1×1 convolutions, which may be matrix products, and those of images take the ReLU that follows them."""
-    children: list[tuple[str, Any]] = list(layers.named_children())
-    children = [(name, layer) for name, layer in children if not isinstance(layer, nn.Identity)]
-    for (_, conv), (name, relu) in itertools.pairwise(children):
-        if as_built(conv, (PointwiseConv2d, PaddedConv2d)) and as_built(relu, nn.ReLU):
-            conv.relu = True
-            setattr(layers, name, nn.Identity())
-
-
-def _affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift [C] of a layer that maps x to scale[c]·x + shift[c]; None for every other layer."""
-    if isinstance(layer, LayerScale):
-        return None if layer.bias is None or not as_built(layer, LayerScale) else (layer.weight.flatten(), layer.bias)
-    return affine(layer)
+    left = [(index, layer) for index, layer in enumerate(layers) if not isinstance(layer, nn.Identity)]
+    for (_, layer), (index, relu) in itertools.pairwise(left):
+        if as_built(layer, (PointwiseConv2d, PaddedConv2d)) and as_built(relu, nn.ReLU):
+            layer.relu = True
+            layers[index] = nn.Identity()

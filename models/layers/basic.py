@@ -12,6 +12,8 @@ from models.layers.fusion import as_built
 from models.layers.pointwise import PointwiseConv2d
 from models.layers.tracing import leaf
 
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 
 def to_channels_last(x: Tensor) -> Tensor:
     """x in channels-last memory; unchanged inside ``torch.func``'s transforms, since vmap rejects memory formats."""
@@ -82,6 +84,22 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight.to(x.dtype).view(-1, 1, 1)
         return x * scale if self.bias is None else torch.addcmul(self.bias.to(x.dtype).view(-1, 1, 1), x, scale)
+
+
+def affine(layer: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift [C] of a layer that maps x to scale[c]·x + shift[c]; None for every other layer.
+
+    It may be a ``LayerScale``, or a batch norm with running statistics.
+    """
+    if as_built(layer, LayerScale, device):
+        return None if layer.bias is None else (layer.weight.flatten(), layer.bias)
+    if not as_built(layer, BATCH_NORMS, device) or layer.training or layer.running_mean is None:
+        return None
+    scale = torch.rsqrt(layer.running_var + layer.eps)
+    if layer.weight is None:
+        return scale, -layer.running_mean * scale
+    scale = layer.weight * scale
+    return scale, torch.addcmul(layer.bias, layer.running_mean, scale, value=-1)
 
 
 def add_scaled(scale: nn.Module, x: Tensor, branch: Tensor) -> Tensor:

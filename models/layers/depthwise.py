@@ -12,7 +12,8 @@ from kernels.depthwise.eager import dense
 from kernels.depthwise.op import normed_branches, residual_depthwise_conv2d
 from kernels.dtypes import multiplies
 from models.checks import flag, integer, one_of
-from models.layers.fusion import affine, as_built, convolves, trains
+from models.layers.basic import affine
+from models.layers.fusion import as_built, convolves, trains
 from models.layers.pointwise import in_16_bits_on_gpu, runs_triton
 from models.layers.tracing import leaf
 
@@ -173,10 +174,11 @@ class DilatedReparamBlock(nn.Module):
     reparameterize = merge  # the name by which timm's ``reparameterize_model`` asks for it
 
     def folded(self) -> nn.Module:
-        """Merges the branches unless one was replaced, wrapped or hooked."""
-        if not self.merged and self.merged_parameters() is not None:
-            self.merge()
-        return self
+        """The one convolution, unless a branch or the block was replaced, wrapped or hooked."""
+        if not self.merged and self.merged_parameters() is None:
+            return self
+        self.merge()
+        return self.lk_origin if as_built(self, DilatedReparamBlock) else self
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from models.layers.pointwise import PaddedConv2d, PointwiseConv2d
 
 # The last two stand for plain tensors while PyTorch traces a model.
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 CONVOLUTIONS = (nn.Conv2d, PaddedConv2d, PointwiseConv2d)
 
 
@@ -40,16 +39,18 @@ def convolves(
     device: torch.device | None = None,
     *,
     kinds: type | tuple[type, ...] = CONVOLUTIONS,
+    stride: int = 1,
     dilation: int = 1,
     groups: int = 1,
 ) -> bool:
-    """Whether ``module`` is, ``as_built``, a convolution of stride 1 with "same" zero padding and these options.
+    """Whether ``module`` is, ``as_built``, a convolution with "same" zero padding and these options.
 
     One that took the ReLU behind it in inference is not.
     """
+    padding = dilation * (kernel_size // 2)
     return (as_built(module, kinds, device) and not getattr(module, "relu", False)) and (
         (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-        == ((kernel_size,) * 2, (1, 1), (dilation * (kernel_size // 2),) * 2, (dilation,) * 2, groups, "zeros")
+        == ((kernel_size,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2, groups, "zeros")
     )
 
 
@@ -58,17 +59,6 @@ def trains(norm: Any, device: torch.device) -> bool:
     if not as_built(norm, nn.BatchNorm2d, device) or not norm.training or not norm.affine:
         return False
     return norm.running_mean is not None and norm.momentum is not None
-
-
-def affine(norm: Any, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
-    """Scale and shift [C] of a batch norm that computes scale[c]·x + shift[c], from its statistics; None for others."""
-    if not as_built(norm, BATCH_NORMS, device) or norm.training or norm.running_mean is None:
-        return None
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is None:
-        return scale, -norm.running_mean * scale
-    scale = norm.weight * scale
-    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
 def fold_after(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
@@ -97,4 +87,4 @@ def last_convolution(layers: nn.Module, *kinds: type[nn.Sequential]) -> nn.Conv2
     if not as_built(layers, (nn.Sequential, *kinds)):
         return None
     last: Any = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)][-1]
-    return last if as_built(last, CONVOLUTIONS) else None
+    return last if as_built(last, CONVOLUTIONS) and not getattr(last, "relu", False) else None

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.basic import LayerScale
-from models.layers.fusion import CONVOLUTIONS, affine, as_built, move_bias
+from models.layers.basic import LayerScale, affine
+from models.layers.fusion import as_built, convolves, move_bias
 from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d, infers, runs_triton
 
 
@@ -72,12 +72,8 @@ def _only_product(layers: nn.Module, device: torch.device | None = None) -> nn.C
     if not as_built(layers, nn.Sequential):
         return None
     convs: list[Any] = [layer for layer in layers.children() if not as_built(layer, nn.Identity)]
-    if len(convs) != 1 or not as_built(convs[0], CONVOLUTIONS, device):
-        return None
-    (conv,) = convs
-    plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    plain = plain and not getattr(conv, "relu", False)  # which inference sets where ReLU followed
-    return conv if plain and conv.stride[0] == conv.stride[1] else None
+    plain = len(convs) == 1 and convolves(convs[0], 1, device, stride=getattr(convs[0], "stride", (1,))[0])
+    return convs[0] if plain else None
 
 
 class PoolThenReLU(nn.Module):
@@ -95,12 +91,13 @@ class PoolThenReLU(nn.Module):
         return F.relu(self.pool(x).permute(0, 2, 3, 1) + self.bias).permute(0, 3, 1, 2)
 
 
-def pool_first(layers: Any, pool: nn.Module) -> nn.Module:
+def pool_first(layers: nn.Module, pool: nn.Module) -> nn.Module:
     """What takes the place of ``pool`` where the last bias and ReLU of ``layers`` before it can wait for a quarter of
     the pixels: they become a part of it."""
-    found, kinds = (*layers, pool), (PaddedConv2d, nn.Identity, nn.ReLU, nn.MaxPool2d)
-    if not all(as_built(layer, kind) for layer, kind in zip(found, kinds, strict=True)) or layers[0].bias is None:
+    convs: list[Any] = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)]
+    conv = convs[-1]
+    if not as_built(conv, PaddedConv2d) or not conv.relu or conv.bias is None or not as_built(pool, nn.MaxPool2d):
         return pool
-    pooled = PoolThenReLU(pool, layers[0].bias)
-    layers[0].bias, layers[2] = None, nn.Identity()
+    pooled = PoolThenReLU(pool, conv.bias)
+    conv.relu, conv.bias = False, None
     return pooled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kernels
 import models
-from models.inference import _fold, _join_relu
+from models.inference import _fold, fold_sequence
 from models.layers import DropPath, LayerScale, PointwiseConv2d, ResidualDepthwiseConv2d
 from models.layers.rednet_inference import FoldedBottleneck, PoolThenReLU
 from models.layers.sequence import FusedSequential, feed_forward
@@ -294,7 +294,7 @@ def test_a_relu_that_was_added_stays(part):
     changed.append(nn.ReLU())
     layers, x = layers.to(triton_device()), channels_last(random_tensor(2, channels, 9, 8))
     expected = layers(x)
-    _join_relu(changed)
+    fold_sequence(changed)
     assert isinstance(changed[-1], nn.Identity)
     with kernels.use_backend("triton"):
         assert_close(layers.half()(x.half()), expected, 5e-3)
