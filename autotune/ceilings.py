@@ -9,6 +9,7 @@ from torch.utils.benchmark import Timer
 
 from autotune import timing
 from kernels.launch import record_launches
+from kernels.registration import spelled
 from kernels.windows import Window
 
 
@@ -59,7 +60,7 @@ def launch_overhead(device: torch.device, *, quick: bool = False) -> dict[str, A
         "direct": lambda: kernel[grid](**arguments, **options),
         "configured": lambda: rows.aggregate(weight, x, window, config=config),
         "tuned": lambda: rows.aggregate(weight, x, window),
-        "operator": lambda: op.aggregate(weight, x, window, "triton"),
+        "operator": lambda: op.aggregate(weight, x, spelled(window), "triton"),
     }
     timers = {name: Timer("call()", globals={"call": call}) for name, call in calls.items()}
     runs, turns = (1, 1) if quick else (200, 9)

@@ -18,7 +18,7 @@ from kernels.aggregation import eager
 from kernels.aggregation.configs import slides
 from kernels.backend import resolve
 from kernels.layout import empty_kernel_layout, empty_like_layout
-from kernels.registration import WINDOW, operator, spelled, window_of
+from kernels.registration import WINDOW, operator, window_of
 from kernels.windows import Window
 
 
@@ -43,7 +43,8 @@ def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
     fake=lambda weight, x, *_: empty_like_layout(x, (*x.shape[:3], *weight.shape[4:])),
     flops=lambda weight, x, *_: aggregation_flops(x, weight),
 )
-def _aggregate(weight, x, window, backend):
+def aggregate(weight, x, window, backend):
+    """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)], [B, G, C, H', W'] in the memory order of x."""
     window = window_of(window)
     return algebra(backend, window, x, weight).aggregate(weight, x, window)
 
@@ -54,7 +55,8 @@ def _aggregate(weight, x, window, backend):
     fake=lambda g, _x, window, _backend: empty_kernel_layout(g, window_of(window).kernel_size),
     flops=lambda g, _x, window, _backend: 2 * math.prod((*g, *window_of(window).kernel_size)),
 )
-def _correlate(g, x, window, backend):
+def correlate(g, x, window, backend):
+    """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)], [B, G, Kh, Kw, H', W'] in the memory order of g."""
     window = window_of(window)
     return algebra(backend, window, x, g).correlate(g, x, window)
 
@@ -65,34 +67,24 @@ def _correlate(g, x, window, backend):
     fake=lambda _weight, g, input_size, *_: empty_like_layout(g, (*g.shape[:3], *input_size)),
     flops=lambda weight, g, *_: aggregation_flops(g, weight),
 )
-def _transpose(weight, g, input_size, window, backend):
+def transpose(weight, g, input_size, window, backend):
     window = window_of(window)
     return algebra(backend, window, g).transpose(weight, g, tuple(input_size), window)
 
 
 # The arguments that are not named are the window and the backend.
-_aggregate.differentiable(
-    lambda grad, weight, x, *rest: _correlate(grad, x, *rest),
-    lambda grad, weight, x, *rest: _transpose(weight, grad, list(x.shape[3:]), *rest),
+aggregate.differentiable(
+    lambda grad, weight, x, *rest: correlate(grad, x, *rest),
+    lambda grad, weight, x, *rest: transpose(weight, grad, list(x.shape[3:]), *rest),
 )
-_correlate.differentiable(
-    lambda grad, _g, x, *rest: _aggregate(grad, x, *rest),
-    lambda grad, g, x, *rest: _transpose(grad, g, list(x.shape[3:]), *rest),
+correlate.differentiable(
+    lambda grad, _g, x, *rest: aggregate(grad, x, *rest),
+    lambda grad, g, x, *rest: transpose(grad, g, list(x.shape[3:]), *rest),
 )
-_transpose.differentiable(
-    lambda grad, weight, g, _input_size, *rest: _correlate(g, grad, *rest),
-    lambda grad, weight, _g, _input_size, *rest: _aggregate(weight, grad, *rest),
+transpose.differentiable(
+    lambda grad, weight, g, _input_size, *rest: correlate(g, grad, *rest),
+    lambda grad, weight, _g, _input_size, *rest: aggregate(weight, grad, *rest),
 )
-
-
-def aggregate(weight: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
-    """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)], [B, G, C, H', W'] in the memory order of x."""
-    return _aggregate(weight, x, spelled(window), backend)
-
-
-def correlate(g: Tensor, x: Tensor, window: Window, backend: str) -> Tensor:
-    """out[b,g,k,i] = Σ_c g[b,g,c,i] · x[b,g,c,nbr(i,k)], [B, G, Kh, Kw, H', W'] in the memory order of g."""
-    return _correlate(g, x, spelled(window), backend)
 
 
 def aggregation_flops(channels_shape: Sequence[int], kernel_shape: Sequence[int]) -> int:

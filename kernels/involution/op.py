@@ -87,7 +87,7 @@ def involution2d(
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.involution2d, x, weight, **_options(window))
-    return aggregate(weight, x.unflatten(1, (groups, channels // groups)), window, backend).flatten(1, 2)
+    return aggregate(weight, x.unflatten(1, (groups, channels // groups)), spelled(window), backend).flatten(1, 2)
 
 
 def involution2d_generate(

@@ -62,7 +62,7 @@ def na2d_av(attn: Tensor, value: Tensor, kernel_size: int | Pair, dilation: int 
     if backend == "reference":
         return without_autocast(reference.na2d_av, attn, value, window.kernel_size, window.dilation)
     weight = kernel_first(attn, window.kernel_size)
-    return aggregate(weight, value.movedim(4, 2), window, backend).movedim(2, 4)
+    return aggregate(weight, value.movedim(4, 2), spelled(window), backend).movedim(2, 4)
 
 
 def na2d_qk(
@@ -92,7 +92,7 @@ def na2d_qk(
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.na2d_qk, query, key, window.kernel_size, window.dilation, rpb)
-    logits = kernel_last(correlate(query.movedim(4, 2), key.movedim(4, 2), window, backend))
+    logits = kernel_last(correlate(query.movedim(4, 2), key.movedim(4, 2), spelled(window), backend))
     return logits if rpb is None else logits + reference.rpb_logits(rpb, query.shape[2], query.shape[3], window)
 
 
