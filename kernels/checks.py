@@ -64,6 +64,7 @@ def check_tensors(optional: Sequence[str] = (), /, **tensors: Any) -> tuple[Any,
     given: dict[str, Any] = {
         name: tensor for name, tensor in tensors.items() if tensor is not None or name not in optional
     }
+    first_name, first = next(iter(given.items()))
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -72,19 +73,19 @@ def check_tensors(optional: Sequence[str] = (), /, **tensors: Any) -> tuple[Any,
             raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got {what}")
         if tensor.dtype not in SUPPORTED_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    first_name, first = next(iter(given.items()))
-    for name, tensor in given.items():
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} ({first.device}), got {tensor.device}")
-    autocast = under_autocast(first)
-    common = torch.get_autocast_dtype(first.device.type) if autocast and first.dtype != torch.float64 else first.dtype
-    for name, tensor in given.items():
-        if tensor.dtype != first.dtype and not (autocast and torch.float64 not in (tensor.dtype, common)):
-            exception = ", and autocast leaves float64 as it is" if autocast else ""
+        if tensor.dtype != first.dtype and not (
+            under_autocast(first) and torch.float64 not in (tensor.dtype, first.dtype)
+        ):
+            exception = ", and autocast leaves float64 as it is" if under_autocast(first) else ""
             raise TypeError(
                 f"{name} must have the dtype of {first_name} ({first.dtype}), got {tensor.dtype}{exception}"
             )
-    return tuple(None if name not in given else given[name].to(common) for name in tensors)
+    if not under_autocast(first) or first.dtype == torch.float64:
+        return tuple(tensors.values())
+    common = torch.get_autocast_dtype(first.device.type)
+    return tuple(None if tensor is None else tensor.to(common) for tensor in tensors.values())
 
 
 def check_shapes(sizes: Mapping[str, int] | None = None, /, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
