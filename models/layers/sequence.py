@@ -44,19 +44,19 @@ def feed_forward(channels: int, hidden: int) -> list[nn.Module]:
 
 
 def _hidden_layers(layers: list[Any], x: Tensor) -> tuple[Tensor, int] | None:
-    """What the first four or five layers make of x, and their number, where kernels compute them; None elsewhere.
+    """What the first five or four layers make of x, and their number, where kernels compute them; None elsewhere.
 
     ``torch.fx`` records the layers one by one. Under autocast, x is in 16 bits but for what layer norms return.
     """
     if not isinstance(x, Tensor) or x.dtype not in HALVES:
         return None
-    behind, first = (_are_hidden(layers[start : start + 4], x.device) for start in (1, 0))
-    if not (behind or first) or not runs_triton(x):
-        return None
-    if behind and _expands(layers[0], layers[2], x):
-        return _projected(*_expanded(x, layers[0], layers[2]), *layers[3:5]), 5
-    if first and _fits(layers[1], x):
-        return _projected(*_convolved(x, layers[1]), *layers[2:4]), 4
+    for number, compute in ((5, _expanded), (4, _convolved)):
+        hidden = layers[number - 4 : number]
+        if _are_hidden(hidden, x.device) and runs_triton(x):
+            _, conv, norm, project = hidden
+            convolved = compute(x, layers[0], conv)
+            if convolved is not None:
+                return _projected(*convolved, norm, project), number
     return None
 
 
@@ -75,37 +75,29 @@ def _is_gelu(layer: Any) -> bool:
     return as_built(layer, GELU2d) and layer.approximate == "none"
 
 
-def _fits(conv: Any, x: Tensor) -> bool:
-    """Whether the kernel computes ``conv`` of x."""
+def _expanded(x: Tensor, expand: Any, conv: Any) -> tuple[Tensor, Tensor] | None:
+    """conv(GELU(expand(x))) and its sums of squares by one kernel: no gradients, biases everywhere, shapes that it
+    takes; else None."""
+    if not convolves(expand, 1, x.device) or expand.bias is None or conv.bias is None:
+        return None
+    if x.ndim != 4 or x.shape[1] != expand.in_channels or expand.out_channels != conv.in_channels:
+        return None
+    from kernels.depthwise.expanded import expanded_convolve, takes
+
+    tensors = x, expand.weight.flatten(1), expand.bias, conv.weight, conv.bias
+    if not infers(*tensors) or not takes(x, expand.out_channels):
+        return None
+    return expanded_convolve(*tensors, isinstance(conv, ResidualDepthwiseConv2d))
+
+
+def _convolved(x: Tensor, _gelu: Any, conv: Any) -> tuple[Tensor, Tensor] | None:
+    """conv(GELU(x)) and its sums of squares by one kernel, if that takes x; else None."""
     from kernels.depthwise.fused import fits
-
-    one_type = x.dtype == conv.weight.dtype or under_autocast(x)
-    return one_type and x.ndim == 4 and x.shape[1] == conv.in_channels and fits(x)
-
-
-def _expands(first: Any, conv: Any, x: Tensor) -> bool:
-    """Whether one kernel computes conv(GELU(first(x))): no gradients, biases everywhere, shapes that it takes."""
-    if not convolves(first, 1, x.device) or first.bias is None or conv.bias is None:
-        return False
-    if x.ndim != 4 or x.shape[1] != first.in_channels or first.out_channels != conv.in_channels:
-        return False
-    from kernels.depthwise.expanded import takes
-
-    return infers(x, first.weight, first.bias, conv.weight, conv.bias) and takes(x, first.out_channels)
-
-
-def _expanded(x: Tensor, first: Any, conv: Any) -> tuple[Tensor, Tensor]:
-    """conv(GELU(first(x))) and its sums of squares."""
-    from kernels.depthwise.expanded import expanded_convolve
-
-    residual = isinstance(conv, ResidualDepthwiseConv2d)
-    return expanded_convolve(x, first.weight.flatten(1), first.bias, conv.weight, conv.bias, residual)
-
-
-def _convolved(x: Tensor, conv: Any) -> tuple[Tensor, Tensor]:
-    """conv(GELU(x)) and its sums of squares."""
     from kernels.depthwise.sliding import gelu_convolve
 
+    one_type = x.dtype == conv.weight.dtype or under_autocast(x)
+    if not one_type or x.ndim != 4 or x.shape[1] != conv.in_channels or not fits(x):
+        return None
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     return gelu_convolve(x, conv.weight.to(x.dtype), bias, isinstance(conv, ResidualDepthwiseConv2d))
 
