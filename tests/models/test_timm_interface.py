@@ -84,8 +84,9 @@ def test_no_weight_decay(family):
 
 @by_family
 def test_pretrained_configuration(family, monkeypatch):
-    model, config = on_meta(FAMILY[family].smallest), on_meta(FAMILY[family].smallest).pretrained_cfg
-    assert config == model.default_cfg
+    model = on_meta(FAMILY[family].smallest)
+    config = model.default_cfg
+    assert config is model.pretrained_cfg
     assert config["input_size"] == (3, 224, 224)
     assert model.get_submodule(config["first_conv"]).in_channels == 3
     classifiers = config["classifier"]
