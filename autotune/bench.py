@@ -124,7 +124,7 @@ def _model_cases(arguments: argparse.Namespace, settings: Settings) -> list[Case
     batch, size = arguments.batch or (2 if small else 128), arguments.size or ((64, 64) if small else (224, 224))
     settings = dataclasses.replace(settings, seconds=4 * settings.seconds)
     cases = []
-    for plan in plans:
+    for plan in dict.fromkeys(plans):
         count = 1 if plan.kind == "latency" else batch
         peer = PEERS.get(plan.model) if plan.compiled else None
         facts = {"name": plan.model, "model": plan.model, "batch": count, "size": list(size), "pass": plan.kind}

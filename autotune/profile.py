@@ -113,13 +113,17 @@ def _ours_and_naive(found: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **paths, "speed_up": ratio} | ({"images_per_second": images[0]} if images[0] else {})
 
 
+def _names_something(arguments: argparse.Namespace) -> bool:
+    """Else all operators and each family's smallest model run."""
+    return bool(arguments.operator or arguments.model or arguments.module is not None)
+
+
 def _model_cases(
     arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size], passes: Sequence[str]
 ) -> Iterator[Case]:
     """Models on the photograph at every size, and a module of the user's on random inputs."""
-    named = arguments.operator or arguments.model or arguments.module is not None
     smallest = {variants[0].__name__: variants[0].title for variants in families().values()}
-    chosen = {name: name for name in arguments.model} if named else smallest
+    chosen = {name: name for name in arguments.model} if _names_something(arguments) else smallest
 
     def family(name: str, size: Size, training: bool) -> dict[str, Any]:
         photo = networks.photograph(arguments.image)
@@ -145,11 +149,8 @@ def _model_cases(
 
 
 def _cases(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> list[Case]:
-    """Cases of what the command line names, or else of all operators and each family's smallest model.
-
-    ValueError, naming the option, for what does not exist or fit together.
-    """
-    named = arguments.operator or arguments.model or arguments.module is not None
+    """Cases of what the command line names. ValueError, naming the option, for what does not exist or fit together."""
+    named = _names_something(arguments)
     both = PASSES if arguments.training else PASSES[:1]
     cases: list[Case] = []
     if arguments.operator or not named:
@@ -206,11 +207,6 @@ def _settings(arguments: argparse.Namespace) -> tuple[Settings, int]:
     return settings, _given_batch(arguments) or (1 if quick else batch)
 
 
-def _out_folder(arguments: argparse.Namespace, where: torch.device) -> Path:
-    part = arguments.quick or arguments.operator or arguments.model or arguments.module is not None
-    return arguments.out or timing.results_folder(where, scratch=bool(part or arguments.against))
-
-
 def _new_record(arguments: argparse.Namespace, settings: Settings, batch: int, sizes: Sequence[Size]) -> dict[str, Any]:
     image = arguments.image.name if arguments.image else "matplotlib's portrait of Grace Hopper"
     weights = "random"
@@ -235,7 +231,8 @@ def run(arguments: argparse.Namespace) -> int:
         record, earlier = _new_record(arguments, settings, batch, sizes), {}
         if arguments.against is not None:
             earlier = report.earlier_rows(arguments.against, record, (case.name for case in cases))
-        folder = _out_folder(arguments, settings.device)
+        part = arguments.quick or arguments.against or _names_something(arguments)
+        folder = arguments.out or timing.results_folder(settings.device, scratch=bool(part))
         make_folder(folder, "--out")
 
     path, start, others = folder / "profile.json", time.monotonic(), other_work()

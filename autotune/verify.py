@@ -1,7 +1,7 @@
 """Check every stored config again: run it in a launch of its kernel and compare with the eager path.
 
 On a GPU the entries of that GPU are checked while operators run at the models' shapes, in bfloat16; in Triton's
-interpreter (TRITON_INTERPRET=1, no GPU needed) those of every GPU at tiny shapes, in float32. A config is tried on the
+interpreter (TRITON_INTERPRET=1, no GPU needed) those of every GPU at tiny shapes, in float16. A config is tried on the
 problem it was tuned for where an operator meets that, else on the first of its kernel that it is valid for.
 
 Exit code: 0 all agree, 1 one does not, 2 there is nothing here to run kernels on, 130 interrupted.

@@ -100,12 +100,6 @@ def _profile_table(record: dict[str, Any]) -> str:
     )
 
 
-NONE_SHIPS = (
-    "None at present: the kernels that were tuned on an NVIDIA H200 have changed since, and their heuristics choose "
-    "what it found fastest."
-)
-
-
 def _tuned_table(record: dict[str, Any]) -> str:
     """The shipped configs of a GPU: what the heuristic's choice takes, and the tuned one."""
     problems = {key: dict(field.split("=") for field in key.split()[1:]) for key in record["entries"]}
@@ -144,8 +138,7 @@ def sections() -> dict[Path, dict[str, str]]:
         RESULTS / "README.md": {
             "models": _models_table(load(RESULTS / "models.json")),
             "profile": "\n\n".join(_profile_table(load(path)) for path in sorted(RESULTS.glob("*/profile.json"))),
-            "tuned": "\n\n".join(_tuned_table(load(path)) for path in sorted(shipped_folder().glob("*.json")))
-            or NONE_SHIPS,
+            "tuned": "\n\n".join(_tuned_table(load(path)) for path in sorted(shipped_folder().glob("*.json"))),
             **pages.sections(gpus),
         },
         RESULTS / "predicted" / "README.md": pages.prediction_sections(gpus, predictions()),

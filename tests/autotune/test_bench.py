@@ -192,6 +192,13 @@ def test_compile_only_times_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_is_named_twice_is_measured_once(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(bench, "run_cases", lambda cases, *_, **__: measured.extend(case.name for case in cases) or 0)
+    assert main(["bench", "--quick", "--model", "tiny_rednet", "tiny_rednet", "--out", str(tmp_path)]) == 0
+    assert measured == ["tiny_rednet inference", "tiny_rednet training"]
+
+
 def test_what_takes_long_is_said_before_it_begins(tmp_path, capsys, monkeypatch):
     told = []
     monkeypatch.setattr(bench, "measure_ceilings", lambda *_, **__: told.append(capsys.readouterr().err) or CEILINGS)
