@@ -6,7 +6,7 @@ It is compared with its definition in float32 (float64 in float64), so that the 
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -62,8 +62,8 @@ def contenders(workload: Workload, inputs: Inputs, gradient: Tensor | None, sett
     options = dict(workload.options)
     definition: Callable[..., Tensor] = functools.partial(getattr(kernels.reference, workload.operator), **options)
 
-    def call(function: Callable[..., Tensor] | None, inputs: Inputs = inputs, backend: str | None = None) -> Call:
-        return functools.partial(workload.run, inputs, gradient, function, backend)
+    def call(part: Callable[..., Tensor] | None, inputs: Inputs = inputs, backend: str | None = None) -> Call:
+        return functools.partial(replace(workload, part=part).run, inputs, gradient, backend)
 
     calls = {"ours": call(None, backend=settings.backend), "naive": call(definition)}
     if settings.thorough:

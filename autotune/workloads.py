@@ -46,8 +46,8 @@ class Workload:
     """One operator at one shape of one model.
 
     ``inputs`` maps each tensor argument to its ``Input`` (a tuple of them where the argument is a tuple of tensors),
-    ``options`` holds the other arguments. A ``part`` of a model that is no public operator brings its own function;
-    what is not ``trained`` has no backward pass.
+    ``options`` holds the other arguments. ``part``, a function of the inputs, runs in place of the operator: part of a
+    model that is none. What is not ``trained`` has no backward pass.
     """
 
     operator: str
@@ -84,19 +84,10 @@ class Workload:
         spec = Input(self.output, channels_last=first.channels_last)
         return spec.draw(_generator(device, 1), dtype, device).detach()
 
-    def run(
-        self,
-        inputs: Inputs,
-        gradient: Tensor | None = None,
-        function: Callable[..., Tensor] | None = None,
-        backend: str | None = None,
-    ) -> list[Tensor]:
-        """The output; given its gradient, also the gradient of every tensor argument.
-
-        ``function`` of the same inputs stands in for the operator, ``backend`` for the one that is selected.
-        """
+    def run(self, inputs: Inputs, gradient: Tensor | None = None, backend: str | None = None) -> list[Tensor]:
+        """The output; given its gradient, also that of every tensor argument. ``backend``: not the selected one."""
         with kernels.use_backend(backend or kernels.get_backend()), torch.set_grad_enabled(gradient is not None):
-            out = (function or self.function)(**inputs)
+            out = self.function(**inputs)
         if gradient is None:
             return [out]
         return [out.detach(), *torch.autograd.grad(out, tree_leaves(inputs), gradient)]
