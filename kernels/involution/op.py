@@ -9,7 +9,7 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shapes, check_tensors
 from kernels.dtypes import multiplies
 from kernels.involution import generate
-from kernels.layout import empty_like_layout, empty_like_map
+from kernels.layout import empty_like_layout, empty_like_map, settled
 from kernels.registration import WINDOW, operator, spelled, window_of, without_autocast
 from kernels.windows import Pair, Window
 
@@ -42,6 +42,11 @@ def _checked_window(
         why = f"an even kernel size, here {kernel_size}, makes the map smaller where no padding is given"
         raise ValueError(f"{error}: {why}") from None
     return window
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """x [B, C, H, W] seen as [B, G, C/G, H, W]."""
+    return settled(x).unflatten(1, (groups, x.shape[1] // groups))
 
 
 def _options(window: Window) -> dict[str, Pair]:
@@ -87,7 +92,8 @@ def involution2d(
     backend = get_backend()
     if backend == "reference":
         return without_autocast(reference.involution2d, x, weight, **_options(window))
-    return aggregate(weight, x.unflatten(1, (groups, channels // groups)), spelled(window), backend).flatten(1, 2)
+    out = aggregate(weight, _grouped(x, groups), spelled(window), backend)
+    return settled(out.flatten(1, 2))
 
 
 def involution2d_generate(
@@ -137,9 +143,8 @@ def involution2d_generate(
     if backend == "reference":
         options = {"kernel_size": kernel_sizes, "groups": groups, **_options(window)}
         return without_autocast(reference.involution2d_generate, x, features, weight, bias, **options)
-    grouped = x.unflatten(1, (groups, x.shape[1] // groups))
-    out = _generate(grouped, features, weight, bias, spelled(window), backend)
-    return out.flatten(1, 2)
+    out = _generate(_grouped(x, groups), features, weight, bias, spelled(window), backend)
+    return settled(out.flatten(1, 2))
 
 
 def _fused(backend: str, window: Window, *maps: Tensor) -> bool:

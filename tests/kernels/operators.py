@@ -80,7 +80,7 @@ def depthwise(size: Pair, channels: int, kernel_size: int, bias: bool = True) ->
 
 MAP = (5, 4)
 SCALES = ((7, 7), (14, 14), (56, 56), (200, 320))
-MAPS = (MAP, *SCALES)
+MAPS = (MAP, (5, 1), (1, 4), *SCALES)
 PIXELS = math.prod(MAP)
 
 # At 14x14 with K = 13 nearly every window is clamped, at 7x7 with K = 7 all outputs share one, at 9x8 with K = 7 some
@@ -94,6 +94,8 @@ NEIGHBORHOODS: Shapes = {
     "border": ((14, 14), 2, 3, 13, 1, False),
     "dilated": ((13, 10), 1, 3, 3, 3),
     "per axis": ((9, 8), 1, 2, (3, 5), (2, 1)),
+    "one column": ((5, 1), 2, 3, (3, 1)),
+    "one row": ((1, 4), 1, 1, (1, 3)),
 }
 
 

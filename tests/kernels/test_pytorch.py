@@ -3,8 +3,6 @@
 Rules over the table in ``operators``.
 """
 
-import itertools
-
 import pytest
 import torch
 import torch._inductor.config
@@ -19,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels.launch import record_launches
 from tests.kernels.row import Operator
-from tests.kernels.rules import BY_NAME, ON_ALL, ON_OURS, kept, leaves, pixels_first, run
+from tests.kernels.rules import BY_NAME, EVERY_CASE, ON_ALL, ON_OURS, kept, leaves, pixels_first, run
 from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, random_tensor
 
 
@@ -186,35 +184,20 @@ def test_autocast(operator, backend):
         assert_close(ours, theirs, operator.rounding * GRADIENT_TOLERANCE[torch.bfloat16], name)
 
 
-LAYOUTS = {
-    "heads first": lambda tensor: tensor,
-    "channels first": lambda tensor: tensor.movedim(-1, 2).contiguous().movedim(2, -1),
-    "heads last": lambda tensor: tensor.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["na2d_av", "na2d_qk", "na2d_softmax_av"])
-def test_strides_of_thin_maps(name, layout):
+@pytest.mark.parametrize(
+    "layout", [Tensor.detach, pixels_first, lambda x: x.movedim(-1, 2).contiguous().movedim(2, -1)]
+)
+@EVERY_CASE
+def test_strides_are_planned(operator, layout):
     """Fake tensors, which compiled code is planned with, have the strides that eager mode gives, of axes of length 1
     too; so have their gradients."""
-    lay_out = LAYOUTS[layout]
-    for batch, heads, size, channels in itertools.product((1, 2), (1, 2), ((5, 1), (1, 4), (4, 5)), (1, 3)):
-        kernel_size = [min(3, length) for length in size]
-        kernel_size = [length - 1 + length % 2 for length in kernel_size]
-        feature = lay_out(random_tensor(batch, heads, *size, channels))
-        kernel = lay_out(random_tensor(batch, heads, *size, kernel_size[0] * kernel_size[1]))
-
-        def run(feature, kernel, kernel_size=kernel_size):
-            first = feature if name == "na2d_qk" else kernel
-            inputs = first.detach().requires_grad_(), feature.detach().requires_grad_()
-            out = getattr(kernels, name)(*inputs, kernel_size)
-            return [tensor.stride() for tensor in (out, *torch.autograd.grad(out, inputs, torch.ones_like(out)))]
-
+    for batch in (1, 2):
+        tensors = {name: layout(t) if t.dim() > 3 else t for name, t in operator.tensors(batch).items()}
         with FakeTensorMode() as mode:
-            fakes = mode.from_tensor(feature), mode.from_tensor(kernel)
-            planned = run(*fakes)
-        assert run(feature, kernel) == planned, (batch, heads, size, channels)
+            planned, planned_grads = run(operator, {name: mode.from_tensor(t) for name, t in tensors.items()}, "eager")
+        out, grads = run(operator, tensors, "eager")
+        for name, tensor, fake in zip(("output", *tensors), (out, *grads), (planned, *planned_grads), strict=True):
+            assert tensor.stride() == fake.stride(), name
 
 
 @BY_NAME
