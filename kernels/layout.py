@@ -26,7 +26,7 @@ def _memory_order(view: Tensor) -> tuple[int, ...]:
     if not channels_fastest(view):
         return tuple(range(rank))
     pixel_stride = view.stride(columns) if view.size(columns) > 1 else view.stride(rows)
-    if view.size(1) > 1 and view.stride(1) < pixel_stride:
+    if rank == 4 or (view.size(1) > 1 and view.stride(1) < pixel_stride):  # without groups these are the channels
         return (0, rows, columns, 1, *channels)
     return (0, 1, rows, columns, *channels)
 
@@ -49,7 +49,7 @@ def empty_like_layout(template: Tensor, shape: Sequence[int]) -> Tensor:
 
 def empty_like_map(x: Tensor) -> Tensor:
     """Dense, uninitialised tensor like x [B, C, H, W], in its memory order."""
-    return empty_like_layout(x[:, None], x[:, None].shape)[:, 0]
+    return empty_like_layout(x, x.shape)
 
 
 def empty_softmax_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
