@@ -27,9 +27,9 @@ def algebra(backend: str, window: Window, *maps: Tensor) -> ModuleType:
     if resolve(backend, *maps) == "eager":
         return eager
     if window.clamped:
-        from kernels.aggregation import clamped
+        from kernels.neighborhood import passes
 
-        return clamped
+        return passes
     if slides(window):
         from kernels.aggregation import rows
 

@@ -18,7 +18,7 @@ from kernels.contmix.grad_logits_band import grad_logits_band
 from kernels.contmix.parts import by_parts
 from kernels.contmix.tiles import at_head, store_pixels
 from kernels.launch import ceil_divide, next_power_of_2
-from kernels.neighborhood.tables import Sums, fold
+from kernels.neighborhood.tables import fold
 from kernels.products import dot
 from kernels.sum_rows import sum_rows
 from kernels.views import at, view
@@ -190,8 +190,8 @@ def _grad_parameters_band_kernel(
     store_pixels(target, o_target, m_position, b_projected, QUERY_CHANNELS)
 
 
-def _grad_parameters_band(tensors: Tensors, grad_projected: Tensor, grad_logits: Tensor) -> Sums:
-    """Fills ``grad_projected``, or leaves parts of it to be summed."""
+def _grad_parameters_band(tensors: Tensors, targets: Targets, grad_logits: Tensor) -> None:
+    """Fills the gradients of projected keys, bias and rpb."""
     sizes, (seen, columns) = tensors.sizes, tile_of(problem_of(tensors))
     kernel_size, new_sums = tensors.kernel_size, tensors.statistics.new_empty
     stored, whole = grad_logits.shape[-1], sizes.height * sizes.width < SMALL_MAP
@@ -212,19 +212,22 @@ def _grad_parameters_band(tensors: Tensors, grad_projected: Tensor, grad_logits:
     # One program per (block of window positions, group, batch entry, part of the rows).
     launch_on(
         tensors, _grad_parameters_band_kernel, programs * parts, grad_logits=view(grad_logits, "b g h w k"),
-        grad_projected=view(grad_projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
+        grad_projected=view(targets.projected, "b g c k") if pieces is None else view(pieces, "h k b g c"),
         sums=view(sums, "b g h w k"), totals=view(totals, "b g h w k"), parts=parts,
         chunks=ceil_divide(inner, chunk), chunk=chunk,
         COLUMNS=columns, SEEN=seen, BLOCK_ENTRIES=block(seen + columns), STORED=stored, POSITIONS=positions,
         BORDER=border, LOG_WIDE=min(4, (sizes.width - 1).bit_length()),
         num_warps=positions // 16, num_stages=3,
     )  # fmt: skip
-    totals = totals.flatten(2, 3)
+    # Classes are like rows of a map, and what their outputs see like its columns.
+    height, tile = classes, 0
     if whole:
         sums = sum_rows(grad_logits.flatten(1), 12, sums.dtype).unflatten(1, grad_logits.shape[1:])
-        return Sums(sums, totals, seen, seen, columns, sizes.height, pieces)
-    # Classes are like rows of a map, and what their outputs see like its columns.
-    return Sums(sums, totals, seen, seen, 0, classes, pieces)
+        height, tile = sizes.height, columns
+    fold(
+        sums, targets.rpb, totals=totals.flatten(2, 3), bias=targets.bias, pieces=pieces, total=targets.projected,
+        seen=seen, height=height, tile=tile,
+    )  # fmt: skip
 
 
 def _stored_of(problem: Problem) -> tuple[int, int]:
@@ -240,8 +243,7 @@ def _fill(tensors: Tensors, targets: Targets) -> None:
     stored = Stored(*(tensors.value.new_empty((batch, groups, height, width, count)) for count in counts))
     grad_logits_band(tensors, targets.query, targets.previous, stored)
     _grad_value_band(tensors, targets.value, stored)
-    sums = _grad_parameters_band(tensors, targets.projected, stored.grad_logits)
-    fold(sums, targets.bias, targets.rpb, targets.projected)
+    _grad_parameters_band(tensors, targets, stored.grad_logits)
 
 
 def backward_band(tensors: Tensors, targets: Targets) -> None:

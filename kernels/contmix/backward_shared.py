@@ -19,7 +19,7 @@ from kernels.contmix.configs import SHARED, Shared, backward_heuristic
 from kernels.contmix.forward_shared import shared_arguments
 from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
 from kernels.launch import ceil_divide
-from kernels.neighborhood.tables import Sums, fold
+from kernels.neighborhood.tables import fold
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import View, at, view
@@ -174,6 +174,8 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
     launch_on(tensors, _backward_shared_kernel, places * groups * chunks, **arguments)
     if value_parts is not None:
         sum_parts(value_parts, targets.value, (kernel_size, kernel_size), arguments["tiles"])
-    sums = Sums(partial, totals, kernel_size, kernel_size, 1, height, key_parts)
-    fold(sums, targets.bias, targets.rpb, targets.projected)
+    fold(
+        partial, targets.rpb, totals=totals, bias=targets.bias, pieces=key_parts, total=targets.projected,
+        seen=kernel_size, height=height,
+    )  # fmt: skip
     return targets.query, targets.value, targets.projected, targets.bias, targets.rpb

@@ -12,8 +12,7 @@ from kernels.contmix import eager
 from kernels.contmix.arguments import Targets, Tensors
 from kernels.contmix.parts import by_parts, part_of, parts_of
 from kernels.neighborhood.configs import Weights
-from kernels.neighborhood.launchers import mix, softmax_backward
-from kernels.neighborhood.passes import grad_rpb
+from kernels.neighborhood.passes import grad_rpb, mix, softmax_backward
 from kernels.windows import Window
 
 

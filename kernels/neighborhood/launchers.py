@@ -26,7 +26,6 @@ from kernels.neighborhood.configs import (
     own_problem,
     shared_heuristic,
     shared_problem,
-    shares_windows,
 )
 from kernels.neighborhood.own import correlate_kernel, sum_kernel
 from kernels.neighborhood.shared import backward_kernel, mix_kernel
@@ -215,30 +214,3 @@ def shared_backward(
     of_value = empty_like_layout(grad if weights.out is None else weights.out, grad.shape)
     sum_parts(parts, of_value, window.kernel_size, constants["tiles"])
     return of_value if target is None else (target, of_value)
-
-
-def mix(value: Tensor, weights: Weights, window: Window) -> Any:
-    """Σ_k w[i,k] · value[nbr(i,k)], like value; (out, statistics) of a softmax."""
-    return (shared_mix if shares_windows(weights.kernel, window, value) else own_sum)(value, weights, window)
-
-
-def transpose(grad: Tensor, weights: Weights, window: Window) -> Tensor:
-    """Σ_{(i,k): nbr(i,k)=j} w[i,k] · grad[i], like grad."""
-    if shares_windows(weights.kernel, window, grad):
-        return shared_backward(grad, None, weights, None, window)
-    return own_sum(grad, weights, window, transposed=True)
-
-
-def correlate(grad: Tensor, value: Tensor, target: Tensor, window: Window) -> Tensor:
-    """Fills ``target`` [B,G,Kh,Kw,H,W] with Σ_c grad · value at nbr(i,k)."""
-    run = shared_backward if shares_windows(target, window, value) else own_correlate
-    return run(grad, value, None, target, window)
-
-
-def softmax_backward(
-    grad: Tensor, value: Tensor, weights: Weights, target: Tensor, window: Window
-) -> tuple[Tensor, Tensor]:
-    """Fills ``target`` with the gradient of logits; that and the gradient of value, in the memory order of out."""
-    if shares_windows(weights.kernel, window, value):
-        return shared_backward(grad, value, weights, target, window)
-    return own_correlate(grad, value, weights, target, window), own_sum(grad, weights, window, transposed=True)

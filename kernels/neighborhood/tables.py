@@ -2,7 +2,6 @@
 over images in parts, folded onto relative positions, and onto positions in a window."""
 
 import math
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -35,7 +34,7 @@ def _fold_kernel(
     total,  # [E]: written, their sum
     parts, groups, height, width, places, count, elements,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    PITCH: tl.constexpr, SEEN: tl.constexpr, TILE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    SEEN: tl.constexpr, TILE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     ITEMS: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr, RELATIVE: tl.constexpr, PLACES: tl.constexpr,
     POSITIONS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +60,7 @@ def _fold_kernel(
                     row = i_row + i
                     kernel_h = i_relative + _before(row, height, KERNEL_H, DILATION_H, 1) - (KERNEL_H - 1)
                     m_row = mask & (kernel_h >= 0) & (kernel_h < KERNEL_H) & (row < height)
-                    o_row = tl.cast(row, tl.int64) * sums.h + tl.cast(kernel_h * PITCH, tl.int64) * sums.k
+                    o_row = tl.cast(row, tl.int64) * sums.h + tl.cast(kernel_h * SEEN, tl.int64) * sums.k
                     if AT_ONCE > 1:
                         p_item = sums.ptr + (i_group * sums.g + o_row)
                         b_sum += tl.load(p_item + o_sum, mask=m_row & (o_item < parts), other=0)
@@ -75,7 +74,7 @@ def _fold_kernel(
     elif i_program < TABLES * groups + KERNEL_H:
         kernel_h = i_program - TABLES * groups
         o_kernel = tl.arange(0, POSITIONS)
-        p_totals = totals.ptr + kernel_h * PITCH + o_kernel
+        p_totals = totals.ptr + kernel_h * SEEN + o_kernel
         b_total = tl.zeros([PLACES, POSITIONS], ACCUMULATOR)
         for i_place in range(0, places, PLACES):
             o_place = i_place + tl.arange(0, PLACES)
@@ -91,67 +90,49 @@ def _fold_kernel(
         tl.store(total.ptr + o_element, b_element.to(total.ptr.dtype.element_ty), mask=o_element < elements)
 
 
-class Sums(NamedTuple):
-    """What the gradients of a bias and of rpb are summed from, and parts of another one."""
+def fold(
+    sums: Tensor,
+    rpb: Tensor,
+    *,
+    totals: Tensor | None = None,
+    bias: Tensor | None = None,
+    pieces: Tensor | None = None,
+    total: Tensor | None = None,
+    seen: int,
+    height: int,
+    tile: int = 1,
+    dilation: Pair = (1, 1),
+) -> None:
+    """Fills ``rpb`` [G, 2Kh-1, 2Kw-1] from ``sums`` of gradients of logits [N, G, H, W, S]; ``bias`` [Kh·Kw], if given,
+    from ``totals`` [N, G, M, S], at the same distance from each other throughout; and ``total`` from its ``pieces``
+    [I, ...], if there are any, which lie in memory one after the other as it does.
 
-    sums: Tensor  # [N, G, H, W, S]
-    totals: Tensor | None  # [N, G, M, S], at the same distance from each other throughout
-    pitch: int  # from a row of a window to the next, in S
-    seen: int  # numbers of such a row: as many as a window's, or what a tile of outputs sees
-    tile: int  # columns of outputs that see the same; 0: all do
-    height: int  # of the map
-    pieces: Tensor | None = None  # [I, ...]
-    dilation: Pair = (1, 1)
-
-
-def fold(found: Sums, bias: Tensor | None, rpb: Tensor, total: Tensor | None = None) -> None:
-    """Fills ``rpb`` [G, 2Kh-1, 2Kw-1], ``bias`` [Kh·Kw], if given, and ``total`` from its pieces, which lie in memory
-    one after the other as it does."""
-    sums, totals, pitch, seen, tile, height, pieces, dilation = found
+    A row of a window is ``seen`` of S: its own positions, or what a tile of ``tile`` columns of outputs sees; 0: what
+    all outputs see. ``height`` is that of the map.
+    """
     parts, groups, _, width, _ = sums.shape
     kernel_h, kernel_w = ((entries + 1) // 2 for entries in rpb.shape[1:])
     columns, relative = next_power_of_2(min(width, 16)), next_power_of_2(rpb.shape[2])
     positions = next_power_of_2(kernel_w)
-    programs = rpb.shape[1] * groups
-    if totals is None or bias is None:
-        totals, bias = sums[:, :, 0], rpb
-    else:
-        programs += kernel_h
-    items = max(1, min(next_power_of_2(parts), 8192 // (columns * relative)))
+    programs = rpb.shape[1] * groups + (0 if bias is None else kernel_h)
+    # What is not there has a spare pointer.
+    totals = sums[:, :, 0] if totals is None else totals
     if pieces is None or total is None:
         pieces, total, elements = totals, rpb, 0
     else:
         elements = total.numel()
+    items = max(1, min(next_power_of_2(parts), 8192 // (columns * relative)))
     arguments = {
-        "sums": view(sums, "b g h w k"),
-        "totals": view(totals, "b g h k"),
-        "bias": View(bias, k=bias.stride(0)),
-        "rpb": view(rpb, "g h w"),
-        "pieces": View(pieces, pieces.stride(0)),
-        "total": View(total),
-        "parts": parts,
-        "groups": groups,
-        "height": height,
-        "width": width,
-        "places": math.prod(totals.shape[:3]),
-        "count": pieces.shape[0],
-        "elements": elements,
-        "KERNEL_H": kernel_h,
-        "KERNEL_W": kernel_w,
-        "DILATION_H": dilation[0],
-        "DILATION_W": dilation[1],
-        "PITCH": pitch,
-        "SEEN": seen,
-        "TILE": tile,
-        "ACCUMULATOR": accumulator(sums.dtype),
+        "sums": view(sums, "b g h w k"), "totals": view(totals, "b g h k"), "rpb": view(rpb, "g h w"),
+        "bias": View(rpb) if bias is None else view(bias, "k"), "pieces": View(pieces, pieces.stride(0)),
+        "total": View(total), "parts": parts, "groups": groups, "height": height,
+        "width": width, "places": math.prod(totals.shape[:3]), "count": pieces.shape[0], "elements": elements,
+        "KERNEL_H": kernel_h, "KERNEL_W": kernel_w, "DILATION_H": dilation[0], "DILATION_W": dilation[1],
+        "SEEN": seen, "TILE": tile, "ACCUMULATOR": accumulator(sums.dtype),
         # Numbers of some blocks: 32 of a thread, all of which are on their way at the same time.
-        "ITEMS": items,
-        "AT_ONCE": max(1, min(8, 8192 // (items * columns * relative))) if items >= parts else 1,
-        "COLUMNS": columns,
-        "RELATIVE": relative,
-        "PLACES": max(1, 8192 // positions),
-        "POSITIONS": positions,
+        "ITEMS": items, "AT_ONCE": max(1, min(8, 8192 // (items * columns * relative))) if items >= parts else 1,
+        "COLUMNS": columns, "RELATIVE": relative, "PLACES": max(1, 8192 // positions), "POSITIONS": positions,
         "ELEMENTS": 1024,
-    }
+    }  # fmt: skip
     # One program per row of a table and group, one per row of a window, and one per block of the other gradient.
     launch(_fold_kernel, (programs + ceil_divide(elements, 1024),), sums.device, arguments, num_warps=8, num_stages=2)
