@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels.dtypes import precision
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.views import aligned, alignment, at, multiple, view
+from kernels.windows_triton import store_pixels
 
 
 @triton.jit
@@ -37,8 +38,7 @@ def _sum_parts_kernel(
             p_tile = p_part + tl.cast(i_window * tiles + i_tile, OFFSET) * parts.h
             b_sum += tl.load(p_tile, mask=m_part[:, None] & m_channel, other=0).to(ACCUMULATOR)
     o_target = o_row.to(OFFSET) * target.h + o_column.to(OFFSET) * target.w
-    p_target = target.ptr + o_target[:, None] + (o_channel.to(OFFSET) * target.c)[None, :]
-    tl.store(p_target, b_sum.to(target.ptr.dtype.element_ty), mask=m_pixel[:, None] & (o_channel < channels)[None, :])
+    store_pixels(target, o_target, m_pixel, b_sum, channels)
 
 
 def sum_parts(parts: Tensor, target: Tensor, kernel_size: tuple[int, int], tiles: int = 1) -> None:

@@ -52,6 +52,19 @@ def window_start(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr)
     return o_start
 
 
+@triton.jit
+def first_block(i_tile, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
+    """Of blocks of TILE inputs along an axis, which begin KERNEL // 2 before the map, the first that outputs of a tile
+    of as many may see. Their windows begin 0 to TILE - 1 after it does."""
+    return tl.minimum(tl.maximum(i_tile, KERNEL // 2 // TILE), (length - KERNEL + KERNEL // 2) // TILE)
+
+
+@triton.jit
+def first_seen(o_output, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
+    """The first input of that block, which may be less than 0; the window's first where TILE is 1."""
+    return first_block(o_output // TILE, length, KERNEL, TILE) * TILE - KERNEL // 2
+
+
 class Pixels(NamedTuple):
     """Outputs of a tile: row, column, which there are (the others repeat one that is), where their windows begin."""
 
@@ -93,3 +106,27 @@ def pixels_of_window(
 def offsets(view, pixels, OFFSET: tl.constexpr):
     """Where a tile's pixels are, from a view's pointer."""
     return pixels.row.to(OFFSET) * view.h + pixels.column.to(OFFSET) * view.w
+
+
+@triton.jit
+def load_pixels(view, o_pixel, m_pixel, channels, BLOCK: tl.constexpr):
+    """[P, C] of a map [C, ...]: the pixels at these offsets, zeros where there are none."""
+    o_channel = tl.arange(0, BLOCK)
+    p_pixel = view.ptr + o_pixel[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    return tl.load(p_pixel, mask=m_pixel[:, None] & (o_channel < channels)[None, :], other=0)
+
+
+@triton.jit
+def store_pixels(view, o_pixel, m_pixel, b_pixels, channels):
+    """The inverse of ``load_pixels``."""
+    o_channel = tl.arange(0, b_pixels.shape[1])
+    p_pixel = view.ptr + o_pixel[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
+    mask = m_pixel[:, None] & (o_channel < channels)[None, :]
+    tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rpb_base(rpb, pixels, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
+    """Where in relative biases [2Kh-1, 2Kw-1] the windows of a tile's outputs begin."""
+    o_row = pixels.start_h - pixels.row + KERNEL_H - 1
+    return o_row * rpb.h + (pixels.start_w - pixels.column + KERNEL_W - 1) * rpb.w

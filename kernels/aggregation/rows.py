@@ -193,7 +193,7 @@ def weighted_sum(
     target, weight_lanes = out, span is None and not channels_fastest(kernel)
     if span is None and by_columns(kernel, x):
         window, (x, target, kernel) = turned(window, x, out, kernel)
-    if not transposed or window.stride == (1, 1):
+    if not transposed:
         _launch_sum(x, kernel, span, bias, target, window, config, transposed, weight_lanes)
         return out
     for phase, (rows, columns), outputs in phases(window):

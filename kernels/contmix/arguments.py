@@ -22,15 +22,6 @@ AXES = {
 }
 
 
-class Sizes(NamedTuple):
-    """Of maps."""
-
-    batch: int
-    groups: int
-    height: int
-    width: int
-
-
 class Tensors(NamedTuple):
     """Those of one kernel size. The forward pass fills ``out`` and ``statistics``, the backward pass reads all."""
 
@@ -48,9 +39,9 @@ class Tensors(NamedTuple):
         return (self.rpb.shape[1] + 1) // 2
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> tuple[int, int, int, int]:
         batch, groups, _, height, width = self.value.shape
-        return Sizes(batch, groups, height, width)
+        return batch, groups, height, width
 
 
 class Targets(NamedTuple):
@@ -62,13 +53,6 @@ class Targets(NamedTuple):
     bias: Tensor  # [K²]
     rpb: Tensor  # [G, 2K-1, 2K-1]
     previous: Tensor | None
-
-
-class Stored(NamedTuple):
-    """What the first kernel of a band's backward pass leaves for the others."""
-
-    weights: Tensor  # [B, G, H, W, patch]: p
-    grad_logits: Tensor  # [B, G, H, W, rows of a window · SEEN]: ds
 
 
 def problem_of(tensors: Tensors, *_: Any) -> Problem:
@@ -110,8 +94,9 @@ def launch_on(
     launch(kernel, (programs,), tensors.value.device, named | arguments, **options)
 
 
-def adding(target: Tensor, previous: Tensor | None) -> dict[str, Any]:
+def adding(targets: Targets) -> dict[str, Any]:
     """The arguments of a kernel that writes query's gradient, and adds to it what came before it, if anything did."""
+    target, previous = targets.query, targets.previous
     return {
         "previous": view(target if previous is None else previous, "b g c h w"),
         "grad_query": view(target, "b g c h w"),
@@ -125,12 +110,12 @@ def reference_forward(tensors: Tensors) -> Tensor:
     return eager.contmix(query, projected, bias, [rpb], value[:, None], [tensors.kernel_size])[0][:, 0]
 
 
-def reference_gradients(tensors: Tensors, previous: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Gradients of query, added to ``previous``, of value, projected, bias and rpb."""
+def reference_gradients(tensors: Tensors, targets: Targets) -> tuple[Tensor, ...]:
+    """Gradients of query, added to a previous one, of value, projected, bias and rpb."""
     query, projected, bias, rpb, value, out, statistics, grad = tensors
     assert grad is not None
     inputs = query, projected, bias, [rpb], value[:, None]
     found = eager.contmix_backward(grad[:, None], *inputs, out[:, None], statistics[:, None], [tensors.kernel_size])
     grad_query, grad_projected, grad_bias, [grad_rpb], grad_value = found
-    grad_query = grad_query if previous is None else grad_query + previous
+    grad_query = grad_query if targets.previous is None else grad_query + targets.previous
     return grad_query, grad_value[:, 0], grad_projected, grad_bias, grad_rpb

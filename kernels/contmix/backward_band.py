@@ -11,18 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.arguments import Stored, Targets, Tensors, launch_on, problem_of
-from kernels.contmix.bands import first_block, first_seen, load_moved, rows_of_block
+from kernels.contmix.arguments import Targets, Tensors, launch_on, problem_of
+from kernels.contmix.bands import load_moved, rows_of_block
 from kernels.contmix.configs import Problem, block, tile_of
 from kernels.contmix.grad_logits_band import grad_logits_band
 from kernels.contmix.parts import by_parts
-from kernels.contmix.tiles import at_head, store_pixels
+from kernels.contmix.tiles import at_head
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.neighborhood.tables import fold
 from kernels.products import dot
 from kernels.sum_rows import sum_rows
 from kernels.views import at, view
-from kernels.windows_triton import window_start
+from kernels.windows_triton import first_block, first_seen, store_pixels, window_start
 
 # Where programs have fewer window positions, 256 for each of a GPU's processors, several share the rows of a map.
 LEAST_POSITIONS = 132 * 256
@@ -95,14 +95,15 @@ def _grad_value_band_kernel(
     store_pixels(target, o_target, m_input, b_sum, CHANNELS)
 
 
-def _grad_value_band(tensors: Tensors, grad_value: Tensor, stored: Stored) -> None:
+def _grad_value_band(tensors: Tensors, grad_value: Tensor, weights: Tensor) -> None:
     """Fills ``grad_value``."""
-    sizes, (seen, columns), half = tensors.sizes, tile_of(problem_of(tensors)), tensors.kernel_size // 2
-    blocks = ceil_divide(sizes.height + half, 16 // columns) * ceil_divide(sizes.width + half, 4 * columns)
+    batch, groups, height, width = tensors.sizes
+    (seen, columns), half = tile_of(problem_of(tensors)), tensors.kernel_size // 2
+    blocks = ceil_divide(height + half, 16 // columns) * ceil_divide(width + half, 4 * columns)
     # One program per (block of inputs, group, batch entry).
     launch_on(
-        tensors, _grad_value_band_kernel, blocks * sizes.groups * sizes.batch,
-        weights=view(stored.weights, "b g h w k"), grad_value=view(grad_value, "b g c h w"), blocks=blocks,
+        tensors, _grad_value_band_kernel, blocks * groups * batch,
+        weights=view(weights, "b g h w k"), grad_value=view(grad_value, "b g c h w"), blocks=blocks,
         OUTPUTS=8 if half < 4 else 4, COLUMNS=columns, SEEN=seen, BLOCK_CHANNELS=block(tensors.value.shape[2]),
         num_warps=4, num_stages=2 if half < 4 else 3,
     )  # fmt: skip
@@ -192,14 +193,14 @@ def _grad_parameters_band_kernel(
 
 def _grad_parameters_band(tensors: Tensors, targets: Targets, grad_logits: Tensor) -> None:
     """Fills the gradients of projected keys, bias and rpb."""
-    sizes, (seen, columns) = tensors.sizes, tile_of(problem_of(tensors))
+    (batch, groups, height, width), (seen, columns) = tensors.sizes, tile_of(problem_of(tensors))
     kernel_size, new_sums = tensors.kernel_size, tensors.statistics.new_empty
-    stored, whole = grad_logits.shape[-1], sizes.height * sizes.width < SMALL_MAP
+    stored, whole = grad_logits.shape[-1], height * width < SMALL_MAP
     border = 0 if whole else kernel_size // 2
-    inner = sizes.height - 2 * border
+    inner = height - 2 * border
     # AMD's GPUs have 64 KiB of shared memory.
     positions = min(64 if torch.version.hip else 256, max(64, next_power_of_2(stored)))
-    programs = ceil_divide(stored, positions) * sizes.groups * sizes.batch
+    programs = ceil_divide(stored, positions) * groups * batch
     chunk, parts, pieces = inner, 1, None
     least = LEAST_POSITIONS // positions
     if programs < least:
@@ -207,8 +208,7 @@ def _grad_parameters_band(tensors: Tensors, targets: Targets, grad_logits: Tenso
         parts = ceil_divide(inner, chunk) + 2
         pieces = new_sums((parts, kernel_size**2, *tensors.query.shape[:3]))
     classes = 2 * border + ceil_divide(inner, chunk)
-    shape = sizes.batch, sizes.groups, classes
-    sums, totals = (new_sums((*shape, number, stored)) for number in (seen, columns))
+    sums, totals = (new_sums((batch, groups, classes, number, stored)) for number in (seen, columns))
     # One program per (block of window positions, group, batch entry, part of the rows).
     launch_on(
         tensors, _grad_parameters_band_kernel, programs * parts, grad_logits=view(grad_logits, "b g h w k"),
@@ -216,17 +216,17 @@ def _grad_parameters_band(tensors: Tensors, targets: Targets, grad_logits: Tenso
         sums=view(sums, "b g h w k"), totals=view(totals, "b g h w k"), parts=parts,
         chunks=ceil_divide(inner, chunk), chunk=chunk,
         COLUMNS=columns, SEEN=seen, BLOCK_ENTRIES=block(seen + columns), STORED=stored, POSITIONS=positions,
-        BORDER=border, LOG_WIDE=min(4, (sizes.width - 1).bit_length()),
+        BORDER=border, LOG_WIDE=min(4, (width - 1).bit_length()),
         num_warps=positions // 16, num_stages=3,
     )  # fmt: skip
     # Classes are like rows of a map, and what their outputs see like its columns.
-    height, tile = classes, 0
+    rows, tile = classes, 0
     if whole:
         sums = sum_rows(grad_logits.flatten(1), 12, sums.dtype).unflatten(1, grad_logits.shape[1:])
-        height, tile = sizes.height, columns
+        rows, tile = height, columns
     fold(
         sums, targets.rpb, totals=totals.flatten(2, 3), bias=targets.bias, pieces=pieces, total=targets.projected,
-        seen=seen, height=height, tile=tile,
+        seen=seen, height=rows, tile=tile,
     )  # fmt: skip
 
 
@@ -239,11 +239,11 @@ def _stored_of(problem: Problem) -> tuple[int, int]:
 
 
 def _fill(tensors: Tensors, targets: Targets) -> None:
-    (batch, groups, height, width), counts = tensors.sizes, _stored_of(problem_of(tensors))
-    stored = Stored(*(tensors.value.new_empty((batch, groups, height, width, count)) for count in counts))
-    grad_logits_band(tensors, targets.query, targets.previous, stored)
-    _grad_value_band(tensors, targets.value, stored)
-    _grad_parameters_band(tensors, targets, stored.grad_logits)
+    counts = _stored_of(problem_of(tensors))
+    weights, grad_logits = (tensors.value.new_empty((*tensors.sizes, count)) for count in counts)
+    grad_logits_band(tensors, targets, weights, grad_logits)
+    _grad_value_band(tensors, targets.value, weights)
+    _grad_parameters_band(tensors, targets, grad_logits)
 
 
 def backward_band(tensors: Tensors, targets: Targets) -> None:

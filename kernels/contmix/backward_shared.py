@@ -17,26 +17,14 @@ from torch import Tensor
 from kernels.contmix.arguments import Targets, Tensors, adding, launch_on, problem_of, reference_gradients
 from kernels.contmix.configs import SHARED, Shared, backward_heuristic
 from kernels.contmix.forward_shared import shared_arguments
-from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
+from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_outputs, store_outputs
 from kernels.launch import ceil_divide
 from kernels.neighborhood.tables import fold
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import View, at, view
 from kernels.window_parts import sum_parts
-from kernels.windows_triton import offsets, pixels_of_window
-
-
-@triton.jit
-def _load_outputs(view, pixels, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """[P, C] of a tile's outputs."""
-    return load_pixels(view, offsets(view, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK)
-
-
-@triton.jit
-def _store_outputs(view, pixels, b_outputs, OFFSET: tl.constexpr, CHANNELS: tl.constexpr):
-    """The inverse of ``_load_outputs``."""
-    store_pixels(view, offsets(view, pixels, OFFSET), pixels.mask, b_outputs, CHANNELS)
+from kernels.windows_triton import load_pixels, offsets, pixels_of_window, rpb_base, store_pixels
 
 
 @triton.jit
@@ -66,7 +54,7 @@ def _backward_shared_kernel(
     i_group, i_chunk = (i_rest % groups).to(tl.int64), (i_rest // groups).to(tl.int64)
     dtype: tl.constexpr = query.ptr.dtype.element_ty
     pixels = pixels_of_window(i_place % tiles, i_place // tiles, height, width, KERNEL, KERNEL, PIXELS)
-    rpb, o_base = at(rpb, 0, i_group), rpb_base(rpb, pixels, KERNEL)[None, :]
+    rpb, o_base = at(rpb, 0, i_group), rpb_base(rpb, pixels, KERNEL, KERNEL)[None, :]
     first = i_chunk.to(tl.int32) * images
     last = tl.minimum(first + images, batch)
     p_partial = partial.ptr + i_chunk * partial.b + i_group * partial.g
@@ -82,22 +70,17 @@ def _backward_shared_kernel(
         for i_image in range(first, last):
             i_batch = tl.cast(i_image, tl.int64)
             queries = at_head(query, i_batch, i_group, QUERY_CHANNELS)
-            values, grads = at_head(value, i_batch, i_group, CHANNELS), at_head(grad, i_batch, i_group, CHANNELS)
-            outs, stats = at_head(out, i_batch, i_group, CHANNELS), at(statistics, i_batch, i_group)
-            of_value = at_head(value_parts, i_batch, i_group, CHANNELS)
-            of_keys = at_head(key_parts, i_batch, i_group, QUERY_CHANNELS)
+            values = at_head(value, i_batch, i_group, CHANNELS)
             # [P, Dq], [P, Dv], [P, Dv]; an output that is not there repeats one that is, but has no gradient
-            b_query = load_pixels(
-                queries, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY
-            )
-            b_grad = load_pixels(grads, offsets(grad, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
-            b_out = load_pixels(outs, offsets(out, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
+            o_query = offsets(queries, pixels, OFFSET)
+            b_query = load_pixels(queries, o_query, pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
+            b_grad = load_outputs(grad, i_batch, i_group, pixels, CHANNELS, BLOCK_CHANNELS, OFFSET)
+            b_out = load_outputs(out, i_batch, i_group, pixels, CHANNELS, BLOCK_CHANNELS, OFFSET)
             b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
-            b_statistics = tl.load(stats.ptr + offsets(statistics, pixels, OFFSET)) * LOG2_E
-            keys = load_keys(
-                at_head(projected, i_batch, i_group, QUERY_CHANNELS),
-                o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, dtype,
-            )  # fmt: skip
+            p_statistics = at(statistics, i_batch, i_group).ptr + offsets(statistics, pixels, OFFSET)
+            b_statistics = tl.load(p_statistics) * LOG2_E
+            projections = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
+            keys = load_keys(projections, o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, dtype)
             b_value = load_pixels(values, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
             b_logits = tl.zeros([STEPS, PIXELS], ACCUMULATOR)
             for half in tl.static_range(len(keys)):
@@ -105,30 +88,24 @@ def _backward_shared_kernel(
             b_weight = tl.exp2(b_logits * (LOG2_E * key_scale(dtype)) + b_bias - b_statistics[None, :])
             b_products = dot(b_value, tl.trans(b_grad), tl.zeros([STEPS, PIXELS], ACCUMULATOR), UPCAST)
             b_part = dot(b_weight.to(dtype), b_grad, tl.zeros([STEPS, BLOCK_CHANNELS], ACCUMULATOR), UPCAST)
-            store_pixels(of_value, i_place * value_parts.h + o_position * value_parts.w, m_position, b_part, CHANNELS)
+            of_value = at_head(value_parts, i_batch, i_group, CHANNELS)
+            store_pixels(of_value, i_place * of_value.h + o_position * of_value.w, m_position, b_part, CHANNELS)
             b_grad_logits = b_weight * (b_products - b_delta[None, :])
             b_total += b_grad_logits
             b_grad_logits = b_grad_logits.to(dtype)
             b_part = dot(b_grad_logits, b_query, tl.zeros([STEPS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
-            store_pixels(of_keys, i_place * key_parts.h + o_position * key_parts.w, m_position, b_part, QUERY_CHANNELS)
+            of_keys = at_head(key_parts, i_batch, i_group, QUERY_CHANNELS)
+            store_pixels(of_keys, i_place * of_keys.h + o_position * of_keys.w, m_position, b_part, QUERY_CHANNELS)
             b_sum = dot(tl.trans(b_grad_logits), keys[0], tl.zeros([PIXELS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
             b_sum *= key_scale(dtype)
             if i_block > 0:
-                b_sum += _load_outputs(
-                    at_head(scratch, i_batch, i_group, QUERY_CHANNELS), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY
-                )
+                b_sum += load_outputs(scratch, i_batch, i_group, pixels, QUERY_CHANNELS, BLOCK_QUERY, OFFSET)
             elif ADD:
-                b_sum += _load_outputs(
-                    at_head(previous, i_batch, i_group, QUERY_CHANNELS), pixels, OFFSET, QUERY_CHANNELS, BLOCK_QUERY
-                )
+                b_sum += load_outputs(previous, i_batch, i_group, pixels, QUERY_CHANNELS, BLOCK_QUERY, OFFSET)
             if i_block < BLOCKS - 1:
-                _store_outputs(
-                    at_head(scratch, i_batch, i_group, QUERY_CHANNELS), pixels, b_sum, OFFSET, QUERY_CHANNELS
-                )
+                store_outputs(scratch, i_batch, i_group, pixels, b_sum, QUERY_CHANNELS, OFFSET)
             else:
-                _store_outputs(
-                    at_head(grad_query, i_batch, i_group, QUERY_CHANNELS), pixels, b_sum, OFFSET, QUERY_CHANNELS
-                )
+                store_outputs(grad_query, i_batch, i_group, pixels, b_sum, QUERY_CHANNELS, OFFSET)
         tl.store(p_partial + o_position[:, None], b_total, mask=pixels.mask[None, :])
         tl.store(p_totals + o_position, tl.sum(b_total, 1))
         # The next block reads what is in scratch now, perhaps by other threads.
@@ -139,7 +116,7 @@ def _backward_shared_kernel(
     SHARED,
     backward_heuristic,
     problem=problem_of,
-    reference=lambda tensors, targets: reference_gradients(tensors, targets.previous),
+    reference=reference_gradients,
     name="contmix.shared.backward",
 )
 def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tuple[Tensor, ...]:
@@ -165,7 +142,7 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
         key_parts = tensors.value.new_empty((places, kernel_size**2, batch, groups, query_channels))
         value_view, key_view = view(value_parts, "b g c h w"), view(key_parts, "h w b g c")
     arguments |= {
-        **adding(targets.query, targets.previous), "value_parts": value_view, "key_parts": key_view,
+        **adding(targets), "value_parts": value_view, "key_parts": key_view,
         "scratch": view(scratch, "b g c h w"), "partial": view(partial, "b g h w k"), "totals": view(totals, "b g h k"),
     }  # fmt: skip
     if torch.version.hip:  # whose compiler holds loads ahead in registers

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.registers import shifted, together
-from kernels.windows_triton import Pixels, window_start
+from kernels.windows_triton import Pixels, first_seen, window_start
 
 
 @triton.jit
@@ -61,19 +61,6 @@ def rows_of_block(kernel_size, rows, seen, i_block):
     """How many rows a block of a window has: ``rows``, or the power of two that holds what is left for the last, and
     at least the 16 numbers of ``seen`` in a row that a product takes."""
     return min(rows, max(16 // seen, 1 << (kernel_size - i_block * rows - 1).bit_length()))
-
-
-@triton.jit
-def first_block(i_tile, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
-    """Of blocks of TILE inputs along an axis, which begin KERNEL // 2 before the map, the first that outputs of a tile
-    of as many may see. Their windows begin 0 to TILE - 1 after it does."""
-    return tl.minimum(tl.maximum(i_tile, KERNEL // 2 // TILE), (length - KERNEL + KERNEL // 2) // TILE)
-
-
-@triton.jit
-def first_seen(o_output, length, KERNEL: tl.constexpr, TILE: tl.constexpr):
-    """The first input of that block, which may be less than 0; the window's first where TILE is 1."""
-    return first_block(o_output // TILE, length, KERNEL, TILE) * TILE - KERNEL // 2
 
 
 @triton.jit

@@ -33,13 +33,13 @@ from kernels.contmix.bands import (
 )
 from kernels.contmix.configs import TILES, Tiles, block, tile_of, tiles_heuristic
 from kernels.contmix.logits_band import first_entry, logits_of_rows, moved_keys, position_table, query_of_ones
-from kernels.contmix.tiles import aligned, at_head, key_scale, store_pixels
+from kernels.contmix.tiles import at_head, key_scale
 from kernels.launch import ceil_divide, next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.registers import apart
 from kernels.tuning import tunable
 from kernels.views import at
-from kernels.windows_triton import offsets
+from kernels.windows_triton import offsets, store_pixels
 
 
 @triton.jit
@@ -52,11 +52,11 @@ def load_pairs(
     warp's threads store to and gather from different banks of shared memory."""
     o_channel = tl.arange(0, BLOCK)[None, :]
     o_input = (o_h + ROW).to(OFFSET) * values.h + o_w.to(OFFSET) * values.w
-    p_even = values.ptr + aligned(o_input, CHANNELS)[:, None] + o_channel.to(OFFSET) * values.c
+    p_even = values.ptr + o_input[:, None] + o_channel.to(OFFSET) * values.c
     m_input = (o_h + ROW < height)[:, None] & (o_channel < CHANNELS)
     m_even, m_odd = (o_w >= 0) & (o_w < stop_w), (o_w >= -1) & (o_w < stop_w - 1)
     b_even = tl.load(p_even, mask=m_input & m_even[:, None], other=0)
-    b_odd = tl.load(p_even + aligned(values.w, CHANNELS), mask=m_input & m_odd[:, None], other=0)
+    b_odd = tl.load(p_even + values.w, mask=m_input & m_odd[:, None], other=0)
     b_even, b_odd = b_even.to(tl.uint16, bitcast=True).to(tl.int32), b_odd.to(tl.uint16, bitcast=True).to(tl.int32)
     EIGHTS: tl.constexpr = max(min(8, BLOCK // 2), BLOCK // 4) // 4
     b_pairs = tl.reshape(b_even | (b_odd << 16), [o_h.shape[0], BLOCK // 8 // EIGHTS, EIGHTS, 2, 4])

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kernels.contmix.arguments import Tensors, launch_on, problem_of, reference_forward
 from kernels.contmix.configs import SHARED, Shared, block, shared_heuristic
-from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, load_pixels, rpb_base, store_pixels
+from kernels.contmix.tiles import at_head, key_scale, load_biases, load_keys, store_outputs
 from kernels.launch import ceil_divide
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
 from kernels.views import at
 from kernels.windows import windows_and_most
-from kernels.windows_triton import offsets, pixels_of_window
+from kernels.windows_triton import load_pixels, offsets, pixels_of_window, rpb_base
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _forward_shared_kernel(
     i_group = (i_program // (tiles * windows) % groups).to(tl.int64)
     i_first = i_program // (tiles * windows) // groups * images
     pixels = pixels_of_window(i_tile, i_window, height, width, KERNEL, KERNEL, PIXELS)
-    o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL)
+    o_base = i_group * rpb.g + rpb_base(rpb, pixels, KERNEL, KERNEL)
     tables = _tables(bias, rpb, o_base, KERNEL, STEPS, BLOCKS, ACCUMULATOR)
 
     for i_batch in range(i_first, tl.minimum(i_first + images, batch)):
@@ -67,7 +67,8 @@ def _forward_shared_kernel(
             at_head(value, i_image, i_group, CHANNELS),
         )
         # [P, Dq]; an output that is not there repeats one that is, so that nothing overflows
-        b_query = load_pixels(queries, offsets(query, pixels, OFFSET), pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
+        o_query = offsets(queries, pixels, OFFSET)
+        b_query = load_pixels(queries, o_query, pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
         # [P], [P], [P, Dv]
         b_max = tl.full([PIXELS], float("-inf"), ACCUMULATOR)
         b_total = tl.zeros([PIXELS], ACCUMULATOR)
@@ -86,11 +87,11 @@ def _forward_shared_kernel(
             b_total = b_total * b_rescale + tl.sum(b_weight, axis=1)
             b_max = b_new_max
             o_row, o_column = pixels.start_h + o_position // KERNEL, pixels.start_w + o_position % KERNEL
-            o_value = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
+            o_value = o_row.to(OFFSET) * values.h + o_column.to(OFFSET) * values.w
             b_value = load_pixels(values, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
             b_sum = dot(b_weight.to(b_value.dtype), b_value, b_sum * b_rescale[:, None], UPCAST)
-        outs, sums = at_head(out, i_image, i_group, CHANNELS), at(statistics, i_image, i_group)
-        store_pixels(outs, offsets(out, pixels, OFFSET), pixels.mask, b_sum / b_total[:, None], CHANNELS)
+        store_outputs(out, i_image, i_group, pixels, b_sum / b_total[:, None], CHANNELS, OFFSET)
+        sums = at(statistics, i_image, i_group)
         tl.store(sums.ptr + offsets(statistics, pixels, OFFSET), (b_max + tl.log2(b_total)) / LOG2_E, mask=pixels.mask)
 
 

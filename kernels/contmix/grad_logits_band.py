@@ -16,18 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contmix.arguments import Stored, Tensors, adding, launch_on, problem_of, reference_gradients
-from kernels.contmix.bands import first_seen, load_moved, outputs_of_block, rows_of_block
+from kernels.contmix.arguments import Targets, Tensors, adding, launch_on, problem_of, reference_gradients
+from kernels.contmix.bands import load_moved, outputs_of_block, rows_of_block
 from kernels.contmix.configs import TILES, Tiles, block, grad_tiles_heuristic
 from kernels.contmix.forward_band import band_arguments
 from kernels.contmix.logits_band import first_entry, logits_of_rows, moved_keys, position_table, query_of_ones
-from kernels.contmix.tiles import at_head, key_scale, load_pixels, store_pixels
+from kernels.contmix.tiles import at_head, key_scale
 from kernels.launch import next_power_of_2
 from kernels.products import LOG2_E, dot
 from kernels.registers import apart, shifted, together
 from kernels.tuning import tunable
 from kernels.views import at, view
-from kernels.windows_triton import offsets
+from kernels.windows_triton import first_seen, load_pixels, offsets, store_pixels
 
 
 @triton.jit
@@ -158,21 +158,21 @@ def _grad_logits_band_kernel(
     TILES,
     grad_tiles_heuristic,
     problem=problem_of,
-    reference=lambda tensors, _target, previous, _stored: reference_gradients(tensors, previous)[0],
+    reference=lambda tensors, targets, *_: reference_gradients(tensors, targets)[0],
     name="contmix.band.grad_logits",
 )
 def grad_logits_band(
-    tensors: Tensors, grad_query: Tensor, previous: Tensor | None, stored: Stored, *, config: Tiles
+    tensors: Tensors, targets: Targets, weights: Tensor, grad_logits: Tensor, *, config: Tiles
 ) -> Tensor:
-    """Fills ``stored``, and the gradient of query."""
+    """Fills p [B, G, H, W, patch], ds [B, G, H, W, rows of a window · SEEN], and the gradient of query."""
     arguments, programs = band_arguments(tensors, config)
     seen, columns, kernel_size = arguments["SEEN"], arguments["COLUMNS"], tensors.kernel_size
     arguments |= {
-        **adding(grad_query, previous),
-        "weights": view(stored.weights, "b g h w k"),
-        "grad_logits": view(stored.grad_logits, "b g h w k"),
+        **adding(targets),
+        "weights": view(weights, "b g h w k"),
+        "grad_logits": view(grad_logits, "b g h w k"),
         "TABLE": next_power_of_2((2 * kernel_size + 6) * (2 * kernel_size - 1) + seen + columns),
         "BLOCK_CHANNELS": block(tensors.value.shape[2]),
     }
     launch_on(tensors, _grad_logits_band_kernel, programs, **arguments)
-    return grad_query
+    return targets.query

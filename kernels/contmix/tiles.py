@@ -8,15 +8,10 @@ import triton
 import triton.language as tl
 
 from kernels import views
+from kernels.windows_triton import load_pixels, offsets, store_pixels
 
 # What every stride of a map but its channels' is a multiple of: 16 bytes of a 16-bit type.
 VECTOR: tl.constexpr = tl.constexpr(8)
-
-
-@triton.jit
-def aligned(offset, CHANNELS: tl.constexpr):
-    """The same number, a ``multiple`` of what strides of maps are."""
-    return views.multiple(offset, 16 if CHANNELS % 16 == 0 else VECTOR)
 
 
 @triton.jit
@@ -26,25 +21,17 @@ def at_head(view, i_batch, i_head, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _pointers(view, o_pixel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """[P, C] of a map [C, ...], and which there are."""
-    o_channel = tl.arange(0, BLOCK)
-    p_pixel = view.ptr + aligned(o_pixel, CHANNELS)[:, None] + (o_channel.to(o_pixel.dtype) * view.c)[None, :]
-    return p_pixel, (o_channel < CHANNELS)[None, :]
+def load_outputs(view, i_batch, i_head, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
+    """[P, C] of a tile's outputs."""
+    part = at_head(view, i_batch, i_head, CHANNELS)
+    return load_pixels(part, offsets(part, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK)
 
 
 @triton.jit
-def load_pixels(view, o_pixel, m_pixel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """[P, C] of a map [C, ...]."""
-    p_pixel, m_channel = _pointers(view, o_pixel, CHANNELS, BLOCK)
-    return tl.load(p_pixel, mask=m_pixel[:, None] & m_channel, other=0)
-
-
-@triton.jit
-def store_pixels(view, o_pixel, m_pixel, b_pixels, CHANNELS: tl.constexpr):
-    """The inverse of ``load_pixels``."""
-    p_pixel, m_channel = _pointers(view, o_pixel, CHANNELS, b_pixels.shape[1])
-    tl.store(p_pixel, b_pixels.to(view.ptr.dtype.element_ty), mask=m_pixel[:, None] & m_channel)
+def store_outputs(view, i_batch, i_head, pixels, b_outputs, CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
+    """The inverse of ``load_outputs``."""
+    part = at_head(view, i_batch, i_head, CHANNELS)
+    store_pixels(part, offsets(part, pixels, OFFSET), pixels.mask, b_outputs, CHANNELS)
 
 
 @triton.jit
@@ -79,7 +66,8 @@ def cut_off(b, dtype: tl.constexpr):
 @triton.jit
 def load_keys(projected, o_position, m_position, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """``halves`` of a head's projected keys, [S, Dq]."""
-    return halves(load_pixels(projected, o_position * projected.k, m_position, CHANNELS, BLOCK), dtype)
+    stride = views.multiple(projected.k, 16 if CHANNELS % 16 == 0 else VECTOR)
+    return halves(load_pixels(projected, o_position * stride, m_position, CHANNELS, BLOCK), dtype)
 
 
 @triton.jit
@@ -90,10 +78,3 @@ def load_biases(bias, rpb, o_base, o_position, m_position, KERNEL: tl.constexpr,
     b_bias = tl.load(bias.ptr + o_position * bias.k, mask=m_position, other=0).to(ACCUMULATOR)
     b_rpb = tl.load(rpb.ptr + o_base + o_relative, mask=m_position, other=0).to(ACCUMULATOR)
     return tl.where(m_position, b_rpb + b_bias, float("-inf"))
-
-
-@triton.jit
-def rpb_base(rpb, pixels, KERNEL: tl.constexpr):
-    """Where in rpb the windows of a tile's outputs begin."""
-    o_row = pixels.start_h - pixels.row + KERNEL - 1
-    return o_row * rpb.h + (pixels.start_w - pixels.column + KERNEL - 1) * rpb.w

@@ -6,7 +6,7 @@ correlate           Σ_c g[i,c] · value[nbr(i,k),c]
 softmax_backward    the gradients of a softmax's logits, p · (correlate − δ), and of value, transpose
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -65,16 +65,6 @@ def _reference_correlate(
     return found if weights is None else found[0]
 
 
-class Sizes(NamedTuple):
-    """Of the features [B, G, C, H, W]."""
-
-    batch: int
-    groups: int
-    channels: int
-    height: int
-    width: int
-
-
 def _launch(
     kernel: Any,
     programs: int,
@@ -96,7 +86,7 @@ def _launch(
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     maps = [views[name] for name, tensor in given.items() if tensor.dim() == 5 and name != "parts"]
     arguments = {
-        **views, **constants, "ALIGNED": alignment(features.shape[2], *maps), "sizes": Sizes(*features.shape),
+        **views, **constants, "ALIGNED": alignment(features.shape[2], *maps), "sizes": tuple(features.shape),
         "SOFTMAX": weights is not None and weights.softmax, "HAS_RPB": "rpb" in given,
         **precision(features, *given.values()),
     }  # fmt: skip

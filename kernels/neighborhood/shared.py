@@ -18,7 +18,14 @@ import triton.language as tl
 
 from kernels.products import LOG2_E, dot
 from kernels.views import aligned, at, multiple
-from kernels.windows_triton import offsets, pixels_of_window, split_program
+from kernels.windows_triton import (
+    load_pixels,
+    offsets,
+    pixels_of_window,
+    rpb_base,
+    split_program,
+    store_pixels,
+)
 
 
 @triton.jit
@@ -40,20 +47,10 @@ def _load_weights(
     if SOFTMAX:
         b_weight = b_weight.to(ACCUMULATOR)
         if HAS_RPB:
-            o_output = (tile.start_h - tile.row + KERNEL_H - 1) * rpb.h + (
-                tile.start_w - tile.column + KERNEL_W - 1
-            ) * rpb.w
-            p_rpb = (rpb.ptr + o_output)[:, None] + (o_step // KERNEL_W * rpb.h + o_step % KERNEL_W * rpb.w)[None, :]
+            o_relative = o_step // KERNEL_W * rpb.h + o_step % KERNEL_W * rpb.w
+            p_rpb = (rpb.ptr + rpb_base(rpb, tile, KERNEL_H, KERNEL_W))[:, None] + o_relative[None, :]
             b_weight += tl.load(p_rpb, mask=m_weight, other=0).to(ACCUMULATOR)
     return b_weight
-
-
-@triton.jit
-def _load_rows(tensor, o_pixel, m_pixel, channels, OFFSET: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """[N, C] of the pixels at offsets ``o_pixel``."""
-    o_channel = tl.arange(0, BLOCK_CHANNELS)
-    p_block = tensor.ptr + o_pixel[:, None] + (o_channel.to(OFFSET) * tensor.c)[None, :]
-    return tl.load(p_block, mask=m_pixel[:, None] & (o_channel < channels)[None, :], other=0)
 
 
 @triton.jit
@@ -64,7 +61,7 @@ def _load_positions(
     """[S, C] of the inputs at window positions ``o_step``."""
     o_row, o_column = tile.start_h + o_step // KERNEL_W, tile.start_w + o_step % KERNEL_W
     o_input = o_row.to(OFFSET) * value.h + o_column.to(OFFSET) * value.w
-    return _load_rows(value, o_input, o_step < KERNEL_H * KERNEL_W, channels, OFFSET, BLOCK_CHANNELS)
+    return load_pixels(value, o_input, o_step < KERNEL_H * KERNEL_W, channels, BLOCK_CHANNELS)
 
 
 @triton.jit
@@ -124,12 +121,7 @@ def mix_kernel(
         b_sum = b_sum / b_total[:, None]
         o_pixel = tile.row * statistics.h + tile.column * statistics.w
         tl.store(statistics.ptr + o_pixel, b_max + tl.log2(b_total) / LOG2_E, mask=tile.mask)
-    o_channel = tl.arange(0, BLOCK_CHANNELS)
-    tl.store(
-        out.ptr + offsets(out, tile, OFFSET)[:, None] + (o_channel.to(OFFSET) * out.c)[None, :],
-        b_sum.to(out.ptr.dtype.element_ty),
-        mask=tile.mask[:, None] & (o_channel < channels)[None, :],
-    )
+    store_pixels(out, offsets(out, tile, OFFSET), tile.mask, b_sum, channels)
 
 
 @triton.jit
@@ -156,16 +148,14 @@ def backward_kernel(
     weight, rpb, parts = at(weight, i_batch, i_group), at(rpb, 0, i_group), at(parts, i_batch, i_group)
     tile = pixels_of_window(i_tile, i_window, height, width, KERNEL_H, KERNEL_W, BLOCK_OUTPUTS)
     # [P, C]; an output that is not there repeats one that is, but has no gradient
-    b_grad = _load_rows(grad, offsets(grad, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
+    b_grad = load_pixels(grad, offsets(grad, tile, OFFSET), tile.mask, channels, BLOCK_CHANNELS)
     if SOFTMAX:
         statistics, out = at(statistics, i_batch, i_group), at(out, i_batch, i_group)
-        b_out = _load_rows(out, offsets(out, tile, OFFSET), tile.mask, channels, OFFSET, BLOCK_CHANNELS)
+        b_out = load_pixels(out, offsets(out, tile, OFFSET), tile.mask, channels, BLOCK_CHANNELS)
         # δ = Σ_c grad · out, which equals Σ_k p · dp, [P]
         b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), axis=1)
         b_statistics = tl.load(statistics.ptr + tile.row * statistics.h + tile.column * statistics.w) * LOG2_E
-    o_channel = tl.arange(0, BLOCK_CHANNELS)
     o_part = (i_window * tiles + i_tile).to(OFFSET) * parts.h
-    p_parts = parts.ptr + o_part + (o_channel.to(OFFSET) * parts.c)[None, :]
     for first in range(0, KERNEL_H * KERNEL_W, BLOCK_STEPS):
         o_step = first + tl.arange(0, BLOCK_STEPS)
         m_step = o_step < KERNEL_H * KERNEL_W
@@ -180,9 +170,7 @@ def backward_kernel(
             b_used = b_weight.to(b_grad.dtype) if SOFTMAX else tl.where(tile.mask[:, None], b_weight, 0)
             b_part = tl.zeros([BLOCK_STEPS, BLOCK_CHANNELS], ACCUMULATOR)
             b_part = dot(tl.trans(b_used), b_grad, b_part, UPCAST)
-            m_part = m_step[:, None] & (o_channel < (FILLED if FILLED else channels))[None, :]
-            p_part = p_parts + (o_step.to(OFFSET) * parts.w)[:, None]
-            tl.store(p_part, b_part.to(parts.ptr.dtype.element_ty), mask=m_part)
+            store_pixels(parts, o_part + o_step.to(OFFSET) * parts.w, m_step, b_part, FILLED if FILLED else channels)
         if CORRELATE:
             b_value = _load_positions(value, tile, o_step, channels, KERNEL_H, KERNEL_W, OFFSET, BLOCK_CHANNELS)
             b_product = dot(b_grad, tl.trans(b_value), tl.zeros([BLOCK_OUTPUTS, BLOCK_STEPS], ACCUMULATOR), UPCAST)

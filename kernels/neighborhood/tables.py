@@ -11,17 +11,15 @@ from kernels.dtypes import accumulator
 from kernels.launch import ceil_divide, launch, next_power_of_2
 from kernels.views import View, view
 from kernels.windows import Pair
+from kernels.windows_triton import first_seen
 
 
 @triton.jit
 def _before(o_output, length, KERNEL: tl.constexpr, DILATION: tl.constexpr, TILE: tl.constexpr):
     """How many positions before an output what it sees begins: its window, or where TILE > 1 what a tile of as many
     outputs sees."""
-    HALF: tl.constexpr = KERNEL // 2
-    member = o_output // DILATION
     members = (length - o_output % DILATION + DILATION - 1) // DILATION
-    i_tile = tl.minimum(tl.maximum(member // TILE, HALF // TILE), (members - KERNEL + HALF) // TILE)
-    return member - (i_tile * TILE - HALF)
+    return o_output // DILATION - first_seen(o_output // DILATION, members, KERNEL, TILE)
 
 
 @triton.jit
