@@ -170,9 +170,8 @@ def _reports(arguments: argparse.Namespace, console: Console) -> tuple[list[Repo
     work = [
         (name, launch, config, architecture)
         for dtype in arguments.dtype
-        for name, found in cases(DTYPES[dtype]).items()
+        for name, workload in cases(DTYPES[dtype]).items()
         if arguments.only in name
-        for workload in found
         for launch, config in _launches(workload, DTYPES[dtype], arguments.every_config)
         for architecture in arguments.arch
     ]

@@ -8,9 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from autotune import workloads
-from autotune.workloads import Input, Workload, channels_last
+from autotune.workloads import (
+    Input,
+    Workload,
+    channels_last,
+    contmix,
+    depthwise,
+    generation,
+    involution,
+    neighborhood,
+    operator_workloads,
+)
 from kernels.depthwise.expanded import expanded_convolve
 from kernels.depthwise.op import normed_branches
 from kernels.depthwise.sliding import gelu_convolve
@@ -25,7 +35,8 @@ def _map(batch: int, channels: int, side: int) -> Input:
 
 def gelu(batch: int, channels: int, side: int) -> Workload:
     """A 3×3 depthwise convolution of GELU with all that its kernels can do beside it."""
-    found = workloads.depthwise("OverLoCK-XT", batch, channels, (side, side), 3)
+    found = depthwise("OverLoCK-XT", batch, channels, (side, side), 3)
+    found = replace(found, operator="gelu_depthwise_conv2d")
     return replace(found, part=lambda x, weight, bias: gelu_convolve(x, weight, bias, True)[0])
 
 
@@ -38,7 +49,7 @@ def expanded(batch: int, features: int, channels: int, side: int) -> Workload:
     def part(x: Any, expand: Any, shift: Any, weight: Any, bias: Any) -> Any:
         return expanded_convolve(x, expand, shift, weight, bias, True)[0]
 
-    return replace(found, inputs=inputs, part=part, trained=False)
+    return replace(found, operator="expanded_depthwise_conv2d", inputs=inputs, part=part, trained=False)
 
 
 def residual(batch: int, channels: int, side: int, skipped: int) -> Workload:
@@ -48,7 +59,9 @@ def residual(batch: int, channels: int, side: int, skipped: int) -> Workload:
     inputs |= {"bias": Input((outputs,)), "skipped": _map(batch, skipped, side)}
     inputs |= {} if skipped == outputs else {"second": Input((outputs, skipped))}
     out, part = _map(batch, outputs, side).shape, lambda **given: residual_pointwise_conv2d(*given.values())
-    return Workload("residual_pointwise_conv2d", "RedNet-50", f"{channels}@{side}²", inputs, out, {}, part, False)
+    return Workload(
+        "residual_pointwise_conv2d", "RedNet-50", f"{channels}@{side}² + {skipped}", inputs, out, {}, part, False
+    )
 
 
 def image(batch: int, outputs: int, kernel_size: int, relu: bool = False) -> Workload:
@@ -86,41 +99,29 @@ def branches(batch: int, channels: int, side: int, sizes: Sequence[int], dilatio
     return Workload("normed_branches", "OverLoCK-T", f"{channels}@{side}²", inputs, inputs["x"].shape, {}, part)
 
 
-def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, list[Workload]]:
+def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Workload]:
     """What is built, by name: operators at shapes of the models at which, together, they launch every kernel that takes
     such tensors.
 
-    An operator that no case here names is launched at the first of its shapes.
+    An operator that is not here is launched at the first of its shapes.
     """
-    rednet = workloads.involution("RedNet-50", 128, 128, (28, 28), 7, 16)
-    unfused = [workloads.neighborhood(name, "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("na2d_av", "na2d_qk")]
-    fused = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (14, 14), 13)
-    dilated = workloads.neighborhood("na2d_softmax_av", "", 128, 8, 16, (56, 56), 7)
-    found: dict[str, list[Workload]] = {
-        "involution 128@28 K=7, channels first": [rednet],
-        "involution 128@28 K=7, channels last": [channels_last(rednet)],
-        "involution, kernels generated, 128@28 K=7": [workloads.generation(channels_last(rednet))],
-        "neighborhood 8x16@14 K=13": [fused, *unfused],
-        "neighborhood 8x16@56 K=7 d=2": [replace(dilated, options={**dilated.options, "dilation": 2})],
-        "depthwise 64@56 K=17": [channels_last(workloads.depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False)],
-        "depthwise 224@56 K=3, channels last": [workloads.depthwise("OverLoCK-XT", 128, 224, (56, 56), 3)],
-        "depthwise 224@56 K=3, fused": [gelu(128, 224, 56)],
-        "batch norm and GELU 56@56": [normed(128, 56, 56)],
-        "depthwise 256@14 K=13, branches": [branches(128, 256, 14, (13, 3), (1, 2))],
-        "depthwise 256@14 K=13, channels last": [workloads.depthwise("OverLoCK-T", 128, 256, (14, 14), 13)],
-        "depthwise 512@7 K=7, channels last": [workloads.depthwise("OverLoCK-T", 128, 512, (7, 7), 7)],
-        "contmix 8x16@14 K=5, 13": [workloads.contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13))],
-        "contmix 8x16@56 K=5, 13": [workloads.contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13))],
-        "contmix 32x8@7 K=5, 7": [workloads.contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7))],
-    }
+    rednet, wide = involution("RedNet-50", 128, 128, (28, 28), 7, 16), depthwise("OverLoCK-T", 128, 64, (56, 56), 17)
+    dilated = neighborhood("na2d_softmax_av", "", 128, 8, 16, (56, 56), 7)
+    found = [
+        *(rednet, channels_last(rednet), generation(channels_last(rednet))),
+        *(neighborhood(f"na2d_{name}", "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("softmax_av", "av", "qk")),
+        replace(dilated, shape=f"{dilated.shape} d=2", options={**dilated.options, "dilation": 2}),
+        channels_last(wide, False),
+        *(depthwise("", 128, c, (side, side), k) for c, side, k in ((224, 56, 3), (256, 14, 13), (512, 7, 7))),
+        *(gelu(128, 224, 56), normed(128, 56, 56), branches(128, 256, 14, (13, 3), (1, 2))),
+        *(contmix("OverLoCK-T", batch, 8, 16, (side, side), (5, 13)) for batch, side in ((128, 14), (8, 56))),
+        contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7)),
+    ]
     if dtype.itemsize <= 2:
-        found |= {
-            "involution 128@28 K=7, the end of its block": [
-                residual(batch, 128, 28, skipped) for batch, skipped in ((128, 512), (1, 512), (128, 128))
-            ],
-            "depthwise 224@56 K=3, expanded": [expanded(128, 56, 224, 56)],
-            "images 3@224": [image(128, 28, 3, relu=True), image(128, 64, 7, relu=True)],
-        }
-    launched = {workload.operator for case in found.values() for workload in case}
-    first = {workload.operator: workload for workload in reversed(workloads.operator_workloads(128))}
-    return found | {case.name: [case] for operator, case in first.items() if operator not in launched}
+        found += [residual(batch, 128, 28, skipped) for batch, skipped in ((128, 512), (1, 512), (128, 128))]
+        found += [expanded(128, 56, 224, 56), image(128, 28, 3, relu=True), image(128, 64, 7, relu=True)]
+    launched = {workload.operator for workload in found}
+    first = {workload.operator: workload for workload in reversed(operator_workloads(128))}
+    found += [workload for operator, workload in first.items() if operator not in launched]
+    layouts = (", channels last" * tree_leaves(workload.inputs)[0].channels_last for workload in found)
+    return {f"{case.name}, batch {case.output[0]}{layout}": case for case, layout in zip(found, layouts, strict=True)}

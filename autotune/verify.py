@@ -35,7 +35,7 @@ def workloads_of(device: torch.device) -> list[Workload]:
     if device.type == "cuda":
         from autotune.kernel_cases import cases
 
-        return [*benchmark_workloads(), *(workload for found in cases().values() for workload in found)]
+        return [*benchmark_workloads(), *cases().values()]
     # Windows that outputs share, large ones of an output's own, one that is too large for rows to slide, and a
     # depthwise convolution of so large a map and kernel that the kernels for it have configs.
     shared = [neighborhood(name, "tiny", 1, 2, 16, (5, 5), 5) for name in ("na2d_av", "na2d_softmax_av")]

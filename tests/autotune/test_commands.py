@@ -40,7 +40,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machin
         ("profile --quick --operator na2d_av --out /dev/null/new", "--out must be a folder, and /dev/null/new cannot"),
         ("suite --quick --out /dev/null", "--out must be a folder, and /dev/null cannot be made one: File exists"),
         ("compile --arch sm_1", "argument --arch: invalid choice: 'sm_1'"),
-        ("compile --only nothing", "no case contains 'nothing'; there are: involution 128@28 K=7, channels first; "),
+        ("compile --only nothing", "no case contains 'nothing'; there are: involution2d RedNet-50 128@28² K=7, "),
         pytest.param("tune --model r --quick --device cpu", "--model: no model is named 'r'", marks=without_gpu),
         ("tune --model rednet26 --all", "argument --all: not allowed with argument --model"),
         pytest.param("tune --operator nothing --quick --device cpu", "--operator must match a name", marks=without_gpu),
