@@ -100,9 +100,7 @@ class DilatedReparamBlock(nn.Module):
         return not hasattr(self, "origin_bn")
 
     def branches(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """The convolution and batch norm of every separate branch, the K×K one first; [] once merged."""
-        if self.merged:
-            return []
+        """The convolution and batch norm of every branch that is not merged, the K×K one first."""
         names = [f"k{size}_{dilation}" for size, dilation in self.BRANCHES[self.kernel_size]]
         dilated = [(getattr(self, f"dil_conv_{name}"), getattr(self, f"dil_bn_{name}")) for name in names]
         return [(self.lk_origin, self.origin_bn), *dilated]
@@ -187,36 +185,31 @@ class DilatedReparamBlock(nn.Module):
         parameters = self.merged_parameters(x.device)
         if parameters is not None:
             return kernels.depthwise_conv2d(x, *parameters)
-        if self._is_one_operator(x):
-            return self._normed_branches(x)
-        out = torch.zeros((), dtype=x.dtype, device=x.device)
-        for conv, norm in self.branches():
-            out = out + norm(conv(x))
+        out = self._by_one_operator(x)
+        if out is None:
+            out = torch.zeros((), dtype=x.dtype, device=x.device)
+            for conv, norm in self.branches():
+                out = out + norm(conv(x))
         return out
 
-    def _is_one_operator(self, x: Tensor) -> bool:
-        """Whether every branch is a plain convolution with a batch norm in training, and Triton computes them."""
+    def _by_one_operator(self, x: Tensor) -> Tensor | None:
+        """The sum where every branch is a plain convolution with a batch norm in training, and Triton computes them."""
         if x.dim() != 4 or not runs_triton(x) or not multiplies(x.dtype):
-            return False
-        for _, norm in self.branches():
-            if not trains(norm, x.device):
-                return False
-            if (norm.eps, norm.momentum) != (self.origin_bn.eps, self.origin_bn.momentum):
-                return False
-        return self._convolves(x.device) and x.numel() > self.channels == x.shape[1]
-
-    def _normed_branches(self, x: Tensor) -> Tensor:
+            return None
         convs, norms = zip(*self.branches(), strict=True)
+        if not all(trains(norm, x.device) for norm in norms) or len({(norm.eps, norm.momentum) for norm in norms}) > 1:
+            return None
+        if not self._convolves(x.device) or not x.numel() > self.channels == x.shape[1]:
+            return None
         dtype = torch.promote_types(x.dtype, torch.float32)
         scale = torch.stack([norm.weight for norm in norms]).to(dtype)
         shift = torch.stack([norm.bias for norm in norms]).to(dtype).sum(0)
         weights, dilations = [conv.weight for conv in convs], [conv.dilation[0] for conv in convs]
-        out, statistics = normed_branches(x, weights, dilations, scale, shift, norms[0].eps)
+        out, (mean, variance) = normed_branches(x, weights, dilations, scale, shift, norms[0].eps)
         with torch.no_grad():
-            number, momentum = x.numel() // self.channels, norms[0].momentum
-            mean, variance = statistics
+            number = x.numel() // self.channels
             for name, batch in (("running_mean", mean), ("running_var", variance * (number / (number - 1)))):
                 running = [getattr(norm, name) for norm in norms]
-                torch._foreach_lerp_(running, [row.to(running[0].dtype) for row in batch], momentum)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_lerp_(running, [row.to(running[0].dtype) for row in batch], norms[0].momentum)  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)  # pyright: ignore[reportPrivateImportUsage]
         return out

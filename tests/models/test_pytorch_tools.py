@@ -142,6 +142,16 @@ def test_functional_call_and_gradients_per_image(family):
         assert_close(ours, torch.cat([grad.flatten() for grad in reached.values()]), 1e-4)
 
 
+@by_family
+def test_forward_mode(family):
+    """The change of a sum along a direction is what its gradient says."""
+    model, x = narrow(family).double().to(DEVICE), images(1, 3, 32, 48, dtype=torch.float64)
+    direction = x.flip(3)
+    change = torch.func.jvp(lambda x: model(x).square().sum(), (x,), (direction,))[1]
+    (gradient,) = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)
+    assert_close(change, (gradient * direction).sum(), 1e-9)
+
+
 # ---- children that others change: hooks, wrappers, parametrisations
 
 
