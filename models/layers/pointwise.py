@@ -123,9 +123,12 @@ def runs_triton(x: Tensor) -> bool:
 def infers(*tensors: Tensor | None) -> bool:
     """Whether a kernel that has no derivative may take the tensors: nobody may ask for a gradient, nothing is cast."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if under_autocast(given[0]):
         return False
-    return not under_autocast(given[0]) and all(tensor.dtype == given[0].dtype for tensor in given)
+    for tensor in given:
+        if tensor.dtype != given[0].dtype or (tensor.requires_grad and torch.is_grad_enabled()):
+            return False
+    return True
 
 
 def in_16_bits_on_gpu(x: Any) -> bool:

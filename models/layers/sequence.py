@@ -28,7 +28,9 @@ class FusedSequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         layers = list(self)
         while layers:
-            joined = _hidden_layers(layers, input) or _normed_gelu(layers, input)
+            joined = None
+            if type(layers[0]) is GELU2d or (len(layers) > 1 and type(layers[1]) is GELU2d):
+                joined = _hidden_layers(layers, input) or _normed_gelu(layers, input)
             input, done = joined or (layers[0](input), 1)
             del layers[:done]
         return input
@@ -84,20 +86,21 @@ def _expanded(x: Tensor, expand: Any, conv: Any) -> tuple[Tensor, Tensor] | None
         return None
     from kernels.depthwise.expanded import expanded_convolve, takes
 
-    tensors = x, expand.weight.flatten(1), expand.bias, conv.weight, conv.bias
-    if not infers(*tensors) or not takes(x, expand.out_channels):
+    if not takes(x, expand.out_channels) or not infers(x, expand.weight, expand.bias, conv.weight, conv.bias):
         return None
-    return expanded_convolve(*tensors, isinstance(conv, ResidualDepthwiseConv2d))
+    residual = isinstance(conv, ResidualDepthwiseConv2d)
+    return expanded_convolve(x, expand.weight.flatten(1), expand.bias, conv.weight, conv.bias, residual)
 
 
 def _convolved(x: Tensor, _gelu: Any, conv: Any) -> tuple[Tensor, Tensor] | None:
     """conv(GELU(x)) and its sums of squares by one kernel, if that takes x; else None."""
     from kernels.depthwise.fused import fits
-    from kernels.depthwise.sliding import gelu_convolve
 
     one_type = x.dtype == conv.weight.dtype or under_autocast(x)
     if not one_type or x.ndim != 4 or x.shape[1] != conv.in_channels or not fits(x):
         return None
+    from kernels.depthwise.sliding import gelu_convolve
+
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     return gelu_convolve(x, conv.weight.to(x.dtype), bias, isinstance(conv, ResidualDepthwiseConv2d))
 
