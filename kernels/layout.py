@@ -52,6 +52,11 @@ def empty_like_map(x: Tensor) -> Tensor:
     return empty_like_layout(x, x.shape)
 
 
+def zero_sums(template: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros like ``empty_like_layout``, as wide as an accumulator. ``to`` another type keeps their memory order."""
+    return torch.zeros_like(empty_like_layout(template, shape), dtype=accumulator_dtype(template.dtype))
+
+
 def empty_softmax_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised output like value [B, ..., C, H, W], and log Σ exp [B, ..., H, W] as wide as an accumulator."""
     statistics = value.new_empty((*value.shape[:-3], *value.shape[-2:]), dtype=accumulator_dtype(value.dtype))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.aggregation.eager_tiles import Step, steps_of
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_kernel_layout, empty_like_layout
+from kernels.layout import empty_kernel_layout, empty_like_layout, zero_sums
 from kernels.parallel import Part, alone, over_maps
 from kernels.windows import Pair, Window
 
@@ -104,13 +104,11 @@ def correlate(g: Tensor, x: Tensor, window: Window) -> Tensor:
 def transpose(weight: Tensor, g: Tensor, input_size: Pair, window: Window) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]:
     [B,G,Kh,Kw,H',W'] and [B,G,C,H',W'] -> [B,G,C,H,W]."""
-    out = empty_like_layout(g, (*g.shape[:3], *input_size))
-    # Steps overlap: their sums meet in one tensor as wide as the accumulators.
-    total = (out if out.dtype == accumulator_dtype(g.dtype) else torch.empty_like(out, dtype=torch.float32)).zero_()
+    total = zero_sums(g, (*g.shape[:3], *input_size))  # where the sums of steps that overlap meet
 
     def run(part: Part) -> None:
         for step in steps_of(window, g[part], input_size):
             step.add(Band(step, step.kernel(weight[part])).scatter(step.features(g[part])), total[part])
 
     over_maps(run, g, weight.numel() * g.shape[2])
-    return out if total is out else out.copy_(total)
+    return total.to(g.dtype)

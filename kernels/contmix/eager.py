@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.aggregation.eager_tiles import Step
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout, empty_softmax_outputs
+from kernels.layout import empty_like_layout, empty_softmax_outputs, zero_sums
 from kernels.neighborhood.eager import softmax_aggregate_made, softmax_aggregate_made_backward
 from kernels.parallel import Part, alone
 from kernels.windows import Window
@@ -92,8 +92,7 @@ def contmix_backward(
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
     grad_value, grad_rpb = empty_like_layout(value, value.shape), []
-    # In query's memory order, which ``to`` below keeps.
-    grad_query = torch.zeros_like(empty_like_layout(query, query.shape), dtype=accumulator_dtype(query.dtype))
+    grad_query = zero_sums(query, query.shape)
     query, keys = factors(query, projected, bias)
     grad_keys, sizes = torch.zeros_like(keys), [size**2 for size in kernel_sizes]
     for m, (of_size, sums) in enumerate(zip(keys.split(sizes, 3), grad_keys.split(sizes, 3), strict=True)):

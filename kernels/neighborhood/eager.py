@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.aggregation.eager import Band, multiply, pick
 from kernels.aggregation.eager_tiles import Step, steps_of
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout, empty_softmax_outputs
+from kernels.layout import empty_like_layout, empty_softmax_outputs, zero_sums
 from kernels.parallel import Part, alone, over_maps
 from kernels.windows import Window
 
@@ -134,8 +134,8 @@ def softmax_aggregate_made_backward(
     grad_out: Tensor, read: Read, add: Add, value: Tensor, rpb: Tensor | None, window: Window
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of value and rpb; ``add`` takes those of the logits, tile by tile."""
-    dtype, grad_value = accumulator_dtype(value.dtype), empty_like_layout(value, value.shape)
-    total = (grad_value if grad_value.dtype == dtype else torch.empty_like(grad_value, dtype=dtype)).zero_()
+    grad_value = zero_sums(value, value.shape)
+    dtype = grad_value.dtype
     grad_rpb = None if rpb is None else torch.zeros_like(rpb, dtype=dtype)
 
     def run(part: Part) -> Tensor | None:
@@ -143,7 +143,7 @@ def softmax_aggregate_made_backward(
         bias = None if rpb is None else _PositionBias(rpb[part.groups], window, *value.shape[3:])
         for step in steps_of(window, values):
             weight, grads = _softmax(read(part, step), bias, step, dtype)[0], step.features(grad_out[part])
-            step.add(Band(step, weight.unflatten(-1, window.kernel_size)).scatter(grads), total[part])
+            step.add(Band(step, weight.unflatten(-1, window.kernel_size)).scatter(grads), grad_value[part])
             grad = pick(step, step.pixels(values), grads).flatten(5).mul_(weight)
             grad = grad.addcmul_(weight, grad.sum(-1, keepdim=True), value=-1).unflatten(-1, window.kernel_size)
             add(part, step, grad)
@@ -154,6 +154,4 @@ def softmax_aggregate_made_backward(
     for part, grad_table in over_maps(run, value, _multiply_adds(value, window)):
         if grad_rpb is not None and grad_table is not None:
             grad_rpb[part.groups] += grad_table
-    if total is not grad_value:
-        grad_value.copy_(total)
-    return grad_value, None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
+    return grad_value.to(value.dtype), None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
