@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from kernels.backend import exporting, is_hopper
-from kernels.depthwise.fused import LEAST, WIDE, fits, slide, store_row, twice_gelu
+from kernels.depthwise.fused import LEAST, WIDE, fits, twice_gelu
 from kernels.dtypes import upcast
 from kernels.launch import ceil_divide, is_plain, launch, next_power_of_2
 from kernels.products import dot
@@ -32,6 +32,19 @@ INPUTS = 64  # most of them: with more, weights and rows leave shared memory for
 # Where there are fewer programs than the first, maps are cut into bands of LEAST rows or more. Where there are fewer
 # than the second even so, the operator is not used.
 PROGRAMS, FEW = 924, 264
+
+
+@triton.jit
+def _slide(values, above, here, w, b_bias, COLUMNS: tl.constexpr):
+    """Adds what a row of inputs, ``values`` [COLUMNS + 2], gives to three rows of outputs: the one above it, which is
+    complete then, the one beside it, and the one below, which begins with the bias."""
+    done, left, below = (), (), ()
+    for i in tl.static_range(COLUMNS):
+        x0, x1, x2 = values[i], values[i + 1], values[i + 2]
+        done = done + (above[i] + w[6] * x0 + w[7] * x1 + w[8] * x2,)
+        left = left + (here[i] + w[3] * x0 + w[4] * x1 + w[5] * x2,)
+        below = below + (b_bias + w[0] * x0 + w[1] * x1 + w[2] * x2,)
+    return done, left, below
 
 
 @triton.jit
@@ -95,10 +108,15 @@ def expanded_kernel(
         for i in tl.static_range(WIDTH):
             b_value = tl.reshape(row[i], [LANES]).to(tl.float32)
             values = values + (twice_gelu(b_value, x.dtype.element_ty.primitive_bitwidth == 16),)
-        done, left, below = slide(values, above, here, w, b_bias, COLUMNS)
+        done, left, below = _slide(values, above, here, w, b_bias, COLUMNS)
         m_out = m_lane & (i_row > 0) & (top + i_row <= height)
         p_row = p_out + (i_row - 1) * width * CHANNELS
-        b_sum = store_row(p_row, done, m_out, o_left, width, CHANNELS, COLUMNS, WHOLE)
+        b_sum = tl.zeros([LANES], tl.float32)
+        for i in tl.static_range(COLUMNS):
+            m_column = m_out if WHOLE else m_out & (o_left + i < width)
+            tl.store(p_row + i * CHANNELS, done[i].to(out.dtype.element_ty), mask=m_column)
+            b_done = done[i] if WHOLE else tl.where(m_column, done[i], 0)
+            b_sum += b_done * b_done
         b_squares += tl.where(m_out, b_sum, 0)
         above, here = left, below
     o_part = o_part.to(tl.int64) * strips + o_item % strips

@@ -40,12 +40,10 @@ SPILLS = {
         "grad_parameters_band_kernel": 80,  # for sm_100
         "backward_shared_kernel": 208,  # for sm_80
         "weighted_sum_kernel": 48,  # for sm_80
-        "gradients_kernel": 8,  # for sm_80
         "weight_gradient_kernel": 104,  # for sm_80, where a launch takes half the rows
         "convolution_kernel": 16,  # for sm_100, where it adds to what other branches gave
     },
     "fp32": {
-        "gradients_kernel": 8,
         "forward_shared_kernel": 64,
         "backward_shared_kernel": 32,
         "mix_kernel": 8,

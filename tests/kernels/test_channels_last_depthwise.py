@@ -16,7 +16,7 @@ from kernels.launch import record_launches
 from tests.support import DEVICE, assert_close, channels_last, differentiated, names_of, random_tensor, watching
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-SLIDING = {"fused_kernel": 1, "gradients_kernel": 1}
+SLIDING = {"sliding_kernel": 2}
 SMALL = {"_small_map_kernel": 2, "_small_map_gradient_kernel": 1}
 
 
