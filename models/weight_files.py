@@ -14,11 +14,10 @@ from models.safe_load import read_safely, reason_of
 
 PathLike = str | os.PathLike[str]
 
-# Where training scripts put the state dict, in order of preference; those of AVERAGES hold averages of the weights.
+# Where training scripts put the state dict, in order of preference; then where they put averages of the weights.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "params", "weights")
 CONTAINERS += ("module", "student", "teacher", "shadow")
-CONTAINERS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
-AVERAGES = set(CONTAINERS[-7:])
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "params_ema", "ema", "average")
 MOST_CONTAINERS = 100  # containers that are searched
 # torch.compile, activation checkpointing and FSDP add a component to a name wherever they wrap a module.
 WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
@@ -96,7 +95,7 @@ def _containers(content: Any, average: str, seen: set[int]) -> Iterator[tuple[st
     if not isinstance(content, Mapping) or id(content) in seen or len(seen) >= MOST_CONTAINERS:
         return
     seen.add(id(content))
-    for key in CONTAINERS:
+    for key in CONTAINERS + AVERAGES:
         # MMEngine exchanges the two as it saves: its state_dict is the average.
         if key != "ema_state_dict" or "message_hub" not in content:
             yield from _containers(content.get(key), average or key * (key in AVERAGES), seen)
