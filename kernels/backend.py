@@ -138,12 +138,8 @@ def interpreting() -> bool:
 
 
 @_constant_to_dynamo  # it would break the graph to ask for the capability
-def _gpu_supported(device: torch.device) -> bool:
-    return _capable(device)
-
-
 @functools.cache
-def _capable(device: torch.device) -> bool:
+def _gpu_supported(device: torch.device) -> bool:
     # Triton generates code for compute capability 8.0 and later; every ROCm device PyTorch supports is fine.
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -82,14 +82,14 @@ def test_dynamo_traces_the_choice_of_a_gpu(monkeypatch):
     """OverLoCK asks inside compiled code: neither the search for Triton nor the capability may break a graph."""
     capability = SimpleNamespace(major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: capability)
-    backend._capable.cache_clear()
+    backend._gpu_supported.cache_clear()
 
     def asks(x):
         return x + (2 if backend.resolve("auto", x) == "triton" else 1)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         graph, _ = torch._dynamo.export(asks)(torch.empty(2, 3, 4, 4, device="cuda"))
-    backend._capable.cache_clear()
+    backend._gpu_supported.cache_clear()
     assert [node.args[1] for node in graph.graph.nodes if node.target is operator.add] == [2]
 
 
