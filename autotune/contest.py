@@ -96,5 +96,4 @@ class Contest(Found):
                 axis.set_yticks(range(len(rows)), names)
                 axis.set_ylim(len(rows) - 0.5, -0.5)
                 axis.grid(axis="x")
-            plots.describe(figure, self.heading, self.machine["device"])
-        return figure
+            return plots.finish(figure, self.heading, self.machine["device"])

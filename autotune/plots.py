@@ -69,11 +69,11 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def describe(figure: Figure, title: str, device: str) -> None:
-    """The title above, and below it what every figure must tell: the device it was measured on.
+def finish(figure: Figure, title: str, device: str) -> Figure:
+    """The title above, and below it what every figure must tell: the device it was measured on. To be called last.
 
-    Either takes a line of its own where a legend needs the place, and smaller letters where it is too long. To be
-    called last.
+    Either takes a line of its own where a legend needs the place, and smaller letters where it is too long. Then the
+    layout is settled once: a notebook would settle it again at every drawing, for seconds.
     """
     heading = figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
     note = figure.supxlabel(device, x=0.99, ha="right", fontsize=10, color=COLOURS["floor"], linespacing=1.7)
@@ -84,11 +84,6 @@ def describe(figure: Figure, title: str, device: str) -> None:
         if any(box.overlaps(legend) for legend in legends):
             text.set_text(apart.format(text.get_text()))
         text.set_fontsize(min(size, size * 0.98 * figure.bbox.width / box.width))
-
-
-def finish(figure: Figure, title: str, device: str) -> Figure:
-    """Title and device, and the layout settled once: a notebook would settle it again at every drawing, for seconds."""
-    describe(figure, title, device)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
@@ -149,8 +144,7 @@ def comparison_figure(
         names = {"naive": contender, "ours": ours}
         labels = [names.get(label, label) for label in map(str, labels)]
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
-        describe(figure, title, device)
-    return figure
+        return finish(figure, title, device)
 
 
 def _positions(lines: Sequence[Comparison]) -> tuple[list[float], list[tuple[str, float]]]:
