@@ -44,25 +44,13 @@ def _parts(batch: int, groups: int, count: int) -> list[Part]:
     return [Part(b, g) for g in _slices(groups, by_group) for b in _slices(batch, by_batch)]
 
 
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    """A forked process has none of its parent's threads."""
-    global _pool
-    _pool = None
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), thread_name_prefix="eager")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _workers() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), thread_name_prefix="eager")
-    return _pool
-
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked process has none of its parent's threads
 
 _call = threading.local()
 
