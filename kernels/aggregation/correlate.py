@@ -43,11 +43,12 @@ def _correlate_kernel(
     g,  # [B, G, C, height, width]
     x,  # [B, G, C, x_height, x_width]
     out,  # [B, G, Kh, Kw, height, width], Kw its channels
-    batch, groups, channels, x_height, x_width, height, width, row_tiles, channel_blocks,
+    sizes, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, PADDED: tl.constexpr, ALL_CHANNELS: tl.constexpr, X_LANES: tl.constexpr,
     OUT_LANES: tl.constexpr, PAIRS: tl.constexpr, LANE: tl.constexpr, ACCUMULATOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
+    batch, groups, channels, x_height, x_width, height, width = sizes
     SLOTS: tl.constexpr = pitch(ROWS)
     STEPS: tl.constexpr = pitch(WINDOW.kernel_size[0])
     END: tl.constexpr = sources(WINDOW, ROWS, False)[1]

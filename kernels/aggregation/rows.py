@@ -77,12 +77,13 @@ def weighted_sum_kernel(
     span,  # [G·Kh·Kw, R], not read without FEATURES
     bias,  # [G·Kh·Kw], not read without HAS_BIAS
     out,  # [B, G, C, height, width]
-    batch, groups, channels, x_height, x_width, height, width, row_tiles, channel_blocks,
+    sizes, row_tiles, channel_blocks,
     WINDOW: tl.constexpr, TRANSPOSED: tl.constexpr, FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, X_LANES: tl.constexpr, WEIGHT_LANES: tl.constexpr,
     PAIRS: tl.constexpr, ACCUMULATOR: tl.constexpr, OFFSET: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
+    batch, groups, channels, x_height, x_width, height, width = sizes
     KERNEL_H: tl.constexpr = WINDOW.kernel_size[0]
     KERNEL_W: tl.constexpr = WINDOW.kernel_size[1]
     PARTS: tl.constexpr = PAIRS + 1

@@ -277,8 +277,7 @@ def common_arguments(x: Tensor, outputs: Tensor, window: Window, config: Config)
     block_groups, block_channels = config.block(groups if joined else 1, channels)
     row_tiles = ceil_divide(height, config.rows)
     arguments = {
-        "batch": batch, "groups": groups, "channels": channels, "x_height": x.shape[3], "x_width": x.shape[4],
-        "height": height, "width": width, "row_tiles": row_tiles,
+        "sizes": (batch, groups, channels, *x.shape[3:], height, width), "row_tiles": row_tiles,
         "channel_blocks": ceil_divide(channels, block_channels) if block_groups == 1 else 1,
         "WINDOW": window, "X_LANES": not channels_fastest(x), "PAIRS": block_channels > 1 and in_pairs(x, outputs),
         "ACCUMULATOR": accumulator(x.dtype), "ROWS": config.rows, "COLUMNS": config.columns, "GROUPS": block_groups,

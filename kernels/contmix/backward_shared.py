@@ -44,12 +44,13 @@ def _backward_shared_kernel(
     key_parts,  # [B, G, Dq, tiles · windows, K²]: projected keys' gradients, written
     partial,  # [chunks, G, H, W, S · BLOCKS]: sums of ds over a chunk of images, written
     totals,  # [chunks, G, tiles · windows, S · BLOCKS]: the same, over the outputs of a tile, written
-    sizes, tiles, windows, images,
+    sizes, walk,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     batch, groups, height, width = sizes
+    tiles, windows, images = walk
     i_place, i_rest = tl.program_id(0) % (tiles * windows), tl.program_id(0) // (tiles * windows)
     i_group, i_chunk = (i_rest % groups).to(tl.int64), (i_rest // groups).to(tl.int64)
     dtype: tl.constexpr = query.ptr.dtype.element_ty
@@ -124,8 +125,9 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
     arguments, new_sums = shared_arguments(tensors, config), tensors.statistics.new_empty
     batch, groups, channels, height, width = tensors.value.shape
     kernel_size, query_channels = tensors.kernel_size, tensors.query.shape[2]
-    places, positions = arguments["tiles"] * arguments["windows"], arguments["BLOCKS"] * config.steps
-    chunks = ceil_divide(batch, config.images)
+    tiles, windows, images = arguments["walk"]
+    places, positions = tiles * windows, arguments["BLOCKS"] * config.steps
+    chunks = ceil_divide(batch, images)
     partial = new_sums((chunks, groups, height, width, positions))
     totals = new_sums((chunks, groups, places, positions))
     scratch = targets.query
@@ -150,7 +152,7 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
     # One program per (tile, window, group, chunk of images).
     launch_on(tensors, _backward_shared_kernel, places * groups * chunks, **arguments)
     if value_parts is not None:
-        sum_parts(value_parts, targets.value, (kernel_size, kernel_size), arguments["tiles"])
+        sum_parts(value_parts, targets.value, (kernel_size, kernel_size), tiles)
     fold(
         partial, targets.rpb, totals=totals, bias=targets.bias, pieces=key_parts, total=targets.projected,
         seen=kernel_size, height=height,

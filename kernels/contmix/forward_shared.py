@@ -45,12 +45,13 @@ def _forward_shared_kernel(
     value,  # [B, G, Dv, H, W]
     out,  # [B, G, Dv, H, W]
     statistics,  # [B, G, H, W]: log Σ_k exp
-    sizes, tiles, windows, images,
+    sizes, walk,
     KERNEL: tl.constexpr, QUERY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OFFSET: tl.constexpr, UPCAST: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     batch, groups, height, width = sizes
+    tiles, windows, images = walk
     i_program = tl.program_id(0)
     i_tile, i_window = i_program % tiles, i_program // tiles % windows
     i_group = (i_program // (tiles * windows) % groups).to(tl.int64)
@@ -96,11 +97,11 @@ def _forward_shared_kernel(
 
 
 def shared_arguments(tensors: Tensors, config: Shared) -> dict[str, Any]:
-    """What both kernels of shared windows take."""
+    """What both kernels of shared windows take; ``walk`` is tiles per window, windows, and images per program."""
     kernel_size = tensors.kernel_size
     windows, most = windows_and_most((kernel_size, kernel_size), *tensors.value.shape[3:])
     return {
-        "tiles": ceil_divide(most, config.pixels), "windows": windows, "images": config.images,
+        "walk": (ceil_divide(most, config.pixels), windows, config.images),
         "PIXELS": config.pixels, "STEPS": config.steps, "BLOCKS": ceil_divide(kernel_size**2, config.steps),
         "BLOCK_CHANNELS": block(tensors.value.shape[2]), "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
@@ -112,6 +113,7 @@ def forward_shared(tensors: Tensors, *, config: Shared) -> Tensor:
     batch, groups, *_ = tensors.sizes
     arguments = shared_arguments(tensors, config)
     # One program per (tile of outputs, window, group, images).
-    programs = arguments["tiles"] * arguments["windows"] * groups * ceil_divide(batch, config.images)
+    tiles, windows, images = arguments["walk"]
+    programs = tiles * windows * groups * ceil_divide(batch, images)
     launch_on(tensors, _forward_shared_kernel, programs, **arguments)
     return tensors.out

@@ -1,5 +1,8 @@
 """Which configs every kernel may take: rules over the table in ``operators``."""
 
+import importlib
+import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Iterable
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from autotune.tunables import find_tunables
 from autotune.tuner import disagreement
 from kernels.tuning.choose import Request, observing
@@ -49,6 +53,15 @@ def test_heuristic(operator):
                     config = request.launcher.heuristic(request.problem)
                     assert config.valid(request.problem), (request.launcher.name, config, request.problem)
     assert len(met) > 100, "the row's scales must reach more problems than that"
+
+
+def test_a_kernel_has_at_most_thirty_parameters():
+    """Tensors and sizes that belong together are one argument: more than that nobody reads."""
+    modules = [importlib.import_module(found.name) for found in pkgutil.walk_packages(kernels.__path__, "kernels.")]
+    functions = {value.fn for module in modules for value in vars(module).values() if hasattr(value, "fn")}
+    parameters = {found.__name__: len(inspect.signature(found).parameters) for found in functions}
+    assert len(parameters) > 100, "jit functions are not recognised any more"
+    assert {name: count for name, count in parameters.items() if count > 30} == {}
 
 
 def test_every_launcher_is_met():
