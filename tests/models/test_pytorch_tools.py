@@ -65,7 +65,6 @@ def synchronised(model: Any) -> Any:
 
 
 SAME: dict[str, Any] = {
-    "copied": copy.deepcopy,
     "pickled": lambda model: pickle.loads(pickle.dumps(model)),
     "channels-last": lambda model: model.to(memory_format=torch.channels_last),
     "checkpointed": lambda model: model.set_grad_checkpointing() or model,
