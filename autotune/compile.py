@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from autotune.passes import tensors_in
 from autotune.precompile import build, described
 from autotune.tables import Table, settings_text
 from autotune.workloads import Workload
@@ -119,7 +119,7 @@ def compile_launch(case: str, launch: Launch, architecture: str, *, instructions
         usage = _read_cubin(compiled.asm["cubin"], instructions=instructions)
     else:
         usage = _read_amdgcn(compiled.asm["amdgcn"])
-    tensors = {id(leaf): leaf for leaf in tree_leaves(launch.arguments) if isinstance(leaf, Tensor)}
+    tensors = {id(tensor): tensor for tensor in tensors_in(launch.arguments)}
     outputs = _output(launch).numel()
     if "shuffles" in usage:
         shuffled = usage["shuffles"] * 32 * launch.options["num_warps"] * math.prod(launch.grid)
@@ -143,9 +143,8 @@ def compile_launch(case: str, launch: Launch, architecture: str, *, instructions
 
 def _output(launch: Launch) -> Tensor:
     """The tensor that a launch writes; a backward pass reads one called out."""
-    named = {name.removesuffix("_ptr"): tree_leaves(value) for name, value in launch.arguments.items()}
-    tensors = {name: leaf for name, leaves in named.items() for leaf in leaves if isinstance(leaf, Tensor)}
-    return next((tensors[name] for name in ("target", "partial", "out") if name in tensors), [*tensors.values()][-1])
+    found = {name.removesuffix("_ptr"): tensors_in(value) for name, value in launch.arguments.items()}
+    return next((found[name][-1] for name in ("target", "partial", "out") if found.get(name)), tensors_in(found)[-1])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
