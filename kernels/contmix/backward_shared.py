@@ -22,7 +22,7 @@ from kernels.launch import ceil_divide
 from kernels.neighborhood.tables import fold
 from kernels.products import LOG2_E, dot
 from kernels.tuning import tunable
-from kernels.views import View, at, view
+from kernels.views import at, view
 from kernels.window_parts import sum_parts
 from kernels.windows_triton import load_pixels, offsets, pixels_of_window, rpb_base, store_pixels
 
@@ -71,15 +71,17 @@ def _backward_shared_kernel(
         for i_image in range(first, last):
             i_batch = tl.cast(i_image, tl.int64)
             queries = at_head(query, i_batch, i_group, QUERY_CHANNELS)
-            values = at_head(value, i_batch, i_group, CHANNELS)
+            values, grads = at_head(value, i_batch, i_group, CHANNELS), at_head(grad, i_batch, i_group, CHANNELS)
+            outs, stats = at_head(out, i_batch, i_group, CHANNELS), at(statistics, i_batch, i_group)
+            of_value = at_head(value_parts, i_batch, i_group, CHANNELS)
+            of_keys = at_head(key_parts, i_batch, i_group, QUERY_CHANNELS)
             # [P, Dq], [P, Dv], [P, Dv]; an output that is not there repeats one that is, but has no gradient
             o_query = offsets(queries, pixels, OFFSET)
             b_query = load_pixels(queries, o_query, pixels.mask | True, QUERY_CHANNELS, BLOCK_QUERY)
-            b_grad = load_outputs(grad, i_batch, i_group, pixels, CHANNELS, BLOCK_CHANNELS, OFFSET)
-            b_out = load_outputs(out, i_batch, i_group, pixels, CHANNELS, BLOCK_CHANNELS, OFFSET)
+            b_grad = load_pixels(grads, offsets(grads, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
+            b_out = load_pixels(outs, offsets(outs, pixels, OFFSET), pixels.mask, CHANNELS, BLOCK_CHANNELS)
             b_delta = tl.sum(b_grad.to(ACCUMULATOR) * b_out.to(ACCUMULATOR), 1)
-            p_statistics = at(statistics, i_batch, i_group).ptr + offsets(statistics, pixels, OFFSET)
-            b_statistics = tl.load(p_statistics) * LOG2_E
+            b_statistics = tl.load(stats.ptr + offsets(statistics, pixels, OFFSET)) * LOG2_E
             projections = at_head(projected, i_batch, i_group, QUERY_CHANNELS)
             keys = load_keys(projections, o_position, m_position, QUERY_CHANNELS, BLOCK_QUERY, dtype)
             b_value = load_pixels(values, o_value, m_position, CHANNELS, BLOCK_CHANNELS)
@@ -89,13 +91,11 @@ def _backward_shared_kernel(
             b_weight = tl.exp2(b_logits * (LOG2_E * key_scale(dtype)) + b_bias - b_statistics[None, :])
             b_products = dot(b_value, tl.trans(b_grad), tl.zeros([STEPS, PIXELS], ACCUMULATOR), UPCAST)
             b_part = dot(b_weight.to(dtype), b_grad, tl.zeros([STEPS, BLOCK_CHANNELS], ACCUMULATOR), UPCAST)
-            of_value = at_head(value_parts, i_batch, i_group, CHANNELS)
             store_pixels(of_value, i_place * of_value.h + o_position * of_value.w, m_position, b_part, CHANNELS)
             b_grad_logits = b_weight * (b_products - b_delta[None, :])
             b_total += b_grad_logits
             b_grad_logits = b_grad_logits.to(dtype)
             b_part = dot(b_grad_logits, b_query, tl.zeros([STEPS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
-            of_keys = at_head(key_parts, i_batch, i_group, QUERY_CHANNELS)
             store_pixels(of_keys, i_place * of_keys.h + o_position * of_keys.w, m_position, b_part, QUERY_CHANNELS)
             b_sum = dot(tl.trans(b_grad_logits), keys[0], tl.zeros([PIXELS, BLOCK_QUERY], ACCUMULATOR), UPCAST)
             b_sum *= key_scale(dtype)
@@ -133,28 +133,23 @@ def backward_shared(tensors: Tensors, targets: Targets, *, config: Shared) -> tu
     scratch = targets.query
     if arguments["BLOCKS"] > 1 and scratch.dtype != partial.dtype:
         scratch = torch.empty_like(scratch, dtype=partial.dtype)
-    if places == 1:
-        # The one window is the map, and its parts are the gradients.
-        value, projected = targets.value, targets.projected
-        value_view = View(value, *value.stride()[:3], h=0, w=value.stride(4))
-        key_view = View(projected, *projected.stride()[:3], h=0, w=projected.stride(3))
-        value_parts = key_parts = None
+    if places == 1:  # the one window is the map, and its parts are the gradients
+        value_parts, key_parts = targets.value.flatten(3).unsqueeze(3), targets.projected.movedim(3, 0)[None]
     else:
         value_parts = tensors.value.new_empty((batch, groups, places, kernel_size**2, channels)).movedim(-1, 2)
         key_parts = tensors.value.new_empty((places, kernel_size**2, batch, groups, query_channels))
-        value_view, key_view = view(value_parts, "b g c h w"), view(key_parts, "h w b g c")
     arguments |= {
-        **adding(targets), "value_parts": value_view, "key_parts": key_view,
+        **adding(targets), "value_parts": view(value_parts, "b g c h w"), "key_parts": view(key_parts, "h w b g c"),
         "scratch": view(scratch, "b g c h w"), "partial": view(partial, "b g h w k"), "totals": view(totals, "b g h k"),
     }  # fmt: skip
     if torch.version.hip:  # whose compiler holds loads ahead in registers
         arguments["num_stages"] = min(2, config.num_stages)
     # One program per (tile, window, group, chunk of images).
     launch_on(tensors, _backward_shared_kernel, places * groups * chunks, **arguments)
-    if value_parts is not None:
+    if places > 1:
         sum_parts(value_parts, targets.value, (kernel_size, kernel_size), tiles)
     fold(
-        partial, targets.rpb, totals=totals, bias=targets.bias, pieces=key_parts, total=targets.projected,
-        seen=kernel_size, height=height,
+        partial, targets.rpb, totals=totals, bias=targets.bias, pieces=key_parts if places > 1 else None,
+        total=targets.projected, seen=kernel_size, height=height,
     )  # fmt: skip
     return targets.query, targets.value, targets.projected, targets.bias, targets.rpb
