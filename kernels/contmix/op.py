@@ -157,12 +157,20 @@ def _contmix_backward(
 ):  # fmt: skip
     """Gradients of query, key, proj_weight, bias, rpb and value."""
     if _on_triton(backend, value):
-        from kernels.contmix.passes import contmix_backward as run
+        from kernels.contmix import passes
+
+        read_query, read_value = passes.as_read(query), passes.as_read(value)
+        keys = passes.keys_as_read(projected, read_query.shape[2])
+        grad_query, grad_projected, grad_bias, grad_value, *grad_rpb = passes.contmix_backward(
+            passes.as_read(grad), read_query, keys, bias, rpb, read_value, passes.as_read(out), statistics, kernel_sizes
+        )
+        grad_query = passes.as_given(grad_query, read_query, query)
+        grad_value = passes.as_given(grad_value, read_value, value)
+        grad_projected = grad_projected[:, :, : query.shape[2]]
     else:
-        run = eager.contmix_backward
-    grad_query, grad_projected, grad_bias, grad_rpb, grad_value = run(
-        grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes
-    )
+        grad_query, grad_projected, grad_bias, grad_rpb, grad_value = eager.contmix_backward(
+            grad, query, projected, bias, rpb, value, out, statistics, kernel_sizes
+        )
     grad_projected = grad_projected.permute(3, 0, 1, 2).flatten(1)  # [ΣK², B·G·Dq]
     wide_key, wide_weight = (tensor.to(grad_projected.dtype) for tensor in (key, proj_weight))
     grad_key = (grad_projected.t() @ wide_weight).to(key.dtype).view(key.shape)

@@ -16,9 +16,8 @@ Parts = TypeVar("Parts", Tensors, Targets)
 
 def part_of(tensors: Parts, images: slice, heads: slice) -> Parts:
     """Those of some batch entries and groups."""
-    rest = {"bias": tensors.bias, "rpb": tensors.rpb[heads]}
-    maps = {name: tensor for name, tensor in tensors._asdict().items() if name not in rest and tensor is not None}
-    return tensors._replace(**{name: tensor[images, heads] for name, tensor in maps.items()}, **rest)
+    maps = {name: tensor for name, tensor in tensors._asdict().items() if tensor is not None and tensor.dim() > 3}
+    return tensors._replace(rpb=tensors.rpb[heads], **{name: each[images, heads] for name, each in maps.items()})
 
 
 def parts_of(tensors: Tensors, stored: int) -> Iterator[tuple[slice, slice]]:

@@ -74,6 +74,7 @@ def contmix(
     return out, statistics
 
 
+@repeated
 def contmix_backward(
     grad: Tensor,
     query: Tensor,
@@ -84,32 +85,8 @@ def contmix_backward(
     out: Tensor,
     statistics: Tensor,
     kernel_sizes: list[int],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-    """Gradients of query, projected, in value's type, bias, rpb and value; query's and value's in the memory order of
-    their tensors."""
-    read_query, read_value = as_read(query), as_read(value)
-    keys = keys_as_read(projected, read_query.shape[2])
-    grad_query, grad_value, grad_projected, grad_bias, *grad_rpb = _backward(
-        as_read(grad), read_query, read_value, as_read(out), keys, bias, rpb, statistics, kernel_sizes
-    )
-    grad_projected = grad_projected[:, :, : query.shape[2]]
-    grad_query, grad_value = as_given(grad_query, read_query, query), as_given(grad_value, read_value, value)
-    return grad_query, grad_projected, grad_bias, grad_rpb, grad_value
-
-
-@repeated
-def _backward(
-    grad: Tensor,
-    query: Tensor,
-    value: Tensor,
-    out: Tensor,
-    projected: Tensor,
-    bias: Tensor,
-    rpb: list[Tensor],
-    statistics: Tensor,
-    kernel_sizes: list[int],
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, value, projected, bias and each rpb."""
+    """Gradients of query, projected, in value's type, bias, value and each rpb, of tensors as the kernels read them."""
     grad_query, grad_value = empty_like_layout(query, query.shape), empty_like_layout(value, value.shape)
     batch, groups, channels, positions = projected.shape
     grad_projected = value.new_empty((positions, batch, groups, channels)).permute(1, 2, 3, 0)
@@ -124,4 +101,4 @@ def _backward(
         targets = Targets(grad_of_size, grad_value[:, m], *grads, previous)
         _form(tensors, FILLED_BACKWARD, backward_shared, backward_band, backward_composed)(tensors, targets)
         previous = grad_of_size
-    return grad_query, grad_value, grad_projected, grad_bias, *grad_rpb
+    return grad_query, grad_projected, grad_bias, grad_value, *grad_rpb
