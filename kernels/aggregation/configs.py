@@ -1,6 +1,5 @@
 """Which tile the algebra's kernels work on where windows are zero-padded: the one place where it is decided."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -181,7 +180,6 @@ def _rows(problem: Problem, most: int) -> int:
     return min(range(most, 0, -1), key=lambda n: ceil_divide(problem.rows, n) * (n + problem.taps / 2))
 
 
-@functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned, with fewer columns, groups or rows where many features would not fit."""
     config = _of_few_features(problem)
@@ -247,7 +245,6 @@ def _of_vectors(problem: Problem, config: Config) -> Config:
     return replace(few, rows=_rows(problem, 7))
 
 
-@functools.lru_cache(maxsize=4096)
 def correlate_heuristic(problem: Problem) -> Config:
     """As above, with one warp where pixels lie across lanes: a sum over channels must not cross warps."""
     config = heuristic(problem)

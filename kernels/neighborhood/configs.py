@@ -1,6 +1,5 @@
 """Which config each neighbourhood kernel runs with: dense products where outputs share windows, rows elsewhere."""
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -94,7 +93,6 @@ SHARED_CONFIGS = tuple(
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
 def shared_heuristic(problem: SharedProblem) -> SharedConfig:
     """The config where nothing was tuned: 16 outputs of a window by 32 positions, on one warp per 32 channels. Small
     blocks leave room for many warps, which hide each other's latency."""
@@ -160,7 +158,6 @@ OWN_CONFIGS = tuple(
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
 def own_heuristic(problem: OwnProblem) -> OwnConfig:
     """The config where nothing was tuned: a warp whose lanes have 16 bytes of channels, or
     8 where less is aligned, and rows for at most 32 taps per lane."""
