@@ -41,77 +41,66 @@ def _tile(channels, height, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
 @triton.jit
 def _moments_kernel(
     u_ptr,  # [N, B, C, H, pitch], contiguous
-    parts_ptr,  # [N, parts, 3, C], contiguous: number, mean, squares about it
+    centre,  # [N, C]
+    parts_ptr,  # [parts, N, 2, C], contiguous
     batch, channels, height, width, vectors, images,
     BRANCHES: tl.constexpr, VECTOR: tl.constexpr, ACCUMULATOR: tl.constexpr, PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of some images and pixels, by Welford's updates: nothing cancels where a mean is large."""
+    """Of some images and pixels Σ (u − centre) and Σ (u − centre)²: nothing cancels where a mean is large."""
     tile = _tile(channels, height, vectors, VECTOR, PIXELS, BLOCK)
     o_channel, o_pixel, m_channel, m_rows, plane, i_rest = tile
     i_branch, i_chunk = i_rest % BRANCHES, i_rest // BRANCHES
-    first = i_chunk * images
-    last = tl.minimum(first + images, batch)
+    first, last = i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)
     p_u = u_ptr + ((tl.cast(i_branch, tl.int64) * batch + first) * channels + o_channel) * plane + o_pixel
+    p_centre = centre.ptr + i_branch * centre.k + o_channel * centre.c
+    b_centre = tl.load(p_centre, mask=m_channel, other=0).to(ACCUMULATOR)
     # [C, P]
-    b_mean = tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
+    b_sum = tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
     b_squares = tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
-    for i_image in range(first, last):
-        b_away = tl.load(p_u, mask=m_rows, other=0).to(ACCUMULATOR) - b_mean
-        number = (i_image - first + 1).to(ACCUMULATOR)
-        b_mean += b_away * (1 / number)
-        b_squares += b_away * b_away * ((number - 1) / number)
+    for _ in range(first, last):
+        b_away = tl.load(p_u, mask=m_rows, other=0).to(ACCUMULATOR) - b_centre
+        b_sum += b_away
+        b_squares += b_away * b_away
         p_u += channels * plane
     # [C, 1]
     m_map = m_rows & (o_pixel % (vectors * VECTOR) < width)
-    number = tl.cast(last - first, ACCUMULATOR)
-    b_number = tl.sum(m_map.to(ACCUMULATOR), axis=1, keep_dims=True)
-    b_total = tl.sum(tl.where(m_map, b_mean, 0.0), axis=1, keep_dims=True) / tl.maximum(b_number, 1)
-    b_squares += (b_mean - b_total) * (b_mean - b_total) * number
+    b_sum = tl.sum(tl.where(m_map, b_sum, 0.0), axis=1, keep_dims=True)
     b_squares = tl.sum(tl.where(m_map, b_squares, 0.0), axis=1, keep_dims=True)
     pixel_blocks = tl.cdiv(height * vectors * VECTOR, PIXELS)
-    i_part = (i_branch * tl.cdiv(batch, images) + i_chunk) * pixel_blocks + tl.program_id(0) % pixel_blocks
-    p_parts = parts_ptr + i_part.to(tl.int64) * (3 * channels) + o_channel
-    tl.store(p_parts, b_number * number, mask=m_channel)
-    tl.store(p_parts + channels, b_total, mask=m_channel)
-    tl.store(p_parts + 2 * channels, b_squares, mask=m_channel)
+    i_part = (i_chunk * pixel_blocks + tl.program_id(0) % pixel_blocks) * BRANCHES + i_branch
+    p_parts = parts_ptr + i_part.to(tl.int64) * (2 * channels) + o_channel
+    tl.store(p_parts, b_sum, mask=m_channel)
+    tl.store(p_parts + channels, b_squares, mask=m_channel)
 
 
 @triton.jit
 def _statistics_kernel(
-    parts_ptr,  # [N, parts, 3, C], contiguous: number, mean, squares about it
+    centre,  # [N, C]
+    parts_ptr,  # [parts, N, 2, C], contiguous: Σ (u − centre), Σ (u − centre)²
     statistics_ptr,  # [2, N, C], contiguous: mean and biased variance
-    parts, channels,
+    parts, channels, values,
     BRANCHES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr, ACCUMULATOR: tl.constexpr,
 ):  # fmt: skip
     i_branch = tl.program_id(0) % BRANCHES
     o_channel = tl.program_id(0) // BRANCHES * BLOCK + tl.arange(0, BLOCK)
-    m_channel = (o_channel < channels)[None, :]
+    m_channel = o_channel < channels
     o_part = tl.arange(0, BLOCK_PARTS)[:, None]
-    p_parts = parts_ptr + (i_branch * parts + o_part).to(tl.int64) * (3 * channels) + o_channel[None, :]
     # [P, C]
-    b_number = tl.zeros([BLOCK_PARTS, BLOCK], ACCUMULATOR)
     b_sum = tl.zeros([BLOCK_PARTS, BLOCK], ACCUMULATOR)
     b_squares = tl.zeros([BLOCK_PARTS, BLOCK], ACCUMULATOR)
     for i_part in range(0, parts, BLOCK_PARTS):
-        m_part = m_channel & (i_part + o_part < parts)
-        p_part = p_parts + tl.cast(i_part, tl.int64) * (3 * channels)
-        b_part = tl.load(p_part, mask=m_part, other=0)
-        b_number += b_part
-        b_sum += b_part * tl.load(p_part + channels, mask=m_part, other=0)
+        o_sums = ((i_part + o_part).to(tl.int64) * BRANCHES + i_branch) * (2 * channels) + o_channel[None, :]
+        m_part = m_channel[None, :] & (i_part + o_part < parts)
+        b_sum += tl.load(parts_ptr + o_sums, mask=m_part, other=0)
+        b_squares += tl.load(parts_ptr + channels + o_sums, mask=m_part, other=0)
     # [C]
-    b_total = tl.maximum(tl.sum(b_number, axis=0), 1)
-    b_mean = tl.sum(b_sum, axis=0) / b_total
-    for i_part in range(0, parts, BLOCK_PARTS):
-        m_part = m_channel & (i_part + o_part < parts)
-        p_part = p_parts + tl.cast(i_part, tl.int64) * (3 * channels)
-        b_away = tl.load(p_part + channels, mask=m_part, other=0) - b_mean[None, :]
-        b_squares += tl.load(p_part, mask=m_part, other=0) * b_away * b_away
-        b_squares += tl.load(p_part + 2 * channels, mask=m_part, other=0)
+    b_away = tl.sum(b_sum, axis=0) / values
+    b_variance = tl.maximum(tl.sum(b_squares, axis=0) / values - b_away * b_away, 0, tl.PropagateNan.ALL)
+    b_centre = tl.load(centre.ptr + i_branch * centre.k + o_channel * centre.c, mask=m_channel, other=0)
     p_statistics = statistics_ptr + i_branch * channels + o_channel
-    tl.store(p_statistics, b_mean, mask=o_channel < channels)
-    b_variance = tl.sum(b_squares, axis=0) / b_total
-    tl.store(p_statistics + BRANCHES * channels, b_variance, mask=o_channel < channels)
+    tl.store(p_statistics, b_centre.to(ACCUMULATOR) + b_away, mask=m_channel)
+    tl.store(p_statistics + BRANCHES * channels, b_variance, mask=m_channel)
 
 
 @triton.jit
@@ -244,15 +233,18 @@ def statistics_of(x: Tensor, u: Tensor) -> Tensor:
     branches, channels, dtype = u.shape[0], x.shape[1], accumulator_dtype(x.dtype)
     tiles, common = _tiled(x, u.shape[-1], branches)
     images, chunks, parts = _chunks(x, tiles * branches, u.shape[-1], common["PIXELS"])
-    partial = torch.empty((branches, parts, 3, channels), dtype=dtype, device=x.device)
-    arguments = {"u_ptr": u, "parts_ptr": partial, "images": images, **common}
+    # A value of every channel that is near its mean: at the centre of the first map.
+    centre = view(u[:, 0, :, x.shape[2] // 2, x.shape[3] // 2], "k c")
+    partial = torch.empty((parts, branches, 2, channels), dtype=dtype, device=x.device)
+    arguments = {"u_ptr": u, "centre": centre, "parts_ptr": partial, "images": images, **common}
     # One program per (block of pixels, block of channels, branch, chunk of images).
     launch(_moments_kernel, (tiles * branches * chunks,), x.device, arguments, num_warps=4, num_stages=1)
     statistics = torch.empty((2, branches, channels), dtype=dtype, device=x.device)
     block = 1024 if interpreting() else 16
     arguments = {
-        "parts_ptr": partial, "statistics_ptr": statistics, "parts": parts, "channels": channels,
-        "BRANCHES": branches, "BLOCK_PARTS": 128, "BLOCK": block, "ACCUMULATOR": accumulator(x.dtype),
+        "centre": centre, "parts_ptr": partial, "statistics_ptr": statistics, "parts": parts, "channels": channels,
+        "values": x.numel() // channels, "BRANCHES": branches, "BLOCK_PARTS": 128, "BLOCK": block,
+        "ACCUMULATOR": accumulator(x.dtype),
     }  # fmt: skip
     # One program per (branch, block of channels).
     grid = (branches * ceil_divide(channels, block),)
