@@ -105,21 +105,32 @@ def cases(dtype: torch.dtype = torch.bfloat16) -> dict[str, Workload]:
 
     An operator that is not here is launched at the first of its shapes.
     """
-    rednet, wide = involution("RedNet-50", 128, 128, (28, 28), 7, 16), depthwise("OverLoCK-T", 128, 64, (56, 56), 17)
+    rednet = involution("RedNet-50", 128, 128, (28, 28), 7, 16)
     dilated = neighborhood("na2d_softmax_av", "", 128, 8, 16, (56, 56), 7)
     found = [
-        *(rednet, channels_last(rednet), generation(channels_last(rednet))),
+        rednet,
+        channels_last(rednet),
+        generation(channels_last(rednet)),
         *(neighborhood(f"na2d_{name}", "OverLoCK-T", 128, 8, 16, (14, 14), 13) for name in ("softmax_av", "av", "qk")),
         replace(dilated, shape=f"{dilated.shape} d=2", options={**dilated.options, "dilation": 2}),
-        channels_last(wide, False),
+        channels_last(depthwise("OverLoCK-T", 128, 64, (56, 56), 17), False),
         *(depthwise("", 128, c, (side, side), k) for c, side, k in ((224, 56, 3), (256, 14, 13), (512, 7, 7))),
-        *(gelu(128, 224, 56), normed(128, 56, 56), branches(128, 256, 14, (13, 3), (1, 2))),
-        *(contmix("OverLoCK-T", batch, 8, 16, (side, side), (5, 13)) for batch, side in ((128, 14), (8, 56))),
+        gelu(128, 224, 56),
+        normed(128, 56, 56),
+        branches(128, 256, 14, (13, 3), (1, 2)),
+        contmix("OverLoCK-T", 128, 8, 16, (14, 14), (5, 13)),
+        contmix("OverLoCK-T", 8, 8, 16, (56, 56), (5, 13)),
         contmix("OverLoCK-S", 128, 32, 8, (7, 7), (5, 7)),
     ]
     if dtype.itemsize <= 2:
-        found += [residual(batch, 128, 28, skipped) for batch, skipped in ((128, 512), (1, 512), (128, 128))]
-        found += [expanded(128, 56, 224, 56), image(128, 28, 3, relu=True), image(128, 64, 7, relu=True)]
+        found += [
+            residual(128, 128, 28, 512),
+            residual(1, 128, 28, 512),
+            residual(128, 128, 28, 128),
+            expanded(128, 56, 224, 56),
+            image(128, 28, 3, relu=True),
+            image(128, 64, 7, relu=True),
+        ]
     launched = {workload.operator for workload in found}
     first = {workload.operator: workload for workload in reversed(operator_workloads(128))}
     found += [workload for operator, workload in first.items() if operator not in launched]

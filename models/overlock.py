@@ -115,11 +115,15 @@ class OverLoCK(BackboneContract):
         else:
             self.head_hidden_size = hidden = 1024
             self.classifiers = {"head.4": hidden, "aux_head.2": d3}
-            pool, classify = nn.AdaptiveAvgPool2d(1), self.make_classifier(d3, self.num_classes)
-            self.aux_head = nn.Sequential(nn.BatchNorm2d(d3), pool, classify)
-            widen = PointwiseConv2d(d3 + context, hidden, bias=False), nn.BatchNorm2d(hidden), nn.SiLU()
-            pool, classify = nn.AdaptiveAvgPool2d(1), self.make_classifier(hidden, self.num_classes)
-            self.head = nn.Sequential(*widen, pool, classify)
+            classify = self.make_classifier(d3, self.num_classes)
+            self.aux_head = nn.Sequential(nn.BatchNorm2d(d3), nn.AdaptiveAvgPool2d(1), classify)
+            self.head = nn.Sequential(
+                PointwiseConv2d(d3 + context, hidden, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d(1),
+                self.make_classifier(hidden, self.num_classes),
+            )
         initialise(self, nn.Conv2d, nn.init.trunc_normal_, std=0.02)
 
     def _norm_maps(self, widths: Sequence[int], context_skip: bool) -> None:
@@ -263,14 +267,11 @@ class OverLoCK(BackboneContract):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         block, first = ("", ()) if coarse else (r"\.(\d+)", (0,))  # a downsampling counts with the block after it
+        guides = [(r"^high_level_proj", (3, *first)), (r"^patch_embedx", (4, *first))]
         return {
             "stem": r"^patch_embed1",
             "base": [(rf"^blocks(\d){block}", None), (r"^patch_embed(\d)", first)],
-            "focus": [
-                (rf"^sub_blocks(\d){block}", None),
-                (r"^high_level_proj", (3, *first)),
-                (r"^patch_embedx", (4, *first)),
-            ],
+            "focus": [(rf"^sub_blocks(\d){block}", None), *guides],
         }
 
 
