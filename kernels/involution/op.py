@@ -149,7 +149,7 @@ def involution2d_generate(
 
 def _fused(backend: str, window: Window, *maps: Tensor) -> bool:
     """Whether one launch generates and uses the kernels."""
-    triton = resolve(backend, *maps) == "triton"
+    triton = "eager" not in [resolve(backend, each) for each in maps]
     return triton and slides(window) and in_one_piece(window) and multiplies(maps[0].dtype)
 
 
