@@ -129,7 +129,7 @@ class RedNet(BackboneContract):
 
     def folded(self) -> nn.Module:
         """Pools before the last bias and ReLU of the stem, which then see a quarter of the pixels."""
-        self.maxpool = pool_first(self.stem[-1], self.maxpool)
+        self.maxpool = pool_first(self.stem, self.maxpool)
         return self
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.basic import LayerScale, affine
-from models.layers.fusion import as_built, convolves, move_bias
+from models.layers.fusion import CONVOLUTIONS, as_built, convolves, move_bias
 from models.layers.pointwise import HALVES, PaddedConv2d, PointwiseConv2d, infers, runs_triton
 
 
@@ -72,8 +72,9 @@ def _only_product(layers: nn.Module, device: torch.device | None = None) -> nn.C
     if not as_built(layers, nn.Sequential):
         return None
     convs: list[Any] = [layer for layer in layers.children() if not as_built(layer, nn.Identity)]
-    plain = len(convs) == 1 and convolves(convs[0], 1, device, stride=getattr(convs[0], "stride", (1,))[0])
-    return convs[0] if plain else None
+    if len(convs) != 1 or not as_built(convs[0], CONVOLUTIONS):  # a pool's stride, for example, may be a number
+        return None
+    return convs[0] if convolves(convs[0], 1, device, stride=convs[0].stride[0]) else None
 
 
 class PoolThenReLU(nn.Module):
@@ -93,9 +94,10 @@ class PoolThenReLU(nn.Module):
 
 def pool_first(layers: nn.Module, pool: nn.Module) -> nn.Module:
     """What takes the place of ``pool`` where the last bias and ReLU of ``layers`` before it can wait for a quarter of
-    the pixels: they become a part of it."""
-    convs: list[Any] = [layer for layer in layers.children() if not isinstance(layer, nn.Identity)]
-    conv = convs[-1]
+    the pixels: they become a part of it. Nobody else may see what ``layers`` give."""
+    conv: Any = layers
+    while as_built(conv, nn.Sequential):
+        conv = next((layer for layer in reversed([*conv]) if not as_built(layer, nn.Identity)), None)
     if not as_built(conv, PaddedConv2d) or not conv.relu or conv.bias is None or not as_built(pool, nn.MaxPool2d):
         return pool
     pooled = PoolThenReLU(pool, conv.bias)

@@ -257,6 +257,35 @@ def test_a_bottleneck_whose_parameters_learn_again():
         block.requires_grad_(False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.stem.register_forward_hook(one_and_a_half),
+        lambda model: model.stem[-1].register_forward_hook(one_and_a_half),
+        lambda model: model.stem.append(nn.Sequential()),
+        lambda model: model.stem.append(nn.Hardtanh()),
+        lambda model: model.stem.__setitem__(4, nn.Conv2d(32, 64, 1, dtype=torch.float64)),
+    ],
+)
+def test_a_stem_that_was_changed(change):
+    """Only its last convolution, if nobody looks at what it gives, leaves bias and ReLU to the pool."""
+    model = build("rednet")
+    change(model)
+    optimised, x = models.optimize_for_inference(model.eval()), image(1, 3, 33, 40)
+    for layers, pool in ((optimised.stem, optimised.maxpool), (model.stem, model.maxpool)):
+        assert_close(pool(layers(x)), model.maxpool(model.stem(x)), EXACT)
+
+
+def test_a_shortcut_by_a_pool():
+    """It is one layer, as a convolution would be, whose stride is a number."""
+    block: Any = Bottleneck(64, 16, stride=2)
+    block.downsample = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True))
+    block = randomise(block, torch.float32).eval().requires_grad_(False).to(triton_device())
+    fused, x = _fold(copy.deepcopy(block)), channels_last(random_tensor(1, 64, 6, 8))
+    with kernels.use_backend("triton"):
+        assert_close(fused.half()(x.half()), block(x), 5e-3)
+
+
 @pytest.mark.parametrize(("in_channels", "stride"), [(16, 1), (64, 1), (32, 2)])
 def test_end_of_a_bottleneck(in_channels, stride):
     plain: Any = randomise(Bottleneck(in_channels, 16, stride, 0.5), torch.float32).eval().to(triton_device())
