@@ -39,9 +39,21 @@ def _tile(channels, height, vectors, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
 
 
 @triton.jit
+def _near_mean(points, i_branch, o_channel, m_channel, ACCUMULATOR: tl.constexpr):
+    """A value of every channel near its mean: the median of three points, so that it is none that is far from all
+    others, about which a variance would be a small difference of large numbers."""
+    p_channel = points.ptr + tl.cast(i_branch, tl.int64) * points.k + o_channel.to(tl.int64) * points.c
+    b_first = tl.load(p_channel, mask=m_channel, other=0).to(ACCUMULATOR)
+    b_second = tl.load(p_channel + points.w, mask=m_channel, other=0).to(ACCUMULATOR)
+    b_third = tl.load(p_channel + 2 * tl.cast(points.w, tl.int64), mask=m_channel, other=0).to(ACCUMULATOR)
+    b_larger = tl.maximum(b_first, b_second)
+    return tl.maximum(tl.minimum(b_first, b_second), tl.minimum(b_larger, b_third))
+
+
+@triton.jit
 def _moments_kernel(
     u_ptr,  # [N, B, C, H, pitch], contiguous
-    centre,  # [N, C]
+    points,  # [N, C, 3]
     parts_ptr,  # [parts, N, 2, C], contiguous
     batch, channels, height, width, vectors, images,
     BRANCHES: tl.constexpr, VECTOR: tl.constexpr, ACCUMULATOR: tl.constexpr, PIXELS: tl.constexpr,
@@ -53,8 +65,7 @@ def _moments_kernel(
     i_branch, i_chunk = i_rest % BRANCHES, i_rest // BRANCHES
     first, last = i_chunk * images, tl.minimum((i_chunk + 1) * images, batch)
     p_u = u_ptr + ((tl.cast(i_branch, tl.int64) * batch + first) * channels + o_channel) * plane + o_pixel
-    p_centre = centre.ptr + i_branch * centre.k + o_channel * centre.c
-    b_centre = tl.load(p_centre, mask=m_channel, other=0).to(ACCUMULATOR)
+    b_centre = _near_mean(points, i_branch, o_channel, m_channel, ACCUMULATOR)
     # [C, P]
     b_sum = tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
     b_squares = tl.zeros([BLOCK, PIXELS], ACCUMULATOR)
@@ -76,7 +87,7 @@ def _moments_kernel(
 
 @triton.jit
 def _statistics_kernel(
-    centre,  # [N, C]
+    points,  # [N, C, 3]
     parts_ptr,  # [parts, N, 2, C], contiguous: Σ (u − centre), Σ (u − centre)²
     statistics_ptr,  # [2, N, C], contiguous: mean and biased variance
     parts, channels, values,
@@ -97,9 +108,9 @@ def _statistics_kernel(
     # [C]
     b_away = tl.sum(b_sum, axis=0) / values
     b_variance = tl.maximum(tl.sum(b_squares, axis=0) / values - b_away * b_away, 0, tl.PropagateNan.ALL)
-    b_centre = tl.load(centre.ptr + i_branch * centre.k + o_channel * centre.c, mask=m_channel, other=0)
+    b_centre = _near_mean(points, i_branch, o_channel, m_channel, ACCUMULATOR)
     p_statistics = statistics_ptr + i_branch * channels + o_channel
-    tl.store(p_statistics, b_centre.to(ACCUMULATOR) + b_away, mask=m_channel)
+    tl.store(p_statistics, b_centre + b_away, mask=m_channel)
     tl.store(p_statistics + BRANCHES * channels, b_variance, mask=m_channel)
 
 
@@ -212,7 +223,8 @@ def _tiled(x: Tensor, pitch: int, branches: int) -> tuple[int, dict[str, Any]]:
     """Tiles of an image, and what the kernels that go over tiles of rows share."""
     channels, height, width = x.shape[1:]
     block = min(1024 if interpreting() else 32, next_power_of_2(channels))
-    pixels = min(2**14 if interpreting() else 64, next_power_of_2(height * pitch))
+    # The interpreter takes blocks of up to 2^20 numbers.
+    pixels = min(2**20 // max(64, block) if interpreting() else 64, next_power_of_2(height * pitch))
     arguments = {
         "batch": x.shape[0], "channels": channels, "height": height, "width": width, "vectors": pitch // vector_of(x),
         "BRANCHES": branches, "VECTOR": vector_of(x), "ACCUMULATOR": accumulator(x.dtype),
@@ -233,16 +245,20 @@ def statistics_of(x: Tensor, u: Tensor) -> Tensor:
     branches, channels, dtype = u.shape[0], x.shape[1], accumulator_dtype(x.dtype)
     tiles, common = _tiled(x, u.shape[-1], branches)
     images, chunks, parts = _chunks(x, tiles * branches, u.shape[-1], common["PIXELS"])
-    # A value of every channel that is near its mean: at the centre of the first map.
-    centre = view(u[:, 0, :, x.shape[2] // 2, x.shape[3] // 2], "k c")
+    # Three points of every channel: a quarter, half and three quarters of the way down and across, in the first image,
+    # one in the middle and the last.
+    branch, image, channel, row, _ = u.stride()
+    down, across = x.shape[2] // 4, x.shape[3] // 4
+    first, step = down * row + across, (x.shape[0] - 1) // 2 * image + down * row + across
+    points = view(u.as_strided((branches, channels, 3), (branch, channel, step), first), "k c w")
     partial = torch.empty((parts, branches, 2, channels), dtype=dtype, device=x.device)
-    arguments = {"u_ptr": u, "centre": centre, "parts_ptr": partial, "images": images, **common}
+    arguments = {"u_ptr": u, "points": points, "parts_ptr": partial, "images": images, **common}
     # One program per (block of pixels, block of channels, branch, chunk of images).
     launch(_moments_kernel, (tiles * branches * chunks,), x.device, arguments, num_warps=4, num_stages=1)
     statistics = torch.empty((2, branches, channels), dtype=dtype, device=x.device)
     block = 1024 if interpreting() else 16
     arguments = {
-        "centre": centre, "parts_ptr": partial, "statistics_ptr": statistics, "parts": parts, "channels": channels,
+        "points": points, "parts_ptr": partial, "statistics_ptr": statistics, "parts": parts, "channels": channels,
         "values": x.numel() // channels, "BRANCHES": branches, "BLOCK_PARTS": 128, "BLOCK": block,
         "ACCUMULATOR": accumulator(x.dtype),
     }  # fmt: skip

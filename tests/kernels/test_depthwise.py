@@ -6,10 +6,19 @@ import torch
 import kernels
 from autotune.tuner import measure_candidates
 from kernels.depthwise import backward, configs, forward
+from kernels.depthwise.branch_norms import statistics_of
 from kernels.depthwise.configs import CONFIGS, LIBRARY, SMALL, Config, Problem, heuristic, tile_shape
 from kernels.launch import record_launches
 from kernels.tuning.choose import observing
-from tests.support import DEVICE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, differentiated, random_tensor
+from tests.support import (
+    DEVICE,
+    FORWARD_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    assert_close,
+    differentiated,
+    random_tensor,
+    triton_device,
+)
 
 
 def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
@@ -95,3 +104,28 @@ def test_maps_beyond_32_bits_are_refused():
     x = torch.empty(1, 1, 2**16, 2**15, device="meta", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="x must have fewer than 2"):
         forward.convolve(x, torch.empty(1, 1, 3, 3, device="meta", dtype=torch.bfloat16), config=CONFIGS[1])
+
+
+@pytest.mark.parametrize(
+    ("batch", "height", "width"), [(1, 32, 32), (2, 4, 152), (3, 16, 24), (150, 1, 8), (1, 3, 400)]
+)
+def test_statistics_beside_one_value_that_is_far_from_all_others(batch, height, width):
+    """Wherever it lies, of every channel elsewhere: the sums are about another value. The second branch's mean is large
+    beside its deviations."""
+    triton_device()
+    number = batch * height * width
+    x = 100 * torch.eye(number, device=DEVICE).view(batch, height, width, number).movedim(-1, 1).contiguous()
+    u = torch.stack([x, random_tensor(*x.shape) + 1000])
+    mean, variance = statistics_of(x, u)
+    exact = u.double().transpose(1, 2).flatten(2)
+    for found, expected in ((mean, exact.mean(2)), (variance, exact.var(2, correction=0))):
+        assert ((found - expected).abs() / expected).max() < 2e-6
+    u[0, :, 0, 0, 0] = float("nan")
+    u[1, :, 0, height // 4, width // 4] = float("inf")
+    mean, variance = statistics_of(x, u)
+    assert mean[0, 0].isnan()
+    assert variance[0, 0].isnan()
+    assert not mean[1, 0].isfinite()
+    assert variance[1, 0].isnan()
+    assert mean[:, 1:].isfinite().all()
+    assert variance[:, 1:].isfinite().all()
