@@ -100,7 +100,9 @@ class DilatedReparamBlock(nn.Module):
         return not hasattr(self, "origin_bn")
 
     def branches(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """The convolution and batch norm of every branch that is not merged, the K×K one first."""
+        """The convolution and batch norm of every separate branch, the K×K one first; [] once merged."""
+        if self.merged:
+            return []
         names = [f"k{size}_{dilation}" for size, dilation in self.BRANCHES[self.kernel_size]]
         dilated = [(getattr(self, f"dil_conv_{name}"), getattr(self, f"dil_bn_{name}")) for name in names]
         return [(self.lk_origin, self.origin_bn), *dilated]

@@ -57,6 +57,7 @@ def test_branches_whatever_they_are(kind):
             block.merge()
             assert_close(block(x), expected, TOLERANCE)
         assert sorted(block.state_dict()) == ["lk_origin.bias", "lk_origin.weight"]
+        assert block.branches() == []
     else:
         assert not block.merged
         with pytest.raises(ValueError, match=r"replaced, wrapped or hooked: it cannot be merged"):
