@@ -35,7 +35,7 @@ def _checked_window(
             f"{tuple(x.shape[2:])}: the output would be {height}x{width}"
         )
     try:
-        check_shapes({"H'": height, "W'": width}, **outputs)
+        check_shapes({"B": x.shape[0], "H'": height, "W'": width}, **outputs)
     except ValueError as error:
         if padding is not None or not any((k - 1) * d % 2 for k, d in zip(kernel_size, dilations, strict=True)):
             raise
