@@ -1,6 +1,5 @@
 """Configs of the depthwise kernels, and which one a problem gets where nothing was tuned."""
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,7 +92,6 @@ CONFIGS = (
 SMALL = 2**24
 
 
-@functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned.
 

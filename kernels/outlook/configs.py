@@ -1,6 +1,5 @@
 """Configs of outlook attention's kernels, and which one a problem gets where nothing was tuned."""
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,7 +53,6 @@ CONFIGS = (
 )
 
 
-@functools.lru_cache(maxsize=4096)
 def heuristic(problem: Problem) -> Config:
     """The config where nothing was tuned: all channels of a head, and the fewest warps, which then wait for none.
 

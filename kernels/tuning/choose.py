@@ -122,8 +122,7 @@ class Launcher(Generic[Outputs]):
     @functools.cached_property
     def problem_type(self) -> type:
         """The NamedTuple type of its problems, by which keys are read back: the heuristic's parameter."""
-        function = inspect.unwrap(self.heuristic)
-        return typing.get_type_hints(function)[next(iter(inspect.signature(function).parameters))]
+        return typing.get_type_hints(self.heuristic)[next(iter(inspect.signature(self.heuristic).parameters))]
 
     @functools.cached_property
     def source(self) -> str:

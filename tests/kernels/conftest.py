@@ -10,8 +10,6 @@ from kernels.tuning.choose import forget
 def _nothing_is_small(monkeypatch):
     """No convolution counts as small: on a GPU PyTorch's would be given all that is tested here."""
     monkeypatch.setattr(configs, "SMALL", 0)
-    configs.heuristic.cache_clear()
     forget()
     yield
-    configs.heuristic.cache_clear()
     forget()

@@ -23,21 +23,11 @@ from tests.support import DEVICE
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Heuristics choose as on a GPU, and remember nothing from before or for after the test."""
-
-    def forget():
-        for module in modules:
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
-                    value.cache_clear()
-
+    """Heuristics choose as on a GPU."""
     find_tunables()  # imports them all
-    modules = [module for name, module in sys.modules.items() if re.fullmatch(r"kernels\..*configs", name)]
-    for module in modules:
-        monkeypatch.setattr(module, "interpreting", lambda: False, raising=False)
-    forget()
-    yield
-    forget()
+    for name, module in sys.modules.items():
+        if re.fullmatch(r"kernels\..*configs", name):
+            monkeypatch.setattr(module, "interpreting", lambda: False, raising=False)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -25,9 +25,9 @@ def test_pytorch_computes_small_problems_and_is_always_tried(monkeypatch):
     monkeypatch.setattr(configs, "interpreting", lambda: False)
     monkeypatch.setattr(configs, "SMALL", SMALL)
     small = Problem(1, 256, 196, 13, *tile_shape(13, 14), torch.bfloat16)
-    assert heuristic.__wrapped__(small) == LIBRARY
-    assert heuristic.__wrapped__(small._replace(images=128)) != LIBRARY
-    assert heuristic.__wrapped__(small._replace(copied=True)) != LIBRARY  # no thread per output there
+    assert heuristic(small) == LIBRARY
+    assert heuristic(small._replace(images=128)) != LIBRARY
+    assert heuristic(small._replace(copied=True)) != LIBRARY  # no thread per output there
     for problem in (small, small._replace(images=128, weight_gradient=True, copied=True)):
         assert LIBRARY in forward.convolve.candidates(problem)
 
