@@ -42,14 +42,9 @@ def _empty(template: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Te
     return dense.permute(inverse)
 
 
-def empty_like_layout(template: Tensor, shape: Sequence[int]) -> Tensor:
-    """Dense, uninitialised tensor of ``shape`` in the memory order of ``template`` (of the same rank)."""
-    return _empty(template, shape, _memory_order(template))
-
-
-def empty_like_map(x: Tensor) -> Tensor:
-    """Dense, uninitialised tensor like x [B, C, H, W], in its memory order."""
-    return empty_like_layout(x, x.shape)
+def empty_like_layout(template: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Dense, uninitialised tensor in the memory order of ``template``, of its shape or of one of the same rank."""
+    return _empty(template, template.shape if shape is None else shape, _memory_order(template))
 
 
 def zero_sums(template: Tensor, shape: Sequence[int]) -> Tensor:
@@ -60,7 +55,7 @@ def zero_sums(template: Tensor, shape: Sequence[int]) -> Tensor:
 def empty_softmax_outputs(value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised output like value [B, ..., C, H, W], and log Σ exp [B, ..., H, W] as wide as an accumulator."""
     statistics = value.new_empty((*value.shape[:-3], *value.shape[-2:]), dtype=accumulator_dtype(value.dtype))
-    return empty_like_layout(value, value.shape), statistics
+    return empty_like_layout(value), statistics
 
 
 def empty_kernel_layout(g: Tensor, kernel_size: tuple[int, int]) -> Tensor:

@@ -91,7 +91,7 @@ def contmix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """Gradients of query, projected, bias, rpb and value, query's and value's in the memory order of their tensors.
     ``out`` and ``statistics`` are not needed here."""
-    grad_value, grad_rpb = empty_like_layout(value, value.shape), []
+    grad_value, grad_rpb = empty_like_layout(value), []
     grad_query = zero_sums(query, query.shape)
     query, keys = factors(query, projected, bias)
     grad_keys, sizes = torch.zeros_like(keys), [size**2 for size in kernel_sizes]

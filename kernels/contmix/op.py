@@ -138,7 +138,7 @@ def _contmix(query, key, proj_weight, bias, rpb, value, kernel_sizes, backend):
 
 
 def _fake_gradients(_grad, query, key, proj_weight, bias, rpb, value, *_):
-    grad_query, grad_value = (empty_like_layout(t, t.shape) for t in (query, value))
+    grad_query, grad_value = (empty_like_layout(t) for t in (query, value))
     grad_key, grad_weight, grad_bias, *grad_tables = (t.new_empty(t.shape) for t in (key, proj_weight, bias, *rpb))
     return grad_query, grad_key, grad_weight, grad_bias, grad_tables, grad_value
 

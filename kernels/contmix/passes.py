@@ -51,7 +51,7 @@ def as_given(result: Tensor, read: Tensor, given: Tensor) -> Tensor:
         return result
     if result.shape == given.shape:
         return in_order_of(given, result)
-    return empty_like_layout(given, given.shape).copy_(result.narrow(-3, 0, given.shape[-3]))
+    return empty_like_layout(given).copy_(result.narrow(-3, 0, given.shape[-3]))
 
 
 def _form(tensors: Tensors, filled: float, shared: Pass, band: Pass, composed: Pass) -> Pass:
@@ -87,7 +87,7 @@ def contmix_backward(
     kernel_sizes: list[int],
 ) -> tuple[Tensor, ...]:
     """Gradients of query, projected, in value's type, bias, value and each rpb, of tensors as the kernels read them."""
-    grad_query, grad_value = empty_like_layout(query, query.shape), empty_like_layout(value, value.shape)
+    grad_query, grad_value = empty_like_layout(query), empty_like_layout(value)
     batch, groups, channels, positions = projected.shape
     grad_projected = value.new_empty((positions, batch, groups, channels)).permute(1, 2, 3, 0)
     grad_bias, grad_rpb = torch.empty_like(bias), [torch.empty_like(table) for table in rpb]

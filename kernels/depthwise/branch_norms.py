@@ -17,7 +17,7 @@ from kernels.backend import interpreting
 from kernels.depthwise.rows import vector_of
 from kernels.dtypes import accumulator, accumulator_dtype, precision
 from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.layout import empty_like_map
+from kernels.layout import empty_like_layout
 from kernels.sum_rows import sum_rows
 from kernels.views import view
 
@@ -270,7 +270,7 @@ def statistics_of(x: Tensor, u: Tensor) -> Tensor:
 
 def normed_sum(x: Tensor, u: Tensor, statistics: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
     """out, like x."""
-    out = empty_like_map(x)
+    out = empty_like_layout(x)
     tiles, common = _tiled(x, u.shape[-1], u.shape[0])
     arguments = {"u_ptr": u, "statistics_ptr": statistics, "scale_ptr": scale, "shift_ptr": shift, "epsilon": epsilon}
     arguments |= {"out": view(out, "b c h w"), "OFFSET": precision(out[None])["OFFSET"], **common}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from kernels import reference
-from kernels.layout import empty_like_map
+from kernels.layout import empty_like_layout
 from kernels.parallel import alone, over_maps
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()  # at import: Dynamo does not trace the question
@@ -62,7 +62,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: boo
     """
     weight = dense(weight.flip(2, 3) if flipped else weight, dilation)
     out = (steered if is_steered(x, weight.shape[-1]) else reference.depthwise_conv2d)(x, weight, bias)
-    target = empty_like_map(x)
+    target = empty_like_layout(x)
     return out if out.stride() == target.stride() else target.copy_(out)
 
 

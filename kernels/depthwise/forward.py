@@ -47,7 +47,7 @@ from kernels.depthwise.configs import CONFIGS, Config, Problem, heuristic, tile_
 from kernels.depthwise.rows import are_rows, check_size, in_layout_of, new_rows, rows_of, vector_of
 from kernels.dtypes import multiplies, precision
 from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.layout import empty_like_map
+from kernels.layout import empty_like_layout
 from kernels.products import dot
 from kernels.tuning import tunable
 from kernels.views import View, view
@@ -250,7 +250,7 @@ def convolve(
     if config.library or not multiplies(x.dtype):
         return eager.convolve(x, weight, bias, flipped, dilation)
     if x.numel() == 0:
-        return empty_like_map(x)
+        return empty_like_layout(x)
     check_size(x)
     # Rows of 8 bytes can be written to one after another: of a result with channels first, which spares a copy.
     packed = x.shape[3] * x.element_size() % 8 == 0

@@ -17,7 +17,7 @@ from kernels import reference
 from kernels.backend import get_backend, resolve
 from kernels.checks import check_shapes, check_tensors
 from kernels.depthwise import eager
-from kernels.layout import empty_like_map
+from kernels.layout import empty_like_layout
 from kernels.registration import operator, without_autocast
 
 LARGEST_KERNEL = 31
@@ -95,7 +95,7 @@ def _is_sliding(x: Tensor, kernel_size: int, backend: str) -> bool:
 @operator(
     "depthwise_conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, bool flipped, str backend) -> Tensor",
-    fake=lambda x, *_: empty_like_map(x),
+    fake=lambda x, *_: empty_like_layout(x),
     flops=lambda x, weight, *_: 2 * math.prod(x) * weight[-1] ** 2,
 )
 def _convolve(x, weight, bias, flipped, backend):
@@ -175,7 +175,7 @@ def _fake_branches(x, weights, scale, *_):
 
     rows = new_rows(x)
     u = x.new_empty((len(weights), *rows.shape))
-    return empty_like_map(x), scale.new_empty((2, *scale.shape)), x.new_empty(0) if are_rows(x) else rows, u
+    return empty_like_layout(x), scale.new_empty((2, *scale.shape)), x.new_empty(0) if are_rows(x) else rows, u
 
 
 @operator(
@@ -194,7 +194,8 @@ def _normed_branches(x, weights, scale, shift, dilations, epsilon):
 
 
 def _fake_branch_gradients(_grad, x, weights, scale, shift, *_):
-    return empty_like_map(x), [torch.empty_like(w) for w in weights], torch.empty_like(scale), torch.empty_like(shift)
+    of_weights = [torch.empty_like(weight) for weight in weights]
+    return empty_like_layout(x), of_weights, torch.empty_like(scale), torch.empty_like(shift)
 
 
 @operator(

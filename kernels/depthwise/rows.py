@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import ceil_divide
-from kernels.layout import empty_like_map
+from kernels.layout import empty_like_layout
 from kernels.reorder import copy_rows
 
 
@@ -44,7 +44,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def in_layout_of(x: Tensor, rows: Tensor) -> Tensor:
     """Rows in the shape and memory order of x: themselves, or a copy."""
-    target = empty_like_map(x)
+    target = empty_like_layout(x)
     if (target.shape, target.stride()) == (rows.shape, rows.stride()):
         return rows
     copy_rows(rows, target, to_rows=False)

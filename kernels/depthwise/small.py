@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.backend import interpreting
 from kernels.launch import ceil_divide, launch, next_power_of_2
-from kernels.layout import channels_fastest, empty_like_map
+from kernels.layout import channels_fastest, empty_like_layout
 from kernels.registers import stack, unstack
 from kernels.sum_rows import sum_rows
 from kernels.tuning import repeated
@@ -162,7 +162,7 @@ def _sizes(x: Tensor, kernel_size: int) -> tuple[int, dict[str, Any]]:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, flipped: bool = False) -> Tensor:
     """out[b,c,i] = Σ_k weight[c,k] · x[b,c, i − K//2 + k] (+ bias[c]), like x; ``flipped`` takes weight[c, K−1−k]."""
     blocks, sizes = _sizes(x, weight.shape[-1])
-    out = empty_like_map(x)
+    out = empty_like_layout(x)
     arguments = {
         "x": x.permute(0, 2, 3, 1), "weight": weight.contiguous(),
         "bias": weight if bias is None else bias.contiguous(), "out": out.permute(0, 2, 3, 1), **sizes,

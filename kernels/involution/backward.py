@@ -13,7 +13,7 @@ from kernels.dtypes import accumulator_dtype
 from kernels.involution import generate
 from kernels.involution.forward import involution_generate_transpose, whole_blocks
 from kernels.launch import next_power_of_2
-from kernels.layout import empty_like_map
+from kernels.layout import empty_like_layout
 from kernels.reorder import in_channels_last, in_order_of
 from kernels.windows import Window
 
@@ -38,7 +38,7 @@ def backward(
     pixels = features.new_empty((features.shape[0] * height * width, number + 8))
     pixels[:, :number] = features.movedim(1, 3).flatten(0, 2)
     pixels[:, number:] = 1
-    grad_features = empty_like_map(features)
+    grad_features = empty_like_layout(features)
     by_pixel = grad_features.movedim(1, 3)
     grad_span = None
     for images in generate.steps(features, span.shape[0], generate.STEP_BYTES_ELSEWHERE):

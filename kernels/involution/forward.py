@@ -74,5 +74,5 @@ def involution_generate_transpose(
     g: Tensor, x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, window: Window, *, config: Config
 ) -> Tensor:
     """The gradient of x [B, G, C, H, W], in its memory order, from that of the output, g [B, G, C, H', W']."""
-    out = empty_like_layout(x, x.shape)
+    out = empty_like_layout(x)
     return weighted_sum(g, features, weight, bias, out, window, config, transposed=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.dtypes import accumulator_dtype
-from kernels.layout import empty_like_layout, empty_like_map
+from kernels.layout import empty_like_layout
 from kernels.windows import Window
 
 # Bytes of kernels a step may hold: a share of a CPU's last-level cache. On a GPU more than its L2 holds: a step's five
@@ -59,8 +59,8 @@ def backward(
     """Gradients of x, features, weight and bias (always computed); sums over images run step by step, in order."""
     accumulator, wide = accumulator_dtype(weight.dtype), _product_dtype(x)
     dtype, weight, bias = weight.dtype, weight.to(wide), None if bias is None else bias.to(wide)
-    grad_x = empty_like_layout(x, x.shape)
-    grad_features = empty_like_map(features)
+    grad_x = empty_like_layout(x)
+    grad_features = empty_like_layout(features)
     grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device)
     grad_bias = torch.zeros(weight.shape[0], dtype=accumulator, device=weight.device)
     for images in steps(features, weight.shape[0]):

@@ -9,7 +9,7 @@ from kernels.backend import get_backend, resolve
 from kernels.checks import LIMIT, as_int, as_pair, check_shapes, check_tensors
 from kernels.dtypes import multiplies
 from kernels.involution import generate
-from kernels.layout import empty_like_layout, empty_like_map, settled
+from kernels.layout import empty_like_layout, settled
 from kernels.registration import WINDOW, operator, spelled, window_of, without_autocast
 from kernels.windows import Pair, Window
 
@@ -179,8 +179,8 @@ def _generate(x, features, weight, bias, window, backend):
     f"(Tensor grad, Tensor x, Tensor features, Tensor weight, Tensor? bias, {WINDOW}, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda _grad, x, features, weight, *_: (
-        empty_like_layout(x, x.shape),
-        empty_like_map(features),
+        empty_like_layout(x),
+        empty_like_layout(features),
         weight.new_empty(weight.shape),
         weight.new_empty(weight.shape[0]),
     ),

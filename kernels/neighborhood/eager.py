@@ -120,7 +120,7 @@ def softmax_aggregate_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dlogits = p · (dp − Σ_k p·dp) with dp[i,k] = Σ_d grad_out[i] · value[nbr(i,k)]; dvalue = transpose(p, grad_out);
     drpb sums dlogits over batch and pixels. ``out`` and ``log_sum_exp`` are not needed here."""
-    grad_logits = empty_like_layout(logits, logits.shape)
+    grad_logits = empty_like_layout(logits)
 
     def add(part: Part, step: Step, grad: Tensor) -> None:
         step.kernel(grad_logits[part]).copy_(grad)

@@ -164,7 +164,7 @@ def shared_mix(value: Tensor, weights: Weights, window: Window, *, config: Share
     steps = ceil_divide(window.kernel_size[0] * window.kernel_size[1], config.block_steps)
     constants["CHUNKS"] = chunks = ceil_divide(steps, MOST_STEPS)
     constants["UNROLL"] = ceil_divide(steps, chunks)
-    out = empty_like_layout(value, value.shape) if weights.out is None else weights.out
+    out = empty_like_layout(value) if weights.out is None else weights.out
     tensors = {"weight": weights.kernel, "source": value, "out": out}
     _launch(mix_kernel, programs, value, weights, config, constants, **tensors)
     return (out, weights.statistics) if weights.softmax else out

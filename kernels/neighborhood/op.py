@@ -151,8 +151,8 @@ def _softmax_aggregate(logits, value, rpb, window, backend):
     f"(Tensor grad, Tensor logits, Tensor value, Tensor? rpb, {WINDOW}, str backend, Tensor out, Tensor log_sum_exp)"
     " -> (Tensor, Tensor, Tensor)",
     fake=lambda _grad, logits, value, rpb, *_: (
-        empty_like_layout(logits, logits.shape),
-        empty_like_layout(value, value.shape),
+        empty_like_layout(logits),
+        empty_like_layout(value),
         value.new_empty(0 if rpb is None else rpb.shape),
     ),
     # As for every backward of two factors: one correlate and one transpose.

@@ -26,13 +26,13 @@ def mix(value: Tensor, weights: Weights, window: Window) -> Any:
 
 def aggregate(weight: Tensor, x: Tensor, window: Window) -> Tensor:
     """out[b,g,c,i] = Σ_k weight[b,g,k,i] · x[b,g,c,nbr(i,k)]; [B,G,C,H,W] in the memory order of x."""
-    return mix(x, Weights(weight), window) if x.numel() > 0 else empty_like_layout(x, x.shape)
+    return mix(x, Weights(weight), window) if x.numel() > 0 else empty_like_layout(x)
 
 
 def transpose(weight: Tensor, g: Tensor, _input_size: Pair, window: Window) -> Tensor:
     """out[b,g,c,j] = Σ_{(i,k): nbr(i,k)=j} weight[b,g,k,i] · g[b,g,c,i]; [B,G,C,H,W] in the memory order of g."""
     if g.numel() == 0:
-        return empty_like_layout(g, g.shape)
+        return empty_like_layout(g)
     if shares_windows(weight, window, g):
         return shared_backward(g, None, Weights(weight), None, window)
     return own_sum(g, Weights(weight), window, transposed=True)
@@ -76,9 +76,9 @@ def softmax_aggregate_backward(
     grad: Tensor, logits: Tensor, value: Tensor, rpb: Tensor | None, out: Tensor, statistics: Tensor, window: Window
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of logits, value and rpb (None without one), each in the memory order of its tensor."""
-    of_logits = empty_like_layout(logits, logits.shape)
+    of_logits = empty_like_layout(logits)
     if value.numel() == 0:
-        return of_logits, empty_like_layout(value, value.shape), None if rpb is None else torch.zeros_like(rpb)
+        return of_logits, empty_like_layout(value), None if rpb is None else torch.zeros_like(rpb)
     weights = Weights(logits, rpb, out, statistics)
     of_logits, of_value = softmax_backward(grad, value, weights, of_logits, window)
     return of_logits, of_value, None if rpb is None else grad_rpb(of_logits, window, rpb.dtype)
