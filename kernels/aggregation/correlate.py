@@ -13,6 +13,7 @@ from kernels.aggregation.configs import (
     Config,
     by_columns,
     correlate_heuristic,
+    in_one_piece,
     pieces,
     problem_of,
 )
@@ -170,7 +171,8 @@ def correlate(g: Tensor, x: Tensor, window: Window, padded: bool = False, *, con
         out = torch.empty(shape, dtype=g.dtype, device=g.device).permute(0, 4, 5, 3, 1, 2)
     else:
         out = empty_kernel_layout(g, window.kernel_size)
-    for piece, rows, columns in pieces(window):
+    whole = [(window, slice(None), slice(None))]  # with its padding, which is written, too
+    for piece, rows, columns in whole if in_one_piece(window) else pieces(window):
         _fill(out[:, :, rows, columns], g, x, piece, padded, config)
     return out
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.aggregation import eager, rows
+from kernels.aggregation import correlate, eager, rows
 from kernels.aggregation.configs import problem_of
 from kernels.aggregation.tiles import in_pairs
 from kernels.launch import fits_int32, record_launches
@@ -67,6 +67,15 @@ def test_small_windows_are_products(size, kernel_size, padding, channels, dtype,
     found, expected = rows.correlate(g, x, window), eager.correlate(g.double(), x.double(), window)
     assert found.isnan().any()
     assert torch.equal(found.isnan(), expected.isnan())
+
+
+def test_padding_of_taps_is_in_what_a_launch_is_given():
+    """It is written, too: who records launches sees every byte."""
+    x = torch.empty(2, 7, 6, 4, 16, device="meta", dtype=torch.bfloat16).permute(0, 3, 4, 1, 2)
+    with record_launches() as launches:
+        out = correlate.correlate(x, x, Window((7, 5), padding=(3, 2)), padded=True)
+    (made,) = launches
+    assert made.arguments["out"].ptr.shape == out.shape == (2, 4, 8, 5, 7, 6)
 
 
 @pytest.mark.parametrize("features", [17, 40, 48, 136])
